@@ -1,0 +1,15 @@
+"""A compiler for curvature on torch.fx: K-FAC for the model that you have."""
+
+from kfac_fx import errors
+from kfac_fx.api import transform
+from kfac_fx.ir import CurvatureBlock, CurvatureGraph
+from kfac_fx.optim import Preconditioner, likelihoods
+
+__all__ = [
+    "CurvatureBlock",
+    "CurvatureGraph",
+    "Preconditioner",
+    "errors",
+    "likelihoods",
+    "transform",
+]

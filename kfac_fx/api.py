@@ -1,0 +1,100 @@
+"""``transform``: from a model to its instrumented drop-in."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+
+from kfac_fx.capture import CapturedModule, capture
+from kfac_fx.config import STRUCTURES, WEIGHT_SHARING, choice
+from kfac_fx.errors import CoverageError, NoParametersError, UnsupportedStructureError
+from kfac_fx.ir import CurvatureGraph
+from kfac_fx.passes import find_uses, gather_blocks, instrument, strip_taps
+
+log = logging.getLogger("kfac_fx")
+
+
+def transform(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
+    structure: str = "block_diagonal",
+    exclude: Collection[str] = (),
+    strict: bool = False,
+    weight_sharing: str = "expand",
+) -> CapturedModule:
+    """The model as a GraphModule whose taps can record Kronecker-factor statistics.
+
+    A drop-in: same outputs, gradients, Parameter objects and state_dict keys; train() and eval()
+    work. ``result.curvature`` says which block every parameter got.
+
+    Args:
+        model: any nn.Module or fx.GraphModule; it is not changed.
+        example_inputs: positional arguments as a tuple (a single tensor counts as one), needed only
+            where symbolic tracing cannot follow the model.
+        example_kwargs: keyword arguments, likewise.
+        structure: "block_diagonal"; "block_tridiagonal" is not there yet.
+        exclude: names or globs of parameters or modules that are left alone.
+        strict: raise where a parameter would get a weaker block than its kind allows.
+        weight_sharing: "expand" treats the positions that share a weight as uncorrelated cases,
+            "reduce" works with their mean input and summed derivative (Eschenhagen et al. 2023).
+
+    Raises:
+        CaptureError: the model cannot be captured; names the line and what to pass.
+        NoParametersError: there is nothing to precondition.
+        CoverageError: ``strict`` and a fallback; names the parameters.
+        UnknownOptionError, UnsupportedStructureError: an option is wrong.
+    """
+    choice("structure", structure, STRUCTURES)
+    choice("weight_sharing", weight_sharing, WEIGHT_SHARING)
+    if structure != "block_diagonal":
+        raise UnsupportedStructureError(
+            f"structure={structure!r} is not implemented yet; use structure='block_diagonal'"
+        )
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    frozen = tuple(n for n, p in model.named_parameters() if not p.requires_grad)
+    excluded = tuple(n for n in sizes if n not in frozen and _matches(n, exclude))
+    names = [n for n in sizes if n not in frozen and n not in excluded]
+    if not names:
+        raise NoParametersError(
+            f"{type(model).__name__} has no parameter that requires a gradient and is not excluded"
+        )
+    args = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else example_inputs
+    module, route = capture(model, args, dict(example_kwargs or {}))
+    for graph in module.graphs:
+        strip_taps(graph)
+    reduce = weight_sharing == "reduce"
+    uses = [find_uses(module, graph, names, reduce=reduce) for graph in module.graphs]
+    blocks = gather_blocks(uses[0], module.graph)
+    covered = {name for block in blocks.values() for name in block.parameters}
+    unused = tuple(name for name in names if name not in covered)
+    curvature = CurvatureGraph(blocks, frozen, excluded, unused, sizes, structure, route)
+    _check_coverage(curvature, strict)
+    module.meta["kfac_fx"] = curvature
+    instrument(module, uses)
+    return module
+
+
+def _matches(name: str, patterns: Collection[str]) -> bool:
+    """Whether a parameter, or a module that holds it, matches one of the globs."""
+    patterns = (patterns,) if isinstance(patterns, str) else patterns
+    parts = name.split(".")
+    paths = [".".join(parts[: index + 1]) for index in range(len(parts))]
+    return any(fnmatchcase(path, pattern) for path in paths for pattern in patterns)
+
+
+def _check_coverage(curvature: CurvatureGraph, strict: bool) -> None:
+    lines = [f"{', '.join(b.parameters)}: {b.reason}" for b in curvature.fallbacks]
+    if lines and strict:
+        raise CoverageError(
+            "strict=True, but these parameters would get a weaker block than their kind allows "
+            "(exclude them or pass strict=False):\n  " + "\n  ".join(lines)
+        )
+    for line in lines:
+        log.warning("weaker block: %s", line)

@@ -1,0 +1,157 @@
+"""One vocabulary over torch-level and ATen-level targets.
+
+A row names an operation once and lists its targets with the order of their arguments, so rules
+ask for "linear" or "matmul" and never for a function, a method or an overload.
+"""
+
+from __future__ import annotations
+
+import builtins
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+aten = torch.ops.aten
+
+
+class Row(NamedTuple):
+    """A canonical operation and the names of a target's arguments, in order."""
+
+    operation: str
+    arguments: tuple[str, ...]
+
+
+FUNCTIONS: dict[Any, Row] = {}
+METHODS: dict[str, Row] = {}
+
+
+def _add(operation: str, arguments: str, *targets: Any) -> None:
+    row = Row(operation, tuple(arguments.split()))
+    for target in targets:
+        table: dict[Any, Row] = METHODS if isinstance(target, str) else FUNCTIONS
+        table[target] = row
+
+
+_add("linear", "input weight bias", F.linear, aten.linear.default)
+_add(
+    "matmul",
+    "input other",
+    *(torch.matmul, operator.matmul, "matmul", "__matmul__", aten.matmul.default),
+    *(torch.mm, "mm", aten.mm.default, torch.mv, "mv", aten.mv.default),
+    *(torch.bmm, "bmm", aten.bmm.default),
+)
+_add("addmm", "bias input other", torch.addmm, "addmm", aten.addmm.default)
+_add("einsum", "equation *operands", torch.einsum, torch.functional.einsum, aten.einsum.default)
+
+_CONVOLUTION = "input weight bias stride padding dilation groups"
+for _dims in (1, 2, 3):
+    _overloads = getattr(aten, f"conv{_dims}d")
+    _functions = (getattr(F, f"conv{_dims}d"), getattr(torch, f"conv{_dims}d"))
+    _add(f"conv{_dims}d", _CONVOLUTION, *_functions, _overloads.default, _overloads.padding)
+
+_add("layer_norm", "input normalized_shape weight bias eps", F.layer_norm, aten.layer_norm.default)
+_add("rms_norm", "input normalized_shape weight eps", F.rms_norm, aten.rms_norm.default)
+_add("group_norm", "input num_groups weight bias eps", F.group_norm, aten.group_norm.default)
+_add(
+    "batch_norm",
+    "input running_mean running_var weight bias training momentum eps",
+    F.batch_norm,
+)
+_add(
+    "batch_norm",
+    "input weight bias running_mean running_var training momentum eps cudnn_enabled",
+    *(torch.batch_norm, aten.batch_norm.default),
+)
+_add(
+    "instance_norm",
+    "input running_mean running_var weight bias training momentum eps",
+    F.instance_norm,
+)
+_add(
+    "instance_norm",
+    "input weight bias running_mean running_var training momentum eps cudnn_enabled",
+    *(torch.instance_norm, aten.instance_norm.default),
+)
+
+# Views of a whole tensor: what a parameter may pass through on its way to a use.
+_add("t", "input", torch.t, "t", aten.t.default)
+_add("attribute", "input name", builtins.getattr)
+_add("numpy_T", "input", aten.numpy_T.default)
+_add("mT", "input", aten.mT.default)
+_add(
+    "transpose",
+    "input dim0 dim1",
+    *(torch.transpose, "transpose", torch.swapaxes, "swapaxes", aten.transpose.int),
+)
+_add("permute", "input *dims", "permute")
+_add("permute", "input dims", torch.permute, aten.permute.default)
+_add("reshape", "input *shape", "view", "reshape")
+_add("reshape", "input shape", torch.reshape, aten.view.default, aten.reshape.default)
+_add("flatten", "input start_dim end_dim", torch.flatten, "flatten", aten.flatten.using_ints)
+_add("unsqueeze", "input dim", torch.unsqueeze, "unsqueeze", aten.unsqueeze.default)
+_add("squeeze", "input dim", torch.squeeze, "squeeze", aten.squeeze.dim)
+_add(
+    "cast",
+    "input",
+    *("to", "type", "float", "double", "half", "bfloat16", "type_as", "contiguous", "cuda", "cpu"),
+    *(aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten.contiguous.default),
+    *(aten._to_copy.default, aten.alias.default),
+)
+
+_add("add", "input other", operator.add, operator.iadd, torch.add, "add", "add_", "__add__")
+_add("add", "input other", aten.add.Tensor, aten.add_.Tensor)
+_add("sub", "input other", operator.sub, operator.isub, torch.sub, "sub", "sub_", aten.sub.Tensor)
+_add("mul", "input other", operator.mul, operator.imul, torch.mul, "mul", "mul_", "__mul__")
+_add("mul", "input other", aten.mul.Tensor, aten.mul_.Tensor)
+_add("div", "input other", operator.truediv, operator.itruediv, torch.div, "div", aten.div.Tensor)
+_add("expand", "input *shape", "expand")
+_add("expand", "input shape", aten.expand.default)
+_add("expand", "input other", "expand_as", aten.expand_as.default)
+_add("repeat", "input *shape", "repeat", aten.repeat.default)
+
+# Reading a shape carries no data from the input to the result.
+SHAPE_READERS: frozenset[Any] = frozenset(
+    {"size", "dim", "numel", "stride", "new_zeros", "new_ones", "new_empty", "new_full"}
+    | {aten.sym_size.int, aten.sym_numel.default, torch.zeros_like, torch.ones_like}
+    | {torch.empty_like, aten.zeros_like.default, aten.ones_like.default}
+)
+
+
+def bind(row: Row, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments by name; a starred name takes the remaining ones, as a sequence or spread."""
+    bound: dict[str, Any] = {}
+    for index, name in enumerate(row.arguments):
+        if name.startswith("*"):
+            rest = args[index:]
+            if len(rest) == 1 and isinstance(rest[0], (list, tuple)):
+                rest = tuple(rest[0])
+            bound[name[1:]] = tuple(rest)
+        elif index < len(args):
+            bound[name] = args[index]
+    aliases = {"self": "input", "tensor": "input", "size": "shape", "use_input_stats": "training"}
+    aliases |= {"mat1": "input", "mat2": "other"} if row.operation == "addmm" else {}
+    aliases |= {"mat2": "other", "vec": "other"} if row.operation == "matmul" else {}
+    if row.operation == "addmm" and "input" in kwargs:
+        aliases |= {"input": "bias"}
+    bound.update({aliases.get(name, name): value for name, value in kwargs.items()})
+    return bound
+
+
+def row_of(op: str, target: Any) -> Row | None:
+    """The row of an fx node's target, if the vocabulary has one."""
+    if op == "call_method":
+        return METHODS.get(target)
+    if op == "call_function":
+        return FUNCTIONS.get(target) if _hashable(target) else None
+    return None
+
+
+def _hashable(target: Callable[..., Any]) -> bool:
+    try:
+        hash(target)
+    except TypeError:
+        return False
+    return True

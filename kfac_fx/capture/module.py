@@ -1,0 +1,112 @@
+"""A captured model: a GraphModule that shares the model's own submodules and parameters."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from kfac_fx.ir import CurvatureGraph
+
+
+class CapturedModule(fx.GraphModule):
+    """The model as a graph; a drop-in with the same Parameter objects and state_dict keys.
+
+    The model's children are this module's children, so train(), eval(), to() and hooks reach them
+    through either. A model whose Python code takes different paths in training and in evaluation
+    keeps two graphs: ``graph`` and ``evaluation``.
+    """
+
+    evaluation: fx.Graph | None
+
+    @property
+    def curvature(self) -> CurvatureGraph:
+        """Blocks and coverage; there once the uses have been found."""
+        found: CurvatureGraph = self.meta["kfac_fx"]
+        return found
+
+    @property
+    def graphs(self) -> tuple[fx.Graph, ...]:
+        """The training graph and, where it differs, the one for evaluation."""
+        return (self.graph,) if self.evaluation is None else (self.graph, self.evaluation)
+
+    def recompile(self) -> Any:
+        """Generates ``forward`` again after a change of a graph."""
+        code = super().recompile()
+        evaluation = self.__dict__.get("evaluation")
+        if evaluation is not None:
+            train = type(self).forward
+            evaluate = type(fx.GraphModule(self, evaluation)).forward
+            evaluation.owning_module = self
+
+            @functools.wraps(train)
+            def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+                return (train if self.training else evaluate)(self, *args, **kwargs)
+
+            type(self).forward = forward  # each GraphModule has a class of its own
+        return code
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CapturedModule:
+        copied: CapturedModule = super().__deepcopy__(memo)  # type: ignore[assignment]
+        adopt(copied, copy.deepcopy(_members(self), memo))
+        copied.__dict__["evaluation"] = copy.deepcopy(self.evaluation, memo)
+        copied.training = self.training
+        copied.recompile()
+        return copied
+
+
+def _members(module: nn.Module) -> dict[str, Any]:
+    names = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
+    return {name: module.__dict__[name] for name in names}
+
+
+def adopt(target: nn.Module, members: dict[str, Any]) -> None:
+    """Gives ``target`` the submodules, parameters and buffers of another module, in their order."""
+    for name, value in members.items():
+        held = getattr(target, name)
+        kept = type(held)(held)
+        held.clear()
+        held.update(value)
+        for key in kept:
+            if isinstance(kept, dict):
+                held.setdefault(key, kept[key])
+
+
+def captured_module(
+    model: nn.Module, graph: fx.Graph, evaluation: fx.Graph | None, extra: nn.Module | None = None
+) -> CapturedModule:
+    """A CapturedModule with the members of ``model``.
+
+    Args:
+        extra: a module that owns what the graphs read and the model lacks (lifted constants).
+    """
+    module = CapturedModule(nn.Module(), fx.Graph(), type(model).__name__)
+    module.evaluation = None
+    adopt(module, _members(model))
+    for body in (graph, evaluation):
+        for node in [] if body is None else body.nodes:
+            if node.op == "get_attr":
+                _import_constant(module, model, extra, str(node.target))
+    module.graph = graph
+    module.__dict__["evaluation"] = evaluation
+    module.training = model.training
+    module.recompile()
+    return module
+
+
+def _import_constant(
+    module: nn.Module, model: nn.Module, extra: nn.Module | None, path: str
+) -> None:
+    """Copies an attribute that is neither parameter, buffer nor submodule of the model."""
+    first = path.split(".")[0]
+    if hasattr(module, first):
+        return
+    source = model if hasattr(model, first) or extra is None else extra
+    value = getattr(source, first)
+    if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
+        module.register_buffer(first, value, persistent=False)
+    else:
+        setattr(module, first, value)

@@ -1,0 +1,119 @@
+"""torch.nn modules that a capture keeps whole, as calls of the operation that they run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import nn
+
+
+class Member(NamedTuple):
+    """A parameter, buffer or flag of the module at ``path``."""
+
+    path: str
+
+    def __str__(self) -> str:
+        return self.path
+
+
+class ModuleCall(NamedTuple):
+    """An operation and its arguments besides the input; members stand for tensors."""
+
+    operation: str
+    arguments: dict[str, Any]
+
+
+def _linear(module: nn.Linear, member: Callable[[str], Any]) -> ModuleCall:
+    return ModuleCall("linear", {"weight": member("weight"), "bias": member("bias")})
+
+
+def _convolution(module: nn.Conv2d, member: Callable[[str], Any]) -> ModuleCall:
+    arguments = {
+        "weight": member("weight"),
+        "bias": member("bias"),
+        "stride": module.stride,
+        "padding": module.padding,
+        "dilation": module.dilation,
+        "groups": module.groups,
+    }
+    if module.padding_mode != "zeros":
+        arguments["padding_mode"] = module.padding_mode
+    return ModuleCall(f"conv{len(module.kernel_size)}d", arguments)
+
+
+def _layer_norm(module: nn.LayerNorm, member: Callable[[str], Any]) -> ModuleCall:
+    arguments = {"normalized_shape": module.normalized_shape, "eps": module.eps}
+    return ModuleCall("layer_norm", arguments | _affine(member))
+
+
+def _rms_norm(module: nn.RMSNorm, member: Callable[[str], Any]) -> ModuleCall:
+    arguments = {"normalized_shape": module.normalized_shape, "eps": module.eps}
+    return ModuleCall("rms_norm", arguments | {"weight": member("weight")})
+
+
+def _group_norm(module: nn.GroupNorm, member: Callable[[str], Any]) -> ModuleCall:
+    arguments = {"num_groups": module.num_groups, "eps": module.eps}
+    return ModuleCall("group_norm", arguments | _affine(member))
+
+
+def _batch_norm(module: nn.BatchNorm2d, member: Callable[[str], Any]) -> ModuleCall:
+    return ModuleCall("batch_norm", _running(module, member))
+
+
+def _instance_norm(module: nn.InstanceNorm2d, member: Callable[[str], Any]) -> ModuleCall:
+    return ModuleCall("instance_norm", _running(module, member))
+
+
+def _affine(member: Callable[[str], Any]) -> dict[str, Any]:
+    return {"weight": member("weight"), "bias": member("bias")}
+
+
+def _running(module: Any, member: Callable[[str], Any]) -> dict[str, Any]:
+    mean, var = member("running_mean"), member("running_var")
+    training = True if mean is None and var is None else member("training")
+    moments = {"running_mean": mean, "running_var": var, "training": training}
+    return _affine(member) | moments | {"eps": module.eps}
+
+
+TRANSLATIONS: dict[type[nn.Module], Callable[[Any, Callable[[str], Any]], ModuleCall]] = {
+    nn.Linear: _linear,
+    nn.Conv1d: _convolution,
+    nn.Conv2d: _convolution,
+    nn.Conv3d: _convolution,
+    nn.LayerNorm: _layer_norm,
+    nn.RMSNorm: _rms_norm,
+    nn.GroupNorm: _group_norm,
+    nn.BatchNorm1d: _batch_norm,
+    nn.BatchNorm2d: _batch_norm,
+    nn.BatchNorm3d: _batch_norm,
+    nn.InstanceNorm1d: _instance_norm,
+    nn.InstanceNorm2d: _instance_norm,
+    nn.InstanceNorm3d: _instance_norm,
+}
+
+
+def translate(module: nn.Module, path: str) -> ModuleCall | None:
+    """The operation that a leaf module runs, or None where it is not known.
+
+    A subclass counts while it keeps its base's ``forward``; a module with hooks does not, since
+    they may change what goes in and out.
+    """
+    if module._forward_hooks or module._forward_pre_hooks:
+        return None
+
+    def member(name: str) -> Member | None:
+        if getattr(module, name, None) is None:
+            return None
+        return Member(f"{path}.{name}" if path else name)
+
+    for base in type(module).__mro__:
+        rule = TRANSLATIONS.get(base)
+        if rule is not None and type(module).forward is getattr(base, "forward", None):
+            return rule(module, member)
+    return None
+
+
+def has_parameters(module: nn.Module) -> bool:
+    """Whether the module or one inside it owns parameters."""
+    return next(module.parameters(), None) is not None

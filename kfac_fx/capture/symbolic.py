@@ -1,0 +1,73 @@
+"""Capture by torch.fx.symbolic_trace: no inputs needed, torch.nn modules stay whole."""
+
+from __future__ import annotations
+
+import inspect
+import linecache
+import traceback
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from kfac_fx.capture.modules import has_parameters, translate
+from kfac_fx.errors import CaptureError
+
+_TORCH = str(Path(torch.__file__).parent)
+_HERE = str(Path(__file__).parent.parent)
+
+
+class _Tracer(fx.Tracer):
+    record_stack_traces = True
+
+    def __init__(self) -> None:
+        super().__init__(param_shapes_constant=True)
+
+
+def trace(model: nn.Module, given: Collection[str] = ()) -> fx.Graph:
+    """The graph of ``model``.
+
+    Args:
+        given: arguments with a default that callers will pass; the others that default to None, a
+            flag or a name are fixed at their default, since Python may branch on them.
+
+    Raises:
+        CaptureError: symbolic values cannot follow the code; names the user's line.
+    """
+    fixed: dict[str, Any] = {}
+    for name, parameter in inspect.signature(model.forward).parameters.items():
+        default = parameter.default
+        simple = default is None or isinstance(default, (bool, str))
+        if simple and name not in given and parameter.kind not in (2, 4):
+            fixed[name] = default
+    try:
+        return _Tracer().trace(model, concrete_args=fixed or None)
+    except Exception as error:  # any code of the user's may run here
+        raise CaptureError(f"{user_line(error)}: {error}") from error
+
+
+def opaque_modules(model: nn.Module, graph: fx.Graph) -> list[str]:
+    """Modules with parameters that the graph keeps whole and no rule can look into."""
+    calls = [str(node.target) for node in graph.nodes if node.op == "call_module"]
+    modules = dict(model.named_modules(remove_duplicate=False))
+    return [
+        path
+        for path in dict.fromkeys(calls)
+        if has_parameters(modules[path]) and translate(modules[path], path) is None
+    ]
+
+
+def user_line(error: BaseException) -> str:
+    """The last line of the user's own code on an error's traceback."""
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith((_TORCH, _HERE, "<"))
+    ]
+    if not frames:
+        return "in torch"
+    frame = frames[-1]
+    line = (frame.line or linecache.getline(frame.filename, frame.lineno or 0)).strip()
+    return f"{frame.filename}:{frame.lineno}: `{line}`"

@@ -1,0 +1,5 @@
+"""From the curvature graph to programs."""
+
+from kfac_fx.codegen.program import Program
+
+__all__ = ["Program"]

@@ -1,0 +1,85 @@
+"""Builds a program as an fx graph whose generated code reads like text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import fx, nn
+
+
+def _operation(target: Any) -> str:
+    name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
+    return str(name).strip("_").removeprefix("linalg_")
+
+
+class _Tracer(fx.proxy.GraphAppendingTracer):
+    """Names every node after its operation and the section that it belongs to."""
+
+    suffix = ""
+
+    def create_node(
+        self,
+        kind: str,
+        target: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        name: str | None = None,
+        type_expr: Any | None = None,
+    ) -> fx.Node:
+        if name is None and self.suffix:
+            name = f"{_operation(target)}_{self.suffix}"
+        return super().create_node(kind, target, args, kwargs, name, type_expr)
+
+
+class ProgramBuilder:
+    """A graph under construction; values are ``fx.Proxy`` objects that torch functions accept."""
+
+    def __init__(self) -> None:
+        self.graph = fx.Graph()
+        self._tracer = _Tracer(self.graph)
+
+    def input(self, name: str) -> Any:
+        """A new argument of the program."""
+        node = self.graph.create_node("placeholder", name, name=name)
+        return fx.Proxy(node, self._tracer)
+
+    def name(self, value: Any, name: str) -> Any:
+        """Gives the node of ``value`` a name of its own."""
+        value.node._rename(name)
+        return value
+
+    @contextmanager
+    def section(self, suffix: str, comment: str) -> Iterator[None]:
+        """Nodes made inside carry ``suffix`` in their names; ``comment`` goes above the first."""
+        before = len(self.graph.nodes)
+        self._tracer.suffix = suffix
+        yield
+        self._tracer.suffix = ""
+        nodes = list(self.graph.nodes)[before:]
+        if nodes:
+            nodes[0].meta["comment"] = comment
+
+    def finish(self, outputs: Mapping[str, Any], class_name: str) -> fx.GraphModule:
+        """The module that computes ``outputs`` as a dict."""
+        self.graph.output({name: value.node for name, value in outputs.items()})
+        self.graph.lint()
+        return fx.GraphModule(nn.Module(), self.graph, class_name)
+
+
+def source(module: fx.GraphModule, name: str) -> str:
+    """The code of a program as a plain function called ``name``, with its sections' comments."""
+    comments = {
+        node.name: node.meta["comment"] for node in module.graph.nodes if "comment" in node.meta
+    }
+    lines: list[str] = []
+    for line in module.code.strip().splitlines():
+        line = re.sub(r";\s+[\w\s=]+ = None$", "", line)
+        target = line.strip().split(" = ", 1)[0].split(" :", 1)[0]
+        if target in comments:
+            lines += ["", f"    # {comments[target]}"]
+        lines.append(line)
+    text = "\n".join(line for line in lines if line.strip() or line == "")
+    return re.sub(r"^def forward\(self(, )?", f"def {name}(", text) + "\n"

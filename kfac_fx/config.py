@@ -1,0 +1,28 @@
+"""Names of the options and the sizes at which an approximation changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final
+
+from kfac_fx.errors import UnknownOptionError
+
+STRUCTURES: Final = ("block_diagonal", "block_tridiagonal")
+FISHERS: Final = ("sampled", "exact", "empirical")
+WEIGHT_SHARING: Final = ("expand", "reduce")
+
+MAX_FULL_DIM: Final = 1024
+"""Largest side of a full covariance block; above it the block becomes 2x2 blocks or a diagonal."""
+
+
+def choice(option: str, value: str, valid: Iterable[str]) -> str:
+    """``value`` if it is valid.
+
+    Raises:
+        UnknownOptionError: it is not; the message lists the valid ones.
+    """
+    valid = tuple(valid)
+    if value not in valid:
+        names = ", ".join(repr(name) for name in valid)
+        raise UnknownOptionError(f"{option}={value!r} is unknown; valid are {names}")
+    return value

@@ -1,0 +1,55 @@
+"""Every error that kfac_fx raises on purpose. Each message says what to change."""
+
+from __future__ import annotations
+
+
+class KFACError(Exception):
+    """Base class of all errors of this library."""
+
+
+class CaptureError(KFACError, RuntimeError):
+    """The model could not be captured as a graph."""
+
+
+class NoParametersError(KFACError, ValueError):
+    """The model has no parameter to precondition."""
+
+
+class UnknownOptionError(KFACError, ValueError):
+    """An option has a value that is not among the valid ones."""
+
+
+class UnsupportedStructureError(KFACError, NotImplementedError):
+    """The structure of the curvature is known, but no program can be generated for it."""
+
+
+class CoverageError(KFACError, RuntimeError):
+    """``strict=True`` and a parameter would get a weaker block than its kind allows."""
+
+
+class PassError(KFACError, RuntimeError):
+    """A graph pass broke one of its invariants."""
+
+
+class LikelihoodError(KFACError, ValueError):
+    """The likelihood does not fit the outputs or the targets."""
+
+
+class ObservationError(KFACError, RuntimeError):
+    """``observe`` was called at the wrong time or with outputs of another module."""
+
+
+class StatisticsError(KFACError, RuntimeError):
+    """Statistics are needed that were never recorded."""
+
+
+class GradientError(KFACError, RuntimeError):
+    """Gradients are missing or do not fit the parameters."""
+
+
+class ParameterChangedError(KFACError, RuntimeError):
+    """A parameter was replaced, reshaped, cast or moved after the transform."""
+
+
+class DampingError(KFACError, ValueError):
+    """The damping is not a finite number greater than zero."""

@@ -1,0 +1,17 @@
+"""What the analysis finds, as frozen dataclasses with nodes and parameters by name."""
+
+from kfac_fx.ir.curvature_graph import Coverage, CurvatureBlock, CurvatureGraph
+from kfac_fx.ir.layout import Layout
+from kfac_fx.ir.use import Approximation, FactorSpec, NodeRef, ParameterUse, Tap
+
+__all__ = [
+    "Approximation",
+    "Coverage",
+    "CurvatureBlock",
+    "CurvatureGraph",
+    "FactorSpec",
+    "Layout",
+    "NodeRef",
+    "ParameterUse",
+    "Tap",
+]

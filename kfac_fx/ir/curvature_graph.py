@@ -1,0 +1,132 @@
+"""The result of the analysis: curvature blocks and what each parameter got."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
+from types import MappingProxyType
+
+from kfac_fx.ir.layout import Layout
+from kfac_fx.ir.use import Approximation, FactorSpec, ParameterUse
+
+
+@dataclass(frozen=True)
+class CurvatureBlock:
+    """A diagonal block of the Fisher: the parameters it covers and the form it has.
+
+    Attributes:
+        name: the owning module's path, or the parameter's own name.
+        slot: the same as an identifier, used for buffers and in programs.
+        kind: the kind of use ("linear", "convolution", ...).
+        parameters: canonical names, the weight first.
+        layouts: per parameter, from its own shape to the block's.
+        factors: names, shapes and roles of the block's factors.
+        approximation: "kronecker", "full", "pairs" or "diagonal".
+        uses: every place where the parameters are used.
+        source: file and line of the first use, if known.
+        reason: why the block is weaker than its kind allows, if it is.
+    """
+
+    name: str
+    slot: str
+    kind: str
+    parameters: tuple[str, ...]
+    layouts: tuple[Layout, ...]
+    factors: tuple[FactorSpec, ...]
+    approximation: Approximation
+    uses: tuple[ParameterUse, ...]
+    source: str | None = None
+    reason: str | None = None
+
+    @property
+    def tapped(self) -> bool:
+        """Whether taps record the block; otherwise its statistic is the summed gradient."""
+        return all(use.tap is not None for use in self.uses)
+
+    @property
+    def parameter_count(self) -> int:
+        """Number of scalar parameters covered."""
+        return sum(prod(layout.start) for layout in self.layouts)
+
+    @property
+    def dimensions(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the factors, counts left out."""
+        return tuple(factor.shape for factor in self.factors if factor.role != "count")
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Parameters (tensors and scalars) by the kind of their block."""
+
+    tensors: Mapping[str, int]
+    scalars: Mapping[str, int]
+
+    @property
+    def total(self) -> int:
+        """Number of scalar parameters of the model."""
+        return sum(self.scalars.values())
+
+
+@dataclass(frozen=True)
+class CurvatureGraph:
+    """All curvature blocks of a model, in the order of the forward pass.
+
+    ``frozen``, ``excluded`` and ``unused`` name the parameters that have no block, with their
+    sizes: those that do not require a gradient, those the user left out, and those that the
+    outputs do not depend on.
+    """
+
+    blocks: Mapping[str, CurvatureBlock]
+    frozen: tuple[str, ...] = ()
+    excluded: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    structure: str = "block_diagonal"
+    route: str = "symbolic_trace"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "blocks", MappingProxyType(dict(self.blocks)))
+        object.__setattr__(self, "sizes", MappingProxyType(dict(self.sizes)))
+
+    def __reduce__(self) -> tuple[type[CurvatureGraph], tuple[object, ...]]:
+        # Read-only mappings can be neither copied nor pickled.
+        return CurvatureGraph, (
+            dict(self.blocks),
+            self.frozen,
+            self.excluded,
+            self.unused,
+            dict(self.sizes),
+            self.structure,
+            self.route,
+        )
+
+    @property
+    def covered(self) -> Mapping[str, str]:
+        """Parameter name -> name of its block."""
+        return {name: block.name for block in self.blocks.values() for name in block.parameters}
+
+    @property
+    def fallbacks(self) -> tuple[CurvatureBlock, ...]:
+        """Blocks that are weaker than their kind allows."""
+        return tuple(block for block in self.blocks.values() if block.reason is not None)
+
+    @property
+    def coverage(self) -> Coverage:
+        """Parameters and parameter counts by block kind; "frozen" and the like are kinds too."""
+        tensors: dict[str, int] = {}
+        scalars: dict[str, int] = {}
+        for block in self.blocks.values():
+            tensors[block.kind] = tensors.get(block.kind, 0) + len(block.parameters)
+            scalars[block.kind] = scalars.get(block.kind, 0) + block.parameter_count
+        for kind in ("frozen", "excluded", "unused"):
+            names: tuple[str, ...] = getattr(self, kind)
+            if names:
+                tensors[kind] = len(names)
+                scalars[kind] = sum(self.sizes[name] for name in names)
+        return Coverage(tensors, scalars)
+
+    def __str__(self) -> str:
+        from kfac_fx.ir.report import table
+
+        return table(self)

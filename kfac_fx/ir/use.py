@@ -1,0 +1,72 @@
+"""Parameter uses and the statistics that a tap records of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from kfac_fx.ir.layout import Layout
+
+Role = Literal["input", "gradient", "count"]
+Approximation = Literal["kronecker", "full", "pairs", "diagonal"]
+
+
+@dataclass(frozen=True)
+class FactorSpec:
+    """One factor of a block.
+
+    ``role`` says how a new statistic is scaled: an ``input`` factor does not depend on the loss,
+    a ``gradient`` factor is quadratic in its derivative (curvature.md section 2), a ``count`` is a
+    number of positions by which the block's gradient factors are divided.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    role: Role
+
+
+class NodeRef(NamedTuple):
+    """A node of the graph, by name."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Tap:
+    """The call that records a use: ``operator(node, *tensors, *factors, *options)``.
+
+    Its result takes the place of ``node`` in ``consumer``, or in all users when that is None.
+    """
+
+    operator: str
+    node: str
+    tensors: tuple[NodeRef | None, ...] = ()
+    options: tuple[Any, ...] = ()
+    consumer: str | None = None
+
+
+@dataclass(frozen=True)
+class ParameterUse:
+    """One place where parameters enter the computation (``s = W abar``, or its like).
+
+    Attributes:
+        kind: the rule that recognised the use.
+        node: the consuming node, by name.
+        parameters: canonical names, the weight first.
+        layouts: per parameter, from its own shape to the block's.
+        factors: what the tap records, in the order of the tap's arguments.
+        approximation: the structure of the block's Fisher.
+        tap: how it is recorded; None if only the summed gradient is available.
+        path: the operations between the parameter and the node, for reports.
+        reason: why the approximation is weaker than the kind allows, if it is.
+    """
+
+    kind: str
+    node: str
+    parameters: tuple[str, ...]
+    layouts: tuple[Layout, ...]
+    factors: tuple[FactorSpec, ...]
+    approximation: Approximation
+    tap: Tap | None
+    path: tuple[str, ...] = ()
+    reason: str | None = None

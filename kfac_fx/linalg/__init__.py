@@ -1,0 +1,1 @@
+"""Structured matrices of curvature blocks. Tensors only; every function also traces."""

@@ -1,0 +1,23 @@
+"""Tikhonov damping (Martens & Grosse 2015, sections 6.3 and 6.6; curvature.md section 5)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def damped(matrix: Tensor, amount: Tensor) -> Tensor:
+    """matrix + amount * I, over leading batch dimensions: [..., d, d] and [...]."""
+    diagonal = torch.diagonal(matrix, 0, -2, -1)
+    return torch.diagonal_scatter(matrix, diagonal + amount.unsqueeze(-1), 0, -2, -1)
+
+
+def mean_eigenvalue(matrix: Tensor) -> Tensor:
+    """tr(matrix) / dim: [..., d, d] -> [...]."""
+    return torch.diagonal(matrix, 0, -2, -1).mean(-1)
+
+
+def trace_ratio(A: Tensor, G: Tensor) -> Tensor:
+    """pi = sqrt((tr A / dim A) / (tr G / dim G)); 1 where either trace is zero (dead units)."""
+    a, g = mean_eigenvalue(A), mean_eigenvalue(G)
+    return torch.where((a > 0) & (g > 0), torch.sqrt(a) / torch.sqrt(g), 1.0)

@@ -1,0 +1,113 @@
+"""Statistics of a convolution (KFC, Grosse & Martens 2016): patches for inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kfac_fx.ops.positions import gradient_factor, input_factor
+from kfac_fx.ops.tap import define, recording, tapped
+
+
+@dataclass(frozen=True)
+class Window:
+    """Where a convolution reads: kernel, stride and dilation a spatial dimension.
+
+    ``padding`` is in the order of ``torch.nn.functional.pad`` (last dimension first, low and high).
+    """
+
+    kernel: Sequence[int]
+    stride: Sequence[int]
+    dilation: Sequence[int]
+    padding: Sequence[int]
+    padding_mode: str
+
+    def patches(self, x: Tensor, groups: int) -> Tensor:
+        """x [N, C, *space] -> [groups, N, S, C / groups * kernel], channels before kernel."""
+        dims = len(self.kernel)
+        if any(self.padding):
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            x = F.pad(x, list(self.padding), mode=mode)
+        for axis in range(dims):
+            reach = (self.kernel[axis] - 1) * self.dilation[axis] + 1
+            x = x.unfold(2 + axis, reach, self.stride[axis])[..., :: self.dilation[axis]]
+        x = x.reshape(x.shape[0], groups, -1, *x.shape[2:])
+        space, kernel = range(3, 3 + dims), range(3 + dims, 3 + 2 * dims)
+        x = x.permute(1, 0, *space, 2, *kernel)
+        return x.flatten(2 + dims).flatten(2, 1 + dims)
+
+
+@dataclass(frozen=True)
+class ConvolutionStatistics:
+    """(A, G), with a leading axis for the groups, and positions where there are several uses."""
+
+    window: Window
+    groups: int
+    bias: bool
+    reduce: bool
+
+    def gradient_rows(self, g: Tensor) -> Tensor:
+        """g [N, C, *space] -> [groups, N, S, C / groups]."""
+        grouped: Tensor = g.flatten(2).unflatten(1, (self.groups, -1))
+        return grouped.permute(1, 0, 3, 2)
+
+    def __call__(
+        self,
+        g: Tensor,
+        tensors: Sequence[Tensor | None],
+        wanted: Sequence[bool],
+        dtype: torch.dtype,
+    ) -> list[Tensor | None]:
+        (x,) = tensors
+        assert x is not None
+        spatial = len(self.window.kernel)
+        if g.dim() == spatial + 1:  # one case without its batch dimension
+            g, x = g.unsqueeze(0), x.unsqueeze(0)
+        one_use = len(wanted) == 2
+        result: list[Tensor | None] = [None] * len(wanted)
+        if wanted[0]:
+            rows = self.window.patches(x.to(dtype), self.groups)
+            A = input_factor(rows, bias=self.bias, reduce=self.reduce)
+            result[0] = A if self.groups > 1 else A.squeeze(0)
+        if wanted[1]:
+            rows = self.gradient_rows(g.to(dtype))
+            G = gradient_factor(rows, reduce=self.reduce, divide=one_use)
+            result[1] = G if self.groups > 1 else G.squeeze(0)
+        if not one_use and wanted[2]:
+            positions = 1 if self.reduce else g.shape[2:].numel()
+            result[2] = torch.full((), positions, dtype=dtype, device=g.device)
+        return result
+
+
+def _tap(
+    y: Tensor,
+    x: Tensor,
+    A: Tensor,
+    G: Tensor,
+    positions: Tensor | None,
+    kernel: list[int],
+    stride: list[int],
+    dilation: list[int],
+    padding: list[int],
+    padding_mode: str,
+    groups: int,
+    bias: bool,
+    reduce: bool,
+) -> Tensor:
+    factors = [A, G] if positions is None else [A, G, positions]
+    if not recording(factors):
+        return y
+    window = Window(kernel, stride, dilation, padding, padding_mode)
+    return tapped(y, ConvolutionStatistics(window, groups, bias, reduce), [x], factors)
+
+
+define(
+    "convolution(Tensor y, Tensor x, Tensor A, Tensor G, Tensor? positions, int[] kernel, "
+    "int[] stride, int[] dilation, int[] padding, str padding_mode, int groups, bool bias, "
+    "bool reduce) -> Tensor",
+    _tap,
+)

@@ -1,0 +1,6 @@
+"""Statistics of the likelihood, and what is done with them."""
+
+from kfac_fx.optim import likelihoods
+from kfac_fx.optim.preconditioner import Preconditioner
+
+__all__ = ["Preconditioner", "likelihoods"]

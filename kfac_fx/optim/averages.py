@@ -1,0 +1,66 @@
+"""Online statistics: epsilon_k = min(1 - 1/k, decay) (curvature.md section 8)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from kfac_fx.ir import CurvatureBlock
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A block, the buffers that hold its running averages, and its parameters."""
+
+    block: CurvatureBlock
+    buffers: tuple[Tensor, ...]
+    parameters: tuple[nn.Parameter, ...]
+
+    def statistics(self, found: Mapping[int, Tensor], divisor: float) -> list[Tensor] | None:
+        """New statistics in the scale of one likelihood term, or None where none came.
+
+        Args:
+            found: what the backward returned, by id of buffer or parameter.
+            divisor: number of terms times the square of the loss's scale.
+        """
+        if not self.block.tapped:
+            squares = [found.get(id(p)) for p in self.parameters]
+            if any(square is None for square in squares):
+                return None
+            flat = torch.cat([s.reshape(-1) for s in squares if s is not None])
+            return [flat.to(self.buffers[0].dtype) / divisor]
+        new = [found.get(id(buffer)) for buffer in self.buffers]
+        if any(value is None for value in new):
+            return None
+        result: list[Tensor] = []
+        for spec, value in zip(self.block.factors, new, strict=True):
+            assert value is not None
+            result.append(value / divisor if spec.role == "gradient" else value)
+        if self.block.factors[-1].role == "count":
+            # Several uses: their positions are counted together (curvature.md section 4).
+            result[1] = result[1] / result[-1]
+        return result
+
+
+def all_finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether no entry is NaN or infinite; one synchronisation for all."""
+    if not tensors:
+        return True
+    norms = torch._foreach_norm(list(tensors), ord=float("inf"))
+    return bool(torch.stack([norm.double() for norm in norms]).isfinite().all())
+
+
+@torch.no_grad()
+def fold(entries: Sequence[Entry], new: Sequence[Sequence[Tensor] | None], epsilon: float) -> None:
+    """S <- epsilon S + (1 - epsilon) S_new; blocks without a new statistic keep theirs."""
+    averages: list[Tensor] = []
+    values: list[Tensor] = []
+    for entry, statistics in zip(entries, new, strict=True):
+        if statistics is not None:
+            averages += entry.buffers
+            values += statistics
+    if averages:
+        torch._foreach_lerp_(averages, values, 1 - epsilon)

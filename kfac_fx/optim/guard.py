@@ -1,0 +1,51 @@
+"""Notices parameters that are no longer those of the transform."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+from kfac_fx.errors import ParameterChangedError
+
+
+class ParameterGuard:
+    """The covered parameters, each with the module that owns it.
+
+    Attributes:
+        parameters: canonical name -> parameter, in the order given.
+    """
+
+    def __init__(self, net: nn.Module, names: Iterable[str], factors: dict[str, Tensor]) -> None:
+        self._modules = dict(net.named_modules(remove_duplicate=False))
+        self.parameters: dict[str, nn.Parameter] = {}
+        self._expected = {}
+        for name in names:
+            owner, _, leaf = name.rpartition(".")
+            parameter = self._modules[owner].get_parameter(leaf)
+            self.parameters[name] = parameter
+            self._expected[name] = (owner, leaf, parameter.shape, parameter.dtype, factors[name])
+
+    def check(self) -> None:
+        """Cheap enough for every step.
+
+        Raises:
+            ParameterChangedError: a parameter was replaced, reshaped, cast or moved.
+        """
+        for name, (owner, leaf, shape, dtype, factor) in self._expected.items():
+            parameter = self.parameters[name]
+            now = self._modules[owner]._parameters.get(leaf)
+            change = None
+            if now is not parameter:
+                change = "was replaced by another object"
+            elif parameter.shape != shape:
+                change = f"changed its shape from {tuple(shape)} to {tuple(parameter.shape)}"
+            elif parameter.dtype != dtype:
+                change = f"changed its dtype from {dtype} to {parameter.dtype}"
+            elif parameter.device != factor.device:
+                change = f"is on {parameter.device}, its factors are on {factor.device}"
+            if change is not None:
+                raise ParameterChangedError(
+                    f"parameter {name} {change} after the transform: transform the model again and "
+                    "make a new Preconditioner"
+                )

@@ -1,0 +1,173 @@
+"""Predictive distributions of the outputs, and the likelihood terms of a batch.
+
+A likelihood turns outputs into a ``torch.distributions.Distribution``. A *term* is one element of
+its batch shape: a case, or a token where the likelihood factorises over tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch import distributions as D
+from torch.distributions import Distribution, Independent
+
+from kfac_fx.config import choice
+from kfac_fx.errors import LikelihoodError
+
+
+class Likelihood(Protocol):
+    """p(y | outputs), with a weight for each term of the batch."""
+
+    def distribution(self, outputs: Tensor) -> Distribution:
+        """The predictive distribution; LikelihoodError where the outputs do not fit."""
+
+    def terms(self, outputs: Tensor, targets: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Targets fit for ``log_prob`` and weights of the terms (None where all count once)."""
+
+
+def _floating(outputs: Tensor, name: str) -> None:
+    if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
+        kind = getattr(outputs, "dtype", type(outputs).__name__)
+        raise LikelihoodError(f"likelihood {name} needs a floating-point tensor, got {kind}")
+    if outputs.dim() == 0:
+        raise LikelihoodError(
+            f"likelihood {name} needs outputs with a batch dimension, got a scalar"
+        )
+
+
+def _fitting(targets: Tensor | None, shape: torch.Size, name: str) -> None:
+    if targets is not None and targets.shape != shape:
+        raise LikelihoodError(
+            f"likelihood {name}: targets have shape {tuple(targets.shape)}, "
+            f"the outputs ask for {tuple(shape)}"
+        )
+
+
+@dataclass(frozen=True)
+class Categorical:
+    """Classes with logits along ``dim``: outputs [N, C] or [N, T, C], targets [N] or [N, T].
+
+    Attributes:
+        weight: [C], the weight of a term by its target's class (needs targets in ``observe``).
+        ignore_index: targets of this value contribute nothing and are not counted.
+        dim: the dimension of the classes; 1 for images of logits [N, C, H, W].
+    """
+
+    weight: Tensor | None = None
+    ignore_index: int = -100
+    dim: int = -1
+
+    def distribution(self, outputs: Tensor) -> Distribution:
+        _floating(outputs, "categorical")
+        if outputs.dim() < 2:
+            raise LikelihoodError(
+                f"likelihood categorical needs logits [N, C] or [N, T, C], got "
+                f"{tuple(outputs.shape)}; for one logit a case use 'bernoulli'"
+            )
+        logits = outputs.movedim(self.dim, -1)
+        if logits.shape[-1] < 2:
+            raise LikelihoodError(
+                "likelihood categorical needs at least two classes, got outputs of shape "
+                f"{tuple(outputs.shape)}; for one logit a case use 'bernoulli'"
+            )
+        return D.Categorical(logits=logits, validate_args=False)
+
+    def terms(self, outputs: Tensor, targets: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        if targets is None:
+            if self.weight is not None:
+                raise LikelihoodError("class weights need observe(outputs, targets)")
+            return None, None
+        shape = outputs.movedim(self.dim, -1).shape[:-1]
+        if targets.is_floating_point() or targets.dtype == torch.bool:
+            raise LikelihoodError(
+                f"likelihood categorical needs integer class targets, got {targets.dtype}"
+            )
+        _fitting(targets, shape, "categorical")
+        classes = outputs.shape[self.dim]
+        counted = targets != self.ignore_index
+        if bool(((targets < 0) | (targets >= classes)).logical_and(counted).any()):
+            raise LikelihoodError(f"a target lies outside the {classes} classes of the outputs")
+        targets = targets.where(counted, 0)
+        weights = counted.to(outputs.dtype)
+        if self.weight is not None:
+            weights = weights * self.weight.to(outputs)[targets]
+        return targets, weights
+
+
+@dataclass(frozen=True)
+class Bernoulli:
+    """Independent bits with logits ``outputs``; all but the first dimension are one event."""
+
+    def distribution(self, outputs: Tensor) -> Distribution:
+        _floating(outputs, "bernoulli")
+        bits = D.Bernoulli(logits=outputs, validate_args=False)
+        return Independent(bits, outputs.dim() - 1)
+
+    def terms(self, outputs: Tensor, targets: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        _fitting(targets, outputs.shape, "bernoulli")
+        return None if targets is None else targets.to(outputs.dtype), None
+
+
+@dataclass(frozen=True)
+class Normal:
+    """Means ``outputs`` and a fixed variance; all but the first dimension are one event."""
+
+    variance: float = 1.0
+
+    def distribution(self, outputs: Tensor) -> Distribution:
+        _floating(outputs, "normal")
+        scale = torch.full_like(outputs, self.variance**0.5)
+        return Independent(D.Normal(outputs, scale, validate_args=False), outputs.dim() - 1)
+
+    def terms(self, outputs: Tensor, targets: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        _fitting(targets, outputs.shape, "normal")
+        return None if targets is None else targets.to(outputs.dtype), None
+
+
+@dataclass(frozen=True)
+class Custom:
+    """Any callable from outputs to a Distribution; wrap in Independent what is one event."""
+
+    function: Callable[[Any], Distribution]
+
+    def distribution(self, outputs: Any) -> Distribution:
+        result = self.function(outputs)
+        if not isinstance(result, Distribution):
+            raise LikelihoodError(
+                "the likelihood must return a torch.distributions.Distribution, "
+                f"got {type(result).__name__}"
+            )
+        return result
+
+    def terms(self, outputs: Any, targets: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        return targets, None
+
+
+NAMED: dict[str, Callable[[], Likelihood]] = {
+    "categorical": Categorical,
+    "bernoulli": Bernoulli,
+    "normal": Normal,
+}
+
+
+def likelihood_of(value: str | Likelihood | Callable[[Any], Distribution]) -> Likelihood:
+    """The likelihood behind a name, an object of this module, or a callable.
+
+    Raises:
+        UnknownOptionError: no likelihood has that name.
+    """
+    if isinstance(value, str):
+        return NAMED[choice("likelihood", value, NAMED)]()
+    if hasattr(value, "distribution") and hasattr(value, "terms"):
+        likelihood: Likelihood = value
+        return likelihood
+    if callable(value):
+        return Custom(value)
+    raise LikelihoodError(
+        f"likelihood must be one of {', '.join(map(repr, NAMED))} or a callable from outputs to a "
+        f"torch.distributions.Distribution, got {type(value).__name__}"
+    )

@@ -1,0 +1,167 @@
+"""From the outputs of a recorded forward pass to statistics in the scale of one likelihood term."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from kfac_fx.errors import LikelihoodError, ObservationError
+from kfac_fx.ops import only
+from kfac_fx.optim.likelihoods import Likelihood
+from kfac_fx.optim.output_fisher import exact_scalars, sampled_scalar, term_count
+
+log = logging.getLogger("kfac_fx")
+
+
+@dataclass
+class Sources:
+    """The tensors that statistics are gradients of.
+
+    Attributes:
+        inputs: factor buffers that do not depend on the derivative (A, counts).
+        gradients: factor buffers that are quadratic in it (G, C).
+        parameters: those without a tap, whose summed gradient is squared.
+    """
+
+    inputs: list[Tensor]
+    gradients: list[Tensor]
+    parameters: list[Tensor]
+
+    @property
+    def factors(self) -> list[Tensor]:
+        """All factor buffers."""
+        return self.inputs + self.gradients
+
+
+Gradients = dict[int, Tensor]
+"""id of a factor buffer or parameter -> what a backward pass returned for it."""
+
+
+def _backward(scalar: Tensor, wanted: Sequence[Tensor]) -> Gradients:
+    try:
+        found = torch.autograd.grad(scalar, wanted, retain_graph=True, allow_unused=True)
+    except RuntimeError as error:
+        text = str(error)
+        if "second time" in text:
+            raise ObservationError(
+                "observe() must come before loss.backward(), which frees the graph it needs"
+            ) from error
+        if "donated" in text or "retain_graph" in text:
+            raise ObservationError(
+                "a compiled forward keeps no graph for a second backward: use fisher='empirical', "
+                "or set torch._functorch.config.donated_buffer = False before compiling"
+            ) from error
+        raise
+    return {id(t): g for t, g in zip(wanted, found, strict=True) if g is not None}
+
+
+def _add(total: Gradients, more: Gradients) -> None:
+    for key, value in more.items():
+        total[key] = total[key] + value if key in total else value
+
+
+class Observation:
+    """One pass: sampled and exact statistics at once, empirical ones from the user's backward.
+
+    Attributes:
+        count: number of likelihood terms (or the sum of their weights), to divide G by.
+    """
+
+    def __init__(
+        self, likelihood: Likelihood, outputs: Tensor, targets: Tensor | None, sources: Sources
+    ) -> None:
+        self.sources = sources
+        self.distribution = likelihood.distribution(outputs)
+        self.targets, self.weights = likelihood.terms(outputs, targets)
+        self.count = term_count(self.distribution, self.weights)
+        if self.count <= 0:
+            raise LikelihoodError("no likelihood term counts: every target is ignored")
+        self._likelihood, self._outputs = likelihood, outputs
+        self._handle: RemovableHandle | None = None
+        self._expected = outputs
+        self._seen: Tensor | None = None
+
+    def sampled(self, generator: torch.Generator) -> Gradients:
+        """Targets drawn from the model; one backward."""
+        scalar = sampled_scalar(self.distribution, self.weights, generator)
+        return self._statistics(scalar)
+
+    def exact(self, generator: torch.Generator) -> Gradients:
+        """All columns of the output Fisher's square root; what has no tap is sampled."""
+        total: Gradients = {}
+        skip: list[Tensor] = []
+        for scalar in exact_scalars(self.distribution, self.weights):
+            wanted = [f for f in self.sources.factors if not any(f is s for s in skip)]
+            with only(self.sources.factors, wanted):
+                _add(total, _backward(scalar, wanted))
+            skip = self.sources.inputs  # they do not depend on the derivative
+        self.check(total)
+        if self.sources.parameters:
+            scalar = sampled_scalar(self.distribution, self.weights, generator)
+            gradients = _backward(scalar, self.sources.parameters)
+            _add(total, {key: g.square() for key, g in gradients.items()})
+        return total
+
+    def _statistics(self, scalar: Tensor) -> Gradients:
+        factors, parameters = self.sources.factors, self.sources.parameters
+        found = _backward(scalar, [*factors, *parameters])
+        self.check(found)
+        for parameter in parameters:
+            if id(parameter) in found:
+                found[id(parameter)] = found[id(parameter)].square()
+        return found
+
+    def check(self, found: Gradients) -> None:
+        if self.sources.factors and not found:
+            raise ObservationError(
+                "the outputs were not computed by the transformed module while it was recording: "
+                "pass what net(x) returned, computed after the Preconditioner was made and with "
+                "gradients enabled"
+            )
+
+    def watch(self) -> None:
+        """Compares the loss's derivative in the outputs with the likelihood's, once it is there."""
+        assert self.targets is not None
+        outputs = self._outputs.detach().requires_grad_()
+        log_p = self._likelihood.distribution(outputs).log_prob(self.targets)
+        nll = -(log_p if self.weights is None else log_p * self.weights).sum()
+        (self._expected,) = torch.autograd.grad(nll, outputs)
+
+        def see(gradient: Tensor) -> None:
+            self._seen = gradient if self._seen is None else self._seen + gradient
+
+        self._handle = self._outputs.register_hook(see)
+
+    def loss_scale(self) -> float:
+        """The factor between the loss and the summed negative log-likelihood of the targets."""
+        assert self._handle is not None
+        self._handle.remove()
+        if self._seen is None:
+            raise ObservationError("fisher='empirical' needs loss.backward() before step()")
+        return _reduction(self._seen, self._expected, self.count)
+
+
+def _reduction(seen: Tensor, expected: Tensor, count: float) -> float:
+    """The factor c with seen = c * expected, as loss = c * summed negative log-likelihood.
+
+    Near a perfect fit both are rounding errors; then the nearer of a sum (1) and a mean
+    (1 / count) is taken.
+    """
+    seen, expected = seen.double().flatten(), expected.double().flatten()
+    power = float(expected @ expected)
+    ratio = float(seen @ expected) / power if power else 0.0
+    residual = float((seen - ratio * expected).norm())
+    if ratio > 0 and residual <= 1e-2 * float(seen.norm()):
+        return ratio
+    if power > 1e-6 * count:
+        log.warning(
+            "the loss is not proportional to the likelihood's negative log-likelihood "
+            "(relative difference of derivatives %.2g): factors describe the likelihood alone",
+            residual / max(float(seen.norm()), 1e-300),
+        )
+    return 1.0 if ratio * count**0.5 > 1 else 1 / count

@@ -1,0 +1,363 @@
+"""K-FAC as a preconditioner of gradients, in front of any torch.optim optimizer."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.distributions import Distribution
+
+from kfac_fx.codegen import Program
+from kfac_fx.config import FISHERS, STRUCTURES, choice
+from kfac_fx.errors import (
+    DampingError,
+    GradientError,
+    KFACError,
+    ObservationError,
+    ParameterChangedError,
+    StatisticsError,
+    UnknownOptionError,
+)
+from kfac_fx.ir import CurvatureGraph
+from kfac_fx.ops import factor_buffers, pause, resume
+from kfac_fx.optim.averages import Entry, all_finite, fold
+from kfac_fx.optim.guard import ParameterGuard
+from kfac_fx.optim.likelihoods import Likelihood, likelihood_of
+from kfac_fx.optim.observation import Gradients, Observation, Sources
+
+log = logging.getLogger("kfac_fx")
+
+
+class Preconditioner:
+    """Replaces gradients by Fhat^-1 gradient, with Fhat from statistics of the taps.
+
+    A step of training: ``outputs = net(x)``, ``observe(outputs)``, ``loss.backward()``, ``step()``,
+    then the optimizer's own step. Statistics live in the factor buffers of ``net``.
+
+    Args:
+        net: what ``kfac_fx.transform`` returned (or any GraphModule that carries its annotations).
+        likelihood: "categorical", "bernoulli", "normal", an object of ``kfac_fx.likelihoods``, or a
+            callable from outputs to a ``torch.distributions.Distribution``.
+        damping: lambda; factored Tikhonov uses gamma = sqrt(lambda).
+        structure: None for the transform's own.
+        fisher: "sampled" draws targets from the model (one more backward), "exact" takes every
+            column of the output Fisher's square root (one backward each), "empirical" reuses the
+            training backward and needs targets.
+        ema_decay: largest weight of the old average.
+        statistics_every, refresh_every: periods, counted in calls of ``step``.
+        trust_region: largest squared length (in Fhat) of a preconditioned gradient; longer ones are
+            shortened: the step sqrt(trust_region / (grad^T Fhat^-1 grad)) of KFC.
+        generator: of the draws; its state is part of ``state_dict``.
+        compile: run the program through torch.compile.
+
+    Attributes:
+        skipped_statistics, skipped_gradients: how often a non-finite value kept a step's statistics
+            out of the averages, or zeroed its gradients.
+
+    Raises:
+        UnknownOptionError, DampingError, UnsupportedStructureError: an argument is wrong.
+    """
+
+    def __init__(
+        self,
+        net: fx.GraphModule,
+        likelihood: str | Likelihood | Callable[[Any], Distribution] = "categorical",
+        *,
+        damping: float = 1e-3,
+        structure: str | None = None,
+        fisher: str = "sampled",
+        ema_decay: float = 0.95,
+        statistics_every: int = 1,
+        refresh_every: int = 10,
+        trust_region: float | None = None,
+        generator: torch.Generator | None = None,
+        compile: bool = False,
+    ) -> None:
+        net = getattr(net, "_orig_mod", net)
+        if "kfac_fx" not in getattr(net, "meta", {}):
+            raise KFACError(
+                "Preconditioner needs the module that kfac_fx.transform(model) returned"
+            )
+        self.curvature: CurvatureGraph = net.meta["kfac_fx"]
+        if structure is not None and choice("structure", structure, STRUCTURES) != (
+            self.curvature.structure
+        ):
+            raise UnknownOptionError(
+                f"structure={structure!r}, but the module was transformed with "
+                f"structure={self.curvature.structure!r}"
+            )
+        self.likelihood = likelihood_of(likelihood)
+        self.fisher = choice("fisher", fisher, FISHERS)
+        self.damping = damping
+        self.ema_decay = _within("ema_decay", ema_decay, 0.0, 1.0)
+        self.statistics_every = _period("statistics_every", statistics_every)
+        self.refresh_every = _period("refresh_every", refresh_every)
+        if trust_region is not None and not trust_region > 0:
+            raise UnknownOptionError(f"trust_region must be positive or None, got {trust_region}")
+        self.trust_region = trust_region
+        self.generator = generator or torch.Generator().manual_seed(torch.initial_seed() % 2**63)
+        self.skipped_statistics = 0
+        self.skipped_gradients = 0
+        self._bind(net)
+        cast = [n for n, p in self._guard.parameters.items() if p.dtype != self._dtype[n]]
+        self.program = Program(self.curvature, cast, compile=compile)
+        self._inverses: dict[str, Tensor] = {}
+        self._steps = 0
+        self._recorded = 0
+        self._observation: Observation | None = None
+        self._found: Gradients = {}
+        self._arm()
+
+    def _bind(self, net: fx.GraphModule) -> None:
+        """Looks up buffers and parameters of every block."""
+        blocks = self.curvature.blocks
+        buffers = factor_buffers(net)
+        first = {n: buffers[b.name][0] for b in blocks.values() for n in b.parameters}
+        self._dtype = {name: buffer.dtype for name, buffer in first.items()}
+        self._guard = ParameterGuard(net, first, first)
+        parameters = self._guard.parameters
+        self._entries = [
+            Entry(b, buffers[b.name], tuple(parameters[n] for n in b.parameters))
+            for b in blocks.values()
+        ]
+        sources = Sources([], [], [])
+        for entry in self._entries:
+            if not entry.block.tapped:
+                sources.parameters.extend(entry.parameters)
+                continue
+            for spec, buffer in zip(entry.block.factors, entry.buffers, strict=True):
+                (sources.gradients if spec.role == "gradient" else sources.inputs).append(buffer)
+        self._sources = sources
+
+    @property
+    def damping(self) -> float:
+        """lambda; takes effect at the next refresh."""
+        return self._damping
+
+    @damping.setter
+    def damping(self, value: float) -> None:
+        if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
+            raise DampingError(f"damping must be a finite number above zero, got {value!r}")
+        self._damping = float(value)
+
+    @property
+    def factors(self) -> Mapping[str, tuple[Tensor, ...]]:
+        """Block name -> running averages, undamped, in the scale of curvature.md section 2.
+
+        Kronecker blocks have (A, G), the homogeneous coordinate last and the groups of a grouped
+        convolution first; other blocks have (C,), the covariance of per-case gradients.
+        """
+        return MappingProxyType(
+            {
+                entry.block.name: tuple(
+                    buffer.detach()
+                    for spec, buffer in zip(entry.block.factors, entry.buffers, strict=True)
+                    if spec.role != "count"
+                )
+                for entry in self._entries
+            }
+        )
+
+    # One step of training.
+
+    def observe(self, outputs: Tensor, targets: Tensor | None = None) -> None:
+        """After the forward, before loss.backward(): records when this step is due.
+
+        Args:
+            outputs: what the likelihood is about (logits, mean), as ``net`` returned them.
+            targets: needed by fisher="empirical", and where some targets are ignored or weighted.
+
+        Raises:
+            LikelihoodError: outputs or targets do not fit the likelihood.
+            ObservationError: called twice, after the backward, or with other outputs.
+        """
+        if not self._due(self.statistics_every):
+            return
+        if self._observation is not None:
+            raise ObservationError("observe() was called twice in one step: call it once a forward")
+        if any(factor.grad is not None for factor in self._sources.factors):
+            raise ObservationError("observe() must come before loss.backward()")
+        if isinstance(outputs, Tensor) and not outputs.requires_grad:
+            raise ObservationError("the outputs carry no gradient: compute them outside no_grad()")
+        if self.fisher == "empirical" and targets is None:
+            raise ObservationError("fisher='empirical' needs observe(outputs, targets)")
+        observation = Observation(self.likelihood, outputs, targets, self._sources)
+        if self.fisher == "empirical":
+            observation.watch()
+        else:
+            record = observation.sampled if self.fisher == "sampled" else observation.exact
+            self._found = record(self.generator)
+            pause(self._sources.factors)  # the training backward need not record again
+        self._observation = observation
+
+    def step(self) -> None:
+        """After loss.backward(): folds statistics, refreshes when due, preconditions ``.grad``.
+
+        Non-finite statistics stay out of the averages; non-finite gradients are replaced by zeros.
+        Both are counted and logged.
+
+        Raises:
+            GradientError: no covered parameter has a gradient.
+            StatisticsError: nothing was ever observed.
+            ParameterChangedError: see there.
+        """
+        self._guard.check()
+        given = {n: p.grad for n, p in self._guard.parameters.items() if p.grad is not None}
+        if not given:
+            raise GradientError("no parameter has a gradient: call loss.backward() before step()")
+        if self._observation is not None:
+            self._fold(self._observation)
+        elif self._recorded == 0 and not self._inverses:
+            raise StatisticsError(
+                "no statistics yet: call observe(outputs) between the forward and loss.backward()"
+            )
+        if self._recorded and (self._due(self.refresh_every) or not self._inverses):
+            self.refresh()
+        self._precondition(given)
+        self._steps += 1
+        self._arm()
+
+    def refresh(self) -> None:
+        """Computes the inverses from the present factors and damping.
+
+        Raises:
+            StatisticsError: there are no factors yet.
+        """
+        if self._recorded == 0:
+            raise StatisticsError("no statistics yet: nothing to invert")
+        factors = [factor for pair in self.factors.values() for factor in pair]
+        damping = torch.tensor(self.damping, dtype=factors[0].dtype, device=factors[0].device)
+        self._inverses = self.program.refresh(damping, factors)
+
+    def apply(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Fhat^-1 times the given gradients, by parameter name, with the inverses at hand.
+
+        Covered parameters that are not given count as zero; the result has the names given.
+
+        Raises:
+            GradientError: a name is not covered, or a shape is not its parameter's.
+            StatisticsError: there are no inverses yet.
+        """
+        if not self._inverses:
+            raise StatisticsError("no inverses yet: step() or refresh() computes them")
+        parameters = self._guard.parameters
+        for name, gradient in gradients.items():
+            if name not in parameters:
+                raise GradientError(f"{name!r} is no covered parameter")
+            if gradient.shape != parameters[name].shape:
+                raise GradientError(
+                    f"the gradient of {name} has shape {tuple(gradient.shape)}, "
+                    f"the parameter has {tuple(parameters[name].shape)}"
+                )
+        names = [name for entry in self._entries for name in entry.block.parameters]
+        filled = [
+            gradients[n] if n in gradients else torch.zeros_like(parameters[n]) for n in names
+        ]
+        updates = self.program.apply(self._inverses, filled)
+        return {name: updates[name] for name in gradients}
+
+    # What a step consists of.
+
+    def _due(self, period: int) -> bool:
+        return self._steps % period == 0
+
+    def _arm(self) -> None:
+        """Lets the next forward record if its step is due."""
+        self._observation, self._found = None, {}
+        resume(self._sources.factors)
+        due = self._due(self.statistics_every)
+        for factor in self._sources.factors:
+            factor.grad = None
+            factor.requires_grad_(due)
+
+    def _fold(self, observation: Observation) -> None:
+        found, divisor = self._found, observation.count
+        if self.fisher == "empirical":
+            divisor *= observation.loss_scale() ** 2
+            found = {id(f): f.grad for f in self._sources.factors if f.grad is not None}
+            observation.check(found)
+            for p in self._sources.parameters:
+                if p.grad is not None:
+                    found[id(p)] = p.grad.square()
+        new = [entry.statistics(found, divisor) for entry in self._entries]
+        if not all_finite([value for values in new for value in values or ()]):
+            self.skipped_statistics += 1
+            log.warning("non-finite statistics at step %d were left out", self._steps)
+            return
+        self._recorded += 1
+        fold(self._entries, new, min(1 - 1 / self._recorded, self.ema_decay))
+
+    @torch.no_grad()
+    def _precondition(self, given: Mapping[str, Tensor]) -> None:
+        updates: Mapping[str, Tensor] = {}
+        finite = all_finite(list(given.values()))
+        if finite and self._inverses:
+            updates = self.apply(given)
+            finite = all_finite(list(updates.values()))
+        if not finite or not self._inverses:
+            self.skipped_gradients += 1
+            log.warning("step %d: no finite preconditioned gradient; it is zero", self._steps)
+            torch._foreach_zero_(list(given.values()))
+            return
+        if self.trust_region is not None:
+            names = list(given)
+            length = torch.stack([(given[n] * updates[n]).sum().double() for n in names]).sum()
+            scale = float((self.trust_region / length.clamp_min(1e-300)).sqrt().clamp_max(1.0))
+            torch._foreach_mul_([updates[n] for n in names], scale)
+        for name, gradient in given.items():
+            gradient.copy_(updates[name])
+
+    # State.
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values only, so that ``torch.load(weights_only=True)`` reads it."""
+        return {
+            "version": 1,
+            "steps": self._steps,
+            "recorded": self._recorded,
+            "damping": self.damping,
+            "skipped_statistics": self.skipped_statistics,
+            "skipped_gradients": self.skipped_gradients,
+            "generator": self.generator.get_state(),
+            "factors": {name: [f.clone() for f in fs] for name, fs in self.factors.items()},
+            "inverses": {name: value.clone() for name, value in self._inverses.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores ``state_dict``; nothing changes if the blocks do not fit.
+
+        Raises:
+            ParameterChangedError: the state belongs to other blocks.
+        """
+        own = self.factors
+        shapes = {name: [f.shape for f in fs] for name, fs in state["factors"].items()}
+        if shapes != {name: [f.shape for f in fs] for name, fs in own.items()}:
+            raise ParameterChangedError("the state_dict belongs to other blocks than this module's")
+        for name, factors in own.items():
+            for factor, value in zip(factors, state["factors"][name], strict=True):
+                factor.copy_(value)
+        device = next(iter(own.values()))[0].device
+        self._inverses = {name: v.to(device).clone() for name, v in state["inverses"].items()}
+        self._steps, self._recorded = int(state["steps"]), int(state["recorded"])
+        self.damping = state["damping"]
+        self.skipped_statistics = int(state["skipped_statistics"])
+        self.skipped_gradients = int(state["skipped_gradients"])
+        self.generator.set_state(state["generator"])
+        self._arm()
+
+
+def _period(name: str, value: int) -> int:
+    if not isinstance(value, int) or value < 1:
+        raise UnknownOptionError(f"{name} must be an integer of at least 1, got {value!r}")
+    return value
+
+
+def _within(name: str, value: float, low: float, high: float) -> float:
+    if not low <= value < high:
+        raise UnknownOptionError(f"{name} must lie in [{low}, {high}), got {value!r}")
+    return value

@@ -1,0 +1,7 @@
+"""Graph passes: from parameter uses to an instrumented graph."""
+
+from kfac_fx.passes.find_uses import find_uses, gather_blocks
+from kfac_fx.passes.insert_taps import insert_taps, instrument, is_tap
+from kfac_fx.passes.strip_taps import strip_taps
+
+__all__ = ["find_uses", "gather_blocks", "insert_taps", "instrument", "is_tap", "strip_taps"]

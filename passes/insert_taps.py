@@ -1,0 +1,109 @@
+"""Inserts the taps of a curvature graph and the buffers that they fill."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from kfac_fx.capture.module import CapturedModule
+from kfac_fx.ir import CurvatureBlock, NodeRef, ParameterUse
+from kfac_fx.ops import STORE
+
+
+def add_factor_buffers(module: nn.Module, blocks: Mapping[str, CurvatureBlock]) -> None:
+    """Zero factors, in the parameters' precision but at least float32; not in the state_dict."""
+    parameters = dict(module.named_parameters())
+    store = nn.Module()
+    for block in blocks.values():
+        parameter = parameters[block.parameters[0]]
+        dtype = torch.promote_types(parameter.dtype, torch.float32)
+        slot = nn.Module()
+        for factor in block.factors:
+            zeros = torch.zeros(factor.shape, dtype=dtype, device=parameter.device)
+            slot.register_buffer(factor.name, zeros, persistent=False)
+        store.add_module(block.slot, slot)
+    module.add_module(STORE, store)
+
+
+def insert_taps(
+    graph: fx.Graph, blocks: Mapping[str, CurvatureBlock], uses: list[ParameterUse]
+) -> None:
+    """Rewrites ``graph`` so that every use with a tap is recorded.
+
+    Args:
+        uses: those of this graph; uses of parameters whose block has another form here are left
+            out (a model whose evaluation differs from its training).
+    """
+    by_parameters = {block.parameters: block for block in blocks.values()}
+    nodes = {node.name: node for node in graph.nodes}
+    for use in uses:
+        block = by_parameters.get(use.parameters)
+        if block is None or use.tap is None or not _fits(use, block):
+            continue
+        _insert(graph, nodes, use, block)
+    graph.lint()
+
+
+def _fits(use: ParameterUse, block: CurvatureBlock) -> bool:
+    return block.kind == use.kind and block.factors[: len(use.factors)] == use.factors
+
+
+def _insert(
+    graph: fx.Graph, nodes: Mapping[str, fx.Node], use: ParameterUse, block: CurvatureBlock
+) -> None:
+    tap = use.tap
+    assert tap is not None
+    tapped = nodes[tap.node]
+    place = tapped if tap.consumer is None else nodes[tap.consumer].prev
+    users = list(tapped.users) if tap.consumer is None else [nodes[tap.consumer]]
+
+    def resolve(value: Any) -> Any:
+        if isinstance(value, NodeRef):
+            if value.name.startswith("."):
+                return _attribute(graph, value.name[1:])
+            return nodes[value.name]
+        return list(value) if isinstance(value, tuple) else value
+
+    with graph.inserting_after(place):
+        anchor = graph.create_node("call_function", _nothing)
+    with graph.inserting_before(anchor):
+        tensors = [resolve(tensor) for tensor in tap.tensors]
+        factors: list[fx.Node | None] = [
+            _attribute(graph, f"{STORE}.{block.slot}.{factor.name}") for factor in block.factors
+        ]
+        if block.approximation == "kronecker" and len(factors) == 2:
+            factors.append(None)  # no positions to count for a single use
+        options = [resolve(option) for option in tap.options]
+        operator = getattr(torch.ops.kfac_fx, tap.operator).default
+        call = graph.call_function(operator, (tapped, *tensors, *factors, *options))
+    graph.erase_node(anchor)
+    call.meta = {key: value for key, value in tapped.meta.items() if key != "val"}
+    call.meta["custom"] = {**call.meta.get("custom", {}), "kfac_fx": block.name}
+    for user in users:
+        user.replace_input_with(tapped, call)
+
+
+def _attribute(graph: fx.Graph, path: str) -> fx.Node:
+    """Reads a buffer or a flag; ``graph.get_attr`` would warn of flags."""
+    return graph.create_node("get_attr", path, name=path.replace(".", "_"))
+
+
+def _nothing() -> None:
+    """Marks a place in the graph while a tap is being built."""
+
+
+def is_tap(node: fx.Node) -> bool:
+    """Whether the node is one of our operators."""
+    return node.op == "call_function" and getattr(node.target, "namespace", None) == "kfac_fx"
+
+
+def instrument(module: CapturedModule, uses: list[list[ParameterUse]]) -> None:
+    """Buffers and taps for all graphs of a captured module whose blocks are known."""
+    blocks = module.curvature.blocks
+    add_factor_buffers(module, blocks)
+    for graph, found in zip(module.graphs, uses, strict=True):
+        insert_taps(graph, blocks, found)
+    module.recompile()

@@ -1,0 +1,112 @@
+"""What a rule gets, what it answers, and what several rules share."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Protocol
+
+from torch import fx
+
+from kfac_fx.capture.modules import Member
+from kfac_fx.capture.view import Call, GraphView, Reference
+from kfac_fx.config import MAX_FULL_DIM
+from kfac_fx.ir import Approximation, FactorSpec, Layout, NodeRef, ParameterUse, Tap
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a rule does not take a call that it looked at."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Site:
+    """The graph around a call.
+
+    Attributes:
+        view: the graph.
+        open: parameters that rules may still claim.
+        reduce: whether positions that share a weight are reduced rather than expanded.
+    """
+
+    view: GraphView
+    open: Collection[str]
+    reduce: bool
+
+    def parameter(self, value: Any) -> Reference | None:
+        """The open parameter behind an argument, or None."""
+        reference = self.view.reference(value)
+        return reference if reference is not None and reference.name in self.open else None
+
+
+class Rule(Protocol):
+    """Recognises one kind of parameter use; one file each."""
+
+    kind: str
+    operations: frozenset[str]
+
+    def match(self, call: Call, site: Site) -> ParameterUse | Refusal | None:
+        """The use, the reason why it cannot be taken, or None where no parameter is involved."""
+
+
+def kronecker_factors(
+    inputs: int, outputs: int, *, bias: bool, groups: int = 1
+) -> tuple[FactorSpec, ...]:
+    """A over ``inputs`` (and the homogeneous coordinate) and G over ``outputs``."""
+    lead = (groups,) if groups > 1 else ()
+    side = inputs + bias
+    return (
+        FactorSpec("A", (*lead, side, side), "input"),
+        FactorSpec("G", (*lead, outputs, outputs), "gradient"),
+    )
+
+
+def covariance_factor(dim: int, count: int = 1) -> tuple[FactorSpec, Approximation]:
+    """C for ``count`` gradients of ``dim`` entries a case, full where it is small enough."""
+    if count * dim <= MAX_FULL_DIM:
+        return FactorSpec("C", (count * dim, count * dim), "gradient"), "full"
+    if count == 1:
+        return FactorSpec("C", (dim,), "gradient"), "diagonal"
+    return FactorSpec("C", (dim, count, count), "gradient"), "pairs"
+
+
+def too_large(dim: int, count: int = 1) -> str | None:
+    """The reason for a weaker form where the full covariance is too large."""
+    if count * dim <= MAX_FULL_DIM:
+        return None
+    return f"a full covariance of side {count * dim} exceeds {MAX_FULL_DIM}"
+
+
+def shift_use(call: Call, site: Site, bias: Reference, channels: tuple[int, ...]) -> ParameterUse:
+    """A bias without its weight: the covariance of the per-case sums of g."""
+    dim = prod(bias.layout.shape)
+    factor, approximation = covariance_factor(dim)
+    options = ("none", (), channels, False, 0.0, False, True)
+    return ParameterUse(
+        kind="shift",
+        node=call.node.name,
+        parameters=(bias.name,),
+        layouts=(bias.layout,),
+        factors=(factor,),
+        approximation=approximation,
+        tap=Tap("scale_shift", call.node.name, (None, None, None), options),
+        path=(*bias.path, call.operation),
+        reason=too_large(dim),
+    )
+
+
+def node_ref(value: Any) -> Any:
+    """An argument of a tap: nodes and module members by name, plain values as they are."""
+    if isinstance(value, fx.Node):
+        return NodeRef(value.name)
+    if isinstance(value, Member):
+        return NodeRef("." + value.path)
+    return value
+
+
+def plain(layout: Layout) -> bool:
+    """Whether the parameter is seen in its own shape."""
+    return not layout.steps

@@ -1,0 +1,88 @@
+"""Convolutions of one to three dimensions with padding, stride, dilation and groups (KFC)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kfac_fx.capture.view import Call
+from kfac_fx.ir import NodeRef, ParameterUse, Tap
+from kfac_fx.passes.rules.base import Refusal, Site, kronecker_factors, plain, shift_use
+
+
+def _spread(value: Any, dims: int) -> tuple[int, ...] | None:
+    """One number a spatial dimension, or None where they are not known."""
+    values = (value,) if isinstance(value, int) else tuple(value)
+    if not all(isinstance(entry, int) for entry in values):
+        return None
+    return values * dims if len(values) == 1 else values
+
+
+def _padding(
+    value: Any, kernel: tuple[int, ...], dilation: tuple[int, ...]
+) -> tuple[int, ...] | None:
+    """Low and high padding in the order of F.pad, the last dimension first."""
+    if value == "valid":
+        pairs = [(0, 0)] * len(kernel)
+    elif value == "same":
+        totals = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+        pairs = [(total // 2, total - total // 2) for total in totals]
+    else:
+        both = _spread(value, len(kernel))
+        if both is None:
+            return None
+        pairs = [(entry, entry) for entry in both]
+    return tuple(entry for pair in reversed(pairs) for entry in pair)
+
+
+class ConvolutionRule:
+    """F.conv1d to conv3d and their modules; grouped ones get one Kronecker block a group."""
+
+    kind = "convolution"
+    operations = frozenset({"conv1d", "conv2d", "conv3d"})
+
+    def match(self, call: Call, site: Site) -> ParameterUse | Refusal | None:
+        dims = int(call.operation[4])
+        weight, bias = site.parameter(call.get("weight")), site.parameter(call.get("bias"))
+        if weight is None:
+            return None if bias is None else shift_use(call, site, bias, (1,))
+        if not plain(weight.layout):
+            return Refusal("convolution: the weight is reshaped or permuted on its way")
+        if not site.view.depends_on_data(call.get("input")):
+            return Refusal("convolution: the input is no activation")
+        outputs, channels, *kernel = weight.layout.shape
+        stride, dilation = (_spread(call.get(name, 1), dims) for name in ("stride", "dilation"))
+        groups = call.get("groups", 1)
+        if stride is None or dilation is None or not isinstance(groups, int):
+            return Refusal("convolution: stride, dilation or groups are computed at run time")
+        padding = _padding(call.get("padding", 0), tuple(kernel), dilation)
+        if padding is None:
+            return Refusal("convolution: the padding is computed at run time")
+        sides = (outputs // groups, channels * _product(kernel))
+        lead = (groups,) if groups > 1 else ()
+        layouts = [weight.layout.reshape((*lead, *sides))]
+        if bias is not None:
+            layouts.append(bias.layout.reshape((*lead, sides[0])))
+        mode = call.get("padding_mode", "zeros")
+        geometry = (tuple(kernel), stride, dilation, padding, mode, groups)
+        return ParameterUse(
+            kind=self.kind,
+            node=call.node.name,
+            parameters=(weight.name,) if bias is None else (weight.name, bias.name),
+            layouts=tuple(layouts),
+            factors=kronecker_factors(sides[1], sides[0], bias=bias is not None, groups=groups),
+            approximation="kronecker",
+            tap=Tap(
+                "convolution",
+                call.node.name,
+                (NodeRef(call.get("input").name),),
+                (*geometry, bias is not None, site.reduce),
+            ),
+            path=(*weight.path, call.operation),
+        )
+
+
+def _product(sizes: list[int]) -> int:
+    count = 1
+    for size in sizes:
+        count *= size
+    return count

@@ -1,0 +1,105 @@
+"""Any other parameter: per-case gradients where it is broadcast over the cases, else the
+squared gradient of the batch. What it gets, and why, is always stated.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+from torch import fx
+
+from kfac_fx.capture.view import Call, Consumer, GraphView
+from kfac_fx.ir import FactorSpec, Layout, NodeRef, ParameterUse, Tap
+from kfac_fx.passes.rules.base import covariance_factor, too_large
+
+BROADCASTING = frozenset({"add", "sub", "mul", "div"})
+
+
+def _through(consumer: Consumer, reason: str | None) -> str:
+    label = getattr(consumer.node.target, "__name__", str(consumer.node.target))
+    path = " -> ".join((*consumer.path, label))
+    return f"{path}: {reason or 'no rule for this operation'}"
+
+
+def _case_tap(view: GraphView, consumer: Consumer) -> Tap | None:
+    """A tap on the parameter's side of a consumer that keeps one gradient a case."""
+    value, node = consumer.value, consumer.node
+    call = view.call(node)
+    if call is None or value is None:
+        return None
+    if call.operation in BROADCASTING and not _in_place_on(call, value):
+        others = [call.get(name) for name in ("input", "other")]
+        others = [other for other in others if other is not value]
+        if len(others) == 1 and isinstance(others[0], fx.Node) and view.depends_on_data(others[0]):
+            return Tap("cases", value.name, (NodeRef(others[0].name),), (), node.name)
+    return None
+
+
+def _in_place_on(call: Call, value: fx.Node) -> bool:
+    return str(call.node.target).endswith("_") and call.get("input") is value
+
+
+def _expanded_tap(view: GraphView, consumer: Consumer) -> Tap | None:
+    """A tap behind ``parameter.expand(cases, ...)``, whose copies already are one a case."""
+    call = view.call(consumer.node)
+    if call is None or call.operation != "expand" or consumer.value is None:
+        return None
+    reference = view.reference(consumer.value)
+    sizes = call.get("shape")
+    if reference is None or not sizes or not isinstance(sizes[0], fx.Node):
+        return None
+    lead = len(sizes) - len(reference.layout.shape)
+    wanted = (1,) * lead + reference.layout.shape
+    same = all(s == -1 or s == w for s, w in zip(sizes[1:], wanted[1:], strict=True))
+    if lead < 0 or wanted[0] != 1 or not same:
+        return None
+    return Tap("cases", consumer.node.name, (None,))
+
+
+def generic_use(view: GraphView, name: str, reason: str | None) -> ParameterUse | None:
+    """The use of a parameter that no rule took; None if the outputs do not depend on it.
+
+    Args:
+        reason: what a rule that looked at it said.
+    """
+    consumers = list(view.consumers(name))
+    if not consumers:
+        return None
+    shape = tuple(view.parameters[name].shape)
+    size = prod(shape)
+    layouts = (Layout(shape),)
+    first = consumers[0]
+    tap = None
+    if len(consumers) == 1:
+        tap = _case_tap(view, first) or _expanded_tap(view, first)
+    if tap is not None and _same_order(view, first):
+        factor, approximation = covariance_factor(size)
+        return ParameterUse(
+            "elementwise",
+            first.node.name,
+            (name,),
+            layouts,
+            (factor,),
+            approximation,
+            tap,
+            first.path,
+            too_large(size),
+        )
+    why = "; ".join(_through(consumer, reason) for consumer in consumers[:3])
+    return ParameterUse(
+        "generic",
+        first.node.name,
+        (name,),
+        layouts,
+        (FactorSpec("C", (size,), "gradient"),),
+        "diagonal",
+        None,
+        first.path,
+        f"squared gradient of the batch; {why}",
+    )
+
+
+def _same_order(view: GraphView, consumer: Consumer) -> bool:
+    """Whether the parameter's entries keep their order on the way to the consumer."""
+    reference = view.reference(consumer.value)
+    return reference is not None and all(step.view == "reshape" for step in reference.layout.steps)

@@ -1,0 +1,20 @@
+"""The inverse of insert_taps."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from kfac_fx.passes.insert_taps import is_tap
+
+
+def strip_taps(graph: fx.Graph) -> bool:
+    """Removes all taps and the buffer reads that only they used; whether there were any."""
+    taps = [node for node in graph.nodes if is_tap(node)]
+    for tap in taps:
+        sources = tap.all_input_nodes
+        tap.replace_all_uses_with(sources[0])
+        graph.erase_node(tap)
+        for source in sources:
+            if source.op == "get_attr" and not source.users:
+                graph.erase_node(source)
+    return bool(taps)

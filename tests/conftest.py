@@ -1,0 +1,57 @@
+"""Fixtures shared by all tests: seeds, float64, and one recorded step of the preconditioner."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from oracles import Likelihood, Measure
+from torch import Tensor, nn
+
+import kfac_fx
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.fixture
+def measure() -> Measure:
+    """One cycle of forward, observe, backward and step; returns the preconditioner.
+
+    `likelihood` is the reference; `given` is what the library gets, by default its name.
+    """
+
+    def run(
+        net: nn.Module,
+        x: Tensor | tuple[Tensor, ...],
+        y: Tensor | None,
+        likelihood: Likelihood,
+        fisher: str = "exact",
+        reduction: str = "sum",
+        given: object = None,
+        **options: object,
+    ) -> kfac_fx.Preconditioner:
+        options = {"likelihood": given or likelihood.name, "damping": 1e-2} | options
+        preconditioner = kfac_fx.Preconditioner(net, fisher=fisher, **options)
+        outputs = net(*x) if isinstance(x, tuple) else net(x)
+        targets = likelihood.draw(outputs) if y is None else y
+        loss = likelihood.nll(outputs, targets)
+        if reduction == "mean":
+            loss = loss / likelihood.terms(outputs, targets)
+        preconditioner.observe(outputs, y)
+        loss.backward()
+        preconditioner.step()
+        return preconditioner
+
+    return run

@@ -1,0 +1,213 @@
+"""What the taps cost: nobody pays for products that were not asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import kfac_fx
+
+aten = torch.ops.aten
+PRODUCTS = {
+    aten.mm.default,
+    aten.addmm.default,
+    aten.bmm.default,
+    aten.baddbmm.default,
+    aten.matmul.default,
+    aten.mv.default,
+    aten.dot.default,
+    aten.convolution.default,
+    aten.convolution_backward.default,
+}
+# every size is different, so the shape of a product says what it is
+ROWS, SIZES = 11, (5, 7, 3)
+WEIGHTS = {(7, 5), (5, 7), (3, 7), (7, 3)}
+STATISTICS = {(n, n) for size in SIZES for n in (size, size + 1)}
+
+
+class Products(TorchDispatchMode):
+    """The shapes of the results of all matrix products, and the calls of convolution_backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+        self.weight_gradients = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is aten.convolution_backward.default:
+            self.weight_gradients += bool(args[-1][1])
+        if func in PRODUCTS:
+            first = next(
+                one for one in (out if isinstance(out, tuple) else (out,)) if one is not None
+            )
+            self.shapes.append(tuple(first.shape))
+        return out
+
+
+def products(run: Callable[[], Any]) -> Products:
+    with Products() as mode:
+        run()
+    return mode
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(5, 7), nn.Tanh(), nn.LayerNorm(7), nn.Linear(7, 3), nn.LayerNorm(3)
+    )
+
+
+def recorded(net: nn.Module, recording: bool = True) -> list[Tensor]:
+    buffers = [b for group in kfac_fx.ops.factor_buffers(net).values() for b in group]
+    for buffer in buffers:
+        buffer.requires_grad_(recording)
+    return buffers
+
+
+def loss_of(net: nn.Module, x: Tensor) -> Tensor:
+    return net(x).square().sum()
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(ROWS, SIZES[0])
+
+
+def test_statistics_run_no_weight_gradient(x: Tensor) -> None:
+    net = kfac_fx.transform(mlp())
+    buffers = recorded(net)
+    loss = loss_of(net, x)
+    found = products(lambda: torch.autograd.grad(loss, buffers))
+    assert not WEIGHTS & set(found.shapes)
+    assert STATISTICS & set(found.shapes)
+
+
+def test_gradients_run_no_statistics(x: Tensor) -> None:
+    model = mlp()
+    plain = products(lambda: torch.autograd.grad(loss_of(model, x), list(model.parameters())))
+    net = kfac_fx.transform(model)
+    recorded(net)
+    found = products(lambda: torch.autograd.grad(loss_of(net, x), list(net.parameters())))
+    assert sorted(found.shapes) == sorted(plain.shapes)
+    assert not STATISTICS & set(found.shapes)
+
+
+def test_one_backward_gives_both(x: Tensor) -> None:
+    net = kfac_fx.transform(mlp())
+    buffers = recorded(net)
+    loss = loss_of(net, x)
+    found = products(loss.backward)
+    assert WEIGHTS & set(found.shapes) and STATISTICS & set(found.shapes)
+    assert all(buffer.grad is not None for buffer in buffers)
+
+
+@pytest.mark.parametrize("recording", [False, True], ids=["off", "on"])
+def test_forward_runs_no_statistics(x: Tensor, recording: bool) -> None:
+    model = mlp()
+    plain = products(lambda: model(x))
+    net = kfac_fx.transform(model)
+    recorded(net, recording)
+    assert products(lambda: net(x)).shapes == plain.shapes
+
+
+def test_off_is_the_plain_model(x: Tensor) -> None:
+    model = mlp()
+    plain = products(lambda: loss_of(model, x).backward())
+    net = kfac_fx.transform(model)
+    buffers = recorded(net, False)
+    assert products(lambda: loss_of(net, x).backward()).shapes == plain.shapes
+    assert all(buffer.grad is None for buffer in buffers)
+
+
+def cycle(
+    net: nn.Module, preconditioner: kfac_fx.Preconditioner, x: Tensor
+) -> tuple[Products, Products]:
+    """The products of observe() and of loss.backward() in one step."""
+    net.zero_grad()
+    outputs = net(x)
+    targets = torch.randint(outputs.shape[-1], outputs.shape[:-1])
+    loss = nn.functional.cross_entropy(outputs, targets)
+    observed = products(lambda: preconditioner.observe(outputs, targets))
+    backward = products(loss.backward)
+    preconditioner.step()
+    return observed, backward
+
+
+@pytest.mark.parametrize("fisher", ["sampled", "exact"])
+def test_training_backward_runs_no_statistics(x: Tensor, fisher: str) -> None:
+    """The draws are differentiated in observe(), without weight gradients; then it is over."""
+    model = mlp()
+    plain = products(lambda: loss_of(model, x).backward())
+    net = kfac_fx.transform(model)
+    preconditioner = kfac_fx.Preconditioner(
+        net, likelihood="categorical", damping=1e-2, fisher=fisher
+    )
+    observed, backward = cycle(net, preconditioner, x)
+    assert not WEIGHTS & set(observed.shapes)
+    assert STATISTICS & set(observed.shapes)
+    forward = products(lambda: model(x))
+    assert len(backward.shapes) == len(plain.shapes) - len(forward.shapes)
+    assert not STATISTICS & set(backward.shapes)
+
+
+def test_empirical_needs_no_backward_of_its_own(x: Tensor) -> None:
+    net = kfac_fx.transform(mlp())
+    preconditioner = kfac_fx.Preconditioner(
+        net, likelihood="categorical", damping=1e-2, fisher="empirical"
+    )
+    observed, backward = cycle(net, preconditioner, x)
+    assert not observed.shapes
+    assert WEIGHTS & set(backward.shapes) and STATISTICS & set(backward.shapes)
+
+
+@pytest.mark.parametrize("fisher", ["sampled", "exact", "empirical"])
+def test_steps_that_are_not_due_are_free(x: Tensor, fisher: str) -> None:
+    model = mlp()
+    plain = products(lambda: torch.autograd.grad(loss_of(model, x), list(model.parameters())))
+    net = kfac_fx.transform(model)
+    preconditioner = kfac_fx.Preconditioner(
+        net, likelihood="categorical", damping=1e-2, fisher=fisher, statistics_every=3
+    )
+    due = []
+    for _ in range(7):
+        observed, backward = cycle(net, preconditioner, x)
+        due.append(bool(STATISTICS & set(observed.shapes + backward.shapes)))
+        assert due[-1] or not observed.shapes
+        assert due[-1] or len(backward.shapes) <= len(plain.shapes)
+    assert due == [True, False, False, True, False, False, True]
+
+
+def conv_net() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(4, 4, 3, stride=2, groups=2),
+        nn.Flatten(),
+        nn.Linear(16, 3),
+    )
+
+
+def test_convolution_statistics_run_no_weight_gradient() -> None:
+    """In the backward of the network; the statistics themselves may be convolutions of x and x."""
+    net, images = kfac_fx.transform(conv_net()), torch.randn(ROWS, 2, 6, 6)
+    buffers = recorded(net)
+    loss = loss_of(net, images)
+    assert products(lambda: torch.autograd.grad(loss, buffers)).weight_gradients == 0
+
+
+def test_convolution_gradients_run_no_statistics() -> None:
+    model, images = conv_net(), torch.randn(ROWS, 2, 6, 6)
+    parameters = list(model.parameters())
+    plain = products(lambda: torch.autograd.grad(loss_of(model, images), parameters))
+    net = kfac_fx.transform(model)
+    recorded(net)
+    found = products(lambda: torch.autograd.grad(loss_of(net, images), parameters))
+    assert found.shapes == plain.shapes
+    assert found.weight_gradients == plain.weight_gradients == 2
