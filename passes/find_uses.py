@@ -110,9 +110,16 @@ def gather_blocks(uses: Iterable[ParameterUse], graph: fx.Graph) -> dict[str, Cu
             approximation=first.approximation,
             uses=tuple(replace(use, factors=factors) for use in found),
             source=_source(nodes[first.node]),
-            reason=first.reason,
+            reason=first.reason or _summed_reason(found),
         )
     return blocks
+
+
+def _summed_reason(uses: list[ParameterUse]) -> str | None:
+    """Kronecker factors of several uses add up by design; covariances lose what lies between."""
+    if len(uses) == 1 or uses[0].approximation == "kronecker":
+        return None
+    return f"its {len(uses)} uses are taken as uncorrelated"
 
 
 def _block_names(groups: Collection[tuple[str, ...]]) -> dict[tuple[str, ...], str]:

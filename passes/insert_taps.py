@@ -14,16 +14,20 @@ from kfac_fx.ops import STORE
 
 
 def add_factor_buffers(module: nn.Module, blocks: Mapping[str, CurvatureBlock]) -> None:
-    """Zero factors, in the parameters' precision but at least float32; not in the state_dict."""
+    """Buffers whose gradients will be the statistics; not in the state_dict.
+
+    They have the parameters' precision but at least float32. Only their gradients carry values, so
+    they are zeros without memory.
+    """
     parameters = dict(module.named_parameters())
     store = nn.Module()
-    for block in blocks.values():
+    for block in (block for block in blocks.values() if block.tapped):
         parameter = parameters[block.parameters[0]]
         dtype = torch.promote_types(parameter.dtype, torch.float32)
         slot = nn.Module()
         for factor in block.factors:
-            zeros = torch.zeros(factor.shape, dtype=dtype, device=parameter.device)
-            slot.register_buffer(factor.name, zeros, persistent=False)
+            zero = torch.zeros((), dtype=dtype, device=parameter.device)
+            slot.register_buffer(factor.name, zero.expand(factor.shape), persistent=False)
         store.add_module(block.slot, slot)
     module.add_module(STORE, store)
 

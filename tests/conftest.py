@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from oracles import Likelihood, Measure
+from oracles import Likelihood, Measure, Measured
 from torch import Tensor, nn
 
 import kfac_fx
@@ -27,7 +27,7 @@ def float64() -> Iterator[None]:
 
 @pytest.fixture
 def measure() -> Measure:
-    """One cycle of forward, observe, backward and step; returns the preconditioner.
+    """One cycle of forward, observe, backward and step, by a preconditioner of its own.
 
     `likelihood` is the reference; `given` is what the library gets, by default its name.
     """
@@ -41,7 +41,7 @@ def measure() -> Measure:
         reduction: str = "sum",
         given: object = None,
         **options: object,
-    ) -> kfac_fx.Preconditioner:
+    ) -> Measured:
         options = {"likelihood": given or likelihood.name, "damping": 1e-2} | options
         preconditioner = kfac_fx.Preconditioner(net, fisher=fisher, **options)
         outputs = net(*x) if isinstance(x, tuple) else net(x)
@@ -52,6 +52,10 @@ def measure() -> Measure:
         preconditioner.observe(outputs, y)
         loss.backward()
         preconditioner.step()
-        return preconditioner
+        factors = {
+            name: tuple(factor.clone() for factor in group)
+            for name, group in preconditioner.factors.items()
+        }
+        return Measured(preconditioner, factors)
 
     return run

@@ -18,7 +18,17 @@ from torch import Tensor, nn
 
 _Conv = nn.modules.conv._ConvNd
 Batch = Tensor | tuple[Tensor, ...]
-Measure = Callable[..., Any]  # the fixture `measure`
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A preconditioner after one step, and a copy of its factors."""
+
+    preconditioner: Any
+    factors: dict[str, tuple[Tensor, ...]]
+
+
+Measure = Callable[..., Measured]  # the fixture `measure`
 
 
 def close(got: Sequence[Tensor], want: Sequence[Tensor]) -> None:
@@ -40,7 +50,7 @@ class Likelihood:
     def fisher(self, outputs: Tensor, targets: Tensor | None) -> Tensor:
         raise NotImplementedError
 
-    def terms(self, outputs: Tensor, targets: Tensor | None) -> int:
+    def terms(self, outputs: Tensor, targets: Tensor | None) -> float:
         return len(outputs)
 
     def draw(self, outputs: Tensor) -> Tensor:
@@ -49,7 +59,10 @@ class Likelihood:
 
 @dataclass(frozen=True)
 class Categorical(Likelihood):
-    """Class scores on axis `dim`; the term of a target is weight[target] * -log p(target)."""
+    """Class scores on axis `dim`. A term is weighted by the class of the DATA's target.
+
+    The Fisher is that of the weighted mean loss: sum of w F over the sum of w, w given.
+    """
 
     weight: Tensor | None = None
     ignore_index: int = -100
@@ -69,24 +82,27 @@ class Categorical(Likelihood):
         )
 
     def fisher(self, outputs: Tensor, targets: Tensor | None) -> Tensor:
-        """sum over tokens and classes of p(class) g g^T, g the gradient of that term."""
+        """sum over tokens and classes of w p(class) g g^T, g the gradient of -log p(class)."""
         outputs = outputs.detach().requires_grad_()
         scores = self._scores(outputs)
-        kept = None if targets is None else (targets.flatten() != self.ignore_index).tolist()
         total = outputs.new_zeros(outputs.numel(), outputs.numel())
-        for token, row in enumerate(scores):
-            if kept is not None and not kept[token]:
-                continue
-            for label, log_p in enumerate(row.log_softmax(-1)):
-                scale = 1.0 if self.weight is None else float(self.weight[label])
-                (g,) = torch.autograd.grad(-scale * log_p, outputs, retain_graph=True)
-                total += log_p.exp().detach() * torch.outer(g.flatten(), g.flatten())
+        for row, weight in zip(scores, self._weights(outputs, targets), strict=True):
+            for log_p in row.log_softmax(-1):
+                (g,) = torch.autograd.grad(-log_p, outputs, retain_graph=True)
+                p = float(log_p.detach().exp())
+                total += float(weight) * p * torch.outer(g.flatten(), g.flatten())
         return total
 
-    def terms(self, outputs: Tensor, targets: Tensor | None) -> int:
+    def _weights(self, outputs: Tensor, targets: Tensor | None) -> Tensor:
         if targets is None:
-            return outputs.numel() // outputs.shape[self.dim]
-        return int((targets != self.ignore_index).sum())
+            return outputs.new_ones(outputs.numel() // outputs.shape[self.dim])
+        counted = (targets != self.ignore_index).flatten()
+        if self.weight is None:
+            return counted.to(outputs)
+        return self.weight[targets.flatten().where(counted, 0)] * counted
+
+    def terms(self, outputs: Tensor, targets: Tensor | None) -> float:
+        return float(self._weights(outputs, targets).sum())
 
     def draw(self, outputs: Tensor) -> Tensor:
         scores = outputs.movedim(self.dim, -1)
@@ -246,7 +262,7 @@ def kronecker(
 ) -> tuple[Tensor, Tensor]:
     """(A, G) of one weight whose uses are the calls of the modules `names`."""
     A, G = 0.0, 0.0
-    terms, positions, count = 0, 0, 0
+    terms, positions, count = 0.0, 0, 0
     for n, case in enumerate(cases(x)):
         target = None if y is None else y[n : n + 1]
         outputs, uses = run(model, names, case)
@@ -291,7 +307,7 @@ def covariance(
 ) -> Tensor:
     """Second moment of the per-case gradient of the concatenated parameters."""
     wrt = [model.get_parameter(name) for name in parameters]
-    total, terms = 0.0, 0
+    total, terms = 0.0, 0.0
     for n, case in enumerate(cases(x)):
         target = None if y is None else y[n : n + 1]
         outputs, _ = run(model, [], case)
@@ -303,7 +319,7 @@ def covariance(
 # ----------------------------------------------- layers whose cases meet (batch norm in training)
 def output_gradients(
     model: nn.Module, name: str, x: Batch, y: Tensor | None, likelihood: Likelihood, fisher: str
-) -> tuple[Use, list[Tensor], int]:
+) -> tuple[Use, list[Tensor], float]:
     """Gradients at one layer's own output: one full-batch backward per column, or per target."""
     outputs, (use,) = run(model, [name], x)
     terms = likelihood.terms(outputs, y)

@@ -145,15 +145,15 @@ def test_against_dense_inverse(measure: Measure, kind: str, damping: float) -> N
     build, shape, blocks = MODELS[kind]
     model, x = build(), torch.randn(8, *shape)
     net = kfac_fx.transform(model)
-    preconditioner = measure(net, x, None, Normal(), damping=damping)
+    measured = measure(net, x, None, Normal(), damping=damping)
     given = {name: torch.randn_like(parameter) for name, parameter in model.named_parameters()}
     before = {name: tensor.clone() for name, tensor in given.items()}
-    found = preconditioner.apply(given)
+    found = measured.preconditioner.apply(given)
     assert found.keys() == given.keys()
     assert all(torch.equal(given[name], before[name]) for name in given)
     for name, (approximation, solve) in blocks.items():
         assert net.curvature.blocks[name].approximation == approximation
-        want = solve(given, name, preconditioner.factors[name], damping)
+        want = solve(given, name, measured.factors[name], damping)
         for key, value in want.items():
             torch.testing.assert_close(found[key], value, rtol=1e-9, atol=1e-9)
 
@@ -169,32 +169,32 @@ def test_step_replaces_gradients_by_apply(measure: Measure) -> None:
             strict=True,
         )
     )
-    preconditioner = measure(net, x, y, likelihood)
-    want = preconditioner.apply(gradients)
+    measured = measure(net, x, y, likelihood)
+    want = measured.preconditioner.apply(gradients)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, want[name], rtol=1e-12, atol=1e-12)
 
 
 def test_gradients_not_given_are_zero(measure: Measure) -> None:
     model = MODELS["linear"][0]()
-    preconditioner = measure(kfac_fx.transform(model), torch.randn(6, 4), None, Categorical())
+    measured = measure(kfac_fx.transform(model), torch.randn(6, 4), None, Categorical())
     weight = torch.randn(5, 4)
     whole = {"0.weight": weight, "0.bias": torch.zeros(5), "2.weight": torch.zeros(3, 5)}
-    found = preconditioner.apply({"0.weight": weight})
+    found = measured.preconditioner.apply({"0.weight": weight})
     assert set(found) == {"0.weight"}
-    close((found["0.weight"],), (preconditioner.apply(whole)["0.weight"],))
+    close((found["0.weight"],), (measured.preconditioner.apply(whole)["0.weight"],))
 
 
 def test_dead_units(measure: Measure) -> None:
     """A zero factor: pi is 1, and the result is finite."""
     model = nn.Sequential(nn.Linear(4, 5, bias=False), nn.Tanh(), nn.Linear(5, 3))
     net = kfac_fx.transform(model)
-    preconditioner = measure(net, torch.zeros(6, 4), None, Normal(), damping=0.04)
-    A, G = preconditioner.factors["0"]
+    measured = measure(net, torch.zeros(6, 4), None, Normal(), damping=0.04)
+    A, G = measured.factors["0"]
     assert A.abs().max() == 0 and G.abs().max() > 0
     V = torch.randn(5, 4)
     want = oracles.solve_kronecker(A, G, V, 0.04)
-    close((preconditioner.apply({"0.weight": V})["0.weight"],), (want,))
+    close((measured.preconditioner.apply({"0.weight": V})["0.weight"],), (want,))
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
@@ -223,13 +223,11 @@ def test_low_precision(measure: Measure, dtype: torch.dtype) -> None:
     """Factors are kept and inverted in float32 at least; results take the gradient's type."""
     model = MODELS["linear"][0]().to(dtype)
     net, x = kfac_fx.transform(model), torch.randn(8, 4, dtype=dtype)
-    preconditioner = measure(net, x, None, Normal())
-    assert {f.dtype for factors in preconditioner.factors.values() for f in factors} == {
-        torch.float32
-    }
+    measured = measure(net, x, None, Normal())
+    assert {f.dtype for factors in measured.factors.values() for f in factors} == {torch.float32}
     V = torch.randn(3, 5, dtype=dtype)
-    found = preconditioner.apply({"2.weight": V})["2.weight"]
-    factors = [factor.double() for factor in preconditioner.factors["2"]]
+    found = measured.preconditioner.apply({"2.weight": V})["2.weight"]
+    factors = [factor.double() for factor in measured.factors["2"]]
     want = oracles.solve_kronecker(*factors, V.double(), 1e-2)
     assert found.dtype == dtype
     torch.testing.assert_close(found.double(), want, rtol=torch.finfo(dtype).eps * 64, atol=0.05)

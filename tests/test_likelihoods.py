@@ -49,14 +49,12 @@ def check(
 
 
 # --------------------------------------------------------------------------------- sampled draws
+WEIGHT = torch.tensor([0.5, 1.0, 3.0], dtype=torch.float64)
 SAMPLED: dict[str, tuple[Likelihood, object, tuple[int, ...]]] = {
     "categorical": (Categorical(), "categorical", (2, 4)),
     "categorical tokens": (Categorical(), "categorical", (2, 3, 4)),
-    "weighted": (
-        Categorical(torch.tensor([0.5, 1.0, 3.0], dtype=torch.float64)),
-        likelihoods.Categorical(weight=torch.tensor([0.5, 1.0, 3.0], dtype=torch.float64)),
-        (2, 4),
-    ),
+    "weighted": (Categorical(WEIGHT), likelihoods.Categorical(weight=WEIGHT), (2, 4)),
+    "weighted tokens": (Categorical(WEIGHT), likelihoods.Categorical(weight=WEIGHT), (2, 3, 4)),
     "bernoulli": (Bernoulli(), "bernoulli", (2, 4)),
     "bernoulli tokens": (Bernoulli(), "bernoulli", (2, 3, 4)),
     "normal": (Normal(), "normal", (2, 4)),
@@ -75,17 +73,25 @@ def test_sampled_is_unbiased(measure: Measure, kind: str) -> None:
     """The mean of 32 independent estimates, each of 500 draws a case, within 5 standard errors."""
     likelihood, given, shape = SAMPLED[kind]
     model, x = Net(), torch.randn(shape)
-    net, many = kfac_fx.transform(model), x.repeat(500, *(1 for _ in shape[1:]))
-    runs = [measure(net, many, None, likelihood, "sampled", given=given) for _ in range(32)]
+    y = likelihood.draw(model(x)) if "weighted" in kind else None
+    net, many = kfac_fx.transform(model), repeated(x)
+    labels = None if y is None else repeated(y)
+    generator = torch.Generator().manual_seed(0)
+    options = {"given": given, "generator": generator}
+    runs = [measure(net, many, labels, likelihood, "sampled", **options) for _ in range(32)]
     for name in ("fc", "out", "norm", "scale"):
         if name in PARAMETERS:
-            want = oracles.covariance(model, PARAMETERS[name], x, None, likelihood)
+            want = oracles.covariance(model, PARAMETERS[name], x, y, likelihood)
         else:
-            A, want = oracles.kronecker(model, [name], x, None, likelihood)
+            A, want = oracles.kronecker(model, [name], x, y, likelihood)
             close((runs[0].factors[name][0],), (A,))
         draws = torch.stack([run.factors[name][-1] for run in runs])
         error = draws.std(0) / len(draws) ** 0.5
         assert ((draws.mean(0) - want).abs() <= 5 * error + 1e-12).all(), name
+
+
+def repeated(x: Tensor) -> Tensor:
+    return x.repeat(500, *(1 for _ in x.shape[1:]))
 
 
 def test_generator_makes_draws_repeatable(measure: Measure) -> None:
@@ -154,11 +160,11 @@ def test_sampled_ignores_the_same_targets(measure: Measure) -> None:
 def test_class_weights(
     measure: Measure, shape: tuple[int, ...], reduction: str, fisher: str
 ) -> None:
-    weight = torch.tensor([0.5, 1.0, 3.0])
-    model, x, likelihood = Net(), torch.randn(shape), Categorical(weight)
+    """The mean loss over the sum of the weights; empirical gradients are those of the loss."""
+    model, x, likelihood = Net(), torch.randn(shape), Categorical(WEIGHT)
     y = likelihood.draw(model(x))
     y.view(-1)[1] = -100
-    given = likelihoods.Categorical(weight=weight)
+    given = likelihoods.Categorical(weight=WEIGHT)
     net = kfac_fx.transform(model)
     factors = measure(net, x, y, likelihood, fisher, reduction, given=given).factors
     check(model, factors, x, y, likelihood, fisher)

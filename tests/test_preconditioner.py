@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from oracles import Categorical, Measure, Normal, close
+from oracles import Categorical, Measure, Measured, Normal, close
 from torch import Tensor, nn
 
 import kfac_fx
@@ -49,8 +49,8 @@ def single_factors(measure: Measure, net: nn.Module, xs: list[Tensor]) -> list[d
     return [flat(measure(net, x, None, Normal())) for x in xs]
 
 
-def flat(preconditioner: kfac_fx.Preconditioner) -> Tensor:
-    factors = preconditioner.factors
+def flat(one: kfac_fx.Preconditioner | Measured) -> Tensor:
+    factors = one.factors
     return torch.cat([f.flatten() for name in sorted(factors) for f in factors[name]])
 
 

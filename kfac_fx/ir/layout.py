@@ -41,9 +41,13 @@ class Layout:
         """This chain followed by a permutation; negative dimensions count from the end."""
         shape = self.shape
         dims = tuple(dim % len(shape) for dim in dims)
+        steps = self.steps
+        if steps and steps[-1].view == "permute":  # two permutations are one
+            shape, dims = steps[-1].start, tuple(steps[-1].argument[dim] for dim in dims)
+            steps = steps[:-1]
         if dims == tuple(range(len(shape))):
-            return self
-        return Layout(self.start, (*self.steps, Step("permute", dims, shape)))
+            return Layout(self.start, steps)
+        return Layout(self.start, (*steps, Step("permute", dims, shape)))
 
     def transpose(self, first: int, second: int) -> Layout:
         """This chain followed by an exchange of two dimensions."""
@@ -58,9 +62,12 @@ class Layout:
         full = tuple(math.prod(here) // max(known, 1) if size == -1 else size for size in shape)
         if math.prod(full) != math.prod(here):
             raise ValueError(f"cannot reshape {here} to {tuple(shape)}")
+        steps = self.steps
+        if steps and steps[-1].view == "reshape":  # two reshapes are one
+            here, steps = steps[-1].start, steps[:-1]
         if full == here:
-            return self
-        return Layout(self.start, (*self.steps, Step("reshape", full, here)))
+            return Layout(self.start, steps)
+        return Layout(self.start, (*steps, Step("reshape", full, here)))
 
     def apply(self, value: Any) -> Any:
         """``value`` of shape ``start``, viewed along the chain."""

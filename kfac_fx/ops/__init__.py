@@ -12,11 +12,15 @@ STORE = "_kfac_fx"
 
 
 def factor_buffers(net: Any) -> dict[str, tuple[Tensor, ...]]:
-    """Block name -> the factor buffers of the block, in the order of ``block.factors``."""
+    """Block name -> the buffers whose gradients are the statistics, in the order of its factors.
+
+    A block that has no tap has none.
+    """
     store = getattr(net, STORE)
     return {
         block.name: tuple(
-            getattr(getattr(store, block.slot), factor.name) for factor in block.factors
+            getattr(getattr(store, block.slot), factor.name)
+            for factor in (block.factors if block.tapped else ())
         )
         for block in net.meta["kfac_fx"].blocks.values()
     }

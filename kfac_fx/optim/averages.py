@@ -13,11 +13,25 @@ from kfac_fx.ir import CurvatureBlock
 
 @dataclass(frozen=True)
 class Entry:
-    """A block, the buffers that hold its running averages, and its parameters."""
+    """A block with its parameters, the buffers that its taps fill, and its running averages."""
 
     block: CurvatureBlock
-    buffers: tuple[Tensor, ...]
     parameters: tuple[nn.Parameter, ...]
+    buffers: tuple[Tensor, ...]
+    averages: tuple[Tensor, ...]
+
+    @classmethod
+    def zero(
+        cls,
+        block: CurvatureBlock,
+        parameters: tuple[nn.Parameter, ...],
+        buffers: tuple[Tensor, ...],
+    ) -> Entry:
+        """An entry without statistics, in the parameters' precision but at least float32."""
+        like = parameters[0]
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        averages = (torch.zeros(f.shape, dtype=dtype, device=like.device) for f in block.factors)
+        return cls(block, parameters, buffers, tuple(averages))
 
     def statistics(self, found: Mapping[int, Tensor], divisor: float) -> list[Tensor] | None:
         """New statistics in the scale of one likelihood term, or None where none came.
@@ -31,7 +45,7 @@ class Entry:
             if any(square is None for square in squares):
                 return None
             flat = torch.cat([s.reshape(-1) for s in squares if s is not None])
-            return [flat.to(self.buffers[0].dtype) / divisor]
+            return [flat.to(self.averages[0].dtype) / divisor]
         new = [found.get(id(buffer)) for buffer in self.buffers]
         if any(value is None for value in new):
             return None
@@ -60,7 +74,7 @@ def fold(entries: Sequence[Entry], new: Sequence[Sequence[Tensor] | None], epsil
     values: list[Tensor] = []
     for entry, statistics in zip(entries, new, strict=True):
         if statistics is not None:
-            averages += entry.buffers
+            averages += entry.averages
             values += statistics
     if averages:
         torch._foreach_lerp_(averages, values, 1 - epsilon)

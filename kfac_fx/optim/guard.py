@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from torch import Tensor, nn
+from torch import nn
 
 from kfac_fx.errors import ParameterChangedError
 
@@ -16,7 +16,7 @@ class ParameterGuard:
         parameters: canonical name -> parameter, in the order given.
     """
 
-    def __init__(self, net: nn.Module, names: Iterable[str], factors: dict[str, Tensor]) -> None:
+    def __init__(self, net: nn.Module, names: Iterable[str]) -> None:
         self._modules = dict(net.named_modules(remove_duplicate=False))
         self.parameters: dict[str, nn.Parameter] = {}
         self._expected = {}
@@ -24,7 +24,7 @@ class ParameterGuard:
             owner, _, leaf = name.rpartition(".")
             parameter = self._modules[owner].get_parameter(leaf)
             self.parameters[name] = parameter
-            self._expected[name] = (owner, leaf, parameter.shape, parameter.dtype, factors[name])
+            self._expected[name] = (owner, leaf, parameter.shape, parameter.dtype, parameter.device)
 
     def check(self) -> None:
         """Cheap enough for every step.
@@ -32,7 +32,7 @@ class ParameterGuard:
         Raises:
             ParameterChangedError: a parameter was replaced, reshaped, cast or moved.
         """
-        for name, (owner, leaf, shape, dtype, factor) in self._expected.items():
+        for name, (owner, leaf, shape, dtype, device) in self._expected.items():
             parameter = self.parameters[name]
             now = self._modules[owner]._parameters.get(leaf)
             change = None
@@ -42,8 +42,8 @@ class ParameterGuard:
                 change = f"changed its shape from {tuple(shape)} to {tuple(parameter.shape)}"
             elif parameter.dtype != dtype:
                 change = f"changed its dtype from {dtype} to {parameter.dtype}"
-            elif parameter.device != factor.device:
-                change = f"is on {parameter.device}, its factors are on {factor.device}"
+            elif parameter.device != device:
+                change = f"is on {parameter.device}, its factors stayed on {device}"
             if change is not None:
                 raise ParameterChangedError(
                     f"parameter {name} {change} after the transform: transform the model again and "

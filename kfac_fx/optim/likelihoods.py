@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from kfac_fx.config import choice
 from kfac_fx.errors import LikelihoodError
 
 
+@runtime_checkable
 class Likelihood(Protocol):
     """p(y | outputs), with a weight for each term of the batch."""
 
@@ -52,7 +53,8 @@ class Categorical:
     """Classes with logits along ``dim``: outputs [N, C] or [N, T, C], targets [N] or [N, T].
 
     Attributes:
-        weight: [C], the weight of a term by its target's class (needs targets in ``observe``).
+        weight: [C], the weight of a term by its target's class (needs targets in ``observe``); the
+            Fisher is that of the weighted mean of the terms.
         ignore_index: targets of this value contribute nothing and are not counted.
         dim: the dimension of the classes; 1 for images of logits [N, C, H, W].
     """
@@ -162,9 +164,8 @@ def likelihood_of(value: str | Likelihood | Callable[[Any], Distribution]) -> Li
     """
     if isinstance(value, str):
         return NAMED[choice("likelihood", value, NAMED)]()
-    if hasattr(value, "distribution") and hasattr(value, "terms"):
-        likelihood: Likelihood = value
-        return likelihood
+    if isinstance(value, Likelihood):
+        return value
     if callable(value):
         return Custom(value)
     raise LikelihoodError(

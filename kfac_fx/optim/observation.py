@@ -69,7 +69,7 @@ class Observation:
     """One pass: sampled and exact statistics at once, empirical ones from the user's backward.
 
     Attributes:
-        count: number of likelihood terms (or the sum of their weights), to divide G by.
+        count: number of likelihood terms, or the sum of their weights, to divide G by.
     """
 
     def __init__(
@@ -88,54 +88,49 @@ class Observation:
 
     def sampled(self, generator: torch.Generator) -> Gradients:
         """Targets drawn from the model; one backward."""
-        scalar = sampled_scalar(self.distribution, self.weights, generator)
-        return self._statistics(scalar)
+        factors, parameters = self.sources.factors, self.sources.parameters
+        found = _backward(self._draw(generator), [*factors, *parameters])
+        for parameter in parameters:
+            if id(parameter) in found:
+                found[id(parameter)] = found[id(parameter)].square()
+        return found
 
     def exact(self, generator: torch.Generator) -> Gradients:
         """All columns of the output Fisher's square root; what has no tap is sampled."""
         total: Gradients = {}
         skip: list[Tensor] = []
         for scalar in exact_scalars(self.distribution, self.weights):
+            if not self.sources.factors:
+                break
             wanted = [f for f in self.sources.factors if not any(f is s for s in skip)]
             with only(self.sources.factors, wanted):
                 _add(total, _backward(scalar, wanted))
             skip = self.sources.inputs  # they do not depend on the derivative
-        self.check(total)
         if self.sources.parameters:
-            scalar = sampled_scalar(self.distribution, self.weights, generator)
-            gradients = _backward(scalar, self.sources.parameters)
+            gradients = _backward(self._draw(generator), self.sources.parameters)
             _add(total, {key: g.square() for key, g in gradients.items()})
         return total
 
-    def _statistics(self, scalar: Tensor) -> Gradients:
-        factors, parameters = self.sources.factors, self.sources.parameters
-        found = _backward(scalar, [*factors, *parameters])
-        self.check(found)
-        for parameter in parameters:
-            if id(parameter) in found:
-                found[id(parameter)] = found[id(parameter)].square()
-        return found
-
-    def check(self, found: Gradients) -> None:
-        if self.sources.factors and not found:
-            raise ObservationError(
-                "the outputs were not computed by the transformed module while it was recording: "
-                "pass what net(x) returned, computed after the Preconditioner was made and with "
-                "gradients enabled"
-            )
+    def _draw(self, generator: torch.Generator) -> Tensor:
+        return sampled_scalar(self.distribution, self.weights, generator)
 
     def watch(self) -> None:
         """Compares the loss's derivative in the outputs with the likelihood's, once it is there."""
         assert self.targets is not None
         outputs = self._outputs.detach().requires_grad_()
         log_p = self._likelihood.distribution(outputs).log_prob(self.targets)
-        nll = -(log_p if self.weights is None else log_p * self.weights).sum()
-        (self._expected,) = torch.autograd.grad(nll, outputs)
+        nll = -(log_p if self.weights is None else log_p * self.weights)
+        (self._expected,) = torch.autograd.grad(nll.sum(), outputs)
 
         def see(gradient: Tensor) -> None:
             self._seen = gradient if self._seen is None else self._seen + gradient
 
         self._handle = self._outputs.register_hook(see)
+
+    @property
+    def watching(self) -> bool:
+        """Whether the statistics come from the user's own backward."""
+        return self._handle is not None
 
     def loss_scale(self) -> float:
         """The factor between the loss and the summed negative log-likelihood of the targets."""
@@ -144,6 +139,30 @@ class Observation:
         if self._seen is None:
             raise ObservationError("fisher='empirical' needs loss.backward() before step()")
         return _reduction(self._seen, self._expected, self.count)
+
+
+def check_recorded(outputs: Tensor, factors: Sequence[Tensor]) -> None:
+    """Whether the graph behind the outputs has a tap that records.
+
+    Raises:
+        ObservationError: it has none.
+    """
+    wanted = {id(factor) for factor in factors}
+    todo, seen = [outputs.grad_fn], {outputs.grad_fn}
+    while todo and wanted:
+        node = todo.pop()
+        if id(getattr(node, "variable", None)) in wanted:
+            return
+        for following, _ in node.next_functions if node is not None else ():
+            if following is not None and following not in seen:
+                seen.add(following)
+                todo.append(following)
+    if wanted:
+        raise ObservationError(
+            "the outputs were not computed by the transformed module while it was recording: pass "
+            "what net(x) returned, computed after the Preconditioner was made and with gradients "
+            "enabled (another Preconditioner of the same module may have stopped the recording)"
+        )
 
 
 def _reduction(seen: Tensor, expected: Tensor, count: float) -> float:

@@ -28,7 +28,7 @@ from kfac_fx.ops import factor_buffers, pause, resume
 from kfac_fx.optim.averages import Entry, all_finite, fold
 from kfac_fx.optim.guard import ParameterGuard
 from kfac_fx.optim.likelihoods import Likelihood, likelihood_of
-from kfac_fx.optim.observation import Gradients, Observation, Sources
+from kfac_fx.optim.observation import Gradients, Observation, Sources, check_recorded
 
 log = logging.getLogger("kfac_fx")
 
@@ -37,7 +37,7 @@ class Preconditioner:
     """Replaces gradients by Fhat^-1 gradient, with Fhat from statistics of the taps.
 
     A step of training: ``outputs = net(x)``, ``observe(outputs)``, ``loss.backward()``, ``step()``,
-    then the optimizer's own step. Statistics live in the factor buffers of ``net``.
+    then the optimizer's own step.
 
     Args:
         net: what ``kfac_fx.transform`` returned (or any GraphModule that carries its annotations).
@@ -100,11 +100,12 @@ class Preconditioner:
         if trust_region is not None and not trust_region > 0:
             raise UnknownOptionError(f"trust_region must be positive or None, got {trust_region}")
         self.trust_region = trust_region
-        self.generator = generator or torch.Generator().manual_seed(torch.initial_seed() % 2**63)
+        self.generator = generator or _fresh_generator()
         self.skipped_statistics = 0
         self.skipped_gradients = 0
         self._bind(net)
-        cast = [n for n, p in self._guard.parameters.items() if p.dtype != self._dtype[n]]
+        low = (torch.float16, torch.bfloat16)
+        cast = [name for name, p in self._guard.parameters.items() if p.dtype in low]
         self.program = Program(self.curvature, cast, compile=compile)
         self._inverses: dict[str, Tensor] = {}
         self._steps = 0
@@ -115,15 +116,12 @@ class Preconditioner:
 
     def _bind(self, net: fx.GraphModule) -> None:
         """Looks up buffers and parameters of every block."""
-        blocks = self.curvature.blocks
         buffers = factor_buffers(net)
-        first = {n: buffers[b.name][0] for b in blocks.values() for n in b.parameters}
-        self._dtype = {name: buffer.dtype for name, buffer in first.items()}
-        self._guard = ParameterGuard(net, first, first)
+        self._guard = ParameterGuard(net, self.curvature.covered)
         parameters = self._guard.parameters
         self._entries = [
-            Entry(b, buffers[b.name], tuple(parameters[n] for n in b.parameters))
-            for b in blocks.values()
+            Entry.zero(b, tuple(parameters[n] for n in b.parameters), buffers[b.name])
+            for b in self.curvature.blocks.values()
         ]
         sources = Sources([], [], [])
         for entry in self._entries:
@@ -155,8 +153,8 @@ class Preconditioner:
         return MappingProxyType(
             {
                 entry.block.name: tuple(
-                    buffer.detach()
-                    for spec, buffer in zip(entry.block.factors, entry.buffers, strict=True)
+                    average
+                    for spec, average in zip(entry.block.factors, entry.averages, strict=True)
                     if spec.role != "count"
                 )
                 for entry in self._entries
@@ -181,12 +179,16 @@ class Preconditioner:
         if self._observation is not None:
             raise ObservationError("observe() was called twice in one step: call it once a forward")
         if any(factor.grad is not None for factor in self._sources.factors):
+            self._arm()
             raise ObservationError("observe() must come before loss.backward()")
-        if isinstance(outputs, Tensor) and not outputs.requires_grad:
-            raise ObservationError("the outputs carry no gradient: compute them outside no_grad()")
         if self.fisher == "empirical" and targets is None:
             raise ObservationError("fisher='empirical' needs observe(outputs, targets)")
         observation = Observation(self.likelihood, outputs, targets, self._sources)
+        check_recorded(outputs, self._sources.factors)
+        if not all_finite([outputs]):
+            self._skip_statistics("outputs")
+            self._observation = observation
+            return
         if self.fisher == "empirical":
             observation.watch()
         else:
@@ -212,7 +214,8 @@ class Preconditioner:
             raise GradientError("no parameter has a gradient: call loss.backward() before step()")
         if self._observation is not None:
             self._fold(self._observation)
-        elif self._recorded == 0 and not self._inverses:
+        elif self._recorded == 0 and self.skipped_statistics == 0:
+            self._arm()
             raise StatisticsError(
                 "no statistics yet: call observe(outputs) between the forward and loss.backward()"
             )
@@ -277,20 +280,24 @@ class Preconditioner:
 
     def _fold(self, observation: Observation) -> None:
         found, divisor = self._found, observation.count
-        if self.fisher == "empirical":
+        if observation.watching:
             divisor *= observation.loss_scale() ** 2
             found = {id(f): f.grad for f in self._sources.factors if f.grad is not None}
-            observation.check(found)
             for p in self._sources.parameters:
                 if p.grad is not None:
                     found[id(p)] = p.grad.square()
+        if not found:
+            return
         new = [entry.statistics(found, divisor) for entry in self._entries]
         if not all_finite([value for values in new for value in values or ()]):
-            self.skipped_statistics += 1
-            log.warning("non-finite statistics at step %d were left out", self._steps)
+            self._skip_statistics("statistics")
             return
         self._recorded += 1
         fold(self._entries, new, min(1 - 1 / self._recorded, self.ema_decay))
+
+    def _skip_statistics(self, what: str) -> None:
+        self.skipped_statistics += 1
+        log.warning("step %d: non-finite %s, nothing is recorded", self._steps, what)
 
     @torch.no_grad()
     def _precondition(self, given: Mapping[str, Tensor]) -> None:
@@ -349,6 +356,11 @@ class Preconditioner:
         self.skipped_gradients = int(state["skipped_gradients"])
         self.generator.set_state(state["generator"])
         self._arm()
+
+
+def _fresh_generator() -> torch.Generator:
+    """Seeded by torch's global stream, so that runs repeat and preconditioners differ."""
+    return torch.Generator().manual_seed(int(torch.randint(2**62, ())))
 
 
 def _period(name: str, value: int) -> int:
