@@ -27,6 +27,7 @@ GRIDS = {
     "Adam": (0.0003, 0.001, 0.003, 0.01),
 }
 QUICK_GRIDS = {"K-FAC": (0.03, 0.1), "SGD": (0.03, 0.1), "Adam": (0.001, 0.003)}
+BATCH = 128
 Cases = tuple[Tensor, Tensor]
 
 
@@ -81,7 +82,7 @@ class Run:
 
 
 def train(run: Run, model: nn.Module, data: tuple[Cases, Cases], epochs: int, bar: tqdm) -> Run:
-    """Train with batches of 128; evaluation is not on the clock."""
+    """Train for some epochs; evaluation is not on the clock."""
     (images, labels), (test_images, test_labels) = data
     net, preconditioner = model, None
     if run.method == "Adam":
@@ -97,7 +98,7 @@ def train(run: Run, model: nn.Module, data: tuple[Cases, Cases], epochs: int, ba
     for _ in range(epochs):
         start = time.perf_counter()
         net.train()
-        for batch in torch.randperm(len(labels), generator=generator).split(128):
+        for batch in torch.randperm(len(labels), generator=generator).split(BATCH):
             optimizer.zero_grad()
             outputs = net(images[batch])
             loss = F.cross_entropy(outputs, labels[batch])
@@ -169,7 +170,7 @@ def main() -> None:
                     runs.append(train(Run(method, lr), build(), data, epochs, bar))
                 best[title][method] = min(runs, key=lambda run: run.losses[-1])
 
-    print(f"\n1,297 training and 500 test images, batch 128, {epochs} epochs; {setting}")
+    print(f"\n1,297 training and 500 test images, batch {BATCH}, {epochs} epochs; {setting}")
     panels = []
     for title, chosen in best.items():
         print(f"\n{title}")

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from kfac_fx.capture import CapturedModule, capture
-from kfac_fx.config import STRUCTURES, WEIGHT_SHARING, choice
+from kfac_fx.config import MAX_FACTOR_DIM, STRUCTURES, WEIGHT_SHARING, choice
 from kfac_fx.errors import CoverageError, NoParametersError, UnsupportedStructureError
 from kfac_fx.ir import CurvatureGraph
 from kfac_fx.passes import find_uses, gather_blocks, instrument, strip_taps
@@ -28,6 +28,7 @@ def transform(
     exclude: Collection[str] = (),
     strict: bool = False,
     weight_sharing: str = "expand",
+    max_factor_dim: int = MAX_FACTOR_DIM,
 ) -> CapturedModule:
     """The model as a GraphModule whose taps can record Kronecker-factor statistics.
 
@@ -44,6 +45,7 @@ def transform(
         strict: raise where a parameter would get a weaker block than its kind allows.
         weight_sharing: "expand" treats the positions that share a weight as uncorrelated cases,
             "reduce" works with their mean input and summed derivative (Eschenhagen et al. 2023).
+        max_factor_dim: larger sides of Kronecker factors (a long vocabulary) become diagonals.
 
     Raises:
         CaptureError: the model cannot be captured; names the line and what to pass.
@@ -70,14 +72,17 @@ def transform(
     for graph in module.graphs:
         strip_taps(graph)
     reduce = weight_sharing == "reduce"
-    uses = [find_uses(module, graph, names, reduce=reduce) for graph in module.graphs]
-    blocks = gather_blocks(uses[0], module.graph)
+    found = []
+    for graph in module.graphs:
+        uses = find_uses(module, graph, names, reduce=reduce, max_factor_dim=max_factor_dim)
+        found.append(gather_blocks(uses, graph))
+    blocks = found[0]
     covered = {name for block in blocks.values() for name in block.parameters}
     unused = tuple(name for name in names if name not in covered)
     curvature = CurvatureGraph(blocks, frozen, excluded, unused, sizes, structure, route)
     _check_coverage(curvature, strict)
     module.meta["kfac_fx"] = curvature
-    instrument(module, uses)
+    instrument(module, found)
     return module
 
 

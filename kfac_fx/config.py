@@ -11,6 +11,9 @@ STRUCTURES: Final = ("block_diagonal", "block_tridiagonal")
 FISHERS: Final = ("sampled", "exact", "empirical")
 WEIGHT_SHARING: Final = ("expand", "reduce")
 
+MAX_FACTOR_DIM: Final = 8192
+"""Default of the largest side of a Kronecker factor that is kept as a matrix."""
+
 MAX_FULL_DIM: Final = 1024
 """Largest side of a full covariance block; above it the block becomes 2x2 blocks or a diagonal."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,26 +33,24 @@ def add_factor_buffers(module: nn.Module, blocks: Mapping[str, CurvatureBlock]) 
 
 
 def insert_taps(
-    graph: fx.Graph, blocks: Mapping[str, CurvatureBlock], uses: list[ParameterUse]
+    graph: fx.Graph, blocks: Mapping[str, CurvatureBlock], here: Mapping[str, CurvatureBlock]
 ) -> None:
     """Rewrites ``graph`` so that every use with a tap is recorded.
 
     Args:
-        uses: those of this graph; uses of parameters whose block has another form here are left
-            out (a model whose evaluation differs from its training).
+        blocks: those that have factor buffers.
+        here: the blocks that this graph's own uses make. A block of another form is left out (a
+            model whose evaluation differs from its training).
     """
-    by_parameters = {block.parameters: block for block in blocks.values()}
     nodes = {node.name: node for node in graph.nodes}
-    for use in uses:
-        block = by_parameters.get(use.parameters)
-        if block is None or use.tap is None or not _fits(use, block):
+    for name, block in here.items():
+        recorded = blocks.get(name)
+        if recorded is None or not set(block.factors) <= set(recorded.factors):
             continue
-        _insert(graph, nodes, use, block)
+        for use in block.uses:
+            if use.tap is not None:
+                _insert(graph, nodes, use, recorded)
     graph.lint()
-
-
-def _fits(use: ParameterUse, block: CurvatureBlock) -> bool:
-    return block.kind == use.kind and block.factors[: len(use.factors)] == use.factors
 
 
 def _insert(
@@ -76,9 +74,9 @@ def _insert(
     with graph.inserting_before(anchor):
         tensors = [resolve(tensor) for tensor in tap.tensors]
         factors: list[fx.Node | None] = [
-            _attribute(graph, f"{STORE}.{block.slot}.{factor.name}") for factor in block.factors
+            _attribute(graph, f"{STORE}.{block.slot}.{factor.name}") for factor in use.factors
         ]
-        if block.approximation == "kronecker" and len(factors) == 2:
+        if use.approximation == "kronecker" and len(factors) == 2:
             factors.append(None)  # no positions to count for a single use
         options = [resolve(option) for option in tap.options]
         operator = getattr(torch.ops.kfac_fx, tap.operator).default
@@ -104,10 +102,10 @@ def is_tap(node: fx.Node) -> bool:
     return node.op == "call_function" and getattr(node.target, "namespace", None) == "kfac_fx"
 
 
-def instrument(module: CapturedModule, uses: list[list[ParameterUse]]) -> None:
-    """Buffers and taps for all graphs of a captured module whose blocks are known."""
+def instrument(module: CapturedModule, found: Sequence[Mapping[str, CurvatureBlock]]) -> None:
+    """Buffers for the module's blocks, and taps for each graph from the blocks found in it."""
     blocks = module.curvature.blocks
     add_factor_buffers(module, blocks)
-    for graph, found in zip(module.graphs, uses, strict=True):
-        insert_taps(graph, blocks, found)
+    for graph, here in zip(module.graphs, found, strict=True):
+        insert_taps(graph, blocks, here)
     module.recompile()

@@ -247,12 +247,14 @@ def test_empirical_without_targets(net: nn.Module, x: Tensor) -> None:
 
 @pytest.mark.parametrize("fisher", ["sampled", "exact", "empirical"])
 def test_observe_after_backward(net: nn.Module, x: Tensor, y: Tensor, fisher: str) -> None:
+    """At the latest in step(); the gradients stay, and the next cycle is not refused."""
     preconditioner = make(net, fisher=fisher)
     outputs = net(x)
     F.cross_entropy(outputs, y).backward()
     before = gradients(net)
     with pytest.raises(errors.ObservationError, match="backward"):
         preconditioner.observe(outputs, y)
+        preconditioner.step()
     after = gradients(net)
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert_works(net, preconditioner)
@@ -288,9 +290,13 @@ def without_grad(net: nn.Module, x: Tensor) -> Tensor:
 def test_outputs_of_another_network(
     net: nn.Module, x: Tensor, y: Tensor, kind: str, fisher: str
 ) -> None:
+    """The empirical estimator may notice in step(), when no statistics have come."""
     preconditioner = make(net, fisher=fisher)
+    outputs = FOREIGN[kind](net, x)
     with pytest.raises(errors.ObservationError):
-        preconditioner.observe(FOREIGN[kind](net, x), y)
+        preconditioner.observe(outputs, y)
+        F.cross_entropy(outputs, y).backward()
+        preconditioner.step()
     assert_works(net, preconditioner)
 
 
@@ -335,6 +341,25 @@ def test_unknown_name_in_apply(net: nn.Module, x: Tensor, y: Tensor) -> None:
         preconditioner.apply({"0.wight": torch.randn(5, 4)})
     with pytest.raises(errors.KFACError, match="weight"):
         preconditioner.apply({"0.weight": torch.randn(4, 5)})
+
+
+@pytest.mark.parametrize("change", ["nothing", "other blocks", "other shapes"])
+def test_state_of_another_net(net: nn.Module, x: Tensor, y: Tensor, change: str) -> None:
+    preconditioner = make(net)
+    cycle(preconditioner, net, x, y)
+    before, state = snapshot(preconditioner), {}
+    if change != "nothing":
+        hidden = 7 if change == "other shapes" else 5
+        blocks = [nn.Linear(4, hidden), nn.Tanh(), nn.Linear(hidden, 3), nn.Linear(3, 3)]
+        other = nn.Sequential(*blocks[: 3 if change == "other shapes" else 4])
+        other_net = kfac_fx.transform(other)
+        other_preconditioner = make(other_net)
+        cycle(other_preconditioner, other_net, x, y)
+        state = other_preconditioner.state_dict()
+    with pytest.raises(errors.KFACError):
+        preconditioner.load_state_dict(state)
+    assert all(torch.equal(a, b) for a, b in zip(snapshot(preconditioner), before, strict=True))
+    assert_works(net, preconditioner)
 
 
 # ------------------------------------------------------------------------------- non-finite values

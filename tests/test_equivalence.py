@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -176,6 +177,43 @@ def test_shared_parameters_stay_shared(build: Callable[[], nn.Module]) -> None:
     net = kfac_fx.transform(model)
     assert [id(p) for p in net.parameters()] == [id(p) for p in model.parameters()]
     assert net.state_dict().keys() == model.state_dict().keys()
+
+
+def double_output(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return output * 2
+
+
+def double_input(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (inputs[0] * 2,)
+
+
+@pytest.mark.parametrize("with_inputs", [False, True], ids=["traced", "with inputs"])
+@pytest.mark.parametrize("where", ["", "0", "2"])
+@pytest.mark.parametrize("hook", [double_output, double_input])
+def test_hooks_of_the_user(hook: Callable[..., Any], where: str, with_inputs: bool) -> None:
+    """Forward hooks are a part of the model, those of the whole model too."""
+    network = BY_NAME["mlp"]
+    model = network.build()
+    module = model.get_submodule(where)
+    if hook is double_input:
+        module.register_forward_pre_hook(hook)
+    else:
+        module.register_forward_hook(hook)
+    reference = copy.deepcopy(model)
+    net = kfac_fx.transform(model, *(network.inputs(4) if with_inputs else ()))
+    assert_same({"out": forward(net, network)}, {"out": forward(reference, network)})
+    assert_same(gradients(net, network), gradients(reference, network))
+
+
+def test_weight_norm_by_hooks() -> None:
+    for model in (
+        nn.utils.parametrizations.weight_norm(nn.Linear(6, 4)),
+        nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(6, 4))),
+    ):
+        reference, network = copy.deepcopy(model), BY_NAME["mlp"]
+        net = kfac_fx.transform(model)
+        for _ in range(2):
+            assert_same(gradients(net, network), gradients(reference, network))
 
 
 def test_transform_leaves_the_model_alone() -> None:

@@ -176,7 +176,7 @@ def test_ways_over_tokens(measure: Measure, way: str, fisher: str) -> None:
 
 
 def test_hf_conv1d(measure: Measure) -> None:
-    """Rows flattened inside the layer may be counted as cases: A (x) G is the same, and compared."""
+    """Rows flattened inside may be counted as cases: A (x) G is the same, and is compared."""
     model = nn.Sequential(Conv1D(4, 5), nn.Tanh(), Conv1D(5, 3))
     reference = mlp()
     reference[2] = nn.Linear(5, 3)

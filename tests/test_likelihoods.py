@@ -70,7 +70,7 @@ SAMPLED: dict[str, tuple[Likelihood, object, tuple[int, ...]]] = {
 
 @pytest.mark.parametrize("kind", SAMPLED)
 def test_sampled_is_unbiased(measure: Measure, kind: str) -> None:
-    """The mean of 32 independent estimates, each of 500 draws a case, within 5 standard errors."""
+    """The mean of 32 independent estimates, each of 200 draws a case, within 5 standard errors."""
     likelihood, given, shape = SAMPLED[kind]
     model, x = Net(), torch.randn(shape)
     y = likelihood.draw(model(x)) if "weighted" in kind else None
@@ -91,7 +91,7 @@ def test_sampled_is_unbiased(measure: Measure, kind: str) -> None:
 
 
 def repeated(x: Tensor) -> Tensor:
-    return x.repeat(500, *(1 for _ in x.shape[1:]))
+    return x.repeat(200, *(1 for _ in x.shape[1:]))
 
 
 def test_generator_makes_draws_repeatable(measure: Measure) -> None:

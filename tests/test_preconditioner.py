@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from oracles import Categorical, Measure, Measured, Normal, close
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import kfac_fx
 
@@ -23,7 +24,8 @@ def model() -> nn.Module:
 
 
 def batches(count: int) -> list[Tensor]:
-    return [torch.randn(6, 4) for _ in range(count)]
+    """Of different sizes; each counts once in the averages."""
+    return [torch.randn(6 + k % 3, 4) for k in range(count)]
 
 
 def step(
@@ -184,6 +186,55 @@ def test_evaluation_between_steps_records_nothing(measure: Measure) -> None:
         preconditioner.step()
         net(torch.randn(3, 4)).sum().backward()
         close((flat(preconditioner),), (want,))
+
+
+@pytest.mark.parametrize("fisher", ["sampled", "exact", "empirical"])
+def test_other_backwards_between_steps(measure: Measure, fisher: str) -> None:
+    """Adversarial examples, penalties and the like differentiate the net too; not observed."""
+    net, x, y = kfac_fx.transform(model()), torch.randn(6, 4), torch.randn(6, 3)
+    options = {"fisher": fisher, "generator": torch.Generator().manual_seed(0)}
+    preconditioner = make(net, statistics_every=1, **options)
+    options = {"fisher": fisher, "generator": torch.Generator().manual_seed(0)}
+    want = flat(measure(net, x, y, Normal(), **options))
+    for _ in range(2):
+        probe = torch.randn(5, 4, requires_grad=True)
+        net(probe).square().sum().backward()
+        net.zero_grad()
+        outputs = net(x)
+        preconditioner.observe(outputs, y)
+        Normal().nll(outputs, y).backward()
+        preconditioner.step()
+        if fisher != "sampled":
+            close((flat(preconditioner),), (want,))
+
+
+def test_checkpointed_forward(measure: Measure) -> None:
+    """Activations computed again in the backward count once."""
+    net, x = kfac_fx.transform(model()), torch.randn(6, 4)
+    want = flat(measure(net, x, None, Normal()))
+    preconditioner = make(net)
+    outputs = checkpoint(net, x, use_reentrant=False)
+    preconditioner.observe(outputs)
+    outputs.sum().backward()
+    preconditioner.step()
+    close((flat(preconditioner),), (want,))
+
+
+def test_autocast() -> None:
+    """Layers run in bfloat16; the statistics are kept in float32 and close to the exact ones."""
+    inner = model().float()
+    net, x = kfac_fx.transform(inner), torch.randn(32, 4, dtype=torch.float32)
+    found = []
+    for enabled in (False, True):
+        preconditioner = make(net)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            outputs = net(x)
+        preconditioner.observe(outputs)
+        outputs.float().sum().backward()
+        preconditioner.step()
+        found.append(flat(preconditioner).clone())
+    assert found[1].dtype == torch.float32
+    torch.testing.assert_close(found[1], found[0], rtol=0.1, atol=0.02)
 
 
 def test_gradient_accumulation_of_other_losses(measure: Measure) -> None:

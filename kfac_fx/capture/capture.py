@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import fx, nn
 
+from kfac_fx.capture.check import SelfCheck
+from kfac_fx.capture.eager import EagerModule, eager_module, record
 from kfac_fx.capture.export import exported
 from kfac_fx.capture.modes import capture_both
 from kfac_fx.capture.module import CapturedModule, captured_module
@@ -18,38 +20,89 @@ from kfac_fx.errors import CaptureError
 log = logging.getLogger("kfac_fx")
 
 
+ROUTES: dict[str, str] = {
+    "symbolic_trace": "symbolic tracing",
+    "export": "torch.export",
+    "eager": "running the model",
+}
+"""The routes in the order in which they are tried, in words."""
+
+
 def capture(
-    model: nn.Module, args: tuple[Any, ...] | None, kwargs: dict[str, Any]
+    model: nn.Module,
+    args: tuple[Any, ...] | None,
+    kwargs: dict[str, Any],
+    *,
+    route: str = "auto",
+    check: bool = True,
 ) -> tuple[CapturedModule, str]:
-    """The captured module and the route: "graph_module", "symbolic_trace" or "export".
+    """The captured module and its route: "graph_module" or one of ROUTES.
 
     Symbolic tracing comes first. With example inputs, torch.export takes over where tracing fails
-    or would keep a module with parameters whole that no rule can look into.
+    or would keep a module with parameters whole that no rule can look into, and the model's own
+    code where export fails.
+
+    Args:
+        route: "auto", or the only one to try.
+        check: compare with the model on the example inputs; a route that differs has failed.
 
     Raises:
         CaptureError: no route follows the model; gives each one's reason.
     """
-    if isinstance(model, fx.GraphModule):
+    if isinstance(model, EagerModule):
+        model, route = model.source, "eager"
+    if isinstance(model, fx.GraphModule) and route in ("auto", "symbolic_trace"):
         return _from_graph_module(model), "graph_module"
     have_inputs = args is not None or bool(kwargs)
-    try:
-        given = _given(model, args, kwargs)
-        training, evaluation = capture_both(model, lambda m: trace(m, given))
-    except CaptureError as error:
-        if not have_inputs:
-            raise CaptureError(
-                f"symbolic tracing cannot follow {type(model).__name__} at {error}. "
-                "Pass example_inputs=(...) so that torch.export can."
-            ) from error
-        log.info("symbolic tracing cannot follow %s: %s", type(model).__name__, error)
-        return _from_export(model, args or (), kwargs, str(error)), "export"
-    opaque = opaque_modules(model, training)
-    if opaque and have_inputs:
+    self_check = SelfCheck(model, args or (), kwargs) if check and have_inputs else None
+    reasons: dict[str, CaptureError] = {}
+    opaque: tuple[CapturedModule, list[str]] | None = None
+    for name in ROUTES if route == "auto" else (route,):
         try:
-            return _from_export(model, args or (), kwargs, None), "export"
+            module = _captured(name, model, args, kwargs)
+            if self_check is not None:
+                self_check.compare(module)
         except CaptureError as error:
-            log.warning("%s stay whole: %s", ", ".join(opaque), error)
-    return captured_module(model, training, evaluation), "symbolic_trace"
+            reasons[name] = error
+            if opaque is not None:
+                log.warning("%s stay whole: %s", ", ".join(opaque[1]), error)
+                return opaque[0], "symbolic_trace"
+            log.info("%s cannot follow %s: %s", ROUTES[name], type(model).__name__, error)
+            if not have_inputs:
+                break
+            continue
+        whole = opaque_modules(model, module.graph) if name == "symbolic_trace" else []
+        if not whole or not have_inputs or route != "auto":
+            return module, name
+        opaque = module, whole
+    raise _failure(model, reasons, have_inputs)
+
+
+def _captured(
+    route: str, model: nn.Module, args: tuple[Any, ...] | None, kwargs: dict[str, Any]
+) -> CapturedModule:
+    if route == "symbolic_trace":
+        given = _given(model, args, kwargs)
+        return captured_module(model, *capture_both(model, lambda m: trace(m, given)))
+    if args is None and not kwargs:
+        raise CaptureError("it needs example_inputs=(...)")
+    if route == "export":
+        return _from_export(model, args or (), kwargs)
+    return eager_module(model, record(model, args or (), kwargs))
+
+
+def _failure(model: nn.Module, reasons: dict[str, CaptureError], have_inputs: bool) -> CaptureError:
+    name, last = type(model).__name__, list(reasons.values())[-1]
+    if not have_inputs and "symbolic_trace" in reasons:
+        error = CaptureError(
+            f"symbolic tracing cannot follow {name} at {last}. "
+            "Pass example_inputs=(...) so that torch.export can."
+        )
+    else:
+        stops = "; ".join(f"{ROUTES[route]} stops at {why}" for route, why in reasons.items())
+        error = CaptureError(f"{name}: {stops}")
+    error.__cause__ = last
+    return error
 
 
 def _given(
@@ -66,9 +119,7 @@ def _from_graph_module(model: fx.GraphModule) -> CapturedModule:
     return module
 
 
-def _from_export(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], traced: str | None
-) -> CapturedModule:
+def _from_export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CapturedModule:
     extra = nn.Module()
 
     def graph_of(model: nn.Module) -> fx.Graph:
@@ -78,11 +129,5 @@ def _from_export(
                 setattr(extra, name, value)
         return module.graph
 
-    try:
-        training, evaluation = capture_both(model, graph_of)
-    except CaptureError as error:
-        first = f"symbolic tracing stops at {traced}; " if traced else ""
-        raise CaptureError(
-            f"{type(model).__name__}: {first}torch.export stops at {error}"
-        ) from error
+    training, evaluation = capture_both(model, graph_of)
     return captured_module(model, training, evaluation, extra)

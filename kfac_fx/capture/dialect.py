@@ -44,6 +44,7 @@ _add(
     *(torch.bmm, "bmm", aten.bmm.default),
 )
 _add("addmm", "bias input other", torch.addmm, "addmm", aten.addmm.default)
+_add("baddbmm", "bias input other", torch.baddbmm, "baddbmm", aten.baddbmm.default)
 _add("einsum", "equation *operands", torch.einsum, torch.functional.einsum, aten.einsum.default)
 
 _CONVOLUTION = "input weight bias stride padding dilation groups"
@@ -51,6 +52,24 @@ for _dims in (1, 2, 3):
     _overloads = getattr(aten, f"conv{_dims}d")
     _functions = (getattr(F, f"conv{_dims}d"), getattr(torch, f"conv{_dims}d"))
     _add(f"conv{_dims}d", _CONVOLUTION, *_functions, _overloads.default, _overloads.padding)
+
+_add(
+    "embedding",
+    "input weight padding_idx max_norm norm_type scale_grad_by_freq sparse",
+    F.embedding,
+)
+_add(
+    "embedding",
+    "weight input padding_idx scale_grad_by_freq sparse",
+    *(torch.embedding, aten.embedding.default),
+)
+_add("bilinear", "input other weight bias", F.bilinear, torch.bilinear, aten.bilinear.default)
+
+_TRANSPOSED = "input weight bias stride padding output_padding groups dilation"
+for _dims in (1, 2, 3):
+    _name = f"conv_transpose{_dims}d"
+    _overload = getattr(aten, _name).default if _dims == 1 else getattr(aten, _name).input
+    _add(_name, _TRANSPOSED, getattr(F, _name), getattr(torch, _name), _overload)
 
 _add("layer_norm", "input normalized_shape weight bias eps", F.layer_norm, aten.layer_norm.default)
 _add("rms_norm", "input normalized_shape weight eps", F.rms_norm, aten.rms_norm.default)
@@ -91,6 +110,14 @@ _add("permute", "input dims", torch.permute, aten.permute.default)
 _add("reshape", "input *shape", "view", "reshape")
 _add("reshape", "input shape", torch.reshape, aten.view.default, aten.reshape.default)
 _add("flatten", "input start_dim end_dim", torch.flatten, "flatten", aten.flatten.using_ints)
+_add("narrow", "input dim start length", torch.narrow, "narrow", aten.narrow.default)
+_add("slice", "input dim start end step", aten.slice.Tensor)
+_add("select", "input dim index", torch.select, "select", aten.select.int)
+_add("getitem", "input index", operator.getitem, "__getitem__")
+_add("chunk", "input chunks dim", torch.chunk, "chunk", aten.chunk.default)
+_add("split", "input sizes dim", torch.split, "split", torch.functional.split, aten.split.Tensor)
+_add("split", "input sizes dim", aten.split.sizes, aten.split_with_sizes.default)
+_add("unbind", "input dim", torch.unbind, "unbind", aten.unbind.int)
 _add("unsqueeze", "input dim", torch.unsqueeze, "unsqueeze", aten.unsqueeze.default)
 _add("squeeze", "input dim", torch.squeeze, "squeeze", aten.squeeze.dim)
 _add(
@@ -132,9 +159,10 @@ def bind(row: Row, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, A
         elif index < len(args):
             bound[name] = args[index]
     aliases = {"self": "input", "tensor": "input", "size": "shape", "use_input_stats": "training"}
-    aliases |= {"mat1": "input", "mat2": "other"} if row.operation == "addmm" else {}
-    aliases |= {"mat2": "other", "vec": "other"} if row.operation == "matmul" else {}
-    if row.operation == "addmm" and "input" in kwargs:
+    aliases |= {"indices": "input"} if row.operation == "embedding" else {}
+    aliases |= {"mat1": "input", "batch1": "input", "mat2": "other", "batch2": "other"}
+    aliases |= {"vec": "other"}
+    if row.operation in ("addmm", "baddbmm") and "input" in kwargs:
         aliases |= {"input": "bias"}
     bound.update({aliases.get(name, name): value for name, value in kwargs.items()})
     return bound

@@ -76,11 +76,33 @@ def _running(module: Any, member: Callable[[str], Any]) -> dict[str, Any]:
     return _affine(member) | moments | {"eps": module.eps}
 
 
+def _embedding(module: nn.Embedding, member: Callable[[str], Any]) -> ModuleCall:
+    names = ("padding_idx", "max_norm", "scale_grad_by_freq", "sparse")
+    options = {name: getattr(module, name) for name in names}
+    return ModuleCall("embedding", {"weight": member("weight"), **options})
+
+
+def _transposed_convolution(module: nn.ConvTranspose2d, member: Callable[[str], Any]) -> ModuleCall:
+    names = ("stride", "padding", "output_padding", "dilation", "groups")
+    options = {name: getattr(module, name) for name in names}
+    arguments = {"weight": member("weight"), "bias": member("bias"), **options}
+    return ModuleCall(f"conv_transpose{len(module.kernel_size)}d", arguments)
+
+
+def _bilinear(module: nn.Bilinear, member: Callable[[str], Any]) -> ModuleCall:
+    return ModuleCall("bilinear", _affine(member))
+
+
 TRANSLATIONS: dict[type[nn.Module], Callable[[Any, Callable[[str], Any]], ModuleCall]] = {
     nn.Linear: _linear,
     nn.Conv1d: _convolution,
     nn.Conv2d: _convolution,
     nn.Conv3d: _convolution,
+    nn.ConvTranspose1d: _transposed_convolution,
+    nn.ConvTranspose2d: _transposed_convolution,
+    nn.ConvTranspose3d: _transposed_convolution,
+    nn.Embedding: _embedding,
+    nn.Bilinear: _bilinear,
     nn.LayerNorm: _layer_norm,
     nn.RMSNorm: _rms_norm,
     nn.GroupNorm: _group_norm,

@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from kfac_fx.capture.dialect import SHAPE_READERS, bind, row_of
 from kfac_fx.capture.modules import Member, translate
+from kfac_fx.capture.views import seen_through, split_layouts
 from kfac_fx.ir import Layout
 
 
@@ -21,6 +23,11 @@ class Call:
     node: fx.Node
     arguments: dict[str, Any]
 
+    @property
+    def aten(self) -> bool:
+        """Whether the target is an ATen operator rather than a function of torch's surface."""
+        return isinstance(self.node.target, torch._ops.OpOverload)
+
     def get(self, name: str, default: Any = None) -> Any:
         """The argument, or the default where it was not given."""
         return self.arguments.get(name, default)
@@ -28,7 +35,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Reference:
-    """A parameter seen through whole-tensor views."""
+    """A parameter, or a piece of one, seen through views."""
 
     name: str
     layout: Layout
@@ -54,13 +61,18 @@ class GraphView:
         self._names = {id(p): name for name, p in self.parameters.items()}
         self._modules = dict(module.named_modules(remove_duplicate=False))
         self._references: dict[fx.Node, Reference | None] = {}
+        self._pieces: dict[fx.Node, tuple[Reference, ...]] = {}
         self._calls: dict[fx.Node, Call | None] = {}
         self._data: set[fx.Node] = set()
         for node in graph.nodes:
-            self._calls[node] = self._read_call(node)
-            self._references[node] = self._read_reference(node)
-            if self._carries_data(node):
-                self._data.add(node)
+            self.read(node)
+
+    def read(self, node: fx.Node) -> None:
+        """Takes in a node that is new or changed."""
+        self._calls[node] = self._read_call(node)
+        self._references[node] = self._read_reference(node)
+        if self._carries_data(node):
+            self._data.add(node)
 
     def call(self, node: fx.Node) -> Call | None:
         """The node in the common vocabulary, or None where it has no word for it."""
@@ -87,6 +99,10 @@ class GraphView:
             return self._references[value]
         return self._parameter(value)
 
+    def is_split(self, node: fx.Node) -> bool:
+        """Whether the node cuts a parameter into pieces."""
+        return node in self._pieces
+
     def consumers(self, name: str) -> Iterator[Consumer]:
         """Where the paths of a parameter end, one for each node that is no view of it."""
         parameter = self.parameters[name]
@@ -98,7 +114,8 @@ class GraphView:
             reference = self._references[node]
             if reference is not None and reference.name == name:
                 for user in node.users:
-                    if self._references[user] is None and not _reads_shape(user):
+                    viewed = self._references[user] is not None or user in self._pieces
+                    if not viewed and not _reads_shape(user):
                         yield Consumer(user, node, reference.path)
 
     def _parameter(self, value: Any) -> Reference | None:
@@ -114,9 +131,11 @@ class GraphView:
             module = self._modules.get(path)
             translated = None if module is None else translate(module, path)
             inputs = [*node.args, *node.kwargs.values()]
-            if translated is None or len(inputs) != 1:
+            if translated is None or len(inputs) != 1 + (translated.operation == "bilinear"):
                 return None
-            return Call(translated.operation, node, {"input": inputs[0], **translated.arguments})
+            names = ("input", "other")[: len(inputs)]
+            arguments = dict(zip(names, inputs, strict=True)) | translated.arguments
+            return Call(translated.operation, node, arguments)
         row = row_of(node.op, node.target)
         if row is None:
             return None
@@ -128,13 +147,20 @@ class GraphView:
         call = self._calls[node]
         if call is None or not isinstance(call.get("input"), fx.Node):
             return None
+        pieces = self._pieces.get(call.get("input"))
+        if pieces is not None:
+            index = call.get("index")
+            return pieces[index] if isinstance(index, int) else None
         source = self._references.get(call.get("input"))
         if source is None:
             return None
-        layout = _seen_through(call, source.layout)
-        if layout is None:
+        path = (*source.path, call.operation)
+        layouts = split_layouts(call, source.layout)
+        if layouts is not None:
+            self._pieces[node] = tuple(Reference(source.name, piece, path) for piece in layouts)
             return None
-        return Reference(source.name, layout, (*source.path, call.operation))
+        layout = seen_through(call, source.layout)
+        return None if layout is None else Reference(source.name, layout, path)
 
     def _carries_data(self, node: fx.Node) -> bool:
         if node.op == "placeholder":
@@ -146,45 +172,3 @@ def _reads_shape(node: fx.Node) -> bool:
     if node.op == "call_function" and node.target is getattr:
         return node.args[1] in ("shape", "ndim", "device", "dtype", "is_cuda", "requires_grad")
     return node.op in ("call_function", "call_method") and node.target in SHAPE_READERS
-
-
-def _seen_through(call: Call, layout: Layout) -> Layout | None:
-    """The layout after a whole-tensor view, or None where the operation is none."""
-    arguments = call.arguments
-    dims = len(layout.shape)
-    operation = call.operation
-    if operation == "attribute":
-        operation = {"T": "numpy_T", "mT": "mT"}.get(call.get("name"), "")
-    try:
-        if operation == "cast":
-            return layout
-        if operation == "t":
-            return layout if dims < 2 else layout.transpose(0, 1)
-        if operation == "numpy_T":
-            return layout.permute(*reversed(range(dims)))
-        if operation == "mT":
-            return layout.transpose(-2, -1)
-        if operation == "transpose":
-            return layout.transpose(arguments["dim0"], arguments["dim1"])
-        if operation == "permute":
-            return layout.permute(*arguments["dims"])
-        if operation == "reshape":
-            return layout.reshape(arguments["shape"])
-        if operation == "unsqueeze":
-            shape = list(layout.shape)
-            shape.insert(arguments["dim"] % (dims + 1), 1)
-            return layout.reshape(shape)
-        if operation == "squeeze":
-            return _squeezed(layout, call.get("dim"))
-        if operation == "flatten":
-            start, end = call.get("start_dim", 0) % dims, call.get("end_dim", -1) % dims
-            return layout.reshape((*layout.shape[:start], -1, *layout.shape[end + 1 :]))
-    except (KeyError, TypeError, ValueError):
-        return None  # sizes that are only known at run time
-    return None
-
-
-def _squeezed(layout: Layout, dim: int | None) -> Layout:
-    shape = layout.shape
-    axes = range(len(shape)) if dim is None else [dim % len(shape)]
-    return layout.reshape([s for i, s in enumerate(shape) if i not in axes or s != 1])

@@ -9,7 +9,8 @@ import torch
 from torch import fx
 
 from kfac_fx.codegen.builder import ProgramBuilder
-from kfac_fx.codegen.forms import FORMS, Damping, Invert
+from kfac_fx.codegen.form import Damping, Invert
+from kfac_fx.codegen.forms import FORMS
 from kfac_fx.ir import CurvatureBlock, CurvatureGraph
 from kfac_fx.linalg.positive import cholesky_inverse
 
@@ -21,10 +22,6 @@ def _title(block: CurvatureBlock) -> str:
 
 def _factor_names(block: CurvatureBlock) -> list[str]:
     return [f"{factor.name}_{block.slot}" for factor in block.factors if factor.role != "count"]
-
-
-def _gradient_names(block: CurvatureBlock) -> list[str]:
-    return ["gradient_" + name.replace(".", "_") for name in block.parameters]
 
 
 def emit_refresh(curvature: CurvatureGraph, invert: Invert = cholesky_inverse) -> fx.GraphModule:
@@ -57,19 +54,23 @@ def emit_apply(curvature: CurvatureGraph, cast: Collection[str] = ()) -> fx.Grap
         block.name: [build.input(n) for n in FORMS[block.approximation].inverses(block)]
         for block in blocks
     }
-    gradients = {block.name: [build.input(n) for n in _gradient_names(block)] for block in blocks}
-    outputs: dict[str, Any] = {}
+    gradients = {
+        name: build.input("gradient_" + name.replace(".", "_")) for name in curvature.covered
+    }
+    outputs: dict[str, Any] = dict(gradients)
     for block in blocks:
-        form = FORMS[block.approximation]
-        given, inverse = gradients[block.name], inverses[block.name]
+        form, inverse = FORMS[block.approximation], inverses[block.name]
         with build.section(block.slot, _title(block)):
-            used = [
-                g.to(inverse[0].dtype) if name in cast else g
-                for name, g in zip(block.parameters, given, strict=True)
+            given = [
+                layout.apply(
+                    gradients[name].to(inverse[0].dtype) if name in cast else gradients[name]
+                )
+                for name, layout in zip(block.parameters, block.layouts, strict=True)
             ]
-            V = build.name(form.gather(build, block, used), f"V_{block.slot}")
+            V = build.name(form.gather(build, block, given), f"V_{block.slot}")
             U = build.name(form.apply(build, block, inverse, V), f"U_{block.slot}")
             parts = form.scatter(build, block, U)
-            for name, part, g in zip(block.parameters, parts, given, strict=True):
-                outputs[name] = part.to(g.dtype) if name in cast else part
+            for name, part, layout in zip(block.parameters, parts, block.layouts, strict=True):
+                part = part.to(gradients[name].dtype) if name in cast else part
+                outputs[name] = layout.embed(part, outputs[name])
     return build.finish(outputs, "Apply")

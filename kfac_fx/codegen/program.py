@@ -91,7 +91,7 @@ class Program:
     def apply(
         self, inverses: Mapping[str, Tensor], gradients: Sequence[Tensor]
     ) -> Mapping[str, Tensor]:
-        """Preconditioned gradients by parameter name; gradients in the order of the blocks."""
+        """Preconditioned gradients by parameter name; gradients in the order of ``covered``."""
         result: Mapping[str, Tensor] = self._apply(
             *(inverses[name] for name in self.inverse_names), *gradients
         )

@@ -2,7 +2,7 @@
 
 from kfac_fx.ir.curvature_graph import Coverage, CurvatureBlock, CurvatureGraph
 from kfac_fx.ir.layout import Layout
-from kfac_fx.ir.use import Approximation, FactorSpec, NodeRef, ParameterUse, Tap
+from kfac_fx.ir.use import Approximation, FactorSpec, NodeRef, ParameterUse, Role, Tap
 
 __all__ = [
     "Approximation",
@@ -13,5 +13,6 @@ __all__ = [
     "Layout",
     "NodeRef",
     "ParameterUse",
+    "Role",
     "Tap",
 ]

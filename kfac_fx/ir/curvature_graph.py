@@ -22,7 +22,7 @@ class CurvatureBlock:
         parameters: canonical names, the weight first.
         layouts: per parameter, from its own shape to the block's.
         factors: names, shapes and roles of the block's factors.
-        approximation: "kronecker", "full", "pairs" or "diagonal".
+        approximation: "kronecker", "kronecker_sum", "full", "pairs" or "diagonal".
         uses: every place where the parameters are used.
         source: file and line of the first use, if known.
         reason: why the block is weaker than its kind allows, if it is.
@@ -47,7 +47,7 @@ class CurvatureBlock:
     @property
     def parameter_count(self) -> int:
         """Number of scalar parameters covered."""
-        return sum(prod(layout.start) for layout in self.layouts)
+        return sum(prod(layout.shape) for layout in self.layouts)
 
     @property
     def dimensions(self) -> tuple[tuple[int, ...], ...]:

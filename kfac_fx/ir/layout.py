@@ -7,11 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+import torch
+
 
 class Step(NamedTuple):
-    """One view of a tensor: its kind, the argument of the view, and the shape it starts from."""
+    """One view of a tensor: its kind, the argument of the view, and the shape it starts from.
 
-    view: Literal["permute", "reshape"]
+    ``narrow`` has the argument (dimension, start, length).
+    """
+
+    view: Literal["permute", "reshape", "narrow"]
     argument: tuple[int, ...]
     start: tuple[int, ...]
 
@@ -20,8 +25,7 @@ class Step(NamedTuple):
 class Layout:
     """A chain of views from ``start`` (the parameter's shape) to ``shape`` (the block's).
 
-    Only whole-tensor views can be undone, so a chain holds permutations and reshapes alone.
-    ``apply`` and ``invert`` work on tensors and on ``torch.fx`` proxies.
+    ``apply`` and ``embed`` work on tensors and on ``torch.fx`` proxies.
     """
 
     start: tuple[int, ...]
@@ -35,6 +39,9 @@ class Layout:
         last = self.steps[-1]
         if last.view == "reshape":
             return last.argument
+        if last.view == "narrow":
+            dim, _, length = last.argument
+            return (*last.start[:dim], length, *last.start[dim + 1 :])
         return tuple(last.start[dim] for dim in last.argument)
 
     def permute(self, *dims: int) -> Layout:
@@ -69,18 +76,56 @@ class Layout:
             return Layout(self.start, steps)
         return Layout(self.start, (*steps, Step("reshape", full, here)))
 
+    def narrow(self, dim: int, start: int, length: int) -> Layout:
+        """This chain followed by a slice of one dimension."""
+        shape = self.shape
+        dim = dim % len(shape)
+        start = start + shape[dim] if start < 0 else start
+        if not 0 <= start <= start + length <= shape[dim]:
+            raise ValueError(f"cannot narrow dimension {dim} of {shape} to [{start}, +{length}]")
+        if length == shape[dim]:
+            return self
+        return Layout(self.start, (*self.steps, Step("narrow", (dim, start, length), shape)))
+
+    def select(self, dim: int, index: int) -> Layout:
+        """This chain followed by the choice of one entry of a dimension, which goes."""
+        dim = dim % len(self.shape)
+        piece = self.narrow(dim, index, 1)
+        return piece.reshape((*piece.shape[:dim], *piece.shape[dim + 1 :]))
+
+    @property
+    def whole(self) -> bool:
+        """Whether the chain keeps every entry."""
+        return all(step.view != "narrow" for step in self.steps)
+
     def apply(self, value: Any) -> Any:
         """``value`` of shape ``start``, viewed along the chain."""
         for step in self.steps:
-            value = getattr(value, step.view)(step.argument)
+            value = _view(step, value)
         return value
 
-    def invert(self, value: Any) -> Any:
-        """``value`` of shape ``shape``, brought back to ``start``."""
-        for step in reversed(self.steps):
+    def embed(self, value: Any, into: Any) -> Any:
+        """``into`` of shape ``start`` with the entries that the chain keeps replaced by ``value``.
+
+        ``into`` is not read where the chain keeps every entry.
+        """
+        bases = [into]
+        for step in self.steps[:-1] if not self.whole else ():
+            bases.append(_view(step, bases[-1]))
+        for index in reversed(range(len(self.steps))):
+            step = self.steps[index]
             if step.view == "reshape":
                 value = value.reshape(step.start)
-            else:
+            elif step.view == "permute":
                 back = sorted(range(len(step.argument)), key=step.argument.__getitem__)
                 value = value.permute(tuple(back))
+            else:
+                dim, start, length = step.argument
+                value = torch.slice_scatter(bases[index], value, dim, start, start + length)
         return value
+
+
+def _view(step: Step, value: Any) -> Any:
+    if step.view == "narrow":
+        return value.narrow(*step.argument)
+    return getattr(value, step.view)(step.argument)

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 from kfac_fx.ir.layout import Layout
 
 Role = Literal["input", "gradient", "count"]
-Approximation = Literal["kronecker", "full", "pairs", "diagonal"]
+Approximation = Literal["kronecker", "kronecker_sum", "full", "pairs", "diagonal"]
 
 
 @dataclass(frozen=True)
@@ -17,12 +17,19 @@ class FactorSpec:
 
     ``role`` says how a new statistic is scaled: an ``input`` factor does not depend on the loss,
     a ``gradient`` factor is quadratic in its derivative (curvature.md section 2), a ``count`` is a
-    number of positions by which the block's gradient factors are divided.
+    number of positions by which the block's gradient factors are divided. A ``diagonal`` factor is
+    kept as a vector.
     """
 
     name: str
     shape: tuple[int, ...]
     role: Role
+    diagonal: bool = False
+
+    @property
+    def form(self) -> str:
+        """Which of a block's forms it belongs to: "" for the first, "2" for the second."""
+        return self.name.partition("_")[2]
 
 
 class NodeRef(NamedTuple):

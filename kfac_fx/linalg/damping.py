@@ -12,12 +12,11 @@ def damped(matrix: Tensor, amount: Tensor) -> Tensor:
     return torch.diagonal_scatter(matrix, diagonal + amount.unsqueeze(-1), 0, -2, -1)
 
 
-def mean_eigenvalue(matrix: Tensor) -> Tensor:
-    """tr(matrix) / dim: [..., d, d] -> [...]."""
-    return torch.diagonal(matrix, 0, -2, -1).mean(-1)
+def mean_eigenvalue(matrix: Tensor, *, diagonal: bool = False) -> Tensor:
+    """tr(matrix) / dim: [..., d, d] (or its diagonal [..., d]) -> [...]."""
+    return (matrix if diagonal else torch.diagonal(matrix, 0, -2, -1)).mean(-1)
 
 
-def trace_ratio(A: Tensor, G: Tensor) -> Tensor:
-    """pi = sqrt((tr A / dim A) / (tr G / dim G)); 1 where either trace is zero (dead units)."""
-    a, g = mean_eigenvalue(A), mean_eigenvalue(G)
+def trace_ratio(a: Tensor, g: Tensor) -> Tensor:
+    """pi = sqrt(a / g) for a = tr A / dim A, g = tr G / dim G; 1 where either is zero."""
     return torch.where((a > 0) & (g > 0), torch.sqrt(a) / torch.sqrt(g), 1.0)

@@ -12,13 +12,19 @@ def cholesky_inverse(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cholesky_inverse(factorisation[0]), factorisation[1]
 
 
+def raised(eigenvalues: Tensor) -> Tensor:
+    """Eigenvalues [..., d], raised to the rounding error of the largest and above zero."""
+    largest = eigenvalues.abs().amax(-1, keepdim=True)
+    rounding = torch.nextafter(largest, largest + largest) - largest
+    return eigenvalues.maximum(rounding * eigenvalues.shape[-1]).clamp_min(1e-30)
+
+
 def floored_inverse(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """The inverse with eigenvalues raised to rounding level: for matrices that Cholesky refuses.
+    """The inverse of [..., d, d] with its eigenvalues raised, where Cholesky refuses the matrix.
 
     It cannot fail, so the flags are zero.
     """
-    values, vectors = torch.linalg.eigh(matrix)
-    floor = values.abs().amax(-1, keepdim=True) * matrix.shape[-1] * torch.finfo(matrix.dtype).eps
-    values = values.maximum(floor).clamp_min(torch.finfo(matrix.dtype).tiny)
+    spectrum = torch.linalg.eigh(matrix)
+    values, vectors = raised(spectrum[0]), spectrum[1]
     inverse = (vectors / values.unsqueeze(-2)) @ vectors.mT
-    return inverse, torch.zeros(matrix.shape[:-2], dtype=torch.int32, device=matrix.device)
+    return inverse, torch.zeros_like(matrix[..., 0, 0], dtype=torch.int32)

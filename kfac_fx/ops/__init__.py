@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kfac_fx.ops import cases, convolution, linear, scale_shift
+from kfac_fx.ops import bilinear, cases, convolution, embedding, linear, scale_shift
 from kfac_fx.ops.tap import only, pause, resume
 
 STORE = "_kfac_fx"
@@ -28,8 +28,10 @@ def factor_buffers(net: Any) -> dict[str, tuple[Tensor, ...]]:
 
 __all__ = [
     "STORE",
+    "bilinear",
     "cases",
     "convolution",
+    "embedding",
     "factor_buffers",
     "linear",
     "only",

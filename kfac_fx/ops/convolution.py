@@ -12,6 +12,9 @@ from torch import Tensor
 from kfac_fx.ops.positions import gradient_factor, input_factor
 from kfac_fx.ops.tap import define, recording, tapped
 
+TRANSPOSED = "transposed"
+"""In place of a padding mode: the call is a transposed convolution."""
+
 
 @dataclass(frozen=True)
 class Window:
@@ -42,13 +45,62 @@ class Window:
 
 
 @dataclass(frozen=True)
+class TransposedWindow:
+    """What an output position of a transposed convolution reads, seen from the output side.
+
+    y[t] = sum over kernel positions k and input positions s with s * stride + k * dilation
+    - padding = t of W[:, :, k]^T x[s]. That is a convolution of stride 1 over x with stride - 1
+    zeros between its entries, whose window runs backwards: the patch entry of kernel position k at
+    t is the stuffed x at t + padding - k * dilation. A is therefore over (input channel, k).
+    """
+
+    kernel: Sequence[int]
+    stride: Sequence[int]
+    dilation: Sequence[int]
+    padding: Sequence[int]
+
+    def patches(self, x: Tensor, groups: int, outputs: Sequence[int]) -> Tensor:
+        """x [N, C, *space] -> [groups, N, S, C / groups * kernel] for S output positions."""
+        dims = len(self.kernel)
+        for axis in range(dims):
+            x = _stuffed(x, 2 + axis, self.stride[axis])
+            reach = (self.kernel[axis] - 1) * self.dilation[axis]
+            low = reach - self.padding[axis]
+            high = outputs[axis] + reach - low - x.shape[2 + axis]
+            pad = [0] * (2 * (x.dim() - 3 - axis)) + [low, high]
+            x = F.pad(x, pad)
+        window = Window(self.kernel, [1] * dims, self.dilation, [0] * 2 * dims, "zeros")
+        rows = window.patches(x, groups)
+        backwards = rows.unflatten(-1, (-1, *self.kernel)).flip(list(range(-dims, 0)))
+        result: Tensor = backwards.flatten(-dims - 1)
+        return result
+
+
+def _stuffed(x: Tensor, dim: int, stride: int) -> Tensor:
+    """x with stride - 1 zeros between neighbours along a dimension."""
+    if stride == 1:
+        return x
+    zeros = x.new_zeros(())
+    wide = torch.stack([x, *(zeros.expand_as(x) for _ in range(stride - 1))], dim + 1)
+    length = (x.shape[dim] - 1) * stride + 1
+    return wide.flatten(dim, dim + 1).narrow(dim, 0, length)
+
+
+@dataclass(frozen=True)
 class ConvolutionStatistics:
     """(A, G), with a leading axis for the groups, and positions where there are several uses."""
 
-    window: Window
+    window: Window | TransposedWindow
     groups: int
     bias: bool
     reduce: bool
+    diagonal: tuple[bool, bool] = (False, False)
+
+    def patches(self, x: Tensor, outputs: Sequence[int]) -> Tensor:
+        """What each output position reads: [groups, N, S, C / groups * kernel]."""
+        if isinstance(self.window, TransposedWindow):
+            return self.window.patches(x, self.groups, outputs)
+        return self.window.patches(x, self.groups)
 
     def gradient_rows(self, g: Tensor) -> Tensor:
         """g [N, C, *space] -> [groups, N, S, C / groups]."""
@@ -70,12 +122,12 @@ class ConvolutionStatistics:
         one_use = len(wanted) == 2
         result: list[Tensor | None] = [None] * len(wanted)
         if wanted[0]:
-            rows = self.window.patches(x.to(dtype), self.groups)
-            A = input_factor(rows, bias=self.bias, reduce=self.reduce)
+            rows = self.patches(x.to(dtype), g.shape[2:])
+            A = input_factor(rows, bias=self.bias, reduce=self.reduce, diagonal=self.diagonal[0])
             result[0] = A if self.groups > 1 else A.squeeze(0)
         if wanted[1]:
             rows = self.gradient_rows(g.to(dtype))
-            G = gradient_factor(rows, reduce=self.reduce, divide=one_use)
+            G = gradient_factor(rows, reduce=self.reduce, divide=one_use, diagonal=self.diagonal[1])
             result[1] = G if self.groups > 1 else G.squeeze(0)
         if not one_use and wanted[2]:
             positions = 1 if self.reduce else g.shape[2:].numel()
@@ -101,8 +153,15 @@ def _tap(
     factors = [A, G] if positions is None else [A, G, positions]
     if not recording(factors):
         return y
-    window = Window(kernel, stride, dilation, padding, padding_mode)
-    return tapped(y, ConvolutionStatistics(window, groups, bias, reduce), [x], factors)
+    window: Window | TransposedWindow
+    if padding_mode == TRANSPOSED:
+        window = TransposedWindow(kernel, stride, dilation, padding)
+    else:
+        window = Window(kernel, stride, dilation, padding, padding_mode)
+    vector = 1 + (groups > 1)
+    diagonal = (A.dim() == vector, G.dim() == vector)
+    statistics = ConvolutionStatistics(window, groups, bias, reduce, diagonal)
+    return tapped(y, statistics, [x], factors)
 
 
 define(

@@ -18,8 +18,15 @@ class LinearStatistics:
 
     x_dims: Sequence[int]
     y_dims: Sequence[int]
+    x_groups: Sequence[int]
+    y_groups: Sequence[int]
     bias: bool
     reduce: bool
+    diagonal: tuple[bool, bool] = (False, False)
+
+    def inputs(self, tensors: list[Tensor]) -> Tensor:
+        """What the weight multiplies, from the saved tensors."""
+        return tensors[0]
 
     def __call__(
         self,
@@ -28,18 +35,23 @@ class LinearStatistics:
         wanted: Sequence[bool],
         dtype: torch.dtype,
     ) -> list[Tensor | None]:
-        (x,) = tensors
-        assert x is not None
+        x = self.inputs([t for t in tensors if t is not None])
+        if self.x_groups and x.dim() < g.dim():  # matmul broadcasts over the groups
+            x = x.expand(*g.shape[: g.dim() - x.dim()], *x.shape)
         one_use = len(wanted) == 2
         result: list[Tensor | None] = [None] * len(wanted)
         if wanted[0]:
-            rows = case_rows(x, self.x_dims).to(dtype)
-            result[0] = input_factor(rows, bias=self.bias, reduce=self.reduce)
+            rows = case_rows(x, self.x_dims, self.x_groups).to(dtype)
+            result[0] = input_factor(
+                rows, bias=self.bias, reduce=self.reduce, diagonal=self.diagonal[0]
+            )
         if wanted[1]:
-            rows = case_rows(g, self.y_dims).to(dtype)
-            result[1] = gradient_factor(rows, reduce=self.reduce, divide=one_use)
+            rows = case_rows(g, self.y_dims, self.y_groups).to(dtype)
+            result[1] = gradient_factor(
+                rows, reduce=self.reduce, divide=one_use, diagonal=self.diagonal[1]
+            )
         if not one_use and wanted[2]:
-            positions = 1 if self.reduce else case_rows(g, self.y_dims).shape[1]
+            positions = 1 if self.reduce else case_rows(g, self.y_dims, self.y_groups).shape[-2]
             result[2] = torch.full((), positions, dtype=dtype, device=g.device)
         return result
 
@@ -52,17 +64,23 @@ def _tap(
     positions: Tensor | None,
     x_dims: list[int],
     y_dims: list[int],
+    x_groups: list[int],
+    y_groups: list[int],
     bias: bool,
     reduce: bool,
 ) -> Tensor:
     factors = [A, G] if positions is None else [A, G, positions]
     if not recording(factors):
         return y
-    return tapped(y, LinearStatistics(x_dims, y_dims, bias, reduce), [x], factors)
+    vector = 1 + (len(y_groups) > 0)
+    statistics = LinearStatistics(
+        x_dims, y_dims, x_groups, y_groups, bias, reduce, (A.dim() == vector, G.dim() == vector)
+    )
+    return tapped(y, statistics, [x], factors)
 
 
 define(
     "linear(Tensor y, Tensor x, Tensor A, Tensor G, Tensor? positions, "
-    "int[] x_dims, int[] y_dims, bool bias, bool reduce) -> Tensor",
+    "int[] x_dims, int[] y_dims, int[] x_groups, int[] y_groups, bool bias, bool reduce) -> Tensor",
     _tap,
 )

@@ -8,19 +8,22 @@ import torch
 from torch import Tensor
 
 
-def case_rows(t: Tensor, features: Sequence[int]) -> Tensor:
+def case_rows(t: Tensor, features: Sequence[int], groups: Sequence[int] = ()) -> Tensor:
     """t as [N, S, features]: cases, positions that share the weight, flattened features.
 
     Args:
-        t: any tensor; the first dimension that is no feature counts the cases.
+        t: any tensor; the first dimension that is neither feature nor group counts the cases.
         features: dimensions of t that hold the features, in order.
+        groups: dimensions that count independent matrices; where there are any, they are flattened
+            to a first dimension of the result.
     """
-    order = [dim % t.dim() for dim in features]
-    rest = [dim for dim in range(t.dim()) if dim not in order]
-    t = t.permute(rest + order)
-    lead = t.shape[: len(rest)]
-    cases = lead[0] if rest else 1
-    return t.reshape(cases, lead[1:].numel(), t.shape[len(rest) :].numel())
+    last, first = ([dim % t.dim() for dim in dims] for dims in (features, groups))
+    rest = [dim for dim in range(t.dim()) if dim not in last and dim not in first]
+    t = t.permute(first + rest + last)
+    split = len(first), len(first) + len(rest)
+    lead = t.shape[split[0] : split[1]]
+    sizes = (lead[0] if rest else 1, lead[1:].numel(), t.shape[split[1] :].numel())
+    return t.reshape(t.shape[: split[0]].numel(), *sizes) if first else t.reshape(sizes)
 
 
 def gram(rows: Tensor) -> Tensor:
@@ -37,26 +40,30 @@ def homogeneous_gram(rows: Tensor) -> Tensor:
     return torch.cat([top, bottom], -2)
 
 
-def input_factor(rows: Tensor, *, bias: bool, reduce: bool) -> Tensor:
+def input_factor(rows: Tensor, *, bias: bool, reduce: bool, diagonal: bool = False) -> Tensor:
     """A of curvature.md section 2, from inputs [..., N, S, d].
 
     expand: sum over cases and positions of abar abar^T / N; reduce: of the mean over positions.
     """
     cases = rows.shape[-3]
     flat = rows.mean(-2) if reduce else rows.flatten(-3, -2)
+    if diagonal:
+        squares = flat.square().sum(-2)
+        if bias:
+            squares = torch.cat([squares, torch.full_like(squares[..., :1], flat.shape[-2])], -1)
+        return squares / cases
     return (homogeneous_gram(flat) if bias else gram(flat)) / cases
 
 
-def gradient_factor(rows: Tensor, *, reduce: bool, divide: bool) -> Tensor:
+def gradient_factor(rows: Tensor, *, reduce: bool, divide: bool, diagonal: bool = False) -> Tensor:
     """G of curvature.md section 2 times the number of likelihood terms, from g [..., N, S, d].
 
     expand: sum over cases and positions of g g^T, divided by S unless the positions of several
     uses are counted together; reduce: of the sum over positions.
     """
-    if reduce:
-        return gram(rows.sum(-2))
-    total = gram(rows.flatten(-3, -2))
-    return total / rows.shape[-2] if divide else total
+    flat = rows.sum(-2) if reduce else rows.flatten(-3, -2)
+    total = flat.square().sum(-2) if diagonal else gram(flat)
+    return total / rows.shape[-2] if divide and not reduce else total
 
 
 def case_covariance(u: Tensor, dim: int) -> Tensor:

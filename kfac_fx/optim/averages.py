@@ -53,10 +53,15 @@ class Entry:
         for spec, value in zip(self.block.factors, new, strict=True):
             assert value is not None
             result.append(value / divisor if spec.role == "gradient" else value)
-        if self.block.factors[-1].role == "count":
-            # Several uses: their positions are counted together (curvature.md section 4).
-            result[1] = result[1] / result[-1]
-        return result
+        # Several uses of one form: their positions are counted together (section 4).
+        specs = self.block.factors
+        positions = {s.form: v for s, v in zip(specs, result, strict=True) if s.role == "count"}
+        return [
+            value / positions[spec.form]
+            if spec.role == "gradient" and spec.form in positions
+            else value
+            for spec, value in zip(specs, result, strict=True)
+        ]
 
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:

@@ -257,9 +257,8 @@ class Preconditioner:
                     f"the gradient of {name} has shape {tuple(gradient.shape)}, "
                     f"the parameter has {tuple(parameters[name].shape)}"
                 )
-        names = [name for entry in self._entries for name in entry.block.parameters]
         filled = [
-            gradients[n] if n in gradients else torch.zeros_like(parameters[n]) for n in names
+            gradients[n] if n in gradients else torch.zeros_like(p) for n, p in parameters.items()
         ]
         updates = self.program.apply(self._inverses, filled)
         return {name: updates[name] for name in gradients}

@@ -11,8 +11,8 @@ from torch import fx
 
 from kfac_fx.capture.modules import Member
 from kfac_fx.capture.view import Call, GraphView, Reference
-from kfac_fx.config import MAX_FULL_DIM
-from kfac_fx.ir import Approximation, FactorSpec, Layout, NodeRef, ParameterUse, Tap
+from kfac_fx.config import MAX_FACTOR_DIM, MAX_FULL_DIM
+from kfac_fx.ir import Approximation, FactorSpec, Layout, NodeRef, ParameterUse, Role, Tap
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,9 @@ class Refusal:
     """Why a rule does not take a call that it looked at."""
 
     reason: str
+
+
+Answer = ParameterUse | list[ParameterUse] | Refusal | None
 
 
 @dataclass(frozen=True)
@@ -30,11 +33,15 @@ class Site:
         view: the graph.
         open: parameters that rules may still claim.
         reduce: whether positions that share a weight are reduced rather than expanded.
+        max_factor_dim: sides of Kronecker factors above it become diagonals.
+        alone: weights that are used without their bias elsewhere, so that no use may take both.
     """
 
     view: GraphView
-    open: Collection[str]
-    reduce: bool
+    open: frozenset[str]
+    reduce: bool = False
+    max_factor_dim: int = MAX_FACTOR_DIM
+    alone: frozenset[str] = frozenset()
 
     def parameter(self, value: Any) -> Reference | None:
         """The open parameter behind an argument, or None."""
@@ -48,20 +55,41 @@ class Rule(Protocol):
     kind: str
     operations: frozenset[str]
 
-    def match(self, call: Call, site: Site) -> ParameterUse | Refusal | None:
-        """The use, the reason why it cannot be taken, or None where no parameter is involved."""
+    def match(self, call: Call, site: Site) -> Answer:
+        """The uses, the reason why they are refused, or None where no parameter is involved."""
+
+
+def _side(site: Site, name: str, role: Role, dim: int, lead: tuple[int, ...]) -> FactorSpec:
+    if dim > site.max_factor_dim:
+        return FactorSpec(name, (*lead, dim), role, diagonal=True)
+    return FactorSpec(name, (*lead, dim, dim), role)
+
+
+def gradient_side(site: Site, outputs: int, lead: tuple[int, ...] = ()) -> FactorSpec:
+    """G over ``outputs``; a diagonal above ``max_factor_dim``."""
+    return _side(site, "G", "gradient", outputs, lead)
 
 
 def kronecker_factors(
-    inputs: int, outputs: int, *, bias: bool, groups: int = 1
+    site: Site, inputs: int, outputs: int, *, bias: bool, lead: tuple[int, ...] = ()
 ) -> tuple[FactorSpec, ...]:
-    """A over ``inputs`` (and the homogeneous coordinate) and G over ``outputs``."""
-    lead = (groups,) if groups > 1 else ()
-    side = inputs + bias
+    """A over ``inputs`` (and the homogeneous coordinate) and G over ``outputs``.
+
+    Args:
+        lead: (groups,) where there is one block a group.
+    """
     return (
-        FactorSpec("A", (*lead, side, side), "input"),
-        FactorSpec("G", (*lead, outputs, outputs), "gradient"),
+        _side(site, "A", "input", inputs + bias, lead),
+        gradient_side(site, outputs, lead),
     )
+
+
+def too_wide(site: Site, factors: Collection[FactorSpec]) -> str | None:
+    """The reason why a side that could be a matrix is a diagonal."""
+    wide = [f"{f.name} of side {f.shape[-1]}" for f in factors if f.diagonal]
+    if not wide:
+        return None
+    return f"{' and '.join(wide)} above max_factor_dim={site.max_factor_dim}, kept as a diagonal"
 
 
 def covariance_factor(dim: int, count: int = 1) -> tuple[FactorSpec, Approximation]:

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 from kfac_fx.capture.view import Call
 from kfac_fx.ir import NodeRef, ParameterUse, Tap
-from kfac_fx.passes.rules.base import Refusal, Site, kronecker_factors, plain, shift_use
+from kfac_fx.passes.rules.base import (
+    Answer,
+    Refusal,
+    Site,
+    kronecker_factors,
+    plain,
+    shift_use,
+    too_wide,
+)
 
 
-def _spread(value: Any, dims: int) -> tuple[int, ...] | None:
+def spread(value: Any, dims: int) -> tuple[int, ...] | None:
     """One number a spatial dimension, or None where they are not known."""
     values = (value,) if isinstance(value, int) else tuple(value)
     if not all(isinstance(entry, int) for entry in values):
@@ -27,7 +36,7 @@ def _padding(
         totals = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
         pairs = [(total // 2, total - total // 2) for total in totals]
     else:
-        both = _spread(value, len(kernel))
+        both = spread(value, len(kernel))
         if both is None:
             return None
         pairs = [(entry, entry) for entry in both]
@@ -40,7 +49,7 @@ class ConvolutionRule:
     kind = "convolution"
     operations = frozenset({"conv1d", "conv2d", "conv3d"})
 
-    def match(self, call: Call, site: Site) -> ParameterUse | Refusal | None:
+    def match(self, call: Call, site: Site) -> Answer:
         dims = int(call.operation[4])
         weight, bias = site.parameter(call.get("weight")), site.parameter(call.get("bias"))
         if weight is None:
@@ -50,26 +59,30 @@ class ConvolutionRule:
         if not site.view.depends_on_data(call.get("input")):
             return Refusal("convolution: the input is no activation")
         outputs, channels, *kernel = weight.layout.shape
-        stride, dilation = (_spread(call.get(name, 1), dims) for name in ("stride", "dilation"))
+        stride, dilation = (spread(call.get(name, 1), dims) for name in ("stride", "dilation"))
         groups = call.get("groups", 1)
         if stride is None or dilation is None or not isinstance(groups, int):
             return Refusal("convolution: stride, dilation or groups are computed at run time")
         padding = _padding(call.get("padding", 0), tuple(kernel), dilation)
         if padding is None:
             return Refusal("convolution: the padding is computed at run time")
-        sides = (outputs // groups, channels * _product(kernel))
+        sides = (outputs // groups, channels * prod(kernel))
         lead = (groups,) if groups > 1 else ()
+        extra: list[ParameterUse] = []
+        if bias is not None and weight.name in site.alone:
+            extra, bias = [shift_use(call, site, bias, (1,))], None
         layouts = [weight.layout.reshape((*lead, *sides))]
         if bias is not None:
             layouts.append(bias.layout.reshape((*lead, sides[0])))
+        factors = kronecker_factors(site, sides[1], sides[0], bias=bias is not None, lead=lead)
         mode = call.get("padding_mode", "zeros")
         geometry = (tuple(kernel), stride, dilation, padding, mode, groups)
-        return ParameterUse(
+        use = ParameterUse(
             kind=self.kind,
             node=call.node.name,
             parameters=(weight.name,) if bias is None else (weight.name, bias.name),
             layouts=tuple(layouts),
-            factors=kronecker_factors(sides[1], sides[0], bias=bias is not None, groups=groups),
+            factors=factors,
             approximation="kronecker",
             tap=Tap(
                 "convolution",
@@ -78,11 +91,6 @@ class ConvolutionRule:
                 (*geometry, bias is not None, site.reduce),
             ),
             path=(*weight.path, call.operation),
+            reason=too_wide(site, factors),
         )
-
-
-def _product(sizes: list[int]) -> int:
-    count = 1
-    for size in sizes:
-        count *= size
-    return count
+        return [use, *extra]

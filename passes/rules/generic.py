@@ -4,6 +4,7 @@ squared gradient of the batch. What it gets, and why, is always stated.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import prod
 
 from torch import fx
@@ -15,17 +16,17 @@ from kfac_fx.passes.rules.base import covariance_factor, too_large
 BROADCASTING = frozenset({"add", "sub", "mul", "div"})
 
 
-def _through(consumer: Consumer, reason: str | None) -> str:
+def _through(consumer: Consumer, refusals: Mapping[str, str]) -> str:
     label = getattr(consumer.node.target, "__name__", str(consumer.node.target))
     path = " -> ".join((*consumer.path, label))
-    return f"{path}: {reason or 'no rule for this operation'}"
+    return f"{path}: {refusals.get(consumer.node.name, 'no rule for this operation')}"
 
 
-def _case_tap(view: GraphView, consumer: Consumer) -> Tap | None:
+def case_tap(view: GraphView, consumer: Consumer) -> Tap | None:
     """A tap on the parameter's side of a consumer that keeps one gradient a case."""
     value, node = consumer.value, consumer.node
     call = view.call(node)
-    if call is None or value is None:
+    if call is None or value is None or not _same_order(view, consumer):
         return None
     if call.operation in BROADCASTING and not _in_place_on(call, value):
         others = [call.get(name) for name in ("input", "other")]
@@ -56,11 +57,14 @@ def _expanded_tap(view: GraphView, consumer: Consumer) -> Tap | None:
     return Tap("cases", consumer.node.name, (None,))
 
 
-def generic_use(view: GraphView, name: str, reason: str | None) -> ParameterUse | None:
+def generic_use(
+    view: GraphView, name: str, reason: str | None, refusals: Mapping[str, str]
+) -> ParameterUse | None:
     """The use of a parameter that no rule took; None if the outputs do not depend on it.
 
     Args:
-        reason: what a rule that looked at it said.
+        reason: why its uses do not fit together, if they do not.
+        refusals: by node name, what the rules that looked at it said.
     """
     consumers = list(view.consumers(name))
     if not consumers:
@@ -71,7 +75,7 @@ def generic_use(view: GraphView, name: str, reason: str | None) -> ParameterUse 
     first = consumers[0]
     tap = None
     if len(consumers) == 1:
-        tap = _case_tap(view, first) or _expanded_tap(view, first)
+        tap = case_tap(view, first) or _expanded_tap(view, first)
     if tap is not None and _same_order(view, first):
         factor, approximation = covariance_factor(size)
         return ParameterUse(
@@ -85,7 +89,7 @@ def generic_use(view: GraphView, name: str, reason: str | None) -> ParameterUse 
             first.path,
             too_large(size),
         )
-    why = "; ".join(_through(consumer, reason) for consumer in consumers[:3])
+    why = reason or "; ".join(_through(consumer, refusals) for consumer in consumers[:3])
     return ParameterUse(
         "generic",
         first.node.name,

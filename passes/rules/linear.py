@@ -2,106 +2,126 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 from kfac_fx.capture.view import Call, Reference
 from kfac_fx.ir import Layout, NodeRef, ParameterUse, Tap
-from kfac_fx.passes.rules.base import Refusal, Site, kronecker_factors, shift_use
+from kfac_fx.passes.rules.base import (
+    Answer,
+    Refusal,
+    Site,
+    kronecker_factors,
+    shift_use,
+    too_wide,
+)
+
+ELLIPSIS = "\N{HORIZONTAL ELLIPSIS}"
 
 
-def _use(
+def dense_use(
     call: Call,
     site: Site,
     x: Any,
     weight: Reference,
     matrix: Layout,
     dims: tuple[tuple[int, ...], tuple[int, ...]],
+    *,
     bias: Reference | None = None,
-) -> ParameterUse | Refusal:
-    """A Kronecker use of ``matrix`` [out, in]; ``dims`` are the feature dimensions of x and y."""
+    group_dims: tuple[tuple[int, ...], tuple[int, ...]] = ((), ()),
+) -> Answer:
+    """Kronecker uses of a matrix, layout [out, in] or [groups, out, in], and of its bias.
+
+    Args:
+        dims: the feature dimensions of x and y.
+        group_dims: the dimensions of x and y that count the groups.
+    """
     if not site.view.depends_on_data(x):
         return Refusal(f"{call.operation}: the other operand is no activation")
-    outputs, inputs = matrix.shape
-    parameters = [weight] if bias is None else [weight, bias]
-    layouts = [matrix] if bias is None else [matrix, bias.layout.reshape((outputs,))]
-    return ParameterUse(
+    *lead, outputs, inputs = matrix.shape
+    extra: list[ParameterUse] = []
+    if bias is not None and (weight.name in site.alone or prod(bias.layout.shape) != outputs):
+        extra, bias = [shift_use(call, site, bias, dims[1])], None
+    parameters, layouts = [weight.name], [matrix]
+    if bias is not None:
+        parameters.append(bias.name)
+        layouts.append(bias.layout.reshape((outputs,)))
+    factors = kronecker_factors(site, inputs, outputs, bias=bias is not None, lead=tuple(lead))
+    use = ParameterUse(
         kind="linear",
         node=call.node.name,
-        parameters=tuple(p.name for p in parameters),
+        parameters=tuple(parameters),
         layouts=tuple(layouts),
-        factors=kronecker_factors(inputs, outputs, bias=bias is not None),
+        factors=factors,
         approximation="kronecker",
         tap=Tap(
             "linear",
             call.node.name,
             (NodeRef(x.name),),
-            (*dims, bias is not None, site.reduce),
+            (*dims, *group_dims, bias is not None, site.reduce),
         ),
         path=(*weight.path, call.operation),
+        reason=too_wide(site, factors),
     )
-
-
-def _matrix_bias(bias: Reference | None, outputs: int) -> Reference | None:
-    """The bias where it has one entry an output."""
-    if bias is None or bias.layout.shape[-1:] != (outputs,):
-        return None
-    return bias if all(size == 1 for size in bias.layout.shape[:-1]) else None
+    return [use, *extra]
 
 
 class LinearRule:
-    """F.linear and nn.Linear; x @ W, W @ x, addmm(b, x, W); einsum with one shared weight."""
+    """F.linear and nn.Linear; x @ W, W @ x, addmm(b, x, W); bmm and einsum, also with groups."""
 
     kind = "linear"
-    operations = frozenset({"linear", "matmul", "addmm", "einsum"})
+    operations = frozenset({"linear", "matmul", "addmm", "baddbmm", "einsum"})
 
-    def match(self, call: Call, site: Site) -> ParameterUse | Refusal | None:
-        match: dict[str, Any] = {
-            "linear": self._linear,
-            "matmul": self._matmul,
-            "addmm": self._addmm,
-            "einsum": self._einsum,
-        }
-        result: ParameterUse | Refusal | None = match[call.operation](call, site)
-        return result
+    def match(self, call: Call, site: Site) -> Answer:
+        if call.operation == "linear":
+            return self._linear(call, site)
+        if call.operation == "matmul":
+            return self._matmul(call, site, call.get("input"), call.get("other"), None)
+        if call.operation == "einsum":
+            return self._einsum(call, site)
+        return self._addmm(call, site)
 
-    def _linear(self, call: Call, site: Site) -> ParameterUse | Refusal | None:
+    def _linear(self, call: Call, site: Site) -> Answer:
         x, weight = call.get("input"), site.parameter(call.get("weight"))
         bias = site.parameter(call.get("bias"))
         if weight is None:
             return None if bias is None else shift_use(call, site, bias, (-1,))
         if len(weight.layout.shape) != 2:
             return Refusal(f"linear: the weight is seen as {weight.layout.shape}, not as a matrix")
-        return _use(call, site, x, weight, weight.layout, ((-1,), (-1,)), bias)
+        return dense_use(call, site, x, weight, weight.layout, ((-1,), (-1,)), bias=bias)
 
-    def _matmul(self, call: Call, site: Site) -> ParameterUse | Refusal | None:
-        left, right = call.get("input"), call.get("other")
-        weight = site.parameter(right)
-        if weight is not None:
-            if len(weight.layout.shape) != 2:
-                return Refusal(f"matmul: the weight is seen as {weight.layout.shape}")
-            return _use(call, site, left, weight, weight.layout.transpose(0, 1), ((-1,), (-1,)))
-        weight = site.parameter(left)
+    def _matmul(
+        self, call: Call, site: Site, left: Any, right: Any, bias: Reference | None
+    ) -> Answer:
+        weight, x, side = site.parameter(right), left, -1
+        if weight is None:
+            weight, x, side = site.parameter(left), right, -2
         if weight is None:
             return None
-        if len(weight.layout.shape) != 2:
-            return Refusal(f"matmul: the weight is seen as {weight.layout.shape}")
-        # W @ x: features lie in the last dimension but one (a vector x has no other).
-        return _use(call, site, right, weight, weight.layout, ((-2,), (-2,)))
+        axes = len(weight.layout.shape)
+        if axes not in (2, 3):
+            return Refusal(f"{call.operation}: the weight is seen as {weight.layout.shape}")
+        matrix = weight.layout.transpose(-2, -1) if side == -1 else weight.layout
+        groups: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+        if axes == 3:
+            # Batches of matrices: the dimension before the last two counts the groups.
+            groups = ((-3,), (-3,))
+        return dense_use(
+            call, site, x, weight, matrix, ((side,), (side,)), bias=bias, group_dims=groups
+        )
 
-    def _addmm(self, call: Call, site: Site) -> ParameterUse | Refusal | None:
-        weight = site.parameter(call.get("other"))
+    def _addmm(self, call: Call, site: Site) -> Answer:
         bias = site.parameter(call.get("bias"))
-        if weight is None:
-            if site.parameter(call.get("input")) is not None:
-                return Refusal("addmm: the weight is the left factor")
+        left, right = call.get("input"), call.get("other")
+        if site.parameter(left) is None and site.parameter(right) is None:
             return None if bias is None else shift_use(call, site, bias, (-1,))
         if call.get("alpha", 1) != 1 or (bias is not None and call.get("beta", 1) != 1):
-            return Refusal("addmm: alpha and beta other than 1")
-        bias = _matrix_bias(bias, weight.layout.shape[1])
-        matrix = weight.layout.transpose(0, 1)
-        return _use(call, site, call.get("input"), weight, matrix, ((-1,), (-1,)), bias)
+            return Refusal(f"{call.operation}: alpha and beta other than 1")
+        if site.parameter(right) is None or call.operation == "baddbmm":
+            bias = None  # no bias of the output's features: it goes its own way
+        return self._matmul(call, site, left, right, bias)
 
-    def _einsum(self, call: Call, site: Site) -> ParameterUse | Refusal | None:
+    def _einsum(self, call: Call, site: Site) -> Answer:
         operands = call.get("operands")
         weights = [site.parameter(operand) for operand in operands]
         held = [weight for weight in weights if weight is not None]
@@ -112,36 +132,49 @@ class LinearRule:
         at = 0 if weights[0] is not None else 1
         terms = _einsum_terms(call.get("equation"))
         if terms is None:
-            return Refusal(f"einsum: {call.get('equation')!r} has an ellipsis or repeated letters")
+            return Refusal(f"einsum: {call.get('equation')!r} has repeated letters")
         w, x, y = terms[at], terms[1 - at], terms[2]
         inputs = [c for c in w if c in x and c not in y]
         outputs = [c for c in w if c in y and c not in x]
-        if len(inputs) + len(outputs) != len(w) or set(x) - set(inputs) - set(y):
-            return Refusal(f"einsum: {call.get('equation')!r} is no product with one matrix")
+        groups = [c for c in w if c in y and c in x]
+        if (
+            len(inputs) + len(outputs) + len(groups) != len(w)
+            or set(x) - set(inputs) - set(y)
+            or ELLIPSIS in w
+        ):
+            return Refusal(f"einsum: {call.get('equation')!r} is no product with matrices")
         if not inputs or not outputs:
             return Refusal(f"einsum: {call.get('equation')!r} leaves the matrix without a side")
         weight = held[0]
         sizes = dict(zip(w, weight.layout.shape, strict=True))
-        count = 1
-        for letter in outputs:
-            count *= sizes[letter]
-        matrix = weight.layout.permute(*(w.index(c) for c in (*outputs, *inputs)))
-        matrix = matrix.reshape((count, -1))
-        x_dims = tuple(x.index(c) for c in inputs)
-        y_dims = tuple(y.index(c) for c in outputs)
-        return _use(call, site, operands[1 - at], weight, matrix, (x_dims, y_dims))
+        order = (*groups, *outputs, *inputs)
+        shape = [prod(sizes[c] for c in letters) for letters in (groups, outputs, inputs)]
+        matrix = weight.layout.permute(*(w.index(c) for c in order))
+        matrix = matrix.reshape(shape if groups else shape[1:])
+
+        dims = (_dims(x, inputs), _dims(y, outputs))
+        group_dims = (_dims(x, groups), _dims(y, groups))
+        return dense_use(call, site, operands[1 - at], weight, matrix, dims, group_dims=group_dims)
+
+
+def _dims(term: str, letters: list[str]) -> tuple[int, ...]:
+    """Where the letters stand; behind an ellipsis they are counted from the end."""
+    gap = term.find(ELLIPSIS) if ELLIPSIS in term else len(term)
+    places = [term.index(c) for c in letters]
+    return tuple(place if place < gap else place - len(term) for place in places)
 
 
 def _einsum_terms(equation: Any) -> tuple[str, str, str] | None:
     """The letters of both operands and of the result, or None where they are not plain."""
-    if not isinstance(equation, str) or "." in equation:
+    if not isinstance(equation, str):
         return None
-    equation = equation.replace(" ", "")
+    equation = equation.replace(" ", "").replace("...", ELLIPSIS)
     inputs, arrow, output = equation.partition("->")
     first, _, second = inputs.partition(",")
     if not arrow:
         letters = first + second
-        output = "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
+        once = sorted(c for c in set(letters) - {ELLIPSIS} if letters.count(c) == 1)
+        output = ELLIPSIS * (ELLIPSIS in letters) + "".join(once)
     if any(len(set(term)) != len(term) for term in (first, second, output)):
         return None
     return first, second, output

@@ -7,6 +7,7 @@ from typing import Any
 from kfac_fx.capture.view import Call
 from kfac_fx.ir import ParameterUse, Tap
 from kfac_fx.passes.rules.base import (
+    Answer,
     Refusal,
     Site,
     covariance_factor,
@@ -23,7 +24,7 @@ class NormalizationRule:
     kind = "normalization"
     operations = frozenset({"batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm"})
 
-    def match(self, call: Call, site: Site) -> ParameterUse | Refusal | None:
+    def match(self, call: Call, site: Site) -> Answer:
         weight, bias = site.parameter(call.get("weight")), site.parameter(call.get("bias"))
         held = [p for p in (weight, bias) if p is not None]
         if not held:

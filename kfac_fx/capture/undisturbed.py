@@ -1,0 +1,51 @@
+"""Runs a model once without leaving a trace in it, and reads what it returned."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Buffers and random number generators are afterwards what they were before."""
+    saved = [
+        (module._buffers, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    devices = {t.device for t in (*model.parameters(), *model.buffers()) if t.is_cuda}
+    state = random.getstate()
+    try:
+        with torch.random.fork_rng([d.index for d in devices]), torch.enable_grad():
+            yield
+    finally:
+        random.setstate(state)
+        for owner, name, buffer, value in saved:
+            owner[name] = buffer
+            if not torch.equal(buffer, value):
+                with torch.no_grad():
+                    buffer.copy_(value)
+
+
+def fresh(inputs: Any) -> Any:
+    """The inputs with tensors of their own, since a model may write to what it is given."""
+    return pytree.tree_map_only(
+        Tensor, lambda t: t.detach().clone().requires_grad_(t.requires_grad), inputs
+    )
+
+
+def tensors_in(outputs: Any) -> Iterator[Tensor]:
+    """All tensors of a model's outputs, in data classes and plain objects too."""
+    for leaf in pytree.tree_leaves(outputs):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif type(leaf).__module__ != "builtins" and hasattr(leaf, "__dict__"):
+            yield from tensors_in(list(vars(leaf).values()))

@@ -1,0 +1,140 @@
+"""Taps for a model that runs as it is written: calls are matched with known blocks on the spot."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from kfac_fx.capture.tape import Record
+from kfac_fx.capture.view import Consumer, GraphView
+from kfac_fx.ir import CurvatureBlock, CurvatureGraph, NodeRef, ParameterUse, Tap
+from kfac_fx.ops import STORE
+from kfac_fx.passes.rules import Refusal, Site, rules_for
+from kfac_fx.passes.rules.generic import case_tap
+
+log = logging.getLogger("kfac_fx")
+
+
+class EagerTaps:
+    """Finds the taps of one call at a time, for blocks that were found before.
+
+    A call that does not fit the block of its parameters is left out and logged once.
+
+    Args:
+        module: owns the factor buffers.
+        reduce, max_factor_dim: as for ``find_uses``.
+    """
+
+    def __init__(self, module: nn.Module, reduce: bool, max_factor_dim: int) -> None:
+        self._store = module.get_submodule(STORE)
+        curvature: CurvatureGraph = module.meta["kfac_fx"]
+        blocks = curvature.blocks.values()
+        self._blocks: dict[str, list[CurvatureBlock]] = {}
+        for block in blocks:
+            for name in block.parameters:
+                self._blocks.setdefault(name, []).append(block)
+        self._without_tap = {n for n, bs in self._blocks.items() if not all(b.tapped for b in bs)}
+        self._uncovered = frozenset(curvature.unused)
+        self._options = (reduce, max_factor_dim)
+        self._open = frozenset(self._blocks) - self._without_tap
+        self._alone = frozenset(b.parameters[0] for b in blocks if len(b.parameters) == 1)
+        self._told: set[str] = set()
+
+    def of_copy(self, module: nn.Module) -> EagerTaps:
+        """The same for a copy of the module."""
+        twin = EagerTaps.__new__(EagerTaps)
+        twin.__dict__.update(self.__dict__)
+        twin._store = module.get_submodule(STORE)
+        return twin
+
+    def recording(self) -> bool:
+        """Whether any buffer asks for statistics."""
+        return any(buffer.requires_grad for buffer in self._store.buffers())
+
+    def __call__(self, view: GraphView, node: fx.Node) -> list[tuple[Tap, Record]]:
+        """The taps of a call that reads parameters."""
+        read = {r.name for r in map(view.reference, node.all_input_nodes) if r is not None}
+        if view.reference(node) is not None or view.is_split(node):
+            return []
+        found: list[tuple[Tap, Record]] = []
+        for use, block in self._uses(view, node):
+            known = next((known for known in block.uses if _same_form(known, use)), None)
+            if known is not None and use.tap is not None:
+                found.append((use.tap, self._record(use.tap, known, block)))
+                read -= set(use.parameters)
+        self._tell(read - self._without_tap - self._told, node)
+        return found
+
+    def _uses(
+        self, view: GraphView, node: fx.Node
+    ) -> Iterator[tuple[ParameterUse, CurvatureBlock]]:
+        call = view.call(node)
+        site = Site(view, self._open, *self._options, self._alone)
+        for rule in rules_for(call.operation) if call is not None else ():
+            assert call is not None
+            answer = rule.match(call, site)
+            if answer is None or isinstance(answer, Refusal):
+                continue
+            for use in answer if isinstance(answer, list) else [answer]:
+                for block in self._blocks[use.parameters[0]]:
+                    if block.parameters == use.parameters:
+                        yield use, block
+            return
+        yield from self._elementwise(view, node)
+
+    def _elementwise(
+        self, view: GraphView, node: fx.Node
+    ) -> Iterator[tuple[ParameterUse, CurvatureBlock]]:
+        for value in node.all_input_nodes:
+            reference = view.reference(value)
+            for block in self._blocks.get(reference.name, ()) if reference is not None else ():
+                if block.kind == "elementwise" and reference is not None:
+                    tap = case_tap(view, Consumer(node, value, reference.path))
+                    if tap is not None:
+                        yield replace(block.uses[0], tap=tap), block
+
+    def _record(self, tap: Tap, use: ParameterUse, block: CurvatureBlock) -> Record:
+        slot = self._store.get_submodule(block.slot)
+        operator = getattr(torch.ops.kfac_fx, tap.operator).default
+
+        def record(y: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+            def resolve(value: Any) -> Any:
+                if isinstance(value, NodeRef):
+                    return values[value.name]
+                return list(value) if isinstance(value, tuple) else value
+
+            factors = [getattr(slot, factor.name) for factor in use.factors]
+            if use.approximation == "kronecker" and len(factors) == 2:
+                factors.append(None)
+            arguments = (*map(resolve, tap.tensors), *factors, *map(resolve, tap.options))
+            tapped: Tensor = operator(y, *arguments)
+            return tapped
+
+        return record
+
+    def _tell(self, names: set[str], node: fx.Node) -> None:
+        for name in sorted(names):
+            self._told.add(name)
+            if name in self._uncovered:
+                log.warning("%s has no block: the example inputs did not lead to its use", name)
+            elif name in self._blocks:
+                log.warning("%s: its use in %s is not in its block, left out", name, node.target)
+
+
+def _same_form(known: ParameterUse, use: ParameterUse) -> bool:
+    """Whether factors of one use take the statistics of the other; names and counts aside."""
+
+    def shapes(one: ParameterUse) -> list[Any]:
+        return [(f.shape, f.role, f.diagonal) for f in one.factors if f.role != "count"]
+
+    return (
+        known.kind == use.kind
+        and known.layouts == use.layouts
+        and known.approximation == use.approximation
+        and shapes(known) == shapes(use)
+    )

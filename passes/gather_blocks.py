@@ -1,0 +1,166 @@
+"""Gathers parameter uses into curvature blocks: which uses are summed, and in what form."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
+from math import prod
+
+import torch
+from torch import fx
+
+from kfac_fx.ir import CurvatureBlock, FactorSpec, Layout, ParameterUse
+
+
+def pieces(name: str, uses: Iterable[ParameterUse]) -> list[list[ParameterUse]] | None:
+    """The uses of a parameter by the piece of it that they use; None if pieces overlap."""
+    groups: dict[frozenset[int] | None, list[ParameterUse]] = {}
+    for use in uses:
+        layout = use.layouts[use.parameters.index(name)]
+        groups.setdefault(_support(layout), []).append(use)
+    seen: set[int] = set()
+    for support in groups if len(groups) > 1 else ():
+        if support is None or seen & support:
+            return None
+        seen |= support
+    return list(groups.values())
+
+
+def _support(layout: Layout) -> frozenset[int] | None:
+    """The flat indices that a layout keeps; None for all."""
+    if layout.whole:
+        return None
+    indices = torch.arange(prod(layout.start)).reshape(layout.start)
+    return frozenset(layout.apply(indices).flatten().tolist())
+
+
+def forms(uses: Iterable[ParameterUse]) -> list[list[ParameterUse]]:
+    """Uses of the same entries by the form of their factors."""
+    groups: dict[object, list[ParameterUse]] = {}
+    for use in uses:
+        groups.setdefault((use.layouts, use.factors, use.approximation), []).append(use)
+    return list(groups.values())
+
+
+def summable(groups: Sequence[Sequence[ParameterUse]]) -> bool:
+    """Whether uses of these forms have one block: one form, or two matrices on the same sides."""
+    if len(groups) == 1:
+        return True
+    uses = [group[0] for group in groups]
+    simple = all(
+        use.approximation == "kronecker" and len(use.parameters) == 1 and len(_matrix(use)) == 2
+        for use in uses
+    )
+    return simple and len(uses) == 2 and _same_sides(*uses) is not None
+
+
+def _matrix(use: ParameterUse) -> tuple[int, ...]:
+    return use.layouts[0].shape
+
+
+def _same_sides(first: ParameterUse, second: ParameterUse) -> bool | None:
+    """True if both see the same matrix, False if one sees the transpose, None otherwise."""
+    if first.layouts == second.layouts:
+        return True
+    return False if second.layouts[0].transpose(0, 1) == first.layouts[0] else None
+
+
+def gather_blocks(
+    uses: Iterable[ParameterUse], graph: fx.Graph, *, counted: bool = False
+) -> dict[str, CurvatureBlock]:
+    """One block for each set of parameters, or for each piece of them.
+
+    Args:
+        counted: positions are recorded for single uses too (their number may vary from run to run).
+    """
+    by_parameters: dict[tuple[str, ...], list[ParameterUse]] = {}
+    for use in uses:
+        by_parameters.setdefault(use.parameters, []).append(use)
+    names = _block_names(by_parameters)
+    nodes = {node.name: node for node in graph.nodes}
+    blocks: dict[str, CurvatureBlock] = {}
+    for parameters, found in by_parameters.items():
+        parts = pieces(parameters[0], found) or [found]
+        for index, part in enumerate(parts):
+            name = names[parameters] + (f"[{index}]" if len(parts) > 1 else "")
+            slot = _unique(re.sub(r"\W", "_", name).strip("_"), {b.slot for b in blocks.values()})
+            blocks[name] = _block(name, slot, part, _source(nodes[part[0].node]), counted)
+    return blocks
+
+
+def _block(
+    name: str, slot: str, uses: Sequence[ParameterUse], source: str | None, counted: bool
+) -> CurvatureBlock:
+    groups = forms(uses)
+    first = groups[0][0]
+    gathered = _counted(groups[0], "", counted)
+    if len(groups) == 2:
+        swap = _same_sides(first, groups[1][0]) is False
+        gathered += _counted([_second(use, swap) for use in groups[1]], "_2", counted)
+    factors = {factor.name: factor for use in gathered for factor in use.factors}
+    order = sorted(factors, key=lambda key: (key.startswith("positions"), key[-2:] == "_2", key))
+    return CurvatureBlock(
+        name=name,
+        slot=slot,
+        kind=first.kind,
+        parameters=first.parameters,
+        layouts=first.layouts,
+        factors=tuple(factors[key] for key in order),
+        approximation="kronecker_sum" if len(groups) == 2 else first.approximation,
+        uses=tuple(gathered),
+        source=source,
+        reason=first.reason or _summed_reason(uses),
+    )
+
+
+def _second(use: ParameterUse, swap: bool) -> ParameterUse:
+    """A use of the second form: its factors on the sides that the first form calls A and G."""
+    names = ("G_2", "A_2") if swap else ("A_2", "G_2")
+    renamed = (replace(f, name=name) for f, name in zip(use.factors, names, strict=True))
+    return replace(use, factors=tuple(renamed))
+
+
+def _counted(uses: Sequence[ParameterUse], suffix: str, single: bool = False) -> list[ParameterUse]:
+    """Several Kronecker uses also record their positions, which are counted together."""
+    if (len(uses) == 1 and not single) or uses[0].approximation != "kronecker":
+        return list(uses)
+    count = FactorSpec("positions" + suffix, (), "count")
+    return [replace(use, factors=(*use.factors, count)) for use in uses]
+
+
+def _summed_reason(uses: Sequence[ParameterUse]) -> str | None:
+    """Kronecker factors of several uses add up by design; covariances lose what lies between."""
+    if len(uses) == 1 or uses[0].approximation == "kronecker":
+        return None
+    return f"its {len(uses)} uses are taken as uncorrelated"
+
+
+def _block_names(groups: Collection[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
+    """The module's path where the block is all that the module's weight and bias are."""
+    names: dict[tuple[str, ...], str] = {}
+    for parameters in groups:
+        owners = {name.rpartition(".")[0] for name in parameters}
+        leaves = {name.rpartition(".")[2] for name in parameters}
+        whole = len(owners) == 1 and "weight" in leaves and leaves <= {"weight", "bias"}
+        owner = next(iter(owners))
+        names[parameters] = owner if whole and owner else parameters[0]
+    counts = list(names.values())
+    return {
+        parameters: name if counts.count(name) == 1 else parameters[0]
+        for parameters, name in names.items()
+    }
+
+
+def _unique(slot: str, taken: Collection[str]) -> str:
+    while slot in taken:
+        slot += "_"
+    return slot
+
+
+def _source(node: fx.Node) -> str | None:
+    """File and line of the user's code that made the node."""
+    trace = node.meta.get("stack_trace") or node.stack_trace
+    places = re.findall(r'File "([^"]+)", line (\d+)', trace or "")
+    own = [place for place in places if "/torch/" not in place[0]] or places
+    return ":".join(own[-1]) if own else None

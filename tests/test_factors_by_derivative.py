@@ -1,0 +1,310 @@
+"""Factors of further kinds against a definition that needs no formula of the layer.
+
+The input of a weight's row is the derivative of one output entry in that row, so A is the sum of
+its outer products over cases and positions, and G that of the derivatives in the layer's output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import kfac_fx
+
+
+class Wrapped(nn.Module):
+    """A layer, a nonlinearity and a head, with the layer's output kept."""
+
+    def __init__(self, layer: nn.Module, features: int) -> None:
+        super().__init__()
+        self.layer, self.head = layer, nn.Linear(features, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.layer(x)).flatten(1))
+
+
+class WrappedPair(Wrapped):
+    """The same for a layer of two inputs."""
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.layer(x, z)).flatten(1))
+
+
+def oracle(
+    model: Wrapped, inputs: tuple[Tensor, ...], rows: Callable[[Tensor], Tensor], channel: int
+) -> tuple[Tensor, Tensor]:
+    """(A, G) for a unit-variance normal likelihood, exactly; one position at a time.
+
+    Args:
+        rows: the weight as [out, in]; the first row is the one of output channel 0.
+        channel: the dimension of the layer's output that holds the channels.
+    """
+    s = model.layer(*inputs)
+    outputs = model.head(torch.tanh(s).flatten(1))
+    places = s.movedim(channel, -1).flatten(1, -2) if s.dim() > 2 else s.unsqueeze(1)
+    cases, positions, width = places.shape
+    A = 0
+    for n in range(cases):
+        for t in range(positions):
+            parameters = list(model.layer.parameters())
+            found = torch.autograd.grad(places[n, t, 0], parameters, retain_graph=True)
+            abar = torch.cat([rows(found[0])[0], *(bias[:1] for bias in found[1:])])
+            A = A + torch.outer(abar, abar)
+    G = torch.zeros(width, width)
+    for n in range(cases):
+        for o in range(outputs.shape[1]):
+            (g,) = torch.autograd.grad(outputs[n, o], s, retain_graph=True)
+            g = (g.movedim(channel, -1).flatten(1, -2) if g.dim() > 2 else g.unsqueeze(1))[n]
+            G = G + g.T @ g
+    return A / cases, G / (cases * positions)
+
+
+def measured(model: nn.Module, inputs: tuple[Tensor, ...], block: str) -> tuple[Tensor, ...]:
+    net = kfac_fx.transform(model)
+    preconditioner = kfac_fx.Preconditioner(net, "normal", fisher="exact")
+    outputs = net(*inputs)
+    preconditioner.observe(outputs)
+    outputs.sum().backward()
+    preconditioner.step()
+    return preconditioner.factors[block]
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("padding", [0, 1])
+@pytest.mark.parametrize("dilation", [1, 2])
+@pytest.mark.parametrize("output_padding", [0, 1])
+@pytest.mark.usefixtures("float64")
+def test_transposed_convolution(
+    stride: int, padding: int, dilation: int, output_padding: int
+) -> None:
+    if output_padding >= max(stride, dilation):
+        pytest.skip("torch refuses it")
+    layer = nn.ConvTranspose1d(2, 3, 3, stride, padding, output_padding, dilation=dilation)
+    x = torch.randn(4, 2, 5)
+    model = Wrapped(layer, layer(x).flatten(1).shape[1])
+    want = oracle(model, (x,), lambda w: w.transpose(0, 1).flatten(1), 1)
+    for found, expected in zip(measured(model, (x,), "layer"), want, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.usefixtures("float64")
+def test_transposed_convolution_2d() -> None:
+    layer, x = nn.ConvTranspose2d(2, 3, (2, 3), (2, 1), (0, 1), bias=False), torch.randn(3, 2, 3, 4)
+    model = Wrapped(layer, layer(x).flatten(1).shape[1])
+    want = oracle(model, (x,), lambda w: w.transpose(0, 1).flatten(1), 1)
+    for found, expected in zip(measured(model, (x,), "layer"), want, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.usefixtures("float64")
+def test_grouped_transposed_convolution_is_one_block_a_group() -> None:
+    layer, x = nn.ConvTranspose1d(4, 6, 3, 2, groups=2), torch.randn(3, 4, 5)
+    whole = measured(Wrapped(layer, layer(x).flatten(1).shape[1]), (x,), "layer")
+    A, G = whole
+    assert A.shape == (2, 7, 7) and G.shape == (2, 3, 3)
+    part = nn.ConvTranspose1d(2, 3, 3, 2)
+    with torch.no_grad():
+        part.weight.copy_(layer.weight[2:])
+        part.bias.copy_(layer.bias[3:])
+    model = Wrapped(part, part(x[:, 2:]).flatten(1).shape[1])
+    (expected, _) = oracle(model, (x[:, 2:],), lambda w: w.transpose(0, 1).flatten(1), 1)
+    torch.testing.assert_close(A[1], expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.usefixtures("float64")
+def test_bilinear() -> None:
+    layer, inputs = nn.Bilinear(2, 4, 3), (torch.randn(5, 2), torch.randn(5, 4))
+    model = WrappedPair(layer, 3)
+    want = oracle(model, inputs, lambda w: w.flatten(1), 1)
+    for found, expected in zip(measured(model, inputs, "layer"), want, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+class Experts(nn.Module):
+    """Each group of features has a matrix of its own."""
+
+    def __init__(self, call: str) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(2, 4, 3))
+        self.call = call
+
+    def forward(self, x: Tensor) -> Tensor:  # [groups, N, 4] -> [groups, N, 3]
+        if self.call == "bmm":
+            return torch.bmm(x, self.weight)
+        return torch.einsum("gni,gio->gno", x, self.weight)
+
+
+@pytest.mark.parametrize("call", ["bmm", "einsum"])
+@pytest.mark.usefixtures("float64")
+def test_batched_matrices_are_one_block_a_matrix(call: str) -> None:
+    model, x = Experts(call), torch.randn(2, 5, 4)
+    net = kfac_fx.transform(model)
+    preconditioner = kfac_fx.Preconditioner(
+        net, lambda f: torch.distributions.Normal(f, 1.0), fisher="exact", damping=1e-2
+    )
+    outputs = net(x)
+    preconditioner.observe(outputs)
+    outputs.square().sum().backward()
+    gradient = model.weight.grad.clone()
+    preconditioner.step()
+    A, G = preconditioner.factors["weight"]
+    for group in range(2):
+        torch.testing.assert_close(A[group], x[group].T @ x[group] / 5)
+        torch.testing.assert_close(G[group], torch.eye(3) * 5 / (2 * 5 * 3))
+        a, g = A[group].trace() / 4, G[group].trace() / 3
+        pi, gamma = (a / g).sqrt(), 0.1
+        left = torch.linalg.inv(A[group] + pi * gamma * torch.eye(4))
+        right = torch.linalg.inv(G[group] + gamma / pi * torch.eye(3))
+        torch.testing.assert_close(model.weight.grad[group], left @ gradient[group] @ right)
+
+
+class Tied(nn.Module):
+    """An embedding whose table is the output head."""
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 4, padding_idx=2)
+        self.mid = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 7, bias=bias)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.mid(self.embedding(ids))))
+
+
+def _embedding_oracle(model: Tied, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Counts and G of the look-up, A and G of the head, for a categorical likelihood."""
+    cases, tokens = ids.shape
+    looked = F.embedding(ids, model.embedding.weight, 2).detach().requires_grad_()
+    hidden = torch.tanh(model.mid(looked))
+    logits = model.head(hidden)
+    kept = ids != 2
+    counts = torch.bincount(ids[kept], minlength=7) / cases
+    A = sum(torch.outer(h, h) for h in hidden.flatten(0, 1)) / cases
+    G_look, G_head = torch.zeros(4, 4), torch.zeros(7, 7)
+    for n in range(cases):
+        for t in range(tokens):
+            p = logits[n, t].softmax(-1).detach()
+            for y in range(7):
+                (g,) = torch.autograd.grad(
+                    -logits[n, t].log_softmax(-1)[y], looked, retain_graph=True
+                )
+                rows = g[n][kept[n]]
+                G_look += p[y] * rows.T @ rows
+                e = p - F.one_hot(torch.tensor(y), 7)
+                G_head += p[y] * torch.outer(e, e)
+    terms = cases * tokens
+    look_positions = kept.sum() / cases
+    return counts, G_look / (terms * look_positions), A, G_head / (terms * tokens)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.usefixtures("float64")
+def test_tied_embedding_and_head_sum_both_curvatures(bias: bool) -> None:
+    model, ids = Tied(bias), torch.randint(7, (3, 5))
+    net = kfac_fx.transform(model)
+    block = net.curvature.blocks["embedding"]
+    assert block.approximation == "kronecker_sum" and block.reason is None
+    preconditioner = kfac_fx.Preconditioner(net, "categorical", fisher="exact", damping=1e-2)
+    logits = net(ids)
+    preconditioner.observe(logits)
+    F.cross_entropy(logits.flatten(0, 1), ids.flatten()).backward()
+    V = model.embedding.weight.grad.clone()
+    preconditioner.step()
+    counts, G_look, A, G_head = _embedding_oracle(model, ids)
+    found = dict(
+        zip((f.name for f in block.factors), preconditioner.factors["embedding"], strict=False)
+    )
+    torch.testing.assert_close(found["A"], counts)
+    torch.testing.assert_close(found["G"], G_look)
+    torch.testing.assert_close(found["A_2"], G_head)
+    torch.testing.assert_close(found["G_2"], A)
+    pi, gamma = ((G_head.trace() / 7) / (A.trace() / 4)).sqrt(), 0.1
+    dense = torch.kron(counts.diag(), G_look) + torch.kron(
+        G_head + pi * gamma * torch.eye(7), A + gamma / pi * torch.eye(4)
+    )
+    # vec of [d, V] stacks columns: the d entries of a word's row lie together.
+    want = torch.linalg.solve(dense, V.flatten()).reshape(7, 4)
+    torch.testing.assert_close(model.embedding.weight.grad, want, rtol=1e-9, atol=1e-12)
+
+
+class Packed(nn.Module):
+    """Three projections whose weights are slices of one parameter."""
+
+    def __init__(self, split: str) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(12, 4)), nn.Parameter(torch.randn(12))
+        self.split = split
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.split == "chunk":
+            q, k, v = self.weight.chunk(3)
+        else:
+            q, k, v = self.weight[:4], self.weight[4:8], self.weight[8:]
+        b = self.bias.view(3, 4)
+        return F.linear(x, q, b[0]) * F.linear(x, k, b[1]) + F.linear(x, v, b[2])
+
+
+class Unpacked(nn.Module):
+    def __init__(self, packed: Packed) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        with torch.no_grad():
+            for part, w, b in zip(
+                self.parts, packed.weight.chunk(3), packed.bias.chunk(3), strict=True
+            ):
+                part.weight.copy_(w)
+                part.bias.copy_(b)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.parts[0](x) * self.parts[1](x) + self.parts[2](x)
+
+
+@pytest.mark.parametrize("split", ["chunk", "slices"])
+@pytest.mark.usefixtures("float64")
+def test_slices_of_a_parameter_are_blocks_of_their_own(split: str) -> None:
+    packed = Packed(split)
+    apart, x = Unpacked(packed), torch.randn(6, 4)
+    preconditioners = []
+    for model in (packed, apart):
+        net = kfac_fx.transform(model)
+        preconditioner = kfac_fx.Preconditioner(net, "normal", fisher="exact")
+        outputs = net(x)
+        preconditioner.observe(outputs)
+        outputs.square().sum().backward()
+        preconditioner.step()
+        preconditioners.append(preconditioner)
+    ours, theirs = (p.factors for p in preconditioners)
+    assert list(ours) == ["weight[0]", "weight[1]", "weight[2]"]
+    for one, other in zip(ours.values(), theirs.values(), strict=True):
+        for a, b in zip(one, other, strict=True):
+            torch.testing.assert_close(a, b)
+    weights = torch.cat([part.weight.grad for part in apart.parts])
+    torch.testing.assert_close(packed.weight.grad, weights)
+    torch.testing.assert_close(packed.bias.grad, torch.cat([p.bias.grad for p in apart.parts]))
+
+
+@pytest.mark.usefixtures("float64")
+def test_wide_sides_become_diagonals_and_say_so() -> None:
+    model, x = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)), torch.randn(6, 5)
+    full = measured(model, (x,), "0")
+    net = kfac_fx.transform(model, max_factor_dim=6)
+    assert "max_factor_dim=6" in net.curvature.blocks["0"].reason
+    preconditioner = kfac_fx.Preconditioner(net, "normal", fisher="exact", damping=1e-2)
+    outputs = net(x)
+    preconditioner.observe(outputs)
+    outputs.square().sum().backward()
+    V = torch.cat([model[0].weight.grad, model[0].bias.grad[:, None]], 1).clone()
+    preconditioner.step()
+    A, g = preconditioner.factors["0"]
+    torch.testing.assert_close(A, full[0])
+    torch.testing.assert_close(g, full[1].diagonal())
+    pi = ((A.trace() / 6) / g.mean()).sqrt()
+    inverse = torch.linalg.inv(A + pi * 0.1 * torch.eye(6))
+    want = (V / (g + 0.1 / pi)[:, None]) @ inverse
+    torch.testing.assert_close(model[0].weight.grad, want[:, :-1])
+    torch.testing.assert_close(model[0].bias.grad, want[:, -1])
