@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from kfac_fx.capture import CapturedModule, capture
-from kfac_fx.config import MAX_FACTOR_DIM, STRUCTURES, WEIGHT_SHARING, choice
+from kfac_fx.capture import CapturedModule, EagerModule
+from kfac_fx.capture import capture as capture_model
+from kfac_fx.config import CAPTURES, MAX_FACTOR_DIM, STRUCTURES, WEIGHT_SHARING, choice
 from kfac_fx.errors import CoverageError, NoParametersError, UnsupportedStructureError
 from kfac_fx.ir import CurvatureGraph
-from kfac_fx.passes import find_uses, gather_blocks, instrument, strip_taps
+from kfac_fx.passes import EagerTaps, find_uses, gather_blocks, instrument, strip_taps
 
 log = logging.getLogger("kfac_fx")
 
@@ -29,6 +30,8 @@ def transform(
     strict: bool = False,
     weight_sharing: str = "expand",
     max_factor_dim: int = MAX_FACTOR_DIM,
+    capture: str = "auto",
+    check: bool = True,
 ) -> CapturedModule:
     """The model as a GraphModule whose taps can record Kronecker-factor statistics.
 
@@ -46,6 +49,10 @@ def transform(
         weight_sharing: "expand" treats the positions that share a weight as uncorrelated cases,
             "reduce" works with their mean input and summed derivative (Eschenhagen et al. 2023).
         max_factor_dim: larger sides of Kronecker factors (a long vocabulary) become diagonals.
+        capture: "symbolic_trace", "export" (needs example inputs), "eager" (the model's own Python
+            code, recorded while it runs; needs example inputs), or "auto", the first that works.
+        check: compare the captured module's outputs and gradients with the model's, once, on the
+            example inputs if there are any.
 
     Raises:
         CaptureError: the model cannot be captured; names the line and what to pass.
@@ -55,6 +62,7 @@ def transform(
     """
     choice("structure", structure, STRUCTURES)
     choice("weight_sharing", weight_sharing, WEIGHT_SHARING)
+    choice("capture", capture, CAPTURES)
     if structure != "block_diagonal":
         raise UnsupportedStructureError(
             f"structure={structure!r} is not implemented yet; use structure='block_diagonal'"
@@ -68,14 +76,15 @@ def transform(
             f"{type(model).__name__} has no parameter that requires a gradient and is not excluded"
         )
     args = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else example_inputs
-    module, route = capture(model, args, dict(example_kwargs or {}))
+    kwargs = dict(example_kwargs or {})
+    module, route = capture_model(model, args, kwargs, route=capture, check=check)
     for graph in module.graphs:
         strip_taps(graph)
     reduce = weight_sharing == "reduce"
     found = []
     for graph in module.graphs:
         uses = find_uses(module, graph, names, reduce=reduce, max_factor_dim=max_factor_dim)
-        found.append(gather_blocks(uses, graph))
+        found.append(gather_blocks(uses, graph, counted=route == "eager"))
     blocks = found[0]
     covered = {name for block in blocks.values() for name in block.parameters}
     unused = tuple(name for name in names if name not in covered)
@@ -83,6 +92,8 @@ def transform(
     _check_coverage(curvature, strict)
     module.meta["kfac_fx"] = curvature
     instrument(module, found)
+    if isinstance(module, EagerModule):
+        module.runner.taps = EagerTaps(module, reduce, max_factor_dim)
     return module
 
 

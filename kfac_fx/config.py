@@ -10,6 +10,7 @@ from kfac_fx.errors import UnknownOptionError
 STRUCTURES: Final = ("block_diagonal", "block_tridiagonal")
 FISHERS: Final = ("sampled", "exact", "empirical")
 WEIGHT_SHARING: Final = ("expand", "reduce")
+CAPTURES: Final = ("auto", "symbolic_trace", "export", "eager")
 
 MAX_FACTOR_DIM: Final = 8192
 """Default of the largest side of a Kronecker factor that is kept as a matrix."""

@@ -1,8 +1,17 @@
 """Graph passes: from parameter uses to an instrumented graph."""
 
+from kfac_fx.passes.eager_taps import EagerTaps
 from kfac_fx.passes.find_uses import find_uses
 from kfac_fx.passes.gather_blocks import gather_blocks
 from kfac_fx.passes.insert_taps import insert_taps, instrument, is_tap
 from kfac_fx.passes.strip_taps import strip_taps
 
-__all__ = ["find_uses", "gather_blocks", "insert_taps", "instrument", "is_tap", "strip_taps"]
+__all__ = [
+    "EagerTaps",
+    "find_uses",
+    "gather_blocks",
+    "insert_taps",
+    "instrument",
+    "is_tap",
+    "strip_taps",
+]

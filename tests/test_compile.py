@@ -180,7 +180,12 @@ def test_compiled_program(name: str) -> None:
     def updates(compile: bool) -> dict[str, Tensor]:
         net.zero_grad()
         preconditioner = kfac_fx.Preconditioner(
-            net, likelihood="normal", damping=1e-2, fisher="exact", compile=compile
+            net,
+            likelihood="normal",
+            damping=1e-2,
+            fisher="exact",
+            compile=compile,
+            generator=torch.Generator().manual_seed(0),
         )
         outputs = net(*inputs)
         preconditioner.observe(outputs)

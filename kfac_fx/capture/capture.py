@@ -13,7 +13,7 @@ from kfac_fx.capture.check import SelfCheck
 from kfac_fx.capture.eager import EagerModule, eager_module, record
 from kfac_fx.capture.export import exported
 from kfac_fx.capture.modes import capture_both
-from kfac_fx.capture.module import CapturedModule, captured_module
+from kfac_fx.capture.module import CapturedModule, captured_module, lift_constants
 from kfac_fx.capture.symbolic import opaque_modules, trace
 from kfac_fx.errors import CaptureError
 
@@ -120,14 +120,12 @@ def _from_graph_module(model: fx.GraphModule) -> CapturedModule:
 
 
 def _from_export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CapturedModule:
-    extra = nn.Module()
+    constants: dict[str, Any] = {}
 
     def graph_of(model: nn.Module) -> fx.Graph:
         module = exported(model, args, kwargs)
-        for name, value in (*module.named_buffers(), *module.named_children()):
-            if "." not in name and not hasattr(extra, name):
-                setattr(extra, name, value)
+        lift_constants(model, module, constants)
         return module.graph
 
     training, evaluation = capture_both(model, graph_of)
-    return captured_module(model, training, evaluation, extra)
+    return captured_module(model, training, evaluation, constants)

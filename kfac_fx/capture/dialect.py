@@ -63,6 +63,10 @@ _add(
     "weight input padding_idx scale_grad_by_freq sparse",
     *(torch.embedding, aten.embedding.default),
 )
+_add("index", "weight indices", aten.index.Tensor)
+# Operators that may not be there are known by their qualified names.
+FUNCTIONS["aten::_grouped_mm"] = Row("grouped_mm", ("input", "weight", "offsets"))
+FUNCTIONS["transformers::grouped_mm_fallback"] = FUNCTIONS["aten::_grouped_mm"]
 _add("bilinear", "input other weight bias", F.bilinear, torch.bilinear, aten.bilinear.default)
 
 _TRANSPOSED = "input weight bias stride padding output_padding groups dilation"
@@ -137,12 +141,15 @@ _add("div", "input other", operator.truediv, operator.itruediv, torch.div, "div"
 _add("expand", "input *shape", "expand")
 _add("expand", "input shape", aten.expand.default)
 _add("expand", "input other", "expand_as", aten.expand_as.default)
+_add("rsub", "input other", torch.rsub, aten.rsub.Scalar)
+_add("neg", "input", operator.neg, torch.neg, "neg", aten.neg.default)
 _add("repeat", "input *shape", "repeat", aten.repeat.default)
 
 # Reading a shape carries no data from the input to the result.
 SHAPE_READERS: frozenset[Any] = frozenset(
     {"size", "dim", "numel", "stride", "new_zeros", "new_ones", "new_empty", "new_full"}
     | {aten.sym_size.int, aten.sym_numel.default, torch.zeros_like, torch.ones_like}
+    | {aten._assert_tensor_metadata.default, torch._assert}
     | {torch.empty_like, aten.zeros_like.default, aten.ones_like.default}
 )
 
@@ -172,9 +179,10 @@ def row_of(op: str, target: Any) -> Row | None:
     """The row of an fx node's target, if the vocabulary has one."""
     if op == "call_method":
         return METHODS.get(target)
-    if op == "call_function":
-        return FUNCTIONS.get(target) if _hashable(target) else None
-    return None
+    if op != "call_function" or not _hashable(target):
+        return None
+    schema = getattr(target, "_schema", None)
+    return FUNCTIONS.get(target) or FUNCTIONS.get(getattr(schema, "name", None))
 
 
 def _hashable(target: Callable[..., Any]) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -76,20 +78,29 @@ def adopt(target: nn.Module, members: dict[str, Any]) -> None:
 
 
 def captured_module(
-    model: nn.Module, graph: fx.Graph, evaluation: fx.Graph | None, extra: nn.Module | None = None
+    model: nn.Module,
+    graph: fx.Graph,
+    evaluation: fx.Graph | None,
+    constants: Mapping[str, Any] = MappingProxyType({}),
 ) -> CapturedModule:
     """A CapturedModule with the members of ``model``.
 
     Args:
-        extra: a module that owns what the graphs read and the model lacks (lifted constants).
+        constants: what the graphs read at the root and the model lacks.
     """
     module = CapturedModule(nn.Module(), fx.Graph(), type(model).__name__)
     module.evaluation = None
     adopt(module, _members(model))
-    for body in (graph, evaluation):
-        for node in [] if body is None else body.nodes:
-            if node.op == "get_attr":
-                _import_constant(module, model, extra, str(node.target))
+    for name, value in constants.items():
+        if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
+            module.register_buffer(name, value, persistent=False)
+        else:
+            setattr(module, name, value)
+    for path in _reads(graph, evaluation):
+        # What is neither parameter, buffer nor submodule of the model (a plain tensor attribute).
+        first = path.split(".")[0]
+        if not hasattr(module, first):
+            setattr(module, first, getattr(model, first))
     module.graph = graph
     module.__dict__["evaluation"] = evaluation
     module.training = model.training
@@ -97,16 +108,42 @@ def captured_module(
     return module
 
 
-def _import_constant(
-    module: nn.Module, model: nn.Module, extra: nn.Module | None, path: str
-) -> None:
-    """Copies an attribute that is neither parameter, buffer nor submodule of the model."""
-    first = path.split(".")[0]
-    if hasattr(module, first):
-        return
-    source = model if hasattr(model, first) or extra is None else extra
-    value = getattr(source, first)
-    if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
-        module.register_buffer(first, value, persistent=False)
-    else:
-        setattr(module, first, value)
+def _reads(*graphs: fx.Graph | None) -> Iterator[str]:
+    for graph in graphs:
+        for node in graph.nodes if graph is not None else ():
+            if node.op == "get_attr":
+                yield str(node.target)
+
+
+def lift_constants(model: nn.Module, captured: fx.GraphModule, constants: dict[str, Any]) -> None:
+    """Moves to ``constants`` what a capture owns and the model lacks, under names of its own.
+
+    A constant of the same place and value in an earlier capture of the model is shared.
+    """
+    number = 0
+    names: dict[str, str] = {}
+    for node in captured.graph.nodes:
+        path = str(node.target)
+        if node.op != "get_attr" or _attribute(model, path) is not None:
+            continue
+        if path not in names:
+            value = _attribute(captured, path)
+            name = f"_constant_{number}"
+            while name in constants and not _same(constants[name], value):
+                name += "_"
+            constants[name] = value
+            names[path], number = name, number + 1
+        node.target = names[path]
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    return one is other
+
+
+def _attribute(module: nn.Module, path: str) -> Any:
+    value: Any = module
+    for part in path.split("."):
+        value = getattr(value, part, None)
+    return value

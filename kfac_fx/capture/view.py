@@ -145,13 +145,16 @@ class GraphView:
         if node.op == "get_attr":
             return self._parameter(node)
         call = self._calls[node]
-        if call is None or not isinstance(call.get("input"), fx.Node):
+        viewed = None if call is None else call.get("input")
+        if call is not None and isinstance(viewed, (int, float)):
+            viewed = call.get("other")  # c + p
+        if call is None or not isinstance(viewed, fx.Node):
             return None
-        pieces = self._pieces.get(call.get("input"))
+        pieces = self._pieces.get(viewed)
         if pieces is not None:
             index = call.get("index")
             return pieces[index] if isinstance(index, int) else None
-        source = self._references.get(call.get("input"))
+        source = self._references.get(viewed)
         if source is None:
             return None
         path = (*source.path, call.operation)

@@ -94,7 +94,13 @@ def _getitem(layout: Layout, arguments: dict[str, Any]) -> Layout:
     return layout
 
 
-_VIEWS: dict[str, Callable[[Layout, dict[str, Any]], Layout]] = {
+def _shifted(layout: Layout, arguments: dict[str, Any]) -> Layout | None:
+    """c + p and c - p have the curvature of p."""
+    numbers = [v for v in arguments.values() if isinstance(v, (int, float))]
+    return layout if len(numbers) == len(arguments) - 1 else None
+
+
+_VIEWS: dict[str, Callable[[Layout, dict[str, Any]], Layout | None]] = {
     "cast": lambda layout, _: layout,
     "t": _transpose_matrix,
     "numpy_T": lambda layout, _: layout.permute(*reversed(range(len(layout.shape)))),
@@ -111,4 +117,8 @@ _VIEWS: dict[str, Callable[[Layout, dict[str, Any]], Layout]] = {
     ),
     "select": lambda layout, a: layout.select(a["dim"], a["index"]),
     "getitem": _getitem,
+    "add": _shifted,
+    "sub": _shifted,
+    "rsub": _shifted,
+    "neg": _shifted,
 }

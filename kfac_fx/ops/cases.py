@@ -37,7 +37,7 @@ class CaseStatistics:
         return [case_covariance(g.to(dtype).reshape(cases, 1, -1), self.dim)]
 
 
-def _over_cases(p: Tensor, like: Tensor) -> tuple[Tensor, bool]:
+def over_cases(p: Tensor, like: Tensor) -> tuple[Tensor, bool]:
     """p viewed with one copy for each case of ``like``, and whether it is broadcast over them."""
     missing = like.dim() - p.dim()
     if missing > 0:
@@ -51,7 +51,7 @@ def _over_cases(p: Tensor, like: Tensor) -> tuple[Tensor, bool]:
 def _tap(p: Tensor, like: Tensor | None, C: Tensor) -> Tensor:
     if not recording([C]):
         return p
-    p, per_case = (p, True) if like is None else _over_cases(p, like)
+    p, per_case = (p, True) if like is None else over_cases(p, like)
     return tapped(p, CaseStatistics(C.dim(), per_case), [], [C])
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kfac_fx.ops.cases import over_cases
 from kfac_fx.ops.positions import gradient_factor
 from kfac_fx.ops.tap import define, recording, tapped
 
@@ -50,17 +51,29 @@ class EmbeddingStatistics:
 
 
 def _tap(
-    y: Tensor, ids: Tensor, A: Tensor, G: Tensor, positions: Tensor | None, padding_idx: int
+    y: Tensor,
+    ids: Tensor,
+    like: Tensor | None,
+    A: Tensor,
+    G: Tensor,
+    positions: Tensor | None,
+    padding_idx: int,
 ) -> Tensor:
     factors = [A, G] if positions is None else [A, G, positions]
     if not recording(factors):
         return y
+    one_case_each = like is not None and y.shape[:1] == like.shape[:1] and y.dim() == like.dim()
+    if like is not None and not one_case_each:
+        y, per_case = over_cases(y, like)
+        if per_case and y.shape[:-1] != ids.shape:
+            lead = y.dim() - 1 - ids.dim()
+            ids = ids.reshape((1,) * max(lead, 0) + ids.shape).expand(y.shape[:-1])
     statistics = EmbeddingStatistics(padding_idx, A.shape[0], G.dim() == 1)
     return tapped(y, statistics, [ids], factors)
 
 
 define(
-    "embedding(Tensor y, Tensor ids, Tensor A, Tensor G, Tensor? positions, int padding_idx) "
-    "-> Tensor",
+    "embedding(Tensor y, Tensor ids, Tensor? like, Tensor A, Tensor G, Tensor? positions, "
+    "int padding_idx) -> Tensor",
     _tap,
 )

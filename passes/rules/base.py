@@ -126,6 +126,28 @@ def shift_use(call: Call, site: Site, bias: Reference, channels: tuple[int, ...]
     )
 
 
+BROADCASTING = frozenset({"add", "sub", "mul", "div"})
+
+
+def broadcast_with(view: GraphView, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """The operand that depends on the case, and the operation, where ``node`` is broadcast over it.
+
+    None unless that is the node's only use.
+    """
+    if len(node.users) != 1:
+        return None
+    consumer = next(iter(node.users))
+    call = view.call(consumer)
+    if call is None or call.operation not in BROADCASTING:
+        return None
+    if str(consumer.target).endswith("_") and call.get("input") is node:
+        return None  # in place on the node itself
+    others = [arg for arg in (call.get("input"), call.get("other")) if arg is not node]
+    if len(others) != 1 or not view.depends_on_data(others[0]):
+        return None
+    return others[0], consumer
+
+
 def node_ref(value: Any) -> Any:
     """An argument of a tap: nodes and module members by name, plain values as they are."""
     if isinstance(value, fx.Node):

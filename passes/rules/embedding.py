@@ -6,16 +6,20 @@ from typing import Any
 
 from kfac_fx.capture.view import Call
 from kfac_fx.ir import FactorSpec, NodeRef, ParameterUse, Tap
-from kfac_fx.passes.rules.base import Answer, Refusal, Site, gradient_side
+from kfac_fx.passes.rules.base import Answer, Refusal, Site, broadcast_with, gradient_side
 
 NO_PADDING = -(2**31)
 
 
 class EmbeddingRule:
-    """F.embedding and nn.Embedding with dense gradients."""
+    """F.embedding, nn.Embedding and table[ids] with dense gradients.
+
+    Ids that are the same for all cases (positions) are recorded where the rows looked up are added
+    to what depends on the case.
+    """
 
     kind = "embedding"
-    operations = frozenset({"embedding"})
+    operations = frozenset({"embedding", "index"})
 
     def match(self, call: Call, site: Site) -> Answer:
         weight = site.parameter(call.get("weight"))
@@ -29,6 +33,17 @@ class EmbeddingRule:
         if call.get("max_norm") is not None:
             return Refusal("embedding: max_norm changes the table while it is read")
         ids: Any = call.get("input")
+        if call.operation == "index":
+            indices = call.get("indices")
+            if len(indices) != 1:
+                return Refusal("index: more than one dimension of the table is indexed")
+            ids = indices[0]
+        like, consumer = None, None
+        if not site.view.depends_on_data(ids):
+            other = broadcast_with(site.view, call.node)
+            if other is None:
+                return Refusal("embedding: the rows looked up are the same for all cases")
+            like, consumer = NodeRef(other[0].name), other[1].name
         rows, width = weight.layout.shape
         padding = call.get("padding_idx")
         if padding is None or (padding < 0 and call.aten):
@@ -45,6 +60,6 @@ class EmbeddingRule:
                 gradient_side(site, width),
             ),
             approximation="kronecker",
-            tap=Tap("embedding", call.node.name, (NodeRef(ids.name),), (padding,)),
+            tap=Tap("embedding", call.node.name, (NodeRef(ids.name), like), (padding,), consumer),
             path=(*weight.path, call.operation),
         )

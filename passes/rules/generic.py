@@ -9,15 +9,27 @@ from math import prod
 
 from torch import fx
 
-from kfac_fx.capture.view import Call, Consumer, GraphView
+from kfac_fx.capture.view import Consumer, GraphView
 from kfac_fx.ir import FactorSpec, Layout, NodeRef, ParameterUse, Tap
-from kfac_fx.passes.rules.base import covariance_factor, too_large
+from kfac_fx.passes.rules.base import BROADCASTING, broadcast_with, covariance_factor, too_large
 
-BROADCASTING = frozenset({"add", "sub", "mul", "div"})
+POINTWISE = BROADCASTING | frozenset(
+    {"abs", "clamp", "clamp_min", "clamp_max", "cos", "elu", "exp", "expm1", "gelu", "log"}
+    | {"log1p", "logsigmoid", "neg", "pow", "reciprocal", "relu", "rsqrt", "rsub", "sigmoid"}
+    | {"silu", "sin", "softplus", "sqrt", "square", "tanh", "to", "float", "type_as", "truediv"}
+)
+
+
+def operation_name(node: fx.Node) -> str:
+    """The bare name of what a node calls: "exp" for torch.exp, x.exp and aten.exp.default."""
+    if node.op == "call_module":
+        return str(node.target)
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return name.split(".")[0].strip("_")
 
 
 def _through(consumer: Consumer, refusals: Mapping[str, str]) -> str:
-    label = getattr(consumer.node.target, "__name__", str(consumer.node.target))
+    label = operation_name(consumer.node) or str(consumer.node.target)
     path = " -> ".join((*consumer.path, label))
     return f"{path}: {refusals.get(consumer.node.name, 'no rule for this operation')}"
 
@@ -25,19 +37,17 @@ def _through(consumer: Consumer, refusals: Mapping[str, str]) -> str:
 def case_tap(view: GraphView, consumer: Consumer) -> Tap | None:
     """A tap on the parameter's side of a consumer that keeps one gradient a case."""
     value, node = consumer.value, consumer.node
-    call = view.call(node)
-    if call is None or value is None or not _same_order(view, consumer):
+    if value is None or not _same_order(view, consumer):
         return None
-    if call.operation in BROADCASTING and not _in_place_on(call, value):
-        others = [call.get(name) for name in ("input", "other")]
-        others = [other for other in others if other is not value]
-        if len(others) == 1 and isinstance(others[0], fx.Node) and view.depends_on_data(others[0]):
-            return Tap("cases", value.name, (NodeRef(others[0].name),), (), node.name)
-    return None
-
-
-def _in_place_on(call: Call, value: fx.Node) -> bool:
-    return str(call.node.target).endswith("_") and call.get("input") is value
+    carrier = value  # the parameter, then what is computed from it entry by entry
+    while not view.depends_on_data(node) and operation_name(node) in POINTWISE:
+        if len(node.users) != 1 or node.all_input_nodes != [carrier]:
+            return None
+        carrier, node = node, next(iter(node.users))
+    other = broadcast_with(view, carrier) if node in carrier.users else None
+    if other is None:
+        return None
+    return Tap("cases", value.name, (NodeRef(other[0].name),), (), consumer.node.name)
 
 
 def _expanded_tap(view: GraphView, consumer: Consumer) -> Tap | None:

@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 import kfac_fx
 
 WEAK = ("elementwise", "generic", "frozen", "excluded", "unused")  # what does not count as covered
-TOLERANCE = 1e-5
+TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-9}
 FLOOR = 1e-2  # a gradient this much smaller than the largest of the model is compared with that one
 LIMIT = 120  # seconds a model
 
@@ -100,14 +100,23 @@ class Row:
 
 
 # ------------------------------------------------------------------------------------ the checks
-def check(entry: Entry, *, step: bool = True) -> Row:
-    """Runs one model in this process; failures become entries of ``errors``."""
+def check(entry: Entry, *, step: bool = True, double: bool = False) -> Row:
+    """Runs one model in this process; failures become entries of ``errors``.
+
+    Args:
+        step: whether a Preconditioner takes a step as well.
+        double: in float64 instead of float32.
+    """
     row = Row(entry.name)
+    tolerance = TOLERANCES[torch.float64 if double else torch.float32]
     begin = time.perf_counter()
     try:
         torch.manual_seed(0)
         model = entry.build()
-        args, kwargs = entry.inputs(2)
+        inputs = entry.inputs(2), entry.inputs(3)
+        if double:
+            model, inputs = model.double(), pytree.tree_map_only(Tensor, _double, inputs)
+        (args, kwargs), other = inputs
     except Exception as error:
         row.errors["build"] = describe(error)
         return row
@@ -128,10 +137,10 @@ def check(entry: Entry, *, step: bool = True) -> Row:
     row.seconds = time.perf_counter() - start
     _count(row, net, want)
     for stage, function in (
-        ("equality", lambda: _compare(row, want, _run(net, args, kwargs))),
+        ("equality", lambda: _compare(row, want, _run(net, args, kwargs), tolerance)),
         ("step", lambda: _step(row, entry, net, args, kwargs) if step else None),
-        ("batch", lambda: _same_outputs(model, net, entry.inputs(3), True)),
-        ("evaluation", lambda: _same_outputs(model, net, (args, kwargs), False)),
+        ("batch", lambda: _same_outputs(model, net, other, True, tolerance)),
+        ("evaluation", lambda: _same_outputs(model, net, inputs[0], False, tolerance)),
     ):
         try:
             function()
@@ -140,6 +149,10 @@ def check(entry: Entry, *, step: bool = True) -> Row:
             kept[stage] = describe(error)
     row.total_seconds = time.perf_counter() - begin
     return row
+
+
+def _double(value: Tensor) -> Tensor:
+    return value.double() if value.is_floating_point() else value
 
 
 @dataclass
@@ -226,13 +239,13 @@ def _distance_of_outputs(want: list[Any], got: list[Any]) -> float:
     return worst
 
 
-def _compare(row: Row, want: _Result, got: _Result) -> None:
+def _compare(row: Row, want: _Result, got: _Result, tolerance: float) -> None:
     """Outputs, gradients and buffers of the transformed model against the original's."""
     problems = []
     if want.structure != got.structure:
         row.notes["structure"] = f"{want.structure} became {got.structure}"[:300]
     row.output_error = _distance_of_outputs(want.outputs, got.outputs)
-    if not row.output_error <= TOLERANCE:
+    if not row.output_error <= tolerance:
         problems.append(f"outputs differ by {row.output_error:.1e}")
     sizes = [float(g.abs().max()) for g in want.gradients.values() if g is not None and g.numel()]
     largest = max(sizes, default=0.0)
@@ -246,17 +259,19 @@ def _compare(row: Row, want: _Result, got: _Result) -> None:
         error = _distance(one, other, FLOOR * largest)
         if error > row.gradient_error:
             row.gradient_error, row.gradient_where = error, name
-    if not row.gradient_error <= TOLERANCE:
+    if not row.gradient_error <= tolerance:
         problems.append(f"gradient of {row.gradient_where} differs by {row.gradient_error:.1e}")
     for name, one in want.buffers.items():
         other = got.buffers.get(name)
-        if other is None or not _distance(one, other) <= TOLERANCE:
+        if other is None or not _distance(one, other) <= tolerance:
             problems.append(f"buffer {name} differs")
     if problems:
         raise AssertionError("; ".join(problems))
 
 
-def _same_outputs(model: nn.Module, net: nn.Module, inputs: Inputs, training: bool) -> None:
+def _same_outputs(
+    model: nn.Module, net: nn.Module, inputs: Inputs, training: bool, tolerance: float
+) -> None:
     args, kwargs = inputs
     results = []
     for module in (model, net):
@@ -266,7 +281,7 @@ def _same_outputs(model: nn.Module, net: nn.Module, inputs: Inputs, training: bo
             results.append(_leaves(module(*args, **kwargs))[0])
         module.train()
     worst = _distance_of_outputs(*results)
-    if not worst <= TOLERANCE:
+    if not worst <= tolerance:
         raise AssertionError(f"outputs differ by {worst:.1e}")
 
 
@@ -390,11 +405,14 @@ def describe(error: BaseException) -> str:
     return text
 
 
-def _child(entry: Entry, step: bool, connection: Any) -> None:
+def _child(entry: Entry, step: bool, double: bool, connection: Any) -> None:
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
+    with open(os.devnull, "w") as nowhere:
+        for stream in (1, 2):  # torch.export prints whole graphs when it fails
+            os.dup2(nowhere.fileno(), stream)
     try:
-        row = check(entry, step=step)
+        row = check(entry, step=step, double=double)
     except BaseException as error:  # a row, whatever it was
         row = Row(entry.name, errors={"harness": describe(error)})
     try:
@@ -407,11 +425,13 @@ def _child(entry: Entry, step: bool, connection: Any) -> None:
     connection.close()
 
 
-def check_isolated(entry: Entry, *, step: bool = True, limit: float = LIMIT) -> Row:
+def check_isolated(
+    entry: Entry, *, step: bool = True, double: bool = False, limit: float = LIMIT
+) -> Row:
     """``check`` in a forked process with a time limit."""
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(entry, step, theirs))
+    process = context.Process(target=_child, args=(entry, step, double, theirs))
     begin = time.perf_counter()
     process.start()
     theirs.close()

@@ -45,8 +45,8 @@ def selected(patterns: Sequence[str]) -> list[Entry]:
 
 
 def line(row: Row) -> tuple[str, ...]:
-    def share(*kinds: str) -> str:
-        return f"{100 * sum(row.approximations.get(k, 0) for k in kinds) / max(row.elements, 1):.2f}"
+    def share(kind: str) -> str:
+        return f"{100 * row.approximations.get(kind, 0) / max(row.elements, 1):.2f}"
 
     result = ", ".join(row.errors) or ("ok" if not row.notes else "ok; " + ", ".join(row.notes))
     blocks = " ".join(f"{kind}:{count}" for kind, count in sorted(row.blocks.items()))
@@ -82,8 +82,10 @@ def table(rows: Iterable[Row]) -> str:
     return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
 
 
-def _pattern(text: str) -> str:
+def _pattern(text: str, names: str = "") -> str:
     """A reason or an exception without names and numbers, so that equal ones meet."""
+    for name in names.split(", "):
+        text = text.replace(name or "\0", "<parameter>")
     text = re.sub(r"0x[0-9a-f]+", "0x", text)
     text = re.sub(r"\b[\w]+(\.[\w]+)*\.(weight|bias)\b", "<parameter>", text)
     text = re.sub(r"\b[a-z]\w*_\d+\b", "<node>", text)
@@ -94,12 +96,14 @@ def grouped(found: Iterable[tuple[str, str, int, str]], limit: int = 5) -> str:
     """(reason, model, elements, parameter) by reason, the largest first."""
     groups: dict[str, list[tuple[str, str, int, str]]] = defaultdict(list)
     for item in found:
-        groups[_pattern(item[0])].append(item)
+        groups[_pattern(item[0], item[3])].append(item)
     lines = []
     for items in sorted(groups.values(), key=lambda items: -sum(item[2] for item in items)):
         models = list(dict.fromkeys(item[1] for item in items))
         size = sum(item[2] for item in items)
-        lines.append(f"- {size:,} elements, {len(items)} blocks, {len(models)} models: {items[0][0]}")
+        lines.append(
+            f"- {size:,} elements, {len(items)} blocks, {len(models)} models: {items[0][0]}"
+        )
         shown = ", ".join(models[:limit]) + (" ..." if len(models) > limit else "")
         lines.append(f"    {shown}; for instance {items[0][3]} ({items[0][2]:,})")
     return "\n".join(lines) or "none"
@@ -189,27 +193,36 @@ def report(rows: Sequence[Row]) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="names or globs; none for all")
-    parser.add_argument("--json", type=Path, help="where the rows go; with --merge, also from where")
+    parser.add_argument(
+        "--json", type=Path, help="where the rows go; with --merge, also from where"
+    )
     parser.add_argument("--merge", action="store_true", help="keep the other rows of the JSON file")
     parser.add_argument("--print", action="store_true", help="only print what the JSON file holds")
     parser.add_argument("--failed", action="store_true", help="only those that failed in the JSON")
+    parser.add_argument("--double", action="store_true", help="in float64, to 1e-9")
     parser.add_argument("--no-step", action="store_true", help="leave the Preconditioner out")
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds a model")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     rows: dict[str, Row] = {}
-    if options.json and options.json.exists() and (
-        options.merge or options.print or options.failed
+    if (
+        options.json
+        and options.json.exists()
+        and (options.merge or options.print or options.failed)
     ):
         rows = {r["name"]: row_of(r) for r in json.loads(options.json.read_text())}
     if not options.print:
         for entry in selected(options.names):
             if options.failed and entry.name in rows and rows[entry.name].passed:
                 continue
-            row = check_isolated(entry, step=not options.no_step, limit=options.limit)
+            row = check_isolated(
+                entry, step=not options.no_step, double=options.double, limit=options.limit
+            )
             rows[row.name] = row
             cells = line(row)
-            print(f"{cells[0]}: {cells[12]}, {cells[6]} %, {cells[3]} s", file=sys.stderr, flush=True)
+            print(
+                f"{cells[0]}: {cells[12]}, {cells[6]} %, {cells[3]} s", file=sys.stderr, flush=True
+            )
             if options.json:
                 options.json.write_text(json.dumps([asdict(r) for r in rows.values()], indent=1))
     print(table(rows.values()))

@@ -505,8 +505,12 @@ VISION = {
     ),
     "ijepa": row("IJepaForImageClassification", "image"),
     "vit_mae": row(
-        "ViTMAEForPreTraining", "image", decoder_hidden_size=16, decoder_num_hidden_layers=1,
-        decoder_num_attention_heads=2, decoder_intermediate_size=24,
+        "ViTMAEForPreTraining",
+        "image",
+        decoder_hidden_size=16,
+        decoder_num_hidden_layers=1,
+        decoder_num_attention_heads=2,
+        decoder_intermediate_size=24,
     ),
     "vit_msn": row("ViTMSNForImageClassification", "image"),
     "yolos": row("YolosForObjectDetection", "image", num_detection_tokens=4, image_size=[32, 32]),
@@ -659,9 +663,7 @@ MULTIMODAL = {
     "clip": row("CLIPModel", "clip"),
     "siglip": row("SiglipModel", "clip"),
     "chinese_clip": row("ChineseCLIPModel", "clip"),
-    "clipseg": row(
-        "CLIPSegModel", "clip"
-    ),
+    "clipseg": row("CLIPSegModel", "clip"),
     "altclip": row("AltCLIPModel", "clip", text_config={"project_dim": 24}),
     "groupvit": row(
         "GroupViTModel",
@@ -834,9 +836,7 @@ INPUTS: dict[str, Callable[[Shape], dict[str, Any]]] = {
         "pixel_values": _reals(s.batch, 3, s.side, s.side),
     },
     "image_tokens": lambda s: {
-        "input_ids": torch.cat(
-            [torch.full((s.batch, 16), 98), _tokens((s.batch, s.length))], 1
-        ),
+        "input_ids": torch.cat([torch.full((s.batch, 16), 98), _tokens((s.batch, s.length))], 1),
         "pixel_values": _reals(s.batch, 3, s.side, s.side),
     },
     "perceiver": lambda s: {"inputs": _tokens((s.batch, s.length))},
@@ -905,9 +905,7 @@ def small_config(cls: Any, own: Options) -> Any:
         inner = given.pop(name, {})
         if inner is not None and (inner or nested is not transformers.AutoConfig):
             values[name] = small_config(nested, inner)
-    config = cls(**values, **{k: v for k, v in given.items() if k not in values}) if not (
-        values.keys() & given.keys()
-    ) else cls(**(values | given))
+    config = cls(**(values | given))
     _without_dropout(config)
     config.use_cache = False
     return config

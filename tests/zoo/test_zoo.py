@@ -1,0 +1,37 @@
+"""Every model of the zoo: transformed, equal to the original, stepped, and covered.
+
+``python -m pytest -m zoo``; requirements.txt says what it needs. Collections that cannot be
+imported are skipped. ``python tests/zoo/table.py`` prints the table.
+"""
+
+from __future__ import annotations
+
+import pytest
+from collection import COLLECTIONS, entries
+from harness import Entry, check_isolated
+
+pytestmark = pytest.mark.zoo
+
+LEAST = 99.0  # per cent of the trained elements in blocks with structure
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """The models as parameters; other runs than ``-m zoo`` do not import the collections."""
+    if "entry" in metafunc.fixturenames:
+        wanted = "not zoo" not in (metafunc.config.getoption("-m") or "")
+        found = entries() if wanted else []
+        metafunc.parametrize("entry", found, ids=[entry.name for entry in found])
+
+
+@pytest.mark.parametrize("library", COLLECTIONS)
+def test_collection_is_there(library: str) -> None:
+    found = entries()
+    if not any(entry.name.startswith(f"{library}/") for entry in found):
+        pytest.skip(f"{library} cannot be imported")
+
+
+def test_model(entry: Entry) -> None:
+    row = check_isolated(entry)
+    assert not row.errors, row.errors
+    reasons = "\n".join(f"{name} ({size}): {reason}" for name, size, reason in row.generic)
+    assert row.coverage >= LEAST, f"{row.coverage:.2f} % covered\n{reasons}"
