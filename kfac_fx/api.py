@@ -15,7 +15,14 @@ from kfac_fx.capture import capture as capture_model
 from kfac_fx.config import CAPTURES, MAX_FACTOR_DIM, STRUCTURES, WEIGHT_SHARING, choice
 from kfac_fx.errors import CoverageError, NoParametersError, UnsupportedStructureError
 from kfac_fx.ir import CurvatureGraph
-from kfac_fx.passes import EagerTaps, find_uses, gather_blocks, instrument, strip_taps
+from kfac_fx.passes import (
+    EagerTaps,
+    find_uses,
+    gather_blocks,
+    instrument,
+    placeable,
+    strip_taps,
+)
 
 log = logging.getLogger("kfac_fx")
 
@@ -84,6 +91,8 @@ def transform(
     found = []
     for graph in module.graphs:
         uses = find_uses(module, graph, names, reduce=reduce, max_factor_dim=max_factor_dim)
+        if route == "eager":
+            uses = placeable(uses, graph)
         found.append(gather_blocks(uses, graph, counted=route == "eager"))
     blocks = found[0]
     covered = {name for block in blocks.values() for name in block.parameters}

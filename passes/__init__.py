@@ -1,6 +1,6 @@
 """Graph passes: from parameter uses to an instrumented graph."""
 
-from kfac_fx.passes.eager_taps import EagerTaps
+from kfac_fx.passes.eager_taps import EagerTaps, placeable
 from kfac_fx.passes.find_uses import find_uses
 from kfac_fx.passes.gather_blocks import gather_blocks
 from kfac_fx.passes.insert_taps import insert_taps, instrument, is_tap
@@ -13,5 +13,6 @@ __all__ = [
     "insert_taps",
     "instrument",
     "is_tap",
+    "placeable",
     "strip_taps",
 ]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import torch
@@ -12,7 +13,15 @@ from torch import Tensor, fx, nn
 
 from kfac_fx.capture.tape import Record
 from kfac_fx.capture.view import Consumer, GraphView
-from kfac_fx.ir import CurvatureBlock, CurvatureGraph, NodeRef, ParameterUse, Tap
+from kfac_fx.ir import (
+    CurvatureBlock,
+    CurvatureGraph,
+    FactorSpec,
+    Layout,
+    NodeRef,
+    ParameterUse,
+    Tap,
+)
 from kfac_fx.ops import STORE
 from kfac_fx.passes.rules import Refusal, Site, rules_for
 from kfac_fx.passes.rules.generic import case_tap
@@ -30,7 +39,7 @@ class EagerTaps:
         reduce, max_factor_dim: as for ``find_uses``.
     """
 
-    def __init__(self, module: nn.Module, reduce: bool, max_factor_dim: int) -> None:
+    def __init__(self, module: fx.GraphModule, reduce: bool, max_factor_dim: int) -> None:
         self._store = module.get_submodule(STORE)
         curvature: CurvatureGraph = module.meta["kfac_fx"]
         blocks = curvature.blocks.values()
@@ -124,6 +133,51 @@ class EagerTaps:
                 log.warning("%s has no block: the example inputs did not lead to its use", name)
             elif name in self._blocks:
                 log.warning("%s: its use in %s is not in its block, left out", name, node.target)
+
+
+def placeable(uses: Sequence[ParameterUse], graph: fx.Graph) -> list[ParameterUse]:
+    """The uses, with a weaker form where a tap cannot be placed at the call that it belongs to.
+
+    A running model is seen one call at a time: what it does with a result later is not known.
+    """
+    nodes = {node.name: node for node in graph.nodes}
+    weak: dict[str, ParameterUse] = {}
+    while True:
+        new = [
+            use
+            for use in uses
+            if weak.keys() & set(use.parameters)
+            or (use.tap is not None and not _at_its_call(use, use.tap, nodes[use.node]))
+        ]
+        found = {name: use for use in new for name in use.parameters if name not in weak}
+        if not found:
+            break
+        weak |= found
+    kept = [use for use in uses if not weak.keys() & set(use.parameters)]
+    return kept + [_weakened(use, name) for name, use in weak.items()]
+
+
+def _weakened(use: ParameterUse, name: str) -> ParameterUse:
+    shape = use.layouts[use.parameters.index(name)].start
+    return ParameterUse(
+        kind="generic",
+        node=use.node,
+        parameters=(name,),
+        layouts=(Layout(shape),),
+        factors=(FactorSpec("C", (prod(shape),), "gradient"),),
+        approximation="diagonal",
+        tap=None,
+        path=use.path,
+        reason="squared gradient of the batch; its tap needs what the model computes later",
+    )
+
+
+def _at_its_call(use: ParameterUse, tap: Tap, node: fx.Node) -> bool:
+    known = {argument.name for argument in node.all_input_nodes}
+    refs = {r.name for r in (*tap.tensors, *tap.options) if isinstance(r, NodeRef)}
+    if tap.consumer is None:
+        return tap.node == use.node and all(r in known or r.startswith(".") for r in refs)
+    return tap.consumer == use.node and refs | {tap.node} <= known
 
 
 def _same_form(known: ParameterUse, use: ParameterUse) -> bool:

@@ -11,6 +11,7 @@ from torch import fx, nn
 from kfac_fx.capture.module import CapturedModule
 from kfac_fx.ir import CurvatureBlock, NodeRef, ParameterUse
 from kfac_fx.ops import STORE
+from kfac_fx.passes.replace_node import fill
 
 
 def add_factor_buffers(module: nn.Module, blocks: Mapping[str, CurvatureBlock]) -> None:
@@ -54,7 +55,7 @@ def insert_taps(
 
 
 def _insert(
-    graph: fx.Graph, nodes: Mapping[str, fx.Node], use: ParameterUse, block: CurvatureBlock
+    graph: fx.Graph, nodes: dict[str, fx.Node], use: ParameterUse, block: CurvatureBlock
 ) -> None:
     tap = use.tap
     assert tap is not None
@@ -67,15 +68,17 @@ def _insert(
             if value.name.startswith("."):
                 return _attribute(graph, value.name[1:])
             return nodes[value.name]
-        return list(value) if isinstance(value, tuple) else value
+        return [resolve(entry) for entry in value] if isinstance(value, tuple) else value
 
+    paths = [f"{STORE}.{block.slot}.{factor.name}" for factor in use.factors]
+    if tap.slots:
+        fill(graph, nodes, tap, block.name, lambda: [_attribute(graph, p) for p in paths], resolve)
+        return
     with graph.inserting_after(place):
         anchor = graph.create_node("call_function", _nothing)
     with graph.inserting_before(anchor):
         tensors = [resolve(tensor) for tensor in tap.tensors]
-        factors: list[fx.Node | None] = [
-            _attribute(graph, f"{STORE}.{block.slot}.{factor.name}") for factor in use.factors
-        ]
+        factors: list[fx.Node | None] = [_attribute(graph, path) for path in paths]
         if use.approximation == "kronecker" and len(factors) == 2:
             factors.append(None)  # no positions to count for a single use
         options = [resolve(option) for option in tap.options]

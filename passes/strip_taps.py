@@ -5,15 +5,19 @@ from __future__ import annotations
 from torch import fx
 
 from kfac_fx.passes.insert_taps import is_tap
+from kfac_fx.passes.replace_node import replaces_node, restore
 
 
 def strip_taps(graph: fx.Graph) -> bool:
-    """Removes all taps and the buffer reads that only they used; whether there were any."""
+    """Removes all taps and the reads that only they used; whether there were any."""
     taps = [node for node in graph.nodes if is_tap(node)]
     for tap in taps:
         sources = tap.all_input_nodes
-        tap.replace_all_uses_with(sources[0])
-        graph.erase_node(tap)
+        if replaces_node(tap):
+            restore(graph, tap)
+        else:
+            tap.replace_all_uses_with(sources[0])
+            graph.erase_node(tap)
         for source in sources:
             if source.op == "get_attr" and not source.users:
                 graph.erase_node(source)

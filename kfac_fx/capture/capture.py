@@ -13,8 +13,9 @@ from kfac_fx.capture.check import SelfCheck
 from kfac_fx.capture.eager import EagerModule, eager_module, record
 from kfac_fx.capture.export import exported
 from kfac_fx.capture.modes import capture_both
-from kfac_fx.capture.module import CapturedModule, captured_module, lift_constants
-from kfac_fx.capture.symbolic import opaque_modules, trace
+from kfac_fx.capture.module import CapturedModule, captured_module, lift_constants, share_hooks
+from kfac_fx.capture.symbolic import opaque_calls, trace
+from kfac_fx.capture.undisturbed import undisturbed
 from kfac_fx.errors import CaptureError
 
 log = logging.getLogger("kfac_fx")
@@ -56,7 +57,7 @@ def capture(
     have_inputs = args is not None or bool(kwargs)
     self_check = SelfCheck(model, args or (), kwargs) if check and have_inputs else None
     reasons: dict[str, CaptureError] = {}
-    opaque: tuple[CapturedModule, list[str]] | None = None
+    opaque: list[tuple[CapturedModule, str, list[str]]] = []
     for name in ROUTES if route == "auto" else (route,):
         try:
             module = _captured(name, model, args, kwargs)
@@ -64,17 +65,18 @@ def capture(
                 self_check.compare(module)
         except CaptureError as error:
             reasons[name] = error
-            if opaque is not None:
-                log.warning("%s stay whole: %s", ", ".join(opaque[1]), error)
-                return opaque[0], "symbolic_trace"
             log.info("%s cannot follow %s: %s", ROUTES[name], type(model).__name__, error)
             if not have_inputs:
                 break
             continue
-        whole = opaque_modules(model, module.graph) if name == "symbolic_trace" else []
+        whole = opaque_calls(model, module.graph)
         if not whole or not have_inputs or route != "auto":
             return module, name
-        opaque = module, whole
+        opaque.append((module, name, whole))
+    if opaque:
+        module, name, whole = opaque[-1]
+        log.warning("no rule can look into %s", ", ".join(whole))
+        return module, name
     raise _failure(model, reasons, have_inputs)
 
 
@@ -83,12 +85,22 @@ def _captured(
 ) -> CapturedModule:
     if route == "symbolic_trace":
         given = _given(model, args, kwargs)
-        return captured_module(model, *capture_both(model, lambda m: trace(m, given)))
+        with undisturbed(model):
+            graphs = capture_both(model, lambda m: trace(m, given))
+        module = captured_module(model, *graphs)
+        share_hooks(module, model)
+        return module
     if args is None and not kwargs:
         raise CaptureError("it needs example_inputs=(...)")
     if route == "export":
         return _from_export(model, args or (), kwargs)
-    return eager_module(model, record(model, args or (), kwargs))
+    module = eager_module(model, record(model, args or (), kwargs))
+    log.warning(
+        "%s runs as it is written and is recorded while it does: there is no graph of it that can "
+        "be compiled as a whole or transformed further",
+        type(model).__name__,
+    )
+    return module
 
 
 def _failure(model: nn.Module, reasons: dict[str, CaptureError], have_inputs: bool) -> CaptureError:
@@ -116,6 +128,7 @@ def _from_graph_module(model: fx.GraphModule) -> CapturedModule:
     evaluation = getattr(model, "evaluation", None)
     module = captured_module(model, copy.deepcopy(model.graph), copy.deepcopy(evaluation))
     module.meta.update(model.meta)
+    share_hooks(module, model)
     return module
 
 
@@ -127,5 +140,6 @@ def _from_export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         lift_constants(model, module, constants)
         return module.graph
 
-    training, evaluation = capture_both(model, graph_of)
+    with undisturbed(model):
+        training, evaluation = capture_both(model, graph_of)
     return captured_module(model, training, evaluation, constants)

@@ -103,8 +103,9 @@ def _difference(got: Behaviour, want: Behaviour) -> str | None:
             return f"{name} differs from the model's by {found:.2g} of its size"
     largest = max((float(g.abs().max()) for g in want.gradients.values() if g.numel()), default=0.0)
     for name in dict.fromkeys((*got.gradients, *want.gradients)):
-        pair = [b.gradients.get(name) for b in (got, want)]
-        one, other = (torch.zeros_like(pair[1 - i]) if t is None else t for i, t in enumerate(pair))
+        like = want.gradients.get(name, got.gradients.get(name))
+        assert like is not None
+        one, other = (b.gradients.get(name, torch.zeros_like(like)) for b in (got, want))
         found = _distance(one, other, 1e-2 * largest)
         if found is not None:
             return f"the {name} differs from the model's by {found:.2g} of its size"

@@ -67,6 +67,8 @@ _add("index", "weight indices", aten.index.Tensor)
 # Operators that may not be there are known by their qualified names.
 FUNCTIONS["aten::_grouped_mm"] = Row("grouped_mm", ("input", "weight", "offsets"))
 FUNCTIONS["transformers::grouped_mm_fallback"] = FUNCTIONS["aten::_grouped_mm"]
+for _target in (getattr(torch, "_grouped_mm", None), getattr(F, "grouped_mm", None)):
+    FUNCTIONS[_target] = FUNCTIONS["aten::_grouped_mm"]
 _add("bilinear", "input other weight bias", F.bilinear, torch.bilinear, aten.bilinear.default)
 
 _TRANSPOSED = "input weight bias stride padding output_padding groups dilation"
@@ -98,6 +100,13 @@ _add(
     "input weight bias running_mean running_var training momentum eps cudnn_enabled",
     *(torch.instance_norm, aten.instance_norm.default),
 )
+
+_SEQUENCE = "hx params has_biases num_layers dropout train bidirectional"
+for _name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
+    _add(_name, f"input {_SEQUENCE} batch_first", getattr(aten, _name).input)
+    _add("packed_recurrent", f"input batch_sizes {_SEQUENCE}", getattr(aten, _name).data)
+    _cell = getattr(aten, f"{_name}_cell").default
+    _add(f"{_name}_cell", "input hx w_ih w_hh b_ih b_hh", _cell)
 
 # Views of a whole tensor: what a parameter may pass through on its way to a use.
 _add("t", "input", torch.t, "t", aten.t.default)
@@ -171,6 +180,7 @@ def bind(row: Row, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, A
     aliases |= {"vec": "other"}
     if row.operation in ("addmm", "baddbmm") and "input" in kwargs:
         aliases |= {"input": "bias"}
+    aliases |= {"mat_a": "input", "mat_b": "weight", "offs": "offsets"}
     bound.update({aliases.get(name, name): value for name, value in kwargs.items()})
     return bound
 

@@ -59,10 +59,11 @@ class Runner(nn.Module):
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.taps is not None and torch.is_grad_enabled() and self.taps.recording():
+            if torch.compiler.is_compiling():
+                return torch.compiler.disable(self.recorded)(args, kwargs)
             return self.recorded(args, kwargs)
         return self.held[0](*args, **kwargs)
 
-    @torch.compiler.disable
     def recorded(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One forward pass with taps."""
         with _compilers_off(), Tape(self.held[0], self.taps):
@@ -173,7 +174,7 @@ def _used_unseen(outputs: list[Tensor], tape: Tape) -> list[str]:
         node = todo.pop()
         for following, _ in node.next_functions:
             name = names.get(id(getattr(following, "variable", None)))
-            if name is not None and not isinstance(node, Seen._backward_cls):  # type: ignore[attr-defined]
+            if name is not None and not isinstance(node, Seen._backward_cls):
                 found[name] = None
             if following is not None and following not in seen:
                 seen.add(following)
@@ -197,4 +198,5 @@ def _compilers_off() -> AbstractContextManager[Any]:
     """Parts of the model that are compiled run as they are written while they are recorded."""
     if "torch._dynamo" not in sys.modules:
         return nullcontext()
-    return torch.compiler.set_stance("force_eager")
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance

@@ -54,6 +54,8 @@ class CapturedModule(fx.GraphModule):
     def __deepcopy__(self, memo: dict[int, Any]) -> CapturedModule:
         copied: CapturedModule = super().__deepcopy__(memo)  # type: ignore[assignment]
         adopt(copied, copy.deepcopy(_members(self), memo))
+        for name in HOOKS:
+            copied.__dict__[name] = copy.deepcopy(self.__dict__[name], memo)
         copied.__dict__["evaluation"] = copy.deepcopy(self.evaluation, memo)
         copied.training = self.training
         copied.recompile()
@@ -63,6 +65,19 @@ class CapturedModule(fx.GraphModule):
 def _members(module: nn.Module) -> dict[str, Any]:
     names = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
     return {name: module.__dict__[name] for name in names}
+
+
+HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+    *("_backward_hooks", "_backward_pre_hooks"),
+)
+
+
+def share_hooks(target: nn.Module, source: nn.Module) -> None:
+    """Lets ``target`` run the hooks of ``source``, for a capture of ``source.forward`` alone."""
+    for name in HOOKS:
+        target.__dict__[name] = source.__dict__[name]
 
 
 def adopt(target: nn.Module, members: dict[str, Any]) -> None:

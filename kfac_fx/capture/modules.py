@@ -18,10 +18,14 @@ class Member(NamedTuple):
 
 
 class ModuleCall(NamedTuple):
-    """An operation and its arguments besides the input; members stand for tensors."""
+    """An operation and its arguments besides the inputs; members stand for tensors.
+
+    ``inputs`` names what the module is called with; all but the first may be left out.
+    """
 
     operation: str
     arguments: dict[str, Any]
+    inputs: tuple[str, ...] = ("input",)
 
 
 def _linear(module: nn.Linear, member: Callable[[str], Any]) -> ModuleCall:
@@ -90,7 +94,29 @@ def _transposed_convolution(module: nn.ConvTranspose2d, member: Callable[[str], 
 
 
 def _bilinear(module: nn.Bilinear, member: Callable[[str], Any]) -> ModuleCall:
-    return ModuleCall("bilinear", _affine(member))
+    return ModuleCall("bilinear", _affine(member), ("input", "other"))
+
+
+def _recurrent(module: nn.RNNBase, member: Callable[[str], Any]) -> ModuleCall:
+    arguments = {
+        "params": [member(name) for name in module._flat_weights_names],
+        "has_biases": module.bias,
+        "num_layers": module.num_layers,
+        "dropout": module.dropout,
+        "train": member("training"),
+        "bidirectional": module.bidirectional,
+        "batch_first": module.batch_first,
+    }
+    return ModuleCall(module.mode.lower(), arguments, ("input", "hx"))
+
+
+def _recurrent_cell(module: nn.RNNCellBase, member: Callable[[str], Any]) -> ModuleCall:
+    names = {"w_ih": "weight_ih", "w_hh": "weight_hh", "b_ih": "bias_ih", "b_hh": "bias_hh"}
+    family = {nn.LSTMCell: "lstm", nn.GRUCell: "gru"}
+    found = [name for base, name in family.items() if isinstance(module, base)]
+    operation = found[0] if found else f"rnn_{module.nonlinearity}"
+    arguments = {argument: member(name) for argument, name in names.items()}
+    return ModuleCall(f"{operation}_cell", arguments, ("input", "hx"))
 
 
 TRANSLATIONS: dict[type[nn.Module], Callable[[Any, Callable[[str], Any]], ModuleCall]] = {
@@ -112,6 +138,12 @@ TRANSLATIONS: dict[type[nn.Module], Callable[[Any, Callable[[str], Any]], Module
     nn.InstanceNorm1d: _instance_norm,
     nn.InstanceNorm2d: _instance_norm,
     nn.InstanceNorm3d: _instance_norm,
+    nn.LSTM: _recurrent,
+    nn.GRU: _recurrent,
+    nn.RNN: _recurrent,
+    nn.LSTMCell: _recurrent_cell,
+    nn.GRUCell: _recurrent_cell,
+    nn.RNNCell: _recurrent_cell,
 }
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._ops import HigherOrderOperator
 
 from kfac_fx.capture.modules import has_parameters, translate
 from kfac_fx.errors import CaptureError
@@ -48,15 +49,28 @@ def trace(model: nn.Module, given: Collection[str] = ()) -> fx.Graph:
         raise CaptureError(f"{user_line(error)}: {error}") from error
 
 
-def opaque_modules(model: nn.Module, graph: fx.Graph) -> list[str]:
-    """Modules with parameters that the graph keeps whole and no rule can look into."""
-    calls = [str(node.target) for node in graph.nodes if node.op == "call_module"]
+def opaque_calls(model: nn.Module, graph: fx.Graph) -> list[str]:
+    """Modules with parameters, and nested graphs that read some, that no rule can look into."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    return [
-        path
-        for path in dict.fromkeys(calls)
-        if has_parameters(modules[path]) and translate(modules[path], path) is None
-    ]
+    found: dict[str, None] = {}
+    for node in graph.nodes:
+        path = str(node.target)
+        if node.op == "call_module" and path in modules:
+            if has_parameters(modules[path]) and translate(modules[path], path) is None:
+                found[path] = None
+        elif isinstance(node.target, HigherOrderOperator) and any(
+            _is_parameter(model, argument) for argument in node.all_input_nodes
+        ):
+            found[node.name] = None
+    return list(found)
+
+
+def _is_parameter(model: nn.Module, node: fx.Node) -> bool:
+    if node.op != "get_attr":
+        return False
+    owner, _, name = str(node.target).rpartition(".")
+    module = dict(model.named_modules(remove_duplicate=False)).get(owner)
+    return module is not None and name in module._parameters
 
 
 def user_line(error: BaseException) -> str:

@@ -221,8 +221,9 @@ class Tape(TorchFunctionMode):
         return node is not None and self.view.reference(node) is not None
 
 
-_PLAIN = (fx.Node, int, float, complex, bool, str, type(None), torch.dtype, torch.device, slice)
-_PLAIN += (type(Ellipsis), torch.memory_format, torch.layout)
+_NUMBERS: tuple[type, ...] = (int, float, complex, bool)
+_SETTINGS: tuple[type, ...] = (torch.dtype, torch.device, torch.memory_format, torch.layout)
+_PLAIN = (*_NUMBERS, *_SETTINGS, fx.Node, str, slice, type(None), type(Ellipsis))
 
 
 def activation_checkpoint() -> None:

@@ -130,12 +130,12 @@ class GraphView:
             path = str(node.target)
             module = self._modules.get(path)
             translated = None if module is None else translate(module, path)
-            inputs = [*node.args, *node.kwargs.values()]
-            if translated is None or len(inputs) != 1 + (translated.operation == "bilinear"):
+            if translated is None:
                 return None
-            names = ("input", "other")[: len(inputs)]
-            arguments = dict(zip(names, inputs, strict=True)) | translated.arguments
-            return Call(translated.operation, node, arguments)
+            inputs = _inputs(translated.inputs, node)
+            if inputs is None:
+                return None
+            return Call(translated.operation, node, inputs | translated.arguments)
         row = row_of(node.op, node.target)
         if row is None:
             return None
@@ -169,6 +169,15 @@ class GraphView:
         if node.op == "placeholder":
             return True
         return not _reads_shape(node) and any(arg in self._data for arg in node.all_input_nodes)
+
+
+def _inputs(names: tuple[str, ...], node: fx.Node) -> dict[str, Any] | None:
+    """What a module is called with, by our names; a single input may have any name there."""
+    inputs: dict[str, Any] = dict(zip(names, node.args, strict=False))
+    for index, (key, value) in enumerate(node.kwargs.items(), start=len(node.args)):
+        positional = names[min(index, len(names) - 1)]
+        inputs[key if key in names else positional] = value
+    return inputs if inputs and len(inputs) == len(node.args) + len(node.kwargs) else None
 
 
 def _reads_shape(node: fx.Node) -> bool:

@@ -43,6 +43,10 @@ class Tap:
     """The call that records a use: ``operator(node, *tensors, *factors, *options)``.
 
     Its result takes the place of ``node`` in ``consumer``, or in all users when that is None.
+
+    With ``slots`` the operator runs in the node's place instead, for all the uses at that node:
+    ``operator(*tensors, factors, *options)``, where ``factors`` has ``slots`` entries, and those of
+    this use begin at ``at``.
     """
 
     operator: str
@@ -50,6 +54,8 @@ class Tap:
     tensors: tuple[NodeRef | None, ...] = ()
     options: tuple[Any, ...] = ()
     consumer: str | None = None
+    slots: int = 0
+    at: int = 0
 
 
 @dataclass(frozen=True)

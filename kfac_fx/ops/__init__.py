@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kfac_fx.ops import bilinear, cases, convolution, embedding, linear, scale_shift
+from kfac_fx.ops import bilinear, cases, convolution, embedding, grouped, linear, recurrent, scale_shift
 from kfac_fx.ops.tap import only, pause, resume
 
 STORE = "_kfac_fx"
@@ -33,9 +33,11 @@ __all__ = [
     "convolution",
     "embedding",
     "factor_buffers",
+    "grouped",
     "linear",
     "only",
     "pause",
+    "recurrent",
     "resume",
     "scale_shift",
 ]

@@ -34,7 +34,10 @@ class CaseStatistics:
         dtype: torch.dtype,
     ) -> list[Tensor | None]:
         cases = g.shape[0] if self.per_case else 1
-        return [case_covariance(g.to(dtype).reshape(cases, 1, -1), self.dim)]
+        u = g.to(dtype).reshape(cases, 1, -1)
+        for slope in tensors:
+            u = u if slope is None else u * slope.to(dtype).reshape(-1)
+        return [case_covariance(u, self.dim)]
 
 
 def over_cases(p: Tensor, like: Tensor) -> tuple[Tensor, bool]:
@@ -48,11 +51,19 @@ def over_cases(p: Tensor, like: Tensor) -> tuple[Tensor, bool]:
     return p, False
 
 
-def _tap(p: Tensor, like: Tensor | None, C: Tensor) -> Tensor:
+def _slope(p: Tensor, q: Tensor) -> Tensor:
+    """dq/dp, entry by entry, of a q that was computed from p entry by entry."""
+    with torch.enable_grad():
+        (slope,) = torch.autograd.grad(q.sum(), p, retain_graph=True)
+    return slope
+
+
+def _tap(q: Tensor, like: Tensor | None, p: Tensor | None, C: Tensor) -> Tensor:
     if not recording([C]):
-        return p
-    p, per_case = (p, True) if like is None else over_cases(p, like)
-    return tapped(p, CaseStatistics(C.dim(), per_case), [], [C])
+        return q
+    slopes = [] if p is None or not q.requires_grad else [_slope(p, q)]
+    q, per_case = (q, True) if like is None else over_cases(q, like)
+    return tapped(q, CaseStatistics(C.dim(), per_case), slopes, [C])
 
 
-define("cases(Tensor p, Tensor? like, Tensor C) -> Tensor", _tap)
+define("cases(Tensor q, Tensor? like, Tensor? p, Tensor C) -> Tensor", _tap)

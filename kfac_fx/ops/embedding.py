@@ -62,12 +62,11 @@ def _tap(
     factors = [A, G] if positions is None else [A, G, positions]
     if not recording(factors):
         return y
-    one_case_each = like is not None and y.shape[:1] == like.shape[:1] and y.dim() == like.dim()
-    if like is not None and not one_case_each:
-        y, per_case = over_cases(y, like)
-        if per_case and y.shape[:-1] != ids.shape:
-            lead = y.dim() - 1 - ids.dim()
-            ids = ids.reshape((1,) * max(lead, 0) + ids.shape).expand(y.shape[:-1])
+    if like is not None and (y.dim() != like.dim() or y.shape[0] != like.shape[0]):
+        y, _ = over_cases(y, like)
+    if y.shape[:-1] != ids.shape:
+        missing = y.dim() - 1 - ids.dim()
+        ids = ids.reshape((1,) * missing + ids.shape).expand(y.shape[:-1])
     statistics = EmbeddingStatistics(padding_idx, A.shape[0], G.dim() == 1)
     return tapped(y, statistics, [ids], factors)
 

@@ -115,6 +115,24 @@ def recording(factors: Iterable[Tensor | None]) -> bool:
     return any(factor is not None and factor.requires_grad for factor in factors)
 
 
+def source(
+    y: Tensor,
+    statistics: Statistics,
+    tensors: Sequence[Tensor | None],
+    factors: Sequence[Tensor],
+) -> Tensor:
+    """A zero of y's shape whose derivative becomes the statistics."""
+    saved = [None if t is None else t.detach() for t in tensors]
+    zero: Tensor = _Source.apply(y.detach(), statistics, len(saved), *saved, *factors)
+    return zero
+
+
+def joined(y: Tensor, zero: Tensor) -> Tensor:
+    """y, whose derivative reaches the zero too."""
+    result: Tensor = _Identity.apply(y, zero)
+    return result
+
+
 def tapped(
     y: Tensor,
     statistics: Statistics,
@@ -122,10 +140,7 @@ def tapped(
     factors: Sequence[Tensor],
 ) -> Tensor:
     """y, recorded: ``statistics`` gets its derivative and the saved ``tensors`` in the backward."""
-    saved = [None if t is None else t.detach() for t in tensors]
-    source = _Source.apply(y.detach(), statistics, len(saved), *saved, *factors)
-    result: Tensor = _Identity.apply(y, source)
-    return result
+    return joined(y, source(y, statistics, tensors, factors))
 
 
 def define(schema: str, body: Any) -> None:

@@ -33,26 +33,22 @@ class Entry:
         averages = (torch.zeros(f.shape, dtype=dtype, device=like.device) for f in block.factors)
         return cls(block, parameters, buffers, tuple(averages))
 
-    def statistics(self, found: Mapping[int, Tensor], divisor: float) -> list[Tensor] | None:
+    def statistics(self, found: Mapping[int, Tensor]) -> list[Tensor] | None:
         """New statistics in the scale of one likelihood term, or None where none came.
 
         Args:
-            found: what the backward returned, by id of buffer or parameter.
-            divisor: number of terms times the square of the loss's scale.
+            found: the same by id of buffer or parameter.
         """
         if not self.block.tapped:
             squares = [found.get(id(p)) for p in self.parameters]
             if any(square is None for square in squares):
                 return None
             flat = torch.cat([s.reshape(-1) for s in squares if s is not None])
-            return [flat.to(self.averages[0].dtype) / divisor]
+            return [flat.to(self.averages[0].dtype)]
         new = [found.get(id(buffer)) for buffer in self.buffers]
         if any(value is None for value in new):
             return None
-        result: list[Tensor] = []
-        for spec, value in zip(self.block.factors, new, strict=True):
-            assert value is not None
-            result.append(value / divisor if spec.role == "gradient" else value)
+        result = [value for value in new if value is not None]
         # Several uses of one form: their positions are counted together (section 4).
         specs = self.block.factors
         positions = {s.form: v for s, v in zip(specs, result, strict=True) if s.role == "count"}

@@ -60,9 +60,39 @@ def _backward(scalar: Tensor, wanted: Sequence[Tensor]) -> Gradients:
     return {id(t): g for t, g in zip(wanted, found, strict=True) if g is not None}
 
 
-def _add(total: Gradients, more: Gradients) -> None:
+def _add(total: Gradients, more: Gradients, weight: float = 1.0) -> None:
     for key, value in more.items():
+        value = value if weight == 1.0 else value * weight
         total[key] = total[key] + value if key in total else value
+
+
+class StepStatistics:
+    """Statistics of one step, from one or several micro-batches.
+
+    Each weighs by its number of likelihood terms, as if they had been one batch.
+    """
+
+    def __init__(self, sources: Sources) -> None:
+        self._inputs = {id(factor) for factor in sources.inputs}
+        self._total: Gradients = {}
+        self._count = 0.0
+
+    def add(self, found: Gradients, count: float, scale: float = 1.0) -> None:
+        """Adds what a backward returned.
+
+        Args:
+            count: number of likelihood terms of the micro-batch.
+            scale: of the loss, relative to the summed negative log-likelihood.
+        """
+        inputs = {key: value for key, value in found.items() if key in self._inputs}
+        others = {key: value for key, value in found.items() if key not in self._inputs}
+        _add(self._total, inputs, count)
+        _add(self._total, others, 1 / scale**2)
+        self._count += count
+
+    def mean(self) -> Gradients:
+        """The statistics in the scale of one likelihood term."""
+        return {key: value / self._count for key, value in self._total.items()}
 
 
 class Observation:
@@ -83,7 +113,7 @@ class Observation:
             raise LikelihoodError("no likelihood term counts: every target is ignored")
         self._likelihood, self._outputs = likelihood, outputs
         self._handle: RemovableHandle | None = None
-        self._expected = outputs
+        self._expected: Tensor | None = None
         self._seen: Tensor | None = None
 
     def sampled(self, generator: torch.Generator) -> Gradients:
@@ -115,12 +145,7 @@ class Observation:
         return sampled_scalar(self.distribution, self.weights, generator)
 
     def watch(self) -> None:
-        """Compares the loss's derivative in the outputs with the likelihood's, once it is there."""
-        assert self.targets is not None
-        outputs = self._outputs.detach().requires_grad_()
-        log_p = self._likelihood.distribution(outputs).log_prob(self.targets)
-        nll = -(log_p if self.weights is None else log_p * self.weights)
-        (self._expected,) = torch.autograd.grad(nll.sum(), outputs)
+        """Notes the training backward when it comes."""
 
         def see(gradient: Tensor) -> None:
             self._seen = gradient if self._seen is None else self._seen + gradient
@@ -128,16 +153,33 @@ class Observation:
         self._handle = self._outputs.register_hook(see)
 
     @property
-    def watching(self) -> bool:
-        """Whether the statistics come from the user's own backward."""
-        return self._handle is not None
+    def passed(self) -> bool:
+        """Whether the training backward has come."""
+        return self._seen is not None
+
+    def expect(self) -> None:
+        """Keeps the likelihood's own derivative in the outputs, to compare the loss's with."""
+        assert self.targets is not None
+        outputs = self._outputs.detach().requires_grad_()
+        log_p = self._likelihood.distribution(outputs).log_prob(self.targets)
+        nll = -(log_p if self.weights is None else log_p * self.weights)
+        (self._expected,) = torch.autograd.grad(nll.sum(), outputs)
+
+    @property
+    def expects(self) -> bool:
+        """Whether the statistics come from the training backward."""
+        return self._expected is not None
+
+    def close(self) -> None:
+        """Stops watching."""
+        if self._handle is not None:
+            self._handle.remove()
 
     def loss_scale(self) -> float:
         """The factor between the loss and the summed negative log-likelihood of the targets."""
-        assert self._handle is not None
-        self._handle.remove()
         if self._seen is None:
             raise ObservationError("fisher='empirical' needs loss.backward() before step()")
+        assert self._expected is not None
         return _reduction(self._seen, self._expected, self.count)
 
 

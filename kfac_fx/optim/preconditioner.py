@@ -28,7 +28,7 @@ from kfac_fx.ops import factor_buffers, pause, resume
 from kfac_fx.optim.averages import Entry, all_finite, fold
 from kfac_fx.optim.guard import ParameterGuard
 from kfac_fx.optim.likelihoods import Likelihood, likelihood_of
-from kfac_fx.optim.observation import Gradients, Observation, Sources, check_recorded
+from kfac_fx.optim.observation import Observation, Sources, StepStatistics, check_recorded
 
 log = logging.getLogger("kfac_fx")
 
@@ -111,7 +111,7 @@ class Preconditioner:
         self._steps = 0
         self._recorded = 0
         self._observation: Observation | None = None
-        self._found: Gradients = {}
+        self._statistics = StepStatistics(self._sources)
         self._arm()
 
     def _bind(self, net: fx.GraphModule) -> None:
@@ -166,18 +166,21 @@ class Preconditioner:
     def observe(self, outputs: Tensor, targets: Tensor | None = None) -> None:
         """After the forward, before loss.backward(): records when this step is due.
 
+        With several micro-batches a step (accumulated gradients), once for each.
+
         Args:
             outputs: what the likelihood is about (logits, mean), as ``net`` returned them.
             targets: needed by fisher="empirical", and where some targets are ignored or weighted.
 
         Raises:
             LikelihoodError: outputs or targets do not fit the likelihood.
-            ObservationError: called twice, after the backward, or with other outputs.
+            ObservationError: called twice a forward, after the backward, or with other outputs.
         """
         if not self._due(self.statistics_every):
             return
-        if self._observation is not None:
-            raise ObservationError("observe() was called twice in one step: call it once a forward")
+        if self._observation is not None and not self._observation.passed:
+            raise ObservationError("observe() was called twice before loss.backward()")
+        self._harvest()
         if any(factor.grad is not None for factor in self._sources.factors):
             self._arm()
             raise ObservationError("observe() must come before loss.backward()")
@@ -187,14 +190,13 @@ class Preconditioner:
         check_recorded(outputs, self._sources.factors)
         if not all_finite([outputs]):
             self._skip_statistics("outputs")
-            self._observation = observation
-            return
-        if self.fisher == "empirical":
-            observation.watch()
+        elif self.fisher == "empirical":
+            observation.expect()
         else:
             record = observation.sampled if self.fisher == "sampled" else observation.exact
-            self._found = record(self.generator)
+            self._statistics.add(record(self.generator), observation.count)
             pause(self._sources.factors)  # the training backward need not record again
+        observation.watch()
         self._observation = observation
 
     def step(self) -> None:
@@ -213,7 +215,7 @@ class Preconditioner:
         if not given:
             raise GradientError("no parameter has a gradient: call loss.backward() before step()")
         if self._observation is not None:
-            self._fold(self._observation)
+            self._fold()
         elif self._recorded == 0 and self.skipped_statistics == 0:
             self._arm()
             raise StatisticsError(
@@ -270,24 +272,37 @@ class Preconditioner:
 
     def _arm(self) -> None:
         """Lets the next forward record if its step is due."""
-        self._observation, self._found = None, {}
+        if self._observation is not None:
+            self._observation.close()
+        self._observation, self._statistics = None, StepStatistics(self._sources)
         resume(self._sources.factors)
         due = self._due(self.statistics_every)
         for factor in self._sources.factors:
             factor.grad = None
             factor.requires_grad_(due)
 
-    def _fold(self, observation: Observation) -> None:
-        found, divisor = self._found, observation.count
-        if observation.watching:
-            divisor *= observation.loss_scale() ** 2
+    def _harvest(self) -> None:
+        """Takes what the last observed backward left; another micro-batch may follow."""
+        observation, self._observation = self._observation, None
+        if observation is None:
+            return
+        observation.close()
+        resume(self._sources.factors)
+        if observation.expects:
             found = {id(f): f.grad for f in self._sources.factors if f.grad is not None}
             for p in self._sources.parameters:
                 if p.grad is not None:
                     found[id(p)] = p.grad.square()
+            self._statistics.add(found, observation.count, observation.loss_scale())
+        for factor in self._sources.factors:
+            factor.grad = None
+
+    def _fold(self) -> None:
+        self._harvest()
+        found = self._statistics.mean()
         if not found:
             return
-        new = [entry.statistics(found, divisor) for entry in self._entries]
+        new = [entry.statistics(found) for entry in self._entries]
         if not all_finite([value for values in new for value in values or ()]):
             self._skip_statistics("statistics")
             return

@@ -7,8 +7,10 @@ from kfac_fx.passes.rules.bilinear import BilinearRule
 from kfac_fx.passes.rules.convolution import ConvolutionRule
 from kfac_fx.passes.rules.embedding import EmbeddingRule
 from kfac_fx.passes.rules.generic import generic_use
+from kfac_fx.passes.rules.grouped import GroupedRule
 from kfac_fx.passes.rules.linear import LinearRule
 from kfac_fx.passes.rules.normalization import NormalizationRule
+from kfac_fx.passes.rules.recurrent import RecurrentRule
 from kfac_fx.passes.rules.transposed_convolution import TransposedConvolutionRule
 
 RULES: list[Rule] = [
@@ -17,7 +19,9 @@ RULES: list[Rule] = [
     ConvolutionRule(),
     TransposedConvolutionRule(),
     EmbeddingRule(),
+    GroupedRule(),
     NormalizationRule(),
+    RecurrentRule(),
 ]
 
 

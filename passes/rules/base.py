@@ -148,8 +148,21 @@ def broadcast_with(view: GraphView, node: fx.Node) -> tuple[fx.Node, fx.Node] | 
     return others[0], consumer
 
 
+def expanded_over_cases(view: GraphView, node: fx.Node) -> bool:
+    """Whether the node's only use is an expansion whose first size is computed: the cases."""
+    if len(node.users) != 1:
+        return False
+    call = view.call(next(iter(node.users)))
+    if call is None or call.operation != "expand":
+        return False
+    sizes = call.get("shape")
+    return call.get("other") is not None or bool(sizes and isinstance(sizes[0], fx.Node))
+
+
 def node_ref(value: Any) -> Any:
     """An argument of a tap: nodes and module members by name, plain values as they are."""
+    if isinstance(value, (list, tuple)) and not isinstance(value, Member):
+        return tuple(node_ref(entry) for entry in value)
     if isinstance(value, fx.Node):
         return NodeRef(value.name)
     if isinstance(value, Member):

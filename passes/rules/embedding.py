@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import fx
+
 from kfac_fx.capture.view import Call
 from kfac_fx.ir import FactorSpec, NodeRef, ParameterUse, Tap
-from kfac_fx.passes.rules.base import Answer, Refusal, Site, broadcast_with, gradient_side
+from kfac_fx.passes.rules.base import (
+    Answer,
+    Refusal,
+    Site,
+    broadcast_with,
+    expanded_over_cases,
+    gradient_side,
+)
 
 NO_PADDING = -(2**31)
 
@@ -19,12 +28,13 @@ class EmbeddingRule:
     """
 
     kind = "embedding"
-    operations = frozenset({"embedding", "index"})
+    operations = frozenset({"embedding", "index", "getitem"})
 
     def match(self, call: Call, site: Site) -> Answer:
-        weight = site.parameter(call.get("weight"))
-        if weight is None:
-            return None
+        table = call.get("input" if call.operation == "getitem" else "weight")
+        weight = site.parameter(table)
+        if weight is None or site.view.reference(call.node) is not None:
+            return None  # none, or a piece of it by a constant index
         if len(weight.layout.shape) != 2:
             return Refusal(f"embedding: the table is seen as {weight.layout.shape}")
         for name in ("scale_grad_by_freq", "sparse"):
@@ -32,18 +42,18 @@ class EmbeddingRule:
                 return Refusal(f"embedding: {name}=True changes the gradient")
         if call.get("max_norm") is not None:
             return Refusal("embedding: max_norm changes the table while it is read")
-        ids: Any = call.get("input")
-        if call.operation == "index":
-            indices = call.get("indices")
-            if len(indices) != 1:
-                return Refusal("index: more than one dimension of the table is indexed")
-            ids = indices[0]
-        like, consumer = None, None
+        ids = _ids(call)
+        if not isinstance(ids, fx.Node):
+            return Refusal(f"{call.operation}: not one index of the table's rows")
+        tapped, like, consumer = call.node, None, None
         if not site.view.depends_on_data(ids):
             other = broadcast_with(site.view, call.node)
-            if other is None:
+            if other is not None:
+                like, consumer = NodeRef(other[0].name), other[1].name
+            elif expanded_over_cases(site.view, call.node):
+                tapped = next(iter(call.node.users))
+            else:
                 return Refusal("embedding: the rows looked up are the same for all cases")
-            like, consumer = NodeRef(other[0].name), other[1].name
         rows, width = weight.layout.shape
         padding = call.get("padding_idx")
         if padding is None or (padding < 0 and call.aten):
@@ -60,6 +70,15 @@ class EmbeddingRule:
                 gradient_side(site, width),
             ),
             approximation="kronecker",
-            tap=Tap("embedding", call.node.name, (NodeRef(ids.name), like), (padding,), consumer),
+            tap=Tap("embedding", tapped.name, (NodeRef(ids.name), like), (padding,), consumer),
             path=(*weight.path, call.operation),
         )
+
+
+def _ids(call: Call) -> Any:
+    if call.operation == "getitem":
+        return call.get("index")
+    if call.operation == "index":
+        indices = call.get("indices")
+        return indices[0] if len(indices) == 1 else None
+    return call.get("input")

@@ -35,19 +35,44 @@ def _through(consumer: Consumer, refusals: Mapping[str, str]) -> str:
 
 
 def case_tap(view: GraphView, consumer: Consumer) -> Tap | None:
-    """A tap on the parameter's side of a consumer that keeps one gradient a case."""
+    """A tap on the parameter's side of a consumer that keeps one gradient a case.
+
+    Between the parameter and the consumer there may be operations that work entry by entry. If they
+    also reshape, or run before the other operand is there, the tap stands behind them and
+    multiplies by their slope.
+    """
     value, node = consumer.value, consumer.node
     if value is None or not _same_order(view, consumer):
         return None
     carrier = value  # the parameter, then what is computed from it entry by entry
-    while not view.depends_on_data(node) and operation_name(node) in POINTWISE:
+    reshaped = False
+    while not view.depends_on_data(node):
+        reshapes = _reshapes(view, node)
+        if not reshapes and operation_name(node) not in POINTWISE:
+            return None
         if len(node.users) != 1 or node.all_input_nodes != [carrier]:
             return None
+        reshaped |= reshapes
         carrier, node = node, next(iter(node.users))
     other = broadcast_with(view, carrier) if node in carrier.users else None
     if other is None:
         return None
-    return Tap("cases", value.name, (NodeRef(other[0].name),), (), consumer.node.name)
+    like = NodeRef(other[0].name)
+    if reshaped or not other[0] < consumer.node:
+        return Tap("cases", carrier.name, (like, NodeRef(value.name)), (), other[1].name)
+    return Tap("cases", value.name, (like, None), (), consumer.node.name)
+
+
+def _reshapes(view: GraphView, node: fx.Node) -> bool:
+    """Whether a node only gives its entries another shape, in the same order."""
+    call = view.call(node)
+    if call is None:
+        return False
+    if call.operation == "getitem":
+        index = call.get("index")
+        index = index if isinstance(index, tuple) else (index,)
+        return all(entry is None or entry == slice(None) for entry in index)
+    return call.operation in ("unsqueeze", "reshape", "flatten")
 
 
 def _expanded_tap(view: GraphView, consumer: Consumer) -> Tap | None:
@@ -64,7 +89,7 @@ def _expanded_tap(view: GraphView, consumer: Consumer) -> Tap | None:
     same = all(s == -1 or s == w for s, w in zip(sizes[1:], wanted[1:], strict=True))
     if lead < 0 or wanted[0] != 1 or not same:
         return None
-    return Tap("cases", consumer.node.name, (None,))
+    return Tap("cases", consumer.node.name, (None, None))
 
 
 def generic_use(

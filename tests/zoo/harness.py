@@ -361,8 +361,9 @@ def _step(row: Row, entry: Entry, net: Any, args: tuple[Any, ...], kwargs: dict[
     with _buffers_kept(net):
         torch.manual_seed(3)
         main = _leaves(net(*args, **kwargs))[0][index]
+        weight = torch.randn(main.shape, generator=torch.Generator().manual_seed(4)).to(main)
         preconditioner.observe(main)
-        main.float().square().mean().backward()
+        (main * weight).mean().backward()
         reached = {n for n, p in net.named_parameters() if p.grad is not None and p.grad.any()}
         preconditioner.step()
     bad = [n for n, p in net.named_parameters() if p.grad is not None and not _finite(p.grad)]

@@ -1,0 +1,99 @@
+"""Taps that run in a node's place: one operator call for all the uses at that node."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from kfac_fx.ir import Tap
+from kfac_fx.ops.recurrent import CELLS, STEPS, nested
+
+_OPERATORS = {getattr(torch.ops.kfac_fx, name).default: name for name in (*STEPS, *CELLS)}
+
+
+def replaces_node(node: fx.Node) -> bool:
+    """Whether the node is an operator that took another one's place."""
+    return node.op == "call_function" and node.target in _OPERATORS
+
+
+def fill(
+    graph: fx.Graph,
+    nodes: dict[str, fx.Node],
+    tap: Tap,
+    block: str,
+    read_factors: Callable[[], list[fx.Node]],
+    resolve: Callable[[Any], Any],
+) -> None:
+    """Puts a use's factors into the operator at its node, which the first use puts there.
+
+    Args:
+        nodes: by name; the node's entry becomes what took its place.
+        block: name of the use's block.
+        read_factors: makes the nodes that read the block's factors.
+        resolve: from an argument of the tap to a node or value of the graph.
+    """
+    result = nodes[tap.node]
+    if not replaces_node(_operator(result)):
+        result = nodes[tap.node] = _replace(graph, result, tap, resolve)
+    call = _operator(result)
+    with graph.inserting_before(call):
+        found = read_factors()
+    place = len(tap.tensors)
+    factors: list[Any] = list(call.args[place])  # type: ignore[arg-type]
+    factors[tap.at : tap.at + len(found)] = found
+    call.update_arg(place, factors)
+    custom = call.meta["custom"]
+    custom["kfac_fx"] = ", ".join(filter(None, (custom.get("kfac_fx"), block)))
+
+
+def _operator(result: fx.Node) -> fx.Node:
+    return result.all_input_nodes[0] if result.target is nested else result
+
+
+def _replace(graph: fx.Graph, node: fx.Node, tap: Tap, resolve: Callable[[Any], Any]) -> fx.Node:
+    """The operator without factors; what its users read takes over the node's name."""
+    name, is_module = node.name, node.op == "call_module"
+    with graph.inserting_before(node):
+        arguments = ([resolve(t) for t in tap.tensors], [None] * tap.slots, tap.options)
+        operator = getattr(torch.ops.kfac_fx, tap.operator).default
+        call = graph.call_function(operator, (*arguments[0], arguments[1], *arguments[2]))
+        result = call
+        if is_module and tap.operator == "lstm":
+            result = graph.call_function(nested, (call,))
+    for made in {call, result}:
+        made.meta = {key: value for key, value in node.meta.items() if key != "val"}
+    call.meta["custom"] = dict(call.meta.get("custom", {}))
+    if is_module:
+        call.meta["custom"]["kfac_fx_module"] = str(node.target)
+    node.replace_all_uses_with(result)
+    graph.erase_node(node)
+    result._rename(name)
+    return result
+
+
+def restore(graph: fx.Graph, call: fx.Node) -> None:
+    """Puts the module's or ATen's own call back in the operator's place."""
+    assert call.op == "call_function"
+    operation = _OPERATORS[call.target]
+    users = [user for user in call.users if user.target is nested]
+    result = users[0] if users else call
+    path = call.meta.get("custom", {}).get("kfac_fx_module")
+    with graph.inserting_before(call):
+        if path is not None:
+            given = call.args[:1] if call.args[1] is None else call.args[:2]
+            node = graph.create_node("call_module", path, given)
+        else:
+            overloads = getattr(torch.ops.aten, operation)
+            target = overloads.default if operation in CELLS else overloads.input
+            node = graph.create_node("call_function", target, call.args[:-2])
+    node.meta = dict(call.meta)
+    ours = ("kfac_fx", "kfac_fx_module")
+    node.meta["custom"] = {k: v for k, v in call.meta.get("custom", {}).items() if k not in ours}
+    name = result.name
+    result.replace_all_uses_with(node)
+    for made in (result, call) if users else (call,):
+        graph.erase_node(made)
+    node._rename(name)

@@ -1,0 +1,39 @@
+"""Grouped products of a mixture of experts: one Kronecker block an expert."""
+
+from __future__ import annotations
+
+from kfac_fx.capture.view import Call
+from kfac_fx.ir import NodeRef, ParameterUse, Tap
+from kfac_fx.passes.rules.base import Answer, Refusal, Site, kronecker_factors
+
+
+class GroupedRule:
+    """grouped_mm(x [rows, in], W [experts, in, out], offsets [experts])."""
+
+    kind = "grouped"
+    operations = frozenset({"grouped_mm"})
+
+    def match(self, call: Call, site: Site) -> Answer:
+        weight = site.parameter(call.get("weight"))
+        if weight is None:
+            return None
+        if len(weight.layout.shape) != 3 or call.get("offsets") is None:
+            return Refusal(f"grouped_mm: the weight is seen as {weight.layout.shape}")
+        experts, inputs, outputs = weight.layout.shape
+        factors = kronecker_factors(site, inputs, outputs, bias=False, lead=(experts,))
+        if any(factor.diagonal for factor in factors):
+            return Refusal(f"grouped_mm: a side exceeds max_factor_dim={site.max_factor_dim}")
+        return ParameterUse(
+            kind=self.kind,
+            node=call.node.name,
+            parameters=(weight.name,),
+            layouts=(weight.layout.transpose(-2, -1),),
+            factors=factors,
+            approximation="kronecker",
+            tap=Tap(
+                "grouped",
+                call.node.name,
+                (NodeRef(call.get("input").name), NodeRef(call.get("offsets").name)),
+            ),
+            path=(*weight.path, call.operation),
+        )

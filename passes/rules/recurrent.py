@@ -1,0 +1,110 @@
+"""Recurrent layers and cells: two dense uses a layer and direction."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from kfac_fx.capture.view import Call, Reference
+from kfac_fx.ir import ParameterUse, Tap
+from kfac_fx.ops.recurrent import CELLS, SLOTS, STEPS
+from kfac_fx.passes.rules.base import (
+    Answer,
+    Refusal,
+    Site,
+    kronecker_factors,
+    node_ref,
+    plain,
+    shift_use,
+    too_wide,
+)
+
+_OPTIONS = ("has_biases", "num_layers", "dropout", "train", "bidirectional", "batch_first")
+_WEIGHTS = ("w_ih", "w_hh", "b_ih", "b_hh")
+
+
+class RecurrentRule:
+    """nn.LSTM, nn.GRU, nn.RNN and their cells; the taps need an operator in the node's place.
+
+    (weight_ih, bias_ih) acts on the inputs of all steps and (weight_hh, bias_hh) on the previous
+    hidden states; G is over the derivatives in each product's own outputs, gates stacked.
+    """
+
+    kind = "recurrent"
+    operations = frozenset(STEPS) | frozenset(CELLS) | {"packed_recurrent"}
+
+    def match(self, call: Call, site: Site) -> Answer:
+        cell = call.operation in CELLS
+        params = [call.get(name) for name in _WEIGHTS] if cell else list(call.get("params"))
+        held = [site.parameter(value) for value in params]
+        if not any(held):
+            return None
+        reason = _unfit(call, site, len(params))
+        if not all(plain(p.layout) for p in held if p is not None):
+            reason = "a weight or bias is reshaped on its way"
+        if reason is not None:
+            return Refusal(f"{call.operation}: {reason}")
+        width = 4 if cell or call.get("has_biases") else 2
+        tap = _tap(call, site, params, slots=2 * SLOTS * (len(params) // width))
+        uses: list[ParameterUse] = []
+        for start in range(0, len(held), width):
+            group = held[start : start + width]
+            for side in (0, 1):
+                at = (2 * (start // width) + side) * SLOTS
+                bias = group[2 + side] if width == 4 else None
+                uses += self._product(call, site, group[side], bias, replace(tap, at=at))
+        return uses
+
+    def _product(
+        self,
+        call: Call,
+        site: Site,
+        weight: Reference | None,
+        bias: Reference | None,
+        tap: Tap,
+    ) -> list[ParameterUse]:
+        """The uses at one product: the weight with its bias, or either one alone."""
+        uses: list[ParameterUse] = []
+        if bias is not None and (weight is None or weight.name in site.alone):
+            shift = shift_use(call, site, bias, (-1,))
+            uses, bias = [replace(shift, tap=replace(tap, at=tap.at + SLOTS - 1))], None
+        if weight is None:
+            return uses
+        found = [weight] if bias is None else [weight, bias]
+        outputs, inputs = weight.layout.shape
+        factors = kronecker_factors(site, inputs, outputs, bias=bias is not None)
+        use = ParameterUse(
+            kind=self.kind,
+            node=call.node.name,
+            parameters=tuple(p.name for p in found),
+            layouts=tuple(p.layout for p in found),
+            factors=factors,
+            approximation="kronecker",
+            tap=tap,
+            path=(*weight.path, call.operation),
+            reason=too_wide(site, factors),
+        )
+        return [use, *uses]
+
+
+def _unfit(call: Call, site: Site, params: int) -> str | None:
+    """Why the call as a whole cannot be recorded, if it cannot."""
+    if call.operation == "packed_recurrent":
+        return "a PackedSequence mixes the steps of its cases"
+    if not site.view.depends_on_data(call.get("input")):
+        return "the input is no activation"
+    if call.operation in CELLS:
+        return None
+    pairs = call.get("num_layers") * (2 if call.get("bidirectional") else 1)
+    if params != pairs * (4 if call.get("has_biases") else 2):
+        return "proj_size projects the hidden states"
+    return None
+
+
+def _tap(call: Call, site: Site, params: list[Any], slots: int) -> Tap:
+    tensors: tuple[Any, ...] = (node_ref(call.get("input")), node_ref(call.get("hx")))
+    if call.operation in CELLS:
+        tensors += node_ref(params)
+    else:
+        tensors += (node_ref(params), *(node_ref(call.get(name)) for name in _OPTIONS))
+    return Tap(call.operation, call.node.name, tensors, (site.reduce,), slots=slots)

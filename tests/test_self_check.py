@@ -1,0 +1,109 @@
+"""Which route captures a model, and the comparison of the capture with the model."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import kfac_fx
+from kfac_fx import errors
+
+
+def batch() -> Tensor:
+    return torch.randn(5, 4)
+
+
+class Branch(nn.Module):
+    """No tracer follows it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.other = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) if x.sum() > 0 else self.other(x)
+
+
+class Straight(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x)
+
+
+def test_route_can_be_chosen() -> None:
+    model, x = Straight(), batch()
+    for route in ("symbolic_trace", "export", "eager"):
+        assert kfac_fx.transform(model, x, capture=route).curvature.route == route
+    with pytest.raises(errors.CaptureError, match="sum"):
+        kfac_fx.transform(Branch(), x, capture="export")
+    with pytest.raises(errors.CaptureError, match="example_inputs"):
+        kfac_fx.transform(model, capture="eager")
+    with pytest.raises(errors.UnknownOptionError, match="eager"):
+        kfac_fx.transform(model, x, capture="dynamo")
+
+
+class Shifting(nn.Module):
+    """Python that tracing freezes: it looks right and computes something else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        traced = isinstance(x, torch.fx.Proxy)
+        return self.fc(x) * (2.0 if traced else 1.0)
+
+
+def test_a_wrong_capture_is_noticed(caplog: pytest.LogCaptureFixture) -> None:
+    model, x = Shifting(), batch()
+    caplog.set_level(logging.INFO, logger="kfac_fx")
+    assert kfac_fx.transform(model, x).curvature.route == "export"
+    assert any("output 0 differs" in record.getMessage() for record in caplog.records)
+    assert kfac_fx.transform(model, x, check=False).curvature.route == "symbolic_trace"
+    with pytest.raises(errors.CaptureError, match="output 0 differs"):
+        kfac_fx.transform(model, x, capture="symbolic_trace")
+
+
+class Detached(Shifting):
+    """The same outputs with other gradients."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        traced = isinstance(x, torch.fx.Proxy)
+        weight = self.fc.weight.detach() if traced else self.fc.weight
+        return F.linear(x, weight, self.fc.bias)
+
+
+def test_wrong_gradients_are_noticed() -> None:
+    with pytest.raises(errors.CaptureError, match=r"gradient of fc\.weight"):
+        kfac_fx.transform(Detached(), batch(), capture="symbolic_trace")
+
+
+class Noisy(Shifting):
+    """Does not repeat itself: there is nothing to compare with."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.fc(x) * self.calls
+
+
+def test_a_model_that_does_not_repeat_itself() -> None:
+    assert kfac_fx.transform(Noisy(), batch()).curvature.blocks
+
+
+def test_error_of_the_model_itself() -> None:
+    for check in (True, False):
+        with pytest.raises(errors.CaptureError, match="shapes") as caught:
+            kfac_fx.transform(Branch(), torch.randn(2, 7), check=check)
+        cause: BaseException | None = caught.value
+        while cause is not None and type(cause) is errors.CaptureError:
+            cause = cause.__cause__
+        assert type(cause) is RuntimeError
