@@ -4,7 +4,16 @@ from typing import Any
 
 from torch import Tensor
 
-from kfac_fx.ops import bilinear, cases, convolution, embedding, grouped, linear, recurrent, scale_shift
+from kfac_fx.ops import (
+    bilinear,
+    cases,
+    convolution,
+    embedding,
+    grouped,
+    linear,
+    recurrent,
+    scale_shift,
+)
 from kfac_fx.ops.tap import only, pause, resume
 
 STORE = "_kfac_fx"

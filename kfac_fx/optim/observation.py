@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +39,8 @@ class Sources:
         return self.inputs + self.gradients
 
 
+AFTER_BACKWARD = "observe() must come before loss.backward(), which frees the graph it needs"
+
 Gradients = dict[int, Tensor]
 """id of a factor buffer or parameter -> what a backward pass returned for it."""
 
@@ -48,9 +51,7 @@ def _backward(scalar: Tensor, wanted: Sequence[Tensor]) -> Gradients:
     except RuntimeError as error:
         text = str(error)
         if "second time" in text:
-            raise ObservationError(
-                "observe() must come before loss.backward(), which frees the graph it needs"
-            ) from error
+            raise ObservationError(AFTER_BACKWARD) from error
         if "donated" in text or "retain_graph" in text:
             raise ObservationError(
                 "a compiled forward keeps no graph for a second backward: use fisher='empirical', "
@@ -184,18 +185,19 @@ class Observation:
 
 
 def check_recorded(outputs: Tensor, factors: Sequence[Tensor]) -> None:
-    """Whether the graph behind the outputs has a tap that records.
+    """Whether the graph behind the outputs has a tap that records and is still there.
 
     Raises:
-        ObservationError: it has none.
+        ObservationError: it has none, or a backward pass has freed it.
     """
     wanted = {id(factor) for factor in factors}
     todo, seen = [outputs.grad_fn], {outputs.grad_fn}
     while todo and wanted:
         node = todo.pop()
-        if id(getattr(node, "variable", None)) in wanted:
-            return
         for following, _ in node.next_functions if node is not None else ():
+            if id(getattr(following, "variable", None)) in wanted:
+                _check_alive(node)
+                return
             if following is not None and following not in seen:
                 seen.add(following)
                 todo.append(following)
@@ -205,6 +207,13 @@ def check_recorded(outputs: Tensor, factors: Sequence[Tensor]) -> None:
             "what net(x) returned, computed after the Preconditioner was made and with gradients "
             "enabled (another Preconditioner of the same module may have stopped the recording)"
         )
+
+
+def _check_alive(tap: Any) -> None:
+    try:
+        _ = tap.saved_tensors
+    except RuntimeError as error:
+        raise ObservationError(AFTER_BACKWARD) from error
 
 
 def _reduction(seen: Tensor, expected: Tensor, count: float) -> float:

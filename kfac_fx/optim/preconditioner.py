@@ -181,9 +181,8 @@ class Preconditioner:
         if self._observation is not None and not self._observation.passed:
             raise ObservationError("observe() was called twice before loss.backward()")
         self._harvest()
-        if any(factor.grad is not None for factor in self._sources.factors):
-            self._arm()
-            raise ObservationError("observe() must come before loss.backward()")
+        for factor in self._sources.factors:
+            factor.grad = None  # of backward passes that nobody observed
         if self.fisher == "empirical" and targets is None:
             raise ObservationError("fisher='empirical' needs observe(outputs, targets)")
         observation = Observation(self.likelihood, outputs, targets, self._sources)
@@ -294,8 +293,6 @@ class Preconditioner:
                 if p.grad is not None:
                     found[id(p)] = p.grad.square()
             self._statistics.add(found, observation.count, observation.loss_scale())
-        for factor in self._sources.factors:
-            factor.grad = None
 
     def _fold(self) -> None:
         self._harvest()
@@ -355,6 +352,8 @@ class Preconditioner:
         Raises:
             ParameterChangedError: the state belongs to other blocks.
         """
+        if state.get("version") != 1:
+            raise ParameterChangedError("this is no state_dict of a Preconditioner of this version")
         own = self.factors
         shapes = {name: [f.shape for f in fs] for name, fs in state["factors"].items()}
         if shapes != {name: [f.shape for f in fs] for name, fs in own.items()}:
