@@ -4,6 +4,7 @@ from kfac_fx import errors
 from kfac_fx.api import transform
 from kfac_fx.ir import CurvatureBlock, CurvatureGraph
 from kfac_fx.optim import Preconditioner, likelihoods
+from kfac_fx.passes.rules import register_rule
 
 __all__ = [
     "CurvatureBlock",
@@ -11,5 +12,6 @@ __all__ = [
     "Preconditioner",
     "errors",
     "likelihoods",
+    "register_rule",
     "transform",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from kfac_fx.capture.tape import Record
+from kfac_fx.capture.tape import Placement
 from kfac_fx.capture.view import Consumer, GraphView
 from kfac_fx.ir import (
     CurvatureBlock,
@@ -65,19 +65,26 @@ class EagerTaps:
         """Whether any buffer asks for statistics."""
         return any(buffer.requires_grad for buffer in self._store.buffers())
 
-    def __call__(self, view: GraphView, node: fx.Node) -> list[tuple[Tap, Record]]:
-        """The taps of a call that reads parameters."""
-        read = {r.name for r in map(view.reference, node.all_input_nodes) if r is not None}
+    def place(self, view: GraphView, node: fx.Node) -> list[Placement]:
+        """The taps of a call that is about to run."""
         if view.reference(node) is not None or view.is_split(node):
             return []
-        found: list[tuple[Tap, Record]] = []
+        found: list[Placement] = []
         for use, block in self._uses(view, node):
             known = next((known for known in block.uses if _same_form(known, use)), None)
             if known is not None and use.tap is not None:
-                found.append((use.tap, self._record(use.tap, known, block)))
-                read -= set(use.parameters)
-        self._tell(read - self._without_tap - self._told, node)
+                record = self._record(use.tap, known, block)
+                found.append(Placement(use.tap, record, use.parameters))
         return found
+
+    def missed(self, names: set[str], node: fx.Node) -> None:
+        """Logs uses that are not in the blocks, once a parameter."""
+        for name in sorted(names - self._without_tap - self._told):
+            self._told.add(name)
+            if name in self._uncovered:
+                log.warning("%s has no block: the example inputs did not lead to its use", name)
+            elif name in self._blocks:
+                log.warning("%s: its use in %s is not in its block, left out", name, node.target)
 
     def _uses(
         self, view: GraphView, node: fx.Node
@@ -107,7 +114,9 @@ class EagerTaps:
                     if tap is not None:
                         yield replace(block.uses[0], tap=tap), block
 
-    def _record(self, tap: Tap, use: ParameterUse, block: CurvatureBlock) -> Record:
+    def _record(
+        self, tap: Tap, use: ParameterUse, block: CurvatureBlock
+    ) -> Callable[[Tensor, Mapping[str, Tensor]], Tensor]:
         slot = self._store.get_submodule(block.slot)
         operator = getattr(torch.ops.kfac_fx, tap.operator).default
 
@@ -125,14 +134,6 @@ class EagerTaps:
             return tapped
 
         return record
-
-    def _tell(self, names: set[str], node: fx.Node) -> None:
-        for name in sorted(names):
-            self._told.add(name)
-            if name in self._uncovered:
-                log.warning("%s has no block: the example inputs did not lead to its use", name)
-            elif name in self._blocks:
-                log.warning("%s: its use in %s is not in its block, left out", name, node.target)
 
 
 def placeable(uses: Sequence[ParameterUse], graph: fx.Graph) -> list[ParameterUse]:

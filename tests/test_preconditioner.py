@@ -320,3 +320,27 @@ def test_categorical_targets_are_optional(measure: Measure) -> None:
     want = flat(measure(net, x, None, Categorical()))
     found = flat(measure(net, x, torch.randint(3, (6,)), Categorical()))
     close((found,), (want,))
+
+
+@pytest.mark.parametrize("fisher", ["exact", "empirical"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_micro_batches_are_one_batch(measure: Measure, fisher: str, reduction: str) -> None:
+    """Accumulated gradients: one observe a forward, statistics weighted by their terms."""
+    net, x, y = kfac_fx.transform(model()), torch.randn(6, 4), torch.randn(6, 3)
+    want = flat(measure(net, x, y, Normal(), fisher, reduction))
+    preconditioner = make(net, fisher=fisher)
+    for part in (slice(0, 2), slice(2, 6)):
+        outputs = net(x[part])
+        preconditioner.observe(outputs, y[part])
+        loss = Normal().nll(outputs, y[part])
+        (loss / 6 if reduction == "mean" else loss).backward()
+    preconditioner.step()
+    close((flat(preconditioner),), (want,))
+
+
+def test_memory_is_known_before_it_is_taken() -> None:
+    net = kfac_fx.transform(model())
+    preconditioner = make(net)
+    taken = sum(f.numel() for fs in preconditioner.factors.values() for f in fs)
+    assert net.curvature.factor_elements == taken
+    assert net.curvature.memory(8) == 16 * taken

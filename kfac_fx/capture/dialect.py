@@ -154,6 +154,13 @@ _add("rsub", "input other", torch.rsub, aten.rsub.Scalar)
 _add("neg", "input", operator.neg, torch.neg, "neg", aten.neg.default)
 _add("repeat", "input *shape", "repeat", aten.repeat.default)
 
+
+def add_operation(target: Any, words: str) -> None:
+    """Teaches the vocabulary a target: its operation and the names of its arguments, in order."""
+    operation, _, arguments = words.partition(" ")
+    _add(operation, arguments, target)
+
+
 # Reading a shape carries no data from the input to the result.
 SHAPE_READERS: frozenset[Any] = frozenset(
     {"size", "dim", "numel", "stride", "new_zeros", "new_ones", "new_empty", "new_full"}

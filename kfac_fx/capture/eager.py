@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -21,25 +20,21 @@ from kfac_fx.capture.modes import all_in_mode
 from kfac_fx.capture.module import CapturedModule, adopt
 from kfac_fx.capture.modules import translate
 from kfac_fx.capture.symbolic import user_line
-from kfac_fx.capture.tape import Record, Seen, Tape
+from kfac_fx.capture.tape import Seen, Tape, Taps
 from kfac_fx.capture.undisturbed import fresh, tensors_in, undisturbed
-from kfac_fx.capture.view import GraphView
 from kfac_fx.errors import CaptureError
-from kfac_fx.ir import Tap
 
 RUNNER = "_kfac_fx_model"
 """Name of the submodule that runs the model."""
 
 
-class Taps(Protocol):
-    """Finds the taps of a call that is about to run."""
-
-    def __call__(self, view: GraphView, node: fx.Node) -> Sequence[tuple[Tap, Record]]: ...
+class StoredTaps(Taps, Protocol):
+    """Taps with the buffers that they fill."""
 
     def recording(self) -> bool:
         """Whether statistics are asked for."""
 
-    def of_copy(self, module: nn.Module) -> Taps:
+    def of_copy(self, module: nn.Module) -> StoredTaps:
         """The same for a copy of the module that owns the buffers."""
 
 
@@ -49,7 +44,7 @@ class Runner(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.held = (model,)
-        self.taps: Taps | None = None
+        self.taps: StoredTaps | None = None
         self.training = model.training
 
     def train(self, mode: bool = True) -> Runner:

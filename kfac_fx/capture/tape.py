@@ -7,23 +7,41 @@ import traceback
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
 from kfac_fx.capture.dialect import row_of
 from kfac_fx.capture.view import GraphView
 from kfac_fx.ir import Tap
 
-Record = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
-"""From the tapped tensor, and all tensors of the call by node, to the tensor in its place."""
 
-Place = Callable[[GraphView, fx.Node], Sequence[tuple[Tap, Record]]]
-"""The taps of a call that is about to run."""
+class Placement(NamedTuple):
+    """A tap of a call that is about to run.
+
+    Attributes:
+        tap: says which tensor is tapped.
+        record: from that tensor, and all tensors of the call by node, to the tensor in its place.
+        parameters: whose use is recorded.
+    """
+
+    tap: Tap
+    record: Callable[[Tensor, Mapping[str, Tensor]], Tensor]
+    parameters: tuple[str, ...]
+
+
+class Taps(Protocol):
+    """Knows the taps of the calls that read parameters."""
+
+    def place(self, view: GraphView, node: fx.Node) -> Sequence[Placement]:
+        """Those of a call that is about to run."""
+
+    def missed(self, names: set[str], node: fx.Node) -> None:
+        """Notes parameters that a call uses and no tap records."""
+
 
 _HERE = str(Path(__file__).parent.parent)
 _VIEWS = ("T", "mT", "H", "mH")
@@ -57,7 +75,7 @@ class Tape(TorchFunctionMode):
 
     Args:
         model: the model that is about to run.
-        place: taps for the calls that read parameters; they record at once.
+        taps: for the calls that read parameters; they record at once.
         mark: parameters pass through ``Seen``, and nodes get the user's line.
 
     Attributes:
@@ -66,12 +84,12 @@ class Tape(TorchFunctionMode):
         touched: names of the parameters that any call has read.
     """
 
-    def __init__(self, model: nn.Module, place: Place | None = None, *, mark: bool = False) -> None:
+    def __init__(self, model: nn.Module, taps: Taps | None = None, *, mark: bool = False) -> None:
         super().__init__()
         self.graph = fx.Graph()
         self.view = GraphView(model, self.graph)
         self.touched: set[str] = set()
-        self._place = place
+        self._taps = taps
         self._mark = mark
         self._parameters = {id(p): name for name, p in self.view.parameters.items()}
         self._constants = dict(_held_tensors(model))
@@ -87,7 +105,7 @@ class Tape(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = dict(kwargs or {})
-        tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        tensors = list(_tensors((args, kwargs)))
         if not any(self._reads_parameter(t) for t in tensors):
             return self._bind(func(*args, **kwargs), func, args, kwargs)
         if not torch.is_grad_enabled():
@@ -126,21 +144,21 @@ class Tape(TorchFunctionMode):
     ) -> Any:
         """Runs a call that reads parameters while gradients are on."""
         node = self._call(func, args, kwargs, detached=False)
-        plans: Sequence[tuple[Tap, Record]] = ()
+        plans: Sequence[Placement] = ()
         if _is_recomputed():
-            for name in {r.name for r in map(self.view.reference, node.all_input_nodes) if r}:
+            for name in self._names_read(node):
                 self.consume(name, activation_checkpoint)
-        elif self._place is not None:
-            plans = self._place(self.view, node)
+        elif self._taps is not None:
+            plans = self._taps.place(self.view, node)
         values = {self.node(t).name: t for t in tensors}
         swap: dict[int, Tensor] = {}
-        for tap, record in plans:
+        for tap, record, _ in plans:
             if tap.consumer is not None:
                 swap[id(values[tap.node])] = record(values[tap.node], values)
         if self._mark and not _reads_property(func):
             swap |= {id(t): Seen.apply(t) for t in tensors if id(t) in self._parameters}
         if swap:
-            args, kwargs = pytree.tree_map(lambda t: swap.get(id(t), t), (args, kwargs))
+            args, kwargs = _mapped(lambda t: swap.get(id(t), t), (args, kwargs))
         result = func(*args, **kwargs)
         made = _made(func, args, result)
         if not any(t.requires_grad for t in made):
@@ -148,7 +166,8 @@ class Tape(TorchFunctionMode):
         if all(id(t) in self._names for t in made):
             self.graph.erase_node(node)
             return result
-        for tap, record in plans:
+        self._report(node, plans)
+        for tap, record, _ in plans:
             if tap.consumer is None and isinstance(result, Tensor) and result.requires_grad:
                 result = record(result, values)
         self._results(made[0] if result is None else result, node)
@@ -180,6 +199,14 @@ class Tape(TorchFunctionMode):
                     args = (node, index)
                     self._results(item, self._new("call_function", operator.getitem, args))
 
+    def _report(self, node: fx.Node, plans: Sequence[Placement]) -> None:
+        """A use that is no view of the parameter and is not recorded."""
+        if self._taps is None or self.view.reference(node) is not None or self.view.is_split(node):
+            return
+        missed = self._names_read(node).difference(*(plan.parameters for plan in plans))
+        if missed:
+            self._taps.missed(missed, node)
+
     # Nodes.
 
     def _call(
@@ -190,22 +217,21 @@ class Tape(TorchFunctionMode):
         def argument(value: Any) -> Any:
             if isinstance(value, Tensor):
                 return self.node(value, detached=detached)
-            if isinstance(value, torch.Size):
-                return tuple(value)
             return value if isinstance(value, _PLAIN) else repr(value)
 
-        args, kwargs = pytree.tree_map(argument, (args, kwargs))
+        args, kwargs = _mapped(argument, (args, kwargs))
         return self._new(op, target, args, kwargs)
 
     def _new(self, op: str, target: Any, args: Any = (), kwargs: Any = None) -> fx.Node:
         node = self.graph.create_node(op, target, tuple(args), kwargs or {})
         self.view.read(node)
-        if self._mark and self._reads(node):
+        if self._mark and self._names_read(node):
             node.meta["stack_trace"] = _user_stack()
         return node
 
-    def _reads(self, node: fx.Node) -> bool:
-        return any(self.view.reference(n) is not None for n in node.all_input_nodes)
+    def _names_read(self, node: fx.Node) -> set[str]:
+        found = map(self.view.reference, node.all_input_nodes)
+        return {reference.name for reference in found if reference is not None}
 
     def _replace_by_detached(self, node: fx.Node) -> None:
         for source in node.all_input_nodes:
@@ -241,17 +267,39 @@ def _held_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers()
     for path, module in model.named_modules():
         for key, value in vars(module).items():
-            if isinstance(value, (Tensor, list, tuple)):
-                for index, leaf in enumerate(pytree.tree_leaves(value)):
-                    if isinstance(leaf, Tensor) and not isinstance(leaf, nn.Parameter):
-                        yield f"{path}.{key}.{index}".strip("."), leaf
+            for index, leaf in enumerate(_tensors(value) if key[0] != "_" else ()):
+                if not isinstance(leaf, nn.Parameter):
+                    yield f"{path}.{key}.{index}".strip("."), leaf
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Those in nested tuples, lists and dicts; pytree takes ten times as long."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+
+
+def _mapped(change: Callable[[Any], Any], value: Any) -> Any:
+    """The same nesting with changed leaves."""
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_mapped(change, item) for item in value))
+    if isinstance(value, (tuple, list)):
+        return (list if isinstance(value, list) else tuple)(_mapped(change, i) for i in value)
+    if isinstance(value, dict):
+        return {key: _mapped(change, item) for key, item in value.items()}
+    return change(value)
 
 
 def _made(func: Any, args: tuple[Any, ...], result: Any) -> list[Tensor]:
     """The tensors that a call returned, or the one that it wrote to."""
     if getattr(func, "__name__", "") == "__setitem__":
         result = args[0]
-    return [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
+    return list(_tensors(result))
 
 
 def _spelled(func: Any, args: tuple[Any, ...]) -> tuple[str, Any, tuple[Any, ...]]:

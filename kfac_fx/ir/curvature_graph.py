@@ -107,6 +107,19 @@ class CurvatureGraph:
         return {name: block.name for block in self.blocks.values() for name in block.parameters}
 
     @property
+    def factor_elements(self) -> int:
+        """Entries of all factors; what ``Preconditioner`` will allocate, known before it does."""
+        return sum(prod(f.shape) for block in self.blocks.values() for f in block.factors)
+
+    def memory(self, itemsize: int = 4) -> int:
+        """Bytes of all factors and of their inverses, once they are refreshed.
+
+        Args:
+            itemsize: of one entry; 8 for float64 parameters.
+        """
+        return 2 * itemsize * self.factor_elements
+
+    @property
     def fallbacks(self) -> tuple[CurvatureBlock, ...]:
         """Blocks that are weaker than their kind allows."""
         return tuple(block for block in self.blocks.values() if block.reason is not None)

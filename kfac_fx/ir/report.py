@@ -42,6 +42,7 @@ def table(curvature: CurvatureGraph) -> str:
         for kind, count in coverage.scalars.items()
     ]
     lines += ["", f"coverage of {coverage.total:,} parameters: " + ", ".join(parts)]
+    lines.append(f"factors and inverses in float32: {curvature.memory() / 2**20:,.2f} MiB")
     lines += [f"weaker than it could be: {b.name}: {b.reason}" for b in curvature.fallbacks]
     for label in ("frozen", "excluded", "unused"):
         names = getattr(curvature, label)

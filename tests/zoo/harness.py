@@ -261,10 +261,13 @@ def _compare(row: Row, want: _Result, got: _Result, tolerance: float) -> None:
             row.gradient_error, row.gradient_where = error, name
     if not row.gradient_error <= tolerance:
         problems.append(f"gradient of {row.gradient_where} differs by {row.gradient_error:.1e}")
-    for name, one in want.buffers.items():
-        other = got.buffers.get(name)
-        if other is None or not _distance(one, other) <= tolerance:
-            problems.append(f"buffer {name} differs")
+    differing = [
+        name
+        for name, one in want.buffers.items()
+        if name not in got.buffers or not _distance(one, got.buffers[name]) <= tolerance
+    ]
+    if differing:
+        problems.append(f"{len(differing)} buffers differ: {', '.join(differing[:3])}")
     if problems:
         raise AssertionError("; ".join(problems))
 
