@@ -81,8 +81,9 @@ def _gradients(module: nn.Module, outputs: list[Tensor]) -> dict[str, Tensor]:
         return {}
     loss = torch.zeros((), device=parts[0].device)
     for part in parts:
-        weights = torch.arange(part.numel(), device=part.device, dtype=torch.float64).cos()
-        loss = loss + (part.double().flatten() * weights).sum().to(loss.device)
+        dtype = torch.promote_types(part.dtype, torch.float32)
+        weights = torch.arange(part.numel(), device=part.device).cos().to(dtype)
+        loss = loss + (part.to(dtype).flatten() @ weights).to(loss.device)
     try:
         found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
     except RuntimeError as error:  # reentrant checkpoints allow backward() only
@@ -120,7 +121,7 @@ def _distance(got: Tensor, want: Tensor, floor: float) -> float | None:
     if want.is_floating_point() or want.is_complex():
         tolerance = max(TOLERANCE, 8 * torch.finfo(want.dtype).eps)
     kind = torch.complex128 if want.is_complex() else torch.float64
-    got, want = got.to(kind), want.to(kind)
+    got, want = got.cpu().to(kind), want.cpu().to(kind)
     equal = (got == want) | (got.isnan() & want.isnan())
     if bool(equal.all()):
         return None

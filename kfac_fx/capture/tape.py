@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 import traceback
-import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -14,7 +13,15 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from kfac_fx.capture.dialect import row_of
+from kfac_fx.capture.function_calls import (
+    is_composed,
+    made_by,
+    mapped,
+    opened,
+    reads_property,
+    spelled,
+    tensors_of,
+)
 from kfac_fx.capture.view import GraphView
 from kfac_fx.ir import Tap
 
@@ -44,15 +51,6 @@ class Taps(Protocol):
 
 
 _HERE = str(Path(__file__).parent.parent)
-_VIEWS = ("T", "mT", "H", "mH")
-_REFLECTED: dict[str, Any] = {
-    "__radd__": operator.add,
-    "__rsub__": operator.sub,
-    "__rmul__": operator.mul,
-    "__rdiv__": operator.truediv,
-    "__rtruediv__": operator.truediv,
-    "__rmatmul__": operator.matmul,
-}
 
 
 class Seen(torch.autograd.Function):
@@ -105,14 +103,14 @@ class Tape(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = dict(kwargs or {})
-        tensors = list(_tensors((args, kwargs)))
+        tensors = list(tensors_of((args, kwargs)))
         if not any(self._reads_parameter(t) for t in tensors):
             return self._bind(func(*args, **kwargs), func, args, kwargs)
         if not torch.is_grad_enabled():
             return self._bind(func(*args, **kwargs), func, args, kwargs, detached=True)
-        if _is_composed(func):
+        if is_composed(func):
             with self:
-                return _opened(func)(*args, **kwargs)
+                return opened(func)(*args, **kwargs)
         return self._use(func, args, kwargs, tensors)
 
     def node(self, tensor: Tensor, *, detached: bool = False) -> fx.Node:
@@ -155,12 +153,12 @@ class Tape(TorchFunctionMode):
         for tap, record, _ in plans:
             if tap.consumer is not None:
                 swap[id(values[tap.node])] = record(values[tap.node], values)
-        if self._mark and not _reads_property(func):
+        if self._mark and not reads_property(func):
             swap |= {id(t): Seen.apply(t) for t in tensors if id(t) in self._parameters}
         if swap:
-            args, kwargs = _mapped(lambda t: swap.get(id(t), t), (args, kwargs))
+            args, kwargs = mapped(lambda t: swap.get(id(t), t), (args, kwargs))
         result = func(*args, **kwargs)
-        made = _made(func, args, result)
+        made = made_by(func, args, result)
         if not any(t.requires_grad for t in made):
             self._replace_by_detached(node)
         if all(id(t) in self._names for t in made):
@@ -183,7 +181,7 @@ class Tape(TorchFunctionMode):
         detached: bool = False,
     ) -> Any:
         """Adds the node of a call that has run and reads no parameter with gradients."""
-        made = _made(func, args, result)
+        made = made_by(func, args, result)
         if not all(id(t) in self._names for t in made):
             node = self._call(func, args, kwargs, detached=detached)
             self._results(made[0] if result is None else result, node)
@@ -212,14 +210,14 @@ class Tape(TorchFunctionMode):
     def _call(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, detached: bool
     ) -> fx.Node:
-        op, target, args = _spelled(func, args)
+        op, target, args = spelled(func, args)
 
         def argument(value: Any) -> Any:
             if isinstance(value, Tensor):
                 return self.node(value, detached=detached)
             return value if isinstance(value, _PLAIN) else repr(value)
 
-        args, kwargs = _mapped(argument, (args, kwargs))
+        args, kwargs = mapped(argument, (args, kwargs))
         return self._new(op, target, args, kwargs)
 
     def _new(self, op: str, target: Any, args: Any = (), kwargs: Any = None) -> fx.Node:
@@ -267,75 +265,9 @@ def _held_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers()
     for path, module in model.named_modules():
         for key, value in vars(module).items():
-            for index, leaf in enumerate(_tensors(value) if key[0] != "_" else ()):
+            for index, leaf in enumerate(tensors_of(value) if key != "_buffers" else ()):
                 if not isinstance(leaf, nn.Parameter):
                     yield f"{path}.{key}.{index}".strip("."), leaf
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """Those in nested tuples, lists and dicts; pytree takes ten times as long."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
-
-
-def _mapped(change: Callable[[Any], Any], value: Any) -> Any:
-    """The same nesting with changed leaves."""
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_mapped(change, item) for item in value))
-    if isinstance(value, (tuple, list)):
-        return (list if isinstance(value, list) else tuple)(_mapped(change, i) for i in value)
-    if isinstance(value, dict):
-        return {key: _mapped(change, item) for key, item in value.items()}
-    return change(value)
-
-
-def _made(func: Any, args: tuple[Any, ...], result: Any) -> list[Tensor]:
-    """The tensors that a call returned, or the one that it wrote to."""
-    if getattr(func, "__name__", "") == "__setitem__":
-        result = args[0]
-    return list(_tensors(result))
-
-
-def _spelled(func: Any, args: tuple[Any, ...]) -> tuple[str, Any, tuple[Any, ...]]:
-    """Operation, target and arguments of the node that symbolic tracing would make."""
-    name = getattr(func, "__name__", "")
-    if name == "__get__":
-        return "call_function", getattr, (args[0], func.__self__.__name__)
-    if name in _REFLECTED:
-        return "call_function", _REFLECTED[name], (args[1], args[0])
-    if getattr(Tensor, name, None) is func:
-        return "call_method", name, args
-    return "call_function", func, args
-
-
-def _reads_property(func: Any) -> bool:
-    return getattr(func, "__name__", "") == "__get__" and func.__self__.__name__ not in _VIEWS
-
-
-def _is_composed(func: Any) -> bool:
-    """Whether the function is written in Python and no word of the vocabulary."""
-    return (
-        isinstance(func, types.FunctionType)
-        and func.__module__ == "torch.nn.functional"
-        and row_of("call_function", func) is None
-    )
-
-
-def _opened(func: Any) -> Any:
-    """The function without its question whether somebody overrides it: its body runs instead."""
-    names = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
-    scope = {**func.__globals__, **dict.fromkeys(names, lambda *_: False)}
-    body = types.FunctionType(
-        func.__code__, scope, func.__name__, func.__defaults__, func.__closure__
-    )
-    body.__kwdefaults__ = func.__kwdefaults__
-    return body
 
 
 def _user_stack() -> str:

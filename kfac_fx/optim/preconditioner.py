@@ -18,17 +18,16 @@ from kfac_fx.errors import (
     DampingError,
     GradientError,
     KFACError,
-    ObservationError,
     ParameterChangedError,
     StatisticsError,
     UnknownOptionError,
 )
 from kfac_fx.ir import CurvatureGraph
-from kfac_fx.ops import factor_buffers, pause, resume
+from kfac_fx.ops import factor_buffers
 from kfac_fx.optim.averages import Entry, all_finite, fold
 from kfac_fx.optim.guard import ParameterGuard
 from kfac_fx.optim.likelihoods import Likelihood, likelihood_of
-from kfac_fx.optim.observation import Observation, Sources, StepStatistics, check_recorded
+from kfac_fx.optim.recorder import Recorder
 
 log = logging.getLogger("kfac_fx")
 
@@ -110,8 +109,7 @@ class Preconditioner:
         self._inverses: dict[str, Tensor] = {}
         self._steps = 0
         self._recorded = 0
-        self._observation: Observation | None = None
-        self._statistics = StepStatistics(self._sources)
+        self._recorder = Recorder(self._entries, self.likelihood, self.fisher, self.generator)
         self._arm()
 
     def _bind(self, net: fx.GraphModule) -> None:
@@ -123,14 +121,6 @@ class Preconditioner:
             Entry.zero(b, tuple(parameters[n] for n in b.parameters), buffers[b.name])
             for b in self.curvature.blocks.values()
         ]
-        sources = Sources([], [], [])
-        for entry in self._entries:
-            if not entry.block.tapped:
-                sources.parameters.extend(entry.parameters)
-                continue
-            for spec, buffer in zip(entry.block.factors, entry.buffers, strict=True):
-                (sources.gradients if spec.role == "gradient" else sources.inputs).append(buffer)
-        self._sources = sources
 
     @property
     def damping(self) -> float:
@@ -176,27 +166,8 @@ class Preconditioner:
             LikelihoodError: outputs or targets do not fit the likelihood.
             ObservationError: called twice a forward, after the backward, or with other outputs.
         """
-        if not self._due(self.statistics_every):
-            return
-        if self._observation is not None and not self._observation.passed:
-            raise ObservationError("observe() was called twice before loss.backward()")
-        self._harvest()
-        for factor in self._sources.factors:
-            factor.grad = None  # of backward passes that nobody observed
-        if self.fisher == "empirical" and targets is None:
-            raise ObservationError("fisher='empirical' needs observe(outputs, targets)")
-        observation = Observation(self.likelihood, outputs, targets, self._sources)
-        check_recorded(outputs, self._sources.factors)
-        if not all_finite([outputs]):
+        if self._due(self.statistics_every) and not self._recorder.observe(outputs, targets):
             self._skip_statistics("outputs")
-        elif self.fisher == "empirical":
-            observation.expect()
-        else:
-            record = observation.sampled if self.fisher == "sampled" else observation.exact
-            self._statistics.add(record(self.generator), observation.count)
-            pause(self._sources.factors)  # the training backward need not record again
-        observation.watch()
-        self._observation = observation
 
     def step(self) -> None:
         """After loss.backward(): folds statistics, refreshes when due, preconditions ``.grad``.
@@ -213,7 +184,7 @@ class Preconditioner:
         given = {n: p.grad for n, p in self._guard.parameters.items() if p.grad is not None}
         if not given:
             raise GradientError("no parameter has a gradient: call loss.backward() before step()")
-        if self._observation is not None:
+        if self._recorder.observing:
             self._fold()
         elif self._recorded == 0 and self.skipped_statistics == 0:
             self._arm()
@@ -271,32 +242,10 @@ class Preconditioner:
 
     def _arm(self) -> None:
         """Lets the next forward record if its step is due."""
-        if self._observation is not None:
-            self._observation.close()
-        self._observation, self._statistics = None, StepStatistics(self._sources)
-        resume(self._sources.factors)
-        due = self._due(self.statistics_every)
-        for factor in self._sources.factors:
-            factor.grad = None
-            factor.requires_grad_(due)
-
-    def _harvest(self) -> None:
-        """Takes what the last observed backward left; another micro-batch may follow."""
-        observation, self._observation = self._observation, None
-        if observation is None:
-            return
-        observation.close()
-        resume(self._sources.factors)
-        if observation.expects:
-            found = {id(f): f.grad for f in self._sources.factors if f.grad is not None}
-            for p in self._sources.parameters:
-                if p.grad is not None:
-                    found[id(p)] = p.grad.square()
-            self._statistics.add(found, observation.count, observation.loss_scale())
+        self._recorder.switch(self._due(self.statistics_every))
 
     def _fold(self) -> None:
-        self._harvest()
-        found = self._statistics.mean()
+        found = self._recorder.take()
         if not found:
             return
         new = [entry.statistics(found) for entry in self._entries]

@@ -1,0 +1,116 @@
+"""Switches the taps on for a step, and gathers what its backward passes leave."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kfac_fx.errors import ObservationError
+from kfac_fx.ops import pause, resume
+from kfac_fx.optim.averages import Entry, all_finite
+from kfac_fx.optim.likelihoods import Likelihood
+from kfac_fx.optim.observation import (
+    Gradients,
+    Observation,
+    Sources,
+    StepStatistics,
+    check_recorded,
+)
+
+
+class Recorder:
+    """The statistics of one step at a time.
+
+    Args:
+        entries: blocks with their buffers and parameters.
+        fisher: "sampled", "exact" or "empirical".
+        generator: of the draws.
+    """
+
+    def __init__(
+        self,
+        entries: Sequence[Entry],
+        likelihood: Likelihood,
+        fisher: str,
+        generator: torch.Generator,
+    ) -> None:
+        self._likelihood, self._fisher, self._generator = likelihood, fisher, generator
+        self._sources = _sources(entries)
+        self._observation: Observation | None = None
+        self._statistics = StepStatistics(self._sources)
+
+    @property
+    def observing(self) -> bool:
+        """Whether outputs were observed since the taps were switched."""
+        return self._observation is not None
+
+    def switch(self, on: bool) -> None:
+        """Lets the forward passes from now on record or not; forgets what was not taken."""
+        if self._observation is not None:
+            self._observation.close()
+        self._observation, self._statistics = None, StepStatistics(self._sources)
+        resume(self._sources.factors)
+        self._clear()
+        for factor in self._sources.factors:
+            factor.requires_grad_(on)
+
+    def observe(self, outputs: Tensor, targets: Tensor | None) -> bool:
+        """Records a forward pass, or prepares to; False if the outputs are not finite.
+
+        Raises:
+            LikelihoodError, ObservationError: see ``Preconditioner.observe``.
+        """
+        if self._observation is not None and not self._observation.passed:
+            raise ObservationError("observe() was called twice before loss.backward()")
+        self._harvest()
+        self._clear()  # of backward passes that nobody observed
+        if self._fisher == "empirical" and targets is None:
+            raise ObservationError("fisher='empirical' needs observe(outputs, targets)")
+        observation = Observation(self._likelihood, outputs, targets, self._sources)
+        check_recorded(outputs, self._sources.factors)
+        finite = all_finite([outputs])
+        if finite and self._fisher == "empirical":
+            observation.expect()
+        elif finite:
+            record = observation.sampled if self._fisher == "sampled" else observation.exact
+            self._statistics.add(record(self._generator), observation.count)
+            pause(self._sources.factors)  # the training backward need not record again
+        observation.watch()
+        self._observation = observation
+        return finite
+
+    def take(self) -> Gradients:
+        """The step's statistics in the scale of one likelihood term; empty if there are none."""
+        self._harvest()
+        return self._statistics.mean()
+
+    def _harvest(self) -> None:
+        """Takes what the last observed backward left; another micro-batch may follow."""
+        observation, self._observation = self._observation, None
+        if observation is None:
+            return
+        observation.close()
+        resume(self._sources.factors)
+        if observation.expects:
+            found = {id(f): f.grad for f in self._sources.factors if f.grad is not None}
+            for p in self._sources.parameters:
+                if p.grad is not None:
+                    found[id(p)] = p.grad.square()
+            self._statistics.add(found, observation.count, observation.loss_scale())
+
+    def _clear(self) -> None:
+        for factor in self._sources.factors:
+            factor.grad = None
+
+
+def _sources(entries: Sequence[Entry]) -> Sources:
+    sources = Sources([], [], [])
+    for entry in entries:
+        if not entry.block.tapped:
+            sources.parameters.extend(entry.parameters)
+            continue
+        for spec, buffer in zip(entry.block.factors, entry.buffers, strict=True):
+            (sources.gradients if spec.role == "gradient" else sources.inputs).append(buffer)
+    return sources
