@@ -22,6 +22,7 @@ _HERE = str(Path(__file__).parent.parent)
 
 class _Tracer(fx.Tracer):
     record_stack_traces = True
+    proxy_buffer_attributes = True  # else an update of a buffer would run now and never again
 
     def __init__(self) -> None:
         super().__init__(param_shapes_constant=True)

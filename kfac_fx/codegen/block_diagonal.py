@@ -54,9 +54,7 @@ def emit_apply(curvature: CurvatureGraph, cast: Collection[str] = ()) -> fx.Grap
         block.name: [build.input(n) for n in FORMS[block.approximation].inverses(block)]
         for block in blocks
     }
-    gradients = {
-        name: build.input("gradient_" + name.replace(".", "_")) for name in curvature.covered
-    }
+    gradients = {name: build.input(f"gradient_{name}") for name in curvature.covered}
     outputs: dict[str, Any] = dict(gradients)
     for block in blocks:
         form, inverse = FORMS[block.approximation], inverses[block.name]

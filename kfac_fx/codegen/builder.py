@@ -40,9 +40,14 @@ class ProgramBuilder:
     def __init__(self) -> None:
         self.graph = fx.Graph()
         self._tracer = _Tracer(self.graph)
+        self._inputs: set[str] = set()
 
     def input(self, name: str) -> Any:
-        """A new argument of the program."""
+        """A new argument of the program, under a name that is like ``name``."""
+        name = re.sub(r"\W", "_", name)
+        while name in self._inputs:
+            name += "_"
+        self._inputs.add(name)
         node = self.graph.create_node("placeholder", name, name=name)
         return fx.Proxy(node, self._tracer)
 

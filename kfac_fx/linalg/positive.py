@@ -5,11 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kfac_fx.linalg.damping import damped
+
 
 def cholesky_inverse(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """The inverse by Cholesky of [..., d, d], and flags [...] that are not zero where it failed."""
     factorisation = torch.linalg.cholesky_ex(matrix)
-    return torch.cholesky_inverse(factorisation[0]), factorisation[1]
+    failed = factorisation[1]
+    # cholesky_inverse raises at a zero on the diagonal: a failed root becomes the identity.
+    root = torch.where((failed != 0).unsqueeze(-1).unsqueeze(-1), 0.0, factorisation[0])
+    return torch.cholesky_inverse(damped(root, (failed != 0).to(matrix.dtype))), failed
 
 
 def raised(eigenvalues: Tensor) -> Tensor:

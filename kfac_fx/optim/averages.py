@@ -62,9 +62,10 @@ class Entry:
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:
     """Whether no entry is NaN or infinite; one synchronisation for all."""
+    tensors = [tensor for tensor in tensors if tensor.numel()]
     if not tensors:
         return True
-    norms = torch._foreach_norm(list(tensors), ord=float("inf"))
+    norms = torch._foreach_norm(tensors, ord=float("inf"))
     return bool(torch.stack([norm.double() for norm in norms]).isfinite().all())
 
 

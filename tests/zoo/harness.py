@@ -29,6 +29,7 @@ WEAK = ("elementwise", "generic", "frozen", "excluded", "unused")  # what does n
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-9}
 FLOOR = 1e-2  # a gradient this much smaller than the largest of the model is compared with that one
 LIMIT = 120  # seconds a model
+LEAST = 99.0  # per cent of the trained elements that the goal wants covered
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from collection import entries
-from harness import LIMIT, Entry, Row, check_isolated, row_of
+from harness import LEAST, LIMIT, Entry, Row, check_isolated, row_of
 
 HEAD = (
     "architecture",
@@ -134,7 +134,7 @@ def report(rows: Sequence[Row]) -> str:
     covered = sum(row.covered for row in ran)
     seconds = sorted(row.seconds for row in ran)
     broken = [row for row in rows if "build" in row.errors or "original" in row.errors]
-    short = sorted((row for row in ran if row.coverage < 99), key=lambda row: row.coverage)
+    short = sorted((row for row in ran if row.coverage < LEAST), key=lambda row: row.coverage)
     low = ", ".join(f"{row.name} {row.coverage:.1f}" for row in short)
     whole = sum(not row.errors for row in rows)
     parts = [
@@ -143,7 +143,7 @@ def report(rows: Sequence[Row]) -> str:
         f"{len(broken)} that the zoo itself cannot build or run.",
         f"coverage of {trained:,} trained elements: {100 * covered / max(trained, 1):.2f} %; "
         f"mean over models {sum(r.coverage for r in ran) / max(len(ran), 1):.2f} %; "
-        f"{sum(r.coverage >= 99 for r in ran)} models at 99 % or more",
+        f"{sum(r.coverage >= LEAST for r in ran)} models at {LEAST:g} % or more",
         "elements: "
         + ", ".join(
             f"{kind} {count:,} ({100 * count / max(elements, 1):.2f} %)"
@@ -184,7 +184,7 @@ def report(rows: Sequence[Row]) -> str:
         )
         or "none",
         "",
-        f"## 8. Below 99 %: {len(short)} models",
+        f"## 8. Below {LEAST:g} %: {len(short)} models",
         low or "none",
     ]
     return "\n".join(parts)
@@ -198,7 +198,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--merge", action="store_true", help="keep the other rows of the JSON file")
     parser.add_argument("--print", action="store_true", help="only print what the JSON file holds")
-    parser.add_argument("--failed", action="store_true", help="only those that failed in the JSON")
+    parser.add_argument(
+        "--failed",
+        action="store_true",
+        help="only those of the JSON file that failed or fall short",
+    )
     parser.add_argument("--double", action="store_true", help="in float64, to 1e-9")
     parser.add_argument("--no-step", action="store_true", help="leave the Preconditioner out")
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds a model")
@@ -213,7 +217,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows = {r["name"]: row_of(r) for r in json.loads(options.json.read_text())}
     if not options.print:
         for entry in selected(options.names):
-            if options.failed and entry.name in rows and rows[entry.name].passed:
+            old = rows.get(entry.name)
+            if options.failed and old is not None and old.passed and old.coverage >= LEAST:
                 continue
             row = check_isolated(
                 entry, step=not options.no_step, double=options.double, limit=options.limit

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import pytest
 from collection import COLLECTIONS, entries
-from harness import Entry, check_isolated
+from harness import LEAST, Entry, check_isolated
 
 pytestmark = pytest.mark.zoo
-
-LEAST = 99.0  # per cent of the trained elements in blocks with structure
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -1,0 +1,77 @@
+"""What real models brought up: singular factors, odd names, updates of buffers, empty parameters."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import kfac_fx
+from kfac_fx.linalg.positive import cholesky_inverse, floored_inverse
+
+
+def test_failed_cholesky_is_flagged_not_raised() -> None:
+    good, bad = torch.eye(3) * 2, -torch.eye(3)
+    inverse, failed = cholesky_inverse(torch.stack([good, bad]))
+    assert failed[0] == 0 and failed[1] != 0
+    torch.testing.assert_close(inverse[0], torch.eye(3) / 2)
+
+
+def test_floored_inverse_is_positive_and_finite() -> None:
+    matrix = torch.diag(torch.tensor([1e8, 1.0, -1e-1]))
+    inverse, failed = floored_inverse(matrix)
+    assert inverse.isfinite().all() and not failed.any()
+    assert (torch.linalg.eigvalsh(inverse) > 0).all()
+
+
+def test_refresh_survives_factors_that_rounding_made_indefinite(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    net = kfac_fx.transform(nn.Linear(3, 2))
+    preconditioner = kfac_fx.Preconditioner(net, "normal", damping=1e-6)
+    outputs = net(torch.randn(5, 3))
+    preconditioner.observe(outputs)
+    outputs.sum().backward()
+    preconditioner.step()
+    A, _ = preconditioner.factors["weight"]
+    A.copy_(torch.diag(torch.tensor([1e6, 1.0, -1.0, 1.0])))
+    preconditioner.refresh()
+    assert "eigenvalues were raised" in caplog.text
+    update = preconditioner.apply({"weight": torch.ones(2, 3)})["weight"]
+    assert update.isfinite().all()
+
+
+class Counting(nn.Module):
+    """Updates a buffer in training, as normalisation layers of model collections do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 2)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.calls.add_(1)
+        return self.fc(x)
+
+
+def test_updates_of_buffers_are_captured_and_do_not_run_while_tracing() -> None:
+    model = Counting()
+    net = kfac_fx.transform(model)
+    assert model.calls == 0
+    net(torch.randn(2, 3))
+    net.eval()(torch.randn(2, 3))
+    assert net.calls == 1
+
+
+def test_names_that_are_no_identifiers() -> None:
+    model = nn.ModuleDict({"block1-0": nn.Linear(3, 3), "block1_0": nn.Linear(3, 2)})
+    net = nn.Sequential(*model.values())
+    net.__dict__["_modules"] = dict(model.items())
+    transformed = kfac_fx.transform(net)
+    preconditioner = kfac_fx.Preconditioner(transformed, "normal")
+    outputs = transformed(torch.randn(4, 3))
+    preconditioner.observe(outputs)
+    outputs.sum().backward()
+    preconditioner.step()
+    assert set(preconditioner.factors) == {"block1-0", "block1_0"}
