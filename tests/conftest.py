@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 import kfac_fx
 
+torch.set_num_threads(1)  # the tensors are tiny: threads would only wait for each other
+
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:

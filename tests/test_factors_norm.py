@@ -182,3 +182,29 @@ def test_layer_above_batch_norm(measure: Measure, fisher: str) -> None:
     factors = measure(kfac_fx.transform(model), x, y, likelihood, fisher).factors
     _, gradients, terms = oracles.output_gradients(model, "0", x, y, likelihood, fisher)
     close((factors["0"][1],), (sum(g.T @ g for g in gradients) / terms,))
+
+
+class FlattenedTokens(nn.Module):
+    """Tokens become rows before the normalisation, and cases again after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.scale, self.head = (
+            nn.LayerNorm(4),
+            nn.Parameter(torch.rand(4)),
+            nn.Linear(4, 3),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = torch.tanh(self.norm(x.reshape(-1, 4)) * self.scale)
+        return self.head(rows).reshape(-1, 3, 3).sum(1)
+
+
+@pytest.mark.xfail(reason="a use counts the rows of its leading axis as cases")
+@pytest.mark.parametrize(
+    "name, names", [("norm", ["norm.weight", "norm.bias"]), ("scale", ["scale"])]
+)
+def test_flattened_tokens(measure: Measure, name: str, names: list[str]) -> None:
+    model, x, likelihood = FlattenedTokens(), torch.randn(5, 3, 4), Normal()
+    found = measure(kfac_fx.transform(model), x, None, likelihood).factors[name]
+    close(found, (oracles.covariance(model, names, x, None, likelihood),))

@@ -1,4 +1,4 @@
-"""What real models brought up: singular factors, odd names, updates of buffers, empty parameters."""
+"""What real models brought up: singular factors, odd names, updated buffers, late blocks."""
 
 from __future__ import annotations
 
@@ -75,3 +75,33 @@ def test_names_that_are_no_identifiers() -> None:
     outputs.sum().backward()
     preconditioner.step()
     assert set(preconditioner.factors) == {"block1-0", "block1_0"}
+
+
+class Late(nn.Module):
+    """One of its layers does not run at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.always, self.late, self.open = nn.Linear(3, 3), nn.Linear(3, 3), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.always(x)
+        return self.late(x) if x.shape[0] > 4 else x
+
+
+def test_a_block_without_statistics_leaves_gradients_alone_until_its_first() -> None:
+    model = Late()
+    net = kfac_fx.transform(model, torch.randn(3, 3), capture="eager")
+    preconditioner = kfac_fx.Preconditioner(net, "normal", refresh_every=10, damping=1e-3)
+    for cases in (3, 6, 6):
+        net.zero_grad()
+        outputs = net(torch.randn(cases, 3))
+        preconditioner.observe(outputs)
+        (outputs.square().sum() / cases + 0 * model.late.weight.sum()).backward()
+        before = model.late.weight.grad.clone()
+        preconditioner.step()
+        if cases == 3:
+            assert torch.equal(model.late.weight.grad, before)
+        else:
+            assert model.late.weight.grad.norm() < 100 * before.norm()
+            assert not torch.equal(model.late.weight.grad, before)

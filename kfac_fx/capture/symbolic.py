@@ -20,12 +20,34 @@ _TORCH = str(Path(torch.__file__).parent)
 _HERE = str(Path(__file__).parent.parent)
 
 
+class _BufferProxy(fx.proxy.ParameterProxy):
+    """A buffer whose shape is known while tracing, as a parameter's is."""
+
+    def __init__(self, tracer: fx.Tracer, node: fx.Node, buffer: torch.Tensor) -> None:
+        fx.Proxy.__init__(self, node, tracer)
+        self.param = buffer  # type: ignore[assignment]
+        self.name = str(node.target)
+
+
 class _Tracer(fx.Tracer):
     record_stack_traces = True
-    proxy_buffer_attributes = True  # else an update of a buffer would run now and never again
 
     def __init__(self) -> None:
         super().__init__(param_shapes_constant=True)
+        self._buffers: dict[int, str] | None = None
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """Buffers as nodes too: an update of one would else run now and never again."""
+        if isinstance(attr_val, torch.Tensor) and not isinstance(attr_val, nn.Parameter):
+            if self._buffers is None:
+                self._buffers = {id(b): name for name, b in self.root.named_buffers()}
+            name = self._buffers.get(id(attr_val))
+            if name is not None:
+                if name not in parameter_proxy_cache:
+                    node = self.create_node("get_attr", name, (), {})
+                    parameter_proxy_cache[name] = _BufferProxy(self, node, attr_val)
+                return parameter_proxy_cache[name]
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
 
 def trace(model: nn.Module, given: Collection[str] = ()) -> fx.Graph:

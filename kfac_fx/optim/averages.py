@@ -11,14 +11,19 @@ from torch import Tensor, nn
 from kfac_fx.ir import CurvatureBlock
 
 
-@dataclass(frozen=True)
+@dataclass
 class Entry:
-    """A block with its parameters, the buffers that its taps fill, and its running averages."""
+    """A block with its parameters, the buffers that its taps fill, and its running averages.
+
+    Attributes:
+        recorded: number of statistics in the averages.
+    """
 
     block: CurvatureBlock
     parameters: tuple[nn.Parameter, ...]
     buffers: tuple[Tensor, ...]
     averages: tuple[Tensor, ...]
+    recorded: int = 0
 
     @classmethod
     def zero(
@@ -70,13 +75,24 @@ def all_finite(tensors: Sequence[Tensor]) -> bool:
 
 
 @torch.no_grad()
-def fold(entries: Sequence[Entry], new: Sequence[Sequence[Tensor] | None], epsilon: float) -> None:
-    """S <- epsilon S + (1 - epsilon) S_new; blocks without a new statistic keep theirs."""
-    averages: list[Tensor] = []
-    values: list[Tensor] = []
+def fold(
+    entries: Sequence[Entry], new: Sequence[Sequence[Tensor] | None], decay: float
+) -> list[Entry]:
+    """S <- epsilon S + (1 - epsilon) S_new with epsilon = min(1 - 1/k, decay), k of the block.
+
+    Blocks without a new statistic keep theirs. Returns the blocks that got their first.
+    """
+    by_weight: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
+    first = []
     for entry, statistics in zip(entries, new, strict=True):
-        if statistics is not None:
-            averages += entry.averages
-            values += statistics
-    if averages:
-        torch._foreach_lerp_(averages, values, 1 - epsilon)
+        if statistics is None:
+            continue
+        first += [entry] if entry.recorded == 0 else []
+        entry.recorded += 1
+        weight = 1 - min(1 - 1 / entry.recorded, decay)
+        averages, values = by_weight.setdefault(weight, ([], []))
+        averages += entry.averages
+        values += statistics
+    for weight, (averages, values) in by_weight.items():
+        torch._foreach_lerp_(averages, values, weight)
+    return first

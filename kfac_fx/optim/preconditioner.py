@@ -108,7 +108,6 @@ class Preconditioner:
         self.program = Program(self.curvature, cast, compile=compile)
         self._inverses: dict[str, Tensor] = {}
         self._steps = 0
-        self._recorded = 0
         self._recorder = Recorder(self._entries, self.likelihood, self.fisher, self.generator)
         self._arm()
 
@@ -186,7 +185,7 @@ class Preconditioner:
             raise GradientError("no parameter has a gradient: call loss.backward() before step()")
         if self._recorder.observing:
             self._fold()
-        elif self._recorded == 0 and self.skipped_statistics == 0:
+        elif not self._recorded and self.skipped_statistics == 0:
             self._arm()
             raise StatisticsError(
                 "no statistics yet: call observe(outputs) between the forward and loss.backward()"
@@ -203,7 +202,7 @@ class Preconditioner:
         Raises:
             StatisticsError: there are no factors yet.
         """
-        if self._recorded == 0:
+        if not self._recorded:
             raise StatisticsError("no statistics yet: nothing to invert")
         factors = [factor for pair in self.factors.values() for factor in pair]
         damping = torch.tensor(self.damping, dtype=factors[0].dtype, device=factors[0].device)
@@ -212,7 +211,8 @@ class Preconditioner:
     def apply(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Fhat^-1 times the given gradients, by parameter name, with the inverses at hand.
 
-        Covered parameters that are not given count as zero; the result has the names given.
+        Covered parameters that are not given count as zero; the result has the names given. A block
+        without statistics (code that never ran) leaves its gradients as they are.
 
         Raises:
             GradientError: a name is not covered, or a shape is not its parameter's.
@@ -232,10 +232,17 @@ class Preconditioner:
         filled = [
             gradients[n] if n in gradients else torch.zeros_like(p) for n, p in parameters.items()
         ]
-        updates = self.program.apply(self._inverses, filled)
+        updates = dict(self.program.apply(self._inverses, filled))
+        for entry in self._entries:
+            if entry.recorded == 0:  # nothing is known of its curvature
+                updates |= {n: gradients[n] for n in entry.block.parameters if n in gradients}
         return {name: updates[name] for name in gradients}
 
     # What a step consists of.
+
+    @property
+    def _recorded(self) -> bool:
+        return any(entry.recorded for entry in self._entries)
 
     def _due(self, period: int) -> bool:
         return self._steps % period == 0
@@ -252,8 +259,8 @@ class Preconditioner:
         if not all_finite([value for values in new for value in values or ()]):
             self._skip_statistics("statistics")
             return
-        self._recorded += 1
-        fold(self._entries, new, min(1 - 1 / self._recorded, self.ema_decay))
+        if fold(self._entries, new, self.ema_decay):
+            self._inverses = {}  # a block got its first statistic
 
     def _skip_statistics(self, what: str) -> None:
         self.skipped_statistics += 1
@@ -286,7 +293,7 @@ class Preconditioner:
         return {
             "version": 1,
             "steps": self._steps,
-            "recorded": self._recorded,
+            "recorded": {entry.block.name: entry.recorded for entry in self._entries},
             "damping": self.damping,
             "skipped_statistics": self.skipped_statistics,
             "skipped_gradients": self.skipped_gradients,
@@ -312,7 +319,9 @@ class Preconditioner:
                 factor.copy_(value)
         device = next(iter(own.values()))[0].device
         self._inverses = {name: v.to(device).clone() for name, v in state["inverses"].items()}
-        self._steps, self._recorded = int(state["steps"]), int(state["recorded"])
+        self._steps = int(state["steps"])
+        for entry in self._entries:
+            entry.recorded = int(state["recorded"][entry.block.name])
         self.damping = state["damping"]
         self.skipped_statistics = int(state["skipped_statistics"])
         self.skipped_gradients = int(state["skipped_gradients"])
