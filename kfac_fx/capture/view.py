@@ -60,6 +60,7 @@ class GraphView:
         self.parameters = dict(module.named_parameters())
         self._names = {id(p): name for name, p in self.parameters.items()}
         self._modules = dict(module.named_modules(remove_duplicate=False))
+        self._consumers: dict[str, list[Consumer]] | None = None
         self._references: dict[fx.Node, Reference | None] = {}
         self._pieces: dict[fx.Node, tuple[Reference, ...]] = {}
         self._calls: dict[fx.Node, Call | None] = {}
@@ -71,6 +72,7 @@ class GraphView:
         """Takes in a node that is new or changed."""
         self._calls[node] = self._read_call(node)
         self._references[node] = self._read_reference(node)
+        self._consumers = None
         if self._carries_data(node):
             self._data.add(node)
 
@@ -103,20 +105,26 @@ class GraphView:
         """Whether the node cuts a parameter into pieces."""
         return node in self._pieces
 
-    def consumers(self, name: str) -> Iterator[Consumer]:
+    def consumers(self, name: str) -> tuple[Consumer, ...]:
         """Where the paths of a parameter end, one for each node that is no view of it."""
-        parameter = self.parameters[name]
+        if self._consumers is None:
+            self._consumers = {}
+            for owner, consumer in self._all_consumers():
+                self._consumers.setdefault(owner, []).append(consumer)
+        return tuple(self._consumers.get(name, ()))
+
+    def _all_consumers(self) -> Iterator[tuple[str, Consumer]]:
         for node in self.graph.nodes:
             if node.op == "call_module":
-                owned = self._modules[str(node.target)].parameters()
-                if any(p is parameter for p in owned):
-                    yield Consumer(node, None, (name,))
+                for parameter in self._modules[str(node.target)].parameters():
+                    name = self._names[id(parameter)]
+                    yield name, Consumer(node, None, (name,))
             reference = self._references[node]
-            if reference is not None and reference.name == name:
-                for user in node.users:
-                    viewed = self._references[user] is not None or user in self._pieces
-                    if not viewed and not _reads_shape(user):
-                        yield Consumer(user, node, reference.path)
+            for user in node.users if reference is not None else ():
+                assert reference is not None
+                viewed = self._references[user] is not None or user in self._pieces
+                if not viewed and not _reads_shape(user):
+                    yield reference.name, Consumer(user, node, reference.path)
 
     def _parameter(self, value: Any) -> Reference | None:
         tensor = self.tensor(value)

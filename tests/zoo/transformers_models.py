@@ -454,6 +454,7 @@ VISION = {
         width_coefficient=0.125,
         depth_coefficient=0.2,
         hidden_dim=160,
+        call={"side": 64},
     ),
     "levit": row(
         "LevitForImageClassification",
