@@ -22,11 +22,11 @@ from tqdm import tqdm
 import kfac_fx
 
 GRIDS = {
-    "K-FAC": (0.01, 0.03, 0.1, 0.3),
-    "SGD": (0.01, 0.03, 0.1, 0.3),
-    "Adam": (0.0003, 0.001, 0.003, 0.01),
+    "K-FAC": (0.01, 0.02, 0.03, 0.05),
+    "SGD": (0.03, 0.1, 0.3, 0.5),
+    "Adam": (0.001, 0.003, 0.01, 0.03),
 }
-QUICK_GRIDS = {"K-FAC": (0.03, 0.1), "SGD": (0.03, 0.1), "Adam": (0.001, 0.003)}
+QUICK_GRIDS = {"K-FAC": (0.03, 0.05), "SGD": (0.1, 0.3), "Adam": (0.003, 0.01)}
 BATCH = 128
 Cases = tuple[Tensor, Tensor]
 
@@ -91,7 +91,9 @@ def train(run: Run, model: nn.Module, data: tuple[Cases, Cases], epochs: int, ba
         optimizer = torch.optim.SGD(model.parameters(), lr=run.lr, momentum=0.9)
     if run.method == "K-FAC":
         net = kfac_fx.transform(model)
-        preconditioner = kfac_fx.Preconditioner(net, likelihood="categorical", damping=1e-2)
+        preconditioner = kfac_fx.Preconditioner(
+            net, likelihood="categorical", damping=3e-3, trust_region=0.03, ema_decay=0.99
+        )
 
     generator = torch.Generator().manual_seed(0)
     run.losses.append(evaluate(net, images, labels)[0])
@@ -148,11 +150,11 @@ def main() -> None:
     """Train both networks with every method, print a table for each and save the figure."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="fewer epochs and a smaller grid")
-    parser.add_argument("--epochs", type=int, help="default 50, with --quick 20")
+    parser.add_argument("--epochs", type=int, help="default 48, with --quick 30")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", default="digits.png")
     options = parser.parse_args()
-    epochs = options.epochs or (20 if options.quick else 50)
+    epochs = options.epochs or (30 if options.quick else 48)
     grids = QUICK_GRIDS if options.quick else GRIDS
     data = digits()
 

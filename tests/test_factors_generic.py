@@ -136,11 +136,13 @@ def test_other_uses(measure: Measure, kind: str, likelihood: Likelihood) -> None
 @pytest.mark.parametrize("fisher", ["sampled", "exact", "empirical"])
 @pytest.mark.parametrize("kind", UNKNOWN)
 def test_other_uses_under_every_estimator(measure: Measure, kind: str, fisher: str) -> None:
-    """Finite and never negative; the other blocks are not disturbed."""
+    """Finite and never negative, exact where a rule knows it; other blocks are not disturbed."""
     model, x, likelihood = Net(UNKNOWN[kind], (4,)), torch.randn(5, 3, 4), Categorical()
     y = likelihood.draw(model(x))
     factors = measure(kfac_fx.transform(model), x, y, likelihood, fisher).factors
     (found,) = factors["p"]
+    if found.dim() == 2 and fisher != "sampled":
+        close((found,), (oracles.covariance(model, ["p"], x, y, likelihood, fisher),))
     assert found.isfinite().all() and (found.diag() if found.dim() == 2 else found).min() >= 0
     assert found.abs().max() > 0
     if fisher != "sampled":

@@ -111,7 +111,9 @@ class Observation:
         self.targets, self.weights = likelihood.terms(outputs, targets)
         self.count = term_count(self.distribution, self.weights)
         if self.count <= 0:
-            raise LikelihoodError("no likelihood term counts: every target is ignored")
+            raise LikelihoodError(
+                "no likelihood term counts: the batch is empty, or every target is ignored"
+            )
         self._likelihood, self._outputs = likelihood, outputs
         self._handle: RemovableHandle | None = None
         self._expected: Tensor | None = None

@@ -28,10 +28,18 @@ def operation_name(node: fx.Node) -> str:
     return name.split(".")[0].strip("_")
 
 
-def _through(consumer: Consumer, refusals: Mapping[str, str]) -> str:
+def _through(view: GraphView, consumer: Consumer, refusals: Mapping[str, str]) -> str:
     label = operation_name(consumer.node) or str(consumer.node.target)
     path = " -> ".join((*consumer.path, label))
-    return f"{path}: {refusals.get(consumer.node.name, 'no rule for this operation')}"
+    return f"{path}: {refusals.get(consumer.node.name, _unknown(view, consumer.node))}"
+
+
+def _unknown(view: GraphView, node: fx.Node) -> str:
+    if node.op == "call_module":
+        module = view.module.get_submodule(str(node.target))
+        if module._forward_hooks or module._forward_pre_hooks:
+            return "its forward hooks may change what goes in and out"
+    return "no rule for this operation"
 
 
 def case_tap(view: GraphView, consumer: Consumer) -> Tap | None:
@@ -124,7 +132,9 @@ def generic_use(
             first.path,
             too_large(size),
         )
-    why = reason or "; ".join(_through(consumer, refusals) for consumer in consumers[:3])
+    if reason is None and len(consumers) > 1 and all(case_tap(view, c) for c in consumers):
+        reason = f"it is used in {', '.join(c.node.name for c in consumers)} in different ways"
+    why = reason or "; ".join(_through(view, consumer, refusals) for consumer in consumers[:3])
     return ParameterUse(
         "generic",
         first.node.name,

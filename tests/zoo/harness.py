@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 
 import kfac_fx
 
-WEAK = ("elementwise", "generic", "frozen", "excluded", "unused")  # what does not count as covered
+WEAK = ("elementwise", "generic", "frozen", "unused", "missed")  # what does not count as covered
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-9}
 FLOOR = 1e-2  # a gradient this much smaller than the largest of the model is compared with that one
 LIMIT = 120  # seconds a model
@@ -70,7 +70,7 @@ class Row:
     weaker: list[tuple[str, int, str]] = field(default_factory=list)
     silent: list[str] = field(default_factory=list)  # blocks whose statistics are all zero
     unused: list[str] = field(default_factory=list)
-    ungraded: list[str] = field(default_factory=list)  # the original gives them no gradient either
+    missed: list[str] = field(default_factory=list)  # unused, but the original gives a gradient
     frozen: list[str] = field(default_factory=list)
     output_error: float = 0.0
     gradient_error: float = 0.0
@@ -307,12 +307,14 @@ def _count(row: Row, net: Any, want: _Result) -> None:
             kind = "elementwise"
         row.kinds[block.kind] = row.kinds.get(block.kind, 0) + size
         row.approximations[kind] = row.approximations.get(kind, 0) + size
-    for kind in ("frozen", "unused"):
-        names = list(getattr(curvature, kind))
-        setattr(row, kind, names)
+    row.frozen = list(curvature.frozen)
+    for name in curvature.unused:
+        gradient = want.gradients.get(name)
+        (row.unused if gradient is None or not gradient.any() else row.missed).append(name)
+    for kind in ("frozen", "unused", "missed"):
+        names = getattr(row, kind)
         if names:
             row.approximations[kind] = sum(curvature.sizes[name] for name in names)
-    row.ungraded = [name for name in row.unused if want.gradients.get(name) is None]
     counted = sum(row.approximations.values())
     if counted != row.elements:
         row.notes["count"] = f"{counted} elements are accounted for, the model has {row.elements}"

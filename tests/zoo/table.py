@@ -178,9 +178,9 @@ def report(rows: Sequence[Row]) -> str:
         "",
         "## 7. Called unused though the original gives them a gradient",
         "\n".join(
-            f"- {row.name}: " + ", ".join(n for n in row.unused if n not in row.ungraded)
+            f"- {row.name}: {row.approximations['missed']:,} elements, " + ", ".join(row.missed)
             for row in ran
-            if len(row.unused) > len(row.ungraded)
+            if row.missed
         )
         or "none",
         "",
