@@ -151,7 +151,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="fewer epochs and a smaller grid")
     parser.add_argument("--epochs", type=int, help="default 48, with --quick 30")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", default="digits.png")
     options = parser.parse_args()
     epochs = options.epochs or (30 if options.quick else 48)

@@ -13,6 +13,9 @@ from kfac_fx.ir import CurvatureBlock, NodeRef, ParameterUse
 from kfac_fx.ops import STORE
 from kfac_fx.passes.replace_node import fill
 
+KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "custom")
+"""What a tap takes over from the node that it records."""
+
 
 def add_factor_buffers(module: nn.Module, blocks: Mapping[str, CurvatureBlock]) -> None:
     """Buffers whose gradients will be the statistics; not in the state_dict.
@@ -85,7 +88,8 @@ def _insert(
         operator = getattr(torch.ops.kfac_fx, tap.operator).default
         call = graph.call_function(operator, (tapped, *tensors, *factors, *options))
     graph.erase_node(anchor)
-    call.meta = {key: value for key, value in tapped.meta.items() if key != "val"}
+    # Not "is_wrapped", which would make the generated code wrap the operator for fx.
+    call.meta = {key: tapped.meta[key] for key in KEPT_META if key in tapped.meta}
     call.meta["custom"] = {**call.meta.get("custom", {}), "kfac_fx": block.name}
     for user in users:
         user.replace_input_with(tapped, call)

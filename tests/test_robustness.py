@@ -89,7 +89,9 @@ class Late(nn.Module):
         return self.late(x) if x.shape[0] > 4 else x
 
 
-def test_a_block_without_statistics_leaves_gradients_alone_until_its_first() -> None:
+def test_a_block_without_statistics_leaves_gradients_alone_until_its_first(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     model = Late()
     net = kfac_fx.transform(model, torch.randn(3, 3), capture="eager")
     preconditioner = kfac_fx.Preconditioner(net, "normal", refresh_every=10, damping=1e-3)
@@ -102,6 +104,7 @@ def test_a_block_without_statistics_leaves_gradients_alone_until_its_first() -> 
         preconditioner.step()
         if cases == 3:
             assert torch.equal(model.late.weight.grad, before)
+            assert "no statistics came for late" in caplog.text
         else:
             assert model.late.weight.grad.norm() < 100 * before.norm()
             assert not torch.equal(model.late.weight.grad, before)

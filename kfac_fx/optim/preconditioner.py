@@ -108,6 +108,7 @@ class Preconditioner:
         self.program = Program(self.curvature, cast, compile=compile)
         self._inverses: dict[str, Tensor] = {}
         self._steps = 0
+        self._silent: set[str] = set()
         self._recorder = Recorder(self._entries, self.likelihood, self.fisher, self.generator)
         self._arm()
 
@@ -259,6 +260,10 @@ class Preconditioner:
         if not all_finite([value for values in new for value in values or ()]):
             self._skip_statistics("statistics")
             return
+        silent = {e.block.name for e, s in zip(self._entries, new, strict=True) if s is None}
+        if silent - self._silent:
+            log.warning("no statistics came for %s", ", ".join(sorted(silent - self._silent)))
+        self._silent |= silent
         if fold(self._entries, new, self.ema_decay):
             self._inverses = {}  # a block got its first statistic
 

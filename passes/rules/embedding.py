@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx
 
-from kfac_fx.capture.view import Call
+from kfac_fx.capture.view import Call, GraphView
 from kfac_fx.ir import FactorSpec, NodeRef, ParameterUse, Tap
 from kfac_fx.passes.rules.base import (
     Answer,
@@ -47,11 +47,12 @@ class EmbeddingRule:
             return Refusal(f"{call.operation}: not one index of the table's rows")
         tapped, like, consumer = call.node, None, None
         if not site.view.depends_on_data(ids):
-            other = broadcast_with(site.view, call.node)
+            tapped = _last_cast(site.view, tapped)
+            other = broadcast_with(site.view, tapped)
             if other is not None:
                 like, consumer = NodeRef(other[0].name), other[1].name
-            elif expanded_over_cases(site.view, call.node):
-                tapped = next(iter(call.node.users))
+            elif expanded_over_cases(site.view, tapped):
+                tapped = next(iter(tapped.users))
             else:
                 return Refusal("embedding: the rows looked up are the same for all cases")
         rows, width = weight.layout.shape
@@ -73,6 +74,17 @@ class EmbeddingRule:
             tap=Tap("embedding", tapped.name, (NodeRef(ids.name), like), (padding,), consumer),
             path=(*weight.path, call.operation),
         )
+
+
+def _last_cast(view: GraphView, node: fx.Node) -> fx.Node:
+    """The node behind casts that are each the only use of what they cast."""
+    while len(node.users) == 1:
+        user = next(iter(node.users))
+        call = view.call(user)
+        if call is None or call.operation != "cast":
+            break
+        node = user
+    return node
 
 
 def _ids(call: Call) -> Any:
