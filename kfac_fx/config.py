@@ -30,3 +30,17 @@ def choice(option: str, value: str, valid: Iterable[str]) -> str:
         names = ", ".join(repr(name) for name in valid)
         raise UnknownOptionError(f"{option}={value!r} is unknown; valid are {names}")
     return value
+
+
+def period(option: str, value: int) -> int:
+    """``value`` if it is a whole number of at least 1; else UnknownOptionError."""
+    if not isinstance(value, int) or value < 1:
+        raise UnknownOptionError(f"{option} must be an integer of at least 1, got {value!r}")
+    return value
+
+
+def within(option: str, value: float, low: float, high: float) -> float:
+    """``value`` if it lies in [low, high); else UnknownOptionError."""
+    if not low <= value < high:
+        raise UnknownOptionError(f"{option} must lie in [{low}, {high}), got {value!r}")
+    return value

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from torch.distributions import Distribution
 
 from kfac_fx.codegen import Program
-from kfac_fx.config import FISHERS, STRUCTURES, choice
+from kfac_fx.config import FISHERS, STRUCTURES, choice, period, within
 from kfac_fx.errors import (
     DampingError,
     GradientError,
@@ -93,9 +93,9 @@ class Preconditioner:
         self.likelihood = likelihood_of(likelihood)
         self.fisher = choice("fisher", fisher, FISHERS)
         self.damping = damping
-        self.ema_decay = _within("ema_decay", ema_decay, 0.0, 1.0)
-        self.statistics_every = _period("statistics_every", statistics_every)
-        self.refresh_every = _period("refresh_every", refresh_every)
+        self.ema_decay = within("ema_decay", ema_decay, 0.0, 1.0)
+        self.statistics_every = period("statistics_every", statistics_every)
+        self.refresh_every = period("refresh_every", refresh_every)
         if trust_region is not None and not trust_region > 0:
             raise UnknownOptionError(f"trust_region must be positive or None, got {trust_region}")
         self.trust_region = trust_region
@@ -337,15 +337,3 @@ class Preconditioner:
 def _fresh_generator() -> torch.Generator:
     """Seeded by torch's global stream, so that runs repeat and preconditioners differ."""
     return torch.Generator().manual_seed(int(torch.randint(2**62, ())))
-
-
-def _period(name: str, value: int) -> int:
-    if not isinstance(value, int) or value < 1:
-        raise UnknownOptionError(f"{name} must be an integer of at least 1, got {value!r}")
-    return value
-
-
-def _within(name: str, value: float, low: float, high: float) -> float:
-    if not low <= value < high:
-        raise UnknownOptionError(f"{name} must lie in [{low}, {high}), got {value!r}")
-    return value
