@@ -308,3 +308,42 @@ def test_wide_sides_become_diagonals_and_say_so() -> None:
     want = (V / (g + 0.1 / pi)[:, None]) @ inverse
     torch.testing.assert_close(model[0].weight.grad, want[:, :-1])
     torch.testing.assert_close(model[0].bias.grad, want[:, -1])
+
+
+class Positions(nn.Module):
+    """Learned positions, looked up once for all cases and cast before they are added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(9, 4), nn.Embedding(8, 4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        places = torch.arange(0, ids.shape[1], device=ids.device).unsqueeze(0)
+        hidden = self.tokens(ids) + self.positions(places).to(ids.device)
+        return self.head(torch.tanh(hidden)).sum(1)
+
+
+@pytest.mark.parametrize("with_inputs", [False, True])
+@pytest.mark.usefixtures("float64")
+def test_positions_are_recorded_case_by_case(with_inputs: bool) -> None:
+    model, ids = Positions(), torch.randint(9, (3, 5))
+    route = "export" if with_inputs else "auto"
+    net = kfac_fx.transform(model, ids if with_inputs else None, capture=route)
+    block = net.curvature.blocks["positions"]
+    assert block.kind == "embedding" and block.reason is None
+    preconditioner = kfac_fx.Preconditioner(net, "normal", fisher="exact")
+    outputs = net(ids)
+    preconditioner.observe(outputs)
+    outputs.sum().backward()
+    preconditioner.step()
+    looked = model.positions(torch.arange(5)).detach().expand(3, 5, 4).clone().requires_grad_()
+    again = model.head(torch.tanh(model.tokens(ids) + looked)).sum(1)
+    G = torch.zeros(4, 4)
+    for n in range(3):
+        for o in range(3):
+            (g,) = torch.autograd.grad(again[n, o], looked, retain_graph=True)
+            G += g[n].T @ g[n]
+    A, found = preconditioner.factors["positions"]
+    torch.testing.assert_close(A, torch.tensor([1.0] * 5 + [0.0] * 3))
+    torch.testing.assert_close(found, G / (3 * 5))
