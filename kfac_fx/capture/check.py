@@ -19,10 +19,10 @@ TOLERANCE = 1e-4
 
 
 class Behaviour(NamedTuple):
-    """Outputs, and the gradients of a fixed combination of them by parameter name."""
+    """Outputs, and the gradients of a fixed combination of them by parameter name, if known."""
 
     outputs: dict[str, Tensor]
-    gradients: dict[str, Tensor]
+    gradients: dict[str, Tensor] | None
 
 
 class SelfCheck:
@@ -73,8 +73,11 @@ class SelfCheck:
             return Behaviour({k: t.detach().clone() for k, t in outputs.items()}, gradients)
 
 
-def _gradients(module: nn.Module, outputs: list[Tensor]) -> dict[str, Tensor]:
-    """Of a combination of the outputs with fixed weights (their sum may be a constant)."""
+def _gradients(module: nn.Module, outputs: list[Tensor]) -> dict[str, Tensor] | None:
+    """Of a combination of the outputs with fixed weights (their sum may be a constant).
+
+    None where autograd refuses: reentrant checkpoints allow backward() only.
+    """
     named = {f"gradient of {n}": p for n, p in module.named_parameters() if p.requires_grad}
     parts = [o for o in outputs if o.requires_grad and o.is_floating_point()]
     if not parts or not named:
@@ -86,9 +89,9 @@ def _gradients(module: nn.Module, outputs: list[Tensor]) -> dict[str, Tensor]:
         loss = loss + (part.to(dtype).flatten() @ weights).to(loss.device)
     try:
         found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
-    except RuntimeError as error:  # reentrant checkpoints allow backward() only
+    except RuntimeError as error:
         log.info("gradients of the capture are not checked: %s", error)
-        return {}
+        return None
     return {n: g for n, g in zip(named, found, strict=True) if g is not None}
 
 
@@ -102,11 +105,16 @@ def _difference(got: Behaviour, want: Behaviour) -> str | None:
         found = _distance(got.outputs[name], expected, 0.0)
         if found is not None:
             return f"{name} differs from the model's by {found:.2g} of its size"
+    if got.gradients is None or want.gradients is None:
+        return None
     largest = max((float(g.abs().max()) for g in want.gradients.values() if g.numel()), default=0.0)
     for name in dict.fromkeys((*got.gradients, *want.gradients)):
         like = want.gradients.get(name, got.gradients.get(name))
         assert like is not None
-        one, other = (b.gradients.get(name, torch.zeros_like(like)) for b in (got, want))
+        one, other = (
+            gradients.get(name, torch.zeros_like(like))
+            for gradients in (got.gradients, want.gradients)
+        )
         found = _distance(one, other, 1e-2 * largest)
         if found is not None:
             return f"the {name} differs from the model's by {found:.2g} of its size"

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import operator
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.weak import WeakIdKeyDictionary
 
 from kfac_fx.capture.function_calls import (
@@ -107,6 +110,9 @@ class Tape(TorchFunctionMode):
         if not any(self._reads_parameter(t) for t in tensors):
             return self._bind(func(*args, **kwargs), func, args, kwargs)
         if not torch.is_grad_enabled():
+            if self._mark and _is_computed_later():
+                for name in self._read_by(tensors):
+                    self.consume(name, activation_checkpoint)
             return self._bind(func(*args, **kwargs), func, args, kwargs, detached=True)
         if is_composed(func):
             with self:
@@ -238,6 +244,10 @@ class Tape(TorchFunctionMode):
                     node.replace_input_with(source, self._new("get_attr", "_detached"))
         self.view.read(node)
 
+    def _read_by(self, tensors: Sequence[Tensor]) -> list[str]:
+        found = (self.view.reference(self.node(t)) for t in tensors if self._reads_parameter(t))
+        return list(dict.fromkeys(reference.name for reference in found if reference is not None))
+
     def _reads_parameter(self, tensor: Tensor) -> bool:
         if id(tensor) in self._parameters:
             return True
@@ -258,6 +268,16 @@ def _is_recomputed() -> bool:
     """Whether the call runs within torch.utils.checkpoint, whose recomputation is not recorded."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
+
+
+def _is_computed_later() -> bool:
+    """Whether the call is in a reentrant checkpoint, whose backward runs it with gradients."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code is CheckpointFunction.forward.__code__:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _held_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

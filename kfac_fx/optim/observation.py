@@ -57,6 +57,11 @@ def _backward(scalar: Tensor, wanted: Sequence[Tensor]) -> Gradients:
                 "a compiled forward keeps no graph for a second backward: use fisher='empirical', "
                 "or set torch._functorch.config.donated_buffer = False before compiling"
             ) from error
+        if "use_reentrant" in text:
+            raise ObservationError(
+                "a reentrant activation checkpoint allows no backward but the training's: use "
+                "checkpoint(..., use_reentrant=False) or fisher='empirical'"
+            ) from error
         raise
     return {id(t): g for t, g in zip(wanted, found, strict=True) if g is not None}
 
