@@ -56,8 +56,10 @@ def _operator(result: fx.Node) -> fx.Node:
 def _replace(graph: fx.Graph, node: fx.Node, tap: Tap, resolve: Callable[[Any], Any]) -> fx.Node:
     """The operator without factors; what its users read takes over the node's name."""
     name, is_module = node.name, node.op == "call_module"
+    read = _read_by(node)
     with graph.inserting_before(node):
-        arguments = ([resolve(t) for t in tap.tensors], [None] * tap.slots, tap.options)
+        tensors = fx.node.map_arg([resolve(t) for t in tap.tensors], lambda n: read.get(n, n))
+        arguments = (tensors, [None] * tap.slots, tap.options)
         operator = getattr(torch.ops.kfac_fx, tap.operator).default
         call = graph.call_function(operator, (*arguments[0], arguments[1], *arguments[2]))
         result = call
@@ -71,6 +73,17 @@ def _replace(graph: fx.Graph, node: fx.Node, tap: Tap, resolve: Callable[[Any], 
     node.replace_all_uses_with(result)
     graph.erase_node(node)
     result._rename(name)
+    return result
+
+
+def _read_by(node: fx.Node) -> dict[fx.Node, fx.Node]:
+    """What a node reads, by the node behind its taps."""
+    result: dict[fx.Node, fx.Node] = {}
+    for given in node.all_input_nodes:
+        source = given
+        while getattr(source.target, "namespace", None) == "kfac_fx" and not replaces_node(source):
+            source = source.all_input_nodes[0]
+        result[source] = given
     return result
 
 

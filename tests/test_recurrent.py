@@ -204,6 +204,28 @@ def test_final_states(measure: Measure, kind: str, given: bool, fisher: str) -> 
     check(measure, model, model.inputs(), Bernoulli(), fisher, "symbolic_trace")
 
 
+class Stemmed(nn.Module):
+    """A layer whose outputs only a recurrent layer reads."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.stem, self.rnn = nn.Linear(IN, IN), KINDS[kind](IN, H, batch_first=True)
+        self.head = nn.Linear(H, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(self.stem(x))[0])
+
+
+@pytest.mark.parametrize("route", ["symbolic_trace", "export"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_layer_below(measure: Measure, kind: str, route: str) -> None:
+    model, x, likelihood = Stemmed(kind), torch.randn(N, T, IN), Categorical()
+    net = transformed(model, x, route)
+    name = "stem" if route == "symbolic_trace" else "model.stem"
+    found = measure(net, x, None, likelihood).factors[name]
+    close(found, oracles.kronecker(model, ["stem"], x, None, likelihood))
+
+
 def test_layer_called_twice(measure: Measure) -> None:
     """The steps of both calls are counted together."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -11,34 +12,84 @@ from torch.utils import _pytree as pytree
 from kfac_fx.capture.symbolic import user_line
 from kfac_fx.errors import CaptureError
 
+log = logging.getLogger("kfac_fx")
+
 
 def exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
-    """The model in its present mode, at ATen level, with a dynamic batch where it allows one.
+    """The model in its present mode, at ATen level; batch and length dynamic where it allows it.
+
+    The first two dimensions of every input are tried, then the first alone. A dimension that the
+    graph has fixed is checked when it runs: another size could be broadcast without a word.
 
     Raises:
         CaptureError: torch.export refuses the model; names the user's line and its reason.
     """
-    shapes = torch.export.ShapesCollection()
-    seen: set[int] = set()
-    for leaf in pytree.tree_leaves((args, kwargs)):
-        if isinstance(leaf, torch.Tensor) and leaf.dim() and id(leaf) not in seen:
-            seen.add(id(leaf))
-            shapes[leaf] = {0: torch.export.Dim.AUTO}
     try:
-        program = torch.export.export(
-            model,
-            args,
-            kwargs,
-            dynamic_shapes=shapes.dynamic_shapes(model, args, kwargs),
-            strict=False,
-        )
-        module = program.module(check_guards=False)
-    except Exception as error:  # any code of the user's may run here
-        reason = str(error).strip().splitlines()
-        raise CaptureError(f"{user_line(error)}: {reason[0] if reason else error!r}") from error
-    assert isinstance(module, fx.GraphModule)
+        module = _export(model, args, kwargs, dynamic=2)
+    except Exception as first:  # any code of the user's may run here
+        log.info("export with a dynamic length: %s", first)
+        try:
+            module = _export(model, args, kwargs, dynamic=1)
+        except Exception as error:
+            reason = str(error).strip().splitlines()
+            raise CaptureError(f"{user_line(error)}: {reason[0] if reason else error!r}") from error
+    _expect_fixed_sizes(module.graph)
     # Checks of dtype and device behind every cast; they would count as uses of what they look at.
     for node in list(module.graph.nodes):
         if node.target is torch.ops.aten._assert_tensor_metadata.default:
             module.graph.erase_node(node)
     return module
+
+
+def _export(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: int
+) -> fx.GraphModule:
+    """Exported with the first ``dynamic`` dimensions of the inputs left open."""
+    shapes = torch.export.ShapesCollection()
+    seen: set[int] = set()
+    for leaf in pytree.tree_leaves((args, kwargs)):
+        if isinstance(leaf, torch.Tensor) and leaf.dim() and id(leaf) not in seen:
+            seen.add(id(leaf))
+            # A size of 1 is fixed in any case; asking for it draws a warning.
+            open_dims = [dim for dim, size in enumerate(leaf.shape[:dynamic]) if size > 1]
+            if open_dims:
+                shapes[leaf] = dict.fromkeys(open_dims, torch.export.Dim.AUTO)
+    program = torch.export.export(
+        model,
+        args,
+        kwargs,
+        dynamic_shapes=shapes.dynamic_shapes(model, args, kwargs),
+        strict=False,
+    )
+    module = program.module(check_guards=False)
+    assert isinstance(module, fx.GraphModule)
+    return module
+
+
+def expect_sizes(value: torch.Tensor, sizes: tuple[int, ...], name: str) -> None:
+    """Refuses an input whose leading sizes are not those of the capture; -1 is any.
+
+    Raises:
+        CaptureError: names the input and both shapes.
+    """
+    for dim, size in enumerate(sizes):
+        if size != -1 and value.shape[dim] != size:
+            raise CaptureError(
+                f"input {name} has shape {tuple(value.shape)}, but dimension {dim} was fixed to "
+                f"{size} by torch.export: transform the model with example inputs of this shape"
+            )
+
+
+def _expect_fixed_sizes(graph: fx.Graph) -> None:
+    """Lets the graph check the first two sizes of its inputs that it has fixed.
+
+    A size of 1 is fixed by every export, also of models that take others: it is let through.
+    """
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    for node in inputs:
+        shape = getattr(node.meta.get("val"), "shape", ())[:2]
+        known = (s.node.maybe_as_int() if isinstance(s, torch.SymInt) else s for s in shape)
+        sizes = tuple(size if size is not None and size > 1 else -1 for size in known)
+        if any(size != -1 for size in sizes):
+            with graph.inserting_after(inputs[-1]):
+                graph.call_function(expect_sizes, (node, sizes, node.name))

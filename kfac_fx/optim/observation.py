@@ -106,23 +106,26 @@ class Observation:
 
     Attributes:
         count: number of likelihood terms, or the sum of their weights, to divide G by.
+        gradients: what the training backward brought to the parameters without a tap. Their
+            ``.grad`` also holds other micro-batches, and may be clipped or unscaled by then.
     """
 
     def __init__(
         self, likelihood: Likelihood, outputs: Tensor, targets: Tensor | None, sources: Sources
     ) -> None:
         self.sources = sources
-        self.distribution = likelihood.distribution(outputs)
-        self.targets, self.weights = likelihood.terms(outputs, targets)
+        self.distribution = likelihood.distribution(_wide(outputs))
+        self.targets, self.weights = likelihood.terms(_wide(outputs), targets)
         self.count = term_count(self.distribution, self.weights)
         if self.count <= 0:
             raise LikelihoodError(
                 "no likelihood term counts: the batch is empty, or every target is ignored"
             )
         self._likelihood, self._outputs = likelihood, outputs
-        self._handle: RemovableHandle | None = None
+        self._handles: list[RemovableHandle] = []
         self._expected: Tensor | None = None
         self._seen: Tensor | None = None
+        self.gradients: Gradients = {}
 
     def sampled(self, generator: torch.Generator) -> Gradients:
         """Targets drawn from the model; one backward."""
@@ -158,7 +161,9 @@ class Observation:
         def see(gradient: Tensor) -> None:
             self._seen = gradient if self._seen is None else self._seen + gradient
 
-        self._handle = self._outputs.register_hook(see)
+        self._handles.append(self._outputs.register_hook(see))
+        for parameter in self.sources.parameters if self.expects else ():
+            self._handles += _watch_parameter(parameter, self.gradients)
 
     @property
     def passed(self) -> bool:
@@ -168,7 +173,7 @@ class Observation:
     def expect(self) -> None:
         """Keeps the likelihood's own derivative in the outputs, to compare the loss's with."""
         assert self.targets is not None
-        outputs = self._outputs.detach().requires_grad_()
+        outputs = _wide(self._outputs.detach()).requires_grad_()
         log_p = self._likelihood.distribution(outputs).log_prob(self.targets)
         nll = -(log_p if self.weights is None else log_p * self.weights)
         (self._expected,) = torch.autograd.grad(nll.sum(), outputs)
@@ -180,8 +185,8 @@ class Observation:
 
     def close(self) -> None:
         """Stops watching."""
-        if self._handle is not None:
-            self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
 
     def loss_scale(self) -> float:
         """The factor between the loss and the summed negative log-likelihood of the targets."""
@@ -189,6 +194,28 @@ class Observation:
             raise ObservationError("fisher='empirical' needs loss.backward() before step()")
         assert self._expected is not None
         return _reduction(self._seen, self._expected, self.count)
+
+
+def _wide(outputs: Tensor) -> Tensor:
+    """Outputs in float32 where their own precision is too low for a likelihood."""
+    low = isinstance(outputs, Tensor) and outputs.dtype in (torch.float16, torch.bfloat16)
+    return outputs.float() if low else outputs
+
+
+def _watch_parameter(parameter: Tensor, total: Gradients) -> list[RemovableHandle]:
+    """Adds up what backward() brings to a parameter; autograd.grad() brings nothing."""
+    arrived: list[Tensor] = []
+
+    def arrive(gradient: Tensor) -> None:
+        arrived[:] = [gradient.detach()]
+
+    def accumulate(_: Tensor) -> None:
+        _add(total, {id(parameter): arrived.pop().clone()})
+
+    return [
+        parameter.register_hook(arrive),
+        parameter.register_post_accumulate_grad_hook(accumulate),
+    ]
 
 
 def check_recorded(outputs: Tensor, factors: Sequence[Tensor]) -> None:

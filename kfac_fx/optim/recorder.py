@@ -95,14 +95,17 @@ class Recorder:
         resume(self._sources.factors)
         if observation.expects:
             found = {id(f): f.grad for f in self._sources.factors if f.grad is not None}
-            for p in self._sources.parameters:
-                if p.grad is not None:
-                    found[id(p)] = p.grad.square()
+            wide = {key: _at_least_float32(g) for key, g in observation.gradients.items()}
+            found |= {key: g.square() for key, g in wide.items()}
             self._statistics.add(found, observation.count, observation.loss_scale())
 
     def _clear(self) -> None:
         for factor in self._sources.factors:
             factor.grad = None
+
+
+def _at_least_float32(gradient: Tensor) -> Tensor:
+    return gradient.to(torch.promote_types(gradient.dtype, torch.float32))
 
 
 def _sources(entries: Sequence[Entry]) -> Sources:
