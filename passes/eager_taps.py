@@ -96,7 +96,9 @@ class EagerTaps:
             answer = rule.match(call, site)
             if answer is None or isinstance(answer, Refusal):
                 continue
-            for use in answer if isinstance(answer, list) else [answer]:
+            for use in answer if isinstance(answer, Sequence) else [answer]:
+                if isinstance(use, Refusal):
+                    continue
                 for block in self._blocks[use.parameters[0]]:
                     if block.parameters == use.parameters:
                         yield use, block
@@ -174,6 +176,8 @@ def _weakened(use: ParameterUse, name: str) -> ParameterUse:
 
 
 def _at_its_call(use: ParameterUse, tap: Tap, node: fx.Node) -> bool:
+    if tap.scale is not None:
+        return False
     known = {argument.name for argument in node.all_input_nodes}
     refs = {r.name for r in (*tap.tensors, *tap.options) if isinstance(r, NodeRef)}
     if tap.consumer is None:

@@ -75,8 +75,11 @@ def _match(site: Site) -> _Matches:
             if isinstance(answer, Refusal):
                 matches.refusals[node.name] = answer.reason
             elif answer is not None:
-                for use in answer if isinstance(answer, list) else [answer]:
-                    matches.add(use)
+                for use in answer if isinstance(answer, Sequence) else [answer]:
+                    if isinstance(use, Refusal):
+                        matches.refusals[node.name] = use.reason
+                    else:
+                        matches.add(use)
                 break
     return matches
 
@@ -86,7 +89,11 @@ def _unclaimed(site: Site, matches: _Matches) -> dict[str, str | None]:
     result: dict[str, str | None] = {}
     for name, uses in matches.uses.items():
         claimed = {use.node for use in uses}
-        if any(consumer.node.name not in claimed for consumer in site.view.consumers(name)):
+        consumers = [consumer.node for consumer in site.view.consumers(name)]
+        if any(
+            node.name not in claimed and not {end.name for end in site.view.ends(node)} <= claimed
+            for node in consumers
+        ):
             result[name] = None
     return result
 

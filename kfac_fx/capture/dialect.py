@@ -168,6 +168,11 @@ SHAPE_READERS: frozenset[Any] = frozenset(
     | {aten._assert_tensor_metadata.default, torch._assert}
     | {torch.empty_like, aten.zeros_like.default, aten.ones_like.default}
 )
+LIKE_READERS: frozenset[Any] = frozenset(
+    {"reshape_as", "view_as", "expand_as", "type_as", aten.expand_as.default, aten.view_as.default}
+    | {aten.type_as.default, aten.reshape_as.default}
+)
+"""Take only the shape or the type of their second tensor."""
 
 
 def bind(row: Row, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

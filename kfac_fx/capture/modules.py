@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 
 class Member(NamedTuple):
@@ -151,9 +152,10 @@ def translate(module: nn.Module, path: str) -> ModuleCall | None:
     """The operation that a leaf module runs, or None where it is not known.
 
     A subclass counts while it keeps its base's ``forward``; a module with hooks does not, since
-    they may change what goes in and out.
+    they may change what goes in and out, nor does one whose weight is computed by a
+    parametrization.
     """
-    if module._forward_hooks or module._forward_pre_hooks:
+    if module._forward_hooks or module._forward_pre_hooks or is_parametrized(module):
         return None
 
     def member(name: str) -> Member | None:

@@ -12,12 +12,17 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch._ops import HigherOrderOperator
+from torch.nn.utils.parametrizations import _Orthogonal, _SpectralNorm, _WeightNorm
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from kfac_fx.capture.modules import has_parameters, translate
 from kfac_fx.errors import CaptureError
 
 _TORCH = str(Path(torch.__file__).parent)
 _HERE = str(Path(__file__).parent.parent)
+
+
+_UNTRACEABLE = (_SpectralNorm, _Orthogonal)
 
 
 class _BufferProxy(fx.proxy.ParameterProxy):
@@ -35,6 +40,15 @@ class _Tracer(fx.Tracer):
     def __init__(self) -> None:
         super().__init__(param_shapes_constant=True)
         self._buffers: dict[int, str] | None = None
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """A weight's parametrization is looked into, unless it tells modes and gradients apart."""
+        if is_parametrized(m):
+            found = m.parametrizations.modules()  # type: ignore[union-attr]
+            return any(isinstance(one, _UNTRACEABLE) for one in found)
+        if isinstance(m, (ParametrizationList, _WeightNorm)):
+            return False
+        return super().is_leaf_module(m, module_qualified_name)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """Buffers as nodes too: an update of one would else run now and never again."""

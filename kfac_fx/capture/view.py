@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from kfac_fx.capture.dialect import SHAPE_READERS, bind, row_of
+from kfac_fx.capture.derived import Derivation, derivations
+from kfac_fx.capture.dialect import LIKE_READERS, SHAPE_READERS, bind, row_of
 from kfac_fx.capture.modules import Member, translate
 from kfac_fx.capture.views import seen_through, split_layouts
 from kfac_fx.ir import Layout
@@ -35,11 +36,15 @@ class Call:
 
 @dataclass(frozen=True)
 class Reference:
-    """A parameter, or a piece of one, seen through views."""
+    """A parameter, or a piece of one, seen through views.
+
+    ``derived`` says how the tensor is computed where it is not the parameter itself.
+    """
 
     name: str
     layout: Layout
     path: tuple[str, ...] = ()
+    derived: Derivation | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,7 @@ class GraphView:
         self._pieces: dict[fx.Node, tuple[Reference, ...]] = {}
         self._calls: dict[fx.Node, Call | None] = {}
         self._data: set[fx.Node] = set()
+        self._derived: dict[tuple[fx.Node, frozenset[str]], Reference | None] = {}
         for node in graph.nodes:
             self.read(node)
 
@@ -101,6 +107,35 @@ class GraphView:
             return self._references[value]
         return self._parameter(value)
 
+    def derived(self, value: Any, names: Collection[str]) -> Reference | None:
+        """The first of the named parameters that a node's value is computed from, by no data."""
+        if not isinstance(value, fx.Node):
+            return None
+        names = frozenset(names)
+        if (value, names) not in self._derived:
+            found = next(derivations(self, value, names), None)
+            reference = None
+            if found is not None:
+                name, layout, derivation = found
+                path = (name, *self._operations(derivation.source, value))
+                reference = Reference(name, layout, path, derivation)
+            self._derived[value, names] = reference
+        return self._derived[value, names]
+
+    def ends(self, node: fx.Node) -> set[fx.Node]:
+        """Where what is computed from a node, and from no data, meets the data or goes out."""
+        found: set[fx.Node] = set()
+        seen, todo = {node}, [node]
+        while todo:
+            here = todo.pop()
+            if here in self._data or not here.users:
+                found.add(here)
+                continue
+            new = set(here.users) - seen
+            seen |= new
+            todo += new
+        return found
+
     def is_split(self, node: fx.Node) -> bool:
         """Whether the node cuts a parameter into pieces."""
         return node in self._pieces
@@ -123,8 +158,26 @@ class GraphView:
             for user in node.users if reference is not None else ():
                 assert reference is not None
                 viewed = self._references[user] is not None or user in self._pieces
-                if not viewed and not _reads_shape(user):
+                if not viewed and not _reads_shape(user) and not _reads_shape_of(user, node):
                     yield reference.name, Consumer(user, node, reference.path)
+
+    def _operations(self, source: fx.Node, value: fx.Node) -> list[str]:
+        """Names of what is called on one way from a parameter to a value."""
+        behind: dict[fx.Node, fx.Node] = {}
+        todo = [value]
+        while todo:
+            here = todo.pop()
+            for argument in here.all_input_nodes:
+                if argument not in behind and not _reads_shape_of(here, argument):
+                    behind[argument] = here
+                    todo.append(argument)
+        names = []
+        while source is not value:
+            source = behind[source]
+            call = self._calls[source]
+            names.append(getattr(source.target, "__name__", str(source.target)))
+            names[-1] = names[-1].split(".")[0] if call is None else call.operation
+        return names
 
     def _parameter(self, value: Any) -> Reference | None:
         tensor = self.tensor(value)
@@ -186,6 +239,11 @@ def _inputs(names: tuple[str, ...], node: fx.Node) -> dict[str, Any] | None:
         positional = names[min(index, len(names) - 1)]
         inputs[key if key in names else positional] = value
     return inputs if inputs and len(inputs) == len(node.args) + len(node.kwargs) else None
+
+
+def _reads_shape_of(node: fx.Node, value: fx.Node) -> bool:
+    """Whether the node takes from ``value`` no more than the shape for another tensor."""
+    return node.target in LIKE_READERS and value is not node.args[0] and value in node.args
 
 
 def _reads_shape(node: fx.Node) -> bool:

@@ -2,7 +2,7 @@
 
 from kfac_fx.ir.curvature_graph import Coverage, CurvatureBlock, CurvatureGraph
 from kfac_fx.ir.layout import Layout
-from kfac_fx.ir.use import Approximation, FactorSpec, NodeRef, ParameterUse, Role, Tap
+from kfac_fx.ir.use import Approximation, FactorSpec, NodeRef, ParameterUse, Role, Scale, Tap
 
 __all__ = [
     "Approximation",
@@ -14,5 +14,6 @@ __all__ = [
     "NodeRef",
     "ParameterUse",
     "Role",
+    "Scale",
     "Tap",
 ]

@@ -38,6 +38,22 @@ class NodeRef(NamedTuple):
     name: str
 
 
+class Scale(NamedTuple):
+    """A weight that is computed from a parameter, taken as a factor for each output's row.
+
+    Attributes:
+        result: the computed weight, in the parameter's shape.
+        source: the parameter.
+        rows: dimensions of both that count the outputs.
+        entrywise: whether each entry is computed from the same entry alone.
+    """
+
+    result: NodeRef
+    source: NodeRef
+    rows: tuple[int, ...]
+    entrywise: bool
+
+
 @dataclass(frozen=True)
 class Tap:
     """The call that records a use: ``operator(node, *tensors, *factors, *options)``.
@@ -47,6 +63,8 @@ class Tap:
     With ``slots`` the operator runs in the node's place instead, for all the uses at that node:
     ``operator(*tensors, factors, *options)``, where ``factors`` has ``slots`` entries, and those of
     this use begin at ``at``.
+
+    With ``scale`` the statistics of G are those of the derivative times the factors of its rows.
     """
 
     operator: str
@@ -56,6 +74,7 @@ class Tap:
     consumer: str | None = None
     slots: int = 0
     at: int = 0
+    scale: Scale | None = None
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from kfac_fx.ops import (
     grouped,
     linear,
     recurrent,
+    row_scale,
     scale_shift,
 )
 from kfac_fx.ops.tap import only, pause, resume
@@ -48,5 +49,6 @@ __all__ = [
     "pause",
     "recurrent",
     "resume",
+    "row_scale",
     "scale_shift",
 ]

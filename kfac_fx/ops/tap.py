@@ -54,6 +54,11 @@ def resume(factors: Iterable[Tensor]) -> None:
         _paused.pop(factor, None)
 
 
+def is_paused(factor: Tensor) -> bool:
+    """Whether backward passes skip the factor."""
+    return factor in _paused
+
+
 @contextmanager
 def only(factors: Iterable[Tensor], wanted: Iterable[Tensor]) -> Iterator[None]:
     """Within the context, backward passes form the statistics of ``wanted`` alone."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, Protocol
@@ -22,7 +22,7 @@ class Refusal:
     reason: str
 
 
-Answer = ParameterUse | list[ParameterUse] | Refusal | None
+Answer = ParameterUse | Sequence[ParameterUse | Refusal] | Refusal | None
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from kfac_fx.passes.rules.base import (
     shift_use,
     too_wide,
 )
+from kfac_fx.passes.rules.derived import apart, through_derivation, weight_of
 
 
 def spread(value: Any, dims: int) -> tuple[int, ...] | None:
@@ -51,7 +52,7 @@ class ConvolutionRule:
 
     def match(self, call: Call, site: Site) -> Answer:
         dims = int(call.operation[4])
-        weight, bias = site.parameter(call.get("weight")), site.parameter(call.get("bias"))
+        weight, bias = weight_of(call.get("weight"), site), site.parameter(call.get("bias"))
         if weight is None:
             return None if bias is None else shift_use(call, site, bias, (1,))
         if not plain(weight.layout):
@@ -69,7 +70,7 @@ class ConvolutionRule:
         sides = (outputs // groups, channels * prod(kernel))
         lead = (groups,) if groups > 1 else ()
         extra: list[ParameterUse] = []
-        if bias is not None and weight.name in site.alone:
+        if bias is not None and apart(weight, site):
             extra, bias = [shift_use(call, site, bias, (1,))], None
         layouts = [weight.layout.reshape((*lead, *sides))]
         if bias is not None:
@@ -93,4 +94,4 @@ class ConvolutionRule:
             path=(*weight.path, call.operation),
             reason=too_wide(site, factors),
         )
-        return [use, *extra]
+        return [through_derivation(use, weight), *extra]

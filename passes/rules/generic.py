@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from math import prod
 
 from torch import fx
+from torch.nn.utils.parametrize import is_parametrized
 
 from kfac_fx.capture.view import Consumer, GraphView
 from kfac_fx.ir import FactorSpec, Layout, NodeRef, ParameterUse, Tap
@@ -31,7 +32,10 @@ def operation_name(node: fx.Node) -> str:
 def _through(view: GraphView, consumer: Consumer, refusals: Mapping[str, str]) -> str:
     label = operation_name(consumer.node) or str(consumer.node.target)
     path = " -> ".join((*consumer.path, label))
-    return f"{path}: {refusals.get(consumer.node.name, _unknown(view, consumer.node))}"
+    # What a weight is computed into is refused where that is used.
+    nodes = [consumer.node, *sorted(view.ends(consumer.node))]
+    found = [refusals[node.name] for node in nodes if node.name in refusals]
+    return f"{path}: {found[0] if found else _unknown(view, consumer.node)}"
 
 
 def _unknown(view: GraphView, node: fx.Node) -> str:
@@ -39,6 +43,8 @@ def _unknown(view: GraphView, node: fx.Node) -> str:
         module = view.module.get_submodule(str(node.target))
         if module._forward_hooks or module._forward_pre_hooks:
             return "its forward hooks may change what goes in and out"
+        if is_parametrized(module):
+            return "its weight is computed by a parametrization that only torch.export follows"
     return "no rule for this operation"
 
 

@@ -15,6 +15,7 @@ from kfac_fx.passes.rules.base import (
     shift_use,
     too_wide,
 )
+from kfac_fx.passes.rules.derived import apart, through_derivation, weight_of
 
 ELLIPSIS = "\N{HORIZONTAL ELLIPSIS}"
 
@@ -40,7 +41,7 @@ def dense_use(
         return Refusal(f"{call.operation}: the other operand is no activation")
     *lead, outputs, inputs = matrix.shape
     extra: list[ParameterUse] = []
-    if bias is not None and (weight.name in site.alone or prod(bias.layout.shape) != outputs):
+    if bias is not None and (apart(weight, site) or prod(bias.layout.shape) != outputs):
         extra, bias = [shift_use(call, site, bias, dims[1])], None
     parameters, layouts = [weight.name], [matrix]
     if bias is not None:
@@ -63,7 +64,7 @@ def dense_use(
         path=(*weight.path, call.operation),
         reason=too_wide(site, factors),
     )
-    return [use, *extra]
+    return [through_derivation(use, weight), *extra]
 
 
 class LinearRule:
@@ -82,7 +83,7 @@ class LinearRule:
         return self._addmm(call, site)
 
     def _linear(self, call: Call, site: Site) -> Answer:
-        x, weight = call.get("input"), site.parameter(call.get("weight"))
+        x, weight = call.get("input"), weight_of(call.get("weight"), site)
         bias = site.parameter(call.get("bias"))
         if weight is None:
             return None if bias is None else shift_use(call, site, bias, (-1,))
@@ -93,9 +94,9 @@ class LinearRule:
     def _matmul(
         self, call: Call, site: Site, left: Any, right: Any, bias: Reference | None
     ) -> Answer:
-        weight, x, side = site.parameter(right), left, -1
+        weight, x, side = weight_of(right, site), left, -1
         if weight is None:
-            weight, x, side = site.parameter(left), right, -2
+            weight, x, side = weight_of(left, site), right, -2
         if weight is None:
             return None
         axes = len(weight.layout.shape)
@@ -113,17 +114,17 @@ class LinearRule:
     def _addmm(self, call: Call, site: Site) -> Answer:
         bias = site.parameter(call.get("bias"))
         left, right = call.get("input"), call.get("other")
-        if site.parameter(left) is None and site.parameter(right) is None:
+        if weight_of(left, site) is None and weight_of(right, site) is None:
             return None if bias is None else shift_use(call, site, bias, (-1,))
         if call.get("alpha", 1) != 1 or (bias is not None and call.get("beta", 1) != 1):
             return Refusal(f"{call.operation}: alpha and beta other than 1")
-        if site.parameter(right) is None or call.operation == "baddbmm":
+        if weight_of(right, site) is None or call.operation == "baddbmm":
             bias = None  # no bias of the output's features: it goes its own way
         return self._matmul(call, site, left, right, bias)
 
     def _einsum(self, call: Call, site: Site) -> Answer:
         operands = call.get("operands")
-        weights = [site.parameter(operand) for operand in operands]
+        weights = [weight_of(operand, site) for operand in operands]
         held = [weight for weight in weights if weight is not None]
         if not held:
             return None

@@ -17,6 +17,7 @@ from kfac_fx.passes.rules.base import (
     too_wide,
 )
 from kfac_fx.passes.rules.convolution import spread
+from kfac_fx.passes.rules.derived import apart, through_derivation, weight_of
 
 
 class TransposedConvolutionRule:
@@ -27,7 +28,7 @@ class TransposedConvolutionRule:
 
     def match(self, call: Call, site: Site) -> Answer:
         dims = int(call.operation[-2])
-        weight, bias = site.parameter(call.get("weight")), site.parameter(call.get("bias"))
+        weight, bias = weight_of(call.get("weight"), site), site.parameter(call.get("bias"))
         if weight is None:
             return None if bias is None else shift_use(call, site, bias, (1,))
         if not plain(weight.layout):
@@ -45,7 +46,7 @@ class TransposedConvolutionRule:
         layout = weight.layout.reshape((groups, channels // groups, outputs, prod(kernel)))
         layouts = [layout.permute(0, 2, 1, 3).reshape((*lead, outputs, inputs))]
         extra: list[ParameterUse] = []
-        if bias is not None and weight.name in site.alone:
+        if bias is not None and apart(weight, site):
             extra, bias = [shift_use(call, site, bias, (1,))], None
         if bias is not None:
             layouts.append(bias.layout.reshape((*lead, outputs)))
@@ -63,4 +64,4 @@ class TransposedConvolutionRule:
             path=(*weight.path, call.operation),
             reason=too_wide(site, factors),
         )
-        return [use, *extra]
+        return [through_derivation(use, weight), *extra]
