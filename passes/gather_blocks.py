@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from math import prod
 
 import torch
@@ -15,24 +16,48 @@ from kfac_fx.ir import CurvatureBlock, FactorSpec, Layout, ParameterUse
 
 def pieces(name: str, uses: Iterable[ParameterUse]) -> list[list[ParameterUse]] | None:
     """The uses of a parameter by the piece of it that they use; None if pieces overlap."""
-    groups: dict[frozenset[int] | None, list[ParameterUse]] = {}
+    groups: dict[object, list[ParameterUse]] = {}
     for use in uses:
         layout = use.layouts[use.parameters.index(name)]
         groups.setdefault(_support(layout), []).append(use)
-    seen: set[int] = set()
-    for support in groups if len(groups) > 1 else ():
-        if support is None or seen & support:
-            return None
-        seen |= support
-    return list(groups.values())
+    if len(groups) == 1:
+        return list(groups.values())
+    layouts = [found[0].layouts[found[0].parameters.index(name)] for found in groups.values()]
+    apart = _rows_apart(layouts) if all(map(_rows, layouts)) else _entries_apart(layouts)
+    return list(groups.values()) if apart else None
 
 
-def _support(layout: Layout) -> frozenset[int] | None:
-    """The flat indices that a layout keeps; None for all."""
+def _rows(layout: Layout) -> tuple[int, int] | None:
+    """The rows that a layout keeps, where it cuts along them before anything else."""
+    if not layout.steps or layout.steps[0].view != "narrow":
+        return None
+    dim, start, length = layout.steps[0].argument
+    rest = layout.steps[1:]
+    return (start, start + length) if dim == 0 and all(s.view != "narrow" for s in rest) else None
+
+
+def _support(layout: Layout) -> object:
+    """What a layout keeps, as a key: None for all, a range of rows, or the flat indices."""
     if layout.whole:
         return None
+    return _rows(layout) or frozenset(_entries(layout).tolist())
+
+
+def _entries(layout: Layout) -> torch.Tensor:
     indices = torch.arange(prod(layout.start)).reshape(layout.start)
-    return frozenset(layout.apply(indices).flatten().tolist())
+    return torch.as_tensor(layout.apply(indices)).flatten()
+
+
+def _rows_apart(layouts: Sequence[Layout]) -> bool:
+    ranges = sorted(rows for layout in layouts if (rows := _rows(layout)) is not None)
+    return all(end <= start for (_, end), (start, _) in pairwise(ranges))
+
+
+def _entries_apart(layouts: Sequence[Layout]) -> bool:
+    counts = torch.zeros(prod(layouts[0].start), dtype=torch.int32)
+    for layout in layouts:
+        counts[_entries(layout)] += 1
+    return bool(counts.max() <= 1)
 
 
 def forms(uses: Iterable[ParameterUse]) -> list[list[ParameterUse]]:

@@ -59,7 +59,7 @@ def test_encoder_covers_packed_attention() -> None:
     attention = "layer.self_attn."
     packed = by_parameter[f"{attention}in_proj_weight"]
     assert packed is by_parameter[f"{attention}in_proj_bias"]
-    assert packed.approximation == "kronecker"
+    assert packed.approximation == "kronecker" and packed.name.endswith("in_proj_weight[2]")
     assert by_parameter[f"{attention}out_proj.weight"].approximation == "kronecker"
     assert set(by_parameter) == {name for name, _ in net.named_parameters()}
 

@@ -85,7 +85,11 @@ class Layout:
             raise ValueError(f"cannot narrow dimension {dim} of {shape} to [{start}, +{length}]")
         if length == shape[dim]:
             return self
-        return Layout(self.start, (*self.steps, Step("narrow", (dim, start, length), shape)))
+        steps = self.steps
+        if steps and steps[-1].view == "narrow" and steps[-1].argument[0] == dim:  # two are one
+            shape, start = steps[-1].start, steps[-1].argument[1] + start
+            steps = steps[:-1]
+        return Layout(self.start, (*steps, Step("narrow", (dim, start, length), shape)))
 
     def select(self, dim: int, index: int) -> Layout:
         """This chain followed by the choice of one entry of a dimension, which goes."""

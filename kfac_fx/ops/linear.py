@@ -84,3 +84,53 @@ define(
     "int[] x_dims, int[] y_dims, int[] x_groups, int[] y_groups, bool bias, bool reduce) -> Tensor",
     _tap,
 )
+
+
+@dataclass(frozen=True)
+class ProjectionStatistics(LinearStatistics):
+    """(A, G) of ``length`` output features, x [positions, cases, features] or without cases."""
+
+    start: int = 0
+    length: int = 0
+
+    def __call__(
+        self,
+        g: Tensor,
+        tensors: Sequence[Tensor | None],
+        wanted: Sequence[bool],
+        dtype: torch.dtype,
+    ) -> list[Tensor | None]:
+        (x,) = tensors
+        assert x is not None
+        g = g.narrow(-1, self.start, self.length)
+        if x.dim() == 3:
+            x, g = x.transpose(0, 1), g.transpose(0, 1)
+        return super().__call__(g, [x], wanted, dtype)
+
+
+def _projection_tap(
+    y: Tensor,
+    x: Tensor,
+    A: Tensor,
+    G: Tensor,
+    positions: Tensor | None,
+    start: int,
+    length: int,
+    bias: bool,
+    reduce: bool,
+) -> Tensor:
+    factors = [A, G] if positions is None else [A, G, positions]
+    if not recording(factors):
+        return y
+    diagonal = (A.dim() == 1, G.dim() == 1)
+    statistics = ProjectionStatistics(
+        [-1], [-1], [], [], bias, reduce, diagonal, start=start, length=length
+    )
+    return tapped(y, statistics, [x], factors)
+
+
+define(
+    "projection(Tensor y, Tensor x, Tensor A, Tensor G, Tensor? positions, "
+    "int start, int length, bool bias, bool reduce) -> Tensor",
+    _projection_tap,
+)

@@ -7,6 +7,7 @@ from typing import Any
 
 from kfac_fx.capture.view import Call, Reference
 from kfac_fx.ir import Layout, NodeRef, ParameterUse, Tap
+from kfac_fx.passes.rules.attention import attention_uses
 from kfac_fx.passes.rules.base import (
     Answer,
     Refusal,
@@ -89,7 +90,10 @@ class LinearRule:
             return None if bias is None else shift_use(call, site, bias, (-1,))
         if len(weight.layout.shape) != 2:
             return Refusal(f"linear: the weight is seen as {weight.layout.shape}, not as a matrix")
-        return dense_use(call, site, x, weight, weight.layout, ((-1,), (-1,)), bias=bias)
+        answer = dense_use(call, site, x, weight, weight.layout, ((-1,), (-1,)), bias=bias)
+        if not isinstance(answer, list):
+            return answer
+        return [*attention_uses(site, answer[0]), *answer[1:]]
 
     def _matmul(
         self, call: Call, site: Site, left: Any, right: Any, bias: Reference | None
