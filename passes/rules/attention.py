@@ -8,23 +8,26 @@ mean is not known: they stay one block, whose G also holds how the pieces go tog
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import nn
 
 from kfac_fx.capture.view import GraphView
 from kfac_fx.ir import Layout, ParameterUse, Tap
-from kfac_fx.passes.rules.base import Site, kronecker_factors, too_wide
+from kfac_fx.passes.rules.base import Refusal, Site, kronecker_factors, too_wide
 
 PROJECTIONS = frozenset({"in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"})
 
 
-def attention_uses(site: Site, use: ParameterUse) -> list[ParameterUse]:
+def attention_uses(site: Site, use: ParameterUse | Refusal) -> Sequence[ParameterUse | Refusal]:
     """A dense use, as one use for each projection of attention that it packs."""
+    if isinstance(use, Refusal):
+        return [use]
     width = _width(site.view, use.parameters[0])
     start = _first_row(use.layouts[0])
     tap = use.tap
-    if width is None or start is None or tap is None or tap.operator != "linear":
+    if width is None or start is None or tap is None or tap.scale is not None:
         return [use]
     outputs, inputs = use.layouts[0].shape
     if start % width or outputs % width:
@@ -52,7 +55,7 @@ def _width(view: GraphView, name: str) -> int | None:
         return None
     if not isinstance(owner, nn.MultiheadAttention) or leaf not in PROJECTIONS:
         return None
-    return owner.embed_dim
+    return int(owner.embed_dim)
 
 
 def _first_row(layout: Layout) -> int | None:
