@@ -12,7 +12,14 @@ from torch import nn
 
 from kfac_fx.capture import CapturedModule, EagerModule
 from kfac_fx.capture import capture as capture_model
-from kfac_fx.config import CAPTURES, MAX_FACTOR_DIM, STRUCTURES, WEIGHT_SHARING, choice
+from kfac_fx.config import (
+    CAPTURES,
+    LARGE_FACTORS,
+    MAX_FACTOR_DIM,
+    STRUCTURES,
+    WEIGHT_SHARING,
+    choice,
+)
 from kfac_fx.errors import CoverageError, NoParametersError, UnsupportedStructureError
 from kfac_fx.ir import CurvatureGraph
 from kfac_fx.passes import (
@@ -37,6 +44,7 @@ def transform(
     strict: bool = False,
     weight_sharing: str = "expand",
     max_factor_dim: int = MAX_FACTOR_DIM,
+    large_factors: str = "diagonal",
     capture: str = "auto",
     check: bool = True,
 ) -> CapturedModule:
@@ -55,7 +63,11 @@ def transform(
         strict: raise where a parameter would get a weaker block than its kind allows.
         weight_sharing: "expand" treats the positions that share a weight as uncorrelated cases,
             "reduce" works with their mean input and summed derivative (Eschenhagen et al. 2023).
-        max_factor_dim: larger sides of Kronecker factors (a long vocabulary) become diagonals.
+        max_factor_dim: the largest side of a Kronecker factor (a long vocabulary) that is whole.
+        large_factors: "diagonal" keeps larger sides as vectors; "blocks" cuts those of dense uses
+            into ceil(d / max_factor_dim) equal sub-blocks along the diagonal. Where they do not
+            divide d, the last is filled up with zeros, which damping makes invertible and which
+            nothing else sees.
         capture: "symbolic_trace", "export" (needs example inputs), "eager" (the model's own Python
             code, recorded while it runs; needs example inputs), or "auto", the first that works.
         check: compare the captured module's outputs and gradients with the model's, once, on the
@@ -69,6 +81,7 @@ def transform(
     """
     choice("structure", structure, STRUCTURES)
     choice("weight_sharing", weight_sharing, WEIGHT_SHARING)
+    choice("large_factors", large_factors, LARGE_FACTORS)
     choice("capture", capture, CAPTURES)
     if structure != "block_diagonal":
         raise UnsupportedStructureError(
@@ -90,7 +103,14 @@ def transform(
     reduce = weight_sharing == "reduce"
     found = []
     for graph in module.graphs:
-        uses = find_uses(module, graph, names, reduce=reduce, max_factor_dim=max_factor_dim)
+        uses = find_uses(
+            module,
+            graph,
+            names,
+            reduce=reduce,
+            max_factor_dim=max_factor_dim,
+            large_factors=large_factors,
+        )
         if route == "eager":
             uses = placeable(uses, graph)
         found.append(gather_blocks(uses, graph, counted=route == "eager"))
@@ -102,7 +122,7 @@ def transform(
     module.meta["kfac_fx"] = curvature
     instrument(module, found)
     if isinstance(module, EagerModule):
-        module.runner.taps = EagerTaps(module, reduce, max_factor_dim)
+        module.runner.taps = EagerTaps(module, reduce, max_factor_dim, large_factors)
     return module
 
 

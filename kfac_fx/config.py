@@ -10,6 +10,7 @@ from kfac_fx.errors import UnknownOptionError
 STRUCTURES: Final = ("block_diagonal", "block_tridiagonal")
 FISHERS: Final = ("sampled", "exact", "empirical")
 WEIGHT_SHARING: Final = ("expand", "reduce")
+LARGE_FACTORS: Final = ("diagonal", "blocks")
 CAPTURES: Final = ("auto", "symbolic_trace", "export", "eager")
 
 MAX_FACTOR_DIM: Final = 8192

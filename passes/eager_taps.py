@@ -36,10 +36,16 @@ class EagerTaps:
 
     Args:
         module: owns the factor buffers.
-        reduce, max_factor_dim: as for ``find_uses``.
+        reduce, max_factor_dim, large_factors: as for ``find_uses``.
     """
 
-    def __init__(self, module: fx.GraphModule, reduce: bool, max_factor_dim: int) -> None:
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        reduce: bool,
+        max_factor_dim: int,
+        large_factors: str = "diagonal",
+    ) -> None:
         self._store = module.get_submodule(STORE)
         curvature: CurvatureGraph = module.meta["kfac_fx"]
         blocks = curvature.blocks.values()
@@ -50,6 +56,7 @@ class EagerTaps:
         self._without_tap = {n for n, bs in self._blocks.items() if not all(b.tapped for b in bs)}
         self._uncovered = frozenset(curvature.unused)
         self._options = (reduce, max_factor_dim)
+        self._large_factors = large_factors
         self._open = frozenset(self._blocks) - self._without_tap
         self._alone = frozenset(b.parameters[0] for b in blocks if len(b.parameters) == 1)
         self._told: set[str] = set()
@@ -90,7 +97,7 @@ class EagerTaps:
         self, view: GraphView, node: fx.Node
     ) -> Iterator[tuple[ParameterUse, CurvatureBlock]]:
         call = view.call(node)
-        site = Site(view, self._open, *self._options, self._alone)
+        site = Site(view, self._open, *self._options, self._alone, self._large_factors)
         for rule in rules_for(call.operation) if call is not None else ():
             assert call is not None
             answer = rule.match(call, site)

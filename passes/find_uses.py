@@ -33,6 +33,7 @@ def find_uses(
     *,
     reduce: bool = False,
     max_factor_dim: int = MAX_FACTOR_DIM,
+    large_factors: str = "diagonal",
 ) -> list[ParameterUse]:
     """The uses of the named parameters, in the graph's order.
 
@@ -42,9 +43,11 @@ def find_uses(
     Args:
         names: parameters to cover (canonical names).
         reduce: positions that share a weight are reduced rather than expanded.
-        max_factor_dim: larger sides of Kronecker factors become diagonals.
+        max_factor_dim: larger sides of Kronecker factors become diagonals, or are cut.
+        large_factors: "diagonal" or "blocks".
     """
-    site = Site(GraphView(module, graph), frozenset(names), reduce, max_factor_dim)
+    view = GraphView(module, graph)
+    site = Site(view, frozenset(names), reduce, max_factor_dim, large_factors=large_factors)
     demoted: dict[str, str | None] = {}
     while True:
         matches = _match(site)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -11,11 +11,31 @@ from kfac_fx.codegen.builder import ProgramBuilder
 from kfac_fx.codegen.form import Damping, Invert, named_inverse
 from kfac_fx.ir import CurvatureBlock, FactorSpec
 from kfac_fx.linalg.damping import damped, mean_eigenvalue, trace_ratio
-from kfac_fx.linalg.kronecker import common_basis, kronecker_product, sum_inverse_product
+from kfac_fx.linalg.kronecker import (
+    common_basis,
+    filled_up,
+    kronecker_product,
+    sum_inverse_product,
+    without_filling,
+)
 
 
 def _sides(block: CurvatureBlock) -> list[FactorSpec]:
     return [factor for factor in block.factors if factor.role != "count"]
+
+
+class _Cut(NamedTuple):
+    """How the sides (A, G) of a block are cut: sub-blocks, and entries that fill them up."""
+
+    parts: tuple[int, int]
+    missing: tuple[int, int]
+
+
+def _cut_of(specs: Sequence[FactorSpec]) -> _Cut:
+    """Of the first of all factors of a side that is cut."""
+    found = [next((s for s in specs if s.cut and s.name[0] == side), None) for side in "AG"]
+    a, g = ((0, 0) if s is None else (s.shape[0], s.shape[0] * s.shape[1] - s.cut) for s in found)
+    return _Cut((a[0], g[0]), (a[1], g[1]))
 
 
 def _tikhonov(
@@ -23,7 +43,7 @@ def _tikhonov(
 ) -> list[Any]:
     """(A + pi gamma I, G + gamma / pi I); a diagonal side stays a vector."""
     a, g = (
-        mean_eigenvalue(factor, diagonal=spec.diagonal)
+        mean_eigenvalue(factor, diagonal=spec.diagonal, cut=spec.cut)
         for factor, spec in zip(pair, specs, strict=True)
     )
     pi = build.name(trace_ratio(a, g), f"pi_{slot}")
@@ -35,6 +55,18 @@ def _tikhonov(
         )
         for factor, spec, amount in zip(pair, specs, amounts, strict=True)
     ]
+
+
+def _matrices(plain: Any, other: Any, specs: Sequence[FactorSpec]) -> tuple[Any, Any]:
+    """Both factors of a side as matrices, or as sub-blocks where one of them is cut."""
+    cut = _cut_of(specs)
+    parts, missing = max(cut.parts), max(cut.missing)
+    result = []
+    for factor, spec in zip((plain, other), specs, strict=True):
+        if spec.diagonal and parts:
+            factor = torch.nn.functional.pad(factor, (0, missing)).unflatten(-1, (parts, -1))
+        result.append(torch.diag_embed(factor) if spec.diagonal else factor)
+    return result[0], result[1]
 
 
 class Kronecker:
@@ -72,7 +104,10 @@ class Kronecker:
     ) -> Any:
         A_inverse, G_inverse = inverses
         first, second = (spec.diagonal for spec in _sides(block))
-        return kronecker_product(A_inverse, G_inverse, V, diagonal=(first, second))
+        cut = _cut_of(_sides(block))
+        V = filled_up(V, cut.missing)
+        U = kronecker_product(A_inverse, G_inverse, V, diagonal=(first, second), cut=cut.parts)
+        return without_filling(U, cut.missing)
 
     def scatter(self, build: ProgramBuilder, block: CurvatureBlock, U: Any) -> Sequence[Any]:
         return [U] if len(block.layouts) == 1 else [U[..., :-1], U[..., -1]]
@@ -100,13 +135,13 @@ class KroneckerSum:
         second = _tikhonov(build, slot, factors[2:], specs[2:], damping.gamma)
         result: dict[str, Any] = {}
         for side, plain, other in zip("AG", factors[:2], second, strict=True):
-            here = [spec.diagonal for spec in specs if spec.name[0] == side]
-            if all(here):
+            here = [spec for spec in specs if spec.name[0] == side]
+            if all(spec.diagonal for spec in here):
                 basis, scale = torch.rsqrt(other), plain / other
             else:
-                plain = torch.diag_embed(plain) if here[0] else plain
-                other = torch.diag_embed(other) if here[1] else other
+                plain, other = _matrices(plain, other, here)
                 basis, scale = common_basis(other, plain)
+                scale = scale.flatten() if any(spec.cut for spec in here) else scale
             result[f"{side}_basis_{slot}"] = build.name(basis, f"{side}_basis_{slot}")
             result[f"{side}_scale_{slot}"] = build.name(scale, f"{side}_scale_{slot}")
         return result
@@ -119,8 +154,11 @@ class KroneckerSum:
     ) -> Any:
         K_A, s_A, K_G, s_G = inverses
         specs = _sides(block)
-        diagonal = tuple(all(s.diagonal for s in specs if s.name[0] == side) for side in "AG")
-        return sum_inverse_product(K_A, K_G, s_A, s_G, V, diagonal=(diagonal[0], diagonal[1]))
+        first, second = (all(s.diagonal for s in specs if s.name[0] == side) for side in "AG")
+        cut = _cut_of(specs)
+        V = filled_up(V, cut.missing)
+        U = sum_inverse_product(K_A, K_G, s_A, s_G, V, diagonal=(first, second), cut=cut.parts)
+        return without_filling(U, cut.missing)
 
     def scatter(self, build: ProgramBuilder, block: CurvatureBlock, U: Any) -> Sequence[Any]:
         return [U]

@@ -18,13 +18,15 @@ class FactorSpec:
     ``role`` says how a new statistic is scaled: an ``input`` factor does not depend on the loss,
     a ``gradient`` factor is quadratic in its derivative (curvature.md section 2), a ``count`` is a
     number of positions by which the block's gradient factors are divided. A ``diagonal`` factor is
-    kept as a vector.
+    kept as a vector. A factor of a side of length ``cut`` is kept as k sub-blocks [k, b, b] along
+    its diagonal; where k b exceeds ``cut``, the last one ends in zeros.
     """
 
     name: str
     shape: tuple[int, ...]
     role: Role
     diagonal: bool = False
+    cut: int = 0
 
     @property
     def form(self) -> str:

@@ -12,8 +12,14 @@ def damped(matrix: Tensor, amount: Tensor) -> Tensor:
     return torch.diagonal_scatter(matrix, diagonal + amount.unsqueeze(-1), 0, -2, -1)
 
 
-def mean_eigenvalue(matrix: Tensor, *, diagonal: bool = False) -> Tensor:
-    """tr(matrix) / dim: [..., d, d] (or its diagonal [..., d]) -> [...]."""
+def mean_eigenvalue(matrix: Tensor, *, diagonal: bool = False, cut: int = 0) -> Tensor:
+    """tr(matrix) / dim: [..., d, d] (or its diagonal [..., d]) -> [...].
+
+    Args:
+        cut: the dimension of a matrix that is kept as sub-blocks [..., k, b, b], else 0.
+    """
+    if cut:
+        return torch.diagonal(matrix, 0, -2, -1).sum((-2, -1)) / cut
     return (matrix if diagonal else torch.diagonal(matrix, 0, -2, -1)).mean(-1)
 
 

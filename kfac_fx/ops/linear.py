@@ -23,6 +23,7 @@ class LinearStatistics:
     bias: bool
     reduce: bool
     diagonal: tuple[bool, bool] = (False, False)
+    cut: tuple[int, int] = (1, 1)
 
     def inputs(self, tensors: list[Tensor]) -> Tensor:
         """What the weight multiplies, from the saved tensors."""
@@ -43,17 +44,30 @@ class LinearStatistics:
         if wanted[0]:
             rows = case_rows(x, self.x_dims, self.x_groups).to(dtype)
             result[0] = input_factor(
-                rows, bias=self.bias, reduce=self.reduce, diagonal=self.diagonal[0]
+                rows,
+                bias=self.bias,
+                reduce=self.reduce,
+                diagonal=self.diagonal[0],
+                cut=self.cut[0],
             )
         if wanted[1]:
             rows = case_rows(g, self.y_dims, self.y_groups).to(dtype)
             result[1] = gradient_factor(
-                rows, reduce=self.reduce, divide=one_use, diagonal=self.diagonal[1]
+                rows,
+                reduce=self.reduce,
+                divide=one_use,
+                diagonal=self.diagonal[1],
+                cut=self.cut[1],
             )
         if not one_use and wanted[2]:
             positions = 1 if self.reduce else case_rows(g, self.y_dims, self.y_groups).shape[-2]
             result[2] = torch.full((), positions, dtype=dtype, device=g.device)
         return result
+
+
+def _cut(factor: Tensor) -> int:
+    """The number of sub-blocks that a factor without groups keeps."""
+    return factor.shape[0] if factor.dim() == 3 else 1
 
 
 def _tap(
@@ -73,9 +87,9 @@ def _tap(
     if not recording(factors):
         return y
     vector = 1 + (len(y_groups) > 0)
-    statistics = LinearStatistics(
-        x_dims, y_dims, x_groups, y_groups, bias, reduce, (A.dim() == vector, G.dim() == vector)
-    )
+    diagonal = (A.dim() == vector, G.dim() == vector)
+    cut = (1, 1) if y_groups else (_cut(A), _cut(G))
+    statistics = LinearStatistics(x_dims, y_dims, x_groups, y_groups, bias, reduce, diagonal, cut)
     return tapped(y, statistics, [x], factors)
 
 
@@ -124,7 +138,7 @@ def _projection_tap(
         return y
     diagonal = (A.dim() == 1, G.dim() == 1)
     statistics = ProjectionStatistics(
-        [-1], [-1], [], [], bias, reduce, diagonal, start=start, length=length
+        [-1], [-1], [], [], bias, reduce, diagonal, (_cut(A), _cut(G)), start, length
     )
     return tapped(y, statistics, [x], factors)
 

@@ -40,13 +40,31 @@ def homogeneous_gram(rows: Tensor) -> Tensor:
     return torch.cat([top, bottom], -2)
 
 
-def input_factor(rows: Tensor, *, bias: bool, reduce: bool, diagonal: bool = False) -> Tensor:
+def cut_gram(rows: Tensor, count: int) -> Tensor:
+    """``gram`` of ``count`` equal parts of the features, the last filled up with zeros.
+
+    [..., S, d] -> [..., count, b, b] with b = ceil(d / count).
+    """
+    size = -(-rows.shape[-1] // count)
+    rows = torch.nn.functional.pad(rows, (0, count * size - rows.shape[-1]))
+    return gram(rows.unflatten(-1, (count, size)).movedim(-2, -3))
+
+
+def input_factor(
+    rows: Tensor, *, bias: bool, reduce: bool, diagonal: bool = False, cut: int = 1
+) -> Tensor:
     """A of curvature.md section 2, from inputs [..., N, S, d].
 
     expand: sum over cases and positions of abar abar^T / N; reduce: of the mean over positions.
+
+    Args:
+        cut: number of sub-blocks that are kept.
     """
     cases = rows.shape[-3]
     flat = rows.mean(-2) if reduce else rows.flatten(-3, -2)
+    if cut > 1:
+        flat = torch.cat([flat, torch.ones_like(flat[..., :1])], -1) if bias else flat
+        return cut_gram(flat, cut) / cases
     if diagonal:
         squares = flat.square().sum(-2)
         if bias:
@@ -55,14 +73,22 @@ def input_factor(rows: Tensor, *, bias: bool, reduce: bool, diagonal: bool = Fal
     return (homogeneous_gram(flat) if bias else gram(flat)) / cases
 
 
-def gradient_factor(rows: Tensor, *, reduce: bool, divide: bool, diagonal: bool = False) -> Tensor:
+def gradient_factor(
+    rows: Tensor, *, reduce: bool, divide: bool, diagonal: bool = False, cut: int = 1
+) -> Tensor:
     """G of curvature.md section 2 times the number of likelihood terms, from g [..., N, S, d].
 
     expand: sum over cases and positions of g g^T, divided by S unless the positions of several
     uses are counted together; reduce: of the sum over positions.
+
+    Args:
+        cut: number of sub-blocks that are kept.
     """
     flat = rows.sum(-2) if reduce else rows.flatten(-3, -2)
-    total = flat.square().sum(-2) if diagonal else gram(flat)
+    if cut > 1:
+        total = cut_gram(flat, cut)
+    else:
+        total = flat.square().sum(-2) if diagonal else gram(flat)
     return total / rows.shape[-2] if divide and not reduce else total
 
 

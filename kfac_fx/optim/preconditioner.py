@@ -138,7 +138,8 @@ class Preconditioner:
         """Block name -> running averages, undamped, in the scale of curvature.md section 2.
 
         Kronecker blocks have (A, G), the homogeneous coordinate last and the groups of a grouped
-        convolution first; other blocks have (C,), the covariance of per-case gradients.
+        convolution first; a side that ``large_factors="blocks"`` cuts is [k, b, b], zeros behind
+        its end. Other blocks have (C,), the covariance of per-case gradients.
         """
         return MappingProxyType(
             {

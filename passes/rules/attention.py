@@ -33,7 +33,7 @@ def attention_uses(site: Site, use: ParameterUse | Refusal) -> Sequence[Paramete
     if start % width or outputs % width:
         return [use]
     bias = len(use.parameters) == 2
-    factors = kronecker_factors(site, inputs, width, bias=bias)
+    factors = kronecker_factors(site, inputs, width, bias=bias, cuttable=True)
     return [
         replace(
             use,

@@ -33,7 +33,8 @@ class Site:
         view: the graph.
         open: parameters that rules may still claim.
         reduce: whether positions that share a weight are reduced rather than expanded.
-        max_factor_dim: sides of Kronecker factors above it become diagonals.
+        max_factor_dim: sides of Kronecker factors above it become diagonals, or are cut.
+        large_factors: "diagonal" or "blocks": what becomes of such sides of dense uses.
         alone: weights that are used without their bias elsewhere, so that no use may take both.
     """
 
@@ -42,6 +43,7 @@ class Site:
     reduce: bool = False
     max_factor_dim: int = MAX_FACTOR_DIM
     alone: frozenset[str] = frozenset()
+    large_factors: str = "diagonal"
 
     def parameter(self, value: Any) -> Reference | None:
         """The open parameter behind an argument, or None."""
@@ -59,37 +61,55 @@ class Rule(Protocol):
         """The uses, the reason why they are refused, or None where no parameter is involved."""
 
 
-def _side(site: Site, name: str, role: Role, dim: int, lead: tuple[int, ...]) -> FactorSpec:
+def _side(
+    site: Site, name: str, role: Role, dim: int, lead: tuple[int, ...], cuttable: bool
+) -> FactorSpec:
     if dim > site.max_factor_dim:
+        if cuttable and not lead and site.large_factors == "blocks":
+            count = -(-dim // site.max_factor_dim)
+            size = -(-dim // count)
+            return FactorSpec(name, (count, size, size), role, cut=dim)
         return FactorSpec(name, (*lead, dim), role, diagonal=True)
     return FactorSpec(name, (*lead, dim, dim), role)
 
 
 def gradient_side(site: Site, outputs: int, lead: tuple[int, ...] = ()) -> FactorSpec:
     """G over ``outputs``; a diagonal above ``max_factor_dim``."""
-    return _side(site, "G", "gradient", outputs, lead)
+    return _side(site, "G", "gradient", outputs, lead, cuttable=False)
 
 
 def kronecker_factors(
-    site: Site, inputs: int, outputs: int, *, bias: bool, lead: tuple[int, ...] = ()
+    site: Site,
+    inputs: int,
+    outputs: int,
+    *,
+    bias: bool,
+    lead: tuple[int, ...] = (),
+    cuttable: bool = False,
 ) -> tuple[FactorSpec, ...]:
     """A over ``inputs`` (and the homogeneous coordinate) and G over ``outputs``.
 
     Args:
         lead: (groups,) where there is one block a group.
+        cuttable: whether the tap can record the sub-blocks of a side that is too large.
     """
     return (
-        _side(site, "A", "input", inputs + bias, lead),
-        gradient_side(site, outputs, lead),
+        _side(site, "A", "input", inputs + bias, lead, cuttable),
+        _side(site, "G", "gradient", outputs, lead, cuttable),
     )
 
 
 def too_wide(site: Site, factors: Collection[FactorSpec]) -> str | None:
-    """The reason why a side that could be a matrix is a diagonal."""
+    """The reason why a side that could be a matrix is not."""
+    limit = f"above max_factor_dim={site.max_factor_dim}"
     wide = [f"{f.name} of side {f.shape[-1]}" for f in factors if f.diagonal]
-    if not wide:
-        return None
-    return f"{' and '.join(wide)} above max_factor_dim={site.max_factor_dim}, kept as a diagonal"
+    reasons = [f"{' and '.join(wide)} {limit}, kept as a diagonal"] if wide else []
+    reasons += [
+        f"{f.name} of side {f.cut} {limit}, cut into {f.shape[0]} sub-blocks of {f.shape[-1]}"
+        for f in factors
+        if f.cut
+    ]
+    return "; ".join(reasons) or None
 
 
 def covariance_factor(dim: int, count: int = 1) -> tuple[FactorSpec, Approximation]:

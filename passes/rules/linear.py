@@ -48,7 +48,14 @@ def dense_use(
     if bias is not None:
         parameters.append(bias.name)
         layouts.append(bias.layout.reshape((outputs,)))
-    factors = kronecker_factors(site, inputs, outputs, bias=bias is not None, lead=tuple(lead))
+    factors = kronecker_factors(
+        site,
+        inputs,
+        outputs,
+        bias=bias is not None,
+        lead=tuple(lead),
+        cuttable=weight.derived is None,
+    )
     use = ParameterUse(
         kind="linear",
         node=call.node.name,
