@@ -24,6 +24,7 @@ from kfac_fx.ir import (
 )
 from kfac_fx.ops import STORE
 from kfac_fx.passes.rules import Refusal, Site, rules_for
+from kfac_fx.passes.rules.embedding import as_table
 from kfac_fx.passes.rules.generic import case_tap
 
 log = logging.getLogger("kfac_fx")
@@ -151,6 +152,12 @@ def placeable(uses: Sequence[ParameterUse], graph: fx.Graph) -> list[ParameterUs
     A running model is seen one call at a time: what it does with a result later is not known.
     """
     nodes = {node.name: node for node in graph.nodes}
+    uses = [
+        as_table(use)
+        if use.kind == "embedding" and use.tap and not _at_its_call(use, use.tap, nodes[use.node])
+        else use
+        for use in uses
+    ]
     weak: dict[str, ParameterUse] = {}
     while True:
         new = [

@@ -21,6 +21,21 @@ class _Matches:
     uses: dict[str, list[ParameterUse]] = field(default_factory=dict)
     refusals: dict[str, str] = field(default_factory=dict)
 
+    def drop_inner(self, view: GraphView) -> None:
+        """Leaves out uses that are steps of computing a weight whose use is there as a whole."""
+        for name, uses in self.uses.items():
+            whole = {use.node for use in uses if use.tap is not None and use.tap.scale is not None}
+            nodes = {node.name: node for node in view.graph.nodes} if whole else {}
+            inner = [
+                use
+                for use in uses
+                if whole
+                and use.node not in whole
+                and {end.name for end in view.ends(nodes[use.node])} <= whole
+            ]
+            for use in inner:
+                self.uses[name].remove(use)
+
     def add(self, use: ParameterUse) -> None:
         for name in use.parameters:
             self.uses.setdefault(name, []).append(use)
@@ -84,6 +99,7 @@ def _match(site: Site) -> _Matches:
                     else:
                         matches.add(use)
                 break
+    matches.drop_inner(site.view)
     return matches
 
 

@@ -46,7 +46,7 @@ def derivations(
     """
     if not isinstance(value, fx.Node) or view.depends_on_data(value):
         return
-    nodes = _ancestors(value)
+    nodes = ancestors(value)
     held = [(node, view.reference(node)) for node in nodes]
     sources = [(n, r) for n, r in held if r is not None and r.name in names and r.layout.whole]
     values = _evaluate(view, nodes, {}) if sources else None
@@ -67,7 +67,7 @@ def derivations(
         yield reference.name, layout, found
 
 
-def _ancestors(value: fx.Node, stop: fx.Node | None = None) -> list[fx.Node]:
+def ancestors(value: fx.Node, stop: fx.Node | None = None) -> list[fx.Node]:
     """``value`` and all that it is computed from, in the graph's order, not looking behind stop."""
     found, todo = {value}, [value]
     while todo:
@@ -80,7 +80,7 @@ def _ancestors(value: fx.Node, stop: fx.Node | None = None) -> list[fx.Node]:
 
 def _gate(view: GraphView, source: fx.Node, name: str, result: fx.Node) -> bool:
     """Whether every way from the parameter to the result goes through the source."""
-    roots = [n for n in _ancestors(result, source) if n.op == "get_attr" and n is not source]
+    roots = [n for n in ancestors(result, source) if n.op == "get_attr" and n is not source]
     references = [view.reference(root) for root in roots]
     return all(reference is None or reference.name != name for reference in references)
 
@@ -136,7 +136,7 @@ def _run(view: GraphView, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
 
 
 def _function(view: GraphView, source: fx.Node, result: fx.Node) -> Callable[[Tensor], Tensor]:
-    nodes = _ancestors(result, source)
+    nodes = ancestors(result, source)
 
     def function(parameter: Tensor) -> Tensor:
         values = _evaluate(view, nodes, {source: parameter})

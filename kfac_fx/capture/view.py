@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from kfac_fx.capture.derived import Derivation, derivations
+from kfac_fx.capture.derived import Derivation, ancestors, derivations
 from kfac_fx.capture.dialect import LIKE_READERS, SHAPE_READERS, bind, row_of
 from kfac_fx.capture.modules import Member, translate
 from kfac_fx.capture.views import seen_through, split_layouts
@@ -89,6 +89,29 @@ class GraphView:
     def depends_on_data(self, value: Any) -> bool:
         """Whether the value of a node is computed from the model's inputs."""
         return isinstance(value, fx.Node) and value in self._data
+
+    def is_per_case(self, value: Any) -> bool:
+        """Whether a node's value depends on the data, or is a copy for each case of what does not.
+
+        Copies are known by an expansion to the first size of an input.
+        """
+        if not isinstance(value, fx.Node):
+            return False
+        return value in self._data or any(map(self._copies, ancestors(value)))
+
+    def _copies(self, node: fx.Node) -> bool:
+        call = self._calls[node]
+        if call is None or call.operation not in ("expand", "repeat"):
+            return False
+        sizes = call.get("shape")
+        return bool(sizes) and self._counts_cases(sizes[0])
+
+    def _counts_cases(self, size: Any) -> bool:
+        """Whether a node is the first size of what depends on the data."""
+        if not isinstance(size, fx.Node) or len(size.args) != 2 or size.args[1] != 0:
+            return False
+        shape: Any = size.args[0]
+        return any(arg in self._data for arg in (shape, *getattr(shape, "all_input_nodes", ())))
 
     def tensor(self, member: Any) -> Tensor | None:
         """The tensor of the module that a member or ``get_attr`` node stands for."""

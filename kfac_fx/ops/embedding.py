@@ -71,8 +71,24 @@ def _tap(
     return tapped(y, statistics, [ids], factors)
 
 
+def _table(
+    y: Tensor, ids: Tensor, A: Tensor, G: Tensor, positions: Tensor | None, padding_idx: int
+) -> Tensor:
+    """Rows that are the same for all cases are the positions of one case."""
+    factors = [A, G] if positions is None else [A, G, positions]
+    if not recording(factors):
+        return y
+    statistics = EmbeddingStatistics(padding_idx, A.shape[0], G.dim() == 1)
+    return tapped(y, statistics, [ids.unsqueeze(0)], factors)
+
+
 define(
     "embedding(Tensor y, Tensor ids, Tensor? like, Tensor A, Tensor G, Tensor? positions, "
     "int padding_idx) -> Tensor",
     _tap,
+)
+define(
+    "table_embedding(Tensor y, Tensor ids, Tensor A, Tensor G, Tensor? positions, "
+    "int padding_idx) -> Tensor",
+    _table,
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,6 +66,24 @@ class LinearStatistics:
         return result
 
 
+class TableStatistics(LinearStatistics):
+    """(A, G) where the input is the same for all cases: its rows are the positions of one case.
+
+    What reaches it of the derivative is summed over the cases, which is one draw of the same
+    second moment where the cases are independent draws of mean zero (the sampled Fisher).
+    """
+
+    def __call__(
+        self,
+        g: Tensor,
+        tensors: Sequence[Tensor | None],
+        wanted: Sequence[bool],
+        dtype: torch.dtype,
+    ) -> list[Tensor | None]:
+        lifted = [None if t is None else t.unsqueeze(0) for t in tensors]
+        return super().__call__(g.unsqueeze(0), lifted, wanted, dtype)
+
+
 def _cut(factor: Tensor) -> int:
     """The number of sub-blocks that a factor without groups keeps."""
     return factor.shape[0] if factor.dim() == 3 else 1
@@ -86,18 +105,44 @@ def _tap(
     factors = [A, G] if positions is None else [A, G, positions]
     if not recording(factors):
         return y
+    options = _options(A, G, x_dims, y_dims, x_groups, y_groups, bias, reduce)
+    return tapped(y, LinearStatistics(*options), [x], factors)
+
+
+def _table(
+    y: Tensor,
+    x: Tensor,
+    A: Tensor,
+    G: Tensor,
+    positions: Tensor | None,
+    x_dims: list[int],
+    y_dims: list[int],
+    x_groups: list[int],
+    y_groups: list[int],
+    bias: bool,
+    reduce: bool,
+) -> Tensor:
+    factors = [A, G] if positions is None else [A, G, positions]
+    if not recording(factors):
+        return y
+    dims = ([dim + (dim >= 0) for dim in dims] for dims in (x_dims, y_dims, x_groups, y_groups))
+    return tapped(y, TableStatistics(*_options(A, G, *dims, bias, reduce)), [x], factors)
+
+
+def _options(A: Tensor, G: Tensor, *options: Any) -> tuple[Any, ...]:
+    """The fields of ``LinearStatistics``: what the tap was called with, and the factors' forms."""
+    _, _, _, y_groups, _, _ = options
     vector = 1 + (len(y_groups) > 0)
     diagonal = (A.dim() == vector, G.dim() == vector)
-    cut = (1, 1) if y_groups else (_cut(A), _cut(G))
-    statistics = LinearStatistics(x_dims, y_dims, x_groups, y_groups, bias, reduce, diagonal, cut)
-    return tapped(y, statistics, [x], factors)
+    return (*options, diagonal, (1, 1) if y_groups else (_cut(A), _cut(G)))
 
 
-define(
-    "linear(Tensor y, Tensor x, Tensor A, Tensor G, Tensor? positions, "
-    "int[] x_dims, int[] y_dims, int[] x_groups, int[] y_groups, bool bias, bool reduce) -> Tensor",
-    _tap,
+_ARGUMENTS = (
+    "(Tensor y, Tensor x, Tensor A, Tensor G, Tensor? positions, int[] x_dims, int[] y_dims, "
+    "int[] x_groups, int[] y_groups, bool bias, bool reduce) -> Tensor"
 )
+define("linear" + _ARGUMENTS, _tap)
+define("table" + _ARGUMENTS, _table)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kfac_fx.ops.tap import define, is_paused
@@ -64,7 +65,8 @@ class _RowScaled(torch.autograd.Function):
         s = s.to(statistic.dtype)
         if s.numel() == statistic.numel() > 1:  # the diagonal of G
             return statistic * s.reshape(statistic.shape).square(), None
-        s = s.reshape(statistic.shape[:-1])
+        places = statistic.shape[:-1]  # those of sub-blocks may be more than there are rows
+        s = F.pad(s, (0, places.numel() - s.numel())).reshape(places)
         return statistic * s.unsqueeze(-1) * s.unsqueeze(-2), None
 
 

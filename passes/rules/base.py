@@ -51,6 +51,18 @@ class Site:
         return reference if reference is not None and reference.name in self.open else None
 
 
+ONE_CASE = "its input is the same for all cases: the batch counts as one case"
+"""The reason of a use whose derivative comes summed over the cases."""
+
+
+ROWS_AS_CASES = "its input is the same for all cases: its rows count as cases"
+
+
+def joined(*reasons: str | None) -> str | None:
+    """The reasons that there are, in one."""
+    return "; ".join(reason for reason in reasons if reason) or None
+
+
 class Rule(Protocol):
     """Recognises one kind of parameter use; one file each."""
 
@@ -142,7 +154,7 @@ def shift_use(call: Call, site: Site, bias: Reference, channels: tuple[int, ...]
         approximation=approximation,
         tap=Tap("scale_shift", call.node.name, (None, None, None), options),
         path=(*bias.path, call.operation),
-        reason=too_large(dim),
+        reason=joined(too_large(dim), None if site.view.is_per_case(call.node) else ROWS_AS_CASES),
     )
 
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 from math import prod
 from typing import Any
 
+from torch import fx
+
 from kfac_fx.capture.view import Call
 from kfac_fx.ir import NodeRef, ParameterUse, Tap
 from kfac_fx.passes.rules.base import (
+    ONE_CASE,
     Answer,
     Refusal,
     Site,
+    joined,
     kronecker_factors,
     plain,
     shift_use,
@@ -57,8 +61,9 @@ class ConvolutionRule:
             return None if bias is None else shift_use(call, site, bias, (1,))
         if not plain(weight.layout):
             return Refusal("convolution: the weight is reshaped or permuted on its way")
-        if not site.view.depends_on_data(call.get("input")):
-            return Refusal("convolution: the input is no activation")
+        if not isinstance(call.get("input"), fx.Node):
+            return Refusal(f"{call.operation}: the input is no tensor of the graph")
+        table = not site.view.is_per_case(call.get("input"))
         outputs, channels, *kernel = weight.layout.shape
         stride, dilation = (spread(call.get(name, 1), dims) for name in ("stride", "dilation"))
         groups = call.get("groups", 1)
@@ -86,12 +91,12 @@ class ConvolutionRule:
             factors=factors,
             approximation="kronecker",
             tap=Tap(
-                "convolution",
+                "table_convolution" if table else "convolution",
                 call.node.name,
                 (NodeRef(call.get("input").name),),
                 (*geometry, bias is not None, site.reduce),
             ),
             path=(*weight.path, call.operation),
-            reason=too_wide(site, factors),
+            reason=joined(too_wide(site, factors), ONE_CASE if table else None),
         )
         return [through_derivation(use, weight), *extra]

@@ -20,7 +20,7 @@ from kfac_fx.capture.view import Reference
 from kfac_fx.ir import Layout, NodeRef, ParameterUse
 from kfac_fx.ir.use import Scale
 from kfac_fx.ops.row_scale import row_factors
-from kfac_fx.passes.rules.base import Refusal, Site
+from kfac_fx.passes.rules.base import Refusal, Site, joined
 
 POINTS = 4
 LEAST_SHARE = 0.25
@@ -51,12 +51,12 @@ def through_derivation(use: ParameterUse, weight: Reference) -> ParameterUse | R
         return Refusal(f"{way}: what it goes through does more than scale its rows")
     entrywise, share = measured
     nodes = NodeRef(derivation.result.name), NodeRef(derivation.source.name)
-    reasons = [] if use.reason is None else [use.reason]
+    reason = None
     if share is not None:
         part = f"{share:.1%} of its Jacobian" + " where that is not zero" * entrywise
-        reasons.append(f"{way}: taken as a factor for each row, {part}")
+        reason = f"{way}: taken as a factor for each row, {part}"
     tap = replace(use.tap, scale=Scale(*nodes, rows, entrywise))
-    return replace(use, tap=tap, reason="; ".join(reasons) or None)
+    return replace(use, tap=tap, reason=joined(use.reason, reason))
 
 
 def _rows(layout: Layout, seen: Layout) -> tuple[int, ...] | None:

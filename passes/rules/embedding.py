@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import fx
@@ -9,12 +10,14 @@ from torch import fx
 from kfac_fx.capture.view import Call, GraphView
 from kfac_fx.ir import FactorSpec, NodeRef, ParameterUse, Tap
 from kfac_fx.passes.rules.base import (
+    ONE_CASE,
     Answer,
     Refusal,
     Site,
     broadcast_with,
     expanded_over_cases,
     gradient_side,
+    joined,
 )
 
 NO_PADDING = -(2**31)
@@ -45,8 +48,8 @@ class EmbeddingRule:
         ids = _ids(call)
         if not isinstance(ids, fx.Node):
             return Refusal(f"{call.operation}: not one index of the table's rows")
-        tapped, like, consumer = call.node, None, None
-        if not site.view.depends_on_data(ids):
+        tapped, like, consumer, table = call.node, None, None, False
+        if not site.view.is_per_case(ids):
             tapped = _last_cast(site.view, tapped)
             other = broadcast_with(site.view, tapped)
             if other is not None:
@@ -54,14 +57,15 @@ class EmbeddingRule:
             elif expanded_over_cases(site.view, tapped):
                 tapped = next(iter(tapped.users))
             else:
-                return Refusal("embedding: the rows looked up are the same for all cases")
+                table = True
         rows, width = weight.layout.shape
         padding = call.get("padding_idx")
         if padding is None or (padding < 0 and call.aten):
             padding = NO_PADDING  # ATen says -1 where there is none
         elif padding < 0:
             padding += rows
-        return ParameterUse(
+        tap = Tap("embedding", tapped.name, (NodeRef(ids.name), like), (padding,), consumer)
+        use = ParameterUse(
             kind=self.kind,
             node=call.node.name,
             parameters=(weight.name,),
@@ -71,9 +75,17 @@ class EmbeddingRule:
                 gradient_side(site, width),
             ),
             approximation="kronecker",
-            tap=Tap("embedding", tapped.name, (NodeRef(ids.name), like), (padding,), consumer),
+            tap=tap,
             path=(*weight.path, call.operation),
         )
+        return as_table(use) if table else use
+
+
+def as_table(use: ParameterUse) -> ParameterUse:
+    """The use of an embedding, recorded at its call: all cases are one."""
+    assert use.tap is not None
+    tap = Tap("table_embedding", use.node, use.tap.tensors[:1], use.tap.options)
+    return replace(use, tap=tap, reason=joined(use.reason, ONE_CASE))
 
 
 def _last_cast(view: GraphView, node: fx.Node) -> fx.Node:

@@ -5,13 +5,17 @@ from __future__ import annotations
 from math import prod
 from typing import Any
 
+from torch import fx
+
 from kfac_fx.capture.view import Call, Reference
 from kfac_fx.ir import Layout, NodeRef, ParameterUse, Tap
 from kfac_fx.passes.rules.attention import attention_uses
 from kfac_fx.passes.rules.base import (
+    ONE_CASE,
     Answer,
     Refusal,
     Site,
+    joined,
     kronecker_factors,
     shift_use,
     too_wide,
@@ -38,8 +42,9 @@ def dense_use(
         dims: the feature dimensions of x and y.
         group_dims: the dimensions of x and y that count the groups.
     """
-    if not site.view.depends_on_data(x):
-        return Refusal(f"{call.operation}: the other operand is no activation")
+    if not isinstance(x, fx.Node):
+        return Refusal(f"{call.operation}: the other operand is no tensor of the graph")
+    table = not site.view.is_per_case(x)
     *lead, outputs, inputs = matrix.shape
     extra: list[ParameterUse] = []
     if bias is not None and (apart(weight, site) or prod(bias.layout.shape) != outputs):
@@ -64,13 +69,13 @@ def dense_use(
         factors=factors,
         approximation="kronecker",
         tap=Tap(
-            "linear",
+            "table" if table else "linear",
             call.node.name,
             (NodeRef(x.name),),
             (*dims, *group_dims, bias is not None, site.reduce),
         ),
         path=(*weight.path, call.operation),
-        reason=too_wide(site, factors),
+        reason=joined(too_wide(site, factors), ONE_CASE if table else None),
     )
     return [through_derivation(use, weight), *extra]
 

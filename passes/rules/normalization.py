@@ -7,10 +7,12 @@ from typing import Any
 from kfac_fx.capture.view import Call
 from kfac_fx.ir import ParameterUse, Tap
 from kfac_fx.passes.rules.base import (
+    ROWS_AS_CASES,
     Answer,
     Refusal,
     Site,
     covariance_factor,
+    joined,
     node_ref,
     plain,
     shift_use,
@@ -59,7 +61,10 @@ class NormalizationRule:
             ),
             path=(*held[0].path, call.operation),
             # 2x2 blocks are what a large layer gets by design, a diagonal is not.
-            reason=too_large(dim) if approximation == "diagonal" else None,
+            reason=joined(
+                too_large(dim) if approximation == "diagonal" else None,
+                None if site.view.is_per_case(call.get("input")) else ROWS_AS_CASES,
+            ),
         )
 
     @staticmethod

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from math import prod
 
+from torch import fx
+
 from kfac_fx.capture.view import Call
 from kfac_fx.ir import NodeRef, ParameterUse, Tap
 from kfac_fx.ops.convolution import TRANSPOSED
 from kfac_fx.passes.rules.base import (
+    ONE_CASE,
     Answer,
     Refusal,
     Site,
+    joined,
     kronecker_factors,
     plain,
     shift_use,
@@ -33,8 +37,9 @@ class TransposedConvolutionRule:
             return None if bias is None else shift_use(call, site, bias, (1,))
         if not plain(weight.layout):
             return Refusal(f"{call.operation}: the weight is reshaped or permuted on its way")
-        if not site.view.depends_on_data(call.get("input")):
-            return Refusal(f"{call.operation}: the input is no activation")
+        if not isinstance(call.get("input"), fx.Node):
+            return Refusal(f"{call.operation}: the input is no tensor of the graph")
+        table = not site.view.is_per_case(call.get("input"))
         channels, outputs, *kernel = weight.layout.shape
         numbers = (call.get("stride", 1), call.get("dilation", 1), call.get("padding", 0))
         stride, dilation, padding = (spread(value, dims) for value in numbers)
@@ -53,6 +58,7 @@ class TransposedConvolutionRule:
         factors = kronecker_factors(site, inputs, outputs, bias=bias is not None, lead=lead)
         geometry = (tuple(kernel), stride, dilation, padding, TRANSPOSED, groups)
         options = (*geometry, bias is not None, site.reduce)
+        operator = "table_convolution" if table else "convolution"
         use = ParameterUse(
             kind=self.kind,
             node=call.node.name,
@@ -60,8 +66,8 @@ class TransposedConvolutionRule:
             layouts=tuple(layouts),
             factors=factors,
             approximation="kronecker",
-            tap=Tap("convolution", call.node.name, (NodeRef(call.get("input").name),), options),
+            tap=Tap(operator, call.node.name, (NodeRef(call.get("input").name),), options),
             path=(*weight.path, call.operation),
-            reason=too_wide(site, factors),
+            reason=joined(too_wide(site, factors), ONE_CASE if table else None),
         )
         return [through_derivation(use, weight), *extra]
