@@ -27,7 +27,7 @@ def attention_uses(site: Site, use: ParameterUse | Refusal) -> Sequence[Paramete
     width = _width(site.view, use.parameters[0])
     start = _first_row(use.layouts[0])
     tap = use.tap
-    if width is None or start is None or tap is None or tap.scale is not None:
+    if width is None or start is None or tap is None or tap.scale or tap.operator != "linear":
         return [use]
     outputs, inputs = use.layouts[0].shape
     if start % width or outputs % width:
