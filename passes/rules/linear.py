@@ -59,7 +59,7 @@ def dense_use(
         outputs,
         bias=bias is not None,
         lead=tuple(lead),
-        cuttable=weight.derived is None,
+        cuttable=True,
     )
     use = ParameterUse(
         kind="linear",
