@@ -2,13 +2,15 @@
 
 from kfac_fx import errors
 from kfac_fx.api import transform
-from kfac_fx.ir import CurvatureBlock, CurvatureGraph
+from kfac_fx.ir import Coupling, CurvatureBlock, CurvatureGraph, Edge
 from kfac_fx.optim import Preconditioner, likelihoods
 from kfac_fx.passes.rules import register_rule
 
 __all__ = [
+    "Coupling",
     "CurvatureBlock",
     "CurvatureGraph",
+    "Edge",
     "Preconditioner",
     "errors",
     "likelihoods",

@@ -14,21 +14,24 @@ from kfac_fx.capture import CapturedModule, EagerModule
 from kfac_fx.capture import capture as capture_model
 from kfac_fx.config import (
     CAPTURES,
+    COUPLINGS,
     LARGE_FACTORS,
     MAX_FACTOR_DIM,
     STRUCTURES,
     WEIGHT_SHARING,
     choice,
 )
-from kfac_fx.errors import CoverageError, NoParametersError, UnsupportedStructureError
+from kfac_fx.errors import CoverageError, NoParametersError
 from kfac_fx.ir import CurvatureGraph
 from kfac_fx.passes import (
     EagerTaps,
+    find_couplings,
     find_uses,
     gather_blocks,
     instrument,
     placeable,
     strip_taps,
+    with_couplings,
 )
 
 log = logging.getLogger("kfac_fx")
@@ -39,7 +42,8 @@ def transform(
     example_inputs: Any = None,
     *,
     example_kwargs: Mapping[str, Any] | None = None,
-    structure: str = "block_diagonal",
+    structure: str = "block_tridiagonal",
+    couplings: str = "topology",
     exclude: Collection[str] = (),
     strict: bool = False,
     weight_sharing: str = "expand",
@@ -58,7 +62,11 @@ def transform(
         example_inputs: positional arguments as a tuple (a single tensor counts as one), needed only
             where symbolic tracing cannot follow the model.
         example_kwargs: keyword arguments, likewise.
-        structure: "block_diagonal"; "block_tridiagonal" is not there yet.
+        structure: "block_tridiagonal" couples each layer with the one that follows it, along a
+            spanning forest of the graph's dependencies (Martens & Grosse 2015, section 4.3);
+            "block_diagonal" takes layers as independent.
+        couplings: "topology" prefers direct successors to skips; "data" records more pairs, and
+            the preconditioner takes those with the most mutual information.
         exclude: names or globs of parameters or modules that are left alone.
         strict: raise where a parameter would get a weaker block than its kind allows.
         weight_sharing: "expand" treats the positions that share a weight as uncorrelated cases,
@@ -77,16 +85,13 @@ def transform(
         CaptureError: the model cannot be captured; names the line and what to pass.
         NoParametersError: there is nothing to precondition.
         CoverageError: ``strict`` and a fallback; names the parameters.
-        UnknownOptionError, UnsupportedStructureError: an option is wrong.
+        UnknownOptionError: an option is wrong.
     """
     choice("structure", structure, STRUCTURES)
+    choice("couplings", couplings, COUPLINGS)
     choice("weight_sharing", weight_sharing, WEIGHT_SHARING)
     choice("large_factors", large_factors, LARGE_FACTORS)
     choice("capture", capture, CAPTURES)
-    if structure != "block_diagonal":
-        raise UnsupportedStructureError(
-            f"structure={structure!r} is not implemented yet; use structure='block_diagonal'"
-        )
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     frozen = tuple(n for n, p in model.named_parameters() if not p.requires_grad)
     excluded = tuple(n for n in sizes if n not in frozen and _matches(n, exclude))
@@ -118,6 +123,10 @@ def transform(
     covered = {name for block in blocks.values() for name in block.parameters}
     unused = tuple(name for name in names if name not in covered)
     curvature = CurvatureGraph(blocks, frozen, excluded, unused, sizes, structure, route)
+    if structure == "block_tridiagonal":
+        by_data = couplings == "data"
+        dependencies = find_couplings(module, module.graph, blocks, by_data=by_data)
+        curvature = with_couplings(curvature, dependencies)
     _check_coverage(curvature, strict)
     module.meta["kfac_fx"] = curvature
     instrument(module, found)

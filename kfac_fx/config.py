@@ -8,6 +8,7 @@ from typing import Final
 from kfac_fx.errors import UnknownOptionError
 
 STRUCTURES: Final = ("block_diagonal", "block_tridiagonal")
+COUPLINGS: Final = ("topology", "data")
 FISHERS: Final = ("sampled", "exact", "empirical")
 WEIGHT_SHARING: Final = ("expand", "reduce")
 LARGE_FACTORS: Final = ("diagonal", "blocks")

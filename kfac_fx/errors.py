@@ -19,10 +19,6 @@ class UnknownOptionError(KFACError, ValueError):
     """An option has a value that is not among the valid ones."""
 
 
-class UnsupportedStructureError(KFACError, NotImplementedError):
-    """The structure of the curvature is known, but no program can be generated for it."""
-
-
 class CoverageError(KFACError, RuntimeError):
     """``strict=True`` and a parameter would get a weaker block than its kind allows."""
 

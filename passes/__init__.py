@@ -1,6 +1,7 @@
 """Graph passes: from parameter uses to an instrumented graph."""
 
 from kfac_fx.passes.eager_taps import EagerTaps, placeable
+from kfac_fx.passes.find_couplings import find_couplings, with_couplings
 from kfac_fx.passes.find_uses import find_uses
 from kfac_fx.passes.gather_blocks import gather_blocks
 from kfac_fx.passes.insert_taps import insert_taps, instrument, is_tap
@@ -8,6 +9,7 @@ from kfac_fx.passes.strip_taps import strip_taps
 
 __all__ = [
     "EagerTaps",
+    "find_couplings",
     "find_uses",
     "gather_blocks",
     "insert_taps",
@@ -15,4 +17,5 @@ __all__ = [
     "is_tap",
     "placeable",
     "strip_taps",
+    "with_couplings",
 ]

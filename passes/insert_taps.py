@@ -11,6 +11,7 @@ from torch import fx, nn
 from kfac_fx.capture.module import CapturedModule
 from kfac_fx.ir import CurvatureBlock, NodeRef, ParameterUse
 from kfac_fx.ops import STORE
+from kfac_fx.passes.insert_links import add_cross_buffers, insert_links
 from kfac_fx.passes.replace_node import fill
 
 KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "custom")
@@ -117,6 +118,8 @@ def instrument(module: CapturedModule, found: Sequence[Mapping[str, CurvatureBlo
     """Buffers for the module's blocks, and taps for each graph from the blocks found in it."""
     blocks = module.curvature.blocks
     add_factor_buffers(module, blocks)
+    add_cross_buffers(module, module.curvature)
     for graph, here in zip(module.graphs, found, strict=True):
         insert_taps(graph, blocks, here)
+        insert_links(module, graph, here, module.curvature.pairs)
     module.recompile()

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import torch
 from torch import fx
 
 from kfac_fx.passes.insert_taps import is_tap
 from kfac_fx.passes.replace_node import replaces_node, restore
 
+_LINK = torch.ops.kfac_fx.link.default
+
 
 def strip_taps(graph: fx.Graph) -> bool:
     """Removes all taps and the reads that only they used; whether there were any."""
     taps = [node for node in graph.nodes if is_tap(node)]
-    for tap in taps:
+    for tap in reversed(taps):  # readers of links before the links
         sources = tap.all_input_nodes
+        for part in list(tap.users) if tap.target is _LINK else ():
+            part.replace_all_uses_with(sources[0])
+            graph.erase_node(part)
         if replaces_node(tap):
             restore(graph, tap)
         else:

@@ -371,3 +371,72 @@ def solve_kronecker(A: Tensor, G: Tensor, V: Tensor, damping: float) -> Tensor:
 def solve_full(C: Tensor, v: Tensor, damping: float) -> Tensor:
     dense = torch.diag(C) if C.dim() == 1 else C
     return torch.linalg.inv(dense + damping * torch.eye(len(dense)).to(dense)).mv(v)
+
+
+# ------------------------------------------------------------------- couplings (block-tridiagonal)
+def averages_over_cells(positions: Sequence[int], grid: Sequence[int]) -> Tensor:
+    """[cells, positions]: torch's adaptive pooling as a matrix, scaled to shorten every vector."""
+    result = torch.ones(1, 1)
+    for size, cells in zip(positions, grid, strict=True):
+        pool = F.adaptive_avg_pool1d(torch.eye(size)[:, None], cells)[:, 0].T
+        result = torch.kron(result, pool / pool.sum(0).max().sqrt())
+    return result
+
+
+def cross_kronecker(
+    model: nn.Module,
+    names: tuple[str, str],
+    x: Batch,
+    y: Tensor | None,
+    likelihood: Likelihood,
+    fisher: str = "exact",
+    pooling: tuple[Tensor, Tensor] | None = None,
+    sharing: str = "expand",
+) -> tuple[Tensor, Tensor]:
+    """(A_ij, G_ij) of two layers that are called once; `pooling` has a matrix for each side."""
+    A, G, terms, count = 0.0, 0.0, 0.0, 0
+    for n, case in enumerate(cases(x)):
+        target = None if y is None else y[n : n + 1]
+        outputs, uses = run(model, names, case)
+        moment = case_moment(likelihood, fisher, outputs, target, [use.s for use in uses])
+        places, inputs, offset = [], [], 0
+        for use in uses:
+            index = torch.arange(use.s.numel()).reshape(use.s.shape) + offset
+            places.append(output_rows(use.layer, index).squeeze(1))
+            inputs.append(input_rows(use.layer, use.x).squeeze(1))
+            offset += use.s.numel()
+        (one, two), (S, T) = inputs, map(len, inputs)
+        block = moment[places[0][:, :, None, None], places[1][None, None]]  # [S, out, T, out']
+        if sharing == "reduce":
+            A, G = A + torch.outer(one.mean(0), two.mean(0)), G + block.sum((0, 2))
+        else:
+            P, Q = pooling or (torch.eye(S), torch.eye(T))
+            A = A + (P @ one).T @ (Q @ two)
+            G = G + torch.einsum("cs,sitj,ct->ij", P, block, Q) / (S * T) ** 0.5
+        terms, count = terms + likelihood.terms(outputs, target), count + 1
+    return A / count, G / terms
+
+
+Blocks = dict[str, tuple[Tensor, ...]]
+
+
+def tridiagonal_inverse(
+    factors: Blocks, cross: dict[tuple[str, str], tuple[Tensor, Tensor]], damping: float
+) -> tuple[Tensor, dict[str, slice]]:
+    """Xi^T Lambda Xi of a forest, dense, over the coupled blocks, and where each block stands.
+
+    The blocks' vectors are the columns of [W b], stacked.
+    """
+    names = [n for n in factors if any(n in pair for pair in cross)]
+    F_ii = {n: torch.kron(*tikhonov(*factors[n], damping)) for n in names}
+    ends = list(itertools.accumulate(len(F_ii[n]) for n in names))
+    places = {n: slice(e - len(F_ii[n]), e) for n, e in zip(names, ends, strict=True)}
+    Xi, Sigma = torch.eye(ends[-1]), torch.zeros(ends[-1], ends[-1])
+    for n in names:
+        Sigma[places[n], places[n]] = F_ii[n]
+    for (child, parent), (A, G) in cross.items():
+        F_ip, F_pp = torch.kron(A, G), F_ii[parent]
+        Psi = F_ip @ torch.linalg.inv(F_pp)
+        Xi[places[child], places[parent]] = -Psi
+        Sigma[places[child], places[child]] = F_ii[child] - Psi @ F_pp @ Psi.T
+    return Xi.T @ torch.linalg.inv(Sigma) @ Xi, places

@@ -144,7 +144,7 @@ MODELS: dict[str, Model] = {
 def test_against_dense_inverse(measure: Measure, kind: str, damping: float) -> None:
     build, shape, blocks = MODELS[kind]
     model, x = build(), torch.randn(8, *shape)
-    net = kfac_fx.transform(model)
+    net = kfac_fx.transform(model, structure="block_diagonal")
     measured = measure(net, x, None, Normal(), damping=damping)
     given = {name: torch.randn_like(parameter) for name, parameter in model.named_parameters()}
     before = {name: tensor.clone() for name, tensor in given.items()}
@@ -160,7 +160,7 @@ def test_against_dense_inverse(measure: Measure, kind: str, damping: float) -> N
 
 def test_step_replaces_gradients_by_apply(measure: Measure) -> None:
     model, x, likelihood = MODELS["linear"][0](), torch.randn(6, 4), Categorical()
-    net, y = kfac_fx.transform(model), torch.randint(3, (6,))
+    net, y = kfac_fx.transform(model, structure="block_diagonal"), torch.randint(3, (6,))
     model.zero_grad()
     gradients = dict(
         zip(
@@ -177,7 +177,9 @@ def test_step_replaces_gradients_by_apply(measure: Measure) -> None:
 
 def test_gradients_not_given_are_zero(measure: Measure) -> None:
     model = MODELS["linear"][0]()
-    measured = measure(kfac_fx.transform(model), torch.randn(6, 4), None, Categorical())
+    measured = measure(
+        kfac_fx.transform(model, structure="block_diagonal"), torch.randn(6, 4), None, Categorical()
+    )
     weight = torch.randn(5, 4)
     whole = {"0.weight": weight, "0.bias": torch.zeros(5), "2.weight": torch.zeros(3, 5)}
     found = measured.preconditioner.apply({"0.weight": weight})
@@ -188,7 +190,7 @@ def test_gradients_not_given_are_zero(measure: Measure) -> None:
 def test_dead_units(measure: Measure) -> None:
     """A zero factor: pi is 1, and the result is finite."""
     model = nn.Sequential(nn.Linear(4, 5, bias=False), nn.Tanh(), nn.Linear(5, 3))
-    net = kfac_fx.transform(model)
+    net = kfac_fx.transform(model, structure="block_diagonal")
     measured = measure(net, torch.zeros(6, 4), None, Normal(), damping=0.04)
     A, G = measured.factors["0"]
     assert A.abs().max() == 0 and G.abs().max() > 0
@@ -204,7 +206,7 @@ def test_trust_region(measure: Measure, trust_region: float) -> None:
     build, shape, _ = MODELS["norms"]
     model, x, likelihood = build(), torch.randn(6, *shape), Normal()
     y = likelihood.draw(model(x))
-    net = kfac_fx.transform(model)
+    net = kfac_fx.transform(model, structure="block_diagonal")
     measure(net, x, y, likelihood)
     free = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
@@ -222,7 +224,7 @@ def test_trust_region(measure: Measure, trust_region: float) -> None:
 def test_low_precision(measure: Measure, dtype: torch.dtype) -> None:
     """Factors are kept and inverted in float32 at least; results take the gradient's type."""
     model = MODELS["linear"][0]().to(dtype)
-    net, x = kfac_fx.transform(model), torch.randn(8, 4, dtype=dtype)
+    net, x = kfac_fx.transform(model, structure="block_diagonal"), torch.randn(8, 4, dtype=dtype)
     measured = measure(net, x, None, Normal())
     assert {f.dtype for factors in measured.factors.values() for f in factors} == {torch.float32}
     V = torch.randn(3, 5, dtype=dtype)

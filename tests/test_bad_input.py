@@ -143,9 +143,10 @@ def test_unknown_option_of_transform(options: dict[str, Any], valid: str) -> Non
     assert isinstance(caught.value, ValueError)
 
 
-def test_structure_that_does_not_exist_yet() -> None:
-    with pytest.raises(errors.UnsupportedStructureError):
-        kfac_fx.transform(mlp(), structure="block_tridiagonal")
+def test_couplings_that_were_not_recorded() -> None:
+    net = kfac_fx.transform(mlp(), structure="block_diagonal")
+    with pytest.raises(errors.UnknownOptionError, match="records no cross factors"):
+        kfac_fx.Preconditioner(net, structure="block_tridiagonal")
 
 
 # -------------------------------------------------------------------------------- preconditioner

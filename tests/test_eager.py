@@ -213,7 +213,7 @@ def test_factors_and_gradients_of_a_traceable_twin(
     model, likelihood = build(), Categorical()
     net, x = transformed(model), batch(sign)
     twin = twin_of(model, x)
-    traced = kfac_fx.transform(twin)
+    traced = kfac_fx.transform(twin, structure="block_diagonal")
     assert traced.curvature.route == "symbolic_trace"
     y = likelihood.draw(model(x))
     want = measure(traced, x, y, likelihood, fisher).factors

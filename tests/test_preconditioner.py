@@ -341,6 +341,7 @@ def test_micro_batches_are_one_batch(measure: Measure, fisher: str, reduction: s
 def test_memory_is_known_before_it_is_taken() -> None:
     net = kfac_fx.transform(model())
     preconditioner = make(net)
-    taken = sum(f.numel() for fs in preconditioner.factors.values() for f in fs)
+    groups = [*preconditioner.factors.values(), *preconditioner.cross_factors.values()]
+    taken = sum(factor.numel() for group in groups for factor in group)
     assert net.curvature.factor_elements == taken
     assert net.curvature.memory(8) == 16 * taken

@@ -145,7 +145,8 @@ def test_training_backward_runs_no_statistics(x: Tensor, fisher: str) -> None:
     """The draws are differentiated in observe(), without weight gradients; then it is over."""
     model = mlp()
     plain = products(lambda: loss_of(model, x).backward())
-    net = kfac_fx.transform(model)
+    # Cross factors of G have the shapes of weight gradients.
+    net = kfac_fx.transform(model, structure="block_diagonal")
     preconditioner = kfac_fx.Preconditioner(
         net, likelihood="categorical", damping=1e-2, fisher=fisher
     )
@@ -155,6 +156,22 @@ def test_training_backward_runs_no_statistics(x: Tensor, fisher: str) -> None:
     forward = products(lambda: model(x))
     assert len(backward.shapes) == len(plain.shapes) - len(forward.shapes)
     assert not STATISTICS & set(backward.shapes)
+
+
+@pytest.mark.parametrize("structure", ["block_tridiagonal", "block_diagonal"])
+def test_cross_factors_cost_two_products_a_pair(x: Tensor, structure: str) -> None:
+    """A and G of the pair where they are wanted, none where they are not."""
+    counts = []
+    for built in ("block_tridiagonal", "block_diagonal"):
+        net = kfac_fx.transform(mlp(), structure=built)
+        preconditioner = kfac_fx.Preconditioner(
+            net, structure=structure if built == "block_tridiagonal" else None, damping=1e-2
+        )
+        observed, backward = cycle(net, preconditioner, x)
+        counts.append((len(observed.shapes), len(backward.shapes)))
+    (coupled, training), (alone, same) = counts
+    assert coupled == alone + (2 if structure == "block_tridiagonal" else 0)
+    assert training == same
 
 
 def test_empirical_needs_no_backward_of_its_own(x: Tensor) -> None:

@@ -20,7 +20,8 @@ from kfac_fx.linalg.kronecker import (
 )
 
 
-def _sides(block: CurvatureBlock) -> list[FactorSpec]:
+def sides(block: CurvatureBlock) -> list[FactorSpec]:
+    """The block's factors without counts."""
     return [factor for factor in block.factors if factor.role != "count"]
 
 
@@ -38,7 +39,7 @@ def _cut_of(specs: Sequence[FactorSpec]) -> _Cut:
     return _Cut((a[0], g[0]), (a[1], g[1]))
 
 
-def _tikhonov(
+def tikhonov(
     build: ProgramBuilder, slot: str, pair: Sequence[Any], specs: Sequence[FactorSpec], gamma: Any
 ) -> list[Any]:
     """(A + pi gamma I, G + gamma / pi I); a diagonal side stays a vector."""
@@ -73,7 +74,7 @@ class Kronecker:
     """A (x) G with factored Tikhonov damping: (A + pi gamma I) (x) (G + gamma / pi I)."""
 
     def inverses(self, block: CurvatureBlock) -> tuple[str, ...]:
-        return tuple(f"{spec.name}_{block.slot}_inverse" for spec in _sides(block))
+        return tuple(f"{spec.name}_{block.slot}_inverse" for spec in sides(block))
 
     def refresh(
         self,
@@ -83,8 +84,8 @@ class Kronecker:
         damping: Damping,
         invert: Invert,
     ) -> dict[str, Any]:
-        specs = _sides(block)
-        pair = _tikhonov(build, block.slot, factors, specs, damping.gamma)
+        specs = sides(block)
+        pair = tikhonov(build, block.slot, factors, specs, damping.gamma)
         result: dict[str, Any] = {}
         for spec, matrix in zip(specs, pair, strict=True):
             name = f"{spec.name}_{block.slot}"
@@ -103,8 +104,8 @@ class Kronecker:
         self, build: ProgramBuilder, block: CurvatureBlock, inverses: Sequence[Any], V: Any
     ) -> Any:
         A_inverse, G_inverse = inverses
-        first, second = (spec.diagonal for spec in _sides(block))
-        cut = _cut_of(_sides(block))
+        first, second = (spec.diagonal for spec in sides(block))
+        cut = _cut_of(sides(block))
         V = filled_up(V, cut.missing)
         U = kronecker_product(A_inverse, G_inverse, V, diagonal=(first, second), cut=cut.parts)
         return without_filling(U, cut.missing)
@@ -131,8 +132,8 @@ class KroneckerSum:
         damping: Damping,
         invert: Invert,
     ) -> dict[str, Any]:
-        slot, specs = block.slot, _sides(block)
-        second = _tikhonov(build, slot, factors[2:], specs[2:], damping.gamma)
+        slot, specs = block.slot, sides(block)
+        second = tikhonov(build, slot, factors[2:], specs[2:], damping.gamma)
         result: dict[str, Any] = {}
         for side, plain, other in zip("AG", factors[:2], second, strict=True):
             here = [spec for spec in specs if spec.name[0] == side]
@@ -153,7 +154,7 @@ class KroneckerSum:
         self, build: ProgramBuilder, block: CurvatureBlock, inverses: Sequence[Any], V: Any
     ) -> Any:
         K_A, s_A, K_G, s_G = inverses
-        specs = _sides(block)
+        specs = sides(block)
         first, second = (all(s.diagonal for s in specs if s.name[0] == side) for side in "AG")
         cut = _cut_of(specs)
         V = filled_up(V, cut.missing)

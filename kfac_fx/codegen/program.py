@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from kfac_fx.codegen import block_diagonal
 from kfac_fx.codegen.builder import source
-from kfac_fx.errors import UnsupportedStructureError
-from kfac_fx.ir import CurvatureGraph
-from kfac_fx.linalg.positive import floored_inverse
+from kfac_fx.codegen.emit import emit_apply, emit_refresh
+from kfac_fx.ir import Coupling, CurvatureGraph
+from kfac_fx.linalg.positive import FLOORED
 
 log = logging.getLogger("kfac_fx")
 
@@ -25,20 +24,30 @@ class Program:
     ``refresh`` (factors and damping -> inverses) and ``apply`` (inverses and gradients -> updates)
     are separate, so inverses may be older than the gradients that they are applied to.
 
+    Args:
+        couplings: the forest; none for block-diagonal.
+        cast: parameters of lower precision than their factors.
+        compile: run both through torch.compile.
+
     Attributes:
         refresh_module, apply_module: the generated ``fx.GraphModule`` objects.
+        clamped: entries of conditionals that rounding had pushed to one, in the last refresh.
     """
 
     def __init__(
-        self, curvature: CurvatureGraph, cast: Collection[str] = (), *, compile: bool = False
+        self,
+        curvature: CurvatureGraph,
+        couplings: Collection[Coupling] = (),
+        cast: Collection[str] = (),
+        *,
+        compile: bool = False,
     ) -> None:
-        if curvature.structure != "block_diagonal":
-            raise UnsupportedStructureError(
-                f"no program can be generated yet for structure={curvature.structure!r}; "
-                "use 'block_diagonal'"
-            )
-        self.refresh_module = block_diagonal.emit_refresh(curvature)
-        self.apply_module = block_diagonal.emit_apply(curvature, cast)
+        self.refresh_module = emit_refresh(curvature, couplings)
+        self.apply_module = emit_apply(curvature, couplings, cast)
+        arguments = [n.name for n in self.apply_module.graph.nodes if n.op == "placeholder"]
+        self.inverse_names = tuple(arguments[: -len(curvature.covered)])
+        self.couplings = tuple(couplings)
+        self.clamped = 0
         self._curvature = curvature
         self._robust_module: fx.GraphModule | None = None
         self._refresh: Any = self.refresh_module
@@ -46,8 +55,6 @@ class Program:
         if compile:
             self._refresh = torch.compile(self.refresh_module, fullgraph=True, dynamic=False)
             self._apply = torch.compile(self.apply_module, fullgraph=True, dynamic=False)
-        arguments = [n.name for n in self.apply_module.graph.nodes if n.op == "placeholder"]
-        self.inverse_names = tuple(arguments[: -len(curvature.covered)])
 
     @property
     def code(self) -> str:
@@ -66,24 +73,33 @@ class Program:
 
     @torch.no_grad()
     def refresh(self, damping: Tensor, factors: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Inverses by name, from factors in the order of the blocks.
+        """Inverses by name.
 
-        Where rounding makes Cholesky fail, the inverse is taken with its eigenvalues raised to
-        rounding level, which is logged.
+        Where rounding makes Cholesky fail, the inverses are taken with eigenvalues raised to
+        rounding level; a conditional that is not positive is left out. Both are logged.
+
+        Args:
+            factors: in the order of the blocks, then A and G (child by parent) of every coupling.
         """
-        result: dict[str, Tensor] = dict(self._refresh(damping, *factors))
-        flags = {name: result.pop(name) for name in list(result) if name.startswith("failed_")}
-        if flags and int(torch.stack([flag.abs().sum() for flag in flags.values()]).sum()):
-            failed = [name.removeprefix("failed_") for name, flag in flags.items() if flag.any()]
-            log.warning("Cholesky failed for %s: eigenvalues were raised", ", ".join(failed))
-            robust = self._robust(damping, factors)
-            result |= {f"{name}_inverse": robust[f"{name}_inverse"] for name in failed}
+        result, flags = _split(self._refresh(damping, *factors))
+        failed = [name for name, count in flags.items() if count and name.startswith("failed_")]
+        if failed:
+            names = ", ".join(name.removeprefix("failed_") for name in failed)
+            log.warning("Cholesky failed for %s: eigenvalues were raised", names)
+            result, flags = _split(self._robust(damping, factors))
+        self.clamped = sum(n for name, n in flags.items() if name.startswith("clamped_"))
+        for coupling in self.couplings:
+            if flags[f"indefinite_{self._curvature.blocks[coupling.child].slot}"]:
+                log.warning(
+                    "%s given %s is not positive: the coupling is left out until the next refresh",
+                    *(coupling.child, coupling.parent),
+                )
         return result
 
     def _robust(self, damping: Tensor, factors: Sequence[Tensor]) -> Mapping[str, Tensor]:
         if self._robust_module is None:
             with torch.no_grad():
-                self._robust_module = block_diagonal.emit_refresh(self._curvature, floored_inverse)
+                self._robust_module = emit_refresh(self._curvature, self.couplings, FLOORED)
         result: Mapping[str, Tensor] = self._robust_module(damping, *factors)
         return result
 
@@ -96,3 +112,16 @@ class Program:
             *(inverses[name] for name in self.inverse_names), *gradients
         )
         return result
+
+
+_FLAGS = ("failed_", "clamped_", "indefinite_")
+
+
+def _split(outputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Inverses and flags; one synchronisation for all flags."""
+    inverses = {name: value for name, value in outputs.items() if not name.startswith(_FLAGS)}
+    names = [name for name in outputs if name.startswith(_FLAGS)]
+    if not names:
+        return inverses, {}
+    counts = torch.stack([outputs[name].long().abs().sum() for name in names]).tolist()
+    return inverses, dict(zip(names, map(int, counts), strict=True))

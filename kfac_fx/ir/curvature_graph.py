@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from math import prod
 from types import MappingProxyType
 
+from kfac_fx.ir.coupling import Coupling, Edge, Pair, parents
 from kfac_fx.ir.layout import Layout
 from kfac_fx.ir.use import Approximation, FactorSpec, ParameterUse
 
@@ -72,9 +73,15 @@ class Coverage:
 class CurvatureGraph:
     """All curvature blocks of a model, in the order of the forward pass.
 
-    ``frozen``, ``excluded`` and ``unused`` name the parameters that have no block, with their
-    sizes: those that do not require a gradient, those the user left out, and those that the
-    outputs do not depend on.
+    Attributes:
+        frozen, excluded, unused: parameters that have no block: those that do not require a
+            gradient, those the user left out, and those that the outputs do not depend on.
+        edges: how the blocks follow each other in the graph.
+        pairs: the blocks whose cross factors are recorded, candidates for couplings.
+        couplings: the forest of block-tridiagonal K-FAC; ``parent`` is the same as a mapping.
+        uncoupled: block -> the reason why it is coupled with none.
+        selection: whether the "topology" chose the couplings for good, or the "data" may choose
+            others among the pairs.
     """
 
     blocks: Mapping[str, CurvatureBlock]
@@ -84,10 +91,15 @@ class CurvatureGraph:
     sizes: Mapping[str, int] = field(default_factory=dict)
     structure: str = "block_diagonal"
     route: str = "symbolic_trace"
+    edges: tuple[Edge, ...] = ()
+    pairs: tuple[Pair, ...] = ()
+    couplings: tuple[Coupling, ...] = ()
+    uncoupled: Mapping[str, str] = field(default_factory=dict)
+    selection: str = "topology"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "blocks", MappingProxyType(dict(self.blocks)))
-        object.__setattr__(self, "sizes", MappingProxyType(dict(self.sizes)))
+        for name in ("blocks", "sizes", "uncoupled"):
+            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
 
     def __reduce__(self) -> tuple[type[CurvatureGraph], tuple[object, ...]]:
         # Read-only mappings can be neither copied nor pickled.
@@ -99,6 +111,11 @@ class CurvatureGraph:
             dict(self.sizes),
             self.structure,
             self.route,
+            self.edges,
+            self.pairs,
+            self.couplings,
+            dict(self.uncoupled),
+            self.selection,
         )
 
     @property
@@ -107,9 +124,15 @@ class CurvatureGraph:
         return {name: block.name for block in self.blocks.values() for name in block.parameters}
 
     @property
+    def parent(self) -> Mapping[str, str]:
+        """Child -> parent: the forest of couplings."""
+        return parents(self.couplings)
+
+    @property
     def factor_elements(self) -> int:
         """Entries of all factors; what ``Preconditioner`` will allocate, known before it does."""
-        return sum(prod(f.shape) for block in self.blocks.values() for f in block.factors)
+        holders: list[CurvatureBlock | Pair] = [*self.blocks.values(), *self.pairs]
+        return sum(prod(f.shape) for holder in holders for f in holder.factors)
 
     def memory(self, itemsize: int = 4) -> int:
         """Bytes of all factors and of their inverses, once they are refreshed.

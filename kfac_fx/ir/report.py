@@ -43,9 +43,22 @@ def table(curvature: CurvatureGraph) -> str:
     ]
     lines += ["", f"coverage of {coverage.total:,} parameters: " + ", ".join(parts)]
     lines.append(f"factors and inverses in float32: {curvature.memory() / 2**20:,.2f} MiB")
+    lines += _couplings(curvature)
     lines += [f"weaker than it could be: {b.name}: {b.reason}" for b in curvature.fallbacks]
     for label in ("frozen", "excluded", "unused"):
         names = getattr(curvature, label)
         if names:
             lines.append(f"{label}: " + ", ".join(names))
     return "\n".join(lines)
+
+
+def _couplings(curvature: CurvatureGraph) -> list[str]:
+    """The forest, and who is in no tree for which reason."""
+    if curvature.structure != "block_tridiagonal":
+        return []
+    lines = [f"couplings ({curvature.selection}): {len(curvature.couplings)}"]
+    lines += [f"  {c.child} given {c.parent}" for c in curvature.couplings]
+    reasons: dict[str, list[str]] = {}
+    for name, reason in curvature.uncoupled.items():
+        reasons.setdefault(reason, []).append(name)
+    return lines + [f"not coupled: {', '.join(ns)}: {reason}" for reason, ns in reasons.items()]

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
 from kfac_fx.linalg.damping import damped
 
 
-def cholesky_inverse(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """The inverse by Cholesky of [..., d, d], and flags [...] that are not zero where it failed."""
+def _root(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """The lower Cholesky root, the identity where it failed, and flags."""
     factorisation = torch.linalg.cholesky_ex(matrix)
     failed = factorisation[1]
-    # cholesky_inverse raises at a zero on the diagonal: a failed root becomes the identity.
     root = torch.where((failed != 0).unsqueeze(-1).unsqueeze(-1), 0.0, factorisation[0])
-    return torch.cholesky_inverse(damped(root, (failed != 0).to(matrix.dtype))), failed
+    return damped(root, (failed != 0).to(matrix.dtype)), failed
+
+
+def cholesky_inverse(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverse by Cholesky of [..., d, d], and flags [...] that are not zero where it failed."""
+    root, failed = _root(matrix)
+    return torch.cholesky_inverse(root), failed
+
+
+def cholesky_whitener(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """W with W matrix W^T = I and W^T W = matrix^-1, of [..., d, d], and flags as above."""
+    root, failed = _root(matrix)
+    identity = torch.diag_embed(torch.ones_like(torch.diagonal(root, 0, -2, -1)))
+    return torch.linalg.solve_triangular(root, identity, upper=False), failed
 
 
 def raised(eigenvalues: Tensor) -> Tensor:
@@ -33,3 +48,21 @@ def floored_inverse(matrix: Tensor) -> tuple[Tensor, Tensor]:
     values, vectors = raised(spectrum[0]), spectrum[1]
     inverse = (vectors / values.unsqueeze(-2)) @ vectors.mT
     return inverse, torch.zeros_like(matrix[..., 0, 0], dtype=torch.int32)
+
+
+def floored_whitener(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """``cholesky_whitener`` with the eigenvalues of [..., d, d] raised; it cannot fail."""
+    spectrum = torch.linalg.eigh(matrix)
+    whitener = torch.rsqrt(raised(spectrum[0])).unsqueeze(-1) * spectrum[1].mT
+    return whitener, torch.zeros_like(matrix[..., 0, 0], dtype=torch.int32)
+
+
+class Factorise(NamedTuple):
+    """How a positive matrix is inverted and whitened; both also say where they failed."""
+
+    inverse: Callable[[Any], tuple[Any, Any]]
+    whitener: Callable[[Any], tuple[Any, Any]]
+
+
+CHOLESKY = Factorise(cholesky_inverse, cholesky_whitener)
+FLOORED = Factorise(floored_inverse, floored_whitener)

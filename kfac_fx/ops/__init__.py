@@ -1,5 +1,6 @@
 """The tap operators and the statistics of each kind of use."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
@@ -8,6 +9,7 @@ from kfac_fx.ops import (
     bilinear,
     cases,
     convolution,
+    coupling,
     embedding,
     grouped,
     linear,
@@ -36,11 +38,25 @@ def factor_buffers(net: Any) -> dict[str, tuple[Tensor, ...]]:
     }
 
 
+def all_buffers(net: Any) -> list[Tensor]:
+    """All buffers whose gradients are statistics."""
+    return list(getattr(net, STORE).buffers())
+
+
+def cross_buffers(net: Any, pairs: Iterable[Any]) -> list[tuple[Tensor, Tensor]]:
+    """The buffers of A and G of each ``kfac_fx.ir.Pair``."""
+    slots = [getattr(getattr(net, STORE), pair.slot) for pair in pairs]
+    return [(slot.A, slot.G) for slot in slots]
+
+
 __all__ = [
     "STORE",
+    "all_buffers",
     "bilinear",
     "cases",
     "convolution",
+    "coupling",
+    "cross_buffers",
     "embedding",
     "factor_buffers",
     "grouped",

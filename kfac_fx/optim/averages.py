@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kfac_fx.ir import CurvatureBlock
+from kfac_fx.errors import ParameterChangedError
+from kfac_fx.ir import Coupling, CurvatureBlock, CurvatureGraph, Pair
+from kfac_fx.ops import cross_buffers, factor_buffers
 
 
 @dataclass
 class Entry:
-    """A block with its parameters, the buffers that its taps fill, and its running averages.
+    """A block or pair with its parameters, the buffers that taps fill, and its running averages.
 
     Attributes:
         recorded: number of statistics in the averages.
     """
 
-    block: CurvatureBlock
+    block: CurvatureBlock | Pair
     parameters: tuple[nn.Parameter, ...]
     buffers: tuple[Tensor, ...]
     averages: tuple[Tensor, ...]
@@ -28,15 +31,21 @@ class Entry:
     @classmethod
     def zero(
         cls,
-        block: CurvatureBlock,
+        block: CurvatureBlock | Pair,
         parameters: tuple[nn.Parameter, ...],
         buffers: tuple[Tensor, ...],
+        like: Tensor,
     ) -> Entry:
-        """An entry without statistics, in the parameters' precision but at least float32."""
-        like = parameters[0]
+        """An entry without statistics, in the precision of ``like`` but at least float32."""
         dtype = torch.promote_types(like.dtype, torch.float32)
         averages = (torch.zeros(f.shape, dtype=dtype, device=like.device) for f in block.factors)
         return cls(block, parameters, buffers, tuple(averages))
+
+    @property
+    def factors(self) -> tuple[Tensor, ...]:
+        """The averages without counts."""
+        found = zip(self.block.factors, self.averages, strict=True)
+        return tuple(average for spec, average in found if spec.role != "count")
 
     def statistics(self, found: Mapping[int, Tensor]) -> list[Tensor] | None:
         """New statistics in the scale of one likelihood term, or None where none came.
@@ -96,3 +105,73 @@ def fold(
     for weight, (averages, values) in by_weight.items():
         torch._foreach_lerp_(averages, values, weight)
     return first
+
+
+class Averages:
+    """The running averages of all blocks, and of pairs of blocks.
+
+    Args:
+        parameters: those that the blocks cover, by name.
+        pairs: the pairs whose cross factors are wanted.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        curvature: CurvatureGraph,
+        parameters: Mapping[str, nn.Parameter],
+        pairs: Sequence[Pair],
+    ) -> None:
+        buffers = factor_buffers(net)
+        self.blocks = {
+            name: Entry.zero(
+                block,
+                tuple(parameters[n] for n in block.parameters),
+                buffers[name],
+                parameters[block.parameters[0]],
+            )
+            for name, block in curvature.blocks.items()
+        }
+        self.pairs = {
+            (pair.earlier, pair.later): Entry.zero(
+                pair, (), found, self.blocks[pair.earlier].averages[0]
+            )
+            for pair, found in zip(pairs, cross_buffers(net, pairs), strict=True)
+        }
+        self.entries = [*self.blocks.values(), *self.pairs.values()]
+
+    @property
+    def recorded(self) -> bool:
+        """Whether any statistic is in the averages."""
+        return any(entry.recorded for entry in self.entries)
+
+    def cross(self, coupling: Coupling) -> tuple[Tensor, Tensor]:
+        """(A, G) of a coupling, child by parent."""
+        found = self.pairs.get((coupling.child, coupling.parent))
+        if found is not None:
+            A, G = found.averages
+            return A, G
+        A, G = self.pairs[coupling.parent, coupling.child].averages
+        return A.mT.contiguous(), G.mT.contiguous()
+
+    def state(self) -> dict[str, Any]:
+        """Names of blocks or pairs -> tensors and counts."""
+        return {
+            "factors": {e.block.name: [f.clone() for f in e.factors] for e in self.entries},
+            "recorded": {e.block.name: e.recorded for e in self.entries},
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Restores ``state``; nothing changes if it does not fit.
+
+        Raises:
+            ParameterChangedError: the state belongs to other blocks.
+        """
+        own = {entry.block.name: entry for entry in self.entries}
+        given = {name: [f.shape for f in fs] for name, fs in state["factors"].items()}
+        if given != {name: [f.shape for f in entry.factors] for name, entry in own.items()}:
+            raise ParameterChangedError("the state_dict belongs to other blocks than this module's")
+        for name, entry in own.items():
+            for factor, value in zip(entry.factors, state["factors"][name], strict=True):
+                factor.copy_(value)
+            entry.recorded = int(state["recorded"][name])

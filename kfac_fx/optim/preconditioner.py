@@ -22,10 +22,9 @@ from kfac_fx.errors import (
     StatisticsError,
     UnknownOptionError,
 )
-from kfac_fx.ir import CurvatureGraph
-from kfac_fx.ops import factor_buffers
-from kfac_fx.optim.averages import Entry, all_finite, fold
-from kfac_fx.optim.guard import ParameterGuard
+from kfac_fx.ir import Coupling, CurvatureGraph
+from kfac_fx.optim.averages import all_finite
+from kfac_fx.optim.inverse import InverseFisher
 from kfac_fx.optim.likelihoods import Likelihood, likelihood_of
 from kfac_fx.optim.recorder import Recorder
 
@@ -43,7 +42,7 @@ class Preconditioner:
         likelihood: "categorical", "bernoulli", "normal", an object of ``kfac_fx.likelihoods``, or a
             callable from outputs to a ``torch.distributions.Distribution``.
         damping: lambda; factored Tikhonov uses gamma = sqrt(lambda).
-        structure: None for the transform's own.
+        structure: None for the transform's own; "block_diagonal" leaves the couplings out.
         fisher: "sampled" draws targets from the model (one more backward), "exact" takes every
             column of the output Fisher's square root (one backward each), "empirical" reuses the
             training backward and needs targets.
@@ -59,7 +58,7 @@ class Preconditioner:
             out of the averages, or zeroed its gradients.
 
     Raises:
-        UnknownOptionError, DampingError, UnsupportedStructureError: an argument is wrong.
+        UnknownOptionError, DampingError: an argument is wrong.
     """
 
     def __init__(
@@ -83,12 +82,11 @@ class Preconditioner:
                 "Preconditioner needs the module that kfac_fx.transform(model) returned"
             )
         self.curvature: CurvatureGraph = net.meta["kfac_fx"]
-        if structure is not None and choice("structure", structure, STRUCTURES) != (
-            self.curvature.structure
-        ):
+        self.structure = choice("structure", structure or self.curvature.structure, STRUCTURES)
+        if self.structure == "block_tridiagonal" != self.curvature.structure:
             raise UnknownOptionError(
-                f"structure={structure!r}, but the module was transformed with "
-                f"structure={self.curvature.structure!r}"
+                "structure='block_tridiagonal', but the module was transformed with "
+                f"structure={self.curvature.structure!r}, so it records no cross factors"
             )
         self.likelihood = likelihood_of(likelihood)
         self.fisher = choice("fisher", fisher, FISHERS)
@@ -102,25 +100,12 @@ class Preconditioner:
         self.generator = generator or _fresh_generator()
         self.skipped_statistics = 0
         self.skipped_gradients = 0
-        self._bind(net)
-        low = (torch.float16, torch.bfloat16)
-        cast = [name for name, p in self._guard.parameters.items() if p.dtype in low]
-        self.program = Program(self.curvature, cast, compile=compile)
-        self._inverses: dict[str, Tensor] = {}
+        coupled = self.structure == "block_tridiagonal"
+        self._inverse = InverseFisher(net, self.curvature, coupled=coupled, compile=compile)
         self._steps = 0
-        self._silent: set[str] = set()
-        self._recorder = Recorder(self._entries, self.likelihood, self.fisher, self.generator)
+        entries = self._inverse.averages.entries
+        self._recorder = Recorder(entries, self.likelihood, self.fisher, self.generator)
         self._arm()
-
-    def _bind(self, net: fx.GraphModule) -> None:
-        """Looks up buffers and parameters of every block."""
-        buffers = factor_buffers(net)
-        self._guard = ParameterGuard(net, self.curvature.covered)
-        parameters = self._guard.parameters
-        self._entries = [
-            Entry.zero(b, tuple(parameters[n] for n in b.parameters), buffers[b.name])
-            for b in self.curvature.blocks.values()
-        ]
 
     @property
     def damping(self) -> float:
@@ -141,16 +126,27 @@ class Preconditioner:
         convolution first; a side that ``large_factors="blocks"`` cuts is [k, b, b], zeros behind
         its end. Other blocks have (C,), the covariance of per-case gradients.
         """
-        return MappingProxyType(
-            {
-                entry.block.name: tuple(
-                    average
-                    for spec, average in zip(entry.block.factors, entry.averages, strict=True)
-                    if spec.role != "count"
-                )
-                for entry in self._entries
-            }
-        )
+        return MappingProxyType(self._inverse.factors)
+
+    @property
+    def cross_factors(self) -> Mapping[tuple[str, str], tuple[Tensor, Tensor]]:
+        """(child, parent) -> running averages (A, G), child by parent, in the factors' scale."""
+        return MappingProxyType(self._inverse.cross_factors)
+
+    @property
+    def couplings(self) -> tuple[Coupling, ...]:
+        """The forest in use; the transform's own until the data choose another."""
+        return self._inverse.program.couplings
+
+    @property
+    def program(self) -> Program:
+        """The generated program."""
+        return self._inverse.program
+
+    @property
+    def clamped(self) -> int:
+        """Entries of conditionals that rounding had pushed to one, over all refreshes."""
+        return self._inverse.clamped
 
     # One step of training.
 
@@ -181,18 +177,20 @@ class Preconditioner:
             StatisticsError: nothing was ever observed.
             ParameterChangedError: see there.
         """
-        self._guard.check()
-        given = {n: p.grad for n, p in self._guard.parameters.items() if p.grad is not None}
+        guard = self._inverse.guard
+        guard.check()
+        given = {n: p.grad for n, p in guard.parameters.items() if p.grad is not None}
         if not given:
             raise GradientError("no parameter has a gradient: call loss.backward() before step()")
+        recorded = self._inverse.averages
         if self._recorder.observing:
             self._fold()
-        elif not self._recorded and self.skipped_statistics == 0:
+        elif not recorded.recorded and self.skipped_statistics == 0:
             self._arm()
             raise StatisticsError(
                 "no statistics yet: call observe(outputs) between the forward and loss.backward()"
             )
-        if self._recorded and (self._due(self.refresh_every) or not self._inverses):
+        if recorded.recorded and (self._due(self.refresh_every) or not self._inverse.inverses):
             self.refresh()
         self._precondition(given)
         self._steps += 1
@@ -204,11 +202,7 @@ class Preconditioner:
         Raises:
             StatisticsError: there are no factors yet.
         """
-        if not self._recorded:
-            raise StatisticsError("no statistics yet: nothing to invert")
-        factors = [factor for pair in self.factors.values() for factor in pair]
-        damping = torch.tensor(self.damping, dtype=factors[0].dtype, device=factors[0].device)
-        self._inverses = self.program.refresh(damping, factors)
+        self._inverse.refresh(self.damping)
 
     def apply(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Fhat^-1 times the given gradients, by parameter name, with the inverses at hand.
@@ -220,31 +214,9 @@ class Preconditioner:
             GradientError: a name is not covered, or a shape is not its parameter's.
             StatisticsError: there are no inverses yet.
         """
-        if not self._inverses:
-            raise StatisticsError("no inverses yet: step() or refresh() computes them")
-        parameters = self._guard.parameters
-        for name, gradient in gradients.items():
-            if name not in parameters:
-                raise GradientError(f"{name!r} is no covered parameter")
-            if gradient.shape != parameters[name].shape:
-                raise GradientError(
-                    f"the gradient of {name} has shape {tuple(gradient.shape)}, "
-                    f"the parameter has {tuple(parameters[name].shape)}"
-                )
-        filled = [
-            gradients[n] if n in gradients else torch.zeros_like(p) for n, p in parameters.items()
-        ]
-        updates = dict(self.program.apply(self._inverses, filled))
-        for entry in self._entries:
-            if entry.recorded == 0:  # nothing is known of its curvature
-                updates |= {n: gradients[n] for n in entry.block.parameters if n in gradients}
-        return {name: updates[name] for name in gradients}
+        return self._inverse.apply(gradients)
 
     # What a step consists of.
-
-    @property
-    def _recorded(self) -> bool:
-        return any(entry.recorded for entry in self._entries)
 
     def _due(self, period: int) -> bool:
         return self._steps % period == 0
@@ -255,18 +227,8 @@ class Preconditioner:
 
     def _fold(self) -> None:
         found = self._recorder.take()
-        if not found:
-            return
-        new = [entry.statistics(found) for entry in self._entries]
-        if not all_finite([value for values in new for value in values or ()]):
+        if found and not self._inverse.fold(found, self.ema_decay):
             self._skip_statistics("statistics")
-            return
-        silent = {e.block.name for e, s in zip(self._entries, new, strict=True) if s is None}
-        if silent - self._silent:
-            log.warning("no statistics came for %s", ", ".join(sorted(silent - self._silent)))
-        self._silent |= silent
-        if fold(self._entries, new, self.ema_decay):
-            self._inverses = {}  # a block got its first statistic
 
     def _skip_statistics(self, what: str) -> None:
         self.skipped_statistics += 1
@@ -276,10 +238,10 @@ class Preconditioner:
     def _precondition(self, given: Mapping[str, Tensor]) -> None:
         updates: Mapping[str, Tensor] = {}
         finite = all_finite(list(given.values()))
-        if finite and self._inverses:
+        if finite and self._inverse.inverses:
             updates = self.apply(given)
             finite = all_finite(list(updates.values()))
-        if not finite or not self._inverses:
+        if not finite or not self._inverse.inverses:
             self.skipped_gradients += 1
             log.warning("step %d: no finite preconditioned gradient; it is zero", self._steps)
             torch._foreach_zero_(list(given.values()))
@@ -297,15 +259,13 @@ class Preconditioner:
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values only, so that ``torch.load(weights_only=True)`` reads it."""
         return {
-            "version": 1,
+            "version": 2,
             "steps": self._steps,
-            "recorded": {entry.block.name: entry.recorded for entry in self._entries},
             "damping": self.damping,
             "skipped_statistics": self.skipped_statistics,
             "skipped_gradients": self.skipped_gradients,
             "generator": self.generator.get_state(),
-            "factors": {name: [f.clone() for f in fs] for name, fs in self.factors.items()},
-            "inverses": {name: value.clone() for name, value in self._inverses.items()},
+            "inverse": self._inverse.state(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -314,20 +274,10 @@ class Preconditioner:
         Raises:
             ParameterChangedError: the state belongs to other blocks.
         """
-        if state.get("version") != 1:
+        if state.get("version") != 2:
             raise ParameterChangedError("this is no state_dict of a Preconditioner of this version")
-        own = self.factors
-        shapes = {name: [f.shape for f in fs] for name, fs in state["factors"].items()}
-        if shapes != {name: [f.shape for f in fs] for name, fs in own.items()}:
-            raise ParameterChangedError("the state_dict belongs to other blocks than this module's")
-        for name, factors in own.items():
-            for factor, value in zip(factors, state["factors"][name], strict=True):
-                factor.copy_(value)
-        device = next(iter(own.values()))[0].device
-        self._inverses = {name: v.to(device).clone() for name, v in state["inverses"].items()}
+        self._inverse.load(state["inverse"])
         self._steps = int(state["steps"])
-        for entry in self._entries:
-            entry.recorded = int(state["recorded"][entry.block.name])
         self.damping = state["damping"]
         self.skipped_statistics = int(state["skipped_statistics"])
         self.skipped_gradients = int(state["skipped_gradients"])

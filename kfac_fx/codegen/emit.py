@@ -1,0 +1,147 @@
+"""The programs of both structures.
+
+Without couplings Fbreve^-1 = blockdiag(F_ii^-1) (curvature.md section 6); with a forest of them
+Fhat^-1 = Xi^T Lambda Xi (section 7), where all layers are independent of each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from kfac_fx.codegen import conditional
+from kfac_fx.codegen.builder import ProgramBuilder
+from kfac_fx.codegen.form import Damping
+from kfac_fx.codegen.forms import FORMS
+from kfac_fx.ir import Coupling, CurvatureBlock, CurvatureGraph, parents
+from kfac_fx.linalg.positive import CHOLESKY, Factorise
+
+
+def _title(block: CurvatureBlock) -> str:
+    sides = " and ".join("x".join(map(str, shape)) or "1" for shape in block.dimensions)
+    return f"{block.name}: {block.kind}, {block.approximation} {sides}"
+
+
+def _factor_names(block: CurvatureBlock) -> list[str]:
+    return [f"{factor.name}_{block.slot}" for factor in block.factors if factor.role != "count"]
+
+
+def emit_refresh(
+    curvature: CurvatureGraph,
+    couplings: Collection[Coupling] = (),
+    factorise: Factorise = CHOLESKY,
+) -> fx.GraphModule:
+    """factors, cross factors and damping (0-dimensional) -> inverses, as a dict by name.
+
+    Arguments: damping, the factors in the order of the blocks, A and G of every coupling (child by
+    parent). Besides the inverses there are flags: ``failed_X`` where a factorisation failed,
+    ``clamped_X`` and ``indefinite_X`` of every child X.
+    """
+    build = ProgramBuilder()
+    damping = build.input("damping")
+    blocks = curvature.blocks
+    factors = {b.name: [build.input(n) for n in _factor_names(b)] for b in blocks.values()}
+    crosses = {c: [build.input(n) for n in conditional.cross_names(blocks, c)] for c in couplings}
+    tikhonov = Damping(damping, build.name(torch.sqrt(damping), "gamma"))
+    parent = parents(couplings)
+    coupled = {*parent, *parent.values()}
+    whiteners: dict[str, list[Any]] = {}
+    outputs: dict[str, Any] = {}
+    for name, block in blocks.items():
+        with build.section(block.slot, _title(block)):
+            if name not in coupled:
+                form = FORMS[block.approximation]
+                outputs |= form.refresh(build, block, factors[name], tikhonov, factorise.inverse)
+                continue
+            whiteners[name], flags = conditional.whiten(
+                build, block, factors[name], tikhonov, factorise
+            )
+            outputs |= flags
+            if name not in parent:
+                outputs |= conditional.root(build, block, whiteners[name])
+    for coupling, cross in crosses.items():
+        child, above = blocks[coupling.child], blocks[coupling.parent]
+        given = f"{child.name} given {above.name}"
+        with build.section(f"{child.slot}_given_{above.slot}", given):
+            sides = whiteners[child.name], whiteners[above.name]
+            outputs |= conditional.refresh(build, child, *sides, cross)
+    return build.finish(outputs, "Refresh")
+
+
+def _inverses(block: CurvatureBlock, parent: Mapping[str, str]) -> tuple[str, ...]:
+    if block.name in parent:
+        return conditional.inverses(block)
+    return FORMS[block.approximation].inverses(block)
+
+
+def emit_apply(
+    curvature: CurvatureGraph, couplings: Collection[Coupling] = (), cast: Collection[str] = ()
+) -> fx.GraphModule:
+    """inverses and gradients -> preconditioned gradients, as a dict by parameter name.
+
+    Args:
+        cast: parameters whose dtype is not the factors'; products are formed in the latter.
+    """
+    build = ProgramBuilder()
+    blocks, parent = curvature.blocks, parents(couplings)
+    inverses = {b.name: [build.input(n) for n in _inverses(b, parent)] for b in blocks.values()}
+    gradients = {name: build.input(f"gradient_{name}") for name in curvature.covered}
+    outputs: dict[str, Any] = dict(gradients)
+    V: dict[str, Any] = {}
+    U: dict[str, Any] = {}
+    coupled = [name for name in blocks if name in {*parent, *parent.values()}]
+    for name, block in blocks.items():
+        with build.section(block.slot, _title(block)):
+            V[name] = _gather(build, block, gradients, inverses[name][0], cast)
+            if name not in parent:
+                U[name] = FORMS[block.approximation].apply(build, block, inverses[name], V[name])
+            if name not in coupled:
+                _scatter(build, block, U[name], outputs, cast)
+    z: dict[str, Any] = {}
+    for child, above in parent.items():
+        slot = blocks[child].slot
+        with build.section(slot, f"{child} given {above}"):
+            pair = blocks[child], blocks[above]
+            z[child] = conditional.given(*pair, inverses[child], V[child], V[above])
+            build.name(z[child], f"z_{slot}")
+            U[child] = conditional.back(inverses[child], z[child])
+    for child, above in parent.items():
+        with build.section(blocks[child].slot, f"{above}: the share of {child}"):
+            pair = blocks[child], blocks[above]
+            U[above] = U[above] - conditional.share(*pair, inverses[child], z[child])
+    for name in coupled:
+        with build.section(blocks[name].slot, f"{name}: the sum"):
+            _scatter(build, blocks[name], U[name], outputs, cast)
+    return build.finish(outputs, "Apply")
+
+
+def _gather(
+    build: ProgramBuilder,
+    block: CurvatureBlock,
+    gradients: Mapping[str, Any],
+    like: Any,
+    cast: Collection[str],
+) -> Any:
+    """The block's gradients as the one array that its inverse acts on."""
+    given = [
+        layout.apply(gradients[name].to(like.dtype) if name in cast else gradients[name])
+        for name, layout in zip(block.parameters, block.layouts, strict=True)
+    ]
+    return build.name(FORMS[block.approximation].gather(build, block, given), f"V_{block.slot}")
+
+
+def _scatter(
+    build: ProgramBuilder,
+    block: CurvatureBlock,
+    U: Any,
+    outputs: dict[str, Any],
+    cast: Collection[str],
+) -> None:
+    """Puts the block's update into the outputs, in the parameters' own shapes."""
+    parts = FORMS[block.approximation].scatter(build, block, build.name(U, f"U_{block.slot}"))
+    for name, part, layout in zip(block.parameters, parts, block.layouts, strict=True):
+        part = part.to(outputs[name].dtype) if name in cast else part
+        outputs[name] = layout.embed(part, outputs[name])

@@ -1,0 +1,55 @@
+"""Conditionals of block-tridiagonal K-FAC (Martens & Grosse 2015, section 4.3 and appendix B).
+
+A child i with the parent p has Psi = F_ip F_pp^-1 and Sigma = F_ii - Psi F_pp Psi^T, both of
+Kronecker form (curvature.md section 7). In the basis K of a side, with K^T A_ii K = I and
+K^T (Psi^A A_pp Psi^A^T) K = diag(s), Sigma is diagonal: its entries are 1 - s_G s_A.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def correlation(W: Tensor, cross: Tensor, W_parent: Tensor) -> Tensor:
+    """Q = W A_ip W_p^T, whose singular values are the canonical correlations of a side.
+
+    Args:
+        W, W_parent: whiteners of the sides, [n, n] and [m, m]: W A_ii W^T = I.
+        cross: A_ip, [n, m].
+    """
+    return W @ cross @ W_parent.mT
+
+
+def conditional_side(W: Tensor, cross: Tensor, W_parent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(K, s, K^T Psi) of one side: [n, n], [n], [n, m]; arguments as in ``correlation``."""
+    Q = correlation(W, cross, W_parent)
+    spectrum = torch.linalg.eigh(Q @ Q.mT)
+    s, E = spectrum[0].clamp_min(0.0), spectrum[1]
+    return W.mT @ E, s, E.mT @ Q @ W_parent
+
+
+def conditional_scale(s_A: Tensor, s_G: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """1 / (1 - s_G s_A^T), how many entries were clamped, and whether Sigma is not positive.
+
+    Products are kept below one by the square root of the rounding error; a product above one by
+    more than that is no rounding.
+    """
+    product = s_G.unsqueeze(-1) * s_A
+    one = torch.ones_like(product)
+    slack = (torch.nextafter(one, one + one) - one).sqrt()
+    clamped = (product > one - slack).sum()
+    indefinite = (product > one + slack).any()
+    return torch.reciprocal(one - torch.minimum(product, one - slack)), clamped, indefinite
+
+
+def mutual_information(r_A: Tensor, r_G: Tensor) -> Tensor:
+    """-1/2 sum_kl log(1 - (r_k s_l)^2) for canonical correlations r of A and s of G (Chow-Liu).
+
+    Args:
+        r_A, r_G: squared singular values of ``correlation`` of either side.
+    """
+    product = r_G.unsqueeze(-1) * r_A
+    one = torch.ones_like(product)
+    slack = (torch.nextafter(one, one + one) - one).sqrt()
+    return -0.5 * torch.log1p(-torch.minimum(product, one - slack)).sum()

@@ -1,0 +1,96 @@
+"""Positions of two uses on one grid, so that their joint second moments stay positive.
+
+Each side is averaged over the cells of the coarser grid and scaled so that the averaging does not
+lengthen any vector: the pooled Gram matrix is then dominated by the whole one (Jensen), and
+[[A_ii, A_ij], [A_ji, A_jj]] stays positive (curvature.md section 7).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Common(NamedTuple):
+    """What two uses share: cases, both sides' positions as they are pooled, and their grid."""
+
+    cases: int
+    first: tuple[int, ...]
+    second: tuple[int, ...]
+    grid: tuple[int, ...]
+
+
+def common_grid(first: Sequence[int], second: Sequence[int], ordered: bool) -> Common | None:
+    """The coarser grid of two shapes (cases, *positions); None where cases do not match.
+
+    Where one side counts parts of a case as cases (windows, rows of a flattened batch), these
+    become positions. Positions of different rank match in order if they are as many, else only on
+    average.
+
+    Args:
+        ordered: whether the parts of a case come in the order of the other side's positions.
+    """
+    (n, *one), (m, *two) = first, second
+    if n == m and len(one) == len(two):
+        return Common(n, tuple(one), tuple(two), tuple(map(min, one, two)))
+    cases = min(n, m)
+    if cases == 0 or max(n, m) % cases:
+        return None
+    here, there = prod(one) * (n // cases), prod(two) * (m // cases)
+    grid = here if here == there and (n == m or ordered) else 1
+    return Common(cases, (here,), (there,), (grid,))
+
+
+def by_case(rows: Tensor, cases: int, positions: Sequence[int], interleaved: bool) -> Tensor:
+    """[n, *own, d] -> [cases, *positions, d], where n is a multiple of the cases."""
+    if interleaved and rows.shape[0] != cases:
+        rows = rows.unflatten(0, (-1, cases)).transpose(0, 1)
+    return rows.reshape(cases, *positions, rows.shape[-1])
+
+
+def from_cases(rows: Tensor, own: Sequence[int], interleaved: bool) -> Tensor:
+    """The inverse of ``by_case``, for own = (n, *own)."""
+    if interleaved and rows.shape[0] != own[0]:
+        rows = rows.transpose(0, 1)
+    return rows.reshape(*own, rows.shape[-1])
+
+
+def _cells(size: int, cells: int, like: Tensor) -> Tensor:
+    """[cells, size]: averages over the windows of adaptive pooling, scaled to norm at most one."""
+    cell = torch.arange(cells, device=like.device).unsqueeze(-1)
+    place = torch.arange(size, device=like.device)
+    inside = (place * cells < (cell + 1) * size) & ((place + 1) * cells > cell * size)
+    average = inside.to(like.dtype) / inside.sum(1, keepdim=True)
+    return average / average.sum(0).max().sqrt()
+
+
+def pooled(rows: Tensor, grid: Sequence[int]) -> Tensor:
+    """[cases, *positions, d] -> [cases, *grid, d]."""
+    for axis, cells in enumerate(grid, start=1):
+        size = rows.shape[axis]
+        if size != cells and size % cells == 0:
+            each = size // cells
+            rows = rows.unflatten(axis, (cells, each)).sum(axis + 1) / each**0.5
+        elif size != cells:
+            average = _cells(size, cells, rows)
+            rows = torch.tensordot(rows, average, ([axis], [1])).movedim(-1, axis)
+    return rows
+
+
+def spread(rows: Tensor, positions: Sequence[int]) -> Tensor:
+    """The adjoint of ``pooled``: [cases, *grid, d] -> [cases, *positions, d]."""
+    for axis, size in enumerate(positions, start=1):
+        cells = rows.shape[axis]
+        if size != cells and size % cells == 0:
+            each = size // cells
+            wide = rows.unsqueeze(axis + 1) / each**0.5
+            wide = wide.expand(*rows.shape[: axis + 1], each, *rows.shape[axis + 1 :])
+            rows = wide.flatten(axis, axis + 1)
+        elif size != cells:
+            average = _cells(size, cells, rows)
+            rows = torch.tensordot(rows, average, ([axis], [0])).movedim(-1, axis)
+    return rows

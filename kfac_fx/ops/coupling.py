@@ -1,0 +1,146 @@
+"""Cross factors of two uses: A_ij from both inputs, G_ij from both derivatives.
+
+The earlier use i makes a *link*, a zero without memory in the shape of its own positions with the
+later use's features. The later use j reads it, and its backward returns its own derivatives as the
+link's derivative; i's backward then holds g_i and g_j together.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kfac_fx.ops.alignment import (
+    Common,
+    by_case,
+    common_grid,
+    from_cases,
+    pooled,
+    spread,
+)
+from kfac_fx.ops.sides import Side, derivative_rows, input_rows, row_shape, side_of
+from kfac_fx.ops.tap import define, is_paused, joined, recording
+
+
+class _Link(torch.autograd.Function):
+    """(y, G) -> a zero of y's shape and the link; its backward returns G_ij."""
+
+    @staticmethod
+    def forward(y: Tensor, G: Tensor, side: Side) -> tuple[Tensor, Tensor]:
+        shape = (*row_shape(side, y.shape), G.shape[1])
+        return y.new_zeros(()).expand(y.shape), G.new_zeros(()).expand(shape)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _, ctx.G, ctx.side = inputs
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor, later: Tensor) -> tuple[Tensor | None, ...]:
+        if not ctx.needs_input_grad[1] or is_paused(ctx.G):
+            return None, None, None
+        rows = derivative_rows(ctx.side, g, ctx.G.dtype)
+        return None, rows.flatten(0, -2).mT @ later.flatten(0, -2), None
+
+
+class _Sides(NamedTuple):
+    """Both uses, and whether parts of a case that count as cases come in the other's order."""
+
+    later: Side
+    earlier: Side
+    ordered: bool
+
+
+class _Couple(torch.autograd.Function):
+    """(y, x_j, x_i, A, link) -> a zero of y's shape; its backward returns A_ij and g_j."""
+
+    @staticmethod
+    def forward(
+        y: Tensor, x: Tensor, earlier_x: Tensor, A: Tensor, link: Tensor, sides: _Sides
+    ) -> Tensor:
+        return y.new_zeros(()).expand(y.shape)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, x, earlier_x, ctx.A, link, ctx.sides = inputs
+        ctx.save_for_backward(x, earlier_x)
+        ctx.link_shape = tuple(link.shape)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        there = ctx.link_shape[:-1]
+        later, earlier, ordered = ctx.sides
+        here = row_shape(later, g.shape)
+        known = ordered or later.interleaved or earlier.interleaved
+        common = common_grid(there, here, known)
+        A = derivative = None
+        if ctx.needs_input_grad[3] and not is_paused(ctx.A):
+            A = _cross_input(ctx, there, here, common, g.shape)
+        if ctx.needs_input_grad[4]:
+            derivative = _handed_back(ctx, g, there, common)
+        return None, None, None, A, derivative, None
+
+
+def _cross_input(
+    ctx: Any, there: tuple[int, ...], here: tuple[int, ...], common: Common | None, shape: Any
+) -> Tensor:
+    """sum over the grid of abar_i abar_j^T / sqrt(N_i N_j)."""
+    A: Tensor = ctx.A
+    if common is None:
+        return torch.zeros_like(A)
+    x, earlier_x = ctx.saved_tensors
+    # Reduced rows have no positions, but patches need to know them.
+    sides: _Sides = ctx.sides
+    later = input_rows(sides.later, x, sides.later.positions(shape), A.dtype)
+    earlier = input_rows(sides.earlier, earlier_x, there, A.dtype)
+    earlier = by_case(earlier, common.cases, common.first, sides.earlier.interleaved)
+    later = by_case(later, common.cases, common.second, sides.later.interleaved)
+    one, two = pooled(earlier, common.grid), pooled(later, common.grid)
+    product: Tensor = one.flatten(0, -2).mT @ two.flatten(0, -2)
+    cases: float = (there[0] * here[0]) ** 0.5
+    return product / cases
+
+
+def _handed_back(ctx: Any, g: Tensor, there: tuple[int, ...], common: Common | None) -> Tensor:
+    """g_j, averaged on the common grid, at the positions of the earlier use."""
+    dtype = ctx.A.dtype
+    if common is None:
+        return torch.zeros(ctx.link_shape, dtype=dtype, device=g.device)
+    sides: _Sides = ctx.sides
+    rows = derivative_rows(sides.later, g, dtype)
+    rows = by_case(rows, common.cases, common.second, sides.later.interleaved)
+    rows = spread(pooled(rows, common.grid), common.first)
+    return from_cases(rows, there, sides.earlier.interleaved)
+
+
+def _link(y: Tensor, G: Tensor, side: str) -> tuple[Tensor, Tensor]:
+    if not recording([G]):
+        return y, y.new_empty(0)
+    zero, link = _Link.apply(y.detach(), G, side_of(side))
+    return joined(y, zero), link
+
+
+def _couple(
+    y: Tensor,
+    x: Tensor,
+    earlier_x: Tensor,
+    link: Tensor,
+    A: Tensor,
+    later: str,
+    earlier: str,
+    ordered: bool,
+) -> Tensor:
+    if not recording([A]):
+        return y
+    sides = _Sides(side_of(later), side_of(earlier), ordered)
+    zero = _Couple.apply(y.detach(), x.detach(), earlier_x.detach(), A, link, sides)
+    return joined(y, zero)
+
+
+define("link(Tensor y, Tensor G, str side) -> (Tensor, Tensor)", _link)
+define(
+    "couple(Tensor y, Tensor x, Tensor earlier_x, Tensor link, Tensor A, str later, str earlier, "
+    "bool ordered) -> Tensor",
+    _couple,
+)

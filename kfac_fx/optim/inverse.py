@@ -1,0 +1,157 @@
+"""The inverse of the approximate Fisher: running averages, the generated program, its results."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from kfac_fx.codegen import Program
+from kfac_fx.errors import GradientError, StatisticsError
+from kfac_fx.ir import Coupling, CurvatureGraph
+from kfac_fx.ops import all_buffers
+from kfac_fx.optim.averages import Averages, all_finite, fold
+from kfac_fx.optim.guard import ParameterGuard
+from kfac_fx.optim.selection import chosen_couplings
+
+log = logging.getLogger("kfac_fx")
+
+
+class InverseFisher:
+    """Fhat^-1 of a transformed module.
+
+    Args:
+        net: carries the factor buffers.
+        coupled: whether to record and to use the couplings.
+        compile: run the program through torch.compile.
+
+    Attributes:
+        averages: of the factors and cross factors.
+        program: for the couplings in use.
+        inverses: what the last refresh made; empty before.
+        clamped: entries of conditionals that rounding had pushed to one, over all refreshes.
+    """
+
+    def __init__(
+        self, net: fx.GraphModule, curvature: CurvatureGraph, *, coupled: bool, compile: bool
+    ) -> None:
+        self.curvature = curvature
+        self.guard = ParameterGuard(net, curvature.covered)
+        self.clamped = 0
+        for buffer in all_buffers(net):  # another program may have wanted more of them
+            buffer.requires_grad_(False)
+            buffer.grad = None
+        pairs = curvature.pairs if coupled else ()
+        self.averages = Averages(net, curvature, self.guard.parameters, pairs)
+        self._compile = compile
+        self._refreshes = 0
+        self._silent: set[str] = set()
+        self._generate(curvature.couplings if coupled else ())
+
+    def _generate(self, couplings: Sequence[Coupling]) -> None:
+        low = (torch.float16, torch.bfloat16)
+        cast = [name for name, p in self.guard.parameters.items() if p.dtype in low]
+        self.program = Program(self.curvature, couplings, cast, compile=self._compile)
+        self.inverses: dict[str, Tensor] = {}
+
+    @property
+    def factors(self) -> dict[str, tuple[Tensor, ...]]:
+        """Block -> running averages, undamped."""
+        return {name: entry.factors for name, entry in self.averages.blocks.items()}
+
+    @property
+    def cross_factors(self) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
+        """(child, parent) -> running averages (A, G), child by parent."""
+        return {(c.child, c.parent): self.averages.cross(c) for c in self.program.couplings}
+
+    def fold(self, found: Mapping[int, Tensor], decay: float) -> bool:
+        """Takes new statistics into the averages; False, and nothing is, if any is not finite."""
+        entries = self.averages.entries
+        new = [entry.statistics(found) for entry in entries]
+        if not all_finite([value for values in new for value in values or ()]):
+            return False
+        silent = {e.block.name for e, s in zip(entries, new, strict=True) if s is None}
+        if silent - self._silent:
+            log.warning("no statistics came for %s", ", ".join(sorted(silent - self._silent)))
+        self._silent |= silent
+        if fold(entries, new, decay):
+            self.inverses = {}  # a block got its first statistic
+        return True
+
+    def refresh(self, damping: float) -> None:
+        """Computes the inverses from the present averages.
+
+        Raises:
+            StatisticsError: there are none yet.
+        """
+        if not self.averages.recorded:
+            raise StatisticsError("no statistics yet: nothing to invert")
+        self._choose_couplings(damping)
+        groups = [*self.factors.values(), *self.cross_factors.values()]
+        factors = [factor for group in groups for factor in group]
+        amount = torch.tensor(damping, dtype=factors[0].dtype, device=factors[0].device)
+        self.inverses = self.program.refresh(amount, factors)
+        self.clamped += self.program.clamped
+
+    def _choose_couplings(self, damping: float) -> None:
+        """Takes the forest of most mutual information at refreshes 1, 2, 4, 8, ..."""
+        self._refreshes += 1
+        present = self.program.couplings
+        by_data = self.curvature.selection == "data" and self.averages.pairs
+        if not by_data or self._refreshes & (self._refreshes - 1):
+            return
+        chosen = chosen_couplings(self.curvature, self.averages, damping, present)
+        if chosen != present:
+            log.info("other couplings are more informative: the program is generated again")
+            self._generate(chosen)
+
+    def apply(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inverse times gradients by parameter name; see ``Preconditioner.apply``."""
+        if not self.inverses:
+            raise StatisticsError("no inverses yet: step() or refresh() computes them")
+        parameters = self.guard.parameters
+        for name, gradient in gradients.items():
+            if name not in parameters:
+                raise GradientError(f"{name!r} is no covered parameter")
+            if gradient.shape != parameters[name].shape:
+                raise GradientError(
+                    f"the gradient of {name} has shape {tuple(gradient.shape)}, "
+                    f"the parameter has {tuple(parameters[name].shape)}"
+                )
+        filled = [
+            gradients[n] if n in gradients else torch.zeros_like(p) for n, p in parameters.items()
+        ]
+        updates = dict(self.program.apply(self.inverses, filled))
+        for name, entry in self.averages.blocks.items():
+            if entry.recorded == 0:  # nothing is known of its curvature
+                own = self.curvature.blocks[name].parameters
+                updates |= {key: gradients[key] for key in own if key in gradients}
+        return {name: updates[name] for name in gradients}
+
+    def state(self) -> dict[str, Any]:
+        """Tensors and plain values."""
+        return {
+            "averages": self.averages.state(),
+            "couplings": [[c.child, c.parent] for c in self.program.couplings],
+            "inverses": {name: value.clone() for name, value in self.inverses.items()},
+            "refreshes": self._refreshes,
+            "clamped": self.clamped,
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Restores ``state``; nothing changes if the blocks do not fit.
+
+        Raises:
+            ParameterChangedError: the state belongs to other blocks.
+        """
+        self.averages.load(state["averages"])
+        couplings = tuple(Coupling(*names) for names in state["couplings"])
+        if couplings != self.program.couplings:
+            self._generate(couplings)
+        device = next(iter(self.guard.parameters.values())).device
+        self.inverses = {name: v.to(device).clone() for name, v in state["inverses"].items()}
+        self._refreshes = int(state["refreshes"])
+        self.clamped = int(state["clamped"])

@@ -1,0 +1,179 @@
+"""Which blocks can have cross factors, and the forest of those that do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from torch import fx, nn
+
+from kfac_fx.capture.view import GraphView
+from kfac_fx.ir import (
+    Coupling,
+    CurvatureBlock,
+    CurvatureGraph,
+    Edge,
+    FactorSpec,
+    Pair,
+    couplings_of,
+)
+from kfac_fx.passes.find_edges import find_edges
+
+NEAREST = 3
+"""Candidates a block and direction where the data choose: more are rarely better."""
+
+_REORDERING = frozenset(
+    {"flip", "fold", "index", "movedim", "permute", "roll", "sort", "swapaxes", "t", "transpose"}
+    | {"unfold", "window_partition", "window_reverse"}
+)
+
+_LAYERS = frozenset(
+    {"linear", "convolution", "transposed_convolution", "embedding", "bilinear", "recurrent"}
+)
+
+
+@dataclass(frozen=True)
+class Dependencies:
+    """What the walk found; see ``CurvatureGraph`` for the fields."""
+
+    edges: tuple[Edge, ...]
+    pairs: tuple[Pair, ...]
+    couplings: tuple[Coupling, ...]
+    uncoupled: Mapping[str, str]
+    selection: str
+
+
+def find_couplings(
+    module: nn.Module,
+    graph: fx.Graph,
+    blocks: Mapping[str, CurvatureBlock],
+    *,
+    by_data: bool = False,
+) -> Dependencies:
+    """Edges between the layers of a graph, and the maximum spanning forest of able pairs.
+
+    Args:
+        graph: without taps.
+        by_data: pairs besides the forest's are recorded too, so that statistics can choose.
+    """
+    view = GraphView(module, graph)
+    layers = {
+        name
+        for name, block in blocks.items()
+        if block.approximation.startswith("kronecker") or block.kind in _LAYERS
+    }
+    reasons = {name: _why_alone(block) for name, block in blocks.items()}
+    able = {name for name, reason in reasons.items() if reason is None}
+    edges = find_edges(view, blocks, layers, able)
+    order = list(blocks)
+    weights = {
+        (edge.source, edge.target): edge.weight
+        for edge in edges
+        if {edge.source, edge.target} <= able and _same_place(module, blocks, edge)
+    }
+    forest = couplings_of(weights, order)
+    ordered = {(e.source, e.target) for e in edges if not _REORDERING & set(e.path)}
+    chosen = {frozenset((c.child, c.parent)) for c in forest}
+    candidates = _nearest(weights) if by_data else set()
+    pairs = tuple(
+        _pair(blocks, earlier, later, (earlier, later) in ordered)
+        for earlier, later in weights
+        if frozenset((earlier, later)) in chosen or (earlier, later) in candidates
+    )
+    coupled = {name for pair in pairs for name in (pair.earlier, pair.later)}
+    uncoupled = {
+        name: reason or "no other layer before or after it can be coupled"
+        for name, reason in reasons.items()
+        if name not in coupled
+    }
+    return Dependencies(edges, pairs, forest, uncoupled, "data" if by_data else "topology")
+
+
+def with_couplings(curvature: CurvatureGraph, found: Dependencies) -> CurvatureGraph:
+    """The curvature graph with its dependencies."""
+    return replace(
+        curvature,
+        edges=found.edges,
+        pairs=found.pairs,
+        couplings=found.couplings,
+        uncoupled=found.uncoupled,
+        selection=found.selection,
+    )
+
+
+def _why_alone(block: CurvatureBlock) -> str | None:
+    """Why a block has no cross factors with any other; None if it can have some."""
+    tap = block.uses[0].tap
+    if block.approximation != "kronecker":
+        return f"a {block.kind} block ({block.approximation}) has no cross factors"
+    if any(factor.role == "count" for factor in block.factors) or len(block.uses) > 1:
+        return "its uses, or their positions, are counted at run time"
+    if any(factor.diagonal or factor.cut for factor in block.factors):
+        return "a side that is a diagonal, or cut, has no cross factors"
+    if any(len(factor.shape) != 2 for factor in block.factors):
+        return "it is a batch of blocks, one for each group"
+    if tap is None or tap.operator not in SIDES or tap.consumer is not None or tap.scale:
+        return "its statistics are not those of a plain layer"
+    return None
+
+
+def _same_place(module: nn.Module, blocks: Mapping[str, CurvatureBlock], edge: Edge) -> bool:
+    """Whether both blocks' factors have one dtype and device."""
+    one, two = (
+        module.get_parameter(blocks[name].parameters[0]) for name in (edge.source, edge.target)
+    )
+    return one.device == two.device and one.dtype == two.dtype
+
+
+def _nearest(weights: Mapping[tuple[str, str], float]) -> set[tuple[str, str]]:
+    """The pairs that are among the nearest of either block."""
+    found: set[tuple[str, str]] = set()
+    for end in (0, 1):
+        by_block: dict[str, list[tuple[str, str]]] = {}
+        for pair in sorted(weights, key=lambda pair: -weights[pair]):
+            by_block.setdefault(pair[end], []).append(pair)
+        found |= {pair for pairs in by_block.values() for pair in pairs[:NEAREST]}
+    return found
+
+
+def _pair(blocks: Mapping[str, CurvatureBlock], earlier: str, later: str, ordered: bool) -> Pair:
+    one, two = blocks[earlier], blocks[later]
+    shapes = [(a.shape[0], b.shape[0]) for a, b in zip(one.factors, two.factors, strict=True)]
+    factors = FactorSpec("A", shapes[0], "input"), FactorSpec("G", shapes[1], "gradient")
+    return Pair(earlier, later, f"{one.slot}__{two.slot}", factors, ordered)
+
+
+def side_text(module: nn.Module, block: CurvatureBlock) -> str:
+    """The block's use as ``kfac_fx.ops.sides`` reads it."""
+    tap = block.uses[0].tap
+    assert tap is not None
+    return SIDES[tap.operator](tap.options, _interleaved(module, block))
+
+
+def _interleaved(module: nn.Module, block: CurvatureBlock) -> bool:
+    """Whether it is the output projection of attention, which reads positions by cases."""
+    owner, _, leaf = block.parameters[0].rpartition(".")[0].rpartition(".")
+    if leaf != "out_proj":
+        return False
+    return isinstance(module.get_submodule(owner), nn.MultiheadAttention)
+
+
+def _linear_side(options: tuple[object, ...], interleaved: bool) -> str:
+    x_dims, y_dims, _, _, bias, reduce = options
+    return repr(("linear", x_dims, y_dims, bias, reduce, interleaved))
+
+
+def _convolution_side(options: tuple[object, ...], interleaved: bool) -> str:
+    *window, _, bias, reduce = options
+    return repr(("convolution", *window, bias, reduce))
+
+
+def _projection_side(options: tuple[object, ...], interleaved: bool) -> str:
+    return repr(("projection", *options))
+
+
+SIDES = {
+    "linear": _linear_side,
+    "convolution": _convolution_side,
+    "projection": _projection_side,
+}

@@ -1,0 +1,152 @@
+"""Dependencies between blocks: one walk over the graph, from use to use."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
+
+from torch import fx
+
+from kfac_fx.capture.view import GraphView
+from kfac_fx.ir import CurvatureBlock, Edge
+
+_FLATTENING = frozenset({"flatten", "reshape", "view"})
+_MIXING = frozenset({"scaled_dot_product_attention", "softmax", "matmul", "bmm", "einsum"})
+_AVERAGING = frozenset({"mean", "sum", "amax"})
+_INTERNAL = frozenset({"getitem", "contiguous", "to", "cast", "alias", "dropout", "identity"})
+
+
+class _Reach(NamedTuple):
+    """How a node is reached from a block: operations passed, and the node before it."""
+
+    distance: int
+    via: fx.Node | None
+
+
+class _Found(NamedTuple):
+    """An edge, with the nodes on its way."""
+
+    source: str
+    target: str
+    distance: int
+    nodes: tuple[fx.Node, ...]
+
+
+def find_edges(
+    view: GraphView,
+    blocks: Mapping[str, CurvatureBlock],
+    layers: Collection[str],
+    ends: Collection[str],
+) -> tuple[Edge, ...]:
+    """Edges from the uses of ``layers`` to those that follow them.
+
+    Args:
+        layers: names of blocks that have edges; paths go through all others (norms, scales).
+        ends: those at which a path ends; it goes on through other layers too.
+    """
+    places: dict[str, list[str]] = {}
+    for name in (name for name in blocks if name in layers):
+        for use in blocks[name].uses:
+            places.setdefault(use.node, []).append(name)
+    reach: dict[fx.Node, dict[str, _Reach]] = {}
+    found: list[_Found] = []
+    for node in view.graph.nodes:
+        before = _incoming(view, node, reach)
+        here = places.get(node.name, [])
+        found += [
+            _Found(source, name, step.distance, _nodes_between(source, step, reach))
+            for name in here
+            for source, step in before.items()
+            if source not in here
+        ]
+        if here:
+            before = {} if set(here) <= set(ends) else before
+            before = before | dict.fromkeys(here, _Reach(0, None))
+        if before:
+            reach[node] = before
+    return _edges(view, found, list(blocks), ends)
+
+
+def _incoming(
+    view: GraphView, node: fx.Node, reach: Mapping[fx.Node, dict[str, _Reach]]
+) -> dict[str, _Reach]:
+    """The nearest way from each block whose output the node reads."""
+    found: dict[str, _Reach] = {}
+    if not view.depends_on_data(node):
+        return found
+    for index, source in enumerate(node.all_input_nodes):
+        # Of attention's arguments the values are nearest: the result is linear in them.
+        cost = 3 if index < 2 and _label(view, node) == "scaled_dot_product_attention" else 1
+        for name, step in reach.get(source, {}).items():
+            if name not in found or step.distance + cost < found[name].distance:
+                found[name] = _Reach(step.distance + cost, source)
+    return found
+
+
+def _nodes_between(
+    source: str, step: _Reach, reach: Mapping[fx.Node, dict[str, _Reach]]
+) -> tuple[fx.Node, ...]:
+    nodes: list[fx.Node] = []
+    while step.via is not None:
+        following = reach[step.via][source]
+        if following.via is not None:
+            nodes.append(step.via)
+        step = following
+    return tuple(reversed(nodes))
+
+
+def _edges(
+    view: GraphView, found: list[_Found], order: list[str], ends: Collection[str]
+) -> tuple[Edge, ...]:
+    """Edges with their descriptions; weights fall with the blocks skipped, then with distance."""
+    place = {name: index for index, name in enumerate(order)}
+    found.sort(key=lambda edge: (place[edge.target], place[edge.source]))
+    depth = dict.fromkeys(order, 0)
+    fan = dict.fromkeys(order, 0)
+    for edge in found:
+        fan[edge.source] += 1
+        if edge.source in ends:
+            depth[edge.target] = max(depth[edge.target], depth[edge.source] + 1)
+    labels = {node: _label(view, node) for edge in found for node in edge.nodes}
+    edges = []
+    for source, target, distance, nodes in found:
+        gap = max(depth[target] - depth[source], 1)
+        path = tuple(labels[node] for node in nodes)
+        kinds = _kinds(view, nodes, path, fork=fan[source] > 1, skip=gap > 1)
+        shown = tuple(label for label in path if label not in _INTERNAL)
+        weight = 1 / gap - 1e-3 * distance / (distance + 50)
+        edges.append(Edge(source, target, shown, kinds, weight))
+    return tuple(edges)
+
+
+def _kinds(
+    view: GraphView, nodes: tuple[fx.Node, ...], path: tuple[str, ...], *, fork: bool, skip: bool
+) -> tuple[str, ...]:
+    several = {
+        label
+        for node, label in zip(nodes, path, strict=True)
+        if sum(view.depends_on_data(source) for source in node.all_input_nodes) > 1
+    }
+    answers = {
+        "fork": fork,
+        "join": bool(several - _MIXING),
+        "skip": skip,
+        "pooling": any("pool" in label or label in _AVERAGING for label in path),
+        "flatten": bool(_FLATTENING & set(path)),
+        "sequence mixing": bool(several & _MIXING),
+    }
+    return tuple(kind for kind, holds in answers.items() if holds)
+
+
+def _label(view: GraphView, node: fx.Node) -> str:
+    """What a node does, in one word."""
+    call = view.call(node)
+    if call is not None and call.operation != "attribute":
+        return call.operation
+    target: Any = node.target
+    if node.op == "call_module":
+        target = type(view.module.get_submodule(str(target))).__name__
+        return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", target).lower()
+    name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
+    return name.split(".")[0].strip("_")

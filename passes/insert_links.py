@@ -1,0 +1,105 @@
+"""Inserts what records the cross factors of pairs of blocks."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from kfac_fx.ir import CurvatureBlock, CurvatureGraph, Pair
+from kfac_fx.ops import STORE
+from kfac_fx.passes.find_couplings import SIDES, side_text
+
+_LINK = torch.ops.kfac_fx.link.default
+_COUPLE = torch.ops.kfac_fx.couple.default
+_TAPS = tuple(getattr(torch.ops.kfac_fx, name).default for name in SIDES)
+
+
+def add_cross_buffers(module: nn.Module, curvature: CurvatureGraph) -> None:
+    """Buffers whose gradients will be the cross factors; zeros without memory."""
+    store = module.get_submodule(STORE)
+    slots = {name: block.slot for name, block in curvature.blocks.items()}
+    for pair in curvature.pairs:
+        like = next(store.get_submodule(slots[pair.earlier]).buffers())
+        slot = nn.Module()
+        for factor in pair.factors:
+            zero = torch.zeros((), dtype=like.dtype, device=like.device)
+            slot.register_buffer(factor.name, zero.expand(factor.shape), persistent=False)
+        store.add_module(pair.slot, slot)
+
+
+def insert_links(
+    module: nn.Module,
+    graph: fx.Graph,
+    blocks: Mapping[str, CurvatureBlock],
+    pairs: Iterable[Pair],
+) -> None:
+    """A link at the earlier use of every pair, and what reads it at the later one.
+
+    Args:
+        graph: with taps.
+        blocks: as found in this graph; a pair that is not there, or in another order, is left out.
+    """
+    names = {block: node for node in graph.nodes for block in _tapped_block(node)}
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    ends = dict(names)
+    for pair in pairs:
+        first, last = names.get(pair.earlier), names.get(pair.later)
+        if first is None or last is None or order[first] > order[last]:
+            continue
+        sides = [side_text(module, blocks[name]) for name in (pair.earlier, pair.later)]
+        passed, handed = _insert_link(graph, ends[pair.earlier], pair, sides[0])
+        ends[pair.earlier] = passed
+        inputs = last.args[1], first.args[1], handed
+        ends[pair.later] = _insert_couple(graph, ends[pair.later], inputs, pair, sides)
+    graph.lint()
+
+
+def _tapped_block(node: fx.Node) -> tuple[str, ...]:
+    if node.target not in _TAPS:
+        return ()
+    return (node.meta["custom"]["kfac_fx"],)
+
+
+def _insert_link(graph: fx.Graph, y: fx.Node, pair: Pair, side: str) -> tuple[fx.Node, fx.Node]:
+    """y as its users go on with it, and the link."""
+    with graph.inserting_after(y):
+        G = _read(graph, pair, "G")
+    with graph.inserting_after(G):
+        link = graph.call_function(_LINK, (y, G, side))
+    with graph.inserting_after(link):
+        handed = graph.call_function(operator.getitem, (link, 1))
+        passed = graph.call_function(operator.getitem, (link, 0))
+    _take_over(y, passed, link, pair)
+    return passed, handed
+
+
+def _insert_couple(
+    graph: fx.Graph, y: fx.Node, inputs: tuple[Any, ...], pair: Pair, sides: list[str]
+) -> fx.Node:
+    """y as its users go on with it; ``inputs`` are x_j, x_i and the link."""
+    with graph.inserting_after(y):
+        A = _read(graph, pair, "A")
+    with graph.inserting_after(A):
+        couple = graph.call_function(_COUPLE, (y, *inputs, A, sides[1], sides[0], pair.ordered))
+    _take_over(y, couple, couple, pair)
+    return couple
+
+
+def _read(graph: fx.Graph, pair: Pair, factor: str) -> fx.Node:
+    path = f"{STORE}.{pair.slot}.{factor}"
+    return graph.create_node("get_attr", path, name=path.replace(".", "_"))
+
+
+def _take_over(y: fx.Node, new: fx.Node, reader: fx.Node, pair: Pair) -> None:
+    """``new`` is what users of y read from now on, but for ``reader``."""
+    for made in {new, reader}:
+        made.meta = {"custom": {"kfac_fx": pair.name}}
+        if "nn_module_stack" in y.meta:
+            made.meta["nn_module_stack"] = y.meta["nn_module_stack"]
+    for user in list(y.users):
+        if user is not reader:
+            user.replace_input_with(y, new)
