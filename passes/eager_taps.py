@@ -25,7 +25,7 @@ from kfac_fx.ir import (
 from kfac_fx.ops import STORE
 from kfac_fx.passes.rules import Refusal, Site, rules_for
 from kfac_fx.passes.rules.embedding import as_table
-from kfac_fx.passes.rules.generic import case_tap
+from kfac_fx.passes.rules.generic import as_rows, case_tap
 
 log = logging.getLogger("kfac_fx")
 
@@ -122,6 +122,8 @@ class EagerTaps:
                 if block.kind == "elementwise" and reference is not None:
                     tap = case_tap(view, Consumer(node, value, reference.path))
                     if tap is not None:
+                        rows = block.approximation == "kronecker"
+                        tap = as_rows(tap) if rows else tap
                         yield replace(block.uses[0], tap=tap), block
 
     def _record(

@@ -75,7 +75,7 @@ def find_uses(
     found = {id(use): use for uses in matches.uses.values() for use in uses}
     uses = list(found.values())
     for name in (name for name in names if name not in matches.uses):
-        use = generic_use(site.view, name, demoted.get(name), matches.refusals)
+        use = generic_use(site, name, demoted.get(name), matches.refusals)
         uses += [] if use is None else [use]
     order = {node.name: index for index, node in enumerate(graph.nodes)}
     return sorted(uses, key=lambda use: order[use.node])

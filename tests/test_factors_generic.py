@@ -65,17 +65,56 @@ def test_elementwise(measure: Measure, kind: str, likelihood: Likelihood, fisher
     close(measure(net, x, y, likelihood, fisher).factors["p"], (want,))
 
 
+def row_factors(covariance: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """A, and the mean over rows of the rows' own blocks of a covariance."""
+    blocks = covariance.unflatten(0, (rows, -1)).unflatten(-1, (rows, -1))
+    return torch.ones(rows), torch.einsum("tktl->kl", blocks) / rows
+
+
 @both_fishers
-@pytest.mark.parametrize("size, approximation", [(256, "full"), (257, "diagonal")])
+@pytest.mark.parametrize("size, approximation", [(256, "full"), (257, "kronecker")])
 def test_size_limit(measure: Measure, size: int, approximation: str, fisher: str) -> None:
+    """Above the limit rows are taken as embeddings that every case looks up."""
     model, x = Net(lambda x, p: (x * p).sum(-2, keepdim=True), (size, 4)), torch.randn(3, 1, 4)
     likelihood = Normal()
     y = likelihood.draw(model(x))
     net = kfac_fx.transform(model)
-    assert net.curvature.blocks["p"].approximation == approximation
+    block = net.curvature.blocks["p"]
+    assert block.approximation == approximation
+    assert (block.reason is None) == (approximation == "full")
     want = oracles.covariance(model, ["p"], x, y, likelihood, fisher)
     found = measure(net, x, y, likelihood, fisher).factors["p"]
-    close(found, (want if approximation == "full" else want.diag(),))
+    close(found, (want,) if approximation == "full" else row_factors(want, size))
+
+
+def test_rows_behind_slopes(measure: Measure) -> None:
+    model, x = Net(lambda x, p: (x * p.exp()).sum(1, keepdim=True), (300, 4)), torch.randn(3, 1, 4)
+    net = kfac_fx.transform(model)
+    want = oracles.covariance(model, ["p"], x, None, Normal())
+    close(measure(net, x, None, Normal()).factors["p"], row_factors(want, 300))
+
+
+@both_fishers
+def test_a_long_vector_is_a_diagonal(measure: Measure, fisher: str) -> None:
+    model, x = Net(lambda x, p: (x * p)[..., :4], (1025,)), torch.randn(3, 1, 1025)
+    y = Normal().draw(model(x))
+    net = kfac_fx.transform(model)
+    assert net.curvature.blocks["p"].approximation == "diagonal"
+    want = oracles.covariance(model, ["p"], x, y, Normal(), fisher)
+    close(measure(net, x, y, Normal(), fisher).factors["p"], (want.diag(),))
+
+
+@pytest.mark.parametrize("route", ["symbolic_trace", "export"])
+def test_a_matrix_that_is_computed_with_before_the_data(measure: Measure, route: str) -> None:
+    """The batch counts as one case, and its rows as uncorrelated positions of it."""
+    model, x = Net(lambda x, p: torch.tanh(x + p.cumsum(0)), (6, 4)), torch.randn(5, 6, 4)
+    y = Normal().draw(model(x))
+    net = kfac_fx.transform(model, (x,), capture=route)
+    reason = net.curvature.blocks["p"].reason
+    assert reason is not None and "the batch counts as one case" in reason
+    found = measure(net, x, y, Normal(), "empirical").factors["p"]
+    (g,) = torch.autograd.grad(Normal().nll(model(x), y), model.p)
+    close(found, (torch.ones(6), g.T @ g / 6 / 5))
 
 
 @both_fishers

@@ -56,6 +56,12 @@ def test_an_unknown_function_is_generic_and_says_so() -> None:
     assert block.reason is not None and "my_linear: no rule" in block.reason
 
 
+def test_example_inputs_lead_into_it() -> None:
+    net = kfac_fx.transform(Model(), (torch.randn(2, 4),))
+    assert net.curvature.route == "export"
+    assert net.curvature.blocks["weight"].approximation == "kronecker"
+
+
 def test_a_registered_rule_takes_it() -> None:
     kfac_fx.register_rule(MyLinearRule(), {my_linear: "my_linear input weight"})
     model, x = Model(), torch.randn(5, 4)

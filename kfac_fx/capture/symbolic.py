@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import linecache
 import traceback
+import types
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch._ops import HigherOrderOperator
 from torch.nn.utils.parametrizations import _Orthogonal, _SpectralNorm, _WeightNorm
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
+from kfac_fx.capture.dialect import row_of
 from kfac_fx.capture.modules import has_parameters, translate
 from kfac_fx.errors import CaptureError
 
@@ -95,11 +97,19 @@ def opaque_calls(model: nn.Module, graph: fx.Graph) -> list[str]:
         if node.op == "call_module" and path in modules:
             if has_parameters(modules[path]) and translate(modules[path], path) is None:
                 found[path] = None
-        elif isinstance(node.target, HigherOrderOperator) and any(
+        elif (isinstance(node.target, HigherOrderOperator) or _is_foreign(node)) and any(
             _is_parameter(model, argument) for argument in node.all_input_nodes
         ):
             found[node.name] = None
     return list(found)
+
+
+def _is_foreign(node: fx.Node) -> bool:
+    """Whether the node calls a Python function that was wrapped to stay whole."""
+    target = node.target
+    if not isinstance(target, types.FunctionType) or row_of(node.op, target) is not None:
+        return False
+    return not target.__module__.startswith("torch.")
 
 
 def _is_parameter(model: nn.Module, node: fx.Node) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kfac_fx.ops.positions import case_covariance
+from kfac_fx.ops.positions import case_covariance, gradient_factor
 from kfac_fx.ops.tap import define, recording, tapped
 
 
@@ -40,6 +40,31 @@ class CaseStatistics:
         return [case_covariance(u, self.dim)]
 
 
+@dataclass(frozen=True)
+class RowStatistics:
+    """(A, G) of rows [T, D], each an embedding that every case looks up once (the expand form).
+
+    A is the identity, kept as a vector; G = sum over cases and rows of g g^T / T.
+    """
+
+    rows: int
+    per_case: bool
+    diagonal: bool
+
+    def __call__(
+        self,
+        g: Tensor,
+        tensors: Sequence[Tensor | None],
+        wanted: Sequence[bool],
+        dtype: torch.dtype,
+    ) -> list[Tensor | None]:
+        u = g.to(dtype).reshape(g.shape[0] if self.per_case else 1, self.rows, -1)
+        for slope in tensors:
+            u = u if slope is None else u * slope.to(dtype).reshape(self.rows, -1)
+        A = torch.ones(self.rows, dtype=dtype, device=g.device)
+        return [A, gradient_factor(u, reduce=False, divide=True, diagonal=self.diagonal)]
+
+
 def over_cases(p: Tensor, like: Tensor) -> tuple[Tensor, bool]:
     """p viewed with one copy for each case of ``like``, and whether it is broadcast over them."""
     missing = like.dim() - p.dim()
@@ -61,9 +86,36 @@ def _slope(p: Tensor, q: Tensor) -> Tensor:
 def _tap(q: Tensor, like: Tensor | None, p: Tensor | None, C: Tensor) -> Tensor:
     if not recording([C]):
         return q
-    slopes = [] if p is None or not q.requires_grad else [_slope(p, q)]
-    q, per_case = (q, True) if like is None else over_cases(q, like)
+    q, per_case, slopes = _spread(q, like, p)
     return tapped(q, CaseStatistics(C.dim(), per_case), slopes, [C])
 
 
+def _row_tap(
+    q: Tensor,
+    like: Tensor | None,
+    p: Tensor | None,
+    A: Tensor,
+    G: Tensor,
+    positions: Tensor | None,
+    one_case: bool,
+) -> Tensor:
+    if not recording([A, G]):
+        return q
+    q, per_case, slopes = _spread(q, like, p)
+    statistics = RowStatistics(A.shape[0], per_case and not one_case, G.dim() == 1)
+    return tapped(q, statistics, slopes, [A, G])
+
+
+def _spread(q: Tensor, like: Tensor | None, p: Tensor | None) -> tuple[Tensor, bool, list[Tensor]]:
+    """q with a copy for each case, whether it has one, and the slopes dq/dp."""
+    slopes = [] if p is None or not q.requires_grad else [_slope(p, q)]
+    q, per_case = (q, True) if like is None else over_cases(q, like)
+    return q, per_case, slopes
+
+
 define("cases(Tensor q, Tensor? like, Tensor? p, Tensor C) -> Tensor", _tap)
+define(
+    "case_rows(Tensor q, Tensor? like, Tensor? p, Tensor A, Tensor G, Tensor? positions, "
+    "bool one_case) -> Tensor",
+    _row_tap,
+)

@@ -5,14 +5,25 @@ squared gradient of the batch. What it gets, and why, is always stated.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from math import prod
 
 from torch import fx
 from torch.nn.utils.parametrize import is_parametrized
 
+from kfac_fx.capture.derived import ancestors
 from kfac_fx.capture.view import Consumer, GraphView
 from kfac_fx.ir import FactorSpec, Layout, NodeRef, ParameterUse, Tap
-from kfac_fx.passes.rules.base import BROADCASTING, broadcast_with, covariance_factor, too_large
+from kfac_fx.passes.rules.base import (
+    BROADCASTING,
+    Site,
+    broadcast_with,
+    covariance_factor,
+    gradient_side,
+    joined,
+    too_large,
+    too_wide,
+)
 
 POINTWISE = BROADCASTING | frozenset(
     {"abs", "clamp", "clamp_min", "clamp_max", "cos", "elu", "exp", "expm1", "gelu", "log"}
@@ -107,7 +118,7 @@ def _expanded_tap(view: GraphView, consumer: Consumer) -> Tap | None:
 
 
 def generic_use(
-    view: GraphView, name: str, reason: str | None, refusals: Mapping[str, str]
+    site: Site, name: str, reason: str | None, refusals: Mapping[str, str]
 ) -> ParameterUse | None:
     """The use of a parameter that no rule took; None if the outputs do not depend on it.
 
@@ -115,29 +126,21 @@ def generic_use(
         reason: why its uses do not fit together, if they do not.
         refusals: by node name, what the rules that looked at it said.
     """
+    view = site.view
     consumers = list(view.consumers(name))
     if not consumers:
         return None
     shape = tuple(view.parameters[name].shape)
     size = prod(shape)
-    layouts = (Layout(shape),)
     first = consumers[0]
     tap = None
     if len(consumers) == 1:
         tap = case_tap(view, first) or _expanded_tap(view, first)
     if tap is not None and _same_order(view, first):
-        factor, approximation = covariance_factor(size)
-        return ParameterUse(
-            "elementwise",
-            first.node.name,
-            (name,),
-            layouts,
-            (factor,),
-            approximation,
-            tap,
-            first.path,
-            too_large(size),
-        )
+        return _elementwise_use(site, name, first, tap)
+    alone = reason is None and not _refused(view, consumers, refusals)
+    if alone and (root := _table(view, consumers, shape)) is not None:
+        return _row_use(site, name, first, Tap("cases", root.name, (None, None)), one_case=True)
     if reason is None and len(consumers) > 1 and all(case_tap(view, c) for c in consumers):
         reason = f"it is used in {', '.join(c.node.name for c in consumers)} in different ways"
     why = reason or "; ".join(_through(view, consumer, refusals) for consumer in consumers[:3])
@@ -145,13 +148,83 @@ def generic_use(
         "generic",
         first.node.name,
         (name,),
-        layouts,
+        (Layout(shape),),
         (FactorSpec("C", (size,), "gradient"),),
         "diagonal",
         None,
         first.path,
         f"squared gradient of the batch; {why}",
     )
+
+
+def _elementwise_use(site: Site, name: str, consumer: Consumer, tap: Tap) -> ParameterUse:
+    """Full covariance of the per-case gradient; of the rows of a matrix where that is too large."""
+    shape = tuple(site.view.parameters[name].shape)
+    size = prod(shape)
+    if too_large(size) and _rows(shape):
+        return _row_use(site, name, consumer, tap)
+    factor, approximation = covariance_factor(size)
+    return ParameterUse(
+        "elementwise",
+        consumer.node.name,
+        (name,),
+        (Layout(shape),),
+        (factor,),
+        approximation,
+        tap,
+        consumer.path,
+        too_large(size),
+    )
+
+
+def _rows(shape: tuple[int, ...]) -> int:
+    """The number of rows if there are rows of several entries, else 0."""
+    rows = prod(shape[:-1])
+    return rows if rows > 1 and shape[-1] > 1 else 0
+
+
+def _row_use(
+    site: Site, name: str, consumer: Consumer, tap: Tap, *, one_case: bool = False
+) -> ParameterUse:
+    """Rows of the last dimension as embeddings that every case looks up once."""
+    shape = tuple(site.view.parameters[name].shape)
+    rows = _rows(shape)
+    why = too_large(prod(shape))
+    if one_case:
+        why = "it is computed with before it meets the data, the batch counts as one case"
+    factors = (FactorSpec("A", (rows,), "input", diagonal=True), gradient_side(site, shape[-1]))
+    return ParameterUse(
+        "elementwise",
+        consumer.node.name,
+        (name,),
+        (Layout(shape).reshape((rows, shape[-1])).transpose(0, 1),),
+        factors,
+        "kronecker",
+        as_rows(tap, one_case),
+        consumer.path,
+        joined("its rows count as uncorrelated", why, too_wide(site, factors[1:])),
+    )
+
+
+def as_rows(tap: Tap, one_case: bool = False) -> Tap:
+    """A tap for the rows of the same gradients."""
+    return replace(tap, operator="case_rows", options=(one_case,))
+
+
+def _refused(view: GraphView, consumers: list[Consumer], refusals: Mapping[str, str]) -> bool:
+    nodes = {c.node for c in consumers} | {e for c in consumers for e in view.ends(c.node)}
+    return any(node.name in refusals for node in nodes)
+
+
+def _table(view: GraphView, consumers: list[Consumer], shape: tuple[int, ...]) -> fx.Node | None:
+    """The one node that reads a matrix which is computed with before it meets the data."""
+    roots = [n for n in view.graph.nodes if n.op == "get_attr" and n in _read(view, consumers)]
+    computed = not any(view.depends_on_data(c.node) or c.value is None for c in consumers)
+    return roots[0] if computed and len(roots) == 1 and _rows(shape) else None
+
+
+def _read(view: GraphView, consumers: list[Consumer]) -> set[fx.Node]:
+    return {a for c in consumers if c.value is not None for a in ancestors(c.value)}
 
 
 def _same_order(view: GraphView, consumer: Consumer) -> bool:
