@@ -32,6 +32,8 @@ class Net(nn.Module):
 
 Use = Callable[[Tensor, Tensor], Tensor]
 ELEMENTWISE: dict[str, tuple[Use, tuple[int, ...]]] = {
+    "addcmul scale": (lambda x, p: torch.addcmul(x, p, x), (4,)),
+    "addcmul shift": (lambda x, p: torch.addcmul(p, x, x.tanh()), (4,)),
     "x + p": (lambda x, p: x + p, (3, 4)),
     "p + x": (lambda x, p: p + x, (1, 3, 4)),
     "x * p": (lambda x, p: x * p, (4,)),

@@ -147,6 +147,7 @@ _add("sub", "input other", operator.sub, operator.isub, torch.sub, "sub", "sub_"
 _add("mul", "input other", operator.mul, operator.imul, torch.mul, "mul", "mul_", "__mul__")
 _add("mul", "input other", aten.mul.Tensor, aten.mul_.Tensor)
 _add("div", "input other", operator.truediv, operator.itruediv, torch.div, "div", aten.div.Tensor)
+_add("addcmul", "input tensor1 tensor2", torch.addcmul, "addcmul", aten.addcmul.default)
 _add("expand", "input *shape", "expand")
 _add("expand", "input shape", aten.expand.default)
 _add("expand", "input other", "expand_as", aten.expand_as.default)

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 import sys
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -23,6 +25,8 @@ from kfac_fx.capture.symbolic import user_line
 from kfac_fx.capture.tape import Seen, Tape, Taps
 from kfac_fx.capture.undisturbed import fresh, tensors_in, undisturbed
 from kfac_fx.errors import CaptureError
+
+log = logging.getLogger("kfac_fx")
 
 RUNNER = "_kfac_fx_model"
 """Name of the submodule that runs the model."""
@@ -149,6 +153,9 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> f
     returned = list(tensors_in(outputs))
     for name in _used_unseen(returned, tape):
         tape.consume(name, untraced_operation)
+    hidden = _used_detached(returned, tape)
+    if hidden:
+        log.warning("a custom autograd.Function hides the uses of %s: no block", ", ".join(hidden))
     for path in _unreached(model, tape.touched):
         tape.graph.call_module(path, (tape.placeholder("unreached"),))
     tape.graph.output(tuple(tape.node(tensor) for tensor in returned))
@@ -162,19 +169,37 @@ def untraced_operation() -> None:
 def _used_unseen(outputs: list[Tensor], tape: Tape) -> list[str]:
     """Parameters with a path to the outputs that no recorded call begins."""
     names = {id(p): name for name, p in tape.view.parameters.items()}
-    todo = [t.grad_fn for t in outputs if t.grad_fn is not None]
-    seen = set(todo)
     found: dict[str, None] = {}
-    while todo:
-        node = todo.pop()
+    for node in _autograd_nodes(outputs):
         for following, _ in node.next_functions:
             name = names.get(id(getattr(following, "variable", None)))
             if name is not None and not isinstance(node, Seen._backward_cls):
                 found[name] = None
+    return list(found)
+
+
+def _autograd_nodes(outputs: list[Tensor]) -> Iterator[Any]:
+    """The nodes of the graph that backward would walk."""
+    todo: list[Any] = [t.grad_fn for t in outputs if t.grad_fn is not None]
+    seen = set(todo)
+    while todo:
+        node = todo.pop()
+        yield node
+        for following, _ in node.next_functions:
             if following is not None and following not in seen:
                 seen.add(following)
                 todo.append(following)
-    return list(found)
+
+
+def _used_detached(outputs: list[Tensor], tape: Tape) -> list[str]:
+    """Parameters without a recorded use that a custom autograd.Function may have used.
+
+    Its forward runs without gradients; a reversible layer runs itself again in the backward.
+    """
+    functions = {type(node) for node in _autograd_nodes(outputs)} - {Seen._backward_cls}
+    if not any(issubclass(one, torch.autograd.function.BackwardCFunction) for one in functions):
+        return []
+    return [name for name in sorted(tape.touched) if not tape.view.consumers(name)]
 
 
 def _unreached(model: nn.Module, touched: set[str]) -> list[str]:

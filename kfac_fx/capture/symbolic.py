@@ -7,6 +7,7 @@ import linecache
 import traceback
 import types
 from collections.abc import Collection
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,14 @@ class _Tracer(fx.Tracer):
         if isinstance(m, (ParametrizationList, _WeightNorm)):
             return False
         return super().is_leaf_module(m, module_qualified_name)
+
+    def create_arg(self, a: Any) -> Any:
+        """A dictionary that is a data class too (a model's named outputs) keeps its class."""
+        named = is_dataclass(a) and isinstance(a, dict)
+        if named:
+            held = {f.name: self.create_arg(getattr(a, f.name)) for f in fields(a) if f.init}
+            return self.create_node("call_function", type(a), (), held)
+        return super().create_arg(a)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """Buffers as nodes too: an update of one would else run now and never again."""

@@ -158,7 +158,7 @@ def shift_use(call: Call, site: Site, bias: Reference, channels: tuple[int, ...]
     )
 
 
-BROADCASTING = frozenset({"add", "sub", "mul", "div"})
+BROADCASTING = frozenset({"add", "sub", "mul", "div", "addcmul"})
 
 
 def broadcast_with(view: GraphView, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
@@ -174,8 +174,9 @@ def broadcast_with(view: GraphView, node: fx.Node) -> tuple[fx.Node, fx.Node] | 
         return None
     if str(consumer.target).endswith("_") and call.get("input") is node:
         return None  # in place on the node itself
-    others = [arg for arg in (call.get("input"), call.get("other")) if arg is not node]
-    if len(others) != 1 or not view.depends_on_data(others[0]):
+    operands = [call.get(name) for name in ("input", "other", "tensor1", "tensor2")]
+    others = [arg for arg in operands if view.depends_on_data(arg)]
+    if operands.count(node) != 1 or not others:
         return None
     return others[0], consumer
 

@@ -219,7 +219,9 @@ def _refused(view: GraphView, consumers: list[Consumer], refusals: Mapping[str, 
 def _table(view: GraphView, consumers: list[Consumer], shape: tuple[int, ...]) -> fx.Node | None:
     """The one node that reads a matrix which is computed with before it meets the data."""
     roots = [n for n in view.graph.nodes if n.op == "get_attr" and n in _read(view, consumers)]
-    computed = not any(view.depends_on_data(c.node) or c.value is None for c in consumers)
+    direct = any(view.depends_on_data(c.node) or c.value is None for c in consumers)
+    ends = {end for c in consumers for end in view.ends(c.node)}
+    computed = not direct and all(map(view.depends_on_data, ends))
     return roots[0] if computed and len(roots) == 1 and _rows(shape) else None
 
 
