@@ -22,10 +22,30 @@ def cross_names(blocks: Mapping[str, CurvatureBlock], coupling: Coupling) -> lis
     return [f"{factor}_{child}_{parent}" for factor in "AG"]
 
 
-def inverses(block: CurvatureBlock) -> tuple[str, ...]:
-    """What a child's refresh hands to the apply: K^T Sigma K = diag(1 / scale), and K^T Psi."""
-    names = ("K_A", "K_G", "Psi_A", "Psi_G", "scale")
-    return tuple(f"{name}_{block.slot}" for name in names)
+Pair = tuple[CurvatureBlock, CurvatureBlock]
+"""A child and its parent."""
+
+
+def from_child(pair: Pair) -> tuple[bool, bool]:
+    """Of A and of G, whether the child's side is the smaller: its coordinates are complete."""
+    (A, G), (A_parent, G_parent) = (block.dimensions for block in pair)
+    return A[0] <= A_parent[0], G[0] <= G_parent[0]
+
+
+def inverses(pair: Pair) -> tuple[str, ...]:
+    """What a child's refresh hands to the apply: coordinates, 1 / (1 - s_G s_A^T), s_A and s_G.
+
+    Where the child's coordinates are not complete, its own inverses too.
+    """
+    child, slot = pair[0], pair[0].slot
+    names = [f"{name}_{slot}" for name in ("L_A", "L_G", "R_A", "R_G", "scale")]
+    if not all(from_child(pair)):
+        names += [f"s_A_{slot}", f"s_G_{slot}", *_own(child)]
+    return tuple(names)
+
+
+def _own(block: CurvatureBlock) -> list[str]:
+    return [f"{spec.name}_{block.slot}_inverse" for spec in sides(block)]
 
 
 def whiten(
@@ -48,57 +68,73 @@ def whiten(
     return found, flags
 
 
-def root(build: ProgramBuilder, block: CurvatureBlock, whiteners: Sequence[Any]) -> dict[str, Any]:
-    """The inverses of a block without a parent."""
-    names = [f"{spec.name}_{block.slot}_inverse" for spec in sides(block)]
-    return {name: build.name(W.mT @ W, name) for name, W in zip(names, whiteners, strict=True)}
+def own(build: ProgramBuilder, block: CurvatureBlock, whiteners: Sequence[Any]) -> dict[str, Any]:
+    """The inverses of a block by itself."""
+    found = zip(_own(block), whiteners, strict=True)
+    return {name: build.name(W.mT @ W, name) for name, W in found}
 
 
 def refresh(
     build: ProgramBuilder,
-    child: CurvatureBlock,
+    pair: Pair,
     whiteners: Sequence[Any],
     above: Sequence[Any],
     cross: Sequence[Any],
 ) -> dict[str, Any]:
     """A child's conditional; of one that is not positive, the coupling is left out."""
-    slot = child.slot
-    K_A, s_A, Psi_A = conditional_side(whiteners[0], cross[0], above[0])
-    K_G, s_G, Psi_G = conditional_side(whiteners[1], cross[1], above[1])
+    child, slot = pair[0], pair[0].slot
+    of_A, of_G = from_child(pair)
+    L_A, s_A, R_A = conditional_side(whiteners[0], cross[0], above[0], from_child=of_A)
+    L_G, s_G, R_G = conditional_side(whiteners[1], cross[1], above[1], from_child=of_G)
+    complete = of_A and of_G
     form = conditional_scale(s_A, s_G)
-    clamped, indefinite = form[1], form[2]
     found = {
-        "K_A": K_A,
-        "K_G": K_G,
-        "Psi_A": torch.where(indefinite, 0.0, Psi_A),
-        "Psi_G": torch.where(indefinite, 0.0, Psi_G),
-        "scale": torch.where(indefinite, 1.0, form[0]),
-        "clamped": clamped,
-        "indefinite": indefinite,
+        "L_A": L_A,
+        "L_G": L_G,
+        "R_A": R_A,
+        "R_G": torch.where(form[2], 0.0, R_G),
+        "scale": torch.where(form[2], 1.0 if complete else 0.0, form[0]),
+        "clamped": form[1],
+        "indefinite": form[2],
     }
-    return {f"{key}_{slot}": build.name(value, f"{key}_{slot}") for key, value in found.items()}
+    found |= {} if complete else {"s_A": s_A, "s_G": s_G}
+    named = {f"{key}_{slot}": build.name(v, f"{key}_{slot}") for key, v in found.items()}
+    return named if complete else named | own(build, child, whiteners)
 
 
-def given(
-    child: CurvatureBlock, parent: CurvatureBlock, inverse: Sequence[Any], V: Any, above: Any
-) -> Any:
-    """z: K^T (v_i - Psi v_p), divided by the conditional's eigenvalues."""
-    K_A, K_G, Psi_A, Psi_G, scale = inverse
-    order = _right_first(child, parent)
-    inner = sandwich(K_G.mT, V, K_A) - sandwich(Psi_G, above, Psi_A.mT, right_first=order)
-    return inner * scale
+def apply(pair: Pair, inverse: Sequence[Any], V: Any, above: Any) -> tuple[Any, Any]:
+    """The child's result, and what its parent's loses.
+
+    c and d are the gradients of child and parent in canonical coordinates; with complete
+    coordinates z is that of section 7, and Sigma^-1 = L diag(scale) L^T.
+    """
+    L_A, L_G, R_A, R_G, scale, *rest = inverse
+    of_A, of_G = from_child(pair)
+    (A, G), (A_parent, G_parent) = ([side[0] for side in b.dimensions] for b in pair)
+    k_A, k_G = min(A, A_parent), min(G, G_parent)
+    c = _product(L_G.mT, V, L_A, (k_G, G, A, k_A))
+    d = _product(R_G, above, R_A.mT, (k_G, G_parent, A_parent, k_A))
+    if of_A and of_G:
+        z = y = (c - d) * scale
+        U = _product(L_G, z, L_A.mT, (G, k_G, k_A, A))
+    else:
+        s_A, s_G, A_inverse, G_inverse = rest
+        z = (_weighted(c, s_A, s_G, of_A, of_G) - d) * scale
+        y = (c - _weighted(d, s_A, s_G, not of_A, not of_G)) * scale
+        U = G_inverse @ V @ A_inverse + _product(L_G, z, L_A.mT, (G, k_G, k_A, A))
+    return U, _product(R_G.mT, y, R_A, (G_parent, k_G, k_A, A_parent))
 
 
-def back(inverse: Sequence[Any], z: Any) -> Any:
-    """K z: the child's own part of the result."""
-    K_A, K_G, *_ = inverse
-    return sandwich(K_G, z, K_A.mT)
+def _product(L: Any, V: Any, R: Any, sizes: tuple[int, int, int, int]) -> Any:
+    """L [p, q] V [q, r] R [r, t] for sizes (p, q, r, t), in the order of fewer multiplications."""
+    p, q, r, t = sizes
+    return sandwich(L, V, R, right_first=q * r * t + p * q * t < p * q * r + p * r * t)
 
 
-def share(child: CurvatureBlock, parent: CurvatureBlock, inverse: Sequence[Any], z: Any) -> Any:
-    """Psi^T K z: what the parent's part loses."""
-    _, _, Psi_A, Psi_G, _ = inverse
-    return sandwich(Psi_G.mT, z, Psi_A, right_first=_right_first(parent, child))
+def _weighted(value: Any, s_A: Any, s_G: Any, by_A: bool, by_G: bool) -> Any:
+    """Times the s of the sides asked for, along the columns (A) and rows (G)."""
+    value = value * s_A if by_A else value
+    return value * s_G.unsqueeze(-1) if by_G else value
 
 
 def _right_first(to: CurvatureBlock, of: CurvatureBlock) -> bool:

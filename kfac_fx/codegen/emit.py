@@ -61,19 +61,21 @@ def emit_refresh(
             )
             outputs |= flags
             if name not in parent:
-                outputs |= conditional.root(build, block, whiteners[name])
+                outputs |= conditional.own(build, block, whiteners[name])
     for coupling, cross in crosses.items():
         child, above = blocks[coupling.child], blocks[coupling.parent]
         given = f"{child.name} given {above.name}"
         with build.section(f"{child.slot}_given_{above.slot}", given):
             sides = whiteners[child.name], whiteners[above.name]
-            outputs |= conditional.refresh(build, child, *sides, cross)
+            outputs |= conditional.refresh(build, (child, above), *sides, cross)
     return build.finish(outputs, "Refresh")
 
 
-def _inverses(block: CurvatureBlock, parent: Mapping[str, str]) -> tuple[str, ...]:
+def _inverses(
+    block: CurvatureBlock, blocks: Mapping[str, CurvatureBlock], parent: Mapping[str, str]
+) -> tuple[str, ...]:
     if block.name in parent:
-        return conditional.inverses(block)
+        return conditional.inverses((block, blocks[parent[block.name]]))
     return FORMS[block.approximation].inverses(block)
 
 
@@ -87,7 +89,10 @@ def emit_apply(
     """
     build = ProgramBuilder()
     blocks, parent = curvature.blocks, parents(couplings)
-    inverses = {b.name: [build.input(n) for n in _inverses(b, parent)] for b in blocks.values()}
+    inverses = {
+        block.name: [build.input(name) for name in _inverses(block, blocks, parent)]
+        for block in blocks.values()
+    }
     gradients = {name: build.input(f"gradient_{name}") for name in curvature.covered}
     outputs: dict[str, Any] = dict(gradients)
     V: dict[str, Any] = {}
@@ -100,18 +105,14 @@ def emit_apply(
                 U[name] = FORMS[block.approximation].apply(build, block, inverses[name], V[name])
             if name not in coupled:
                 _scatter(build, block, U[name], outputs, cast)
-    z: dict[str, Any] = {}
+    shares: dict[str, Any] = {}
     for child, above in parent.items():
-        slot = blocks[child].slot
-        with build.section(slot, f"{child} given {above}"):
+        with build.section(blocks[child].slot, f"{child} given {above}"):
             pair = blocks[child], blocks[above]
-            z[child] = conditional.given(*pair, inverses[child], V[child], V[above])
-            build.name(z[child], f"z_{slot}")
-            U[child] = conditional.back(inverses[child], z[child])
+            U[child], shares[child] = conditional.apply(pair, inverses[child], V[child], V[above])
     for child, above in parent.items():
-        with build.section(blocks[child].slot, f"{above}: the share of {child}"):
-            pair = blocks[child], blocks[above]
-            U[above] = U[above] - conditional.share(*pair, inverses[child], z[child])
+        with build.section(blocks[above].slot, f"{above}: what {child} takes"):
+            U[above] = U[above] - shares[child]
     for name in coupled:
         with build.section(blocks[name].slot, f"{name}: the sum"):
             _scatter(build, blocks[name], U[name], outputs, cast)

@@ -1,8 +1,9 @@
 """Conditionals of block-tridiagonal K-FAC (Martens & Grosse 2015, section 4.3 and appendix B).
 
 A child i with the parent p has Psi = F_ip F_pp^-1 and Sigma = F_ii - Psi F_pp Psi^T, both of
-Kronecker form (curvature.md section 7). In the basis K of a side, with K^T A_ii K = I and
-K^T (Psi^A A_pp Psi^A^T) K = diag(s), Sigma is diagonal: its entries are 1 - s_G s_A.
+Kronecker form (curvature.md section 7). In the canonical coordinates of a side (A or G), both
+blocks are white and their correlation Q = U diag(sqrt(s)) T^T is diagonal: every pair of
+coordinates is a 2 x 2 problem, and Sigma has the entries 1 - s_G s_A.
 """
 
 from __future__ import annotations
@@ -21,12 +22,20 @@ def correlation(W: Tensor, cross: Tensor, W_parent: Tensor) -> Tensor:
     return W @ cross @ W_parent.mT
 
 
-def conditional_side(W: Tensor, cross: Tensor, W_parent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(K, s, K^T Psi) of one side: [n, n], [n], [n, m]; arguments as in ``correlation``."""
+def conditional_side(
+    W: Tensor, cross: Tensor, W_parent: Tensor, *, from_child: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(L, s, R): coordinates of child and parent, with L R = U diag(sqrt(s)) T^T between whiteners.
+
+    L [n, k] and R [k, m], where k is the dimension that the eigenvectors are taken of: the child's
+    (then R carries the sqrt(s)) or the parent's (then L does); the smaller is cheaper, and exact.
+    """
     Q = correlation(W, cross, W_parent)
-    spectrum = torch.linalg.eigh(Q @ Q.mT)
+    spectrum = torch.linalg.eigh(Q @ Q.mT if from_child else Q.mT @ Q)
     s, E = spectrum[0].clamp_min(0.0), spectrum[1]
-    return W.mT @ E, s, E.mT @ Q @ W_parent
+    if from_child:
+        return W.mT @ E, s, E.mT @ Q @ W_parent
+    return W.mT @ (Q @ E), s, E.mT @ W_parent
 
 
 def conditional_scale(s_A: Tensor, s_G: Tensor) -> tuple[Tensor, Tensor, Tensor]:
