@@ -61,12 +61,16 @@ class EagerTaps:
         self._open = frozenset(self._blocks) - self._without_tap
         self._alone = frozenset(b.parameters[0] for b in blocks if len(b.parameters) == 1)
         self._told: set[str] = set()
+        self._parameters = dict(module.named_parameters())
+        scaled = (b for b in blocks if any(u.tap and u.tap.scale for u in b.uses))
+        self.computed = frozenset(name for block in scaled for name in block.parameters)
 
     def of_copy(self, module: nn.Module) -> EagerTaps:
         """The same for a copy of the module."""
         twin = EagerTaps.__new__(EagerTaps)
         twin.__dict__.update(self.__dict__)
         twin._store = module.get_submodule(STORE)
+        twin._parameters = dict(module.named_parameters())
         return twin
 
     def recording(self) -> bool:
@@ -79,8 +83,11 @@ class EagerTaps:
             return []
         found: list[Placement] = []
         for use, block in self._uses(view, node):
+            inner = use.parameters[0] in self.computed and not view.depends_on_data(node)
+            if inner and use.tap is not None and use.tap.scale is None:
+                continue  # a step of computing a weight that is recorded where it is used
             known = next((known for known in block.uses if _same_form(known, use)), None)
-            if known is not None and use.tap is not None:
+            if known is not None and use.tap is not None and _at_its_call(use, use.tap, node):
                 record = self._record(use.tap, known, block)
                 found.append(Placement(use.tap, record, use.parameters))
         return found
@@ -139,6 +146,10 @@ class EagerTaps:
                 return list(value) if isinstance(value, tuple) else value
 
             factors = [getattr(slot, factor.name) for factor in use.factors]
+            if tap.scale is not None:
+                result = values[tap.scale.result.name]
+                options = (self._parameters[use.parameters[0]], tap.scale.rows, tap.scale.entrywise)
+                factors[1] = torch.ops.kfac_fx.row_scaled.default(factors[1], result, *options)
             if use.approximation == "kronecker" and len(factors) == 2:
                 factors.append(None)
             arguments = (*map(resolve, tap.tensors), *factors, *map(resolve, tap.options))
@@ -192,9 +203,9 @@ def _weakened(use: ParameterUse, name: str) -> ParameterUse:
 
 
 def _at_its_call(use: ParameterUse, tap: Tap, node: fx.Node) -> bool:
-    if tap.scale is not None:
-        return False
     known = {argument.name for argument in node.all_input_nodes}
+    if tap.scale is not None and (tap.scale.result.name not in known or not tap.scale.whole):
+        return False
     refs = {r.name for r in (*tap.tensors, *tap.options) if isinstance(r, NodeRef)}
     if tap.consumer is None:
         return tap.node == use.node and all(r in known or r.startswith(".") for r in refs)

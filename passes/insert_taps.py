@@ -84,7 +84,7 @@ def _insert(
         tensors = [resolve(tensor) for tensor in tap.tensors]
         factors: list[fx.Node | None] = [_attribute(graph, path) for path in paths]
         if tap.scale is not None:
-            result, source, rows, entrywise = tap.scale
+            result, source, rows, entrywise, _ = tap.scale
             scaled = (factors[1], resolve(result), resolve(source), rows, entrywise)
             factors[1] = graph.call_function(torch.ops.kfac_fx.row_scaled.default, scaled)
         if use.approximation == "kronecker" and len(factors) == 2:

@@ -182,7 +182,9 @@ APPROXIMATE: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tens
     "batch_norm": (standardised, lambda w: GAIN / deviation(w)),
     "by hand": (standardised_by_hand, lambda w: GAIN / deviation(w)),
     "weight_norm": (
-        lambda w: torch._weight_norm(w, torch.ones_like(row(w)), 0),
+        lambda w: torch._weight_norm(
+            w, torch.ones(5, 1) if w.dim() == 2 else torch.ones(5, 1, 1, 1), 0
+        ),
         lambda w: 1 / rows(w).norm(dim=1),
     ),
     "unit rows": (
@@ -196,6 +198,16 @@ APPROXIMATE: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tens
 @pytest.mark.parametrize("route", ["symbolic_trace", "export"])
 @pytest.mark.parametrize("change", APPROXIMATE)
 def test_normalised_weights(measure: Measure, change: str, build: object, route: str) -> None:
+    check_normalised(measure, change, build, route)
+
+
+@pytest.mark.parametrize("build", [linear, convolution])
+@pytest.mark.parametrize("change", ["weight_norm", "unit rows"])
+def test_a_running_model(measure: Measure, change: str, build: object) -> None:
+    check_normalised(measure, change, build, "eager")
+
+
+def check_normalised(measure: Measure, change: str, build: object, route: str) -> None:
     layer, x = build()
     function, factors_of = APPROXIMATE[change]
     model = Derived(layer, function)
@@ -204,7 +216,7 @@ def test_normalised_weights(measure: Measure, change: str, build: object, route:
     block = net.curvature.blocks["layer"]
     assert block.approximation == "kronecker"
     assert block.reason is not None and "of its Jacobian" in block.reason
-    found = measure(net, x, y, Categorical()).factors["layer"]
+    found = measure(net, x, y, Categorical()).factors["layer"][:2]
     close(found, expected(model, x, y, "exact", factors_of(layer.weight)))
 
 
@@ -237,17 +249,20 @@ HELPERS = {
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
 @pytest.mark.parametrize("build", [lambda: nn.Linear(4, 5), lambda: nn.Conv1d(2, 5, 3)])
+@pytest.mark.parametrize("route", ["auto", "eager"])
 @pytest.mark.parametrize("helper", HELPERS)
-def test_parametrized_layers(measure: Measure, helper: str, build: Callable[[], nn.Module]) -> None:
+def test_parametrized_layers(
+    measure: Measure, helper: str, build: Callable[[], nn.Module], route: str
+) -> None:
     layer = HELPERS[helper](build())
     x = torch.randn(6, 4) if isinstance(layer, nn.Linear) else torch.randn(6, 2, 4)
     model = nn.Sequential(layer, nn.Tanh(), nn.Flatten(), nn.LazyLinear(3)).eval()
     model(x)
-    net = kfac_fx.transform(model, (x,))
+    net = kfac_fx.transform(model, (x,), capture=route)
     (name,) = [p for p in dict(model.named_parameters()) if p in _directions(model)]
     block = net.curvature.blocks[name]
     assert block.approximation == "kronecker", block.reason
-    A, G = measure(net, x, None, Bernoulli()).factors[name]
+    A, G = measure(net, x, None, Bernoulli()).factors[name][:2]
     direction, weight = model.get_parameter(name), layer.weight.detach()
     plain = type(layer)(*(4, 5) if isinstance(layer, nn.Linear) else (2, 5, 3), bias=False)
     plain.weight.data = weight

@@ -72,6 +72,28 @@ def test_convolution_on_a_table(measure: Measure, fisher: str) -> None:
     check_table(measure, Positions(), "conv", torch.randn(5, 4, 2, 2), fisher)
 
 
+class Vector(nn.Module):
+    """A matrix times a vector that the model holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 3))
+        self.register_buffer("vector", torch.randn(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x + torch.mv(self.weight, self.vector))
+
+
+def test_a_matrix_times_a_vector(measure: Measure) -> None:
+    """One row: what is recorded is the outer product of the gradient itself."""
+    model, x = Vector(), torch.randn(5, 4)
+    y = Bernoulli().draw(model(x))
+    A, G = measure(kfac_fx.transform(model), x, y, Bernoulli(), "empirical").factors["weight"]
+    (g,) = torch.autograd.grad(Bernoulli().nll(model(x), y), model.weight)
+    flat = g.flatten()
+    torch.testing.assert_close(torch.kron(G, A), torch.outer(flat, flat) / 5)
+
+
 class Both(nn.Module):
     """One layer on the data and on a table (DeBERTa's queries on relative positions)."""
 

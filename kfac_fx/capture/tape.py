@@ -44,7 +44,13 @@ class Placement(NamedTuple):
 
 
 class Taps(Protocol):
-    """Knows the taps of the calls that read parameters."""
+    """Knows the taps of the calls that read parameters.
+
+    Attributes:
+        computed: parameters that are recorded where a weight computed from them is used.
+    """
+
+    computed: frozenset[str]
 
     def place(self, view: GraphView, node: fx.Node) -> Sequence[Placement]:
         """Those of a call that is about to run."""
@@ -208,6 +214,8 @@ class Tape(TorchFunctionMode):
         if self._taps is None or self.view.reference(node) is not None or self.view.is_split(node):
             return
         missed = self._names_read(node).difference(*(plan.parameters for plan in plans))
+        if not self.view.depends_on_data(node):
+            missed -= self._taps.computed  # recorded where what is computed here is used
         if missed:
             self._taps.missed(missed, node)
 
@@ -252,7 +260,7 @@ class Tape(TorchFunctionMode):
         if id(tensor) in self._parameters:
             return True
         node = self._nodes.get(tensor)
-        return node is not None and self.view.reference(node) is not None
+        return node is not None and self.view.is_computed(node)
 
 
 _NUMBERS: tuple[type, ...] = (int, float, complex, bool)

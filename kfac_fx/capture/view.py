@@ -70,6 +70,7 @@ class GraphView:
         self._pieces: dict[fx.Node, tuple[Reference, ...]] = {}
         self._calls: dict[fx.Node, Call | None] = {}
         self._data: set[fx.Node] = set()
+        self._computed: set[fx.Node] = set()
         self._derived: dict[tuple[fx.Node, frozenset[str]], Reference | None] = {}
         for node in graph.nodes:
             self.read(node)
@@ -81,6 +82,8 @@ class GraphView:
         self._consumers = None
         if self._carries_data(node):
             self._data.add(node)
+        elif self._references[node] or any(a in self._computed for a in node.all_input_nodes):
+            self._computed.add(node)
 
     def call(self, node: fx.Node) -> Call | None:
         """The node in the common vocabulary, or None where it has no word for it."""
@@ -89,6 +92,10 @@ class GraphView:
     def depends_on_data(self, value: Any) -> bool:
         """Whether the value of a node is computed from the model's inputs."""
         return isinstance(value, fx.Node) and value in self._data
+
+    def is_computed(self, node: fx.Node) -> bool:
+        """Whether a value is that of a parameter, or computed from some and from no data."""
+        return node in self._computed
 
     def is_per_case(self, value: Any) -> bool:
         """Whether a node's value depends on the data, or is a copy for each case of what does not.

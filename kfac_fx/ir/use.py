@@ -48,12 +48,14 @@ class Scale(NamedTuple):
         source: the parameter.
         rows: dimensions of both that count the outputs.
         entrywise: whether each entry is computed from the same entry alone.
+        whole: whether the source is the parameter itself rather than a view of it.
     """
 
     result: NodeRef
     source: NodeRef
     rows: tuple[int, ...]
     entrywise: bool
+    whole: bool = True
 
 
 @dataclass(frozen=True)

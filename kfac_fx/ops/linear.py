@@ -125,6 +125,8 @@ def _table(
     factors = [A, G] if positions is None else [A, G, positions]
     if not recording(factors):
         return y
+    if x.dim() == 1:  # a matrix times a vector
+        x_dims, y_dims = [-1], [-1]
     dims = ([dim + (dim >= 0) for dim in dims] for dims in (x_dims, y_dims, x_groups, y_groups))
     return tapped(y, TableStatistics(*_options(A, G, *dims, bias, reduce)), [x], factors)
 

@@ -55,7 +55,7 @@ def through_derivation(use: ParameterUse, weight: Reference) -> ParameterUse | R
     if share is not None:
         part = f"{share:.1%} of its Jacobian" + " where that is not zero" * entrywise
         reason = f"{way}: taken as a factor for each row, {part}"
-    tap = replace(use.tap, scale=Scale(*nodes, rows, entrywise))
+    tap = replace(use.tap, scale=Scale(*nodes, rows, entrywise, not derivation.seen.steps))
     return replace(use, tap=tap, reason=joined(use.reason, reason))
 
 

@@ -138,7 +138,7 @@ def generic_use(
         tap = case_tap(view, first) or _expanded_tap(view, first)
     if tap is not None and _same_order(view, first):
         return _elementwise_use(site, name, first, tap)
-    alone = reason is None and not _refused(view, consumers, refusals)
+    alone = name in site.open and not _refused(view, consumers, refusals)
     if alone and (root := _table(view, consumers, shape)) is not None:
         return _row_use(site, name, first, Tap("cases", root.name, (None, None)), one_case=True)
     if reason is None and len(consumers) > 1 and all(case_tap(view, c) for c in consumers):
