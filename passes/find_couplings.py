@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import combinations
 
 from torch import fx, nn
 
@@ -74,12 +75,12 @@ def find_couplings(
     forest = couplings_of(weights, order)
     ordered = {(e.source, e.target) for e in edges if not _REORDERING & set(e.path)}
     chosen = {frozenset((c.child, c.parent)) for c in forest}
-    candidates = _nearest(weights) if by_data else set()
-    pairs = tuple(
-        _pair(blocks, earlier, later, (earlier, later) in ordered)
-        for earlier, later in weights
-        if frozenset((earlier, later)) in chosen or (earlier, later) in candidates
+    candidates = _nearest(weights) | _siblings(edges, weights) if by_data else set()
+    found = sorted(
+        {pair for pair in weights if frozenset(pair) in chosen} | candidates,
+        key=lambda pair: (order.index(pair[1]), order.index(pair[0])),
     )
+    pairs = tuple(_pair(blocks, *pair, pair in ordered) for pair in found)
     coupled = {name for pair in pairs for name in (pair.earlier, pair.later)}
     uncoupled = {
         name: reason or "no other layer before or after it can be coupled"
@@ -133,6 +134,21 @@ def _nearest(weights: Mapping[tuple[str, str], float]) -> set[tuple[str, str]]:
         for pair in sorted(weights, key=lambda pair: -weights[pair]):
             by_block.setdefault(pair[end], []).append(pair)
         found |= {pair for pairs in by_block.values() for pair in pairs[:NEAREST]}
+    return found
+
+
+def _siblings(
+    edges: Iterable[Edge], weights: Mapping[tuple[str, str], float]
+) -> set[tuple[str, str]]:
+    """Pairs of layers that are joined before another: where they are added, g is the same."""
+    sources: dict[str, list[str]] = {}
+    for edge in edges:
+        if (edge.source, edge.target) in weights and "join" in edge.kinds:
+            sources.setdefault(edge.target, []).append(edge.source)
+    found: set[tuple[str, str]] = set()
+    for target, names in sources.items():
+        nearest = sorted(names, key=lambda name: -weights[name, target])[:NEAREST]
+        found |= set(combinations([name for name in names if name in nearest], 2))
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from kfac_fx.ir import Coupling, CurvatureGraph
 from kfac_fx.ops import all_buffers
 from kfac_fx.optim.averages import Averages, all_finite, fold
 from kfac_fx.optim.guard import ParameterGuard
-from kfac_fx.optim.selection import chosen_couplings
+from kfac_fx.optim.selection import chosen_couplings, mutual_informations, total
 
 log = logging.getLogger("kfac_fx")
 
@@ -107,6 +107,17 @@ class InverseFisher:
         if chosen != present:
             log.info("other couplings are more informative: the program is generated again")
             self._generate(chosen)
+
+    def mutual_information(self, couplings: Iterable[Coupling], damping: float) -> float:
+        """See ``Preconditioner.mutual_information``."""
+        weights = mutual_informations(self.averages, damping)
+        for c in couplings:
+            if (c.child, c.parent) not in weights and (c.parent, c.child) not in weights:
+                raise StatisticsError(
+                    f"the cross factors of {c.child} and {c.parent} are not recorded; "
+                    "couplings='data' in transform() records more pairs"
+                )
+        return total(weights, couplings)
 
     def apply(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The inverse times gradients by parameter name; see ``Preconditioner.apply``."""

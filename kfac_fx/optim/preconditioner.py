@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -137,6 +137,18 @@ class Preconditioner:
     def couplings(self) -> tuple[Coupling, ...]:
         """The forest in use; the transform's own until the data choose another."""
         return self._inverse.program.couplings
+
+    def mutual_information(self, couplings: Iterable[Coupling] | None = None) -> float:
+        """Of a forest's pairs, in nats: how much closer to Ftilde it is than block-diagonal.
+
+        Args:
+            couplings: among the recorded pairs; None for those in use.
+
+        Raises:
+            StatisticsError: a pair is not recorded.
+        """
+        given = self.couplings if couplings is None else couplings
+        return self._inverse.mutual_information(given, self.damping)
 
     @property
     def program(self) -> Program:
