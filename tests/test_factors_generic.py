@@ -89,6 +89,13 @@ def test_size_limit(measure: Measure, size: int, approximation: str, fisher: str
     close(found, (want,) if approximation == "full" else row_factors(want, size))
 
 
+def test_rows_of_a_running_model(measure: Measure) -> None:
+    model, x = Net(lambda x, p: (x * p).sum(-2, keepdim=True), (300, 4)), torch.randn(3, 1, 4)
+    net = kfac_fx.transform(model, (x,), capture="eager")
+    want = oracles.covariance(model, ["p"], x, None, Normal())
+    close(measure(net, x, None, Normal()).factors["p"][:2], row_factors(want, 300))
+
+
 def test_rows_behind_slopes(measure: Measure) -> None:
     model, x = Net(lambda x, p: (x * p.exp()).sum(1, keepdim=True), (300, 4)), torch.randn(3, 1, 4)
     net = kfac_fx.transform(model)

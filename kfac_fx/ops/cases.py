@@ -44,7 +44,8 @@ class CaseStatistics:
 class RowStatistics:
     """(A, G) of rows [T, D], each an embedding that every case looks up once (the expand form).
 
-    A is the identity, kept as a vector; G = sum over cases and rows of g g^T / T.
+    A is the identity, kept as a vector; G = sum over cases and rows of g g^T / T, or without the
+    division and with T where the positions of several uses are counted.
     """
 
     rows: int
@@ -62,7 +63,10 @@ class RowStatistics:
         for slope in tensors:
             u = u if slope is None else u * slope.to(dtype).reshape(self.rows, -1)
         A = torch.ones(self.rows, dtype=dtype, device=g.device)
-        return [A, gradient_factor(u, reduce=False, divide=True, diagonal=self.diagonal)]
+        one_use = len(wanted) == 2
+        G = gradient_factor(u, reduce=False, divide=one_use, diagonal=self.diagonal)
+        count = [] if one_use else [torch.full_like(A[0], self.rows)]
+        return [A, G, *count]
 
 
 def over_cases(p: Tensor, like: Tensor) -> tuple[Tensor, bool]:
@@ -99,11 +103,12 @@ def _row_tap(
     positions: Tensor | None,
     one_case: bool,
 ) -> Tensor:
-    if not recording([A, G]):
+    factors = [A, G] if positions is None else [A, G, positions]
+    if not recording(factors):
         return q
     q, per_case, slopes = _spread(q, like, p)
     statistics = RowStatistics(A.shape[0], per_case and not one_case, G.dim() == 1)
-    return tapped(q, statistics, slopes, [A, G])
+    return tapped(q, statistics, slopes, factors)
 
 
 def _spread(q: Tensor, like: Tensor | None, p: Tensor | None) -> tuple[Tensor, bool, list[Tensor]]:

@@ -16,6 +16,8 @@ from kfac_fx.ops.tap import define, recording, tapped
 class GroupedStatistics:
     """(A, G) with a leading axis for the experts; every row is a case of its expert.
 
+    Where the block's uses are counted, each is one position.
+
     A_e = sum over the rows of expert e of x x^T / n_e, G_e = sum of g g^T, so that A_e (x) G_e is
     the expert's share of the Fisher. An expert without rows has none.
     """
@@ -32,7 +34,9 @@ class GroupedStatistics:
         ends = offsets.tolist()
         sizes = [end - start for start, end in zip([0, *ends], ends, strict=False)]
         x, g = (t[: ends[-1]].to(dtype) for t in (x, g))
-        result: list[Tensor | None] = [None, None]
+        result: list[Tensor | None] = [None] * len(wanted)
+        if wanted[2:] == [True]:
+            result[2] = torch.ones((), dtype=dtype, device=g.device)
         if wanted[0]:
             result[0] = torch.stack([gram(part) / max(len(part), 1) for part in x.split(sizes)])
         if wanted[1]:
@@ -43,9 +47,10 @@ class GroupedStatistics:
 def _tap(
     y: Tensor, x: Tensor, offsets: Tensor, A: Tensor, G: Tensor, positions: Tensor | None
 ) -> Tensor:
-    if not recording([A, G]):
+    factors = [A, G] if positions is None else [A, G, positions]
+    if not recording(factors):
         return y
-    return tapped(y, GroupedStatistics(), [x, offsets], [A, G])
+    return tapped(y, GroupedStatistics(), [x, offsets], factors)
 
 
 define(
