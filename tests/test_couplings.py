@@ -177,14 +177,13 @@ def test_compiles_to_one_graph_with_links(measure: Measure) -> None:
     pre = kfac_fx.Preconditioner(net, "categorical", fisher="empirical", damping=1e-2)
     compiled = torch.compile(net, fullgraph=True)
     y = torch.randint(3, (4,))
-    for step in range(2):
-        module = compiled if step else net
+    found = []
+    for module in (net, compiled):
         pre._recorder.switch(True)
         pre.observe(outputs := module(x), y)
         F.cross_entropy(outputs, y).backward()
-        found = pre._recorder.take()
-        values = [found[id(b)] for e in pre._inverse.averages.entries for b in e.buffers]
-        before = values if step == 0 else before
-    assert len(values) == 11
-    for one, other in zip(values, before, strict=True):
+        taken = pre._recorder.take()
+        found.append([taken[id(b)] for e in pre._inverse.averages.entries for b in e.buffers])
+    assert len(found[0]) == 11
+    for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)

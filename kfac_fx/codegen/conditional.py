@@ -12,7 +12,6 @@ from kfac_fx.codegen.form import Damping
 from kfac_fx.codegen.kronecker import sides, tikhonov
 from kfac_fx.ir import Coupling, CurvatureBlock
 from kfac_fx.linalg.conditional import conditional_scale, conditional_side
-from kfac_fx.linalg.kronecker import sandwich
 from kfac_fx.linalg.positive import Factorise
 
 
@@ -102,8 +101,8 @@ def refresh(
     return named if complete else named | own(build, child, whiteners)
 
 
-def apply(pair: Pair, inverse: Sequence[Any], V: Any, above: Any) -> tuple[Any, Any]:
-    """The child's result, and what its parent's loses.
+def apply(pair: Pair, inverse: Sequence[Any], V: Any, above: Any) -> tuple[Any, tuple[Any, Any]]:
+    """The child's result, and what its parent's loses, as two matrices to be multiplied.
 
     c and d are the gradients of child and parent in canonical coordinates; with complete
     coordinates z is that of section 7, and Sigma^-1 = L diag(scale) L^T.
@@ -112,23 +111,30 @@ def apply(pair: Pair, inverse: Sequence[Any], V: Any, above: Any) -> tuple[Any, 
     of_A, of_G = from_child(pair)
     (A, G), (A_parent, G_parent) = ([side[0] for side in b.dimensions] for b in pair)
     k_A, k_G = min(A, A_parent), min(G, G_parent)
-    c = _product(L_G.mT, V, L_A, (k_G, G, A, k_A))
-    d = _product(R_G, above, R_A.mT, (k_G, G_parent, A_parent, k_A))
+    c = torch.mm(*_halves(L_G.mT, V, L_A, (k_G, G, A, k_A)))
+    d = _halves(R_G, above, R_A.mT, (k_G, G_parent, A_parent, k_A))
     if of_A and of_G:
-        z = y = (c - d) * scale
-        U = _product(L_G, z, L_A.mT, (G, k_G, k_A, A))
+        z = y = torch.addmm(c, *d, alpha=-1) * scale
+        U = torch.mm(*_halves(L_G, z, L_A.mT, (G, k_G, k_A, A)))
     else:
         s_A, s_G, A_inverse, G_inverse = rest
-        z = (_weighted(c, s_A, s_G, of_A, of_G) - d) * scale
-        y = (c - _weighted(d, s_A, s_G, not of_A, not of_G)) * scale
-        U = G_inverse @ V @ A_inverse + _product(L_G, z, L_A.mT, (G, k_G, k_A, A))
-    return U, _product(R_G.mT, y, R_A, (G_parent, k_G, k_A, A_parent))
+        product = torch.mm(*d)
+        z = (_weighted(c, s_A, s_G, of_A, of_G) - product) * scale
+        y = (c - _weighted(product, s_A, s_G, not of_A, not of_G)) * scale
+        own = G_inverse @ V @ A_inverse
+        U = torch.addmm(own, *_halves(L_G, z, L_A.mT, (G, k_G, k_A, A)))
+    return U, _halves(R_G.mT, y, R_A, (G_parent, k_G, k_A, A_parent))
 
 
-def _product(L: Any, V: Any, R: Any, sizes: tuple[int, int, int, int]) -> Any:
-    """L [p, q] V [q, r] R [r, t] for sizes (p, q, r, t), in the order of fewer multiplications."""
+def _halves(L: Any, V: Any, R: Any, sizes: tuple[int, int, int, int]) -> tuple[Any, Any]:
+    """L V and R, or L and V R, whichever makes L [p, q] V [q, r] R [r, t] cheaper.
+
+    Args:
+        sizes: (p, q, r, t).
+    """
     p, q, r, t = sizes
-    return sandwich(L, V, R, right_first=q * r * t + p * q * t < p * q * r + p * r * t)
+    right = q * r * t + p * q * t < p * q * r + p * r * t
+    return (L, V @ R) if right else (L @ V, R)
 
 
 def _weighted(value: Any, s_A: Any, s_G: Any, by_A: bool, by_G: bool) -> Any:

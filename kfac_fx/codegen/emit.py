@@ -112,7 +112,7 @@ def emit_apply(
             U[child], shares[child] = conditional.apply(pair, inverses[child], V[child], V[above])
     for child, above in parent.items():
         with build.section(blocks[above].slot, f"{above}: what {child} takes"):
-            U[above] = U[above] - shares[child]
+            U[above] = torch.addmm(U[above], *shares[child], alpha=-1)
     for name in coupled:
         with build.section(blocks[name].slot, f"{name}: the sum"):
             _scatter(build, blocks[name], U[name], outputs, cast)

@@ -38,11 +38,6 @@ def kronecker_product(
     return V * A.unsqueeze(-2) if diagonal[0] else V @ A
 
 
-def sandwich(L: Tensor, V: Tensor, R: Tensor, *, right_first: bool = False) -> Tensor:
-    """L V R, in the order that is asked for."""
-    return L @ (V @ R) if right_first else L @ V @ R
-
-
 def filled_up(V: Tensor, missing: tuple[int, int]) -> Tensor:
     """V [..., g, a] with zeros behind its columns (first) and rows, for sides that are cut."""
     return torch.nn.functional.pad(V, (0, missing[0], 0, missing[1])) if any(missing) else V
