@@ -241,7 +241,7 @@ def draw(path: str, first: dict[str, Tensor], second: dict[str, Tensor], forests
     for axes, (title, pre, names) in zip(panels[4], forests, strict=False):
         show_forest(axes, pre, names, title)
     panels[4, 2].axis("off")
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=80)
 
 
 # -------------------------------------------------------------------------------------- the runs
