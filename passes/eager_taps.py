@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from kfac_fx.capture.tape import Placement
+from kfac_fx.capture.placement import Placement
 from kfac_fx.capture.view import Consumer, GraphView
 from kfac_fx.ir import (
     CurvatureBlock,
@@ -89,8 +89,23 @@ class EagerTaps:
             known = next((known for known in block.uses if _same_form(known, use)), None)
             if known is not None and use.tap is not None and _at_its_call(use, use.tap, node):
                 record = self._record(use.tap, known, block)
-                found.append(Placement(use.tap, record, use.parameters))
+                factors = self._factors(known, block) if use.tap.slots else ()
+                found.append(Placement(use.tap, record, use.parameters, factors))
         return found
+
+    def instead(self, plans: Sequence[Placement], values: Mapping[str, Tensor]) -> Any:
+        """The operator in the place of a call, with the factors of all its taps."""
+        tap = plans[0].tap
+        factors: list[Tensor | None] = [None] * tap.slots
+        for plan in plans:
+            at = plan.tap.at
+            factors[at : at + len(plan.factors)] = plan.factors
+        operator = getattr(torch.ops.kfac_fx, tap.operator).default
+        return operator(*_resolved(tap.tensors, values), factors, *tap.options)
+
+    def _factors(self, use: ParameterUse, block: CurvatureBlock) -> list[Tensor]:
+        slot = self._store.get_submodule(block.slot)
+        return [getattr(slot, factor.name) for factor in use.factors]
 
     def missed(self, names: set[str], node: fx.Node) -> None:
         """Logs uses that are not in the blocks, once a parameter."""
@@ -136,27 +151,28 @@ class EagerTaps:
     def _record(
         self, tap: Tap, use: ParameterUse, block: CurvatureBlock
     ) -> Callable[[Tensor, Mapping[str, Tensor]], Tensor]:
-        slot = self._store.get_submodule(block.slot)
         operator = getattr(torch.ops.kfac_fx, tap.operator).default
 
         def record(y: Tensor, values: Mapping[str, Tensor]) -> Tensor:
-            def resolve(value: Any) -> Any:
-                if isinstance(value, NodeRef):
-                    return values[value.name]
-                return list(value) if isinstance(value, tuple) else value
-
-            factors = [getattr(slot, factor.name) for factor in use.factors]
+            factors: list[Tensor | None] = [*self._factors(use, block)]
             if tap.scale is not None:
                 result = values[tap.scale.result.name]
                 options = (self._parameters[use.parameters[0]], tap.scale.rows, tap.scale.entrywise)
                 factors[1] = torch.ops.kfac_fx.row_scaled.default(factors[1], result, *options)
             if use.approximation == "kronecker" and len(factors) == 2:
                 factors.append(None)
-            arguments = (*map(resolve, tap.tensors), *factors, *map(resolve, tap.options))
-            tapped: Tensor = operator(y, *arguments)
+            before, behind = (_resolved(given, values) for given in (tap.tensors, tap.options))
+            tapped: Tensor = operator(y, *before, *factors, *behind)
             return tapped
 
         return record
+
+
+def _resolved(value: Any, values: Mapping[str, Tensor]) -> Any:
+    """An argument of a tap with the tensors that its names stand for."""
+    if isinstance(value, NodeRef):
+        return values[value.name]
+    return [_resolved(entry, values) for entry in value] if isinstance(value, tuple) else value
 
 
 def placeable(uses: Sequence[ParameterUse], graph: fx.Graph) -> list[ParameterUse]:

@@ -103,10 +103,12 @@ _add(
 
 _SEQUENCE = "hx params has_biases num_layers dropout train bidirectional"
 for _name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
-    _add(_name, f"input {_SEQUENCE} batch_first", getattr(aten, _name).input)
+    _targets = getattr(aten, _name).input, getattr(torch, _name)
+    _add(_name, f"input {_SEQUENCE} batch_first", *_targets)
     _add("packed_recurrent", f"input batch_sizes {_SEQUENCE}", getattr(aten, _name).data)
     _cell = getattr(aten, f"{_name}_cell").default
-    _add(f"{_name}_cell", "input hx w_ih w_hh b_ih b_hh", _cell)
+    _targets = _cell, getattr(torch, f"{_name}_cell")
+    _add(f"{_name}_cell", "input hx w_ih w_hh b_ih b_hh", *_targets)
 
 # Views of a whole tensor: what a parameter may pass through on its way to a use.
 _add("t", "input", torch.t, "t", aten.t.default)

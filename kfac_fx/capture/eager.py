@@ -21,8 +21,9 @@ from torch import Tensor, fx, nn
 from kfac_fx.capture.modes import all_in_mode
 from kfac_fx.capture.module import CapturedModule, adopt
 from kfac_fx.capture.modules import translate
+from kfac_fx.capture.placement import Taps
 from kfac_fx.capture.symbolic import user_line
-from kfac_fx.capture.tape import Seen, Tape, Taps
+from kfac_fx.capture.tape import Seen, Tape
 from kfac_fx.capture.undisturbed import fresh, tensors_in, undisturbed
 from kfac_fx.errors import CaptureError
 

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -25,39 +25,8 @@ from kfac_fx.capture.function_calls import (
     spelled,
     tensors_of,
 )
+from kfac_fx.capture.placement import Placement, Taps
 from kfac_fx.capture.view import GraphView
-from kfac_fx.ir import Tap
-
-
-class Placement(NamedTuple):
-    """A tap of a call that is about to run.
-
-    Attributes:
-        tap: says which tensor is tapped.
-        record: from that tensor, and all tensors of the call by node, to the tensor in its place.
-        parameters: whose use is recorded.
-    """
-
-    tap: Tap
-    record: Callable[[Tensor, Mapping[str, Tensor]], Tensor]
-    parameters: tuple[str, ...]
-
-
-class Taps(Protocol):
-    """Knows the taps of the calls that read parameters.
-
-    Attributes:
-        computed: parameters that are recorded where a weight computed from them is used.
-    """
-
-    computed: frozenset[str]
-
-    def place(self, view: GraphView, node: fx.Node) -> Sequence[Placement]:
-        """Those of a call that is about to run."""
-
-    def missed(self, names: set[str], node: fx.Node) -> None:
-        """Notes parameters that a call uses and no tap records."""
-
 
 _HERE = str(Path(__file__).parent.parent)
 
@@ -162,14 +131,17 @@ class Tape(TorchFunctionMode):
             plans = self._taps.place(self.view, node)
         values = {self.node(t).name: t for t in tensors}
         swap: dict[int, Tensor] = {}
-        for tap, record, _ in plans:
+        for tap, record, *_ in plans:
             if tap.consumer is not None:
                 swap[id(values[tap.node])] = record(values[tap.node], values)
         if self._mark and not reads_property(func):
             swap |= {id(t): Seen.apply(t) for t in tensors if id(t) in self._parameters}
         if swap:
             args, kwargs = mapped(lambda t: swap.get(id(t), t), (args, kwargs))
-        result = func(*args, **kwargs)
+        if plans and plans[0].tap.slots and self._taps is not None:
+            result = self._taps.instead(plans, values)
+        else:
+            result = func(*args, **kwargs)
         made = made_by(func, args, result)
         if not any(t.requires_grad for t in made):
             self._replace_by_detached(node)
@@ -177,8 +149,8 @@ class Tape(TorchFunctionMode):
             self.graph.erase_node(node)
             return result
         self._report(node, plans)
-        for tap, record, _ in plans:
-            if tap.consumer is None and isinstance(result, Tensor) and result.requires_grad:
+        for tap, record, *_ in plans:
+            if tap.consumer is None and not tap.slots and _differentiable(result):
                 result = record(result, values)
         self._results(made[0] if result is None else result, node)
         return result
@@ -266,6 +238,10 @@ class Tape(TorchFunctionMode):
 _NUMBERS: tuple[type, ...] = (int, float, complex, bool)
 _SETTINGS: tuple[type, ...] = (torch.dtype, torch.device, torch.memory_format, torch.layout)
 _PLAIN = (*_NUMBERS, *_SETTINGS, fx.Node, str, slice, type(None), type(Ellipsis))
+
+
+def _differentiable(result: Any) -> bool:
+    return isinstance(result, Tensor) and result.requires_grad
 
 
 def activation_checkpoint() -> None:
