@@ -62,7 +62,8 @@ def find_uses(
         large_factors: "diagonal" or "blocks".
     """
     view = GraphView(module, graph)
-    site = Site(view, frozenset(names), reduce, max_factor_dim, large_factors=large_factors)
+    real = frozenset(name for name in names if not view.parameters[name].is_complex())
+    site = Site(view, real, reduce, max_factor_dim, large_factors=large_factors)
     demoted: dict[str, str | None] = {}
     while True:
         matches = _match(site)
@@ -87,6 +88,9 @@ def _match(site: Site) -> _Matches:
     for node in site.view.graph.nodes:
         call = site.view.call(node)
         if call is None:
+            continue
+        if site.view.is_mapped(node):
+            matches.refusals[node.name] = "it runs inside vmap, where a tap sees no cases"
             continue
         for rule in rules_for(call.operation):
             answer = rule.match(call, site)

@@ -28,7 +28,7 @@ def add_factor_buffers(module: nn.Module, blocks: Mapping[str, CurvatureBlock]) 
     store = nn.Module()
     for block in (block for block in blocks.values() if block.tapped):
         parameter = parameters[block.parameters[0]]
-        dtype = torch.promote_types(parameter.dtype, torch.float32)
+        dtype = torch.promote_types(parameter.dtype, torch.float32).to_real()
         slot = nn.Module()
         for factor in block.factors:
             zero = torch.zeros((), dtype=dtype, device=parameter.device)

@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from kfac_fx.capture.check import SelfCheck
 from kfac_fx.capture.eager import EagerModule, eager_module, record
-from kfac_fx.capture.export import exported
+from kfac_fx.capture.export import exported, fixes_batch
 from kfac_fx.capture.modes import capture_both
 from kfac_fx.capture.module import CapturedModule, captured_module, lift_constants, share_hooks
 from kfac_fx.capture.symbolic import opaque_calls, trace
@@ -41,7 +41,7 @@ def capture(
 
     Symbolic tracing comes first. With example inputs, torch.export takes over where tracing fails
     or would keep a module with parameters whole that no rule can look into, and the model's own
-    code where export fails.
+    code where export fails or fixes the batch size.
 
     Args:
         route: "auto", or the only one to try.
@@ -70,12 +70,14 @@ def capture(
                 break
             continue
         whole = opaque_calls(model, module.graph)
+        if name == "export" and fixes_batch(module.graph):
+            whole.append("batches of another size")
         if not whole or not have_inputs or route != "auto":
             return module, name
         opaque.append((module, name, whole))
     if opaque:
         module, name, whole = opaque[-1]
-        log.warning("no rule can look into %s", ", ".join(whole))
+        log.warning("%s does not follow %s", ROUTES[name], ", ".join(whole))
         return module, name
     raise _failure(model, reasons, have_inputs)
 

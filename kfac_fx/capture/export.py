@@ -80,6 +80,20 @@ def expect_sizes(value: torch.Tensor, sizes: tuple[int, ...], name: str) -> None
             )
 
 
+def fixes_batch(graph: fx.Graph) -> bool:
+    """Whether an exported graph takes the batch size of its example only."""
+    inputs = [_fixed_sizes(node) for node in graph.nodes if node.op == "placeholder"]
+    first = [sizes[0] for sizes in inputs if sizes]
+    return any(size > 1 for size in first) and all(size != -1 for size in first)
+
+
+def _fixed_sizes(node: fx.Node) -> tuple[int, ...]:
+    """The sizes of an input, -1 where they are open."""
+    shape = getattr(node.meta.get("val"), "shape", ())
+    known = (s.node.maybe_as_int() if isinstance(s, torch.SymInt) else s for s in shape)
+    return tuple(-1 if size is None else size for size in known)
+
+
 def _expect_fixed_sizes(graph: fx.Graph) -> None:
     """Lets the graph check the first two sizes of its inputs that it has fixed.
 
@@ -87,9 +101,7 @@ def _expect_fixed_sizes(graph: fx.Graph) -> None:
     """
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     for node in inputs:
-        shape = getattr(node.meta.get("val"), "shape", ())[:2]
-        known = (s.node.maybe_as_int() if isinstance(s, torch.SymInt) else s for s in shape)
-        sizes = tuple(size if size is not None and size > 1 else -1 for size in known)
+        sizes = tuple(size if size > 1 else -1 for size in _fixed_sizes(node)[:2])
         if any(size != -1 for size in sizes):
             with graph.inserting_after(inputs[-1]):
                 graph.call_function(expect_sizes, (node, sizes, node.name))

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import operator
-import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -124,9 +122,9 @@ class Tape(TorchFunctionMode):
         """Runs a call that reads parameters while gradients are on."""
         node = self._call(func, args, kwargs, detached=False)
         plans: Sequence[Placement] = ()
-        if _is_recomputed():
+        if hidden := _hidden():
             for name in self._names_read(node):
-                self.consume(name, activation_checkpoint)
+                self.consume(name, hidden)
         elif self._taps is not None:
             plans = self._taps.place(self.view, node)
         values = {self.node(t).name: t for t in tensors}
@@ -134,7 +132,7 @@ class Tape(TorchFunctionMode):
         for tap, record, *_ in plans:
             if tap.consumer is not None:
                 swap[id(values[tap.node])] = record(values[tap.node], values)
-        if self._mark and not reads_property(func):
+        if self._mark and hidden is not function_transform and not reads_property(func):
             swap |= {id(t): Seen.apply(t) for t in tensors if id(t) in self._parameters}
         if swap:
             args, kwargs = mapped(lambda t: swap.get(id(t), t), (args, kwargs))
@@ -248,20 +246,23 @@ def activation_checkpoint() -> None:
     """Stands in a recorded graph for uses that the backward pass computes again."""
 
 
-def _is_recomputed() -> bool:
-    """Whether the call runs within torch.utils.checkpoint, whose recomputation is not recorded."""
+def function_transform() -> None:
+    """Stands in a recorded graph for uses inside torch.vmap and its like, which hide the cases."""
+
+
+def _hidden() -> Callable[[], None] | None:
+    """Why a tap would not see what the call does, as the function that stands for it."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return function_transform
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
+    recomputed = hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
+    return activation_checkpoint if recomputed else None
 
 
 def _is_computed_later() -> bool:
     """Whether the call is in a reentrant checkpoint, whose backward runs it with gradients."""
-    frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        if frame.f_code is CheckpointFunction.forward.__code__:
-            return True
-        frame = frame.f_back
-    return False
+    forward = CheckpointFunction.forward.__code__
+    return any(frame.f_code is forward for frame, _ in traceback.walk_stack(None))
 
 
 def _held_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

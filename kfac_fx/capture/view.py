@@ -71,6 +71,7 @@ class GraphView:
         self._calls: dict[fx.Node, Call | None] = {}
         self._data: set[fx.Node] = set()
         self._computed: set[fx.Node] = set()
+        self._mapped: set[fx.Node] = set()
         self._derived: dict[tuple[fx.Node, frozenset[str]], Reference | None] = {}
         for node in graph.nodes:
             self.read(node)
@@ -84,6 +85,12 @@ class GraphView:
             self._data.add(node)
         elif self._references[node] or any(a in self._computed for a in node.all_input_nodes):
             self._computed.add(node)
+        if _is_mapped(node, self._mapped):
+            self._mapped.add(node)
+
+    def is_mapped(self, node: fx.Node) -> bool:
+        """Whether the node's value is inside torch.vmap, whose cases it does not show."""
+        return node in self._mapped
 
     def call(self, node: fx.Node) -> Call | None:
         """The node in the common vocabulary, or None where it has no word for it."""
@@ -274,6 +281,13 @@ def _inputs(names: tuple[str, ...], node: fx.Node) -> dict[str, Any] | None:
 def _reads_shape_of(node: fx.Node, value: fx.Node) -> bool:
     """Whether the node takes from ``value`` no more than the shape for another tensor."""
     return node.target in LIKE_READERS and value is not node.args[0] and value in node.args
+
+
+def _is_mapped(node: fx.Node, mapped: set[fx.Node]) -> bool:
+    name = getattr(node.target, "__name__", "")
+    if name == "_remove_batch_dim":
+        return False
+    return name == "_add_batch_dim" or any(given in mapped for given in node.all_input_nodes)
 
 
 def _reads_shape(node: fx.Node) -> bool:

@@ -37,7 +37,7 @@ class Entry:
         like: Tensor,
     ) -> Entry:
         """An entry without statistics, in the precision of ``like`` but at least float32."""
-        dtype = torch.promote_types(like.dtype, torch.float32)
+        dtype = torch.promote_types(like.dtype, torch.float32).to_real()
         averages = (torch.zeros(f.shape, dtype=dtype, device=like.device) for f in block.factors)
         return cls(block, parameters, buffers, tuple(averages))
 

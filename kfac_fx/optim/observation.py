@@ -133,7 +133,7 @@ class Observation:
         found = _backward(self._draw(generator), [*factors, *parameters])
         for parameter in parameters:
             if id(parameter) in found:
-                found[id(parameter)] = found[id(parameter)].square()
+                found[id(parameter)] = squared(found[id(parameter)])
         return found
 
     def exact(self, generator: torch.Generator) -> Gradients:
@@ -149,7 +149,7 @@ class Observation:
             skip = self.sources.inputs  # they do not depend on the derivative
         if self.sources.parameters:
             gradients = _backward(self._draw(generator), self.sources.parameters)
-            _add(total, {key: g.square() for key, g in gradients.items()})
+            _add(total, {key: squared(g) for key, g in gradients.items()})
         return total
 
     def _draw(self, generator: torch.Generator) -> Tensor:
@@ -194,6 +194,12 @@ class Observation:
             raise ObservationError("fisher='empirical' needs loss.backward() before step()")
         assert self._expected is not None
         return _reduction(self._seen, self._expected, self.count)
+
+
+def squared(gradient: Tensor) -> Tensor:
+    """|gradient|^2, in float32 at least."""
+    gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+    return gradient.abs().square() if gradient.is_complex() else gradient.square()
 
 
 def _wide(outputs: Tensor) -> Tensor:

@@ -260,7 +260,9 @@ class Preconditioner:
             return
         if self.trust_region is not None:
             names = list(given)
-            length = torch.stack([(given[n] * updates[n]).sum().double() for n in names]).sum()
+            length = torch.stack(
+                [(given[n] * updates[n].conj()).sum().real.double() for n in names]
+            ).sum()
             scale = float((self.trust_region / length.clamp_min(1e-300)).sqrt().clamp_max(1.0))
             torch._foreach_mul_([updates[n] for n in names], scale)
         for name, gradient in given.items():

@@ -17,6 +17,7 @@ from kfac_fx.optim.observation import (
     Sources,
     StepStatistics,
     check_recorded,
+    squared,
 )
 
 
@@ -95,17 +96,12 @@ class Recorder:
         resume(self._sources.factors)
         if observation.expects:
             found = {id(f): f.grad for f in self._sources.factors if f.grad is not None}
-            wide = {key: _at_least_float32(g) for key, g in observation.gradients.items()}
-            found |= {key: g.square() for key, g in wide.items()}
+            found |= {key: squared(g) for key, g in observation.gradients.items()}
             self._statistics.add(found, observation.count, observation.loss_scale())
 
     def _clear(self) -> None:
         for factor in self._sources.factors:
             factor.grad = None
-
-
-def _at_least_float32(gradient: Tensor) -> Tensor:
-    return gradient.to(torch.promote_types(gradient.dtype, torch.float32))
 
 
 def _sources(entries: Sequence[Entry]) -> Sources:

@@ -4,7 +4,7 @@ squared gradient of the batch. What it gets, and why, is always stated.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import prod
 
@@ -134,7 +134,9 @@ def generic_use(
     size = prod(shape)
     first = consumers[0]
     tap = None
-    if len(consumers) == 1:
+    hidden = _hidden(view, name, consumers)
+    reason = hidden or reason
+    if len(consumers) == 1 and hidden is None:
         tap = case_tap(view, first) or _expanded_tap(view, first)
     if tap is not None and _same_order(view, first):
         return _elementwise_use(site, name, first, tap)
@@ -155,6 +157,15 @@ def generic_use(
         first.path,
         f"squared gradient of the batch; {why}",
     )
+
+
+def _hidden(view: GraphView, name: str, consumers: Sequence[Consumer]) -> str | None:
+    """Why no tap can record the parameter's per-case gradients, wherever it is used."""
+    if view.parameters[name].is_complex():
+        return "the statistics of complex parameters are not defined here"
+    if any(view.is_mapped(consumer.node) for consumer in consumers):
+        return "it runs inside vmap, where a tap sees no cases"
+    return None
 
 
 def _elementwise_use(site: Site, name: str, consumer: Consumer, tap: Tap) -> ParameterUse:
