@@ -108,26 +108,23 @@ def _edges(
         fan[edge.source] += 1
         if edge.source in ends:
             depth[edge.target] = max(depth[edge.target], depth[edge.source] + 1)
-    labels = {node: _label(view, node) for edge in found for node in edge.nodes}
+    passed = dict.fromkeys(node for edge in found for node in edge.nodes)
+    labels = {node: _label(view, node) for node in passed}
+    joins = {node for node in passed if sum(map(view.depends_on_data, node.all_input_nodes)) > 1}
     edges = []
     for source, target, distance, nodes in found:
         gap = max(depth[target] - depth[source], 1)
         path = tuple(labels[node] for node in nodes)
-        kinds = _kinds(view, nodes, path, fork=fan[source] > 1, skip=gap > 1)
+        several = {labels[node] for node in nodes if node in joins}
+        kinds = _kinds(several, path, fork=fan[source] > 1, skip=gap > 1)
         shown = tuple(label for label in path if label not in _INTERNAL)
         weight = 1 / gap - 1e-3 * distance / (distance + 50)
         edges.append(Edge(source, target, shown, kinds, weight))
     return tuple(edges)
 
 
-def _kinds(
-    view: GraphView, nodes: tuple[fx.Node, ...], path: tuple[str, ...], *, fork: bool, skip: bool
-) -> tuple[str, ...]:
-    several = {
-        label
-        for node, label in zip(nodes, path, strict=True)
-        if sum(view.depends_on_data(source) for source in node.all_input_nodes) > 1
-    }
+def _kinds(several: set[str], path: tuple[str, ...], *, fork: bool, skip: bool) -> tuple[str, ...]:
+    """Kinds of an edge; ``several`` are the operations on its way that join several values."""
     answers = {
         "fork": fork,
         "join": bool(several - _MIXING),

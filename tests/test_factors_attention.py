@@ -100,7 +100,7 @@ def test_gradients_of_the_pieces(measure: Measure) -> None:
     """The packed gradient is preconditioned piece by piece, the bias with its weight."""
     model, likelihood = Attends("self", True, True), Categorical()
     inputs = (torch.randn(N, T, D), torch.randn(N, S, D))
-    net = kfac_fx.transform(model, inputs)
+    net = kfac_fx.transform(model, inputs, structure="block_diagonal")
     outputs = net(*inputs)
     y = likelihood.draw(outputs)
     names = ("attention.in_proj_weight", "attention.in_proj_bias")

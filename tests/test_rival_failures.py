@@ -216,6 +216,14 @@ FAILURES = {
 }
 
 
+def scaled(m: Model, x: Tensor) -> Tensor:
+    return F.linear(x, 3.0 * m.weight / 2.0, m.bias)
+
+
+def normalised(m: Model, x: Tensor) -> Tensor:
+    return F.linear(x, m.scale * m.weight / m.weight.norm(dim=1, keepdim=True), m.bias)
+
+
 def block_of(net: nn.Module, parameter: str) -> Any:
     (block,) = (b for b in net.curvature.blocks.values() if parameter in b.parameters)
     return block
@@ -290,3 +298,37 @@ def test_checkpoint_in_a_model_that_runs_as_it_is_written(
     twin = plain(model)
     (gradient,) = torch.autograd.grad(likelihood.nll(twin(x), y), twin.layer.weight)
     close(factors["layer"], (gradient.flatten().square() / len(x),))
+
+
+@pytest.mark.parametrize("capture", ["symbolic_trace", "export", "eager"])
+def test_scaled_weight(measure: Measure, capture: str) -> None:
+    """W enters as 1.5 W: A is of the inputs, G of 1.5 g, or the block says why it has neither."""
+    model, x, likelihood = Model(scaled, 6, weight=(6, 5), bias=(6,)), vectors(), Categorical()
+    net = kfac_fx.transform(model, x, capture=capture)
+    block, factors = block_of(net, "weight"), measure(net, x, None, likelihood).factors
+    if block.approximation != "kronecker":
+        assert block.reason
+        return
+    twin = Twin(model, linear(1.5 * model.weight, model.bias))
+    A, G = oracles.kronecker(twin, ["layer"], x, None, likelihood)
+    close(factors[block.name], (A[:-1, :-1], 1.5**2 * G))
+
+
+@pytest.mark.parametrize("capture", ["symbolic_trace", "export", "eager"])
+@pytest.mark.parametrize("by_hand", [True, False])
+def test_weight_norm(measure: Measure, by_hand: bool, capture: str) -> None:
+    """A block whose reason is named, or a Kronecker block whose A is of the inputs."""
+    if by_hand:
+        shapes = {"weight": (6, 5), "scale": (6, 1), "bias": (6,)}
+        model: nn.Module = Model(normalised, 6, **shapes)
+        name = "weight"
+    else:
+        model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(5, 3)))
+        name = "0.parametrizations.weight.original1"
+    x, likelihood = vectors(), Categorical()
+    net = kfac_fx.transform(model, x, capture=capture)
+    block, found = block_of(net, name), measure(net, x, None, likelihood)
+    assert block.reason or block.approximation == "kronecker"
+    if block.approximation == "kronecker":
+        close(found.factors[block.name][:1], (x.T @ x / len(x),))
+    assert found.preconditioner.skipped_statistics == 0

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.weak import WeakIdKeyDictionary
 
 from kfac_fx.capture.function_calls import (
@@ -22,6 +21,12 @@ from kfac_fx.capture.function_calls import (
     reads_property,
     spelled,
     tensors_of,
+)
+from kfac_fx.capture.hidden import (
+    activation_checkpoint,
+    computed_later,
+    function_transform,
+    hidden_by,
 )
 from kfac_fx.capture.placement import Placement, Taps
 from kfac_fx.capture.view import GraphView
@@ -83,7 +88,7 @@ class Tape(TorchFunctionMode):
         if not any(self._reads_parameter(t) for t in tensors):
             return self._bind(func(*args, **kwargs), func, args, kwargs)
         if not torch.is_grad_enabled():
-            if self._mark and _is_computed_later():
+            if self._mark and computed_later():
                 for name in self._read_by(tensors):
                     self.consume(name, activation_checkpoint)
             return self._bind(func(*args, **kwargs), func, args, kwargs, detached=True)
@@ -122,7 +127,7 @@ class Tape(TorchFunctionMode):
         """Runs a call that reads parameters while gradients are on."""
         node = self._call(func, args, kwargs, detached=False)
         plans: Sequence[Placement] = ()
-        if hidden := _hidden():
+        if hidden := hidden_by():
             for name in self._names_read(node):
                 self.consume(name, hidden)
         elif self._taps is not None:
@@ -240,29 +245,6 @@ _PLAIN = (*_NUMBERS, *_SETTINGS, fx.Node, str, slice, type(None), type(Ellipsis)
 
 def _differentiable(result: Any) -> bool:
     return isinstance(result, Tensor) and result.requires_grad
-
-
-def activation_checkpoint() -> None:
-    """Stands in a recorded graph for uses that the backward pass computes again."""
-
-
-def function_transform() -> None:
-    """Stands in a recorded graph for uses inside torch.vmap and its like, which hide the cases."""
-
-
-def _hidden() -> Callable[[], None] | None:
-    """Why a tap would not see what the call does, as the function that stands for it."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return function_transform
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    recomputed = hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
-    return activation_checkpoint if recomputed else None
-
-
-def _is_computed_later() -> bool:
-    """Whether the call is in a reentrant checkpoint, whose backward runs it with gradients."""
-    forward = CheckpointFunction.forward.__code__
-    return any(frame.f_code is forward for frame, _ in traceback.walk_stack(None))
 
 
 def _held_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
