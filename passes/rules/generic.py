@@ -232,7 +232,7 @@ def _table(view: GraphView, consumers: list[Consumer], shape: tuple[int, ...]) -
     roots = [n for n in view.graph.nodes if n.op == "get_attr" and n in _read(view, consumers)]
     direct = any(view.depends_on_data(c.node) or c.value is None for c in consumers)
     ends = {end for c in consumers for end in view.ends(c.node)}
-    computed = not direct and all(map(view.depends_on_data, ends))
+    computed = not direct and any(map(view.depends_on_data, ends))
     return roots[0] if computed and len(roots) == 1 and _rows(shape) else None
 
 
