@@ -13,6 +13,7 @@ from kfac_fx.capture.symbolic import user_line
 from kfac_fx.errors import CaptureError
 
 log = logging.getLogger("kfac_fx")
+_RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
 
 
 def exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
@@ -81,7 +82,14 @@ def expect_sizes(value: torch.Tensor, sizes: tuple[int, ...], name: str) -> None
 
 
 def fixes_batch(graph: fx.Graph) -> bool:
-    """Whether an exported graph takes the batch size of its example only."""
+    """Whether an exported graph takes the batch size of its example only.
+
+    With recurrent layers the first dimension may be the steps, whose number torch.export fixes.
+    """
+    if any(
+        getattr(node.target, "__name__", "").split(".")[0] in _RECURRENT for node in graph.nodes
+    ):
+        return False
     inputs = [_fixed_sizes(node) for node in graph.nodes if node.op == "placeholder"]
     first = [sizes[0] for sizes in inputs if sizes]
     return any(size > 1 for size in first) and all(size != -1 for size in first)
