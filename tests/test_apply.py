@@ -42,10 +42,11 @@ def kronecker_conv(
     """Each group is a block of its own, with its own pi."""
     A, G = (f if f.dim() == 3 else f[None] for f in factors)
     weight, bias = g[f"{name}.weight"], g.get(f"{name}.bias")
-    rows = weight.reshape(len(A), -1, weight[0].numel())
+    given = weight.reshape(len(A), -1, weight[0].numel())
     if bias is not None:
-        rows = torch.cat([rows, bias.reshape(len(A), -1, 1)], dim=2)
-    groups = [oracles.solve_kronecker(a, b, V, damping) for a, b, V in zip(A, G, rows, strict=True)]
+        given = torch.cat([given, bias.reshape(len(A), -1, 1)], dim=2)
+    parts = zip(A, G, given, strict=True)
+    groups = [oracles.solve_kronecker(a, b, V, damping) for a, b, V in parts]
     u = torch.stack(groups)
     if bias is None:
         return {f"{name}.weight": u.reshape(weight.shape)}
@@ -63,10 +64,16 @@ def full(g: Gradients, name: str, factors: tuple[Tensor, ...], damping: float) -
     return {key: part.reshape(g[key].shape) for key, part in zip(keys, parts, strict=True)}
 
 
+def rows(g: Gradients, name: str, factors: tuple[Tensor, ...], damping: float) -> Gradients:
+    """Rows as embeddings: A is the diagonal of a matrix."""
+    A, G = factors
+    return {name: oracles.solve_kronecker(torch.diag(A), G, g[name].T, damping).T}
+
+
 def pairs(g: Gradients, name: str, factors: tuple[Tensor, ...], damping: float) -> Gradients:
     v = torch.stack([g[f"{name}.weight"].flatten(), g[f"{name}.bias"].flatten()], dim=1)
-    rows = zip(factors[0], v, strict=True)
-    u = torch.stack([oracles.solve_full(C, row, damping) for C, row in rows])
+    found = zip(factors[0], v, strict=True)
+    u = torch.stack([oracles.solve_full(C, row, damping) for C, row in found])
     return {f"{name}.weight": u[:, 0], f"{name}.bias": u[:, 1]}
 
 
@@ -135,7 +142,7 @@ MODELS: dict[str, Model] = {
         (4,),
         {"p": ("full", full), "q": ("diagonal", full), "out": ("kronecker", kronecker_linear)},
     ),
-    "large elementwise": (lambda: Elementwise(300), (4,), {"p": ("diagonal", full)}),
+    "large elementwise": (lambda: Elementwise(300), (4,), {"p": ("kronecker", rows)}),
 }  # fmt: skip
 
 
