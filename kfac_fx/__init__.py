@@ -3,10 +3,11 @@
 from kfac_fx import errors
 from kfac_fx.api import transform
 from kfac_fx.ir import Coupling, CurvatureBlock, CurvatureGraph, Edge
-from kfac_fx.optim import Preconditioner, likelihoods
+from kfac_fx.optim import KFAC, Preconditioner, likelihoods
 from kfac_fx.passes.rules import register_rule
 
 __all__ = [
+    "KFAC",
     "Coupling",
     "CurvatureBlock",
     "CurvatureGraph",

@@ -1,6 +1,7 @@
 """Statistics of the likelihood, and what is done with them."""
 
 from kfac_fx.optim import likelihoods
+from kfac_fx.optim.kfac import KFAC
 from kfac_fx.optim.preconditioner import Preconditioner
 
-__all__ = ["Preconditioner", "likelihoods"]
+__all__ = ["KFAC", "Preconditioner", "likelihoods"]

@@ -1,12 +1,15 @@
-"""Notices parameters that are no longer those of the transform."""
+"""What a net must be, and notices parameters that are no longer those of the transform."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
-from kfac_fx.errors import ParameterChangedError
+from kfac_fx.config import STRUCTURES, choice
+from kfac_fx.errors import KFACError, ParameterChangedError, UnknownOptionError
+from kfac_fx.ir import CurvatureGraph
 
 
 class ParameterGuard:
@@ -49,3 +52,22 @@ class ParameterGuard:
                     f"parameter {name} {change} after the transform: transform the model again and "
                     "make a new Preconditioner"
                 )
+
+
+def transformed(net: Any, structure: str | None) -> tuple[CurvatureGraph, str]:
+    """The curvature graph of what ``transform`` returned, and the structure that is wanted.
+
+    Raises:
+        KFACError: it is another module.
+        UnknownOptionError: the structure is unknown, or the module records no cross factors.
+    """
+    if "kfac_fx" not in getattr(net, "meta", {}):
+        raise KFACError("this is no module that kfac_fx.transform(model) returned")
+    curvature: CurvatureGraph = net.meta["kfac_fx"]
+    wanted = choice("structure", structure or curvature.structure, STRUCTURES)
+    if wanted == "block_tridiagonal" != curvature.structure:
+        raise UnknownOptionError(
+            "structure='block_tridiagonal', but the module was transformed with "
+            f"structure={curvature.structure!r}, so it records no cross factors"
+        )
+    return curvature, wanted

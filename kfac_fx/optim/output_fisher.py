@@ -62,6 +62,13 @@ def _(distribution: D.Independent[D.Distribution]) -> Iterator[Tensor]:
         yield from flat.unbind(-1)
 
 
+def root(distribution: D.Distribution) -> Tensor:
+    """All columns at once, batch shape + [columns]: S^T applied to what the outputs depend on."""
+    if isinstance(distribution, D.Categorical):
+        return (0.5 * distribution.logits.detach()).exp() * distribution.logits
+    return torch.stack(list(root_terms(distribution)), -1)
+
+
 def exact_scalars(distribution: D.Distribution, weights: Tensor | None) -> Iterator[Tensor]:
     """Scalars whose statistics add up to the exact Fisher's.
 

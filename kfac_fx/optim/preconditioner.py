@@ -13,17 +13,17 @@ from torch import Tensor, fx
 from torch.distributions import Distribution
 
 from kfac_fx.codegen import Program
-from kfac_fx.config import FISHERS, STRUCTURES, choice, period, within
+from kfac_fx.config import FISHERS, choice, period, within
 from kfac_fx.errors import (
     DampingError,
     GradientError,
-    KFACError,
     ParameterChangedError,
     StatisticsError,
     UnknownOptionError,
 )
-from kfac_fx.ir import Coupling, CurvatureGraph
+from kfac_fx.ir import Coupling
 from kfac_fx.optim.averages import all_finite
+from kfac_fx.optim.guard import transformed
 from kfac_fx.optim.inverse import InverseFisher
 from kfac_fx.optim.likelihoods import Likelihood, likelihood_of
 from kfac_fx.optim.recorder import Recorder
@@ -77,17 +77,7 @@ class Preconditioner:
         compile: bool = False,
     ) -> None:
         net = getattr(net, "_orig_mod", net)
-        if "kfac_fx" not in getattr(net, "meta", {}):
-            raise KFACError(
-                "Preconditioner needs the module that kfac_fx.transform(model) returned"
-            )
-        self.curvature: CurvatureGraph = net.meta["kfac_fx"]
-        self.structure = choice("structure", structure or self.curvature.structure, STRUCTURES)
-        if self.structure == "block_tridiagonal" != self.curvature.structure:
-            raise UnknownOptionError(
-                "structure='block_tridiagonal', but the module was transformed with "
-                f"structure={self.curvature.structure!r}, so it records no cross factors"
-            )
+        self.curvature, self.structure = transformed(net, structure)
         self.likelihood = likelihood_of(likelihood)
         self.fisher = choice("fisher", fisher, FISHERS)
         self.damping = damping

@@ -1,0 +1,349 @@
+"""K-FAC as a whole optimizer: Algorithm 2 of Martens & Grosse (2015), and KFC's stochastic form."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.distributions import Distribution
+from torch.optim import Optimizer
+
+from kfac_fx.config import choice, period, within
+from kfac_fx.errors import ParameterChangedError, UnknownOptionError
+from kfac_fx.optim.averages import all_finite
+from kfac_fx.optim.damping import DampingRule
+from kfac_fx.optim.guard import transformed
+from kfac_fx.optim.inverse import InverseFisher
+from kfac_fx.optim.likelihoods import Likelihood, likelihood_of
+from kfac_fx.optim.recorder import Recorder
+from kfac_fx.optim.task import Forward, Task, first_cases, run_network
+from kfac_fx.optim.trust import BatchTrust
+from kfac_fx.optim.updates import AdaptiveUpdate, Rule, ScheduledUpdate, Situation
+
+log = logging.getLogger("kfac_fx")
+
+Direction = dict[str, Tensor]
+
+
+class KFAC(Optimizer):
+    """One call of ``step(inputs, targets)`` is one iteration.
+
+    With ``lr=None`` the step length and the momentum minimise the quadratic model with the exact
+    Fisher, and lambda and gamma adapt themselves; nothing needs tuning. With an ``lr`` (which any
+    scheduler of torch may change) the form is KFC's: update = momentum * previous - lr * proposal,
+    shortened to the trust region, with a fixed lambda.
+
+    Args:
+        net: what ``kfac_fx.transform`` returned. Parameters that it left alone are not updated.
+        likelihood: as for ``Preconditioner``.
+        params: groups of covered parameters with options of their own (``lr``, ``momentum``,
+            ``weight_decay``); by default one group of all.
+        lr, momentum: None, or the stochastic form's.
+        weight_decay: eta, of the l2 term eta / 2 ||theta||^2.
+        damping: lambda_0.
+        damping_every, gamma_every, refresh_every: T1, T2 and T3.
+        statistics_every: period of the statistics.
+        statistics_fraction, products_fraction: tau1 and tau2, the first cases of a batch for
+            statistics and for products with the exact Fisher.
+        smallest_damping: floor of lambda; the paper's rule can fall below what float32 resolves.
+        ema_decay: largest weight of old statistics.
+        trust_region: KFC's largest squared length of a step in Fhat (stochastic form).
+        outlier: a batch whose loss is this many times the running average, or not finite, is not
+            trusted: if it was fine before the last step, that step is undone exactly and lambda
+            grows; else the batch is skipped.
+        structure, fisher, generator, compile: as for ``Preconditioner``; no empirical Fisher.
+        forward: from (network, inputs) to the likelihood's outputs, where they are not what the
+            network returns for ``inputs``.
+
+    Attributes:
+        diagnostics: of the last step, plain numbers by name.
+        skipped_batches, rejected_steps, skipped_statistics: how often that happened.
+
+    Raises:
+        UnknownOptionError, DampingError: an argument is wrong.
+    """
+
+    def __init__(
+        self,
+        net: fx.GraphModule,
+        likelihood: str | Likelihood | Callable[[Any], Distribution] = "categorical",
+        params: Iterable[Any] | None = None,
+        *,
+        lr: float | None = None,
+        momentum: float = 0.9,
+        weight_decay: float = 1e-5,
+        damping: float = 150.0,
+        damping_every: int = 5,
+        gamma_every: int = 20,
+        refresh_every: int = 20,
+        statistics_every: int = 1,
+        statistics_fraction: float = 1 / 8,
+        products_fraction: float = 1 / 4,
+        smallest_damping: float = 1e-6,
+        ema_decay: float = 0.95,
+        trust_region: float | None = None,
+        outlier: float = 100.0,
+        structure: str | None = None,
+        fisher: str = "sampled",
+        generator: torch.Generator | None = None,
+        forward: Forward = run_network,
+        compile: bool = False,
+    ) -> None:
+        net = getattr(net, "_orig_mod", net)
+        self.curvature, self.structure = transformed(net, structure)
+        for name in ("statistics_fraction", "products_fraction"):
+            if not 0 < locals()[name] <= 1:
+                raise UnknownOptionError(f"{name} must lie in (0, 1], got {locals()[name]!r}")
+        coupled = self.structure == "block_tridiagonal"
+        self._inverse = InverseFisher(net, self.curvature, coupled=coupled, compile=compile)
+        parameters = self._inverse.guard.parameters
+        self._names = {id(p): name for name, p in parameters.items()}
+        defaults = {"lr": 1.0 if lr is None else lr, "momentum": momentum}
+        defaults["weight_decay"] = weight_decay
+        super().__init__(list(parameters.values()) if params is None else params, defaults)
+        if any(id(p) not in self._names for group in self.param_groups for p in group["params"]):
+            raise UnknownOptionError("params holds a parameter without a curvature block")
+        self.generator = generator or torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+        likelihood = likelihood_of(likelihood)
+        self._task = Task(net, likelihood, forward, self.generator)
+        self._recorder = Recorder(
+            self._inverse.averages.entries,
+            likelihood,
+            choice("fisher", fisher, ("sampled", "exact")),
+            self.generator,
+        )
+        self._recorder.switch(False)
+        every = period("damping_every", damping_every), period("gamma_every", gamma_every)
+        self._rule = DampingRule(damping, weight_decay, smallest_damping, *every)
+        refresh_every = period("refresh_every", refresh_every)
+        self._make: Rule
+        if lr is None:
+            self._make = AdaptiveUpdate(
+                self._task, self._inverse, self._rule, products_fraction, refresh_every
+            )
+        else:
+            self._make = ScheduledUpdate(self._inverse, self._rule, refresh_every, trust_region)
+        self._statistics_every = period("statistics_every", statistics_every)
+        self._fraction, self._trust = statistics_fraction, BatchTrust(outlier)
+        self._decay = within("ema_decay", ema_decay, 0.0, 1.0)
+        self._iteration = 0
+        self._previous: Direction = {}
+        self._before: tuple[Direction, Direction] | None = None
+        self.diagnostics: dict[str, float] = {}
+        self.skipped_batches = self.rejected_steps = self.skipped_statistics = 0
+
+    @property
+    def factors(self) -> Mapping[str, tuple[Tensor, ...]]:
+        """As ``Preconditioner.factors``."""
+        return self._inverse.factors
+
+    # One iteration.
+
+    @torch.no_grad()
+    def step(self, inputs: Any, targets: Any = None) -> Tensor:  # type: ignore[override]
+        """One iteration on a batch; returns its loss before the update.
+
+        Args:
+            inputs: what the network is called with: a tensor, a tuple of positional arguments or a
+                mapping of keywords.
+            targets: as the likelihood takes them.
+
+        Returns:
+            The mean negative log-likelihood of a term, without the l2 term.
+        """
+        self._inverse.guard.check()
+        self.diagnostics = {}
+        self._task.begin()
+        running = self._task.snapshot()
+        loss, gradient = self._gradient(inputs, targets)
+        trusted = self._trust.believes(loss, gradient.values())
+        if not trusted and self._undo_if_worse(inputs, targets, float(loss)):
+            running = self._task.snapshot()
+            loss, gradient = self._gradient(inputs, targets)
+            trusted = self._trust.believes(loss, gradient.values())
+        if not trusted:
+            self._task.restore(running)
+            self._count("skipped_batches", "the batch's loss or gradient is no use")
+            return loss
+        self._iteration += 1
+        self._record(inputs, targets)
+        if self._inverse.averages.recorded:
+            self._advance((inputs, targets), float(loss), gradient, running)
+        self._trust.accept(float(loss))
+        self._describe(float(loss))
+        return loss
+
+    def _advance(
+        self, batch: tuple[Any, Any], loss: float, gradient: Direction, running: Direction
+    ) -> None:
+        parameters = self._parameters()
+        options = {key: self._options(key) for key in ("lr", "momentum")}
+        with self._stage("update"):
+            made = self._make(
+                Situation(self._iteration, batch, parameters, gradient, self._previous, options)
+            )
+        self.diagnostics |= made.numbers
+        if not all_finite(list(made.step.values())):
+            self._previous = {}
+            self._count("rejected_steps", "the update is not finite")
+            return
+        objective = loss + self._l2()
+        self._before = {name: p.clone() for name, p in parameters.items()}, running
+        torch._foreach_add_(list(parameters.values()), [made.step[name] for name in parameters])
+        self._previous = made.step
+        if isinstance(self._make, AdaptiveUpdate) and (
+            self._iteration % self._rule.damping_every == 0
+        ):
+            self._judge(batch, objective, made.predicted)
+
+    def _judge(self, batch: tuple[Any, Any], before: float, predicted: float) -> None:
+        """The reduction ratio on the same batch and masks; a step that is no good is undone."""
+        inputs, targets = batch
+        with self._stage("ratio"), self._task.aside():
+            after = float(self._task.loss(self._task.outputs(inputs), targets)) + self._l2()
+        if self._trust.grew(before, after):
+            self._undo()
+        else:
+            self.diagnostics["rho"] = self._rule.judge(after - before, predicted)
+
+    # The parts of an iteration.
+
+    def _parameters(self) -> dict[str, Tensor]:
+        return {self._names[id(p)]: p for group in self.param_groups for p in group["params"]}
+
+    def _options(self, key: str) -> dict[str, float]:
+        return {
+            self._names[id(p)]: group[key] for group in self.param_groups for p in group["params"]
+        }
+
+    def _gradient(self, inputs: Any, targets: Any) -> tuple[Tensor, Direction]:
+        """The loss, and the gradient of the loss with its l2 term."""
+        parameters, decay = self._parameters(), self._options("weight_decay")
+        with self._stage("gradient"), torch.enable_grad(), self._task.same_masks():
+            loss = self._task.loss(self._task.outputs(inputs), targets)
+            wrt = list(parameters.values())
+            found = torch.autograd.grad(loss, wrt, allow_unused=True, materialize_grads=True)
+        pairs = zip(parameters.items(), found, strict=True)
+        return loss.detach(), {name: g.add(p, alpha=decay[name]) for (name, p), g in pairs}
+
+    def _l2(self) -> float:
+        decay = self._options("weight_decay")
+        terms = [0.5 * decay[n] * p.double().square().sum() for n, p in self._parameters().items()]
+        return float(torch.stack(terms).sum())
+
+    def _record(self, inputs: Any, targets: Any) -> None:
+        if (self._iteration - 1) % self._statistics_every and self._inverse.averages.recorded:
+            return
+        part = first_cases((inputs, targets), self._fraction)
+        self._recorder.switch(True)
+        with self._stage("statistics"), torch.enable_grad():
+            with self._task.aside():
+                finite = self._recorder.observe(self._task.outputs(part[0]), part[1])
+            found = self._recorder.take()
+        self._recorder.switch(False)
+        if not finite or not found or not self._inverse.fold(found, self._decay):
+            self._count("skipped_statistics", "statistics are not finite")
+
+    # Batches and steps that are no good.
+
+    def _undo_if_worse(self, inputs: Any, targets: Any, loss: float) -> bool:
+        """Undoes the last step if it made this batch's loss what it is."""
+        if self._before is None:
+            return False
+        with self._task.aside():
+            before = self._task.loss(self._task.outputs(inputs, self._before[0]), targets)
+        if not self._trust.grew(float(before), loss):
+            return False
+        self._undo()
+        return True
+
+    def _undo(self) -> None:
+        """Parameters and buffers as they were before the last step; lambda grows."""
+        assert self._before is not None
+        for name, parameter in self._parameters().items():
+            parameter.copy_(self._before[0][name])
+        self._task.restore(self._before[1])
+        self._before, self._previous = None, {}
+        self._rule.rejected()
+        self._count("rejected_steps", "the loss grew too much, the last step is undone")
+
+    def _count(self, counter: str, why: str) -> None:
+        setattr(self, counter, getattr(self, counter) + 1)
+        log.warning("iteration %d: %s", self._iteration, why)
+
+    # What a step was like, and state.
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        key = f"seconds_{name}"
+        self.diagnostics[key] = self.diagnostics.get(key, 0.0) + time.perf_counter() - start
+
+    def _describe(self, loss: float) -> None:
+        self.diagnostics |= {
+            "iteration": self._iteration,
+            "loss": loss,
+            "damping": self._rule.damping,
+            "gamma": self._rule.gamma,
+            "clamped": self._inverse.clamped,
+            "skipped_batches": self.skipped_batches,
+            "rejected_steps": self.rejected_steps,
+            "skipped_statistics": self.skipped_statistics,
+        }
+
+    def summary(self) -> str:
+        """The last step in a line, for progress bars."""
+        shown = ("loss", "damping", "gamma", "rho", "alpha", "mu")
+        found = ((key, self.diagnostics.get(key)) for key in shown)
+        return ", ".join(f"{key} {value:.3g}" for key, value in found if value is not None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Groups as torch has them, and all else as tensors and plain values under "kfac"."""
+        groups = super().state_dict()["param_groups"]
+        counters = ("skipped_batches", "rejected_steps", "skipped_statistics")
+        before = self._before or ({}, {})
+        return {
+            "state": {},
+            "param_groups": groups,
+            "kfac": {
+                "version": 1,
+                "iteration": self._iteration,
+                "average": self._trust.average,
+                "rule": self._rule.state(),
+                "previous": _cloned(self._previous),
+                "before": [_cloned(part) for part in before],
+                "inverse": self._inverse.state(),
+                "generator": self.generator.get_state(),
+                "counters": {name: getattr(self, name) for name in counters},
+            },
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores ``state_dict``, random generator included; nothing changes if it does not fit.
+
+        Raises:
+            ParameterChangedError: the state belongs to other blocks, or to another optimizer.
+        """
+        own = state_dict.get("kfac", {})
+        if own.get("version") != 1:
+            raise ParameterChangedError("this is no state_dict of a KFAC of this version")
+        self._inverse.load(own["inverse"])
+        super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
+        self._rule.load(own["rule"])
+        self._iteration, self._trust.average = own["iteration"], own["average"]
+        self._previous = _cloned(own["previous"])
+        before = [_cloned(part) for part in own["before"]]
+        self._before = (before[0], before[1]) if before[0] else None
+        self.generator.set_state(own["generator"])
+        for name, value in own["counters"].items():
+            setattr(self, name, value)
+
+
+def _cloned(direction: Mapping[str, Tensor]) -> Direction:
+    return {name: value.clone() for name, value in direction.items()}

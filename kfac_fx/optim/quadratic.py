@@ -1,0 +1,116 @@
+"""The quadratic model of the objective with the exact Fisher (Martens & Grosse 2015, section 6.4).
+
+M(delta) = 1/2 delta^T (F + (lambda + eta) I) delta + grad^T delta. Products with F on a batch need
+one forward-mode derivative of the network for each direction, and the output Fisher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.distributions import Distribution
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from kfac_fx.optim.output_fisher import root
+
+Direction = Mapping[str, Tensor]
+
+
+@contextmanager
+def _differentiable_forward() -> Iterator[None]:
+    """Kernels that have a forward-mode derivative: fused attention and oneDNN's LSTM have none."""
+    enabled = torch.backends.mkldnn.set_flags(_enabled=False)[0]
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mkldnn.set_flags(_enabled=enabled)
+
+
+@torch.no_grad()
+def fisher_gram(
+    run: Callable[[Mapping[str, Tensor]], tuple[Distribution, Tensor | None, float]],
+    parameters: Direction,
+    directions: Sequence[Direction],
+) -> Tensor:
+    """v_i^T F v_j for all pairs of directions, [n, n] in float64.
+
+    Args:
+        run: from parameters by name to the predictive distribution, the weights of its terms and
+            their number (section 2); called once a direction.
+    """
+    rows: list[Tensor] = []
+    count = 1.0
+    for direction in directions:
+        with forward_ad.dual_level(), _differentiable_forward():
+            duals = {
+                name: forward_ad.make_dual(p, direction[name].to(p.dtype))
+                for name, p in parameters.items()
+            }
+            distribution, weights, count = run(duals)
+            terms = root(distribution)
+            tangent: Any = forward_ad.unpack_dual(terms).tangent
+        if tangent is None:
+            tangent = torch.zeros_like(terms)
+        tangent = tangent.double()
+        if weights is not None:
+            tangent = tangent * weights.double().sqrt().unsqueeze(-1)
+        rows.append(tangent.flatten())
+    stacked = torch.stack(rows)
+    return stacked @ stacked.T / count
+
+
+@dataclass(frozen=True)
+class QuadraticModel:
+    """M along two directions: the proposal Delta and the previous update delta_0.
+
+    Attributes:
+        B: v_i^T (F + (lambda + eta) I) v_j, [n, n].
+        b: grad^T v_i, [n].
+    """
+
+    B: Tensor
+    b: Tensor
+
+    @classmethod
+    def along(
+        cls,
+        directions: Sequence[Direction],
+        gram: Tensor,
+        gradient: Direction,
+        damping: float,
+    ) -> QuadraticModel:
+        """The model from products with F, with ``damping`` = lambda + eta."""
+        dots = [[inner(v, w) for w in directions] for v in directions]
+        B = gram + damping * torch.stack([torch.stack(row) for row in dots])
+        return cls(B, torch.stack([inner(gradient, v) for v in directions]))
+
+    def minimum(self) -> tuple[Tensor, float]:
+        """(alpha, mu) that minimise M, and its value there."""
+        coefficients = -(torch.linalg.pinv(self.B, hermitian=True) @ self.b)
+        return coefficients, self.at(coefficients)
+
+    def at(self, coefficients: Tensor) -> float:
+        """M of a combination of the directions."""
+        return float(0.5 * coefficients @ self.B @ coefficients + self.b @ coefficients)
+
+
+def inner(v: Direction, w: Direction) -> Tensor:
+    """Sum of the products of all entries, in float64."""
+    return torch.stack([(v[name].double() * w[name].double()).sum() for name in v]).sum()
+
+
+def combination(
+    coefficients: Sequence[float], directions: Sequence[Direction]
+) -> dict[str, Tensor]:
+    """sum_i c_i v_i, by parameter."""
+    result = {name: value * coefficients[0] for name, value in directions[0].items()}
+    for c, direction in zip(coefficients[1:], directions[1:], strict=True):
+        torch._foreach_add_(list(result.values()), [direction[n] for n in result], alpha=c)
+    return result

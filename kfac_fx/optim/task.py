@@ -1,0 +1,126 @@
+"""The objective on a batch: outputs, likelihood, gradient; every pass of a step sees one mask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.distributions import Distribution
+from torch.func import functional_call
+from torch.utils import _pytree as pytree
+
+from kfac_fx.errors import LikelihoodError
+from kfac_fx.ops import STORE
+from kfac_fx.optim.likelihoods import Likelihood
+from kfac_fx.optim.output_fisher import term_count
+
+Forward = Callable[[Callable[..., Any], Any], Tensor]
+"""From the network (a callable) and a batch's inputs to the outputs of the likelihood."""
+
+
+def run_network(net: Callable[..., Any], inputs: Any) -> Any:
+    """A tuple is spread as positional arguments, a mapping as keywords."""
+    if isinstance(inputs, Mapping):
+        return net(**inputs)
+    return net(*inputs) if isinstance(inputs, tuple) else net(inputs)
+
+
+class Task:
+    """The network with its likelihood.
+
+    Args:
+        generator: of the masks (dropout); torch's global random stream is left alone.
+    """
+
+    def __init__(
+        self, net: fx.GraphModule, likelihood: Likelihood, forward: Forward, seed: torch.Generator
+    ) -> None:
+        self.net, self.likelihood, self.forward = net, likelihood, forward
+        self._generator, self._seed = seed, 0
+        names = [name for name, _ in net.named_buffers() if not name.startswith(STORE)]
+        self._buffers = {name: net.get_buffer(name) for name in names}
+
+    def begin(self) -> None:
+        """New masks for the passes that follow."""
+        self._seed = int(torch.randint(2**62, (), generator=self._generator))
+
+    @contextmanager
+    def same_masks(self) -> Iterator[None]:
+        """Random numbers inside are those of every pass of the step."""
+        devices = {b.device.index for b in self.net.parameters() if b.is_cuda}
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(self._seed)
+            yield
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """Copies of the buffers (running statistics)."""
+        return {name: buffer.clone() for name, buffer in self._buffers.items()}
+
+    @torch.no_grad()
+    def restore(self, snapshot: Mapping[str, Tensor]) -> None:
+        """Puts the buffers back."""
+        for name, value in snapshot.items():
+            self._buffers[name].copy_(value)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """A pass that leaves no trace in buffers and random streams."""
+        kept = self.snapshot()
+        try:
+            with self.same_masks():
+                yield
+        finally:
+            self.restore(kept)
+
+    def outputs(self, inputs: Any, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Outputs, with the module's own parameters or the given ones."""
+        net: Callable[..., Any] = self.net
+        if parameters is not None:
+            given = dict(parameters)
+
+            def net(*args: Any, **kwargs: Any) -> Any:
+                return functional_call(self.net, given, args, kwargs)
+
+        return self.forward(net, inputs)
+
+    def predictive(
+        self, outputs: Tensor, targets: Any
+    ) -> tuple[Distribution, Tensor | None, Tensor | None, float]:
+        """Distribution, targets fit for it, weights of the terms and their number."""
+        distribution = self.likelihood.distribution(outputs)
+        targets, weights = self.likelihood.terms(outputs, targets)
+        count = term_count(distribution, weights)
+        if count <= 0:
+            raise LikelihoodError(
+                "no likelihood term counts: the batch is empty, or every target is ignored"
+            )
+        return distribution, targets, weights, count
+
+    def loss(self, outputs: Tensor, targets: Any) -> Tensor:
+        """Mean negative log-likelihood of a term."""
+        distribution, given, weights, count = self.predictive(outputs, targets)
+        if given is None:
+            raise LikelihoodError("step() needs the targets of the batch")
+        nll = -distribution.log_prob(given)
+        return (nll if weights is None else nll * weights).sum() / count
+
+
+def first_cases(batch: Any, fraction: float) -> Any:
+    """The first part of every tensor of a batch whose first dimension counts the cases.
+
+    Cases are the first dimension of the batch's first tensor that has any.
+    """
+    sized = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()]
+    if not sized or fraction >= 1:
+        return batch
+    cases = sized[0].shape[0]
+    kept = max(1, round(fraction * cases))
+
+    def cut(leaf: Any) -> Any:
+        counted = isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == cases
+        return leaf[:kept] if counted else leaf
+
+    return pytree.tree_map(cut, batch)

@@ -1,0 +1,146 @@
+"""From the gradient to the update: with the quadratic model (K-FAC), or a learning rate (KFC)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+from torch.distributions import Distribution
+
+from kfac_fx.optim.damping import DampingRule
+from kfac_fx.optim.inverse import InverseFisher
+from kfac_fx.optim.quadratic import QuadraticModel, combination, fisher_gram, inner
+from kfac_fx.optim.task import Task, first_cases
+
+Direction = dict[str, Tensor]
+
+
+class Situation(NamedTuple):
+    """What an update is made from.
+
+    Attributes:
+        batch: (inputs, targets).
+        gradient: of the objective with its l2 term.
+        previous: the last update; empty at first.
+        options: of each parameter's group, by option and name.
+    """
+
+    iteration: int
+    batch: tuple[Any, Any]
+    parameters: Mapping[str, Tensor]
+    gradient: Direction
+    previous: Direction
+    options: Mapping[str, Mapping[str, float]]
+
+
+class Update(NamedTuple):
+    """An update, the change of the objective that the model predicts, and numbers to show."""
+
+    step: Direction
+    predicted: float
+    numbers: dict[str, float]
+
+
+class Rule(Protocol):
+    """Makes updates."""
+
+    def __call__(self, at: Situation) -> Update:
+        """The update of one iteration."""
+
+
+def due(iteration: int, every: int) -> bool:
+    """In the first three iterations, and every so many (T3)."""
+    return iteration <= 3 or iteration % every == 0
+
+
+@dataclass
+class AdaptiveUpdate:
+    """Algorithm 2: the gamma of the lowest model, and the model's own alpha and mu.
+
+    Attributes:
+        fraction: tau2, of the batch for products with the exact Fisher.
+        refresh_every: T3.
+    """
+
+    task: Task
+    inverse: InverseFisher
+    rule: DampingRule
+    fraction: float
+    refresh_every: int
+
+    def __call__(self, at: Situation) -> Update:
+        made = [
+            (gamma, self._proposal(at, gamma), self.inverse.inverses)
+            for gamma in self._refreshed(at)
+        ]
+        previous = [at.previous] if at.previous else []
+        directions = [proposal for _, proposal, _ in made] + previous
+        gram = self._gram(at, directions)
+        answers = []
+        for index, (gamma, proposal, inverses) in enumerate(made):
+            chosen = [index, *range(len(made), len(directions))]
+            pair = [proposal, *previous]
+            B = gram[chosen][:, chosen]
+            model = QuadraticModel.along(pair, B, at.gradient, self.rule.total)
+            coefficients, value = model.minimum()
+            answers.append((value, coefficients.tolist(), pair, gamma, inverses))
+        best = min(answers, key=lambda answer: answer[0])
+        value, (alpha, *mu), pair, self.rule.gamma, self.inverse.inverses = best
+        numbers = {"alpha": alpha, "mu": sum(mu), "model": value}
+        return Update(combination([alpha, *mu], pair), value, numbers)
+
+    def _refreshed(self, at: Situation) -> list[float]:
+        """The candidates for gamma; several, or a refresh that is due, need new inverses."""
+        gammas = self.rule.candidates(at.iteration)
+        fresh = len(gammas) == 1 and not due(at.iteration, self.refresh_every)
+        self._reuse = fresh and bool(self.inverse.inverses)
+        return gammas
+
+    def _proposal(self, at: Situation, gamma: float) -> Direction:
+        """Delta = -Fhat^-1 grad."""
+        if not self._reuse:
+            self.inverse.refresh(gamma**2)
+        return {name: -value for name, value in self.inverse.apply(at.gradient).items()}
+
+    def _gram(self, at: Situation, directions: list[Direction]) -> Tensor:
+        inputs, targets = first_cases(at.batch, self.fraction)
+
+        def run(parameters: Mapping[str, Tensor]) -> tuple[Distribution, Tensor | None, float]:
+            with self.task.aside():
+                outputs = self.task.outputs(inputs, parameters)
+            distribution, _, weights, count = self.task.predictive(outputs, targets)
+            return distribution, weights, count
+
+        return fisher_gram(run, at.parameters, directions)
+
+
+@dataclass
+class ScheduledUpdate:
+    """KFC's stochastic form: momentum * previous - lr * proposal, within a trust region.
+
+    Attributes:
+        trust_region: largest squared length lr^2 grad^T Fhat^-1 grad of the new part.
+    """
+
+    inverse: InverseFisher
+    rule: DampingRule
+    refresh_every: int
+    trust_region: float | None
+
+    def __call__(self, at: Situation) -> Update:
+        if due(at.iteration, self.refresh_every) or not self.inverse.inverses:
+            self.inverse.refresh(self.rule.total)
+        rates, momenta = at.options["lr"], at.options["momentum"]
+        proposal = self.inverse.apply(at.gradient)
+        step = {name: value * -rates[name] for name, value in proposal.items()}
+        scale = 1.0
+        if self.trust_region is not None:
+            length = sum(rates[n] ** 2 * float(inner({n: at.gradient[n]}, proposal)) for n in step)
+            scale = min(1.0, (self.trust_region / max(length, 1e-300)) ** 0.5)
+        for name, value in step.items():
+            value.mul_(scale)
+            if name in at.previous:
+                value.add_(at.previous[name], alpha=momenta[name])
+        return Update(step, 0.0, {"trust": scale})

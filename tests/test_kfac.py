@@ -1,0 +1,261 @@
+"""KFAC in use: masks, buffers, groups, schedules, interrupted runs, batches that are no good."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import kfac_fx
+from kfac_fx import errors
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def conv_net() -> nn.Module:
+    return nn.Sequential(
+        *(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.3)),
+        *(nn.Conv2d(4, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ReLU()),
+        *(nn.Flatten(), nn.Linear(16, 3)),
+    )
+
+
+def task(n: int = 64, shape: tuple[int, ...] = (6,)) -> tuple[Tensor, Tensor]:
+    x = torch.randn(n, *shape)
+    return x, (x.flatten(1)[:, :3].cumsum(1)).argmax(1)
+
+
+@pytest.mark.parametrize("structure", ["block_diagonal", "block_tridiagonal"])
+def test_needs_no_tuning(structure: str) -> None:
+    model = mlp()
+    optimizer = kfac_fx.KFAC(kfac_fx.transform(model, structure=structure), damping=1.0)
+    losses = [float(optimizer.step(*task(256))) for _ in range(80)]
+    assert losses[-1] < 0.15 * losses[0]
+    assert "loss" in optimizer.summary() and "damping" in optimizer.summary()
+
+
+def test_batch_norm_and_dropout() -> None:
+    """Buffers change once an iteration, as in a plain forward; the global stream is untouched."""
+    model = conv_net()
+    plain = copy.deepcopy(model)
+    optimizer = kfac_fx.KFAC(kfac_fx.transform(model), damping=1.0)
+    x, y = task(32, (1, 6, 6))
+    before = torch.get_rng_state()
+    optimizer.step(x, y)
+    assert torch.equal(torch.get_rng_state(), before)
+    with torch.random.fork_rng():
+        torch.manual_seed(optimizer._task._seed)
+        plain(x)
+    for (name, one), other in zip(model.named_buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(one, other, msg=name)
+    losses = [float(optimizer.step(x, y)) for _ in range(60)]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_every_pass_of_a_step_sees_one_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            mask = F.dropout(torch.ones_like(x), 0.5, self.training)
+            seen.append(mask.detach().clone())
+            return self.layer(x * mask)
+
+    net = kfac_fx.transform(Noisy(), torch.randn(2, 4), capture="eager", check=False)
+    options = {"statistics_fraction": 1.0, "products_fraction": 1.0, "damping_every": 1}
+    optimizer = kfac_fx.KFAC(net, damping=1.0, **options)
+    x, y = torch.randn(8, 4), torch.randint(3, (8,))
+    masks = []
+    for _ in range(2):
+        seen.clear()
+        optimizer.step(x, y)
+        assert len(seen) >= 4
+        assert all(torch.equal(mask, seen[0]) for mask in seen)
+        masks.append(seen[0])
+    assert not torch.equal(*masks)
+
+
+@pytest.mark.parametrize("lr", [None, 0.1])
+def test_interrupted_runs_go_on_bitwise(lr: float | None) -> None:
+    x, y = task(48, (1, 6, 6))
+    torch.manual_seed(3)
+    model = conv_net()
+    twin = copy.deepcopy(model)
+
+    def build(model: nn.Module) -> kfac_fx.KFAC:
+        net = kfac_fx.transform(model, couplings="data")
+        return kfac_fx.KFAC(
+            net, damping=1.0, lr=lr, generator=torch.Generator().manual_seed(5), refresh_every=3
+        )
+
+    optimizer = build(model)
+    for _ in range(20):
+        optimizer.step(x, y)
+    run = build(twin)
+    for _ in range(20):  # a new process after every step
+        run.step(x, y)
+        file = io.BytesIO()
+        torch.save({"model": twin.state_dict(), "optimizer": run.state_dict()}, file)
+        file.seek(0)
+        state = torch.load(file, weights_only=True)
+        twin = conv_net()
+        twin.load_state_dict(state["model"])
+        run = build(twin)
+        run.load_state_dict(state["optimizer"])
+    for one, other in zip(model.state_dict().values(), twin.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+
+
+def adversarial(x: Tensor, y: Tensor, kind: int) -> tuple[Tensor, Tensor]:
+    x = x.clone()
+    if kind == 0:
+        x[0, 0] = float("nan")
+    elif kind == 1:
+        x[1, 1] = float("inf")
+    elif kind == 2:
+        x.zero_()
+    elif kind == 3:
+        x.fill_(1.0)
+    elif kind == 4:
+        x, y = x[:1], y[:1]
+    elif kind == 5:
+        x *= 1e8
+    else:
+        y = torch.zeros_like(y)
+    return x, y
+
+
+@pytest.mark.slow
+def test_a_thousand_adversarial_batches() -> None:
+    """Half of a run's batches are no good: nothing breaks, and the result is as good."""
+    torch.manual_seed(1)
+    clean, mixed = mlp(), mlp()
+    mixed.load_state_dict(clean.state_dict())
+    test_x, test_y = task(4000)
+    finals = []
+    for model, bad in ((clean, False), (mixed, True)):
+        torch.manual_seed(2)
+        generator = torch.Generator().manual_seed(0)
+        optimizer = kfac_fx.KFAC(kfac_fx.transform(model), damping=1.0, generator=generator)
+        for step in range(1000):
+            optimizer.step(*task(128))
+            if bad:
+                optimizer.step(*adversarial(*task(128), step % 7))
+            assert all(p.isfinite().all() for p in model.parameters())
+        with torch.no_grad():
+            finals.append(float(F.cross_entropy(model(test_x), test_y)))
+    print(f"test loss: clean {finals[0]:.4f}, with 1,000 adversarial batches {finals[1]:.4f}")
+    assert finals[1] <= 1.1 * finals[0] + 1e-3
+
+
+def test_a_batch_that_is_not_finite_changes_nothing() -> None:
+    model = conv_net()
+    optimizer = kfac_fx.KFAC(kfac_fx.transform(model), damping=1.0)
+    x, y = task(32, (1, 6, 6))
+    for _ in range(3):
+        optimizer.step(x, y)
+    before = copy.deepcopy(model.state_dict())
+    x[0, 0, 0, 0] = float("nan")
+    optimizer.step(x, y)
+    assert optimizer.skipped_batches == 1
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_a_step_that_was_no_good_is_undone_exactly() -> None:
+    model = conv_net()
+    optimizer = kfac_fx.KFAC(kfac_fx.transform(model), damping=1.0)
+    x, y = task(32, (1, 6, 6))
+    for _ in range(3):
+        optimizer.step(x, y)
+    before = [p.clone() for p in optimizer._before[0].values()]
+    damping = optimizer.diagnostics["damping"]
+    with torch.no_grad():
+        for p in model.parameters():  # as if the last step had gone wrong
+            p.mul_(1e6)
+    optimizer._iteration = 5  # the next iteration does not judge
+    undone = []
+    optimizer._advance = lambda *args: undone.extend(p.clone() for p in model.parameters())
+    optimizer.step(x, y)
+    assert optimizer.rejected_steps == 1
+    assert all(torch.equal(one, other) for one, other in zip(undone, before, strict=True))
+    assert optimizer.diagnostics["damping"] > damping
+
+
+def test_groups_and_schedulers() -> None:
+    model = mlp()
+    groups = [
+        {"params": model[0].parameters(), "lr": 0.05, "weight_decay": 0.0},
+        {"params": model[2].parameters()},
+    ]
+    optimizer = kfac_fx.KFAC(kfac_fx.transform(model), params=groups, lr=0.1, damping=0.1)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    last = model[4].weight.clone()
+    optimizer.step(*task())
+    schedule.step()
+    assert [group["lr"] for group in optimizer.param_groups] == [0.025, 0.05]
+    assert torch.equal(model[4].weight, last)  # in no group
+
+
+def test_trust_region_bounds_the_step() -> None:
+    model = mlp()
+    net = kfac_fx.transform(model)
+    optimizer = kfac_fx.KFAC(net, lr=10.0, momentum=0.0, damping=0.1, trust_region=1e-3)
+    x, y = task()
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    optimizer.step(x, y)
+    assert optimizer.diagnostics["trust"] < 1
+    moved = {n: p - before[n] for n, p in model.named_parameters()}
+    assert all(value.norm() > 0 for value in moved.values())
+
+
+@pytest.mark.parametrize(
+    "inputs", [lambda x: (x,), lambda x: {"input": x}], ids=["positional", "keywords"]
+)
+def test_inputs_as_the_network_takes_them(inputs: object) -> None:
+    model = mlp()
+    optimizer = kfac_fx.KFAC(kfac_fx.transform(model), damping=1.0)
+    x, y = task()
+    first = optimizer.step(inputs(x), y)
+    assert float(optimizer.step(x, y)) < float(first)
+
+
+def test_outputs_of_ones_own_making() -> None:
+    """A loss on what is computed from several calls of the network."""
+    model = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 1))
+    optimizer = kfac_fx.KFAC(
+        kfac_fx.transform(model),
+        kfac_fx.likelihoods.Normal(),
+        damping=1e-2,
+        forward=lambda net, inputs: torch.tanh(net(inputs)) + inputs[:, :1],
+    )
+    x = torch.rand(128, 2)
+    y = torch.sin(3 * x[:, :1])
+    losses = [float(optimizer.step(x, y)) for _ in range(60)]
+    floor = 0.5 * torch.log(torch.tensor(2 * torch.pi)).item()
+    assert losses[-1] - floor < 0.1 * (losses[0] - floor)
+
+
+def test_wrong_arguments() -> None:
+    net = kfac_fx.transform(mlp(), exclude=("0.*",))
+    with pytest.raises(errors.UnknownOptionError, match="statistics_fraction"):
+        kfac_fx.KFAC(net, statistics_fraction=0.0)
+    with pytest.raises(errors.UnknownOptionError, match="fisher"):
+        kfac_fx.KFAC(net, fisher="empirical")
+    with pytest.raises(errors.DampingError):
+        kfac_fx.KFAC(net, damping=0.0)
+    with pytest.raises(errors.UnknownOptionError, match="without a curvature block"):
+        kfac_fx.KFAC(net, params=list(net.parameters()))
+    with pytest.raises(errors.KFACError, match="transform"):
+        kfac_fx.KFAC(mlp())
+    with pytest.raises(errors.LikelihoodError, match="targets"):
+        kfac_fx.KFAC(net).step(torch.randn(4, 6))
