@@ -81,7 +81,11 @@ class Program:
         Args:
             factors: in the order of the blocks, then A and G (child by parent) of every coupling.
         """
-        result, flags = _split(self._refresh(damping, *factors))
+        try:
+            result, flags = _split(self._refresh(damping, *factors))
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            log.warning("eigenvalues failed (%s): the refresh is run in float64", error)
+            result, flags = _split(self._robust(damping, factors))
         failed = [name for name, count in flags.items() if count and name.startswith("failed_")]
         if failed:
             names = ", ".join(name.removeprefix("failed_") for name in failed)
@@ -97,11 +101,15 @@ class Program:
         return result
 
     def _robust(self, damping: Tensor, factors: Sequence[Tensor]) -> Mapping[str, Tensor]:
+        """The refresh with eigenvalues raised, in float64."""
         if self._robust_module is None:
             with torch.no_grad():
                 self._robust_module = emit_refresh(self._curvature, self.couplings, FLOORED)
-        result: Mapping[str, Tensor] = self._robust_module(damping, *factors)
-        return result
+        found = self._robust_module(damping.double(), *(f.double() for f in factors))
+        return {
+            name: value.to(damping.dtype) if value.is_floating_point() else value
+            for name, value in found.items()
+        }
 
     @torch.no_grad()
     def apply(

@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kfac_fx.linalg.damping import damped
+
 
 def correlation(W: Tensor, cross: Tensor, W_parent: Tensor) -> Tensor:
     """Q = W A_ip W_p^T, whose singular values are the canonical correlations of a side.
@@ -31,8 +33,10 @@ def conditional_side(
     (then R carries the sqrt(s)) or the parent's (then L does); the smaller is cheaper, and exact.
     """
     Q = correlation(W, cross, W_parent)
-    spectrum = torch.linalg.eigh(Q @ Q.mT if from_child else Q.mT @ Q)
-    s, E = spectrum[0].clamp_min(0.0), spectrum[1]
+    square = Q @ Q.mT if from_child else Q.mT @ Q
+    # Of I - Q Q^T: LAPACK fails on some matrices with many zero rows (dead units).
+    spectrum = torch.linalg.eigh(damped(-square, torch.ones_like(square[0, 0])))
+    s, E = (1.0 - spectrum[0]).clamp_min(0.0), spectrum[1]
     if from_child:
         return W.mT @ E, s, E.mT @ Q @ W_parent
     return W.mT @ (Q @ E), s, E.mT @ W_parent
