@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from kfac_fx.codegen import Program
 from kfac_fx.errors import GradientError, StatisticsError
 from kfac_fx.ir import Coupling, CurvatureGraph
 from kfac_fx.ops import all_buffers
-from kfac_fx.optim.averages import Averages, all_finite, fold
+from kfac_fx.optim.averages import Averages, all_finite, fold, has_outlier
 from kfac_fx.optim.guard import ParameterGuard
 from kfac_fx.optim.selection import chosen_couplings, mutual_informations, total
 
@@ -67,10 +68,17 @@ class InverseFisher:
         """(child, parent) -> running averages (A, G), child by parent."""
         return {(c.child, c.parent): self.averages.cross(c) for c in self.program.couplings}
 
-    def fold(self, found: Mapping[int, Tensor], decay: float) -> bool:
-        """Takes new statistics into the averages; False, and nothing is, if any is not finite."""
+    def fold(self, found: Mapping[int, Tensor], decay: float, outlier: float = math.inf) -> bool:
+        """Takes new statistics into the averages; False, and nothing is, if they are no good.
+
+        Args:
+            decay: largest weight of the old averages.
+            outlier: how many times longer than its average no statistic may be.
+        """
         entries = self.averages.entries
         new = [entry.statistics(found) for entry in entries]
+        if outlier < math.inf and has_outlier(entries, new, outlier):
+            return False
         if not all_finite([value for values in new for value in values or ()]):
             return False
         silent = {e.block.name for e, s in zip(entries, new, strict=True) if s is None}

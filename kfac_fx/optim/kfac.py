@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,17 +15,23 @@ from kfac_fx.config import choice, period, within
 from kfac_fx.errors import ParameterChangedError, UnknownOptionError
 from kfac_fx.optim.averages import all_finite
 from kfac_fx.optim.damping import DampingRule
+from kfac_fx.optim.diagnostics import Diagnostics
 from kfac_fx.optim.guard import transformed
 from kfac_fx.optim.inverse import InverseFisher
 from kfac_fx.optim.likelihoods import Likelihood, likelihood_of
 from kfac_fx.optim.recorder import Recorder
-from kfac_fx.optim.task import Forward, Task, first_cases, run_network
-from kfac_fx.optim.trust import BatchTrust
+from kfac_fx.optim.task import Forward, Task, case_count, first_cases, run_network
+from kfac_fx.optim.trust import WIDER, BatchTrust
 from kfac_fx.optim.updates import AdaptiveUpdate, Rule, ScheduledUpdate, Situation
 
 log = logging.getLogger("kfac_fx")
 
 Direction = dict[str, Tensor]
+
+COUNTERS = ("skipped_batches", "rejected_steps", "skipped_statistics")
+
+LEAST_STATISTICS = 64
+"""Cases of a batch that statistics are taken of, where there are so many."""
 
 
 class KFAC(Optimizer):
@@ -49,13 +53,13 @@ class KFAC(Optimizer):
         damping_every, gamma_every, refresh_every: T1, T2 and T3.
         statistics_every: period of the statistics.
         statistics_fraction, products_fraction: tau1 and tau2, the first cases of a batch for
-            statistics and for products with the exact Fisher.
+            statistics (at least 64) and for products with the exact Fisher (at least 512).
         smallest_damping: floor of lambda; the paper's rule can fall below what float32 resolves.
         ema_decay: largest weight of old statistics.
         trust_region: KFC's largest squared length of a step in Fhat (stochastic form).
-        outlier: a batch whose loss is this many times the running average, or not finite, is not
-            trusted: if it was fine before the last step, that step is undone exactly and lambda
-            grows; else the batch is skipped.
+        outlier: a batch whose loss is this many times the running average (gradient, statistics:
+            a hundred times as many), or not finite, is not trusted: if its loss was fine before
+            the last step, that step is undone exactly and lambda grows; else it is skipped.
         structure, fisher, generator, compile: as for ``Preconditioner``; no empirical Fisher.
         forward: from (network, inputs) to the likelihood's outputs, where they are not what the
             network returns for ``inputs``.
@@ -87,7 +91,7 @@ class KFAC(Optimizer):
         smallest_damping: float = 1e-6,
         ema_decay: float = 0.95,
         trust_region: float | None = None,
-        outlier: float = 100.0,
+        outlier: float = 5.0,
         structure: str | None = None,
         fisher: str = "sampled",
         generator: torch.Generator | None = None,
@@ -134,7 +138,7 @@ class KFAC(Optimizer):
         self._iteration = 0
         self._previous: Direction = {}
         self._before: tuple[Direction, Direction] | None = None
-        self.diagnostics: dict[str, float] = {}
+        self.diagnostics = Diagnostics()
         self.skipped_batches = self.rejected_steps = self.skipped_statistics = 0
 
     @property
@@ -157,7 +161,7 @@ class KFAC(Optimizer):
             The mean negative log-likelihood of a term, without the l2 term.
         """
         self._inverse.guard.check()
-        self.diagnostics = {}
+        self.diagnostics = Diagnostics()
         self._task.begin()
         running = self._task.snapshot()
         loss, gradient = self._gradient(inputs, targets)
@@ -171,11 +175,17 @@ class KFAC(Optimizer):
             self._count("skipped_batches", "the batch's loss or gradient is no use")
             return loss
         self._iteration += 1
-        self._record(inputs, targets)
+        if not self._record(inputs, targets):
+            self._iteration -= 1
+            self._task.restore(running)
+            self._count("skipped_batches", "the batch's statistics are no use")
+            return loss
         if self._inverse.averages.recorded:
             self._advance((inputs, targets), float(loss), gradient, running)
-        self._trust.accept(float(loss))
-        self._describe(float(loss))
+        self._trust.accept(loss, gradient.values(), case_count((inputs, targets)))
+        numbers = {"iteration": self._iteration, "loss": float(loss), **self._rule.state()}
+        counters = {name: getattr(self, name) for name in COUNTERS}
+        self.diagnostics.update(numbers, clamped=self._inverse.clamped, **counters)
         return loss
 
     def _advance(
@@ -183,15 +193,19 @@ class KFAC(Optimizer):
     ) -> None:
         parameters = self._parameters()
         options = {key: self._options(key) for key in ("lr", "momentum")}
-        with self._stage("update"):
+        with self.diagnostics.stage("update"):
             made = self._make(
                 Situation(self._iteration, batch, parameters, gradient, self._previous, options)
             )
-        self.diagnostics |= made.numbers
+        self.diagnostics.update(made.numbers)
         if not all_finite(list(made.step.values())):
             self._previous = {}
             self._count("rejected_steps", "the update is not finite")
             return
+        share = self._trust.share(case_count(batch))
+        if share < 1:
+            torch._foreach_mul_(list(made.step.values()), share)
+            self.diagnostics["share"] = share
         objective = loss + self._l2()
         self._before = {name: p.clone() for name, p in parameters.items()}, running
         torch._foreach_add_(list(parameters.values()), [made.step[name] for name in parameters])
@@ -204,7 +218,7 @@ class KFAC(Optimizer):
     def _judge(self, batch: tuple[Any, Any], before: float, predicted: float) -> None:
         """The reduction ratio on the same batch and masks; a step that is no good is undone."""
         inputs, targets = batch
-        with self._stage("ratio"), self._task.aside():
+        with self.diagnostics.stage("ratio"), self._task.aside():
             after = float(self._task.loss(self._task.outputs(inputs), targets)) + self._l2()
         if self._trust.grew(before, after):
             self._undo()
@@ -224,7 +238,7 @@ class KFAC(Optimizer):
     def _gradient(self, inputs: Any, targets: Any) -> tuple[Tensor, Direction]:
         """The loss, and the gradient of the loss with its l2 term."""
         parameters, decay = self._parameters(), self._options("weight_decay")
-        with self._stage("gradient"), torch.enable_grad(), self._task.same_masks():
+        with self.diagnostics.stage("gradient"), torch.enable_grad(), self._task.same_masks():
             loss = self._task.loss(self._task.outputs(inputs), targets)
             wrt = list(parameters.values())
             found = torch.autograd.grad(loss, wrt, allow_unused=True, materialize_grads=True)
@@ -236,18 +250,23 @@ class KFAC(Optimizer):
         terms = [0.5 * decay[n] * p.double().square().sum() for n, p in self._parameters().items()]
         return float(torch.stack(terms).sum())
 
-    def _record(self, inputs: Any, targets: Any) -> None:
+    def _record(self, inputs: Any, targets: Any) -> bool:
+        """Records where that is due; False if the statistics are not finite, or outliers."""
         if (self._iteration - 1) % self._statistics_every and self._inverse.averages.recorded:
-            return
-        part = first_cases((inputs, targets), self._fraction)
+            return True
+        part = first_cases((inputs, targets), self._fraction, LEAST_STATISTICS)
         self._recorder.switch(True)
-        with self._stage("statistics"), torch.enable_grad():
+        with self.diagnostics.stage("statistics"), torch.enable_grad():
             with self._task.aside():
                 finite = self._recorder.observe(self._task.outputs(part[0]), part[1])
             found = self._recorder.take()
         self._recorder.switch(False)
-        if not finite or not found or not self._inverse.fold(found, self._decay):
-            self._count("skipped_statistics", "statistics are not finite")
+        outlier = WIDER * self._trust.outlier
+        share = self._trust.share(case_count((inputs, targets)))
+        if finite and self._inverse.fold(found, self._decay**share, outlier):
+            return True
+        self.skipped_statistics += 1
+        return False
 
     # Batches and steps that are no good.
 
@@ -278,35 +297,13 @@ class KFAC(Optimizer):
 
     # What a step was like, and state.
 
-    @contextmanager
-    def _stage(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        key = f"seconds_{name}"
-        self.diagnostics[key] = self.diagnostics.get(key, 0.0) + time.perf_counter() - start
-
-    def _describe(self, loss: float) -> None:
-        self.diagnostics |= {
-            "iteration": self._iteration,
-            "loss": loss,
-            "damping": self._rule.damping,
-            "gamma": self._rule.gamma,
-            "clamped": self._inverse.clamped,
-            "skipped_batches": self.skipped_batches,
-            "rejected_steps": self.rejected_steps,
-            "skipped_statistics": self.skipped_statistics,
-        }
-
     def summary(self) -> str:
         """The last step in a line, for progress bars."""
-        shown = ("loss", "damping", "gamma", "rho", "alpha", "mu")
-        found = ((key, self.diagnostics.get(key)) for key in shown)
-        return ", ".join(f"{key} {value:.3g}" for key, value in found if value is not None)
+        return self.diagnostics.summary()
 
     def state_dict(self) -> dict[str, Any]:
         """Groups as torch has them, and all else as tensors and plain values under "kfac"."""
         groups = super().state_dict()["param_groups"]
-        counters = ("skipped_batches", "rejected_steps", "skipped_statistics")
         before = self._before or ({}, {})
         return {
             "state": {},
@@ -314,13 +311,13 @@ class KFAC(Optimizer):
             "kfac": {
                 "version": 1,
                 "iteration": self._iteration,
-                "average": self._trust.average,
+                "trust": self._trust.state(),
                 "rule": self._rule.state(),
                 "previous": _cloned(self._previous),
                 "before": [_cloned(part) for part in before],
                 "inverse": self._inverse.state(),
                 "generator": self.generator.get_state(),
-                "counters": {name: getattr(self, name) for name in counters},
+                "counters": {name: getattr(self, name) for name in COUNTERS},
             },
         }
 
@@ -336,7 +333,8 @@ class KFAC(Optimizer):
         self._inverse.load(own["inverse"])
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
         self._rule.load(own["rule"])
-        self._iteration, self._trust.average = own["iteration"], own["average"]
+        self._iteration = own["iteration"]
+        self._trust.load(own["trust"])
         self._previous = _cloned(own["previous"])
         before = [_cloned(part) for part in own["before"]]
         self._before = (before[0], before[1]) if before[0] else None

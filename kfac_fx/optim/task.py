@@ -108,19 +108,22 @@ class Task:
         return (nll if weights is None else nll * weights).sum() / count
 
 
-def first_cases(batch: Any, fraction: float) -> Any:
+def case_count(batch: Any) -> int:
+    """The first dimension of the batch's first tensor that has any."""
+    sized = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()]
+    return sized[0].shape[0] if sized else 1
+
+
+def first_cases(batch: Any, fraction: float, least: int) -> Any:
     """The first part of every tensor of a batch whose first dimension counts the cases.
 
-    Cases are the first dimension of the batch's first tensor that has any.
+    At least ``least`` cases are kept where there are so many.
     """
-    sized = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()]
-    if not sized or fraction >= 1:
-        return batch
-    cases = sized[0].shape[0]
-    kept = max(1, round(fraction * cases))
+    cases = case_count(batch)
+    kept = min(cases, max(least, round(fraction * cases)))
 
     def cut(leaf: Any) -> Any:
         counted = isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == cases
         return leaf[:kept] if counted else leaf
 
-    return pytree.tree_map(cut, batch)
+    return batch if kept == cases else pytree.tree_map(cut, batch)

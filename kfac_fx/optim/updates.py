@@ -16,6 +16,9 @@ from kfac_fx.optim.task import Task, first_cases
 
 Direction = dict[str, Tensor]
 
+LEAST_PRODUCTS = 512
+"""Cases for products with the exact Fisher: directions that few cases do not see look flat."""
+
 
 class Situation(NamedTuple):
     """What an update is made from.
@@ -105,7 +108,7 @@ class AdaptiveUpdate:
         return {name: -value for name, value in self.inverse.apply(at.gradient).items()}
 
     def _gram(self, at: Situation, directions: list[Direction]) -> Tensor:
-        inputs, targets = first_cases(at.batch, self.fraction)
+        inputs, targets = first_cases(at.batch, self.fraction, LEAST_PRODUCTS)
 
         def run(parameters: Mapping[str, Tensor]) -> tuple[Distribution, Tensor | None, float]:
             with self.task.aside():
