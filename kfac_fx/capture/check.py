@@ -92,7 +92,8 @@ def _gradients(module: nn.Module, outputs: list[Tensor]) -> dict[str, Tensor] | 
     except RuntimeError as error:
         log.info("gradients of the capture are not checked: %s", error)
         return None
-    return {n: g for n, g in zip(named, found, strict=True) if g is not None}
+    dense = (g if g is None or g.layout is torch.strided else g.to_dense() for g in found)
+    return {n: g for n, g in zip(named, dense, strict=True) if g is not None}
 
 
 def _difference(got: Behaviour, want: Behaviour) -> str | None:

@@ -63,6 +63,13 @@ _add(
     "weight input padding_idx scale_grad_by_freq sparse",
     *(torch.embedding, aten.embedding.default),
 )
+_BAGS = "scale_grad_by_freq mode sparse per_sample_weights include_last_offset padding_idx"
+_add("embedding_bag", f"input weight offsets max_norm norm_type {_BAGS}", F.embedding_bag)
+_add(
+    "embedding_bag_tuple",
+    f"weight input offsets {_BAGS}",
+    *(torch.embedding_bag, aten.embedding_bag.default, aten.embedding_bag.padding_idx),
+)
 _add("index", "weight indices", aten.index.Tensor)
 # Operators that may not be there are known by their qualified names.
 FUNCTIONS["aten::_grouped_mm"] = Row("grouped_mm", ("input", "weight", "offsets"))
@@ -190,7 +197,7 @@ def bind(row: Row, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, A
         elif index < len(args):
             bound[name] = args[index]
     aliases = {"self": "input", "tensor": "input", "size": "shape", "use_input_stats": "training"}
-    aliases |= {"indices": "input"} if row.operation == "embedding" else {}
+    aliases |= {"indices": "input"} if row.operation.startswith("embedding") else {}
     aliases |= {"mat1": "input", "batch1": "input", "mat2": "other", "batch2": "other"}
     aliases |= {"vec": "other"}
     if row.operation in ("addmm", "baddbmm") and "input" in kwargs:

@@ -87,6 +87,13 @@ def _embedding(module: nn.Embedding, member: Callable[[str], Any]) -> ModuleCall
     return ModuleCall("embedding", {"weight": member("weight"), **options})
 
 
+def _embedding_bag(module: nn.EmbeddingBag, member: Callable[[str], Any]) -> ModuleCall:
+    names = ("mode", "max_norm", "scale_grad_by_freq", "sparse")
+    options = {name: getattr(module, name) for name in (*names, "include_last_offset")}
+    arguments = {"weight": member("weight"), "padding_idx": module.padding_idx, **options}
+    return ModuleCall("embedding_bag", arguments, ("input", "offsets", "per_sample_weights"))
+
+
 def _transposed_convolution(module: nn.ConvTranspose2d, member: Callable[[str], Any]) -> ModuleCall:
     names = ("stride", "padding", "output_padding", "dilation", "groups")
     options = {name: getattr(module, name) for name in names}
@@ -129,6 +136,7 @@ TRANSLATIONS: dict[type[nn.Module], Callable[[Any, Callable[[str], Any]], Module
     nn.ConvTranspose2d: _transposed_convolution,
     nn.ConvTranspose3d: _transposed_convolution,
     nn.Embedding: _embedding,
+    nn.EmbeddingBag: _embedding_bag,
     nn.Bilinear: _bilinear,
     nn.LayerNorm: _layer_norm,
     nn.RMSNorm: _rms_norm,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from kfac_fx.config import STRUCTURES, choice
 from kfac_fx.errors import KFACError, ParameterChangedError, UnknownOptionError
@@ -28,6 +29,13 @@ class ParameterGuard:
             parameter = self._modules[owner].get_parameter(leaf)
             self.parameters[name] = parameter
             self._expected[name] = (owner, leaf, parameter.shape, parameter.dtype, parameter.device)
+
+    def gradients(self) -> dict[str, Tensor]:
+        """The gradients that there are, by name; sparse ones are made dense in their place."""
+        for parameter in self.parameters.values():
+            if parameter.grad is not None and parameter.grad.layout is not torch.strided:
+                parameter.grad = parameter.grad.to_dense()
+        return {n: p.grad for n, p in self.parameters.items() if p.grad is not None}
 
     def check(self) -> None:
         """Cheap enough for every step.

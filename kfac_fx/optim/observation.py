@@ -197,7 +197,8 @@ class Observation:
 
 
 def squared(gradient: Tensor) -> Tensor:
-    """|gradient|^2, in float32 at least."""
+    """|gradient|^2, dense and in float32 at least."""
+    gradient = gradient.to_dense() if gradient.layout is not torch.strided else gradient
     gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
     return gradient.abs().square() if gradient.is_complex() else gradient.square()
 

@@ -181,7 +181,7 @@ class Preconditioner:
         """
         guard = self._inverse.guard
         guard.check()
-        given = {n: p.grad for n, p in guard.parameters.items() if p.grad is not None}
+        given = guard.gradients()
         if not given:
             raise GradientError("no parameter has a gradient: call loss.backward() before step()")
         recorded = self._inverse.averages

@@ -9,6 +9,7 @@ from kfac_fx.passes.rules.base import Refusal, Rule, Site
 from kfac_fx.passes.rules.bilinear import BilinearRule
 from kfac_fx.passes.rules.convolution import ConvolutionRule
 from kfac_fx.passes.rules.embedding import EmbeddingRule
+from kfac_fx.passes.rules.embedding_bag import EmbeddingBagRule
 from kfac_fx.passes.rules.generic import generic_use
 from kfac_fx.passes.rules.grouped import GroupedRule
 from kfac_fx.passes.rules.linear import LinearRule, dense_use
@@ -22,6 +23,7 @@ RULES: list[Rule] = [
     ConvolutionRule(),
     TransposedConvolutionRule(),
     EmbeddingRule(),
+    EmbeddingBagRule(),
     GroupedRule(),
     NormalizationRule(),
     RecurrentRule(),

@@ -40,11 +40,8 @@ class EmbeddingRule:
             return None  # none, or a piece of it by a constant index
         if len(weight.layout.shape) != 2:
             return Refusal(f"embedding: the table is seen as {weight.layout.shape}")
-        for name in ("scale_grad_by_freq", "sparse"):
-            if call.get(name):
-                return Refusal(f"embedding: {name}=True changes the gradient")
-        if call.get("max_norm") is not None:
-            return Refusal("embedding: max_norm changes the table while it is read")
+        if (reason := changed(call)) is not None:
+            return Refusal(f"embedding: {reason}")
         ids = _ids(call)
         if not isinstance(ids, fx.Node):
             return Refusal(f"{call.operation}: not one index of the table's rows")
@@ -86,6 +83,14 @@ def as_table(use: ParameterUse) -> ParameterUse:
     assert use.tap is not None
     tap = Tap("table_embedding", use.node, use.tap.tensors[:1], use.tap.options)
     return replace(use, tap=tap, reason=joined(use.reason, ONE_CASE))
+
+
+def changed(call: Call) -> str | None:
+    """Which option makes the gradient another than that of a dense use, if one does."""
+    for name in ("scale_grad_by_freq", "sparse"):
+        if call.get(name):
+            return f"{name}=True changes the gradient"
+    return None if call.get("max_norm") is None else "max_norm changes the table while it is read"
 
 
 def _last_cast(view: GraphView, node: fx.Node) -> fx.Node:
