@@ -146,7 +146,7 @@ class EagerTaps:
                     if tap is not None:
                         rows = block.approximation == "kronecker"
                         tap = as_rows(tap) if rows else tap
-                        yield replace(block.uses[0], tap=tap), block
+                        yield replace(block.uses[0], node=node.name, tap=tap), block
 
     def _record(
         self, tap: Tap, use: ParameterUse, block: CurvatureBlock

@@ -136,6 +136,23 @@ class Weights(Base):
         return h @ self.weight.t() if decision else h @ self.weight.mT
 
 
+class LateScale(Base):
+    """A scale behind as many other products as the data say."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(5))
+
+    def decide(self, x: Tensor) -> int:
+        return 1 if bool(x.sum() > 0) else 3
+
+    def body(self, x: Tensor, decision: int) -> Tensor:
+        h = torch.tanh(self.a(x))
+        for _ in range(decision):
+            h = h * 0.9
+        return h * self.scale
+
+
 def depth_of(model: Base, x: Tensor) -> int:
     """How many layers EarlyReturn runs."""
     return sum(is_called(model, f"deep.{index}", x) for index in range(3))
@@ -148,7 +165,7 @@ def twin_of(model: Base, x: Tensor) -> Base:
     return twin
 
 
-MODELS = [Branch, CountedLoop, Talkative, Numpy, Routed, EarlyReturn, Weights]
+MODELS = [Branch, CountedLoop, Talkative, Numpy, Routed, EarlyReturn, Weights, LateScale]
 every_model = pytest.mark.parametrize("build", MODELS)
 both_fishers = pytest.mark.parametrize("fisher", ["exact", "empirical"])
 
