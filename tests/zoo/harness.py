@@ -139,7 +139,7 @@ def check(entry: Entry, *, step: bool = True, double: bool = False) -> Row:
     _count(row, net, want)
     for stage, function in (
         ("equality", lambda: _compare(row, want, _run(net, args, kwargs), tolerance)),
-        ("step", lambda: _step(row, entry, net, args, kwargs) if step else None),
+        ("step", lambda: _warned(row, entry, net, args, kwargs) if step else None),
         ("batch", lambda: _same_outputs(model, net, other, True, tolerance)),
         ("evaluation", lambda: _same_outputs(model, net, inputs[0], False, tolerance)),
     ):
@@ -352,6 +352,29 @@ def main_output(outputs: Any, main: str | int | None) -> tuple[int, str]:
     raise AssertionError("no output depends on the parameters")
 
 
+class _Messages(logging.Handler):
+    """Keeps what the library warns of."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.found: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.found.append(record.getMessage())
+
+
+def _warned(row: Row, entry: Entry, net: Any, args: tuple[Any, ...], kwargs: Any) -> None:
+    """``_step``, with its warnings among the notes."""
+    messages, log = _Messages(), logging.getLogger("kfac_fx")
+    log.addHandler(messages)
+    try:
+        _step(row, entry, net, args, kwargs)
+    finally:
+        log.removeHandler(messages)
+        if messages.found:
+            row.notes["warning"] = "; ".join(messages.found)[:300]
+
+
 def _step(row: Row, entry: Entry, net: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """One step of a Preconditioner: statistics arrive and the updates are finite."""
     torch.manual_seed(3)
@@ -414,7 +437,7 @@ def describe(error: BaseException) -> str:
 
 def _child(entry: Entry, step: bool, double: bool, connection: Any) -> None:
     torch.set_num_threads(1)
-    logging.disable(logging.WARNING)
+    logging.disable(logging.INFO)
     with open(os.devnull, "w") as nowhere:
         for stream in (1, 2):  # torch.export prints whole graphs when it fails
             os.dup2(nowhere.fileno(), stream)

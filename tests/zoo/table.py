@@ -32,6 +32,7 @@ HEAD = (
     "result",
     "blocks",
 )
+NOTES = ("warning", "batch", "evaluation", "structure", "count")
 
 
 def selected(patterns: Sequence[str]) -> list[Entry]:
@@ -173,8 +174,8 @@ def report(rows: Sequence[Row]) -> str:
         "## 5. Blocks weaker than their kind allows, not generic",
         grouped((reason, row.name, size, name) for row in ran for name, size, reason in row.weaker),
         "",
-        "## 6. Notes: another batch size, evaluation mode, structure of the outputs",
-        failures(rows, ("batch", "evaluation", "structure", "count"), notes=True),
+        "## 6. Notes: warnings, another batch size, evaluation mode, structure of the outputs",
+        failures(rows, NOTES, notes=True),
         "",
         "## 7. Called unused though the original gives them a gradient",
         "\n".join(
