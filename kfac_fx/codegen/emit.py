@@ -15,7 +15,7 @@ from torch import fx
 from kfac_fx.codegen import conditional
 from kfac_fx.codegen.builder import ProgramBuilder
 from kfac_fx.codegen.form import Damping
-from kfac_fx.codegen.forms import FORMS
+from kfac_fx.codegen.forms import FORMS, Forms
 from kfac_fx.ir import Coupling, CurvatureBlock, CurvatureGraph, parents
 from kfac_fx.linalg.positive import CHOLESKY, Factorise
 
@@ -33,6 +33,7 @@ def emit_refresh(
     curvature: CurvatureGraph,
     couplings: Collection[Coupling] = (),
     factorise: Factorise = CHOLESKY,
+    forms: Forms = FORMS,
 ) -> fx.GraphModule:
     """factors, cross factors and damping (0-dimensional) -> inverses, as a dict by name.
 
@@ -45,7 +46,7 @@ def emit_refresh(
     blocks = curvature.blocks
     factors = {b.name: [build.input(n) for n in _factor_names(b)] for b in blocks.values()}
     crosses = {c: [build.input(n) for n in conditional.cross_names(blocks, c)] for c in couplings}
-    tikhonov = Damping(damping, build.name(torch.sqrt(damping), "gamma"))
+    amounts = Damping(damping, build.name(torch.sqrt(damping), "gamma"))
     parent = parents(couplings)
     coupled = {*parent, *parent.values()}
     whiteners: dict[str, list[Any]] = {}
@@ -53,11 +54,11 @@ def emit_refresh(
     for name, block in blocks.items():
         with build.section(block.slot, _title(block)):
             if name not in coupled:
-                form = FORMS[block.approximation]
-                outputs |= form.refresh(build, block, factors[name], tikhonov, factorise.inverse)
+                form = forms[block.approximation]
+                outputs |= form.refresh(build, block, factors[name], amounts, factorise.inverse)
                 continue
             whiteners[name], flags = conditional.whiten(
-                build, block, factors[name], tikhonov, factorise
+                build, block, factors[name], amounts, factorise
             )
             outputs |= flags
             if name not in parent:
@@ -68,19 +69,27 @@ def emit_refresh(
         with build.section(f"{child.slot}_given_{above.slot}", given):
             sides = whiteners[child.name], whiteners[above.name]
             outputs |= conditional.refresh(build, (child, above), *sides, cross)
+    if not amounts.gamma.node.users:
+        build.graph.erase_node(amounts.gamma.node)
     return build.finish(outputs, "Refresh")
 
 
 def _inverses(
-    block: CurvatureBlock, blocks: Mapping[str, CurvatureBlock], parent: Mapping[str, str]
+    block: CurvatureBlock,
+    blocks: Mapping[str, CurvatureBlock],
+    parent: Mapping[str, str],
+    forms: Forms,
 ) -> tuple[str, ...]:
     if block.name in parent:
         return conditional.inverses((block, blocks[parent[block.name]]))
-    return FORMS[block.approximation].inverses(block)
+    return forms[block.approximation].inverses(block)
 
 
 def emit_apply(
-    curvature: CurvatureGraph, couplings: Collection[Coupling] = (), cast: Collection[str] = ()
+    curvature: CurvatureGraph,
+    couplings: Collection[Coupling] = (),
+    cast: Collection[str] = (),
+    forms: Forms = FORMS,
 ) -> fx.GraphModule:
     """inverses and gradients -> preconditioned gradients, as a dict by parameter name.
 
@@ -90,7 +99,7 @@ def emit_apply(
     build = ProgramBuilder()
     blocks, parent = curvature.blocks, parents(couplings)
     inverses = {
-        block.name: [build.input(name) for name in _inverses(block, blocks, parent)]
+        block.name: [build.input(name) for name in _inverses(block, blocks, parent, forms)]
         for block in blocks.values()
     }
     gradients = {name: build.input(f"gradient_{name}") for name in curvature.covered}
@@ -102,7 +111,7 @@ def emit_apply(
         with build.section(block.slot, _title(block)):
             V[name] = _gather(build, block, gradients, inverses[name][0], cast)
             if name not in parent:
-                U[name] = FORMS[block.approximation].apply(build, block, inverses[name], V[name])
+                U[name] = forms[block.approximation].apply(build, block, inverses[name], V[name])
             if name not in coupled:
                 _scatter(build, block, U[name], outputs, cast)
     shares: dict[str, Any] = {}

@@ -5,13 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from kfac_fx.codegen.covariance import Covariance, Diagonal
+from kfac_fx.codegen.eigen import EigenKronecker
 from kfac_fx.codegen.form import Form
 from kfac_fx.codegen.kronecker import Kronecker, KroneckerSum
 
-FORMS: Mapping[str, Form] = {
+Forms = Mapping[str, Form]
+"""Approximation -> form."""
+
+FORMS: Forms = {
     "kronecker": Kronecker(),
     "kronecker_sum": KroneckerSum(),
     "full": Covariance(),
     "pairs": Covariance(),
     "diagonal": Diagonal(),
 }
+
+FORMS_BY_TIKHONOV: Mapping[str, Forms] = {
+    "factored": FORMS,
+    # Sums keep factored damping: two products and the identity have no common bases.
+    "exact": {**FORMS, "kronecker": EigenKronecker()},
+}
+"""The forms by how Kronecker blocks are damped."""

@@ -32,7 +32,7 @@ class _Cut(NamedTuple):
     missing: tuple[int, int]
 
 
-def _cut_of(specs: Sequence[FactorSpec]) -> _Cut:
+def cut_of(specs: Sequence[FactorSpec]) -> _Cut:
     """Of the first of all factors of a side that is cut."""
     found = [next((s for s in specs if s.cut and s.name[0] == side), None) for side in "AG"]
     a, g = ((0, 0) if s is None else (s.shape[0], s.shape[0] * s.shape[1] - s.cut) for s in found)
@@ -60,7 +60,7 @@ def tikhonov(
 
 def _matrices(plain: Any, other: Any, specs: Sequence[FactorSpec]) -> tuple[Any, Any]:
     """Both factors of a side as matrices, or as sub-blocks where one of them is cut."""
-    cut = _cut_of(specs)
+    cut = cut_of(specs)
     parts, missing = max(cut.parts), max(cut.missing)
     result = []
     for factor, spec in zip((plain, other), specs, strict=True):
@@ -105,7 +105,7 @@ class Kronecker:
     ) -> Any:
         A_inverse, G_inverse = inverses
         first, second = (spec.diagonal for spec in sides(block))
-        cut = _cut_of(sides(block))
+        cut = cut_of(sides(block))
         V = filled_up(V, cut.missing)
         U = kronecker_product(A_inverse, G_inverse, V, diagonal=(first, second), cut=cut.parts)
         return without_filling(U, cut.missing)
@@ -156,7 +156,7 @@ class KroneckerSum:
         K_A, s_A, K_G, s_G = inverses
         specs = sides(block)
         first, second = (all(s.diagonal for s in specs if s.name[0] == side) for side in "AG")
-        cut = _cut_of(specs)
+        cut = cut_of(specs)
         V = filled_up(V, cut.missing)
         U = sum_inverse_product(K_A, K_G, s_A, s_G, V, diagonal=(first, second), cut=cut.parts)
         return without_filling(U, cut.missing)

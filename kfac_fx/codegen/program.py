@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from kfac_fx.codegen.builder import source
 from kfac_fx.codegen.emit import emit_apply, emit_refresh
+from kfac_fx.codegen.forms import FORMS_BY_TIKHONOV
 from kfac_fx.ir import Coupling, CurvatureGraph
 from kfac_fx.linalg.positive import FLOORED
 
@@ -27,6 +28,7 @@ class Program:
     Args:
         couplings: the forest; none for block-diagonal.
         cast: parameters of lower precision than their factors.
+        tikhonov: how Kronecker blocks are damped, "factored" or "exact".
         compile: run both through torch.compile.
 
     Attributes:
@@ -40,10 +42,12 @@ class Program:
         couplings: Collection[Coupling] = (),
         cast: Collection[str] = (),
         *,
+        tikhonov: str = "factored",
         compile: bool = False,
     ) -> None:
-        self.refresh_module = emit_refresh(curvature, couplings)
-        self.apply_module = emit_apply(curvature, couplings, cast)
+        self._forms = FORMS_BY_TIKHONOV[tikhonov]
+        self.refresh_module = emit_refresh(curvature, couplings, forms=self._forms)
+        self.apply_module = emit_apply(curvature, couplings, cast, self._forms)
         arguments = [n.name for n in self.apply_module.graph.nodes if n.op == "placeholder"]
         self.inverse_names = tuple(arguments[: -len(curvature.covered)])
         self.couplings = tuple(couplings)
@@ -104,7 +108,9 @@ class Program:
         """The refresh with eigenvalues raised, in float64."""
         if self._robust_module is None:
             with torch.no_grad():
-                self._robust_module = emit_refresh(self._curvature, self.couplings, FLOORED)
+                self._robust_module = emit_refresh(
+                    self._curvature, self.couplings, FLOORED, self._forms
+                )
         found = self._robust_module(damping.double(), *(f.double() for f in factors))
         return {
             name: value.to(damping.dtype) if value.is_floating_point() else value

@@ -13,8 +13,8 @@ from kfac_fx.linalg.positive import raised
 
 
 def kronecker_product(
-    A: Tensor,
-    G: Tensor,
+    A: Tensor | None,
+    G: Tensor | None,
     V: Tensor,
     *,
     diagonal: tuple[bool, bool] = (False, False),
@@ -23,14 +23,19 @@ def kronecker_product(
     """(A (x) G) vec(V) as a matrix, G V A: A [..., a, a], G [..., g, g], V [..., g, a].
 
     Args:
+        A, G: None for the identity.
         diagonal: whether A and G are vectors [..., a] and [..., g].
         cut: the numbers k of sub-blocks that A and G are kept as, [k, b, b]; 0 where they are
             whole. Those sides of V have k b entries.
     """
-    if cut[1]:
+    if G is None:
+        pass
+    elif cut[1]:
         V = (G @ V.unflatten(-2, (cut[1], -1))).flatten(-3, -2)
     else:
         V = G.unsqueeze(-1) * V if diagonal[1] else G @ V
+    if A is None:
+        return V
     if cut[0]:
         parts = V.unflatten(-1, (cut[0], -1)).transpose(-3, -2)
         product: Tensor = (parts @ A).transpose(-3, -2).flatten(-2)

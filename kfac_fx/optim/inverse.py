@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, fx
 
 from kfac_fx.codegen import Program
-from kfac_fx.errors import GradientError, StatisticsError
+from kfac_fx.config import TIKHONOV, choice
+from kfac_fx.errors import GradientError, StatisticsError, UnknownOptionError
 from kfac_fx.ir import Coupling, CurvatureGraph
 from kfac_fx.ops import all_buffers
 from kfac_fx.optim.averages import Averages, all_finite, fold, has_outlier
@@ -26,7 +27,8 @@ class InverseFisher:
 
     Args:
         net: carries the factor buffers.
-        coupled: whether to record and to use the couplings.
+        structure: "block_tridiagonal" records and uses the couplings.
+        tikhonov: how Kronecker blocks are damped, "factored" or "exact".
         compile: run the program through torch.compile.
 
     Attributes:
@@ -34,12 +36,23 @@ class InverseFisher:
         program: for the couplings in use.
         inverses: what the last refresh made; empty before.
         clamped: entries of conditionals that rounding had pushed to one, over all refreshes.
+
+    Raises:
+        UnknownOptionError: tikhonov is unknown, or exact and there are couplings.
     """
 
     def __init__(
-        self, net: fx.GraphModule, curvature: CurvatureGraph, *, coupled: bool, compile: bool
+        self,
+        net: fx.GraphModule,
+        curvature: CurvatureGraph,
+        structure: str,
+        tikhonov: str,
+        *,
+        compile: bool,
     ) -> None:
+        coupled = structure == "block_tridiagonal"
         self.curvature = curvature
+        self.tikhonov = _tikhonov(tikhonov, curvature, coupled)
         self.guard = ParameterGuard(net, curvature.covered)
         self.clamped = 0
         for buffer in all_buffers(net):  # another program may have wanted more of them
@@ -55,7 +68,8 @@ class InverseFisher:
     def _generate(self, couplings: Sequence[Coupling]) -> None:
         low = (torch.float16, torch.bfloat16)
         cast = [name for name, p in self.guard.parameters.items() if p.dtype in low]
-        self.program = Program(self.curvature, couplings, cast, compile=self._compile)
+        options: Any = {"tikhonov": self.tikhonov, "compile": self._compile}
+        self.program = Program(self.curvature, couplings, cast, **options)
         self.inverses: dict[str, Tensor] = {}
 
     @property
@@ -153,6 +167,7 @@ class InverseFisher:
     def state(self) -> dict[str, Any]:
         """Tensors and plain values."""
         return {
+            "tikhonov": self.tikhonov,
             "averages": self.averages.state(),
             "couplings": [[c.child, c.parent] for c in self.program.couplings],
             "inverses": {name: value.clone() for name, value in self.inverses.items()},
@@ -171,6 +186,23 @@ class InverseFisher:
         if couplings != self.program.couplings:
             self._generate(couplings)
         device = next(iter(self.guard.parameters.values())).device
-        self.inverses = {name: v.to(device).clone() for name, v in state["inverses"].items()}
+        self.inverses = {}  # of another form they are of no use
+        if state.get("tikhonov", "factored") == self.tikhonov:
+            self.inverses = {name: v.to(device).clone() for name, v in state["inverses"].items()}
         self._refreshes = int(state["refreshes"])
         self.clamped = int(state["clamped"])
+
+
+def _tikhonov(wanted: str, curvature: CurvatureGraph, coupled: bool) -> str:
+    """The option, checked; sums of Kronecker products, which stay factored, are named."""
+    if choice("tikhonov", wanted, TIKHONOV) == "factored":
+        return wanted
+    if coupled and curvature.pairs:
+        raise UnknownOptionError(
+            f"tikhonov={wanted!r} is for blocks without couplings, whose conditionals would be no "
+            "Kronecker form: give structure='block_diagonal' too, or tikhonov='factored'"
+        )
+    sums = [b.name for b in curvature.blocks.values() if b.approximation == "kronecker_sum"]
+    if sums:
+        log.warning("factored damping for %s: sums of two products", ", ".join(sums))
+    return wanted

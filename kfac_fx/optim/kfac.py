@@ -18,7 +18,7 @@ from kfac_fx.optim.damping import DampingRule
 from kfac_fx.optim.diagnostics import Diagnostics
 from kfac_fx.optim.guard import transformed
 from kfac_fx.optim.inverse import InverseFisher
-from kfac_fx.optim.likelihoods import Likelihood, likelihood_of
+from kfac_fx.optim.likelihoods import Likelihood, fresh_generator, likelihood_of
 from kfac_fx.optim.recorder import Recorder
 from kfac_fx.optim.task import Forward, Task, case_count, first_cases, run_network
 from kfac_fx.optim.trust import WIDER, BatchTrust
@@ -60,7 +60,8 @@ class KFAC(Optimizer):
         outlier: a batch whose loss is this many times the running average (gradient, statistics:
             a hundred times as many), or not finite, is not trusted: if its loss was fine before
             the last step, that step is undone exactly and lambda grows; else it is skipped.
-        structure, fisher, generator, compile: as for ``Preconditioner``; no empirical Fisher.
+        tikhonov, structure, fisher, generator, compile: as for ``Preconditioner``; the Fisher is
+            not the empirical one.
         forward: from (network, inputs) to the likelihood's outputs, where they are not what the
             network returns for ``inputs``.
 
@@ -92,6 +93,7 @@ class KFAC(Optimizer):
         ema_decay: float = 0.95,
         trust_region: float | None = None,
         outlier: float = 5.0,
+        tikhonov: str = "factored",
         structure: str | None = None,
         fisher: str = "sampled",
         generator: torch.Generator | None = None,
@@ -103,8 +105,9 @@ class KFAC(Optimizer):
         for name in ("statistics_fraction", "products_fraction"):
             if not 0 < locals()[name] <= 1:
                 raise UnknownOptionError(f"{name} must lie in (0, 1], got {locals()[name]!r}")
-        coupled = self.structure == "block_tridiagonal"
-        self._inverse = InverseFisher(net, self.curvature, coupled=coupled, compile=compile)
+        self._inverse = InverseFisher(
+            net, self.curvature, self.structure, tikhonov, compile=compile
+        )
         parameters = self._inverse.guard.parameters
         self._names = {id(p): name for name, p in parameters.items()}
         defaults = {"lr": 1.0 if lr is None else lr, "momentum": momentum}
@@ -112,7 +115,7 @@ class KFAC(Optimizer):
         super().__init__(list(parameters.values()) if params is None else params, defaults)
         if any(id(p) not in self._names for group in self.param_groups for p in group["params"]):
             raise UnknownOptionError("params holds a parameter without a curvature block")
-        self.generator = generator or torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+        self.generator = generator or fresh_generator()
         likelihood = likelihood_of(likelihood)
         self._task = Task(net, likelihood, forward, self.generator)
         self._recorder = Recorder(

@@ -172,3 +172,8 @@ def likelihood_of(value: str | Likelihood | Callable[[Any], Distribution]) -> Li
         f"likelihood must be one of {', '.join(map(repr, NAMED))} or a callable from outputs to a "
         f"torch.distributions.Distribution, got {type(value).__name__}"
     )
+
+
+def fresh_generator() -> torch.Generator:
+    """Seeded by torch's global stream, so that runs repeat and preconditioners differ."""
+    return torch.Generator().manual_seed(int(torch.randint(2**62, ())))

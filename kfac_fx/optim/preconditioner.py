@@ -25,7 +25,7 @@ from kfac_fx.ir import Coupling
 from kfac_fx.optim.averages import all_finite
 from kfac_fx.optim.guard import transformed
 from kfac_fx.optim.inverse import InverseFisher
-from kfac_fx.optim.likelihoods import Likelihood, likelihood_of
+from kfac_fx.optim.likelihoods import Likelihood, fresh_generator, likelihood_of
 from kfac_fx.optim.recorder import Recorder
 
 log = logging.getLogger("kfac_fx")
@@ -42,6 +42,8 @@ class Preconditioner:
         likelihood: "categorical", "bernoulli", "normal", an object of ``kfac_fx.likelihoods``, or a
             callable from outputs to a ``torch.distributions.Distribution``.
         damping: lambda; factored Tikhonov uses gamma = sqrt(lambda).
+        tikhonov: "factored", (A + pi gamma I) (x) (G + gamma / pi I); or "exact", A (x) G + lambda
+            I, for structure="block_diagonal" (sums of two Kronecker products stay factored).
         structure: None for the transform's own; "block_diagonal" leaves the couplings out.
         fisher: "sampled" draws targets from the model (one more backward), "exact" takes every
             column of the output Fisher's square root (one backward each), "empirical" reuses the
@@ -67,6 +69,7 @@ class Preconditioner:
         likelihood: str | Likelihood | Callable[[Any], Distribution] = "categorical",
         *,
         damping: float = 1e-3,
+        tikhonov: str = "factored",
         structure: str | None = None,
         fisher: str = "sampled",
         ema_decay: float = 0.95,
@@ -87,11 +90,12 @@ class Preconditioner:
         if trust_region is not None and not trust_region > 0:
             raise UnknownOptionError(f"trust_region must be positive or None, got {trust_region}")
         self.trust_region = trust_region
-        self.generator = generator or _fresh_generator()
+        self.generator = generator or fresh_generator()
         self.skipped_statistics = 0
         self.skipped_gradients = 0
-        coupled = self.structure == "block_tridiagonal"
-        self._inverse = InverseFisher(net, self.curvature, coupled=coupled, compile=compile)
+        self._inverse = InverseFisher(
+            net, self.curvature, self.structure, tikhonov, compile=compile
+        )
         self._steps = 0
         entries = self._inverse.averages.entries
         self._recorder = Recorder(entries, self.likelihood, self.fisher, self.generator)
@@ -287,8 +291,3 @@ class Preconditioner:
         self.skipped_gradients = int(state["skipped_gradients"])
         self.generator.set_state(state["generator"])
         self._arm()
-
-
-def _fresh_generator() -> torch.Generator:
-    """Seeded by torch's global stream, so that runs repeat and preconditioners differ."""
-    return torch.Generator().manual_seed(int(torch.randint(2**62, ())))
