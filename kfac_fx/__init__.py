@@ -1,8 +1,9 @@
 """A compiler for curvature on torch.fx: K-FAC for the model that you have."""
 
-from kfac_fx import errors
+from kfac_fx import errors, viz
 from kfac_fx.api import transform
 from kfac_fx.ir import Coupling, CurvatureBlock, CurvatureGraph, Edge
+from kfac_fx.ir.faces import register
 from kfac_fx.optim import KFAC, Preconditioner, likelihoods
 from kfac_fx.passes.rules import register_rule
 
@@ -17,4 +18,7 @@ __all__ = [
     "likelihoods",
     "register_rule",
     "transform",
+    "viz",
 ]
+
+register(viz)

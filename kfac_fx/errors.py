@@ -49,3 +49,11 @@ class ParameterChangedError(KFACError, RuntimeError):
 
 class DampingError(KFACError, ValueError):
     """The damping is not a finite number greater than zero."""
+
+
+class MissingExtraError(KFACError, ImportError):
+    """An optional package is needed that is not installed."""
+
+
+class FormatError(KFACError, ValueError):
+    """A file has a format that is unknown, or not what its name says."""

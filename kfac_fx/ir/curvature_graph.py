@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
+from pathlib import Path
 from types import MappingProxyType
+from typing import Any
+
+import networkx as nx
 
 from kfac_fx.ir.coupling import Coupling, Edge, Pair, parents
+from kfac_fx.ir.faces import face
 from kfac_fx.ir.layout import Layout
 from kfac_fx.ir.use import Approximation, FactorSpec, ParameterUse
 
@@ -161,6 +166,39 @@ class CurvatureGraph:
                 tensors[kind] = len(names)
                 scalars[kind] = sum(self.sizes[name] for name in names)
         return Coverage(tensors, scalars)
+
+    def to_networkx(self) -> nx.DiGraph:
+        """Blocks as nodes; dependencies, and couplings that are none, as edges; plain values."""
+        return face().to_networkx(self)
+
+    def to_pydot(
+        self, preconditioner: Any = None, *, fold: bool = True, direction: str = "TB"
+    ) -> Any:
+        """The picture as a ``pydot.Dot``; arguments and errors as for ``save``."""
+        return face().to_pydot(self, preconditioner, fold=fold, direction=direction)
+
+    def save(
+        self,
+        path: str | Path,
+        preconditioner: Any = None,
+        *,
+        fold: bool = True,
+        direction: str = "TB",
+    ) -> None:
+        """Writes svg, png, pdf, dot, graphml, json or html, as the suffix of ``path`` says.
+
+        Without Graphviz's ``dot``, matplotlib draws, and a warning says what to install.
+
+        Args:
+            preconditioner: whose statistics are shown, and whose couplings are drawn.
+            fold: whether three or more equal modules in a row become one, "× 12".
+            direction: of the forward pass: "TB", downwards, or "LR", to the right (dot only).
+
+        Raises:
+            UnknownOptionError: another suffix or direction.
+            MissingExtraError: the extra ``viz`` is not installed.
+        """
+        face().save(self, path, preconditioner, fold=fold, direction=direction)
 
     def __str__(self) -> str:
         from kfac_fx.ir.report import table

@@ -27,6 +27,7 @@ from kfac_fx.optim.guard import transformed
 from kfac_fx.optim.inverse import InverseFisher
 from kfac_fx.optim.likelihoods import Likelihood, fresh_generator, likelihood_of
 from kfac_fx.optim.recorder import Recorder
+from kfac_fx.optim.report import CurvatureReport, report_of
 
 log = logging.getLogger("kfac_fx")
 
@@ -153,6 +154,10 @@ class Preconditioner:
     def clamped(self) -> int:
         """Entries of conditionals that rounding had pushed to one, over all refreshes."""
         return self._inverse.clamped
+
+    def report(self) -> CurvatureReport:
+        """Spectra of the factors, the damping in force, strength of couplings; for ``print``."""
+        return report_of(self._inverse, self.damping**0.5)
 
     # One step of training.
 

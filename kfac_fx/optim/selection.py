@@ -21,14 +21,12 @@ ADVANTAGE = 1.01
 def mutual_informations(averages: Averages, damping: float) -> dict[tuple[str, str], float]:
     """Of each recorded pair (earlier, later), with factored Tikhonov damping (section 7)."""
     names = {name for pair in averages.pairs for name in pair}
-    whiteners = {name: _whiteners(averages.blocks[name].factors, damping) for name in names}
+    white = {name: whiteners(averages.blocks[name].factors, damping) for name in names}
     found = {
         (one, two): mutual_information(
             *(
                 torch.linalg.eigvalsh(_squared(correlation(W, cross, W_later))).clamp_min(0.0)
-                for W, cross, W_later in zip(
-                    whiteners[one], entry.averages, whiteners[two], strict=True
-                )
+                for W, cross, W_later in zip(white[one], entry.averages, white[two], strict=True)
             )
         )
         for (one, two), entry in averages.pairs.items()
@@ -59,7 +57,8 @@ def total(weights: dict[tuple[str, str], float], couplings: Iterable[Coupling]) 
     )
 
 
-def _whiteners(factors: Sequence[Tensor], damping: float) -> list[Tensor]:
+def whiteners(factors: Sequence[Tensor], damping: float) -> list[Tensor]:
+    """Of A and G with factored Tikhonov damping; eigenvalues at rounding level are raised."""
     A, G = factors
     pi = trace_ratio(mean_eigenvalue(A), mean_eigenvalue(G))
     gamma = damping**0.5

@@ -1,0 +1,158 @@
+"""Pictures through pydot and Graphviz."""
+
+from __future__ import annotations
+
+import html
+import itertools
+from typing import Any
+
+from kfac_fx.viz.extras import extra
+from kfac_fx.viz.picture import COUPLED, FALLBACK, THIN, Line, Node, Picture
+from kfac_fx.viz.tree import Group, Leaf
+
+FONT = "Helvetica,Arial,sans-serif"
+MANY = 400
+"""Boxes from which on curved lines would take minutes."""
+
+
+def dot_graph(picture: Picture, *, direction: str = "TB") -> Any:
+    """The picture as a ``pydot.Dot``.
+
+    Args:
+        direction: of the forward pass, as Graphviz has it: "TB" or "LR".
+    """
+    pydot = extra("pydot")
+    graph = pydot.Dot(
+        "curvature",
+        graph_type="digraph",
+        rankdir=direction,
+        fontname=FONT,
+        nodesep="0.22",
+        ranksep="0.32",
+        newrank="true",
+        label=_legend(picture),
+        labelloc="b",
+        bgcolor="white",
+    )
+    if len(picture.nodes) > MANY:
+        for key, value in {"splines": "line", "nslimit": "1", "mclimit": "0.1"}.items():
+            graph.set(key, value)
+    graph.set_node_defaults(shape="box", style="filled,rounded", fontname=FONT, fontsize="11")
+    graph.set_edge_defaults(fontname=FONT, fontsize="9", arrowsize="0.6")
+    linked = {end for line in picture.lines for end in (line.source, line.target)}
+    _fill(pydot, graph, picture.root, picture, "")
+    _keep_order(pydot, graph, list(picture.nodes), linked)
+    place = {name: index for index, name in enumerate(picture.nodes)}
+    for line in picture.lines:
+        graph.add_edge(_edge(pydot, line, place[line.source] > place[line.target]))
+    return graph
+
+
+def quoted(text: str) -> str:
+    """An identifier that Graphviz and pydot read back."""
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def _fill(pydot: Any, graph: Any, group: Group, picture: Picture, path: str) -> None:
+    for index, child in enumerate(group.children):
+        if isinstance(child, Leaf):
+            graph.add_node(_node(pydot, picture.nodes[child.block], child.copies))
+            continue
+        name = f"{path}_{index}"
+        label = child.name if child.copies == 1 else f"{child.name}  × {child.copies}"
+        cluster = pydot.Cluster(
+            f"m{name}",
+            label=quoted(label),
+            style="rounded,filled" if child.copies == 1 else "rounded,filled,bold",
+            fillcolor="#00000008",
+            color="#b6bec8" if child.copies == 1 else "#475569",
+            fontname=FONT,
+            fontsize="11",
+            labeljust="l",
+            labelloc="t",
+        )
+        _fill(pydot, cluster, child, picture, name)
+        graph.add_subgraph(cluster)
+
+
+def _node(pydot: Any, node: Node, copies: int) -> Any:
+    small = "".join(f'<BR/><FONT POINT-SIZE="9">{html.escape(line)}</FONT>' for line in node.lines)
+    look = {"color": "#475569", "penwidth": "1" if copies == 1 else "2"}
+    if node.fallback is not None:
+        look = {"color": FALLBACK, "penwidth": "2.2", "style": '"filled,rounded,dashed"'}
+    return pydot.Node(
+        quoted(node.block),
+        label=f"<<B>{html.escape(node.title)}</B>{small}>",
+        fillcolor=node.colour,
+        width=f"{1.1 + 1.5 * node.size:.2f}",
+        height=f"{0.45 + 0.6 * node.size:.2f}",
+        id=quoted(f"block:{node.block}"),
+        tooltip=quoted(node.fallback or node.block),
+        **look,
+    )
+
+
+def _edge(pydot: Any, line: Line, backwards: bool) -> Any:
+    look = {"color": THIN, "penwidth": "0.7", "arrowsize": "0.45"}
+    if line.coupled:
+        look = {"color": COUPLED, "penwidth": "2.6", "label": quoted(f"  {line.label}  ")}
+        look |= {"fontcolor": COUPLED, "dir": "back" if line.upwards else "forward"}
+    source, target = line.source, line.target
+    if line.onward:
+        look |= {"style": "dashed", "weight": "0"}
+        if backwards:  # drawn from the lower box, it would turn the order of the ranks around
+            source, target = target, source
+            look["dir"] = {"back": "forward"}.get(look.get("dir", "forward"), "back")
+    return pydot.Edge(quoted(source), quoted(target), **look)
+
+
+def _keep_order(pydot: Any, graph: Any, names: list[str], linked: set[str]) -> None:
+    """A block without lines stands beside the block before it, where that has some, or below."""
+    for before, name in itertools.pairwise(names):
+        if name in linked:
+            if before not in linked:
+                edge = pydot.Edge(quoted(before), quoted(name), style="invis", weight="0")
+                graph.add_edge(edge)
+            continue
+        siblings = before.rpartition(".")[0] == name.rpartition(".")[0]
+        if siblings and before in linked:
+            row = pydot.Subgraph(rank="same")
+            row.add_node(pydot.Node(quoted(before)))
+            row.add_node(pydot.Node(quoted(name)))
+            graph.add_subgraph(row)
+        graph.add_edge(pydot.Edge(quoted(before), quoted(name), style="invis", weight="0"))
+
+
+def _legend(picture: Picture) -> str:
+    """An HTML-like table: kinds, lines, marks, totals."""
+    cells = [
+        f'<TD BGCOLOR="{colour}" WIDTH="18" HEIGHT="12" FIXEDSIZE="TRUE"></TD>'
+        f'<TD ALIGN="LEFT">{html.escape(kind.replace("_", " "))}</TD>'
+        for kind, colour in picture.kinds
+    ]
+    value = "canonical correlation" if picture.measured else "weight"
+    if any(line.coupled for line in picture.lines):
+        cells.append(_stroke("━▶", COUPLED, f"coupling, child to parent ({value})"))
+    if any(not line.coupled for line in picture.lines):
+        cells.append(_stroke("─▶", THIN, "dependency"))
+    if any(line.onward for line in picture.lines):
+        cells.append(_stroke("╌▶", "#1f2937", "to the next copy"))
+    if any(node.fallback for node in picture.nodes.values()):
+        cells.append(_stroke("▢", FALLBACK, "dashed frame: fallback"))
+    rows = ["".join(cells[at : at + 3]) for at in range(0, len(cells), 3)]
+    body = "".join(f"<TR>{row}</TR>" for row in rows)
+    note = "".join(
+        f'<TR><TD COLSPAN="6" ALIGN="LEFT">{html.escape(line)}</TD></TR>'
+        for line in picture.caption
+    )
+    return (
+        '<<FONT POINT-SIZE="10"><TABLE BORDER="0" CELLBORDER="0" CELLSPACING="4">'
+        f"{body}{note}</TABLE></FONT>>"
+    )
+
+
+def _stroke(sign: str, colour: str, text: str) -> str:
+    return (
+        f'<TD><FONT COLOR="{colour}"><B>{sign}</B></FONT></TD>'
+        f'<TD ALIGN="LEFT">{html.escape(text)}</TD>'
+    )

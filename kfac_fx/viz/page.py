@@ -1,0 +1,74 @@
+"""One HTML file with the picture and the facts of every block; it loads nothing else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from kfac_fx.ir import CurvatureGraph
+from kfac_fx.optim.report import BlockReport, CurvatureReport
+from kfac_fx.viz.facts import block_facts
+from kfac_fx.viz.picture import Picture
+
+_TEMPLATE = Path(__file__).with_name("page.html")
+
+
+def page(
+    curvature: CurvatureGraph,
+    report: CurvatureReport | None,
+    pictures: Sequence[Picture],
+    drawings: Sequence[str],
+) -> str:
+    """The page's text.
+
+    Args:
+        pictures, drawings: one or two (folded, unfolded) with their SVG.
+    """
+    statistics: dict[str, Any] = {}
+    if report is not None:
+        statistics = {name: _statistics(block) for name, block in report.blocks.items()}
+        for (child, parent), found in report.couplings.items():
+            rows = {"parent": parent, "strength": found.strength, "A": _row(found.A)}
+            rows |= {"G": _row(found.G), "mutual information, nats": found.mutual_information}
+            statistics[child]["coupling: canonical correlations"] = rows
+    blocks = curvature.blocks.values()
+    content = {
+        "title": ", ".join(pictures[0].caption[:1]),
+        "totals": [
+            [kind, f"{number:,} parameters"] for kind, number in curvature.coverage.scalars.items()
+        ],
+        "blocks": {block.name: block_facts(curvature, block) for block in blocks},
+        "edges": [
+            {"source": edge.source, "target": edge.target, "weight": edge.weight}
+            for edge in curvature.edges
+        ],
+        "shown": [shown.tree.shown for shown in pictures],
+        "statistics": statistics,
+    }
+    # A string in a script may not end it.
+    data = json.dumps(content, ensure_ascii=False).replace("<", "\\u003c")
+    sheets = "\n".join(f"<div>{drawing[drawing.index('<svg') :]}</div>" for drawing in drawings)
+    text = _TEMPLATE.read_text(encoding="utf-8")
+    head, rest = text.split("@DRAWINGS@")
+    middle, tail = rest.split("@DATA@")
+    return "".join((head, sheets, middle, data, tail))
+
+
+def _statistics(block: BlockReport) -> dict[str, dict[str, Any]]:
+    if not block.recorded:
+        return {"statistics": {"recorded": 0}}
+    general: dict[str, Any] = {"recorded": block.recorded, "pi": _row(block.pi)}
+    if block.condition is not None:
+        general["condition, damped"] = block.condition
+    factors = {}
+    for factor in block.factors:
+        rows = {key.replace("_", " "): value for key, value in asdict(factor).items()}
+        factors[f"factor {rows.pop('name')}"] = rows
+    return {"statistics": {k: v for k, v in general.items() if v != ""}} | factors
+
+
+def _row(numbers: Sequence[float]) -> str:
+    return ", ".join(f"{number:.4g}" for number in numbers[:8])

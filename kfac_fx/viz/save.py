@@ -1,0 +1,129 @@
+"""A curvature graph as a file; the suffix says which."""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import networkx as nx
+
+from kfac_fx.errors import FormatError, UnknownOptionError
+from kfac_fx.ir import CurvatureGraph
+from kfac_fx.optim.report import CurvatureReport
+from kfac_fx.viz.dot import MANY, dot_graph
+from kfac_fx.viz.extras import INSTALL_DOT, has_dot
+from kfac_fx.viz.headings import clear_headings
+from kfac_fx.viz.networks import to_networkx
+from kfac_fx.viz.page import page
+from kfac_fx.viz.picture import Picture, picture
+from kfac_fx.viz.plain import plain_figure
+from kfac_fx.viz.serial import to_json
+
+log = logging.getLogger("kfac_fx")
+
+PICTURES = ("svg", "png", "pdf")
+SUFFIXES = (*PICTURES, "dot", "graphml", "json", "html")
+DPI = 110
+
+
+def to_pydot(
+    curvature: CurvatureGraph,
+    preconditioner: Any = None,
+    *,
+    fold: bool = True,
+    direction: str = "TB",
+) -> Any:
+    """The picture as a ``pydot.Dot``; arguments as for ``save``.
+
+    Raises:
+        MissingExtraError: pydot is not installed.
+    """
+    return dot_graph(picture(curvature, _report(preconditioner), fold=fold), direction=direction)
+
+
+def save(
+    curvature: CurvatureGraph,
+    path: str | Path,
+    preconditioner: Any = None,
+    *,
+    fold: bool = True,
+    direction: str = "TB",
+) -> None:
+    """Writes svg, png, pdf, dot, graphml, json or html, as the suffix says.
+
+    Without Graphviz's ``dot``, matplotlib draws, and a warning says what to install.
+
+    Args:
+        preconditioner: whose statistics are shown on the boxes, and whose couplings are drawn.
+        fold: whether equal modules in a row become one, "× 12".
+        direction: of the forward pass: "TB", downwards, or "LR", to the right.
+
+    Raises:
+        UnknownOptionError: another suffix or direction.
+        MissingExtraError: pydot, or what replaces it, is not installed.
+    """
+    suffix = Path(path).suffix.lower().removeprefix(".")
+    if suffix not in SUFFIXES:
+        known = ", ".join(f".{name}" for name in SUFFIXES)
+        raise UnknownOptionError(f"{Path(path).name!r} has no known suffix; valid are {known}")
+    if direction not in ("TB", "LR"):
+        raise UnknownOptionError(f"direction={direction!r} is unknown; valid are 'TB', 'LR'")
+    report = _report(preconditioner)
+
+    def drawn() -> Picture:
+        return picture(curvature, report, fold=fold)
+
+    writers: dict[str, Callable[[], bytes]] = {
+        "dot": lambda: bytes(dot_graph(drawn(), direction=direction).to_string(), "utf-8"),
+        "graphml": lambda: _graphml(curvature),
+        "json": lambda: to_json(curvature).encode(),
+        "html": lambda: _page(curvature, report, fold, direction).encode(),
+    }
+    write = writers.get(suffix, lambda: rendered(drawn(), suffix, direction))
+    Path(path).write_bytes(write())
+
+
+def rendered(shown: Picture, suffix: str, direction: str) -> bytes:
+    """A picture as the content of a file, by Graphviz, or by matplotlib where that is missing."""
+    if has_dot():
+        graph = dot_graph(shown, direction=direction)
+        if len(shown.nodes) <= MANY:
+            clear_headings(graph)
+        if suffix == "png":
+            graph.set("dpi", str(DPI))
+        content: bytes = graph.create(prog="dot", format=suffix, encoding="utf-8")
+        return content
+    log.warning("%s; matplotlib draws instead", INSTALL_DOT)
+    buffer = io.BytesIO()
+    plain_figure(shown).savefig(buffer, format=suffix, dpi=DPI)
+    return buffer.getvalue()
+
+
+def _graphml(curvature: CurvatureGraph) -> bytes:
+    buffer = io.BytesIO()
+    nx.write_graphml(to_networkx(curvature), buffer)
+    return buffer.getvalue()
+
+
+def _page(
+    curvature: CurvatureGraph, report: CurvatureReport | None, fold: bool, direction: str
+) -> str:
+    pictures = [picture(curvature, report, fold=fold)]
+    if fold:
+        unfolded = picture(curvature, report, fold=False)
+        if len(unfolded.nodes) > len(pictures[0].nodes):
+            pictures.append(unfolded)
+    drawings = [rendered(shown, "svg", direction).decode() for shown in pictures]
+    return page(curvature, report, pictures, drawings)
+
+
+def _report(preconditioner: Any) -> CurvatureReport | None:
+    if preconditioner is None:
+        return None
+    found = preconditioner.report()
+    if not isinstance(found, CurvatureReport):
+        raise FormatError(f"{type(preconditioner).__name__} is no Preconditioner")
+    return found
