@@ -25,6 +25,7 @@ from kfac_fx.errors import CoverageError, NoParametersError
 from kfac_fx.ir import CurvatureGraph
 from kfac_fx.passes import (
     EagerTaps,
+    every_piece,
     find_couplings,
     find_uses,
     gather_blocks,
@@ -117,7 +118,7 @@ def transform(
             large_factors=large_factors,
         )
         if route == "eager":
-            uses = placeable(uses, graph)
+            uses = every_piece(placeable(uses, graph), graph)
         found.append(gather_blocks(uses, graph, counted=route == "eager"))
     blocks = found[0]
     covered = {name for block in blocks.values() for name in block.parameters}

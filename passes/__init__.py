@@ -1,6 +1,7 @@
 """Graph passes: from parameter uses to an instrumented graph."""
 
 from kfac_fx.passes.eager_taps import EagerTaps, placeable
+from kfac_fx.passes.every_piece import every_piece
 from kfac_fx.passes.find_couplings import find_couplings, with_couplings
 from kfac_fx.passes.find_uses import find_uses
 from kfac_fx.passes.gather_blocks import gather_blocks
@@ -9,6 +10,7 @@ from kfac_fx.passes.strip_taps import strip_taps
 
 __all__ = [
     "EagerTaps",
+    "every_piece",
     "find_couplings",
     "find_uses",
     "gather_blocks",

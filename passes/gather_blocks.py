@@ -23,24 +23,27 @@ def pieces(name: str, uses: Iterable[ParameterUse]) -> list[list[ParameterUse]] 
     if len(groups) == 1:
         return list(groups.values())
     layouts = [found[0].layouts[found[0].parameters.index(name)] for found in groups.values()]
-    apart = _rows_apart(layouts) if all(map(_rows, layouts)) else _entries_apart(layouts)
+    apart = _ranges_apart(layouts) if all(map(_range, layouts)) else _entries_apart(layouts)
     return list(groups.values()) if apart else None
 
 
-def _rows(layout: Layout) -> tuple[int, int] | None:
-    """The rows that a layout keeps, where it cuts along them before anything else."""
-    if not layout.steps or layout.steps[0].view != "narrow":
+def _range(layout: Layout) -> tuple[int, int] | None:
+    """The flat entries that a layout keeps, where it cuts along rows before anything moves them."""
+    steps = layout.steps
+    if steps and steps[0].view == "reshape":
+        steps = steps[1:]
+    if not steps or steps[0].view != "narrow" or any(s.view == "narrow" for s in steps[1:]):
         return None
-    dim, start, length = layout.steps[0].argument
-    rest = layout.steps[1:]
-    return (start, start + length) if dim == 0 and all(s.view != "narrow" for s in rest) else None
+    dim, start, length = steps[0].argument
+    row = prod(steps[0].start[1:])
+    return (start * row, (start + length) * row) if dim == 0 else None
 
 
 def _support(layout: Layout) -> object:
-    """What a layout keeps, as a key: None for all, a range of rows, or the flat indices."""
+    """What a layout keeps, as a key: None for all, a range, or the flat indices."""
     if layout.whole:
         return None
-    return _rows(layout) or frozenset(_entries(layout).tolist())
+    return _range(layout) or frozenset(_entries(layout).tolist())
 
 
 def _entries(layout: Layout) -> torch.Tensor:
@@ -48,8 +51,8 @@ def _entries(layout: Layout) -> torch.Tensor:
     return torch.as_tensor(layout.apply(indices)).flatten()
 
 
-def _rows_apart(layouts: Sequence[Layout]) -> bool:
-    ranges = sorted(rows for layout in layouts if (rows := _rows(layout)) is not None)
+def _ranges_apart(layouts: Sequence[Layout]) -> bool:
+    ranges = sorted(found for layout in layouts if (found := _range(layout)) is not None)
     return all(end <= start for (_, end), (start, _) in pairwise(ranges))
 
 

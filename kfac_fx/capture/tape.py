@@ -200,6 +200,8 @@ class Tape(TorchFunctionMode):
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, detached: bool
     ) -> fx.Node:
         op, target, args = spelled(func, args)
+        chosen = self._chosen(target, args)
+        args = args if chosen is None else (args[0], chosen)
 
         def argument(value: Any) -> Any:
             if isinstance(value, Tensor):
@@ -207,7 +209,20 @@ class Tape(TorchFunctionMode):
             return value if isinstance(value, _PLAIN) else repr(value)
 
         args, kwargs = mapped(argument, (args, kwargs))
-        return self._new(op, target, args, kwargs)
+        node = self._new(op, target, args, kwargs)
+        if chosen is not None:
+            node.meta[CHOSEN] = True
+        return node
+
+    def _chosen(self, target: Any, args: tuple[Any, ...]) -> int | None:
+        """Which matrix of a parameter that is a stack of them (experts) the data choose."""
+        if target not in ("__getitem__", operator.getitem) or not isinstance(args[1], Tensor):
+            return None
+        stack, index = args
+        if index.dim() or index.dtype in (torch.bool, torch.uint8):  # masks
+            return None
+        seen = self.view.reference(self.node(stack)) if self._reads_parameter(stack) else None
+        return int(index) if seen is not None and len(seen.layout.shape) > 2 else None
 
     def _new(self, op: str, target: Any, args: Any = (), kwargs: Any = None) -> fx.Node:
         node = self.graph.create_node(op, target, tuple(args), kwargs or {})
@@ -237,6 +252,9 @@ class Tape(TorchFunctionMode):
         node = self._nodes.get(tensor)
         return node is not None and self.view.is_computed(node)
 
+
+CHOSEN = "kfac_fx_chosen"
+"""In a node's meta: another run may choose another piece of the parameter."""
 
 _NUMBERS: tuple[type, ...] = (int, float, complex, bool)
 _SETTINGS: tuple[type, ...] = (torch.dtype, torch.device, torch.memory_format, torch.layout)
