@@ -39,6 +39,10 @@ class StatisticsError(KFACError, RuntimeError):
     """Statistics are needed that were never recorded."""
 
 
+class OperatorError(KFACError, ValueError):
+    """A vector does not fit a curvature operator, or a block has none."""
+
+
 class GradientError(KFACError, RuntimeError):
     """Gradients are missing or do not fit the parameters."""
 

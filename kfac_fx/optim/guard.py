@@ -37,6 +37,12 @@ class ParameterGuard:
                 parameter.grad = parameter.grad.to_dense()
         return {n: p.grad for n, p in self.parameters.items() if p.grad is not None}
 
+    def in_module_order(self) -> dict[str, nn.Parameter]:
+        """``parameters`` in the order of the module's own ``parameters()``."""
+        self.check()
+        place = {id(p): index for index, p in enumerate(self._modules[""].parameters())}
+        return dict(sorted(self.parameters.items(), key=lambda item: place[id(item[1])]))
+
     def check(self) -> None:
         """Cheap enough for every step.
 

@@ -26,6 +26,8 @@ from kfac_fx.optim.averages import all_finite
 from kfac_fx.optim.guard import transformed
 from kfac_fx.optim.inverse import InverseFisher
 from kfac_fx.optim.likelihoods import Likelihood, fresh_generator, likelihood_of
+from kfac_fx.optim.operator import CurvatureOperator
+from kfac_fx.optim.quadratic import shorten
 from kfac_fx.optim.recorder import Recorder
 from kfac_fx.optim.report import CurvatureReport, report_of
 
@@ -150,6 +152,10 @@ class Preconditioner:
         """The generated program."""
         return self._inverse.program
 
+    def curvature_operator(self, dtype: torch.dtype = torch.float64) -> CurvatureOperator:
+        """Fhat of the present factors and damping, as a linear operator; see there for errors."""
+        return CurvatureOperator(self._inverse, self.damping, dtype)
+
     @property
     def clamped(self) -> int:
         """Entries of conditionals that rounding had pushed to one, over all refreshes."""
@@ -247,7 +253,7 @@ class Preconditioner:
 
     @torch.no_grad()
     def _precondition(self, given: Mapping[str, Tensor]) -> None:
-        updates: Mapping[str, Tensor] = {}
+        updates: dict[str, Tensor] = {}
         finite = all_finite(list(given.values()))
         if finite and self._inverse.inverses:
             updates = self.apply(given)
@@ -258,12 +264,7 @@ class Preconditioner:
             torch._foreach_zero_(list(given.values()))
             return
         if self.trust_region is not None:
-            names = list(given)
-            length = torch.stack(
-                [(given[n] * updates[n].conj()).sum().real.double() for n in names]
-            ).sum()
-            scale = float((self.trust_region / length.clamp_min(1e-300)).sqrt().clamp_max(1.0))
-            torch._foreach_mul_([updates[n] for n in names], scale)
+            shorten(updates, given, self.trust_region)
         for name, gradient in given.items():
             gradient.copy_(updates[name])
 

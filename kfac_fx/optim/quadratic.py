@@ -114,3 +114,11 @@ def combination(
     for c, direction in zip(coefficients[1:], directions[1:], strict=True):
         torch._foreach_add_(list(result.values()), [direction[n] for n in result], alpha=c)
     return result
+
+
+def shorten(updates: Direction, gradient: Direction, largest: float) -> None:
+    """Scales F^-1 gradient to a squared length gradient^T F^-1 gradient of at most ``largest``."""
+    lengths = [(gradient[n] * updates[n].conj()).sum().real.double() for n in gradient]
+    length = torch.stack(lengths).sum().clamp_min(1e-300)
+    scale = float((largest / length).sqrt().clamp_max(1.0))
+    torch._foreach_mul_([updates[n] for n in gradient], scale)

@@ -1,0 +1,156 @@
+"""Blocks that are diagonal in known coordinates: products, solutions, square roots, determinants.
+
+F = (J_A (x) J_G) diag(d) (J_A (x) J_G)^T. With K = J^-T on either side F^-1 is the same with K and
+1/d, and S = (K_A (x) K_G) diag(d)^-1/2 has S S^T = F^-1. The coordinates are eigenvectors, or make
+one of two matrices the identity and the other diagonal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kfac_fx.linalg.positive import raised
+
+
+@dataclass(frozen=True)
+class Side:
+    """A square matrix that acts on one side of a block.
+
+    Attributes:
+        parts: one matrix [..., n, n], or several: sub-blocks along the diagonal.
+        diagonal: whether the one part is a diagonal [..., n].
+    """
+
+    parts: tuple[Tensor, ...]
+    diagonal: bool = False
+
+    def times(self, V: Tensor) -> Tensor:
+        """M V, of V [..., n, m]."""
+        if self.diagonal:
+            return self.parts[0].unsqueeze(-1) * V
+        if len(self.parts) == 1:
+            return self.parts[0] @ V
+        pieces = V.split([part.shape[-1] for part in self.parts], -2)
+        return torch.cat([M @ piece for M, piece in zip(self.parts, pieces, strict=True)], -2)
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> Side:
+        """The side with a function of each of its parts."""
+        return Side(tuple(map(function, self.parts)), self.diagonal)
+
+    @property
+    def mT(self) -> Side:
+        """The transpose."""
+        return self if self.diagonal else self.each(lambda part: part.mT)
+
+    def entries(self) -> Tensor:
+        """The diagonal, [..., n]."""
+        if self.diagonal:
+            return self.parts[0]
+        return torch.cat([torch.diagonal(part, 0, -2, -1) for part in self.parts], -1)
+
+    def log_determinant(self) -> Tensor:
+        """log |det M|, summed over leading dimensions."""
+        if self.diagonal:
+            return self.parts[0].abs().log().sum()
+        return torch.stack([torch.linalg.slogdet(part)[1].sum() for part in self.parts]).sum()
+
+    def as_matrices(self, like: Side) -> Side:
+        """A diagonal as matrices, cut as ``like`` is."""
+        if not self.diagonal or like.diagonal:
+            return self
+        pieces = self.parts[0].split([part.shape[-1] for part in like.parts], -1)
+        return Side(tuple(map(torch.diag_embed, pieces)))
+
+
+@dataclass(frozen=True)
+class Spectral:
+    """See the module; d is [..., g, a]."""
+
+    d: Tensor
+    J: tuple[Side, Side]
+    K: tuple[Side, Side]
+
+    def product(self, V: Tensor) -> Tensor:
+        """F vec(V), of V [..., g, a]."""
+        return _from(self.J, self.d * _to(self.J, V))
+
+    def solution(self, V: Tensor) -> Tensor:
+        """F^-1 vec(V)."""
+        return _from(self.K, _to(self.K, V) / self.d)
+
+    def root_solution(self, V: Tensor) -> Tensor:
+        """S vec(V) with S S^T = F^-1."""
+        return _from(self.K, V * self.d.rsqrt())
+
+    def log_determinant(self) -> Tensor:
+        """log det F."""
+        J_A, J_G = self.J
+        g, a = self.d.shape[-2:]
+        both = g * J_A.log_determinant() + a * J_G.log_determinant()
+        return self.d.log().sum() + 2 * both
+
+
+def _to(sides: tuple[Side, Side], V: Tensor) -> Tensor:
+    """(M_A (x) M_G)^T vec(V), M_G^T V M_A."""
+    A, G = sides
+    return A.mT.times(G.mT.times(V).mT).mT
+
+
+def _from(sides: tuple[Side, Side], V: Tensor) -> Tensor:
+    """(M_A (x) M_G) vec(V), M_G V M_A^T."""
+    A, G = sides
+    return A.times(G.times(V).mT).mT
+
+
+def eigenvectors(matrix: Side) -> tuple[Tensor, Side]:
+    """Eigenvalues [..., n], at least zero, and orthonormal eigenvectors of a positive side."""
+    if matrix.diagonal:
+        return matrix.parts[0].clamp_min(0.0), matrix.each(torch.ones_like)
+    spectra = [torch.linalg.eigh(part) for part in matrix.parts]
+    values = torch.cat([spectrum[0] for spectrum in spectra], -1).clamp_min(0.0)
+    return values, Side(tuple(spectrum[1] for spectrum in spectra))
+
+
+def diagonalised(A: Side, G: Side, added: Tensor | float = 0.0) -> Spectral:
+    """A (x) G + added I in the eigenvectors of both; eigenvalues are raised to rounding level."""
+    s_A, U_A = eigenvectors(A)
+    s_G, U_G = eigenvectors(G)
+    if isinstance(added, float) and added == 0.0:
+        s_A, s_G = raised(s_A), raised(s_G)
+    d = s_G.unsqueeze(-1) * s_A.unsqueeze(-2) + added
+    return Spectral(d, (U_A, U_G), (U_A, U_G))
+
+
+def summed(first: tuple[Side, Side], second: tuple[Side, Side]) -> Spectral:
+    """A (x) G + A_2 (x) G_2, the second pair positive, in the common coordinates of both sides."""
+    (s_A, J_A, K_A), (s_G, J_G, K_G) = (
+        _common(other, plain) for plain, other in zip(first, second, strict=True)
+    )
+    return Spectral(1.0 + s_G.unsqueeze(-1) * s_A, (J_A, J_G), (K_A, K_G))
+
+
+def _common(one: Side, other: Side) -> tuple[Tensor, Side, Side]:
+    """(s, J, K) with one = J J^T, other = J diag(s) J^T and K = J^-T."""
+    one, other = one.as_matrices(other), other.as_matrices(one)
+    if one.diagonal:
+        scale = one.each(lambda part: raised(part).sqrt())
+        return other.parts[0] / one.parts[0], scale, scale.each(torch.reciprocal)
+    found = [
+        common_coordinates(one_part, other_part)
+        for one_part, other_part in zip(one.parts, other.parts, strict=True)
+    ]
+    s, J, K = zip(*found, strict=True)
+    return torch.cat(s, -1), Side(J), Side(K)
+
+
+def common_coordinates(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(s, J, K) as above, of two matrices [n, n]; s is at least zero."""
+    values, U = torch.linalg.eigh(one)
+    length = raised(values).sqrt()
+    white = U / length
+    s, E = torch.linalg.eigh(white.mT @ other @ white)
+    return s.clamp_min(0.0), (U * length) @ E, white @ E
