@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 
 import oracles
@@ -161,6 +162,8 @@ def test_trajectory(likelihood: Likelihood, structure: str) -> None:
         statistics_fraction=1.0,
         products_fraction=1.0,
         fisher="exact",
+        smallest_damping=1e-6,
+        gamma_limit=math.inf,
     )
     dense = Dense(theirs, likelihood, structure == "block_tridiagonal", 2.0)
     lambdas = set()

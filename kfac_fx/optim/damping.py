@@ -18,6 +18,7 @@ class DampingRule:
         damping: lambda_0.
         weight_decay: eta.
         smallest: floor of lambda; gamma stays above sqrt(smallest + eta).
+        gamma_limit: gamma stays below this multiple of sqrt(lambda + eta).
         damping_every, gamma_every: T1 and T2; omega1 = (19/20)^T1, omega2 = (19/20)^(T2 / 2).
 
     Attributes:
@@ -33,6 +34,7 @@ class DampingRule:
         damping: float,
         weight_decay: float,
         smallest: float,
+        gamma_limit: float,
         damping_every: int,
         gamma_every: int,
     ) -> None:
@@ -40,6 +42,7 @@ class DampingRule:
             raise DampingError(f"damping must be a finite number above zero, got {damping!r}")
         self.damping, self.weight_decay, self.smallest = damping, weight_decay, smallest
         self.damping_every, self.gamma_every = damping_every, gamma_every
+        self.gamma_limit = gamma_limit
         self.gamma = self.total**0.5
         self._largest = LARGEST * damping
         self._omega1 = (19 / 20) ** damping_every
@@ -51,12 +54,13 @@ class DampingRule:
         return self.damping + self.weight_decay
 
     def candidates(self, iteration: int) -> list[float]:
-        """gamma, and every T2 iterations its neighbours."""
-        if iteration % self.gamma_every:
-            return [self.gamma]
+        """gamma, and every T2 iterations its neighbours; all within the limits."""
         floor = (self.smallest + self.weight_decay) ** 0.5
-        found = [self.gamma, self.gamma * self._omega2, self.gamma / self._omega2]
-        return [gamma for gamma in found if gamma >= floor] or [floor]
+        ceiling = max(self.gamma_limit * self.total**0.5, floor)
+        found = [self.gamma]
+        if iteration % self.gamma_every == 0:
+            found += [self.gamma * self._omega2, self.gamma / self._omega2]
+        return list(dict.fromkeys(min(max(gamma, floor), ceiling) for gamma in found))
 
     def judge(self, change: float, predicted: float) -> float:
         """rho = change of the objective over the model's; lambda follows. Returns rho."""

@@ -54,7 +54,9 @@ class KFAC(Optimizer):
         statistics_every: period of the statistics.
         statistics_fraction, products_fraction: tau1 and tau2, the first cases of a batch for
             statistics (at least 64) and for products with the exact Fisher (at least 512).
-        smallest_damping: floor of lambda; the paper's rule can fall below what float32 resolves.
+        smallest_damping: floor of lambda, which the paper's rule lacks.
+        gamma_limit: gamma is at most this multiple of sqrt(lambda + eta), infinite in the paper:
+            while lambda is large, its search prefers gradient descent and stays with it.
         ema_decay: largest weight of old statistics.
         trust_region: KFC's largest squared length of a step in Fhat (stochastic form).
         outlier: a batch whose loss is this many times the running average (gradient, statistics:
@@ -89,7 +91,8 @@ class KFAC(Optimizer):
         statistics_every: int = 1,
         statistics_fraction: float = 1 / 8,
         products_fraction: float = 1 / 4,
-        smallest_damping: float = 1e-6,
+        smallest_damping: float = 1e-3,
+        gamma_limit: float = 1.0,
         ema_decay: float = 0.95,
         trust_region: float | None = None,
         outlier: float = 5.0,
@@ -126,7 +129,7 @@ class KFAC(Optimizer):
         )
         self._recorder.switch(False)
         every = period("damping_every", damping_every), period("gamma_every", gamma_every)
-        self._rule = DampingRule(damping, weight_decay, smallest_damping, *every)
+        self._rule = DampingRule(damping, weight_decay, smallest_damping, gamma_limit, *every)
         refresh_every = period("refresh_every", refresh_every)
         self._make: Rule
         if lr is None:
@@ -143,11 +146,6 @@ class KFAC(Optimizer):
         self._before: tuple[Direction, Direction] | None = None
         self.diagnostics = Diagnostics()
         self.skipped_batches = self.rejected_steps = self.skipped_statistics = 0
-
-    @property
-    def factors(self) -> Mapping[str, tuple[Tensor, ...]]:
-        """As ``Preconditioner.factors``."""
-        return self._inverse.factors
 
     # One iteration.
 
