@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import types
 from collections.abc import Iterator, Mapping
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -41,7 +41,10 @@ class CapturedModule(fx.GraphModule):
         evaluation = self.__dict__.get("evaluation")
         if evaluation is not None:
             train = type(self).forward
-            evaluate = type(fx.GraphModule(self, evaluation)).forward
+            evaluated = fx.GraphModule(self, evaluation)
+            evaluate = _with_own_specs(type(evaluated).forward)
+            for name in _SPECS:  # the graphs may return other structures
+                self.__dict__[_OWN + name] = evaluated.__dict__.get(name)
             evaluation.owning_module = self
 
             @functools.wraps(train)
@@ -60,6 +63,19 @@ class CapturedModule(fx.GraphModule):
         copied.training = self.training
         copied.recompile()
         return copied
+
+
+_SPECS = ("_in_spec", "_out_spec")
+_OWN = "_evaluation"
+
+
+def _with_own_specs(forward: Any) -> Any:
+    """A generated forward that reads the structures of inputs and outputs under other names."""
+    code = forward.__code__
+    names = tuple(_OWN + name if name in _SPECS else name for name in code.co_names)
+    return types.FunctionType(
+        code.replace(co_names=names), forward.__globals__, forward.__name__, forward.__defaults__
+    )
 
 
 def _members(module: nn.Module) -> dict[str, Any]:
@@ -96,7 +112,7 @@ def captured_module(
     model: nn.Module,
     graph: fx.Graph,
     evaluation: fx.Graph | None,
-    constants: Mapping[str, Any] = MappingProxyType({}),
+    constants: Mapping[str, Any] = types.MappingProxyType({}),
 ) -> CapturedModule:
     """A CapturedModule with the members of ``model``.
 
