@@ -6,7 +6,7 @@ import argparse
 import json
 import re
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from fnmatch import fnmatchcase
@@ -83,6 +83,44 @@ def table(rows: Iterable[Row]) -> str:
     return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
 
 
+def short(rows: Sequence[Row]) -> str:
+    """What tests/zoo/table.txt keeps of a run: route, time, blocks and coverage, and totals."""
+    head = ("architecture", "route", "seconds", "covered %", "result", "blocks")
+    cells = [line(row) for row in rows]
+    lines = [head, *((c[0], c[1], c[2], c[6], c[12], c[13]) for c in cells)]
+    widths = [max(len(row[i]) for row in lines) for i in range(len(head))]
+    text = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in lines]
+    return "\n".join([*summary(rows), "", *(row.rstrip() for row in text), ""])
+
+
+def summary(rows: Sequence[Row]) -> list[str]:
+    """How many models came through, what is covered, and how long it took."""
+    ran = [row for row in rows if row.route]
+    totals: dict[str, int] = defaultdict(int)
+    for row in ran:
+        for kind, count in row.approximations.items():
+            totals[kind] += count
+    elements = sum(row.elements for row in ran)
+    trained, covered = sum(row.trained for row in ran), sum(row.covered for row in ran)
+    seconds = sorted(row.seconds for row in ran) or [0.0]
+    broken = [row for row in rows if "build" in row.errors or "original" in row.errors]
+    routes = Counter(row.route for row in ran)
+    return [
+        f"{len(rows)} models: {len(ran)} transformed, {sum(not r.errors for r in rows)} without "
+        f"any failure; {len(broken)} that the zoo itself cannot build or run.",
+        f"coverage of {trained:,} trained elements: {100 * covered / max(trained, 1):.2f} %; "
+        f"mean over models {sum(r.coverage for r in ran) / max(len(ran), 1):.2f} %; "
+        f"{sum(r.coverage >= LEAST for r in ran)} models at {LEAST:g} % or more",
+        "elements: "
+        + ", ".join(
+            f"{kind} {count:,} ({100 * count / max(elements, 1):.2f} %)"
+            for kind, count in sorted(totals.items(), key=lambda item: -item[1])
+        ),
+        "routes: " + ", ".join(f"{route} {count}" for route, count in routes.most_common()),
+        f"seconds to transform: median {seconds[len(seconds) // 2]:.2f}, largest {seconds[-1]:.2f}",
+    ]
+
+
 def _pattern(text: str, names: str = "") -> str:
     """A reason or an exception without names and numbers, so that equal ones meet."""
     for name in names.split(", "):
@@ -126,33 +164,11 @@ def failures(rows: Iterable[Row], stages: Sequence[str], *, notes: bool = False)
 def report(rows: Sequence[Row]) -> str:
     """Totals, failures by stage, and the reasons of what is not covered."""
     ran = [row for row in rows if row.route]
-    totals: dict[str, int] = defaultdict(int)
-    for row in ran:
-        for kind, count in row.approximations.items():
-            totals[kind] += count
-    elements = sum(row.elements for row in ran)
-    trained = sum(row.trained for row in ran)
-    covered = sum(row.covered for row in ran)
-    seconds = sorted(row.seconds for row in ran)
-    broken = [row for row in rows if "build" in row.errors or "original" in row.errors]
-    short = sorted((row for row in ran if row.coverage < LEAST), key=lambda row: row.coverage)
-    low = ", ".join(f"{row.name} {row.coverage:.1f}" for row in short)
-    whole = sum(not row.errors for row in rows)
+    below = sorted((row for row in ran if row.coverage < LEAST), key=lambda row: row.coverage)
+    low = ", ".join(f"{row.name} {row.coverage:.1f}" for row in below)
     parts = [
         "## Summary",
-        f"{len(rows)} models: {len(ran)} transformed, {whole} without any failure; "
-        f"{len(broken)} that the zoo itself cannot build or run.",
-        f"coverage of {trained:,} trained elements: {100 * covered / max(trained, 1):.2f} %; "
-        f"mean over models {sum(r.coverage for r in ran) / max(len(ran), 1):.2f} %; "
-        f"{sum(r.coverage >= LEAST for r in ran)} models at {LEAST:g} % or more",
-        "elements: "
-        + ", ".join(
-            f"{kind} {count:,} ({100 * count / max(elements, 1):.2f} %)"
-            for kind, count in sorted(totals.items(), key=lambda item: -item[1])
-        ),
-        f"seconds to transform: median {seconds[len(seconds) // 2]:.2f}, largest {seconds[-1]:.2f}"
-        if seconds
-        else "",
+        *summary(rows),
         "",
         "## 0. The zoo's own: models that cannot be built or run",
         failures(rows, ("build", "original", "harness")),
@@ -185,7 +201,7 @@ def report(rows: Sequence[Row]) -> str:
         )
         or "none",
         "",
-        f"## 8. Below {LEAST:g} %: {len(short)} models",
+        f"## 8. Below {LEAST:g} %: {len(below)} models",
         low or "none",
     ]
     return "\n".join(parts)
@@ -197,6 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--json", type=Path, help="where the rows go; with --merge, also from where"
     )
+    parser.add_argument("--short", type=Path, help="where the short table goes")
     parser.add_argument("--merge", action="store_true", help="keep the other rows of the JSON file")
     parser.add_argument("--print", action="store_true", help="only print what the JSON file holds")
     parser.add_argument(
@@ -231,6 +248,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
             if options.json:
                 options.json.write_text(json.dumps([asdict(r) for r in rows.values()], indent=1))
+    if options.short:
+        options.short.write_text(short(list(rows.values())))
     print(table(rows.values()))
     print()
     print(report(list(rows.values())))
