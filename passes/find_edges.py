@@ -16,6 +16,9 @@ _MIXING = frozenset({"scaled_dot_product_attention", "softmax", "matmul", "bmm",
 _AVERAGING = frozenset({"mean", "sum", "amax"})
 _INTERNAL = frozenset({"getitem", "contiguous", "to", "cast", "alias", "dropout", "identity"})
 
+SOURCES = 32
+"""Blocks that are followed to a node, the nearest: a residual stream comes from all before it."""
+
 
 class _Reach(NamedTuple):
     """How a node is reached from a block: operations passed, and the node before it."""
@@ -81,7 +84,10 @@ def _incoming(
         for name, step in reach.get(source, {}).items():
             if name not in found or step.distance + cost < found[name].distance:
                 found[name] = _Reach(step.distance + cost, source)
-    return found
+    if len(found) <= SOURCES:
+        return found
+    nearest = sorted(found.items(), key=lambda item: item[1].distance)
+    return dict(nearest[:SOURCES])
 
 
 def _nodes_between(

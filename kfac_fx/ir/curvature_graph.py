@@ -81,7 +81,7 @@ class CurvatureGraph:
     Attributes:
         frozen, excluded, unused: parameters that have no block: those that do not require a
             gradient, those the user left out, and those that the outputs do not depend on.
-        edges: how the blocks follow each other in the graph.
+        edges: how the blocks follow each other in the graph; of many sources, the 32 nearest.
         pairs: the blocks whose cross factors are recorded, candidates for couplings.
         couplings: the forest of block-tridiagonal K-FAC; ``parent`` is the same as a mapping.
         uncoupled: block -> the reason why it is coupled with none.
