@@ -35,6 +35,15 @@ HEAD = (
 NOTES = ("warning", "batch", "evaluation", "structure", "count")
 
 
+HOW = f"""\
+Tiny configurations with random weights, torch {torch.__version__}, one thread: python table.py
+--short table.txt. "covered" is the share of the trained elements whose block is more than a
+diagonal. "ok": outputs, gradients and buffers are those of the model, outputs in evaluation and for
+another batch size too, and a step of the default Preconditioner has statistics for every parameter
+with a gradient. "warning": it logged parts that the likelihood does not reach, or
+factors that float32 could not factorise; "batch": only the batch size of the example inputs."""
+
+
 def selected(patterns: Sequence[str]) -> list[Entry]:
     """Entries whose name, or the part behind the slash, matches one of the globs."""
     return [
@@ -90,7 +99,7 @@ def short(rows: Sequence[Row]) -> str:
     lines = [head, *((c[0], c[1], c[2], c[6], c[12], c[13]) for c in cells)]
     widths = [max(len(row[i]) for row in lines) for i in range(len(head))]
     text = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in lines]
-    return "\n".join([*summary(rows), "", *(row.rstrip() for row in text), ""])
+    return "\n".join([HOW, "", *summary(rows), "", *(row.rstrip() for row in text), ""])
 
 
 def summary(rows: Sequence[Row]) -> list[str]:
