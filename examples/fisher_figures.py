@@ -13,17 +13,16 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from common import show_table, use_threads
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from torch.func import functional_call, jacrev, vmap
 from torch.nn import functional as F
 
 import kfac_fx
+from kfac_fx import viz
 
 WIDTH = 20
 
@@ -74,83 +73,10 @@ def train(model: nn.Module, x: Tensor, y: Tensor, epochs: int) -> float:
     return float((model(x).argmax(1) == y).double().mean())
 
 
-@dataclass
-class Moments:
-    """Second moments between all pairs of layers, straight from the definition."""
-
-    A: Tensor
-    G: Tensor
-
-    def ftilde(self) -> Tensor:
-        """Return the matrix of blocks A_ij (x) G_ij, before damping."""
-        rows = range(len(self.A))
-        blocks = [[torch.kron(self.A[i, j], self.G[i, j]) for j in rows] for i in rows]
-        return torch.cat([torch.cat(row, 1) for row in blocks])
-
-
-def root_of_output_fisher(logits: Tensor) -> Tensor:
-    """Return S with S S^T = diag(p) - p p^T, case by case."""
-    p = logits.softmax(-1)
-    return torch.diag_embed(p.sqrt()) - p[..., None] * p.sqrt()[:, None]
-
-
-def moments(model: nn.Module, names: Sequence[str], x: Tensor) -> Moments:
-    """Return A_ij = E[a_i a_j^T] and G_ij = E[g_i g_j^T] of layers of equal size."""
-    seen: list[tuple[Tensor, Tensor]] = []
-    hooks = [
-        model.get_submodule(name).register_forward_hook(
-            lambda layer, inputs, output: seen.append((inputs[0], output))
-        )
-        for name in names
-    ]
-    logits = model(x)
-    for hook in hooks:
-        hook.remove()
-    ones = torch.ones(len(x), 1)
-    a = torch.stack([torch.cat([inputs.detach(), ones], 1) for inputs, _ in seen])
-    G = torch.zeros(len(names), len(names), WIDTH, WIDTH)
-    for column in root_of_output_fisher(logits.detach()).unbind(-1):
-        value = (logits * column).sum()
-        g = torch.stack(torch.autograd.grad(value, [s for _, s in seen], retain_graph=True))
-        G += torch.einsum("inp,jnq->ijpq", g, g)
-    return Moments(torch.einsum("inp,jnq->ijpq", a, a) / len(x), G / len(x))
-
-
-def exact_fisher(model: nn.Module, names: Sequence[str], x: Tensor) -> Tensor:
-    """Return F of the layers' [W b], columns stacked, from the Jacobian of every case."""
-    parameters = {k: p.detach() for k, p in model.named_parameters()}
-    keys = [f"{name}.{leaf}" for name in names for leaf in ("weight", "bias")]
-
-    def logits(own: dict[str, Tensor], case: Tensor) -> Tensor:
-        return functional_call(model, parameters | own, (case[None],))[0]
-
-    own = {key: parameters[key] for key in keys}
-    J = vmap(jacrev(logits), (None, 0))(own, x)
-    parts = [
-        torch.cat([J[f"{n}.weight"], J[f"{n}.bias"][..., None]], -1).mT.flatten(2) for n in names
-    ]
-    weighted = root_of_output_fisher(model(x).detach()).mT @ torch.cat(parts, -1)
-    rows = weighted.flatten(0, 1)
-    return rows.T @ rows / len(x)
-
-
-def damped(F_tilde: Tensor, found: Moments, damping: float) -> Tensor:
-    """Return Ftilde with factored Tikhonov damping of its diagonal blocks (section 6.6)."""
-    result, size = F_tilde.clone(), WIDTH * (WIDTH + 1)
-    for i in range(len(found.A)):
-        A, G = found.A[i, i], found.G[i, i]
-        pi = ((A.trace() / len(A)) / (G.trace() / len(G))).sqrt()
-        gamma = damping**0.5
-        block = torch.kron(A + pi * gamma * torch.eye(len(A)), G + gamma / pi * torch.eye(len(G)))
-        place = slice(i * size, (i + 1) * size)
-        result[place, place] = block
-    return result
-
-
 def inverse(
     model: nn.Module, names: Sequence[str], x: Tensor, damping: float, **options: Any
 ) -> tuple[Tensor, kfac_fx.Preconditioner]:
-    """Return the library's inverse as a dense matrix, column by column, and who computed it."""
+    """Return the library's inverse as a dense matrix, and who computed it."""
     others = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in names]
     net = kfac_fx.transform(model, exclude=others, **options)
     pre = kfac_fx.Preconditioner(net, "categorical", fisher="exact", damping=damping)
@@ -158,17 +84,7 @@ def inverse(
     outputs.sum().backward()
     pre.step()
     model.zero_grad()
-    size = len(names) * WIDTH * (WIDTH + 1)
-    columns = []
-    for unit in torch.eye(size):
-        given = {}
-        for name, part in zip(names, unit.chunk(len(names)), strict=True):
-            V = part.view(WIDTH + 1, WIDTH).T
-            given |= {f"{name}.weight": V[:, :-1], f"{name}.bias": V[:, -1]}
-        got = pre.apply(given)
-        parts = [torch.cat([got[f"{n}.weight"], got[f"{n}.bias"][:, None]], 1) for n in names]
-        columns.append(torch.cat([U.T.reshape(-1) for U in parts]))
-    return torch.stack(columns, 1), pre
+    return viz.dense_inverse(pre, names), pre
 
 
 def relative(got: Tensor, want: Tensor) -> float:
@@ -183,18 +99,6 @@ def block_averages(matrix: Tensor, blocks: int) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------- pictures
-def show(axes: Any, matrix: Tensor, title: str) -> None:
-    """Draw absolute values, brightened, as the paper does."""
-    values = matrix.abs()
-    values = values / values.max()
-    if len(values) > 60:  # what is smaller than a pixel is averaged, not dropped
-        step = len(values) // 420 or 1
-        values = F.avg_pool2d(values[None, None], step)[0, 0]
-    axes.imshow((values / values.max()) ** 0.33, cmap="gray_r", vmin=0, vmax=1)
-    axes.set_title(title, fontsize=9)
-    axes.set(xticks=[], yticks=[])
-
-
 def show_forest(axes: Any, pre: kfac_fx.Preconditioner, names: Sequence[str], title: str) -> None:
     """Draw layers on a line, dependencies as thin arcs and couplings as thick ones."""
     from matplotlib.patches import FancyArrowPatch
@@ -235,9 +139,9 @@ def draw(path: str, first: dict[str, Tensor], second: dict[str, Tensor], forests
     FigureCanvasAgg(figure)
     panels = figure.subplots(5, 3, height_ratios=[3, 3, 3, 3, 1.6])
     for axes, (title, matrix) in zip(panels[:3].flat, first.items(), strict=True):
-        show(axes, matrix, title)
+        viz.show_matrix(axes, matrix, title)
     for axes, (title, matrix) in zip(panels[3], second.items(), strict=True):
-        show(axes, matrix, title)
+        viz.show_matrix(axes, matrix, title)
     for axes, (title, pre, names) in zip(panels[4], forests, strict=False):
         show_forest(axes, pre, names, title)
     panels[4, 2].axis("off")
@@ -250,9 +154,8 @@ def of_chain(x: Tensor, y: Tensor, epochs: int, damping: float) -> dict[str, Ten
     model = chain()
     accuracy = train(model, x, y, epochs)
     names = ["2", "4", "6", "8"]
-    found = moments(model, names, x)
-    exact, plain = exact_fisher(model, names, x), found.ftilde()
-    Ft = damped(plain, found, damping)
+    exact, plain = viz.exact_fisher(model, names, x), viz.kronecker_fisher(model, names, x)
+    Ft = viz.kronecker_fisher(model, names, x, damping)
     Ft_inverse = torch.linalg.inv(Ft)
     breve, _ = inverse(model, names, x, damping, structure="block_diagonal")
     hat, _ = inverse(model, names, x, damping)
@@ -290,8 +193,7 @@ def of_residual(x: Tensor, y: Tensor, epochs: int, damping: float) -> tuple[Any,
     model = Residual()
     accuracy = train(model, x, y, epochs)
     names = [f"branches.{i}.{j}" for i in range(3) for j in (0, 2)]
-    found = moments(model, names, x)
-    Ft_inverse = torch.linalg.inv(damped(found.ftilde(), found, damping))
+    Ft_inverse = torch.linalg.inv(viz.kronecker_fisher(model, names, x, damping))
     print(f"residual network, accuracy {accuracy:.3f}, damping {damping:g}")
     rows, made = [], {}
     for label, options in (

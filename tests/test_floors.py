@@ -25,7 +25,7 @@ BELOW: dict[str, set[str]] = {
     "codegen": GROUND | {"ir", "linalg"},
     "optim": GROUND | {"ir", "linalg", "ops", "capture", "passes", "codegen"},
 }
-FACES = {"__init__", "__main__", "api", "viz", "backend", "distributed"}
+FACES = {"__init__", "__main__", "api", "cli", "viz", "backend", "distributed"}
 BELOW |= {face: set(BELOW) | FACES for face in FACES}
 
 

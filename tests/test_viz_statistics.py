@@ -19,10 +19,12 @@ from kfac_fx.viz.picture import Picture, picture
 DAMPING = 1e-2
 
 
-def recorded(model: nn.Module, *inputs: Tensor, **options: object) -> kfac_fx.Preconditioner:
+def recorded(
+    model: nn.Module, *inputs: Tensor, tikhonov: str = "factored", **options: object
+) -> kfac_fx.Preconditioner:
     """A preconditioner after one step on these inputs."""
     net = kfac_fx.transform(model, **options)
-    pre = kfac_fx.Preconditioner(net, fisher="exact", damping=DAMPING)
+    pre = kfac_fx.Preconditioner(net, fisher="exact", damping=DAMPING, tikhonov=tikhonov)
     outputs = net(*inputs)
     pre.observe(outputs)
     outputs.square().sum().backward()
@@ -100,6 +102,18 @@ def test_other_blocks() -> None:
         float((a.trace() / len(a) * len(g) / g.trace()) ** 0.5) for a, g in zip(A, G, strict=True)
     ]
     assert block.pi == pytest.approx(pi)
+
+
+@pytest.mark.usefixtures("float64")
+def test_exact_damping_is_of_the_product() -> None:
+    options = {"structure": "block_diagonal", "tikhonov": "exact"}
+    pre = recorded(network(), torch.randn(20, 5), **options)
+    block = pre.report().blocks["3"]
+    product = torch.kron(*pre.factors["3"]) + DAMPING * torch.eye(7 * 4)
+    assert block.condition == pytest.approx(float(torch.linalg.cond(product)))
+    assert (block.damping, block.pi) == (pytest.approx(DAMPING), ())
+    assert [factor.damping for factor in block.factors] == [0, 0]
+    assert "damping 0.01" in block.lines()
 
 
 @pytest.mark.usefixtures("float64")

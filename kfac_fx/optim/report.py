@@ -26,8 +26,9 @@ class FactorReport:
     Attributes:
         size: the number of eigenvalues; of grouped factors, of all groups together.
         effective_rank: exp of the entropy of the eigenvalues' shares (Roy & Vetterli 2007).
-        damping: what is added to the eigenvalues; the largest of the groups.
-        condition: of the damped factor; the largest of the groups.
+        damping: what is added to the eigenvalues; the largest of the groups. Zero where the
+            product is damped rather than its factors.
+        condition: of the damped factor; the largest of the groups, infinite if it is singular.
     """
 
     name: str
@@ -47,12 +48,15 @@ class BlockReport:
     Attributes:
         recorded: number of statistics in its averages.
         pi: of factored Tikhonov damping, one for each group; empty where it has no place.
+        damping: what is added to the eigenvalues of the product A (x) G; None where its factors
+            are damped.
         condition: of the damped block; None where it does not follow from its factors (sums).
     """
 
     factors: tuple[FactorReport, ...]
     recorded: int
     pi: tuple[float, ...]
+    damping: float | None
     condition: float | None
 
     def lines(self) -> list[str]:
@@ -63,6 +67,8 @@ class BlockReport:
         ranks = "  ".join(f"{f.name} {f.effective_rank:.1f}/{f.size}" for f in self.factors)
         traces = "  ".join(f"{f.name} {f.trace:.2g}" for f in self.factors)
         damping = "  ".join(f"{f.name} {f.damping:.2g}" for f in self.factors)
+        if self.damping is not None:
+            damping = f"{self.damping:.2g}"
         return [f"{condition}rank {ranks}", f"trace {traces}", f"damping {damping}"]
 
 
@@ -143,7 +149,13 @@ def report_of(inverse: InverseFisher, gamma: float) -> CurvatureReport:
     """The present averages with this gamma; eigenvalues in float64."""
     averages = inverse.averages
     blocks = {
-        name: _block(inverse.curvature.blocks[name], entry.factors, entry.recorded, gamma)
+        name: _block(
+            inverse.curvature.blocks[name],
+            entry.factors,
+            entry.recorded,
+            gamma,
+            exact=inverse.tikhonov == "exact",
+        )
         for name, entry in averages.blocks.items()
     }
     couplings = {}
@@ -174,35 +186,50 @@ def _eigenvalues(block: CurvatureBlock, spec: FactorSpec, factor: Tensor) -> Ten
 
 
 def _block(
-    block: CurvatureBlock, factors: Sequence[Tensor], recorded: int, gamma: float
+    block: CurvatureBlock,
+    factors: Sequence[Tensor],
+    recorded: int,
+    gamma: float,
+    *,
+    exact: bool,
 ) -> BlockReport:
     specs = [spec for spec in block.factors if spec.role != "count"]
-    values = list(spectra(block, factors).values())
-    pi = torch.ones((), dtype=torch.float64)
-    amounts = [torch.full((), gamma**2, dtype=torch.float64)] * len(values)
-    kronecker = block.approximation in ("kronecker", "kronecker_sum")
-    if kronecker:
-        # Of a sum, the second pair is damped.
-        a, g = (
-            mean_eigenvalue(factor.double(), diagonal=spec.diagonal, cut=spec.cut).cpu()
-            for spec, factor in zip(specs[-2:], factors[-2:], strict=True)
-        )
-        pi = trace_ratio(a, g)
-        none = [torch.zeros_like(pi)] * (len(values) - 2)
-        amounts = [*none, pi * gamma, gamma / pi]
+    values = [value.cpu() for value in spectra(block, factors).values()]
+    exact = exact and block.approximation == "kronecker"
+    pi, amounts = _amounts(block, specs, factors, gamma)
+    if exact:
+        pi, amounts = None, [torch.zeros_like(amount) for amount in amounts]
     found, conditions = [], []
     for spec, value, amount in zip(specs, values, amounts, strict=True):
-        made, condition = _factor(spec.name, value.cpu(), amount)
+        made, condition = _factor(spec.name, value, amount)
         found.append(made)
         conditions.append(condition)
-    condition = conditions[0] * conditions[1] if kronecker else conditions[0]
-    summed = block.approximation == "kronecker_sum"
+    condition = conditions[0] if len(conditions) == 1 else conditions[0] * conditions[1]
+    if exact:
+        a, g = values
+        condition = (a.amax(-1) * g.amax(-1) + gamma**2) / (a.amin(-1) * g.amin(-1) + gamma**2)
     return BlockReport(
         tuple(found),
         recorded,
-        tuple(pi.flatten().tolist()) if kronecker else (),
-        None if summed else float(condition.max()),
+        () if pi is None else tuple(pi.flatten().tolist()),
+        gamma**2 if exact else None,
+        None if block.approximation == "kronecker_sum" else float(condition.max()),
     )
+
+
+def _amounts(
+    block: CurvatureBlock, specs: Sequence[FactorSpec], factors: Sequence[Tensor], gamma: float
+) -> tuple[Tensor | None, list[Tensor]]:
+    """pi of factored damping, and what each factor's eigenvalues get; of a sum, the second pair."""
+    if block.approximation not in ("kronecker", "kronecker_sum"):
+        return None, [torch.full((), gamma**2, dtype=torch.float64)] * len(specs)
+    a, g = (
+        mean_eigenvalue(factor.double(), diagonal=spec.diagonal, cut=spec.cut).cpu()
+        for spec, factor in zip(specs[-2:], factors[-2:], strict=True)
+    )
+    pi = trace_ratio(a, g)
+    none = [torch.zeros_like(pi)] * (len(specs) - 2)
+    return pi, [*none, pi * gamma, gamma / pi]
 
 
 def _factor(name: str, values: Tensor, amount: Tensor) -> tuple[FactorReport, Tensor]:
@@ -210,7 +237,7 @@ def _factor(name: str, values: Tensor, amount: Tensor) -> tuple[FactorReport, Te
     shares = values.flatten() / values.sum().clamp_min(1e-300)
     rank = torch.exp(-torch.xlogy(shares, shares).sum())
     damped = values + amount.unsqueeze(-1)
-    condition = damped.amax(-1) / damped.amin(-1).clamp_min(1e-300)
+    condition = damped.amax(-1) / damped.amin(-1)
     numbers = (values.sum(), values.max(), values.min(), rank, amount.max(), condition.max())
     return FactorReport(name, values.numel(), *map(float, numbers)), condition
 

@@ -70,6 +70,7 @@ def _fill(pydot: Any, graph: Any, group: Group, picture: Picture, path: str) -> 
             fontsize="11",
             labeljust="l",
             labelloc="t",
+            margin="8",  # else that of the module around it
         )
         _fill(pydot, cluster, child, picture, name)
         graph.add_subgraph(cluster)

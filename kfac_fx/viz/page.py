@@ -61,6 +61,8 @@ def _statistics(block: BlockReport) -> dict[str, dict[str, Any]]:
     if not block.recorded:
         return {"statistics": {"recorded": 0}}
     general: dict[str, Any] = {"recorded": block.recorded, "pi": _row(block.pi)}
+    if block.damping is not None:
+        general["damping"] = block.damping
     if block.condition is not None:
         general["condition, damped"] = block.condition
     factors = {}
