@@ -244,7 +244,8 @@ class KFAC(Optimizer):
             wrt = list(parameters.values())
             found = torch.autograd.grad(loss, wrt, allow_unused=True, materialize_grads=True)
         pairs = zip(parameters.items(), found, strict=True)
-        return loss.detach(), {name: g.add(p, alpha=decay[name]) for (name, p), g in pairs}
+        dense = ((name, p, g.to_dense() if g.is_sparse else g) for (name, p), g in pairs)
+        return loss.detach(), {name: g.add(p, alpha=decay[name]) for name, p, g in dense}
 
     def _l2(self) -> float:
         decay = self._options("weight_decay")
