@@ -256,3 +256,19 @@ def test_state_survives(measure: Measure) -> None:
         again.apply(gradients).values(), pre.apply(gradients).values(), strict=True
     ):
         assert torch.equal(one, other)
+
+
+def test_code_stands_alone(measure: Measure) -> None:
+    """The program's text needs torch only, and computes the same."""
+    pre = recorded(Residual(), measure)
+    assert "kfac_fx" not in pre.program.code
+    names: dict[str, object] = {}
+    exec(pre.program.code, names)
+    groups = [*pre.factors.values(), *pre.cross_factors.values()]
+    refreshed = names["refresh"](torch.tensor(DAMPING), *(f for group in groups for f in group))
+    gradients = [torch.randn_like(p) for p in pre._inverse.guard.parameters.values()]
+    inverses = [refreshed[name] for name in pre.program.inverse_names]
+    got = names["apply"](*inverses, *gradients)
+    want = pre.program.apply(pre._inverse.inverses, gradients)
+    for name, value in want.items():
+        torch.testing.assert_close(got[name], value)

@@ -82,6 +82,7 @@ def source(module: fx.GraphModule, name: str) -> str:
     lines: list[str] = []
     for line in module.code.strip().splitlines():
         line = re.sub(r";\s+[\w\s=]+ = None$", "", line)
+        line = re.sub(r"\bkfac_fx_linalg_[a-z]+_(\w+\()", r"\1", line)
         target = line.strip().split(" = ", 1)[0].split(" :", 1)[0]
         if target in comments:
             lines += ["", f"    # {comments[target]}"]

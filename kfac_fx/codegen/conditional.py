@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from kfac_fx.codegen.builder import ProgramBuilder
+from kfac_fx.codegen.calls import conditional_scale, conditional_side
 from kfac_fx.codegen.form import Damping
 from kfac_fx.codegen.kronecker import sides, tikhonov
 from kfac_fx.ir import Coupling, CurvatureBlock
-from kfac_fx.linalg.conditional import conditional_scale, conditional_side
 from kfac_fx.linalg.positive import Factorise
 
 

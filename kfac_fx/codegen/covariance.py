@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from kfac_fx.codegen.builder import ProgramBuilder
+from kfac_fx.codegen.calls import damped
 from kfac_fx.codegen.form import Damping, Invert, named_inverse
 from kfac_fx.ir import CurvatureBlock
-from kfac_fx.linalg.damping import damped
 
 
 class Covariance:

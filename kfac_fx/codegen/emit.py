@@ -14,10 +14,11 @@ from torch import fx
 
 from kfac_fx.codegen import conditional
 from kfac_fx.codegen.builder import ProgramBuilder
+from kfac_fx.codegen.calls import CHOLESKY
 from kfac_fx.codegen.form import Damping
 from kfac_fx.codegen.forms import FORMS, Forms
 from kfac_fx.ir import Coupling, CurvatureBlock, CurvatureGraph, parents
-from kfac_fx.linalg.positive import CHOLESKY, Factorise
+from kfac_fx.linalg.positive import Factorise
 
 
 def _title(block: CurvatureBlock) -> str:

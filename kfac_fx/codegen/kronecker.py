@@ -8,14 +8,18 @@ from typing import Any, NamedTuple
 import torch
 
 from kfac_fx.codegen.builder import ProgramBuilder
+from kfac_fx.codegen.calls import (
+    common_basis,
+    damped,
+    mean_eigenvalue,
+    sum_inverse_product,
+    trace_ratio,
+)
 from kfac_fx.codegen.form import Damping, Invert, named_inverse
 from kfac_fx.ir import CurvatureBlock, FactorSpec
-from kfac_fx.linalg.damping import damped, mean_eigenvalue, trace_ratio
 from kfac_fx.linalg.kronecker import (
-    common_basis,
     filled_up,
     kronecker_product,
-    sum_inverse_product,
     without_filling,
 )
 
@@ -93,7 +97,8 @@ class Kronecker:
                 inverse = build.name(torch.reciprocal(matrix), f"{name}_inverse")
                 result[f"{name}_inverse"] = inverse
             else:
-                result |= named_inverse(build, name, *invert(matrix))
+                inverse, failed = invert(matrix)
+                result |= named_inverse(build, name, inverse, failed)
         return result
 
     def gather(self, build: ProgramBuilder, block: CurvatureBlock, gradients: Sequence[Any]) -> Any:

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, fx
 
 from kfac_fx.codegen.builder import source
+from kfac_fx.codegen.calls import FLOORED
 from kfac_fx.codegen.emit import emit_apply, emit_refresh
 from kfac_fx.codegen.forms import FORMS_BY_TIKHONOV
+from kfac_fx.codegen.leaf import own_functions, texts
 from kfac_fx.ir import Coupling, CurvatureGraph
-from kfac_fx.linalg.positive import FLOORED
 
 log = logging.getLogger("kfac_fx")
 
@@ -63,9 +64,12 @@ class Program:
     @property
     def code(self) -> str:
         """Both programs as readable Python that needs torch alone."""
+        functions = own_functions(self.refresh_module.graph)
         return "\n".join(
             (
-                "import torch\n\n",
+                "from __future__ import annotations\n",
+                "import torch\nfrom torch import Tensor\n\n",
+                texts(functions) + "\n",
                 source(self.refresh_module, "refresh") + "\n",
                 source(self.apply_module, "apply"),
             )
