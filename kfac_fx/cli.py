@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import io
 import json
 import logging
 import math
@@ -22,7 +24,7 @@ from kfac_fx.api import transform
 from kfac_fx.capture import CapturedModule
 from kfac_fx.codegen import Program
 from kfac_fx.config import STRUCTURES
-from kfac_fx.errors import KFACError, MissingExtraError
+from kfac_fx.errors import KFACError
 from kfac_fx.viz.facts import summary
 from kfac_fx.viz.save import SUFFIXES
 
@@ -49,11 +51,10 @@ class UsageError(Exception):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code; errors are one line on stderr."""
     options = _parser().parse_args(arguments)
-    logging.basicConfig(
-        level=logging.ERROR if options.quiet else logging.WARNING, format="%(message)s"
-    )
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
     if options.quiet:
         warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)  # torch's loggers have levels of their own
     try:
         _check(options)
         return _run(options)
@@ -63,8 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, BrokenPipeError):  # the reader has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
-        wrong = isinstance(error, ValueError) and not isinstance(error, MissingExtraError)
-        return _fail(error, WRONG if wrong else FAILED)
+        return _fail(error, WRONG if isinstance(error, ValueError) else FAILED)
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -92,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--seed", type=int, default=0)
         command.add_argument("-o", "--output", metavar="FILE", help="instead of stdout")
         command.add_argument("--json", action="store_true", help="for scripts")
-        command.add_argument("-q", "--quiet", action="store_true", help="no warnings")
+        command.add_argument("-q", "--quiet", action="store_true", help="errors only")
         if name == "draw":
             command.add_argument(
                 "--unfold", action="store_true", help="repeated modules one by one"
@@ -121,14 +123,19 @@ def _run(options: argparse.Namespace) -> int:
     torch.manual_seed(options.seed)
     inputs, keywords = _inputs(options.input)
     model = _model(options.model, _keywords(options.kwargs))
-    net = transform(
-        model,
-        inputs or None,
-        example_kwargs=keywords or None,
-        structure=options.structure,
-        couplings=options.couplings,
-        exclude=options.exclude,
+    # torch.export prints graphs that it cannot follow, whatever its loggers are told.
+    silence = (
+        contextlib.redirect_stderr(io.StringIO()) if options.quiet else contextlib.nullcontext()
     )
+    with silence:
+        net = transform(
+            model,
+            inputs or None,
+            example_kwargs=keywords or None,
+            structure=options.structure,
+            couplings=options.couplings,
+            exclude=options.exclude,
+        )
     if options.command == "draw":
         fold = not options.unfold
         net.curvature.save(options.output, fold=fold, direction=options.direction)

@@ -166,6 +166,13 @@ def test_inputs_that_do_not_fit_the_model(capsys: pytest.CaptureFixture[str]) ->
     assert out == "" and err.startswith("kfac_fx: error: ") and err.count("\n") == 1
 
 
+def test_quiet_is_quiet(capfd: pytest.CaptureFixture[str]) -> None:
+    # torch.export gives up on this model, and says much while it does.
+    assert main(["inspect", "hard_models:DataBranch", "--input", "float32[N,4]", "-q"]) == 0
+    out, err = capfd.readouterr()
+    assert out.startswith("block") and err == ""
+
+
 def test_missing_extra(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

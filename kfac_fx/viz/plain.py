@@ -57,7 +57,9 @@ def _draw(axes: Any, box: Box, picture: Picture, scale: float) -> None:
     axes.add_patch(patch)
     if node is None:
         weight = "bold" if box.copies > 1 else "normal"
-        axes.text(box.x + 0.1, box.y + 0.2, box.title, fontsize=8.5 * scale, weight=weight)
+        ground = {"facecolor": "#f5f5f5", "edgecolor": "none", "pad": 0.6, "alpha": 0.9}
+        options = {"weight": weight, "bbox": ground, "zorder": 4}  # lines pass behind headings
+        axes.text(box.x + 0.1, box.y + 0.2, box.title, fontsize=8.5 * scale, **options)
         return
     patch.set_gid(f"block:{box.block}")
     middle = box.x + box.width / 2
