@@ -43,9 +43,12 @@ def _is_own(target: Any) -> bool:
     return inspect.isfunction(target) and target.__module__.startswith("kfac_fx.linalg")
 
 
-def _visit(function: Any, found: dict[Callable[..., Any], None]) -> None:
+def _visit(
+    function: Any, found: dict[Callable[..., Any], None], within: tuple[Any, ...] = ()
+) -> None:
     for name in function.__code__.co_names:
         needed = function.__globals__.get(name)
-        if _is_own(needed) and needed not in found:
-            _visit(needed, found)
+        # Names of attributes are among these: torch.cholesky_inverse in a function of that name.
+        if _is_own(needed) and needed not in (*found, *within, function):
+            _visit(needed, found, (*within, function))
     found[function] = None
