@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -21,12 +22,13 @@ from kfac_fx.config import (
     WEIGHT_SHARING,
     choice,
 )
-from kfac_fx.errors import CoverageError, NoParametersError
+from kfac_fx.errors import CoverageError, NoParametersError, UnknownOptionError
 from kfac_fx.ir import CurvatureGraph
 from kfac_fx.passes import (
     EagerTaps,
     every_piece,
     find_couplings,
+    find_moments,
     find_uses,
     gather_blocks,
     instrument,
@@ -50,6 +52,7 @@ def transform(
     weight_sharing: str = "expand",
     max_factor_dim: int = MAX_FACTOR_DIM,
     large_factors: str = "diagonal",
+    ekfac: bool = False,
     capture: str = "auto",
     check: bool = True,
 ) -> CapturedModule:
@@ -77,6 +80,8 @@ def transform(
             into ceil(d / max_factor_dim) equal sub-blocks along the diagonal. Where they do not
             divide d, the last is filled up with zeros, which damping makes invertible and which
             nothing else sees.
+        ekfac: record what ``tikhonov="ekfac"`` needs: second moments of per-case gradients in the
+            bases of the Kronecker blocks of plain layers (not of running models, capture="eager").
         capture: "symbolic_trace", "export" (needs example inputs), "eager" (the model's own Python
             code, recorded while it runs; needs example inputs), or "auto", the first that works.
         check: compare the captured module's outputs and gradients with the model's, once, on the
@@ -128,6 +133,10 @@ def transform(
         by_data = couplings == "data"
         dependencies = find_couplings(module, module.graph, blocks, by_data=by_data)
         curvature = with_couplings(curvature, dependencies)
+    if ekfac:
+        if route == "eager":
+            raise UnknownOptionError("ekfac=True needs a graph: capture='eager' has none")
+        curvature = replace(curvature, moments=find_moments(module, blocks))
     _check_coverage(curvature, strict)
     module.meta["kfac_fx"] = curvature
     instrument(module, found)

@@ -10,7 +10,7 @@ from kfac_fx.errors import UnknownOptionError
 STRUCTURES: Final = ("block_diagonal", "block_tridiagonal")
 COUPLINGS: Final = ("topology", "data")
 FISHERS: Final = ("sampled", "exact", "empirical")
-TIKHONOV: Final = ("factored", "exact")
+TIKHONOV: Final = ("factored", "exact", "ekfac")
 WEIGHT_SHARING: Final = ("expand", "reduce")
 LARGE_FACTORS: Final = ("diagonal", "blocks")
 CAPTURES: Final = ("auto", "symbolic_trace", "export", "eager")

@@ -63,7 +63,7 @@ def find_couplings(
         for name, block in blocks.items()
         if block.approximation.startswith("kronecker") or block.kind in _LAYERS
     }
-    reasons = {name: _why_alone(block) for name, block in blocks.items()}
+    reasons = {name: why_alone(block) for name, block in blocks.items()}
     able = {name for name, reason in reasons.items() if reason is None}
     edges = find_edges(view, blocks, layers, able)
     order = list(blocks)
@@ -102,7 +102,7 @@ def with_couplings(curvature: CurvatureGraph, found: Dependencies) -> CurvatureG
     )
 
 
-def _why_alone(block: CurvatureBlock) -> str | None:
+def why_alone(block: CurvatureBlock) -> str | None:
     """Why a block has no cross factors with any other; None if it can have some."""
     tap = block.uses[0].tap
     if block.approximation != "kronecker":

@@ -12,6 +12,7 @@ from kfac_fx.capture.module import CapturedModule
 from kfac_fx.ir import CurvatureBlock, NodeRef, ParameterUse
 from kfac_fx.ops import STORE
 from kfac_fx.passes.insert_links import add_cross_buffers, insert_links
+from kfac_fx.passes.insert_moments import add_moment_buffers, insert_moments
 from kfac_fx.passes.replace_node import fill
 
 KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "custom")
@@ -119,7 +120,9 @@ def instrument(module: CapturedModule, found: Sequence[Mapping[str, CurvatureBlo
     blocks = module.curvature.blocks
     add_factor_buffers(module, blocks)
     add_cross_buffers(module, module.curvature)
+    add_moment_buffers(module, module.curvature)
     for graph, here in zip(module.graphs, found, strict=True):
         insert_taps(graph, blocks, here)
         insert_links(module, graph, here, module.curvature.pairs)
+        insert_moments(module, graph, here, module.curvature)
     module.recompile()

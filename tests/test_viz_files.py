@@ -24,6 +24,7 @@ MODELS = {
     "attention": (nn.TransformerEncoderLayer(8, 2, 16), torch.randn(3, 2, 8), {}),
     "data": (Tower(3), None, {"couplings": "data"}),
     "diagonal": (nn.Sequential(nn.Conv2d(2, 4, 3, groups=2)), None, {}),
+    "ekfac": (Tower(2), None, {"ekfac": True}),
     "recurrent": (nn.LSTM(3, 4), torch.randn(5, 2, 3), {"structure": "block_diagonal"}),
     "excluded": (Tower(1), None, {"exclude": ("stem",), "large_factors": "blocks"}),
     "scaled": (nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)), torch.randn(2, 3), {}),

@@ -20,9 +20,11 @@ FORMS: Forms = {
     "diagonal": Diagonal(),
 }
 
+_EXACT: Forms = {**FORMS, "kronecker": EigenKronecker()}
 FORMS_BY_TIKHONOV: Mapping[str, Forms] = {
     "factored": FORMS,
     # Sums keep factored damping: two products and the identity have no common bases.
-    "exact": {**FORMS, "kronecker": EigenKronecker()},
+    "exact": _EXACT,
+    "ekfac": _EXACT,  # with other eigenvalues than those that the refresh finds
 }
 """The forms by how Kronecker blocks are damped."""

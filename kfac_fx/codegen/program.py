@@ -29,7 +29,8 @@ class Program:
     Args:
         couplings: the forest; none for block-diagonal.
         cast: parameters of lower precision than their factors.
-        tikhonov: how Kronecker blocks are damped, "factored" or "exact".
+        tikhonov: how Kronecker blocks are damped, "factored", or "exact" and "ekfac", which have
+            one program.
         compile: run both through torch.compile.
 
     Attributes:

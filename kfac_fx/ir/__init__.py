@@ -3,6 +3,7 @@
 from kfac_fx.ir.coupling import Coupling, Edge, Pair, couplings_of, parents
 from kfac_fx.ir.curvature_graph import Coverage, CurvatureBlock, CurvatureGraph
 from kfac_fx.ir.layout import Layout
+from kfac_fx.ir.moment import Moment
 from kfac_fx.ir.use import Approximation, FactorSpec, NodeRef, ParameterUse, Role, Scale, Tap
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Edge",
     "FactorSpec",
     "Layout",
+    "Moment",
     "NodeRef",
     "Pair",
     "ParameterUse",

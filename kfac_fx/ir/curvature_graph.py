@@ -14,6 +14,7 @@ import networkx as nx
 from kfac_fx.ir.coupling import Coupling, Edge, Pair, parents
 from kfac_fx.ir.faces import face
 from kfac_fx.ir.layout import Layout
+from kfac_fx.ir.moment import Moment
 from kfac_fx.ir.use import Approximation, FactorSpec, ParameterUse
 
 
@@ -87,6 +88,7 @@ class CurvatureGraph:
         uncoupled: block -> the reason why it is coupled with none.
         selection: whether the "topology" chose the couplings for good, or the "data" may choose
             others among the pairs.
+        moments: blocks whose eigenvalues can be estimated (EKFAC).
     """
 
     blocks: Mapping[str, CurvatureBlock]
@@ -101,6 +103,7 @@ class CurvatureGraph:
     couplings: tuple[Coupling, ...] = ()
     uncoupled: Mapping[str, str] = field(default_factory=dict)
     selection: str = "topology"
+    moments: tuple[Moment, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("blocks", "sizes", "uncoupled"):
@@ -121,6 +124,7 @@ class CurvatureGraph:
             self.couplings,
             dict(self.uncoupled),
             self.selection,
+            self.moments,
         )
 
     @property
@@ -136,7 +140,8 @@ class CurvatureGraph:
     @property
     def factor_elements(self) -> int:
         """Entries of all factors; what ``Preconditioner`` will allocate, known before it does."""
-        holders: list[CurvatureBlock | Pair] = [*self.blocks.values(), *self.pairs]
+        holders: list[CurvatureBlock | Pair | Moment] = [*self.blocks.values(), *self.pairs]
+        holders += self.moments
         return sum(prod(f.shape) for holder in holders for f in holder.factors)
 
     def memory(self, itemsize: int = 4) -> int:

@@ -14,6 +14,7 @@ from kfac_fx.ops import (
     embedding_bag,
     grouped,
     linear,
+    moment,
     recurrent,
     row_scale,
     scale_shift,
@@ -50,6 +51,12 @@ def cross_buffers(net: Any, pairs: Iterable[Any]) -> list[tuple[Tensor, Tensor]]
     return [(slot.A, slot.G) for slot in slots]
 
 
+def moment_buffers(net: Any, of: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """(U_A, U_G, S) of a ``kfac_fx.ir.Moment``."""
+    slot = getattr(getattr(net, STORE), of.slot)
+    return slot.U_A, slot.U_G, slot.S
+
+
 __all__ = [
     "STORE",
     "all_buffers",
@@ -63,6 +70,8 @@ __all__ = [
     "factor_buffers",
     "grouped",
     "linear",
+    "moment",
+    "moment_buffers",
     "only",
     "pause",
     "recurrent",

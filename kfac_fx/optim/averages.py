@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from kfac_fx.errors import ParameterChangedError
-from kfac_fx.ir import Coupling, CurvatureBlock, CurvatureGraph, Pair
-from kfac_fx.ops import cross_buffers, factor_buffers
+from kfac_fx.ir import Coupling, CurvatureBlock, CurvatureGraph, Moment, Pair
+from kfac_fx.ops import cross_buffers, factor_buffers, moment_buffers
 
 
 @dataclass
@@ -22,7 +22,7 @@ class Entry:
         recorded: number of statistics in the averages.
     """
 
-    block: CurvatureBlock | Pair
+    block: CurvatureBlock | Pair | Moment
     parameters: tuple[nn.Parameter, ...]
     buffers: tuple[Tensor, ...]
     averages: tuple[Tensor, ...]
@@ -31,7 +31,7 @@ class Entry:
     @classmethod
     def zero(
         cls,
-        block: CurvatureBlock | Pair,
+        block: CurvatureBlock | Pair | Moment,
         parameters: tuple[nn.Parameter, ...],
         buffers: tuple[Tensor, ...],
         like: Tensor,
@@ -129,11 +129,12 @@ def fold(
 
 
 class Averages:
-    """The running averages of all blocks, and of pairs of blocks.
+    """The running averages of all blocks, of pairs of blocks, and of moments in bases.
 
     Args:
         parameters: those that the blocks cover, by name.
         pairs: the pairs whose cross factors are wanted.
+        moments: the blocks whose moments are wanted.
     """
 
     def __init__(
@@ -142,6 +143,7 @@ class Averages:
         curvature: CurvatureGraph,
         parameters: Mapping[str, nn.Parameter],
         pairs: Sequence[Pair],
+        moments: Sequence[Moment] = (),
     ) -> None:
         buffers = factor_buffers(net)
         self.blocks = {
@@ -159,7 +161,12 @@ class Averages:
             )
             for pair, found in zip(pairs, cross_buffers(net, pairs), strict=True)
         }
-        self.entries = [*self.blocks.values(), *self.pairs.values()]
+        self.moments = {
+            m.block: Entry.zero(m, (), moment_buffers(net, m)[2:], self.blocks[m.block].averages[0])
+            for m in moments
+        }
+        holders = self.blocks, self.pairs, self.moments
+        self.entries: list[Entry] = [entry for held in holders for entry in held.values()]
 
     @property
     def recorded(self) -> bool:

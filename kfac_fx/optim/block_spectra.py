@@ -56,6 +56,12 @@ def block_spectra(
     return BlockSpectra(diagonalised(*pair), _diagonal(pair), pair)
 
 
+def in_bases(U_A: Tensor, U_G: Tensor, d: Tensor) -> BlockSpectra:
+    """(U_A (x) U_G) diag(d) (U_A (x) U_G)^T with orthonormal bases, d [g, a]."""
+    sides = Side((U_A,)), Side((U_G,))
+    return BlockSpectra(Spectral(d, sides, sides), U_G.square() @ d @ U_A.square().mT)
+
+
 def _covariance(form: str, C: Tensor, damping: float) -> BlockSpectra:
     one = Side((C.new_ones(1),), diagonal=True)
     side = Side((C,), diagonal=form == "diagonal")

@@ -17,6 +17,7 @@ from kfac_fx.ir import Coupling, CurvatureGraph
 from kfac_fx.ops import all_buffers
 from kfac_fx.optim.averages import Averages, all_finite, fold, has_outlier
 from kfac_fx.optim.guard import ParameterGuard
+from kfac_fx.optim.moments import Moments
 from kfac_fx.optim.selection import chosen_couplings, mutual_informations, total
 
 log = logging.getLogger("kfac_fx")
@@ -28,7 +29,7 @@ class InverseFisher:
     Args:
         net: carries the factor buffers.
         structure: "block_tridiagonal" records and uses the couplings.
-        tikhonov: how Kronecker blocks are damped, "factored" or "exact".
+        tikhonov: how Kronecker blocks are damped, "factored", "exact" or "ekfac".
         compile: run the program through torch.compile.
 
     Attributes:
@@ -38,7 +39,7 @@ class InverseFisher:
         clamped: entries of conditionals that rounding had pushed to one, over all refreshes.
 
     Raises:
-        UnknownOptionError: tikhonov is unknown, or exact and there are couplings.
+        UnknownOptionError: tikhonov is unknown, or not factored and there are couplings.
     """
 
     def __init__(
@@ -59,7 +60,9 @@ class InverseFisher:
             buffer.requires_grad_(False)
             buffer.grad = None
         pairs = curvature.pairs if coupled else ()
-        self.averages = Averages(net, curvature, self.guard.parameters, pairs)
+        moments = curvature.moments if tikhonov == "ekfac" else ()
+        self.averages = Averages(net, curvature, self.guard.parameters, pairs, moments)
+        self.moments = Moments(net, curvature, self.averages)
         self._compile = compile
         self._refreshes = 0
         self._silent: set[str] = set()
@@ -101,6 +104,8 @@ class InverseFisher:
         self._silent |= silent
         if fold(entries, new, decay):
             self.inverses = {}  # a block got its first statistic
+        if self.inverses and self.moments.blocks:
+            self.inverses = self.inverses | self.moments.scales(self.inverses["damping"])
         return True
 
     def refresh(self, damping: float) -> None:
@@ -117,6 +122,9 @@ class InverseFisher:
         amount = torch.tensor(damping, dtype=factors[0].dtype, device=factors[0].device)
         self.inverses = self.program.refresh(amount, factors)
         self.clamped += self.program.clamped
+        if self.moments.blocks:
+            self.moments.rebase(self.inverses)
+            self.inverses |= {"damping": amount} | self.moments.scales(amount)
 
     def _choose_couplings(self, damping: float) -> None:
         """Takes the forest of most mutual information at refreshes 1, 2, 4, 8, ..."""
@@ -189,12 +197,13 @@ class InverseFisher:
         self.inverses = {}  # of another form they are of no use
         if state.get("tikhonov", "factored") == self.tikhonov:
             self.inverses = {name: v.to(device).clone() for name, v in state["inverses"].items()}
+        self.moments.restore(self.inverses)
         self._refreshes = int(state["refreshes"])
         self.clamped = int(state["clamped"])
 
 
 def _tikhonov(wanted: str, curvature: CurvatureGraph, coupled: bool) -> str:
-    """The option, checked; sums of Kronecker products, which stay factored, are named."""
+    """The option, checked; blocks that it does not reach are named."""
     if choice("tikhonov", wanted, TIKHONOV) == "factored":
         return wanted
     if coupled and curvature.pairs:
@@ -205,4 +214,14 @@ def _tikhonov(wanted: str, curvature: CurvatureGraph, coupled: bool) -> str:
     sums = [b.name for b in curvature.blocks.values() if b.approximation == "kronecker_sum"]
     if sums:
         log.warning("factored damping for %s: sums of two products", ", ".join(sums))
+    if wanted == "ekfac":
+        known = {moment.block for moment in curvature.moments}
+        if not known:
+            raise UnknownOptionError(
+                "tikhonov='ekfac' needs transform(..., ekfac=True), and a layer that is plain"
+            )
+        blocks = curvature.blocks.values()
+        rest = [b.name for b in blocks if b.approximation == "kronecker" and b.name not in known]
+        if rest:
+            log.warning("Kronecker eigenvalues for %s: no plain layers", ", ".join(rest))
     return wanted

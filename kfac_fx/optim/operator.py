@@ -14,7 +14,7 @@ from kfac_fx.errors import OperatorError, StatisticsError
 from kfac_fx.ir import CurvatureBlock, parents
 from kfac_fx.linalg.forest import Forest
 from kfac_fx.linalg.spectral import Spectral
-from kfac_fx.optim.block_spectra import block_spectra, conditionals
+from kfac_fx.optim.block_spectra import BlockSpectra, block_spectra, conditionals, in_bases
 from kfac_fx.optim.inverse import InverseFisher
 
 Blocks = dict[str, Tensor]
@@ -65,6 +65,7 @@ class CurvatureOperator:
             )
             for name, factors in inverse.factors.items()
         }
+        found |= {name: self._estimated(inverse, name, damping) for name in inverse.moments.blocks}
         cross = {pair: [f.to(dtype) for f in fs] for pair, fs in inverse.cross_factors.items()}
         given = conditionals(parents(inverse.program.couplings), found, cross)
         parent = parents(c for c in inverse.program.couplings if c.child in given)
@@ -78,6 +79,14 @@ class CurvatureOperator:
             raise StatisticsError(f"block {block.name}: no statistics, so no curvature, is known")
         if any(self._parameters[name].is_complex() for name in block.parameters):
             raise OperatorError(f"block {block.name}: there is no operator of complex parameters")
+
+    def _estimated(self, inverse: InverseFisher, name: str, damping: float) -> BlockSpectra:
+        """A block of EKFAC, in the bases of the last refresh."""
+        spectrum = inverse.moments.spectrum(name)
+        if spectrum is None:
+            raise StatisticsError(f"block {name}: no bases yet, step() or refresh() computes them")
+        U_A, U_G, S = (value.to(self._dtype, copy=True) for value in spectrum)
+        return in_bases(U_A, U_G, S + damping)
 
     # The matrix.
 

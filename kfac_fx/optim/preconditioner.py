@@ -45,8 +45,9 @@ class Preconditioner:
         likelihood: "categorical", "bernoulli", "normal", an object of ``kfac_fx.likelihoods``, or a
             callable from outputs to a ``torch.distributions.Distribution``.
         damping: lambda; factored Tikhonov uses gamma = sqrt(lambda).
-        tikhonov: "factored", (A + pi gamma I) (x) (G + gamma / pi I); or "exact", A (x) G + lambda
-            I, for structure="block_diagonal" (sums of two Kronecker products stay factored).
+        tikhonov: "factored", (A + pi gamma I) (x) (G + gamma / pi I); "exact", A (x) G + lambda I
+            (sums of two Kronecker products stay factored); or "ekfac", the same with estimated
+            eigenvalues. The last two need structure="block_diagonal".
         structure: None for the transform's own; "block_diagonal" leaves the couplings out.
         fisher: "sampled" draws targets from the model (one more backward), "exact" takes every
             column of the output Fisher's square root (one backward each), "empirical" reuses the

@@ -26,6 +26,7 @@ _RECORDS: dict[str, Any] = {
         ir.Edge,
         ir.FactorSpec,
         ir.Layout,
+        ir.Moment,
         ir.NodeRef,
         ir.Pair,
         ir.ParameterUse,

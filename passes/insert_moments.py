@@ -1,0 +1,76 @@
+"""Inserts what records second moments in the bases of Kronecker blocks (EKFAC)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import fx, nn
+
+from kfac_fx.ir import CurvatureBlock, CurvatureGraph, FactorSpec, Moment
+from kfac_fx.ops import STORE
+from kfac_fx.ops.sides import side_of
+from kfac_fx.passes.find_couplings import SIDES, side_text, why_alone
+
+_MOMENT = torch.ops.kfac_fx.moment.default
+_TAPS = tuple(getattr(torch.ops.kfac_fx, name).default for name in SIDES)
+
+
+def find_moments(module: nn.Module, blocks: Mapping[str, CurvatureBlock]) -> tuple[Moment, ...]:
+    """Of every Kronecker block of one plain use whose cases are told apart."""
+    found = []
+    for name, block in blocks.items():
+        if why_alone(block) is None and not side_of(side_text(module, block)).interleaved:
+            A, G = (factor.shape[0] for factor in block.factors)
+            S = FactorSpec("S", (G, A), "gradient")
+            found.append(Moment(name, f"{block.slot}__moment", (S,)))
+    return tuple(found)
+
+
+def add_moment_buffers(module: nn.Module, curvature: CurvatureGraph) -> None:
+    """Buffers of the bases, and of S, a zero without memory whose gradient is the statistic."""
+    store = module.get_submodule(STORE)
+    for moment in curvature.moments:
+        block = curvature.blocks[moment.block]
+        like = next(store.get_submodule(block.slot).buffers())
+        slot = nn.Module()
+        for factor in block.factors:
+            basis = torch.eye(factor.shape[0], dtype=like.dtype, device=like.device)
+            slot.register_buffer(f"U_{factor.name}", basis, persistent=False)
+        zero = torch.zeros((), dtype=like.dtype, device=like.device)
+        slot.register_buffer("S", zero.expand(moment.factors[0].shape), persistent=False)
+        store.add_module(moment.slot, slot)
+
+
+def insert_moments(
+    module: nn.Module,
+    graph: fx.Graph,
+    blocks: Mapping[str, CurvatureBlock],
+    curvature: CurvatureGraph,
+) -> None:
+    """One more tap behind that of each block's factors.
+
+    Args:
+        graph: with taps.
+        blocks: as found in this graph; those of another form are left out.
+    """
+    taps = {n.meta["custom"]["kfac_fx"]: n for n in graph.nodes if n.target in _TAPS}
+    for moment in curvature.moments:
+        y, block = taps.get(moment.block), blocks.get(moment.block)
+        if y is None or block is None or block.factors != curvature.blocks[moment.block].factors:
+            continue
+        users = list(y.users)
+        place = y
+        reads = []
+        for name in ("U_A", "U_G", "S"):
+            path = f"{STORE}.{moment.slot}.{name}"
+            with graph.inserting_after(place):
+                place = graph.create_node("get_attr", path, name=path.replace(".", "_"))
+            reads.append(place)
+        with graph.inserting_after(place):
+            call = graph.call_function(_MOMENT, (y, y.args[1], *reads, side_text(module, block)))
+        call.meta = {key: value for key, value in y.meta.items() if key == "nn_module_stack"}
+        call.meta["custom"] = {"kfac_fx": moment.name}
+        for user in users:
+            user.replace_input_with(y, call)
+    graph.lint()
