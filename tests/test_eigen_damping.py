@@ -179,7 +179,7 @@ def test_program_reads_and_compiles(measure: Measure) -> None:
     net = kfac_fx.transform(build(), structure="block_diagonal")
     found = measure(net, torch.randn(6, *shape), None, Normal(), tikhonov="exact")
     program = found.preconditioner.program
-    assert "A_basis_0" in program.code and "reciprocal" in program.code
+    assert "= eigenbasis(A_0)" in program.code and "eigen_product(A_basis_0" in program.code
     names: dict[str, object] = {}
     exec(program.code, names)
     factors = [f for fs in found.factors.values() for f in fs]
@@ -193,6 +193,25 @@ def test_program_reads_and_compiles(measure: Measure) -> None:
     for name, value in want.items():
         assert_equal(names["apply"](*given, *gradients)[name], value)
         assert_equal(apply(*(again[n] for n in program.inverse_names), *gradients)[name], value)
+
+
+def test_text_of_a_sum_is_complete() -> None:
+    """The apply has formulas of its own, which go along too."""
+    model, ids = Tied(bias=False), torch.randint(7, (5, 3))
+    net = kfac_fx.transform(model, structure="block_diagonal")
+    pre = kfac_fx.Preconditioner(net, fisher="exact", tikhonov="exact")
+    pre.observe(outputs := net(ids))
+    outputs.square().sum().backward()
+    pre.step()
+    names: dict[str, object] = {}
+    exec(pre.program.code, names)
+    factors = [factor for group in pre.factors.values() for factor in group]
+    inverses = names["refresh"](torch.tensor(1e-3), *factors)
+    gradients = {name: torch.randn_like(p) for name, p in pre._inverse.guard.parameters.items()}
+    given = [inverses[name] for name in pre.program.inverse_names]
+    want = pre.apply(gradients)
+    for name, value in names["apply"](*given, *gradients.values()).items():
+        assert_equal(value, want[name])
 
 
 def test_inverses_of_another_form_are_not_restored(measure: Measure) -> None:

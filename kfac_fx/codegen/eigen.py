@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from kfac_fx.codegen.builder import ProgramBuilder
+from kfac_fx.codegen.calls import damped_scale, eigen_product, eigenbasis
 from kfac_fx.codegen.form import Damping, Invert
 from kfac_fx.codegen.kronecker import Kronecker, cut_of, sides
 from kfac_fx.ir import CurvatureBlock
-from kfac_fx.linalg.kronecker import filled_up, kronecker_product, without_filling
+from kfac_fx.linalg.kronecker import filled_up, without_filling
 
 
 class EigenKronecker(Kronecker):
@@ -36,18 +35,16 @@ class EigenKronecker(Kronecker):
         spectra: list[Any] = []
         result: dict[str, Any] = {}
         for spec, factor in zip(sides(block), factors, strict=True):
-            values = factor
-            if not spec.diagonal:
-                pair = torch.linalg.eigh(factor)
-                values, name = pair[0], f"{spec.name}_basis_{slot}"
-                result[name] = build.name(pair[1], name)
-            values = values.flatten() if spec.cut else values
-            # Rounding makes eigenvalues of singular factors negative.
-            spectra.append(build.name(values.clamp_min(0.0), f"s_{spec.name}_{slot}"))
-        s_A, s_G = spectra
-        eigenvalues = s_G.unsqueeze(-1) * s_A.unsqueeze(-2) + damping.lam
-        name = f"scale_{slot}"
-        return result | {name: build.name(torch.reciprocal(eigenvalues), name)}
+            if spec.diagonal:
+                spectra.append(factor)
+                continue
+            values, basis = eigenbasis(factor)
+            values = build.name(values, f"s_{spec.name}_{slot}")
+            spectra.append(values.flatten() if spec.cut else values)
+            name = f"{spec.name}_basis_{slot}"
+            result[name] = build.name(basis, name)
+        (s_A, s_G), name = spectra, f"scale_{slot}"
+        return result | {name: build.name(damped_scale(s_A, s_G, damping.lam), name)}
 
     def apply(
         self, build: ProgramBuilder, block: CurvatureBlock, inverses: Sequence[Any], V: Any
@@ -57,6 +54,6 @@ class EigenKronecker(Kronecker):
         found = iter(bases)
         U_A, U_G = (None if spec.diagonal else next(found) for spec in specs)
         V = filled_up(V, cut.missing)
-        inner = kronecker_product(U_A, None if U_G is None else U_G.mT, V, cut=cut.parts) * scale
-        U_A = None if U_A is None else U_A.mT
-        return without_filling(kronecker_product(U_A, U_G, inner, cut=cut.parts), cut.missing)
+        options = {"cut": cut.parts} if any(cut.parts) else {}
+        U = eigen_product(U_A, U_G, scale, V, **options)
+        return without_filling(U, cut.missing)

@@ -25,10 +25,10 @@ def leaf(function: F) -> F:
     return call  # type: ignore[return-value]
 
 
-def own_functions(graph: fx.Graph) -> list[Callable[..., Any]]:
-    """Functions of this library that the graph calls, each after those that it needs itself."""
+def own_functions(*graphs: fx.Graph) -> list[Callable[..., Any]]:
+    """Functions of this library that the graphs call, each after those that it needs itself."""
     found: dict[Callable[..., Any], None] = {}
-    for node in graph.nodes:
+    for node in (node for graph in graphs for node in graph.nodes):
         if node.op == "call_function" and _is_own(node.target):
             _visit(node.target, found)
     return list(found)

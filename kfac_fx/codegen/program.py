@@ -65,7 +65,7 @@ class Program:
     @property
     def code(self) -> str:
         """Both programs as readable Python that needs torch alone."""
-        functions = own_functions(self.refresh_module.graph)
+        functions = own_functions(self.refresh_module.graph, self.apply_module.graph)
         return "\n".join(
             (
                 "from __future__ import annotations\n",
