@@ -4,7 +4,7 @@ from kfac_fx import errors, viz
 from kfac_fx.api import transform
 from kfac_fx.ir import Coupling, CurvatureBlock, CurvatureGraph, Edge
 from kfac_fx.ir.faces import register
-from kfac_fx.optim import KFAC, Preconditioner, likelihoods
+from kfac_fx.optim import KFAC, GrowingBatches, Preconditioner, likelihoods
 from kfac_fx.passes.rules import register_rule
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "CurvatureBlock",
     "CurvatureGraph",
     "Edge",
+    "GrowingBatches",
     "Preconditioner",
     "errors",
     "likelihoods",

@@ -1,0 +1,57 @@
+"""The exponentially growing batches of Martens & Grosse (2015), section 13."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import Sampler
+
+from kfac_fx.errors import UnknownOptionError
+
+
+class GrowingBatches(Sampler[list[int]]):
+    """Batches of m_k = min(m_1 exp((k - 1) / b), cases) random cases; for ``batch_sampler=``.
+
+    One pass is ``iterations`` batches. ``first_iteration`` says where a resumed run goes on.
+
+    Args:
+        cases: size of the data set |S|.
+        iterations: number of batches of a pass.
+        first: m_1.
+        full_at: the iteration k with m_k = |S|, which fixes b.
+        first_iteration: k of the first batch.
+        generator: of the draws; torch's global one by default.
+
+    Raises:
+        UnknownOptionError: a number is not positive.
+    """
+
+    def __init__(
+        self,
+        cases: int,
+        iterations: int,
+        *,
+        first: int = 1000,
+        full_at: int = 500,
+        first_iteration: int = 1,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        if min(cases, iterations, first, first_iteration) < 1 or full_at < 2:
+            raise UnknownOptionError("cases, iterations, first and full_at must be positive")
+        self.cases, self.iterations, self.first = cases, iterations, min(first, cases)
+        self.first_iteration, self.generator = first_iteration, generator
+        self._rate = math.log(cases / self.first) / (full_at - 1)
+
+    def size(self, k: int) -> int:
+        """m_k."""
+        return min(round(self.first * math.exp(min((k - 1) * self._rate, 50.0))), self.cases)
+
+    def __len__(self) -> int:
+        return self.iterations
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for k in range(self.first_iteration, self.first_iteration + self.iterations):
+            order = torch.randperm(self.cases, generator=self.generator)
+            yield order[: self.size(k)].tolist()
