@@ -34,7 +34,6 @@ from kfac_fx.passes import (
     instrument,
     placeable,
     strip_taps,
-    with_couplings,
 )
 
 log = logging.getLogger("kfac_fx")
@@ -131,8 +130,7 @@ def transform(
     curvature = CurvatureGraph(blocks, frozen, excluded, unused, sizes, structure, route)
     if structure == "block_tridiagonal":
         by_data = couplings == "data"
-        dependencies = find_couplings(module, module.graph, blocks, by_data=by_data)
-        curvature = with_couplings(curvature, dependencies)
+        curvature = find_couplings(module, module.graph, curvature, by_data=by_data)
     if ekfac:
         if route == "eager":
             raise UnknownOptionError("ekfac=True needs a graph: capture='eager' has none")

@@ -47,3 +47,10 @@ def within(option: str, value: float, low: float, high: float) -> float:
     if not low <= value < high:
         raise UnknownOptionError(f"{option} must lie in [{low}, {high}), got {value!r}")
     return value
+
+
+def share(option: str, value: float) -> float:
+    """``value`` if it lies in (0, 1]; else UnknownOptionError."""
+    if not 0 < value <= 1:
+        raise UnknownOptionError(f"{option} must lie in (0, 1], got {value!r}")
+    return value

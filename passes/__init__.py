@@ -2,7 +2,7 @@
 
 from kfac_fx.passes.eager_taps import EagerTaps, placeable
 from kfac_fx.passes.every_piece import every_piece
-from kfac_fx.passes.find_couplings import find_couplings, with_couplings
+from kfac_fx.passes.find_couplings import find_couplings
 from kfac_fx.passes.find_uses import find_uses
 from kfac_fx.passes.gather_blocks import gather_blocks
 from kfac_fx.passes.insert_moments import find_moments
@@ -21,5 +21,4 @@ __all__ = [
     "is_tap",
     "placeable",
     "strip_taps",
-    "with_couplings",
 ]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import combinations
 
 from torch import fx, nn
 
 from kfac_fx.capture.view import GraphView
 from kfac_fx.ir import (
-    Coupling,
     CurvatureBlock,
     CurvatureGraph,
     Edge,
@@ -33,30 +32,16 @@ _LAYERS = frozenset(
 )
 
 
-@dataclass(frozen=True)
-class Dependencies:
-    """What the walk found; see ``CurvatureGraph`` for the fields."""
-
-    edges: tuple[Edge, ...]
-    pairs: tuple[Pair, ...]
-    couplings: tuple[Coupling, ...]
-    uncoupled: Mapping[str, str]
-    selection: str
-
-
 def find_couplings(
-    module: nn.Module,
-    graph: fx.Graph,
-    blocks: Mapping[str, CurvatureBlock],
-    *,
-    by_data: bool = False,
-) -> Dependencies:
-    """Edges between the layers of a graph, and the maximum spanning forest of able pairs.
+    module: nn.Module, graph: fx.Graph, curvature: CurvatureGraph, *, by_data: bool = False
+) -> CurvatureGraph:
+    """``curvature`` with its layers' edges and the maximum spanning forest of able pairs.
 
     Args:
         graph: without taps.
         by_data: pairs besides the forest's are recorded too, so that statistics can choose.
     """
+    blocks = curvature.blocks
     view = GraphView(module, graph)
     layers = {
         name
@@ -66,19 +51,19 @@ def find_couplings(
     reasons = {name: why_alone(block) for name, block in blocks.items()}
     able = {name for name, reason in reasons.items() if reason is None}
     edges = find_edges(view, blocks, layers, able)
-    order = list(blocks)
+    place = {name: index for index, name in enumerate(blocks)}
     weights = {
         (edge.source, edge.target): edge.weight
         for edge in edges
         if {edge.source, edge.target} <= able and _same_place(module, blocks, edge)
     }
-    forest = couplings_of(weights, order)
+    forest = couplings_of(weights, list(blocks))
     ordered = {(e.source, e.target) for e in edges if not _REORDERING & set(e.path)}
     chosen = {frozenset((c.child, c.parent)) for c in forest}
     candidates = _nearest(weights) | _siblings(edges, weights) if by_data else set()
     found = sorted(
         {pair for pair in weights if frozenset(pair) in chosen} | candidates,
-        key=lambda pair: (order.index(pair[1]), order.index(pair[0])),
+        key=lambda pair: (place[pair[1]], place[pair[0]]),
     )
     pairs = tuple(_pair(blocks, *pair, pair in ordered) for pair in found)
     coupled = {name for pair in pairs for name in (pair.earlier, pair.later)}
@@ -87,18 +72,13 @@ def find_couplings(
         for name, reason in reasons.items()
         if name not in coupled
     }
-    return Dependencies(edges, pairs, forest, uncoupled, "data" if by_data else "topology")
-
-
-def with_couplings(curvature: CurvatureGraph, found: Dependencies) -> CurvatureGraph:
-    """The curvature graph with its dependencies."""
     return replace(
         curvature,
-        edges=found.edges,
-        pairs=found.pairs,
-        couplings=found.couplings,
-        uncoupled=found.uncoupled,
-        selection=found.selection,
+        edges=edges,
+        pairs=pairs,
+        couplings=forest,
+        uncoupled=uncoupled,
+        selection="data" if by_data else "topology",
     )
 
 

@@ -11,24 +11,20 @@ from torch import fx, nn
 
 from kfac_fx.ir import CurvatureBlock, CurvatureGraph, Pair
 from kfac_fx.ops import STORE
-from kfac_fx.passes.find_couplings import SIDES, side_text
+from kfac_fx.passes.find_couplings import side_text
+from kfac_fx.passes.store import add_slot, plain_taps, read_attribute
 
 _LINK = torch.ops.kfac_fx.link.default
 _COUPLE = torch.ops.kfac_fx.couple.default
-_TAPS = tuple(getattr(torch.ops.kfac_fx, name).default for name in SIDES)
 
 
 def add_cross_buffers(module: nn.Module, curvature: CurvatureGraph) -> None:
-    """Buffers whose gradients will be the cross factors; zeros without memory."""
+    """A slot for each pair."""
     store = module.get_submodule(STORE)
     slots = {name: block.slot for name, block in curvature.blocks.items()}
     for pair in curvature.pairs:
         like = next(store.get_submodule(slots[pair.earlier]).buffers())
-        slot = nn.Module()
-        for factor in pair.factors:
-            zero = torch.zeros((), dtype=like.dtype, device=like.device)
-            slot.register_buffer(factor.name, zero.expand(factor.shape), persistent=False)
-        store.add_module(pair.slot, slot)
+        add_slot(store, pair.slot, pair.factors, like)
 
 
 def insert_links(
@@ -43,7 +39,7 @@ def insert_links(
         graph: with taps.
         blocks: as found in this graph; a pair that is not there, or in another order, is left out.
     """
-    names = {block: node for node in graph.nodes for block in _tapped_block(node)}
+    names = plain_taps(graph)
     order = {node: index for index, node in enumerate(graph.nodes)}
     ends = dict(names)
     for pair in pairs:
@@ -58,16 +54,10 @@ def insert_links(
     graph.lint()
 
 
-def _tapped_block(node: fx.Node) -> tuple[str, ...]:
-    if node.target not in _TAPS:
-        return ()
-    return (node.meta["custom"]["kfac_fx"],)
-
-
 def _insert_link(graph: fx.Graph, y: fx.Node, pair: Pair, side: str) -> tuple[fx.Node, fx.Node]:
     """y as its users go on with it, and the link."""
     with graph.inserting_after(y):
-        G = _read(graph, pair, "G")
+        G = read_attribute(graph, f"{STORE}.{pair.slot}.G")
     with graph.inserting_after(G):
         link = graph.call_function(_LINK, (y, G, side))
     with graph.inserting_after(link):
@@ -82,16 +72,11 @@ def _insert_couple(
 ) -> fx.Node:
     """y as its users go on with it; ``inputs`` are x_j, x_i and the link."""
     with graph.inserting_after(y):
-        A = _read(graph, pair, "A")
+        A = read_attribute(graph, f"{STORE}.{pair.slot}.A")
     with graph.inserting_after(A):
         couple = graph.call_function(_COUPLE, (y, *inputs, A, sides[1], sides[0], pair.ordered))
     _take_over(y, couple, couple, pair)
     return couple
-
-
-def _read(graph: fx.Graph, pair: Pair, factor: str) -> fx.Node:
-    path = f"{STORE}.{pair.slot}.{factor}"
-    return graph.create_node("get_attr", path, name=path.replace(".", "_"))
 
 
 def _take_over(y: fx.Node, new: fx.Node, reader: fx.Node, pair: Pair) -> None:

@@ -10,10 +10,10 @@ from torch import fx, nn
 from kfac_fx.ir import CurvatureBlock, CurvatureGraph, FactorSpec, Moment
 from kfac_fx.ops import STORE
 from kfac_fx.ops.sides import side_of
-from kfac_fx.passes.find_couplings import SIDES, side_text, why_alone
+from kfac_fx.passes.find_couplings import side_text, why_alone
+from kfac_fx.passes.store import add_slot, plain_taps, read_attribute
 
 _MOMENT = torch.ops.kfac_fx.moment.default
-_TAPS = tuple(getattr(torch.ops.kfac_fx, name).default for name in SIDES)
 
 
 def find_moments(module: nn.Module, blocks: Mapping[str, CurvatureBlock]) -> tuple[Moment, ...]:
@@ -33,13 +33,10 @@ def add_moment_buffers(module: nn.Module, curvature: CurvatureGraph) -> None:
     for moment in curvature.moments:
         block = curvature.blocks[moment.block]
         like = next(store.get_submodule(block.slot).buffers())
-        slot = nn.Module()
+        slot = add_slot(store, moment.slot, moment.factors, like)
         for factor in block.factors:
             basis = torch.eye(factor.shape[0], dtype=like.dtype, device=like.device)
             slot.register_buffer(f"U_{factor.name}", basis, persistent=False)
-        zero = torch.zeros((), dtype=like.dtype, device=like.device)
-        slot.register_buffer("S", zero.expand(moment.factors[0].shape), persistent=False)
-        store.add_module(moment.slot, slot)
 
 
 def insert_moments(
@@ -54,7 +51,7 @@ def insert_moments(
         graph: with taps.
         blocks: as found in this graph; those of another form are left out.
     """
-    taps = {n.meta["custom"]["kfac_fx"]: n for n in graph.nodes if n.target in _TAPS}
+    taps = plain_taps(graph)
     for moment in curvature.moments:
         y, block = taps.get(moment.block), blocks.get(moment.block)
         if y is None or block is None or block.factors != curvature.blocks[moment.block].factors:
@@ -63,9 +60,8 @@ def insert_moments(
         place = y
         reads = []
         for name in ("U_A", "U_G", "S"):
-            path = f"{STORE}.{moment.slot}.{name}"
             with graph.inserting_after(place):
-                place = graph.create_node("get_attr", path, name=path.replace(".", "_"))
+                place = read_attribute(graph, f"{STORE}.{moment.slot}.{name}")
             reads.append(place)
         with graph.inserting_after(place):
             call = graph.call_function(_MOMENT, (y, y.args[1], *reads, side_text(module, block)))

@@ -14,27 +14,20 @@ from kfac_fx.ops import STORE
 from kfac_fx.passes.insert_links import add_cross_buffers, insert_links
 from kfac_fx.passes.insert_moments import add_moment_buffers, insert_moments
 from kfac_fx.passes.replace_node import fill
+from kfac_fx.passes.store import add_slot, read_attribute
 
 KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "custom")
 """What a tap takes over from the node that it records."""
 
 
 def add_factor_buffers(module: nn.Module, blocks: Mapping[str, CurvatureBlock]) -> None:
-    """Buffers whose gradients will be the statistics; not in the state_dict.
-
-    They have the parameters' precision but at least float32. Only their gradients carry values, so
-    they are zeros without memory.
-    """
+    """A slot for each block, in its parameters' precision but at least float32."""
     parameters = dict(module.named_parameters())
     store = nn.Module()
     for block in (block for block in blocks.values() if block.tapped):
         parameter = parameters[block.parameters[0]]
         dtype = torch.promote_types(parameter.dtype, torch.float32).to_real()
-        slot = nn.Module()
-        for factor in block.factors:
-            zero = torch.zeros((), dtype=dtype, device=parameter.device)
-            slot.register_buffer(factor.name, zero.expand(factor.shape), persistent=False)
-        store.add_module(block.slot, slot)
+        add_slot(store, block.slot, block.factors, parameter.new_empty(0, dtype=dtype))
     module.add_module(STORE, store)
 
 
@@ -71,19 +64,26 @@ def _insert(
     def resolve(value: Any) -> Any:
         if isinstance(value, NodeRef):
             if value.name.startswith("."):
-                return _attribute(graph, value.name[1:])
+                return read_attribute(graph, value.name[1:])
             return nodes[value.name]
         return [resolve(entry) for entry in value] if isinstance(value, tuple) else value
 
     paths = [f"{STORE}.{block.slot}.{factor.name}" for factor in use.factors]
     if tap.slots:
-        fill(graph, nodes, tap, block.name, lambda: [_attribute(graph, p) for p in paths], resolve)
+        fill(
+            graph,
+            nodes,
+            tap,
+            block.name,
+            lambda: [read_attribute(graph, p) for p in paths],
+            resolve,
+        )
         return
     with graph.inserting_after(place):
         anchor = graph.create_node("call_function", _nothing)
     with graph.inserting_before(anchor):
         tensors = [resolve(tensor) for tensor in tap.tensors]
-        factors: list[fx.Node | None] = [_attribute(graph, path) for path in paths]
+        factors: list[fx.Node | None] = [read_attribute(graph, path) for path in paths]
         if tap.scale is not None:
             result, source, rows, entrywise, _ = tap.scale
             scaled = (factors[1], resolve(result), resolve(source), rows, entrywise)
@@ -99,11 +99,6 @@ def _insert(
     call.meta["custom"] = {**call.meta.get("custom", {}), "kfac_fx": block.name}
     for user in users:
         user.replace_input_with(tapped, call)
-
-
-def _attribute(graph: fx.Graph, path: str) -> fx.Node:
-    """Reads a buffer or a flag; ``graph.get_attr`` would warn of flags."""
-    return graph.create_node("get_attr", path, name=path.replace(".", "_"))
 
 
 def _nothing() -> None:

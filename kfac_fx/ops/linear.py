@@ -89,46 +89,33 @@ def _cut(factor: Tensor) -> int:
     return factor.shape[0] if factor.dim() == 3 else 1
 
 
-def _tap(
+def _record(
+    statistics: type[LinearStatistics],
     y: Tensor,
     x: Tensor,
     A: Tensor,
     G: Tensor,
     positions: Tensor | None,
-    x_dims: list[int],
-    y_dims: list[int],
-    x_groups: list[int],
-    y_groups: list[int],
-    bias: bool,
-    reduce: bool,
+    *options: Any,
 ) -> Tensor:
     factors = [A, G] if positions is None else [A, G, positions]
     if not recording(factors):
         return y
-    options = _options(A, G, x_dims, y_dims, x_groups, y_groups, bias, reduce)
-    return tapped(y, LinearStatistics(*options), [x], factors)
+    return tapped(y, statistics(*_options(A, G, *options)), [x], factors)
+
+
+def _tap(y: Tensor, *arguments: Any) -> Tensor:
+    return _record(LinearStatistics, y, *arguments)
 
 
 def _table(
-    y: Tensor,
-    x: Tensor,
-    A: Tensor,
-    G: Tensor,
-    positions: Tensor | None,
-    x_dims: list[int],
-    y_dims: list[int],
-    x_groups: list[int],
-    y_groups: list[int],
-    bias: bool,
-    reduce: bool,
+    y: Tensor, x: Tensor, A: Tensor, G: Tensor, positions: Tensor | None, *options: Any
 ) -> Tensor:
-    factors = [A, G] if positions is None else [A, G, positions]
-    if not recording(factors):
-        return y
+    *dims, bias, reduce = options
     if x.dim() == 1:  # a matrix times a vector
-        x_dims, y_dims = [-1], [-1]
-    dims = ([dim + (dim >= 0) for dim in dims] for dims in (x_dims, y_dims, x_groups, y_groups))
-    return tapped(y, TableStatistics(*_options(A, G, *dims, bias, reduce)), [x], factors)
+        dims[:2] = [-1], [-1]
+    lifted = ([dim + (dim >= 0) for dim in each] for each in dims)
+    return _record(TableStatistics, y, x, A, G, positions, *lifted, bias, reduce)
 
 
 def _options(A: Tensor, G: Tensor, *options: Any) -> tuple[Any, ...]:

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from torch.distributions import Distribution
 from torch.optim import Optimizer
 
-from kfac_fx.config import choice, period, within
+from kfac_fx.config import choice, period, share, within
 from kfac_fx.errors import ParameterChangedError, UnknownOptionError
 from kfac_fx.optim.averages import all_finite
 from kfac_fx.optim.damping import DampingRule
@@ -105,9 +105,8 @@ class KFAC(Optimizer):
     ) -> None:
         net = getattr(net, "_orig_mod", net)
         self.curvature, self.structure = transformed(net, structure)
-        for name in ("statistics_fraction", "products_fraction"):
-            if not 0 < locals()[name] <= 1:
-                raise UnknownOptionError(f"{name} must lie in (0, 1], got {locals()[name]!r}")
+        self._fraction = share("statistics_fraction", statistics_fraction)
+        products_fraction = share("products_fraction", products_fraction)
         self._inverse = InverseFisher(
             net, self.curvature, self.structure, tikhonov, compile=compile
         )
@@ -139,7 +138,7 @@ class KFAC(Optimizer):
         else:
             self._make = ScheduledUpdate(self._inverse, self._rule, refresh_every, trust_region)
         self._statistics_every = period("statistics_every", statistics_every)
-        self._fraction, self._trust = statistics_fraction, BatchTrust(outlier)
+        self._trust = BatchTrust(outlier)
         self._decay = within("ema_decay", ema_decay, 0.0, 1.0)
         self._iteration = 0
         self._previous: Direction = {}
@@ -203,10 +202,10 @@ class KFAC(Optimizer):
             self._previous = {}
             self._count("rejected_steps", "the update is not finite")
             return
-        share = self._trust.share(case_count(batch))
-        if share < 1:
-            torch._foreach_mul_(list(made.step.values()), share)
-            self.diagnostics["share"] = share
+        worth = self._trust.share(case_count(batch))
+        if worth < 1:
+            torch._foreach_mul_(list(made.step.values()), worth)
+            self.diagnostics["share"] = worth
         objective = loss + self._l2()
         self._before = {name: p.clone() for name, p in parameters.items()}, running
         torch._foreach_add_(list(parameters.values()), [made.step[name] for name in parameters])
@@ -264,8 +263,8 @@ class KFAC(Optimizer):
             found = self._recorder.take()
         self._recorder.switch(False)
         outlier = WIDER * self._trust.outlier
-        share = self._trust.share(case_count((inputs, targets)))
-        if finite and self._inverse.fold(found, self._decay**share, outlier):
+        worth = self._trust.share(case_count((inputs, targets)))
+        if finite and self._inverse.fold(found, self._decay**worth, outlier):
             return True
         self.skipped_statistics += 1
         return False

@@ -1,0 +1,37 @@
+"""The buffers that taps fill, and how a graph reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, fx, nn
+
+from kfac_fx.ir import FactorSpec
+from kfac_fx.passes.find_couplings import SIDES
+
+_PLAIN = tuple(getattr(torch.ops.kfac_fx, name).default for name in SIDES)
+
+
+def add_slot(store: nn.Module, name: str, factors: Iterable[FactorSpec], like: Tensor) -> nn.Module:
+    """A submodule of zeros without memory in the dtype and on the device of ``like``.
+
+    Their gradients are the statistics; they are not in the state_dict.
+    """
+    slot = nn.Module()
+    for factor in factors:
+        zero = torch.zeros((), dtype=like.dtype, device=like.device)
+        slot.register_buffer(factor.name, zero.expand(factor.shape), persistent=False)
+    store.add_module(name, slot)
+    return slot
+
+
+def read_attribute(graph: fx.Graph, path: str) -> fx.Node:
+    """Reads a buffer or a flag; ``graph.get_attr`` would warn of flags."""
+    return graph.create_node("get_attr", path, name=path.replace(".", "_"))
+
+
+def plain_taps(graph: fx.Graph) -> dict[str, fx.Node]:
+    """Block -> the tap of its use, for the kinds of use that have sides."""
+    taps = (node for node in graph.nodes if node.target in _PLAIN)
+    return {tap.meta["custom"]["kfac_fx"]: tap for tap in taps}
