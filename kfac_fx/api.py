@@ -2,41 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection, Mapping
-from dataclasses import replace
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import nn
 
-from kfac_fx.capture import CapturedModule, EagerModule
+from kfac_fx.capture import CapturedModule
 from kfac_fx.capture import capture as capture_model
-from kfac_fx.config import (
-    CAPTURES,
-    COUPLINGS,
-    LARGE_FACTORS,
-    MAX_FACTOR_DIM,
-    STRUCTURES,
-    WEIGHT_SHARING,
-    choice,
-)
-from kfac_fx.errors import CoverageError, NoParametersError, UnknownOptionError
-from kfac_fx.ir import CurvatureGraph
-from kfac_fx.passes import (
-    EagerTaps,
-    every_piece,
-    find_couplings,
-    find_moments,
-    find_uses,
-    gather_blocks,
-    instrument,
-    placeable,
-    strip_taps,
-)
-
-log = logging.getLogger("kfac_fx")
+from kfac_fx.config import CAPTURES, MAX_FACTOR_DIM, choice
+from kfac_fx.passes import Covered, KFACTransform, StripTaps
 
 
 def transform(
@@ -92,71 +67,21 @@ def transform(
         CoverageError: ``strict`` and a fallback; names the parameters.
         UnknownOptionError: an option is wrong.
     """
-    choice("structure", structure, STRUCTURES)
-    choice("couplings", couplings, COUPLINGS)
-    choice("weight_sharing", weight_sharing, WEIGHT_SHARING)
-    choice("large_factors", large_factors, LARGE_FACTORS)
     choice("capture", capture, CAPTURES)
-    sizes = {name: p.numel() for name, p in model.named_parameters()}
-    frozen = tuple(n for n, p in model.named_parameters() if not p.requires_grad)
-    excluded = tuple(n for n in sizes if n not in frozen and _matches(n, exclude))
-    names = [n for n in sizes if n not in frozen and n not in excluded]
-    if not names:
-        raise NoParametersError(
-            f"{type(model).__name__} has no parameter that requires a gradient and is not excluded"
-        )
+    chain = KFACTransform(
+        structure=structure,
+        couplings=couplings,
+        exclude=exclude,
+        strict=strict,
+        weight_sharing=weight_sharing,
+        max_factor_dim=max_factor_dim,
+        large_factors=large_factors,
+        ekfac=ekfac,
+    )
+    Covered(model, exclude)  # before any work is done
     args = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else example_inputs
     kwargs = dict(example_kwargs or {})
-    module, route = capture_model(model, args, kwargs, route=capture, check=check)
-    for graph in module.graphs:
-        strip_taps(graph)
-    reduce = weight_sharing == "reduce"
-    found = []
-    for graph in module.graphs:
-        uses = find_uses(
-            module,
-            graph,
-            names,
-            reduce=reduce,
-            max_factor_dim=max_factor_dim,
-            large_factors=large_factors,
-        )
-        if route == "eager":
-            uses = every_piece(placeable(uses, graph), graph)
-        found.append(gather_blocks(uses, graph, counted=route == "eager"))
-    blocks = found[0]
-    covered = {name for block in blocks.values() for name in block.parameters}
-    unused = tuple(name for name in names if name not in covered)
-    curvature = CurvatureGraph(blocks, frozen, excluded, unused, sizes, structure, route)
-    if structure == "block_tridiagonal":
-        by_data = couplings == "data"
-        curvature = find_couplings(module, module.graph, curvature, by_data=by_data)
-    if ekfac:
-        if route == "eager":
-            raise UnknownOptionError("ekfac=True needs a graph: capture='eager' has none")
-        curvature = replace(curvature, moments=find_moments(module, blocks))
-    _check_coverage(curvature, strict)
-    module.meta["kfac_fx"] = curvature
-    instrument(module, found)
-    if isinstance(module, EagerModule):
-        module.runner.taps = EagerTaps(module, reduce, max_factor_dim, large_factors)
+    module, chain.uses.route = capture_model(model, args, kwargs, route=capture, check=check)
+    StripTaps()(module)
+    chain(module)
     return module
-
-
-def _matches(name: str, patterns: Collection[str]) -> bool:
-    """Whether a parameter, or a module that holds it, matches one of the globs."""
-    patterns = (patterns,) if isinstance(patterns, str) else patterns
-    parts = name.split(".")
-    paths = [".".join(parts[: index + 1]) for index in range(len(parts))]
-    return any(fnmatchcase(path, pattern) for path in paths for pattern in patterns)
-
-
-def _check_coverage(curvature: CurvatureGraph, strict: bool) -> None:
-    lines = [f"{', '.join(b.parameters)}: {b.reason}" for b in curvature.fallbacks]
-    if lines and strict:
-        raise CoverageError(
-            "strict=True, but these parameters would get a weaker block than their kind allows "
-            "(exclude them or pass strict=False):\n  " + "\n  ".join(lines)
-        )
-    for line in lines:
-        log.warning("weaker block: %s", line)

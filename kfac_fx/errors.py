@@ -4,7 +4,13 @@ from __future__ import annotations
 
 
 class KFACError(Exception):
-    """Base class of all errors of this library."""
+    """Base class of all errors of this library.
+
+    Attributes:
+        pass_name: the graph pass that raised it, where one did in a PassManager.
+    """
+
+    pass_name: str | None = None
 
 
 class CaptureError(KFACError, RuntimeError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -12,6 +13,8 @@ from kfac_fx.config import MAX_FACTOR_DIM
 from kfac_fx.ir import ParameterUse
 from kfac_fx.passes.gather_blocks import forms, pieces, summable
 from kfac_fx.passes.rules import Refusal, Site, generic_use, rules_for
+
+log = logging.getLogger("kfac_fx")
 
 
 @dataclass
@@ -78,6 +81,8 @@ def find_uses(
     for name in (name for name in names if name not in matches.uses):
         use = generic_use(site, name, demoted.get(name), matches.refusals)
         uses += [] if use is None else [use]
+    for name, reason in matches.refusals.items():
+        log.debug("%s: not recorded as a layer, %s", name, reason)
     order = {node.name: index for index, node in enumerate(graph.nodes)}
     return sorted(uses, key=lambda use: order[use.node])
 

@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from kfac_fx.ir import CurvatureBlock, CurvatureGraph, Pair
 from kfac_fx.ops import STORE
+from kfac_fx.passes.annotations import take_over
 from kfac_fx.passes.find_couplings import side_text
 from kfac_fx.passes.store import add_slot, plain_taps, read_attribute
 
@@ -51,7 +52,6 @@ def insert_links(
         ends[pair.earlier] = passed
         inputs = last.args[1], first.args[1], handed
         ends[pair.later] = _insert_couple(graph, ends[pair.later], inputs, pair, sides)
-    graph.lint()
 
 
 def _insert_link(graph: fx.Graph, y: fx.Node, pair: Pair, side: str) -> tuple[fx.Node, fx.Node]:
@@ -82,9 +82,7 @@ def _insert_couple(
 def _take_over(y: fx.Node, new: fx.Node, reader: fx.Node, pair: Pair) -> None:
     """``new`` is what users of y read from now on, but for ``reader``."""
     for made in {new, reader}:
-        made.meta = {"custom": {"kfac_fx": pair.name}}
-        if "nn_module_stack" in y.meta:
-            made.meta["nn_module_stack"] = y.meta["nn_module_stack"]
+        take_over(made, y, same_value=made is new, pair=[pair.earlier, pair.later])
     for user in list(y.users):
         if user is not reader:
             user.replace_input_with(y, new)

@@ -10,6 +10,7 @@ from torch import fx, nn
 from kfac_fx.ir import CurvatureBlock, CurvatureGraph, FactorSpec, Moment
 from kfac_fx.ops import STORE
 from kfac_fx.ops.sides import side_of
+from kfac_fx.passes.annotations import take_over
 from kfac_fx.passes.find_couplings import side_text, why_alone
 from kfac_fx.passes.store import add_slot, plain_taps, read_attribute
 
@@ -65,8 +66,6 @@ def insert_moments(
             reads.append(place)
         with graph.inserting_after(place):
             call = graph.call_function(_MOMENT, (y, y.args[1], *reads, side_text(module, block)))
-        call.meta = {key: value for key, value in y.meta.items() if key == "nn_module_stack"}
-        call.meta["custom"] = {"kfac_fx": moment.name}
+        take_over(call, y, same_value=True, moment=moment.block)
         for user in users:
             user.replace_input_with(y, call)
-    graph.lint()

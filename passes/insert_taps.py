@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from kfac_fx.capture.module import CapturedModule
-from kfac_fx.ir import CurvatureBlock, NodeRef, ParameterUse
+from kfac_fx.errors import PassError
+from kfac_fx.ir import CurvatureBlock, CurvatureGraph, NodeRef, ParameterUse
 from kfac_fx.ops import STORE
+from kfac_fx.passes.annotations import graphs_of, take_over, write_curvature
+from kfac_fx.passes.base import HERE, GraphPass, curvature_of, has_taps
 from kfac_fx.passes.insert_links import add_cross_buffers, insert_links
 from kfac_fx.passes.insert_moments import add_moment_buffers, insert_moments
 from kfac_fx.passes.replace_node import fill
 from kfac_fx.passes.store import add_slot, read_attribute
 
-KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "custom")
-"""What a tap takes over from the node that it records."""
-
 
 def add_factor_buffers(module: nn.Module, blocks: Mapping[str, CurvatureBlock]) -> None:
     """A slot for each block, in its parameters' precision but at least float32."""
     parameters = dict(module.named_parameters())
-    store = nn.Module()
+    store = module._modules.get(STORE) or nn.Module()
     for block in (block for block in blocks.values() if block.tapped):
         parameter = parameters[block.parameters[0]]
         dtype = torch.promote_types(parameter.dtype, torch.float32).to_real()
@@ -49,7 +48,6 @@ def insert_taps(
         for use in block.uses:
             if use.tap is not None:
                 _insert(graph, nodes, use, recorded)
-    graph.lint()
 
 
 def _insert(
@@ -94,9 +92,7 @@ def _insert(
         operator = getattr(torch.ops.kfac_fx, tap.operator).default
         call = graph.call_function(operator, (tapped, *tensors, *factors, *options))
     graph.erase_node(anchor)
-    # Not "is_wrapped", which would make the generated code wrap the operator for fx.
-    call.meta = {key: tapped.meta[key] for key in KEPT_META if key in tapped.meta}
-    call.meta["custom"] = {**call.meta.get("custom", {}), "kfac_fx": block.name}
+    take_over(call, tapped, same_value=True, blocks=[block.name])
     for user in users:
         user.replace_input_with(tapped, call)
 
@@ -105,19 +101,59 @@ def _nothing() -> None:
     """Marks a place in the graph while a tap is being built."""
 
 
-def is_tap(node: fx.Node) -> bool:
-    """Whether the node is one of our operators."""
-    return node.op == "call_function" and getattr(node.target, "namespace", None) == "kfac_fx"
+def add_buffers(module: nn.Module, curvature: CurvatureGraph) -> None:
+    """All buffers of a curvature graph, and no others; those that fit already stay."""
+    add_factor_buffers(module, curvature.blocks)
+    add_cross_buffers(module, curvature)
+    add_moment_buffers(module, curvature)
+    wanted = {block.slot for block in curvature.blocks.values() if block.tapped}
+    wanted |= {pair.slot for pair in curvature.pairs} | {m.slot for m in curvature.moments}
+    slots = module.get_submodule(STORE)._modules
+    for name in slots.keys() - wanted:
+        del slots[name]
 
 
-def instrument(module: CapturedModule, found: Sequence[Mapping[str, CurvatureBlock]]) -> None:
-    """Buffers for the module's blocks, and taps for each graph from the blocks found in it."""
-    blocks = module.curvature.blocks
-    add_factor_buffers(module, blocks)
-    add_cross_buffers(module, module.curvature)
-    add_moment_buffers(module, module.curvature)
-    for graph, here in zip(module.graphs, found, strict=True):
-        insert_taps(graph, blocks, here)
-        insert_links(module, graph, here, module.curvature.pairs)
-        insert_moments(module, graph, here, module.curvature)
-    module.recompile()
+def instrument(
+    module: nn.Module,
+    graph: fx.Graph,
+    here: Mapping[str, CurvatureBlock],
+    curvature: CurvatureGraph,
+) -> None:
+    """All that records, in one graph; the module has the buffers.
+
+    Args:
+        here: the blocks that this graph's own uses make.
+    """
+    insert_taps(graph, curvature.blocks, here)
+    insert_links(module, graph, here, curvature.pairs)
+    insert_moments(module, graph, here, curvature)
+
+
+class InsertTaps(GraphPass):
+    """Inserts the taps of the module's curvature graph, and buffers; taps that are there stay."""
+
+    def requires(self, graph_module: fx.GraphModule) -> None:
+        """Raises PassError where uses were not found, or the graph is no longer the one read."""
+        nodes = {node.name for node in graphs_of(graph_module)[0].nodes}
+        curvature = curvature_of(graph_module, "InsertTaps")
+        known = all(u.node in nodes for b in curvature.blocks.values() for u in b.uses)
+        known &= len(_here(graph_module)) == len(graphs_of(graph_module))
+        if not known and not has_taps(graph_module):
+            raise PassError("InsertTaps: the graph has changed since FindUses; run that again")
+
+    def run(self, module: fx.GraphModule) -> bool:
+        """Whether there is a tap to insert."""
+        if has_taps(module):
+            return False
+        curvature = curvature_of(module, "InsertTaps")
+        add_buffers(module, curvature)
+        for graph, here in zip(graphs_of(module), _here(module), strict=True):
+            instrument(module, graph, here, curvature)
+        module.meta.pop(HERE, None)
+        write_curvature(module, curvature)
+        return has_taps(module)
+
+
+def _here(module: fx.GraphModule) -> list[Mapping[str, CurvatureBlock]]:
+    """The blocks that each graph's own uses make."""
+    return [curvature_of(module, "InsertTaps").blocks, *module.meta.get(HERE, ())]

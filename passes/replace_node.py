@@ -10,6 +10,7 @@ from torch import fx
 
 from kfac_fx.ir import Tap
 from kfac_fx.ops.recurrent import CELLS, STEPS, nested
+from kfac_fx.passes.annotations import annotate, annotation, take_over, without_annotation
 
 _OPERATORS = {getattr(torch.ops.kfac_fx, name).default: name for name in (*STEPS, *CELLS)}
 
@@ -45,8 +46,8 @@ def fill(
     factors: list[Any] = list(call.args[place])  # type: ignore[arg-type]
     factors[tap.at : tap.at + len(found)] = found
     call.update_arg(place, factors)
-    custom = call.meta["custom"]
-    custom["kfac_fx"] = ", ".join(filter(None, (custom.get("kfac_fx"), block)))
+    facts = dict(annotation(call))
+    annotate(call, **facts | {"blocks": [*facts.get("blocks", ()), block]})
 
 
 def _operator(result: fx.Node) -> fx.Node:
@@ -65,11 +66,9 @@ def _replace(graph: fx.Graph, node: fx.Node, tap: Tap, resolve: Callable[[Any], 
         result = call
         if is_module and tap.operator == "lstm":
             result = graph.call_function(nested, (call,))
-    for made in {call, result}:
-        made.meta = {key: value for key, value in node.meta.items() if key != "val"}
-    call.meta["custom"] = dict(call.meta.get("custom", {}))
-    if is_module:
-        call.meta["custom"]["kfac_fx_module"] = str(node.target)
+    take_over(call, node, same_value=False, **({"module": str(node.target)} if is_module else {}))
+    kept = {k: v for k, v in node.meta.items() if k != "is_wrapped"}
+    result.meta = kept | ({"custom": call.meta["custom"]} if result is call else {})
     node.replace_all_uses_with(result)
     graph.erase_node(node)
     result._rename(name)
@@ -93,7 +92,7 @@ def restore(graph: fx.Graph, call: fx.Node) -> None:
     operation = _OPERATORS[call.target]
     users = [user for user in call.users if user.target is nested]
     result = users[0] if users else call
-    path = call.meta.get("custom", {}).get("kfac_fx_module")
+    path = annotation(call).get("module")
     with graph.inserting_before(call):
         if path is not None:
             given = call.args[:1] if call.args[1] is None else call.args[:2]
@@ -102,9 +101,7 @@ def restore(graph: fx.Graph, call: fx.Node) -> None:
             overloads = getattr(torch.ops.aten, operation)
             target = overloads.default if operation in CELLS else overloads.input
             node = graph.create_node("call_function", target, call.args[:-2])
-    node.meta = dict(call.meta)
-    ours = ("kfac_fx", "kfac_fx_module")
-    node.meta["custom"] = {k: v for k, v in call.meta.get("custom", {}).items() if k not in ours}
+    node.meta = without_annotation(result.meta)
     name = result.name
     result.replace_all_uses_with(node)
     for made in (result, call) if users else (call,):

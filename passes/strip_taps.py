@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from kfac_fx.passes.insert_taps import is_tap
+from kfac_fx.ops import STORE
+from kfac_fx.passes.annotations import graphs_of, is_tap
+from kfac_fx.passes.base import HERE, META, GraphPass
 from kfac_fx.passes.replace_node import replaces_node, restore
 
 _LINK = torch.ops.kfac_fx.link.default
@@ -27,4 +29,19 @@ def strip_taps(graph: fx.Graph) -> bool:
         for source in sources:
             if source.op == "get_attr" and not source.users:
                 graph.erase_node(source)
+    for node in list(graph.nodes):  # what taps read that another pass has removed
+        if node.op == "get_attr" and str(node.target).startswith(f"{STORE}.") and not node.users:
+            graph.erase_node(node)
     return bool(taps)
+
+
+class StripTaps(GraphPass):
+    """The inverse of InsertTaps: the graph that it found; the curvature graph and buffers go."""
+
+    def run(self, module: fx.GraphModule) -> bool:
+        """Whether there were taps."""
+        found = [strip_taps(graph) for graph in graphs_of(module)]
+        module._modules.pop(STORE, None)
+        for key in (META, HERE):
+            module.meta.pop(key, None)
+        return any(found)

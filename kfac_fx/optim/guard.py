@@ -6,11 +6,13 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from kfac_fx.config import STRUCTURES, choice
 from kfac_fx.errors import KFACError, ParameterChangedError, UnknownOptionError
 from kfac_fx.ir import CurvatureGraph
+from kfac_fx.ops import STORE
+from kfac_fx.passes import read_curvature
 
 
 class ParameterGuard:
@@ -68,6 +70,29 @@ class ParameterGuard:
                 )
 
 
+def _curvature(net: Any) -> CurvatureGraph:
+    """From the module's meta, or read back from its taps where other passes lost that."""
+    found = getattr(net, "meta", {}).get("kfac_fx")
+    if isinstance(found, CurvatureGraph):
+        return found
+    found = read_curvature(net) if isinstance(net, fx.GraphModule) else None
+    if found is None:
+        raise KFACError(
+            "this is no module that kfac_fx.transform(model) returned, and no tap in it carries "
+            "annotations: kfac_fx.passes.KFACTransform() puts taps into a GraphModule"
+        )
+    parameters = dict(net.named_parameters(remove_duplicate=False))
+    lost = [name for name in found.covered if name not in parameters]
+    if lost or not hasattr(net, STORE):
+        what = f"no parameter {lost[0]}" if lost else "no factor buffers"
+        raise KFACError(
+            f"the taps are of another module: this one has {what}. Give the Preconditioner the "
+            "module that was transformed (it shares parameters and buffers with its parts)"
+        )
+    net.meta["kfac_fx"] = found
+    return found
+
+
 def transformed(net: Any, structure: str | None) -> tuple[CurvatureGraph, str]:
     """The curvature graph of what ``transform`` returned, and the structure that is wanted.
 
@@ -75,9 +100,7 @@ def transformed(net: Any, structure: str | None) -> tuple[CurvatureGraph, str]:
         KFACError: it is another module.
         UnknownOptionError: the structure is unknown, or the module records no cross factors.
     """
-    if "kfac_fx" not in getattr(net, "meta", {}):
-        raise KFACError("this is no module that kfac_fx.transform(model) returned")
-    curvature: CurvatureGraph = net.meta["kfac_fx"]
+    curvature = _curvature(net)
     wanted = choice("structure", structure or curvature.structure, STRUCTURES)
     if wanted == "block_tridiagonal" != curvature.structure:
         raise UnknownOptionError(

@@ -1,0 +1,37 @@
+"""What holds for a module after every pass."""
+
+from __future__ import annotations
+
+from torch import Tensor, fx
+
+from kfac_fx.errors import PassError
+from kfac_fx.ir import CurvatureGraph
+from kfac_fx.ops import STORE
+from kfac_fx.passes.annotations import annotation, graphs_of, is_tap
+from kfac_fx.passes.base import META
+
+
+def check_module(module: fx.GraphModule) -> None:
+    """Lints the graphs of a module and checks its taps.
+
+    Raises:
+        PassError: a tap reads a buffer that is not there, or names a block that is unknown.
+        RuntimeError, ValueError: a graph is not well formed.
+    """
+    curvature = module.meta.get(META)
+    for graph in graphs_of(module):
+        graph.lint()
+        for tap in filter(is_tap, graph.nodes):
+            _check_tap(module, tap, curvature)
+
+
+def _check_tap(module: fx.GraphModule, tap: fx.Node, curvature: CurvatureGraph | None) -> None:
+    for source in tap.all_input_nodes:
+        path = str(source.target)
+        if source.op == "get_attr" and path.startswith(STORE + "."):
+            owner, _, name = path.rpartition(".")
+            if not isinstance(getattr(module.get_submodule(owner), name, None), Tensor):
+                raise PassError(f"tap {tap.name} reads {path}, which is no buffer")
+    unknown = set(annotation(tap).get("blocks", ())) - set(curvature.blocks if curvature else ())
+    if curvature is not None and unknown:
+        raise PassError(f"tap {tap.name} records {sorted(unknown)}, which are no blocks")
