@@ -83,27 +83,6 @@ def all_finite(tensors: Sequence[Tensor]) -> bool:
     return bool(torch.stack([norm.double() for norm in norms]).isfinite().all())
 
 
-SETTLED = 10
-"""Statistics after which an average is one that new ones can be compared with."""
-
-
-def has_outlier(
-    entries: Sequence[Entry], new: Sequence[Sequence[Tensor] | None], factor: float
-) -> bool:
-    """Whether a statistic is ``factor`` times longer than its average; one synchronisation."""
-    pairs = [
-        pair
-        for entry, values in zip(entries, new, strict=True)
-        if values is not None and entry.recorded >= SETTLED
-        for pair in zip(values, entry.averages, strict=True)
-    ]
-    if not pairs:
-        return False
-    fresh = torch.stack(torch._foreach_norm([value for value, _ in pairs]))
-    known = torch.stack(torch._foreach_norm([average for _, average in pairs]))
-    return bool((fresh > factor * known.clamp_min(1e-6)).any())
-
-
 @torch.no_grad()
 def fold(
     entries: Sequence[Entry], new: Sequence[Sequence[Tensor] | None], decay: float
@@ -172,6 +151,11 @@ class Averages:
     def recorded(self) -> bool:
         """Whether any statistic is in the averages."""
         return any(entry.recorded for entry in self.entries)
+
+    def restart(self) -> None:
+        """The next statistics replace the averages; all at once, as pairs share their cases."""
+        for entry in self.entries:
+            entry.recorded = 0
 
     def cross(self, coupling: Coupling) -> tuple[Tensor, Tensor]:
         """(A, G) of a coupling, child by parent."""

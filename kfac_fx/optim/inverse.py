@@ -15,9 +15,10 @@ from kfac_fx.config import TIKHONOV, choice
 from kfac_fx.errors import GradientError, StatisticsError, UnknownOptionError
 from kfac_fx.ir import Coupling, CurvatureGraph
 from kfac_fx.ops import all_buffers
-from kfac_fx.optim.averages import Averages, all_finite, fold, has_outlier
+from kfac_fx.optim.averages import Averages, all_finite, fold
 from kfac_fx.optim.guard import ParameterGuard
 from kfac_fx.optim.moments import Moments
+from kfac_fx.optim.outliers import fit
 from kfac_fx.optim.selection import chosen_couplings, mutual_informations, total
 
 log = logging.getLogger("kfac_fx")
@@ -94,10 +95,14 @@ class InverseFisher:
         """
         entries = self.averages.entries
         new = [entry.statistics(found) for entry in entries]
-        if outlier < math.inf and has_outlier(entries, new, outlier):
+        compared = fit(entries, new, outlier) if outlier < math.inf else None
+        if compared and compared.outlier:
             return False
         if not all_finite([value for values in new for value in values or ()]):
             return False
+        if compared and compared.swollen:
+            log.warning("statistics are far shorter than the first ones: the averages start anew")
+            self.averages.restart()
         silent = {e.block.name for e, s in zip(entries, new, strict=True) if s is None}
         if silent - self._silent:
             log.warning("no statistics came for %s", ", ".join(sorted(silent - self._silent)))

@@ -21,7 +21,7 @@ from kfac_fx.optim.inverse import InverseFisher
 from kfac_fx.optim.likelihoods import Likelihood, fresh_generator, likelihood_of
 from kfac_fx.optim.recorder import Recorder
 from kfac_fx.optim.task import Forward, Task, case_count, first_cases, run_network
-from kfac_fx.optim.trust import WIDER, BatchTrust
+from kfac_fx.optim.trust import BatchTrust
 from kfac_fx.optim.updates import AdaptiveUpdate, Rule, ScheduledUpdate, Situation
 
 log = logging.getLogger("kfac_fx")
@@ -262,10 +262,11 @@ class KFAC(Optimizer):
                 finite = self._recorder.observe(self._task.outputs(part[0]), part[1])
             found = self._recorder.take()
         self._recorder.switch(False)
-        outlier = WIDER * self._trust.outlier
         worth = self._trust.share(case_count((inputs, targets)))
-        if finite and self._inverse.fold(found, self._decay**worth, outlier):
+        if finite and self._inverse.fold(found, self._decay**worth, self._trust.widest):
+            self._trust.fitted(True)
             return True
+        self._trust.fitted(False)
         self.skipped_statistics += 1
         return False
 

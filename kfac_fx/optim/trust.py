@@ -34,7 +34,19 @@ class BatchTrust:
         self._loss: float | None = None
         self._norm: float | None = None
         self._cases: float | None = None
-        self._streak = 0
+        self._streak = self._unfit = 0
+
+    @property
+    def widest(self) -> float:
+        """How many times longer than their averages statistics may be.
+
+        After many in a row that were no good the next are taken as they are.
+        """
+        return WIDER * self.outlier if self._unfit < PATIENCE else math.inf
+
+    def fitted(self, well: bool) -> None:
+        """Notes whether a batch's statistics were taken."""
+        self._unfit = 0 if well else self._unfit + 1
 
     def share(self, cases: int) -> float:
         """How much of a step a batch is worth: less than one where it has far fewer cases.
@@ -78,11 +90,11 @@ class BatchTrust:
 
     def state(self) -> list[Any]:
         """Plain values."""
-        return [self._loss, self._norm, self._cases, self._streak]
+        return [self._loss, self._norm, self._cases, self._streak, self._unfit]
 
     def load(self, state: list[Any]) -> None:
         """Restores ``state``."""
-        self._loss, self._norm, self._cases, self._streak = state
+        self._loss, self._norm, self._cases, self._streak, self._unfit = state
 
 
 def _mixed(old: float | None, new: float) -> float:
