@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-COLOURS = {"K-FAC": "#c2410c", "SGD": "#1d4ed8", "Adam": "#6b7280"}
+COLOURS = {"K-FAC": "#c2410c", "SGD": "#1d4ed8", "Adam": "#6b7280", "Muon": "#15803d"}
 
 
 def use_threads(threads: int) -> str:
@@ -29,13 +29,14 @@ def show_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 @dataclass(frozen=True)
 class Panel:
-    """One set of axes; `lines` maps a method to its points, `level` draws a dotted line."""
+    """One set of axes; `lines` maps a method to its points, `level` is dotted, `log` is for x."""
 
     title: str
     across: str
     up: str
     lines: Mapping[str, tuple[Sequence[float], Sequence[float]]]
     level: float | None = None
+    log: bool = False
 
 
 def save_figure(panels: Sequence[Panel], path: str | Path) -> None:
@@ -51,6 +52,7 @@ def save_figure(panels: Sequence[Panel], path: str | Path) -> None:
         if panel.level is not None:
             axes.axhline(panel.level, color=COLOURS["SGD"], linewidth=1, linestyle=":")
         axes.set(title=panel.title, xlabel=panel.across, ylabel=panel.up, yscale="log")
+        axes.set_xscale("log" if panel.log else "linear")
         axes.grid(axis="y", color="0.9")
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)

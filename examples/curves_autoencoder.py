@@ -33,15 +33,13 @@ SETTINGS: dict[str, Any] = {
     "statistics_every": 10,
     "refresh_every": 50,
 }
-LINEAR = (6, 12)  # the layers without tanh: the code and the output
-HALF = (1, 6, 7, 12)  # the layers with tanh on one side only
 GRIDS = {  # learning rate and momentum (the largest of SGD's schedule)
     "K-FAC": [(lr, 0.9) for lr in (0.03, 0.05, 0.1, 0.2)],
     "SGD": [(lr, momentum) for lr in (0.001, 0.002) for momentum in (0.95, 0.99)],
 }
 
 
-def autoencoder(seed: int) -> nn.Sequential:
+def autoencoder(seed: int, sizes: Sequence[int] = SIZES) -> nn.Sequential:
     """Build the network with the sparse initialisation: 15 nonzero incoming weights a unit.
 
     For tanh (Sutskever et al. 2013) they are from N(0, 1) / 4 and biases are 1/2; around linear and
@@ -49,15 +47,18 @@ def autoencoder(seed: int) -> nn.Sequential:
     """
     generator = torch.Generator().manual_seed(seed)
     layers: list[nn.Module] = []
-    for index, (inputs, outputs) in enumerate(pairwise(SIZES), start=1):
+    last = len(sizes) - 1
+    linear_layers = (last // 2, last)  # without tanh: the code and the output
+    tanh_on_one_side = (1, last // 2, last // 2 + 1, last)
+    for index, (inputs, outputs) in enumerate(pairwise(sizes), start=1):
         linear = nn.Linear(inputs, outputs)
         with torch.no_grad():
             chosen = torch.rand(outputs, inputs, generator=generator).argsort(1) < 15
             linear.weight.copy_(torch.randn(outputs, inputs, generator=generator) * chosen)
-            linear.weight.mul_(0.5 if index in HALF else 0.25)
-            linear.bias.fill_(0.0 if index in LINEAR else 0.5)
+            linear.weight.mul_(0.5 if index in tanh_on_one_side else 0.25)
+            linear.bias.fill_(0.0 if index in linear_layers else 0.5)
         layers.append(linear)
-        if index not in LINEAR:
+        if index not in linear_layers:
             layers.append(nn.Tanh())
     return nn.Sequential(*layers)
 

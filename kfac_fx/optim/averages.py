@@ -75,12 +75,17 @@ class Entry:
 
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether no entry is NaN or infinite; one synchronisation for all."""
-    tensors = [tensor for tensor in tensors if tensor.numel()]
-    if not tensors:
-        return True
-    norms = torch._foreach_norm(tensors, ord=float("inf"))
-    return bool(torch.stack([norm.double() for norm in norms]).isfinite().all())
+    """Whether no entry is NaN, infinite or so large that its square is; one synchronisation."""
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor.numel():
+            by_dtype.setdefault(tensor.dtype, []).append(tensor)
+    norms = [
+        norm.abs().double()
+        for dtype, group in by_dtype.items()
+        for norm in torch._foreach_norm(group, 2, torch.promote_types(dtype, torch.float32))
+    ]
+    return not norms or bool(torch.stack(norms).isfinite().all())
 
 
 @torch.no_grad()

@@ -14,11 +14,12 @@ from torch import Tensor
 from torch import distributions as D
 
 from kfac_fx.errors import LikelihoodError
+from kfac_fx.optim.streams import seeded
 
 
 @singledispatch
-def root_terms(distribution: D.Distribution) -> Iterator[Tensor]:
-    """For each column of S, a tensor over the batch shape; its gradient in the outputs is S's.
+def root_columns(distribution: D.Distribution) -> Iterator[Tensor]:
+    """Columns of S, as tensors of batch shape + [columns]; their gradients in the outputs are S's.
 
     Any distribution with finite support has the columns sqrt(p(y)) * grad log p(y).
     """
@@ -28,45 +29,40 @@ def root_terms(distribution: D.Distribution) -> Iterator[Tensor]:
             "use fisher='sampled', or a categorical, bernoulli or normal likelihood"
         )
     for value in distribution.enumerate_support():
-        log_p = distribution.log_prob(value)
+        log_p = distribution.log_prob(value).unsqueeze(-1)
         yield (0.5 * log_p.detach()).exp() * log_p
 
 
-@root_terms.register
+@root_columns.register
 def _(distribution: D.Categorical) -> Iterator[Tensor]:
     # diag(sqrt p) - p sqrt(p)^T: column c is sqrt(p_c) (e_c - p), the gradient of log p(c).
-    for column in range(distribution.logits.shape[-1]):
-        log_p = distribution.logits[..., column]
-        yield (0.5 * log_p.detach()).exp() * log_p
+    yield (0.5 * distribution.logits.detach()).exp() * distribution.logits
 
 
-@root_terms.register
+@root_columns.register
 def _(distribution: D.Bernoulli) -> Iterator[Tensor]:
     p = distribution.probs.detach()
-    yield (p * (1 - p)).sqrt() * distribution.logits
+    yield ((p * (1 - p)).sqrt() * distribution.logits).unsqueeze(-1)
 
 
-@root_terms.register
+@root_columns.register
 def _(distribution: D.Normal) -> Iterator[Tensor]:
     sigma = distribution.scale.detach()
-    yield distribution.loc / sigma
+    yield (distribution.loc / sigma).unsqueeze(-1)
     if distribution.scale.requires_grad:
-        yield 2**0.5 * distribution.scale / sigma
+        yield (2**0.5 * distribution.scale / sigma).unsqueeze(-1)
 
 
-@root_terms.register(D.Independent)
+@root_columns.register(D.Independent)
 def _(distribution: D.Independent[D.Distribution]) -> Iterator[Tensor]:
     events = distribution.reinterpreted_batch_ndims
-    for terms in root_terms(distribution.base_dist):
-        flat = terms.flatten(terms.dim() - events) if events else terms.unsqueeze(-1)
-        yield from flat.unbind(-1)
+    for columns in root_columns(distribution.base_dist):
+        yield columns.flatten(columns.dim() - 1 - events)
 
 
 def root(distribution: D.Distribution) -> Tensor:
     """All columns at once, batch shape + [columns]: S^T applied to what the outputs depend on."""
-    if isinstance(distribution, D.Categorical):
-        return (0.5 * distribution.logits.detach()).exp() * distribution.logits
-    return torch.stack(list(root_terms(distribution)), -1)
+    return torch.cat(list(root_columns(distribution)), -1)
 
 
 def exact_scalars(distribution: D.Distribution, weights: Tensor | None) -> Iterator[Tensor]:
@@ -78,11 +74,11 @@ def exact_scalars(distribution: D.Distribution, weights: Tensor | None) -> Itera
     Args:
         weights: of the terms; the Fisher of a term is weighted.
     """
-    for terms in root_terms(distribution):
+    for columns in root_columns(distribution):
         if weights is not None:
-            terms = terms * weights.sqrt()
-        rows = terms.reshape(terms.shape[0], -1) if terms.dim() else terms.reshape(1, 1)
-        for column in rows.unbind(-1):
+            columns = columns * weights.sqrt().unsqueeze(-1)
+        cases = columns.shape[0] if columns.dim() > 1 else 1
+        for column in columns.reshape(cases, -1).unbind(-1):
             yield column.sum()
 
 
@@ -96,11 +92,17 @@ def sampled_scalar(
         generator: seeds the draw; torch's own random stream is left as it was.
     """
     seed = int(torch.randint(2**62, (), generator=generator))
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(seed)
+    with seeded(seed, _parameters(distribution)), torch.no_grad():
         targets = distribution.sample()
     nll = -distribution.log_prob(targets)
     return (nll if weights is None else nll * weights.sqrt()).sum()
+
+
+def _parameters(distribution: D.Distribution) -> list[Tensor]:
+    """The tensors that a distribution holds, or the ones inside it do."""
+    held = list(vars(distribution).values())
+    inner = [t for d in held if isinstance(d, D.Distribution) for t in _parameters(d)]
+    return [value for value in held if isinstance(value, Tensor)] + inner
 
 
 def term_count(distribution: D.Distribution, weights: Tensor | None) -> float:

@@ -87,9 +87,8 @@ class QuadraticModel:
         damping: float,
     ) -> QuadraticModel:
         """The model from products with F, with ``damping`` = lambda + eta."""
-        dots = [[inner(v, w) for w in directions] for v in directions]
-        B = gram + damping * torch.stack([torch.stack(row) for row in dots])
-        return cls(B, torch.stack([inner(gradient, v) for v in directions]))
+        dots = inner_products([*directions, gradient])
+        return cls(gram + damping * dots[:-1, :-1], dots[-1, :-1])
 
     def minimum(self) -> tuple[Tensor, float]:
         """(alpha, mu) that minimise M, and its value there."""
@@ -101,9 +100,18 @@ class QuadraticModel:
         return float(0.5 * coefficients @ self.B @ coefficients + self.b @ coefficients)
 
 
-def inner(v: Direction, w: Direction) -> Tensor:
-    """Sum of the products of all entries, in float64."""
-    return torch.stack([(v[name].double() * w[name].double()).sum() for name in v]).sum()
+def inner_products(directions: Sequence[Direction]) -> Tensor:
+    """Sums of the products of all entries, for all pairs: [n, n] in float64."""
+    result = torch.zeros(len(directions), len(directions), dtype=torch.float64)
+    for name, like in directions[0].items():
+        rows = torch.stack([_wide(d[name]) for d in directions])
+        result = result.to(like.device).addmm_(rows, rows.mT)
+    return result
+
+
+def _wide(value: Tensor) -> Tensor:
+    real = torch.view_as_real(value) if value.is_complex() else value
+    return real.reshape(-1).to(torch.float64)
 
 
 def combination(

@@ -16,6 +16,7 @@ from kfac_fx.errors import LikelihoodError
 from kfac_fx.ops import STORE
 from kfac_fx.optim.likelihoods import Likelihood
 from kfac_fx.optim.output_fisher import term_count
+from kfac_fx.optim.streams import seeded
 
 Forward = Callable[[Callable[..., Any], Any], Tensor]
 """From the network (a callable) and a batch's inputs to the outputs of the likelihood."""
@@ -50,9 +51,7 @@ class Task:
     @contextmanager
     def same_masks(self) -> Iterator[None]:
         """Random numbers inside are those of every pass of the step."""
-        devices = {b.device.index for b in self.net.parameters() if b.is_cuda}
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(self._seed)
+        with seeded(self._seed, self.net.parameters()):
             yield
 
     def snapshot(self) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from torch.distributions import Distribution
 
 from kfac_fx.optim.damping import DampingRule
 from kfac_fx.optim.inverse import InverseFisher
-from kfac_fx.optim.quadratic import QuadraticModel, combination, fisher_gram, inner
+from kfac_fx.optim.quadratic import QuadraticModel, combination, fisher_gram, inner_products
 from kfac_fx.optim.task import Task, first_cases
 
 Direction = dict[str, Tensor]
@@ -140,7 +140,8 @@ class ScheduledUpdate:
         step = {name: value * -rates[name] for name, value in proposal.items()}
         scale = 1.0
         if self.trust_region is not None:
-            length = sum(rates[n] ** 2 * float(inner({n: at.gradient[n]}, proposal)) for n in step)
+            scaled = {name: at.gradient[name] * rates[name] for name in step}
+            length = -float(inner_products([scaled, step])[0, 1])
             scale = min(1.0, (self.trust_region / max(length, 1e-300)) ** 0.5)
         for name, value in step.items():
             value.mul_(scale)
