@@ -61,6 +61,14 @@ class DampingError(KFACError, ValueError):
     """The damping is not a finite number greater than zero."""
 
 
+class WorkerLostError(KFACError, RuntimeError):
+    """Another process of a distributed run has ended, or did not come in time."""
+
+
+class DesynchronisedError(KFACError, RuntimeError):
+    """The processes of a distributed run do not make the same calls, or differ in their values."""
+
+
 class MissingExtraError(KFACError, ImportError):
     """An optional package is needed that is not installed."""
 

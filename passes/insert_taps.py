@@ -111,6 +111,9 @@ def add_buffers(module: nn.Module, curvature: CurvatureGraph) -> None:
     slots = module.get_submodule(STORE)._modules
     for name in slots.keys() - wanted:
         del slots[name]
+    # DistributedDataParallel would write to the buffers of taps, which have no memory.
+    names = [name for name, _ in module.named_buffers() if name.startswith(f"{STORE}.")]
+    module._ddp_params_and_buffers_to_ignore = names  # type: ignore[assignment]
 
 
 def instrument(

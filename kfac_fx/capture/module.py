@@ -57,8 +57,9 @@ class CapturedModule(fx.GraphModule):
     def __deepcopy__(self, memo: dict[int, Any]) -> CapturedModule:
         copied: CapturedModule = super().__deepcopy__(memo)  # type: ignore[assignment]
         adopt(copied, copy.deepcopy(_members(self), memo))
-        for name in HOOKS:
-            copied.__dict__[name] = copy.deepcopy(self.__dict__[name], memo)
+        for name in (*HOOKS, "_ddp_params_and_buffers_to_ignore"):
+            if name in self.__dict__:
+                copied.__dict__[name] = copy.deepcopy(self.__dict__[name], memo)
         copied.__dict__["evaluation"] = copy.deepcopy(self.evaluation, memo)
         copied.training = self.training
         copied.recompile()

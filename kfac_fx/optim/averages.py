@@ -178,17 +178,17 @@ class Averages:
             "recorded": {e.block.name: e.recorded for e in self.entries},
         }
 
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Restores ``state``; nothing changes if it does not fit.
-
-        Raises:
-            ParameterChangedError: the state belongs to other blocks.
-        """
+    def check(self, state: Mapping[str, Any]) -> None:
+        """Raises ParameterChangedError where the state belongs to other blocks."""
         own = {entry.block.name: entry for entry in self.entries}
         given = {name: [f.shape for f in fs] for name, fs in state["factors"].items()}
         if given != {name: [f.shape for f in entry.factors] for name, entry in own.items()}:
             raise ParameterChangedError("the state_dict belongs to other blocks than this module's")
-        for name, entry in own.items():
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Restores a ``state`` that fits."""
+        for entry in self.entries:
+            name = entry.block.name
             for factor, value in zip(entry.factors, state["factors"][name], strict=True):
                 factor.copy_(value)
             entry.recorded = int(state["recorded"][name])

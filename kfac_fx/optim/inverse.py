@@ -12,7 +12,12 @@ from torch import Tensor, fx
 
 from kfac_fx.codegen import Program
 from kfac_fx.config import TIKHONOV, choice
-from kfac_fx.errors import GradientError, StatisticsError, UnknownOptionError
+from kfac_fx.errors import (
+    GradientError,
+    ParameterChangedError,
+    StatisticsError,
+    UnknownOptionError,
+)
 from kfac_fx.ir import Coupling, CurvatureGraph
 from kfac_fx.ops import all_buffers
 from kfac_fx.optim.averages import Averages, all_finite, fold
@@ -20,6 +25,7 @@ from kfac_fx.optim.guard import ParameterGuard
 from kfac_fx.optim.moments import Moments
 from kfac_fx.optim.outliers import fit
 from kfac_fx.optim.selection import chosen_couplings, mutual_informations, total
+from kfac_fx.optim.workers import Engine, Workers
 
 log = logging.getLogger("kfac_fx")
 
@@ -31,6 +37,7 @@ class InverseFisher:
         net: carries the factor buffers.
         structure: "block_tridiagonal" records and uses the couplings.
         tikhonov: how Kronecker blocks are damped, "factored", "exact" or "ekfac".
+        workers: the processes that share the refresh.
         compile: run the program through torch.compile.
 
     Attributes:
@@ -49,6 +56,7 @@ class InverseFisher:
         curvature: CurvatureGraph,
         structure: str,
         tikhonov: str,
+        workers: Workers,
         *,
         compile: bool,
     ) -> None:
@@ -64,17 +72,18 @@ class InverseFisher:
         moments = curvature.moments if tikhonov == "ekfac" else ()
         self.averages = Averages(net, curvature, self.guard.parameters, pairs, moments)
         self.moments = Moments(net, curvature, self.averages)
-        self._compile = compile
+        self._compile, self._workers = compile, workers
         self._refreshes = 0
         self._silent: set[str] = set()
-        self._generate(curvature.couplings if coupled else ())
+        self.program, self._engine = self._made(curvature.couplings if coupled else ())
+        self.inverses: dict[str, Tensor] = {}
 
-    def _generate(self, couplings: Sequence[Coupling]) -> None:
+    def _made(self, couplings: Sequence[Coupling]) -> tuple[Program, Engine]:
         low = (torch.float16, torch.bfloat16)
         cast = [name for name, p in self.guard.parameters.items() if p.dtype in low]
         options: Any = {"tikhonov": self.tikhonov, "compile": self._compile}
-        self.program = Program(self.curvature, couplings, cast, **options)
-        self.inverses: dict[str, Tensor] = {}
+        program = Program(self.curvature, couplings, cast, **options)
+        return program, self._workers.engine(program)
 
     @property
     def factors(self) -> dict[str, tuple[Tensor, ...]]:
@@ -125,8 +134,8 @@ class InverseFisher:
         groups = [*self.factors.values(), *self.cross_factors.values()]
         factors = [factor for group in groups for factor in group]
         amount = torch.tensor(damping, dtype=factors[0].dtype, device=factors[0].device)
-        self.inverses = self.program.refresh(amount, factors)
-        self.clamped += self.program.clamped
+        self.inverses = self._engine.refresh(amount, factors, self.inverses)
+        self.clamped += self._engine.clamped
         if self.moments.blocks:
             self.moments.rebase(self.inverses)
             self.inverses |= {"damping": amount} | self.moments.scales(amount)
@@ -141,7 +150,8 @@ class InverseFisher:
         chosen = chosen_couplings(self.curvature, self.averages, damping, present)
         if chosen != present:
             log.info("other couplings are more informative: the program is generated again")
-            self._generate(chosen)
+            self.program, self._engine = self._made(chosen)
+            self.inverses = {}
 
     def mutual_information(self, couplings: Iterable[Coupling], damping: float) -> float:
         """See ``Preconditioner.mutual_information``."""
@@ -170,7 +180,7 @@ class InverseFisher:
         filled = [
             gradients[n] if n in gradients else torch.zeros_like(p) for n, p in parameters.items()
         ]
-        updates = dict(self.program.apply(self.inverses, filled))
+        updates = dict(self._engine.apply(self.inverses, filled))
         for name, entry in self.averages.blocks.items():
             if entry.recorded == 0:  # nothing is known of its curvature
                 own = self.curvature.blocks[name].parameters
@@ -184,6 +194,7 @@ class InverseFisher:
             "averages": self.averages.state(),
             "couplings": [[c.child, c.parent] for c in self.program.couplings],
             "inverses": {name: value.clone() for name, value in self.inverses.items()},
+            "pending": self._engine.pending(),
             "refreshes": self._refreshes,
             "clamped": self.clamped,
         }
@@ -194,14 +205,24 @@ class InverseFisher:
         Raises:
             ParameterChangedError: the state belongs to other blocks.
         """
-        self.averages.load(state["averages"])
+        self.averages.check(state["averages"])
         couplings = tuple(Coupling(*names) for names in state["couplings"])
-        if couplings != self.program.couplings:
-            self._generate(couplings)
+        program, engine = self.program, self._engine
+        if couplings != program.couplings:
+            program, engine = self._made(couplings)
+        known = state.get("tikhonov", "factored") == self.tikhonov  # else they are of no use
+        inverses, missing = state["inverses"] if known else {}, set(engine.needed())
+        if inverses and missing - set(inverses):
+            raise ParameterChangedError(
+                "the state_dict has the inverses of another process, or of another number of them: "
+                "kfac_fx.distributed.Checkpoints saves and loads those of all"
+            )
+        self.averages.load(state["averages"])
+        self.program, self._engine = program, engine
         device = next(iter(self.guard.parameters.values())).device
-        self.inverses = {}  # of another form they are of no use
-        if state.get("tikhonov", "factored") == self.tikhonov:
-            self.inverses = {name: v.to(device).clone() for name, v in state["inverses"].items()}
+        others = set(program.inverse_names) - missing
+        self.inverses = {n: v.to(device).clone() for n, v in inverses.items() if n not in others}
+        engine.resume(state.get("pending", ()) if inverses else ())
         self.moments.restore(self.inverses)
         self._refreshes = int(state["refreshes"])
         self.clamped = int(state["clamped"])

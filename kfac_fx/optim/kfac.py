@@ -12,17 +12,19 @@ from torch.distributions import Distribution
 from torch.optim import Optimizer
 
 from kfac_fx.config import choice, period, share, within
-from kfac_fx.errors import ParameterChangedError, UnknownOptionError
+from kfac_fx.errors import ParameterChangedError
 from kfac_fx.optim.averages import all_finite
 from kfac_fx.optim.damping import DampingRule
 from kfac_fx.optim.diagnostics import Diagnostics
+from kfac_fx.optim.groups import Groups
 from kfac_fx.optim.guard import transformed
 from kfac_fx.optim.inverse import InverseFisher
 from kfac_fx.optim.likelihoods import Likelihood, fresh_generator, likelihood_of
 from kfac_fx.optim.recorder import Recorder
-from kfac_fx.optim.task import Forward, Task, case_count, first_cases, run_network
+from kfac_fx.optim.task import Forward, Task, run_network
 from kfac_fx.optim.trust import BatchTrust
 from kfac_fx.optim.updates import AdaptiveUpdate, Rule, ScheduledUpdate, Situation
+from kfac_fx.optim.workers import ALONE, Workers
 
 log = logging.getLogger("kfac_fx")
 
@@ -62,8 +64,8 @@ class KFAC(Optimizer):
         outlier: a batch whose loss is this many times the running average (gradient, statistics:
             a hundred times as many), or not finite, is not trusted: if its loss was fine before
             the last step, that step is undone exactly and lambda grows; else it is skipped.
-        tikhonov, structure, fisher, generator, compile: as for ``Preconditioner``; the Fisher is
-            not the empirical one.
+        tikhonov, structure, fisher, generator, workers, compile: as for ``Preconditioner``; the
+            Fisher is not the empirical one, and the gradients are averaged over the workers here.
         forward: from (network, inputs) to the likelihood's outputs, where they are not what the
             network returns for ``inputs``.
 
@@ -101,30 +103,32 @@ class KFAC(Optimizer):
         fisher: str = "sampled",
         generator: torch.Generator | None = None,
         forward: Forward = run_network,
+        workers: Workers = ALONE,
         compile: bool = False,
     ) -> None:
-        net = getattr(net, "_orig_mod", net)
+        net = workers.unwrapped(net)
         self.curvature, self.structure = transformed(net, structure)
         self._fraction = share("statistics_fraction", statistics_fraction)
         products_fraction = share("products_fraction", products_fraction)
         self._inverse = InverseFisher(
-            net, self.curvature, self.structure, tikhonov, compile=compile
+            net, self.curvature, self.structure, tikhonov, workers, compile=compile
         )
         parameters = self._inverse.guard.parameters
-        self._names = {id(p): name for name, p in parameters.items()}
         defaults = {"lr": 1.0 if lr is None else lr, "momentum": momentum}
         defaults["weight_decay"] = weight_decay
         super().__init__(list(parameters.values()) if params is None else params, defaults)
-        if any(id(p) not in self._names for group in self.param_groups for p in group["params"]):
-            raise UnknownOptionError("params holds a parameter without a curvature block")
         self.generator = generator or fresh_generator()
+        workers.begin("KFAC", parameters, self.generator)
+        self._workers, self._held = workers, workers.hold(net, parameters)
+        self._groups = Groups(self, parameters, self._held)
         likelihood = likelihood_of(likelihood)
-        self._task = Task(net, likelihood, forward, self.generator)
+        self._task = Task(self._held, likelihood, forward, self.generator, workers)
         self._recorder = Recorder(
             self._inverse.averages.entries,
             likelihood,
             choice("fisher", fisher, ("sampled", "exact")),
             self.generator,
+            workers,
         )
         self._recorder.switch(False)
         every = period("damping_every", damping_every), period("gamma_every", gamma_every)
@@ -133,7 +137,7 @@ class KFAC(Optimizer):
         self._make: Rule
         if lr is None:
             self._make = AdaptiveUpdate(
-                self._task, self._inverse, self._rule, products_fraction, refresh_every
+                self._task, self._inverse, self._rule, products_fraction, refresh_every, workers
             )
         else:
             self._make = ScheduledUpdate(self._inverse, self._rule, refresh_every, trust_region)
@@ -161,8 +165,12 @@ class KFAC(Optimizer):
             The mean negative log-likelihood of a term, without the l2 term.
         """
         self._inverse.guard.check()
+        with self._held.open():
+            return self._iterate(inputs, targets)
+
+    def _iterate(self, inputs: Any, targets: Any) -> Tensor:
         self.diagnostics = Diagnostics()
-        self._task.begin()
+        self._task.begin((inputs, targets))
         running = self._task.snapshot()
         loss, gradient = self._gradient(inputs, targets)
         trusted = self._trust.believes(loss, gradient.values())
@@ -182,7 +190,7 @@ class KFAC(Optimizer):
             return loss
         if self._inverse.averages.recorded:
             self._advance((inputs, targets), float(loss), gradient, running)
-        self._trust.accept(loss, gradient.values(), case_count((inputs, targets)))
+        self._trust.accept(loss, gradient.values(), self._task.cases)
         numbers = {"iteration": self._iteration, "loss": float(loss), **self._rule.state()}
         counters = {name: getattr(self, name) for name in COUNTERS}
         self.diagnostics.update(numbers, clamped=self._inverse.clamped, **counters)
@@ -191,8 +199,8 @@ class KFAC(Optimizer):
     def _advance(
         self, batch: tuple[Any, Any], loss: float, gradient: Direction, running: Direction
     ) -> None:
-        parameters = self._parameters()
-        options = {key: self._options(key) for key in ("lr", "momentum")}
+        parameters = self._groups.parameters()
+        options = {key: self._groups.options(key) for key in ("lr", "momentum")}
         with self.diagnostics.stage("update"):
             made = self._make(
                 Situation(self._iteration, batch, parameters, gradient, self._previous, options)
@@ -202,11 +210,11 @@ class KFAC(Optimizer):
             self._previous = {}
             self._count("rejected_steps", "the update is not finite")
             return
-        worth = self._trust.share(case_count(batch))
+        worth = self._trust.share(self._task.cases)
         if worth < 1:
             torch._foreach_mul_(list(made.step.values()), worth)
             self.diagnostics["share"] = worth
-        objective = loss + self._l2()
+        objective = loss + self._groups.l2()
         self._before = {name: p.clone() for name, p in parameters.items()}, running
         torch._foreach_add_(list(parameters.values()), [made.step[name] for name in parameters])
         self._previous = made.step
@@ -219,7 +227,7 @@ class KFAC(Optimizer):
         """The reduction ratio on the same batch and masks; a step that is no good is undone."""
         inputs, targets = batch
         with self.diagnostics.stage("ratio"), self._task.aside():
-            after = float(self._task.loss(self._task.outputs(inputs), targets)) + self._l2()
+            after = self._task.value(inputs, targets) + self._groups.l2()
         if self._trust.grew(before, after):
             self._undo()
         else:
@@ -227,42 +235,30 @@ class KFAC(Optimizer):
 
     # The parts of an iteration.
 
-    def _parameters(self) -> dict[str, Tensor]:
-        return {self._names[id(p)]: p for group in self.param_groups for p in group["params"]}
-
-    def _options(self, key: str) -> dict[str, float]:
-        return {
-            self._names[id(p)]: group[key] for group in self.param_groups for p in group["params"]
-        }
-
     def _gradient(self, inputs: Any, targets: Any) -> tuple[Tensor, Direction]:
         """The loss, and the gradient of the loss with its l2 term."""
-        parameters, decay = self._parameters(), self._options("weight_decay")
+        parameters, decay = self._groups.parameters(), self._groups.options("weight_decay")
         with self.diagnostics.stage("gradient"), torch.enable_grad(), self._task.same_masks():
             loss = self._task.loss(self._task.outputs(inputs), targets)
             wrt = list(parameters.values())
             found = torch.autograd.grad(loss, wrt, allow_unused=True, materialize_grads=True)
-        pairs = zip(parameters.items(), found, strict=True)
-        dense = ((name, p, g.to_dense() if g.is_sparse else g) for (name, p), g in pairs)
-        return loss.detach(), {name: g.add(p, alpha=decay[name]) for name, p, g in dense}
-
-    def _l2(self) -> float:
-        decay = self._options("weight_decay")
-        terms = [0.5 * decay[n] * p.double().square().sum() for n, p in self._parameters().items()]
-        return float(torch.stack(terms).sum())
+        loss, dense = loss.detach(), [g.to_dense() if g.is_sparse else g for g in found]
+        self._workers.sum_([loss, *dense])
+        pairs = zip(parameters.items(), dense, strict=True)
+        return loss, {name: g.add(p, alpha=decay[name]) for (name, p), g in pairs}
 
     def _record(self, inputs: Any, targets: Any) -> bool:
         """Records where that is due; False if the statistics are not finite, or outliers."""
         if (self._iteration - 1) % self._statistics_every and self._inverse.averages.recorded:
             return True
-        part = first_cases((inputs, targets), self._fraction, LEAST_STATISTICS)
+        part = self._task.first((inputs, targets), self._fraction, LEAST_STATISTICS)
         self._recorder.switch(True)
         with self.diagnostics.stage("statistics"), torch.enable_grad():
             with self._task.aside():
                 finite = self._recorder.observe(self._task.outputs(part[0]), part[1])
             found = self._recorder.take()
         self._recorder.switch(False)
-        worth = self._trust.share(case_count((inputs, targets)))
+        worth = self._trust.share(self._task.cases)
         if finite and self._inverse.fold(found, self._decay**worth, self._trust.widest):
             self._trust.fitted(True)
             return True
@@ -277,8 +273,8 @@ class KFAC(Optimizer):
         if self._before is None:
             return False
         with self._task.aside():
-            before = self._task.loss(self._task.outputs(inputs, self._before[0]), targets)
-        if not self._trust.grew(float(before), loss):
+            before = self._task.value(inputs, targets, self._before[0])
+        if not self._trust.grew(before, loss):
             return False
         self._undo()
         return True
@@ -286,7 +282,7 @@ class KFAC(Optimizer):
     def _undo(self) -> None:
         """Parameters and buffers as they were before the last step; lambda grows."""
         assert self._before is not None
-        for name, parameter in self._parameters().items():
+        for name, parameter in self._groups.parameters().items():
             parameter.copy_(self._before[0][name])
         self._task.restore(self._before[1])
         self._before, self._previous = None, {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,10 @@ from torch.utils.hooks import RemovableHandle
 
 from kfac_fx.errors import LikelihoodError, ObservationError
 from kfac_fx.ops import only
+from kfac_fx.optim.averages import all_finite
 from kfac_fx.optim.likelihoods import Likelihood
 from kfac_fx.optim.output_fisher import exact_scalars, sampled_scalar, term_count
+from kfac_fx.optim.workers import Place, Values, Workers
 
 log = logging.getLogger("kfac_fx")
 
@@ -27,11 +29,18 @@ class Sources:
         inputs: factor buffers that do not depend on the derivative (A, counts).
         gradients: factor buffers that are quadratic in it (G, C).
         parameters: those without a tap, whose summed gradient is squared.
+        symmetric: ids of the factor buffers that hold symmetric matrices.
     """
 
     inputs: list[Tensor]
     gradients: list[Tensor]
     parameters: list[Tensor]
+    symmetric: set[int]
+
+    @property
+    def places(self) -> list[Place]:
+        """Where all statistics go."""
+        return [Place(t, id(t) in self.symmetric) for t in (*self.factors, *self.parameters)]
 
     @property
     def factors(self) -> list[Tensor]:
@@ -73,32 +82,39 @@ def _add(total: Gradients, more: Gradients, weight: float = 1.0) -> None:
 
 
 class StepStatistics:
-    """Statistics of one step, from one or several micro-batches.
+    """Statistics of one step, from one or several micro-batches and processes.
 
     Each weighs by its number of likelihood terms, as if they had been one batch.
     """
 
-    def __init__(self, sources: Sources) -> None:
+    def __init__(self, sources: Sources, workers: Workers) -> None:
+        self._workers, self._places = workers, sources.places
         self._inputs = {id(factor) for factor in sources.inputs}
-        self._total: Gradients = {}
+        self._sums: list[Callable[[], Values]] = []
         self._count = 0.0
 
-    def add(self, found: Gradients, count: float, scale: float = 1.0) -> None:
-        """Adds what a backward returned.
+    def add(self, found: Gradients, observation: Observation, scale: float = 1.0) -> None:
+        """Adds what a backward returned; the sum over the processes starts.
 
         Args:
-            count: number of likelihood terms of the micro-batch.
             scale: of the loss, relative to the summed negative log-likelihood.
         """
+        scaled: Gradients = {}
         inputs = {key: value for key, value in found.items() if key in self._inputs}
         others = {key: value for key, value in found.items() if key not in self._inputs}
-        _add(self._total, inputs, count)
-        _add(self._total, others, 1 / scale**2)
-        self._count += count
+        _add(scaled, inputs, observation.count)
+        _add(scaled, others, 1 / scale**2)
+        values = [scaled.get(id(place.like)) for place in self._places]
+        self._sums.append(self._workers.start_sum(self._places, values))
+        self._count += observation.total
 
     def mean(self) -> Gradients:
-        """The statistics in the scale of one likelihood term."""
-        return {key: value / self._count for key, value in self._total.items()}
+        """The statistics in the scale of one likelihood term; waits for the sums."""
+        total: Gradients = {}
+        for finished in self._sums:
+            keys = (id(place.like) for place in self._places)
+            _add(total, {k: v for k, v in zip(keys, finished(), strict=True) if v is not None})
+        return {key: value / self._count for key, value in total.items()}
 
 
 class Observation:
@@ -106,6 +122,7 @@ class Observation:
 
     Attributes:
         count: number of likelihood terms, or the sum of their weights, to divide G by.
+        total: the same of all processes.
         gradients: what the training backward brought to the parameters without a tap. Their
             ``.grad`` also holds other micro-batches, and may be clipped or unscaled by then.
     """
@@ -116,27 +133,36 @@ class Observation:
         self.sources = sources
         self.distribution = likelihood.distribution(_wide(outputs))
         self.targets, self.weights = likelihood.terms(_wide(outputs), targets)
-        self.count = term_count(self.distribution, self.weights)
-        if self.count <= 0:
-            raise LikelihoodError(
-                "no likelihood term counts: the batch is empty, or every target is ignored"
-            )
+        self.count = self.total = term_count(self.distribution, self.weights)
         self._likelihood, self._outputs = likelihood, outputs
         self._handles: list[RemovableHandle] = []
         self._expected: Tensor | None = None
         self._seen: Tensor | None = None
         self.gradients: Gradients = {}
 
-    def sampled(self, generator: torch.Generator) -> Gradients:
+    def agree(self, workers: Workers) -> bool:
+        """Whether the outputs of all processes are finite.
+
+        Raises:
+            LikelihoodError: no process has a likelihood term.
+        """
+        finite, self.total = workers.agree("observe", all_finite([self._outputs]), self.count)
+        if self.total <= 0:
+            raise LikelihoodError(
+                "no likelihood term counts: the batch is empty, or every target is ignored"
+            )
+        return finite
+
+    def sampled(self, seed: int) -> Gradients:
         """Targets drawn from the model; one backward."""
         factors, parameters = self.sources.factors, self.sources.parameters
-        found = _backward(self._draw(generator), [*factors, *parameters])
+        found = _backward(self._draw(seed), [*factors, *parameters])
         for parameter in parameters:
             if id(parameter) in found:
                 found[id(parameter)] = squared(found[id(parameter)])
         return found
 
-    def exact(self, generator: torch.Generator) -> Gradients:
+    def exact(self, seed: int) -> Gradients:
         """All columns of the output Fisher's square root; what has no tap is sampled."""
         total: Gradients = {}
         skip: list[Tensor] = []
@@ -148,12 +174,12 @@ class Observation:
                 _add(total, _backward(scalar, wanted))
             skip = self.sources.inputs  # they do not depend on the derivative
         if self.sources.parameters:
-            gradients = _backward(self._draw(generator), self.sources.parameters)
+            gradients = _backward(self._draw(seed), self.sources.parameters)
             _add(total, {key: squared(g) for key, g in gradients.items()})
         return total
 
-    def _draw(self, generator: torch.Generator) -> Tensor:
-        return sampled_scalar(self.distribution, self.weights, generator)
+    def _draw(self, seed: int) -> Tensor:
+        return sampled_scalar(self.distribution, self.weights, seed)
 
     def watch(self) -> None:
         """Notes the training backward when it comes."""

@@ -82,16 +82,13 @@ def exact_scalars(distribution: D.Distribution, weights: Tensor | None) -> Itera
             yield column.sum()
 
 
-def sampled_scalar(
-    distribution: D.Distribution, weights: Tensor | None, generator: torch.Generator
-) -> Tensor:
+def sampled_scalar(distribution: D.Distribution, weights: Tensor | None, seed: int) -> Tensor:
     """The summed negative log-likelihood of targets drawn from the model.
 
     Args:
         weights: of the terms; derivatives scale with their square roots.
-        generator: seeds the draw; torch's own random stream is left as it was.
+        seed: of the draw; torch's own random stream is left as it was.
     """
-    seed = int(torch.randint(2**62, (), generator=generator))
     with seeded(seed, _parameters(distribution)), torch.no_grad():
         targets = distribution.sample()
     nll = -distribution.log_prob(targets)

@@ -30,6 +30,7 @@ from kfac_fx.optim.operator import CurvatureOperator
 from kfac_fx.optim.quadratic import shorten
 from kfac_fx.optim.recorder import Recorder
 from kfac_fx.optim.report import CurvatureReport, report_of
+from kfac_fx.optim.workers import ALONE, Workers
 
 log = logging.getLogger("kfac_fx")
 
@@ -57,6 +58,8 @@ class Preconditioner:
         trust_region: largest squared length (in Fhat) of a preconditioned gradient; longer ones are
             shortened: the step sqrt(trust_region / (grad^T Fhat^-1 grad)) of KFC.
         generator: of the draws; its state is part of ``state_dict``.
+        workers: the processes that share a batch (``kfac_fx.distributed.DataParallel``). The
+            gradients are averaged over them before ``step()``, as DistributedDataParallel does.
         compile: run the program through torch.compile.
 
     Attributes:
@@ -81,9 +84,10 @@ class Preconditioner:
         refresh_every: int = 10,
         trust_region: float | None = None,
         generator: torch.Generator | None = None,
+        workers: Workers = ALONE,
         compile: bool = False,
     ) -> None:
-        net = getattr(net, "_orig_mod", net)
+        net = workers.unwrapped(net)
         self.curvature, self.structure = transformed(net, structure)
         self.likelihood = likelihood_of(likelihood)
         self.fisher = choice("fisher", fisher, FISHERS)
@@ -98,11 +102,12 @@ class Preconditioner:
         self.skipped_statistics = 0
         self.skipped_gradients = 0
         self._inverse = InverseFisher(
-            net, self.curvature, self.structure, tikhonov, compile=compile
+            net, self.curvature, self.structure, tikhonov, workers, compile=compile
         )
-        self._steps = 0
+        self._steps, self._workers = 0, workers
+        workers.begin("Preconditioner", self._inverse.guard.parameters, self.generator)
         entries = self._inverse.averages.entries
-        self._recorder = Recorder(entries, self.likelihood, self.fisher, self.generator)
+        self._recorder = Recorder(entries, self.likelihood, self.fisher, self.generator, workers)
         self._arm()
 
     @property
@@ -198,6 +203,7 @@ class Preconditioner:
         guard = self._inverse.guard
         guard.check()
         given = guard.gradients()
+        self._workers.agree("step")
         if not given:
             raise GradientError("no parameter has a gradient: call loss.backward() before step()")
         recorded = self._inverse.averages
@@ -255,9 +261,10 @@ class Preconditioner:
     @torch.no_grad()
     def _precondition(self, given: Mapping[str, Tensor]) -> None:
         updates: dict[str, Tensor] = {}
-        finite = all_finite(list(given.values()))
+        whole = self._workers.whole(given)
+        finite = all_finite(list(whole.values()))
         if finite and self._inverse.inverses:
-            updates = self.apply(given)
+            updates = self.apply(whole)
             finite = all_finite(list(updates.values()))
         if not finite or not self._inverse.inverses:
             self.skipped_gradients += 1
@@ -265,9 +272,9 @@ class Preconditioner:
             torch._foreach_zero_(list(given.values()))
             return
         if self.trust_region is not None:
-            shorten(updates, given, self.trust_region)
+            shorten(updates, whole, self.trust_region)
         for name, gradient in given.items():
-            gradient.copy_(updates[name])
+            self._workers.put(updates[name], gradient)
 
     # State.
 

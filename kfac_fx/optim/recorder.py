@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from kfac_fx.errors import ObservationError
+from kfac_fx.ir import CurvatureBlock
 from kfac_fx.ops import pause, resume
-from kfac_fx.optim.averages import Entry, all_finite
+from kfac_fx.optim.averages import Entry
 from kfac_fx.optim.likelihoods import Likelihood
 from kfac_fx.optim.observation import (
     Gradients,
@@ -19,6 +20,7 @@ from kfac_fx.optim.observation import (
     check_recorded,
     squared,
 )
+from kfac_fx.optim.workers import Workers, drawn_seed
 
 
 class Recorder:
@@ -28,6 +30,7 @@ class Recorder:
         entries: blocks with their buffers and parameters.
         fisher: "sampled", "exact" or "empirical".
         generator: of the draws.
+        workers: the processes whose statistics are added up.
     """
 
     def __init__(
@@ -36,11 +39,13 @@ class Recorder:
         likelihood: Likelihood,
         fisher: str,
         generator: torch.Generator,
+        workers: Workers,
     ) -> None:
         self._likelihood, self._fisher, self._generator = likelihood, fisher, generator
+        self._workers = workers
         self._sources = _sources(entries)
         self._observation: Observation | None = None
-        self._statistics = StepStatistics(self._sources)
+        self._statistics = StepStatistics(self._sources, workers)
 
     @property
     def observing(self) -> bool:
@@ -51,14 +56,14 @@ class Recorder:
         """Lets the forward passes from now on record or not; forgets what was not taken."""
         if self._observation is not None:
             self._observation.close()
-        self._observation, self._statistics = None, StepStatistics(self._sources)
+        self._observation, self._statistics = None, StepStatistics(self._sources, self._workers)
         resume(self._sources.factors)
         self._clear()
         for factor in self._sources.factors:
             factor.requires_grad_(on)
 
     def observe(self, outputs: Tensor, targets: Tensor | None) -> bool:
-        """Records a forward pass, or prepares to; False if the outputs are not finite.
+        """Records a forward pass, or prepares to; False if some outputs are not finite.
 
         Raises:
             LikelihoodError, ObservationError: see ``Preconditioner.observe``.
@@ -71,16 +76,24 @@ class Recorder:
             raise ObservationError("fisher='empirical' needs observe(outputs, targets)")
         observation = Observation(self._likelihood, outputs, targets, self._sources)
         check_recorded(outputs, self._sources.factors)
-        finite = all_finite([outputs])
+        finite = observation.agree(self._workers)
         if finite and self._fisher == "empirical":
             observation.expect()
         elif finite:
-            record = observation.sampled if self._fisher == "sampled" else observation.exact
-            self._statistics.add(record(self._generator), observation.count)
+            self._statistics.add(self._found(observation), observation)
             pause(self._sources.factors)  # the training backward need not record again
         observation.watch()
         self._observation = observation
         return finite
+
+    def _found(self, observation: Observation) -> Gradients:
+        """What the backward passes of sampled or exact statistics return; draws a seed."""
+        exact = self._fisher == "exact"
+        drawn = not exact or self._sources.parameters
+        seed = drawn_seed(self._generator, self._workers) if drawn else 0
+        if observation.count <= 0:  # the other processes have terms
+            return {}
+        return observation.exact(seed) if exact else observation.sampled(seed)
 
     def take(self) -> Gradients:
         """The step's statistics in the scale of one likelihood term; empty if there are none."""
@@ -95,9 +108,12 @@ class Recorder:
         observation.close()
         resume(self._sources.factors)
         if observation.expects:
+            if observation.count <= 0:
+                self._statistics.add({}, observation)
+                return
             found = {id(f): f.grad for f in self._sources.factors if f.grad is not None}
             found |= {key: squared(g) for key, g in observation.gradients.items()}
-            self._statistics.add(found, observation.count, observation.loss_scale())
+            self._statistics.add(found, observation, observation.loss_scale())
 
     def _clear(self) -> None:
         for factor in self._sources.factors:
@@ -105,11 +121,13 @@ class Recorder:
 
 
 def _sources(entries: Sequence[Entry]) -> Sources:
-    sources = Sources([], [], [])
+    sources = Sources([], [], [], set())
     for entry in entries:
         if not entry.block.tapped:
             sources.parameters.extend(entry.parameters)
             continue
         for spec, buffer in zip(entry.block.factors, entry.buffers, strict=True):
             (sources.gradients if spec.role == "gradient" else sources.inputs).append(buffer)
+            if isinstance(entry.block, CurvatureBlock) and spec.role != "count":
+                sources.symmetric |= set() if spec.diagonal else {id(buffer)}
     return sources

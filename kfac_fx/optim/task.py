@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch.distributions import Distribution
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
@@ -17,6 +17,7 @@ from kfac_fx.ops import STORE
 from kfac_fx.optim.likelihoods import Likelihood
 from kfac_fx.optim.output_fisher import term_count
 from kfac_fx.optim.streams import seeded
+from kfac_fx.optim.workers import Held, Workers, drawn_seed, share_of
 
 Forward = Callable[[Callable[..., Any], Any], Tensor]
 """From the network (a callable) and a batch's inputs to the outputs of the likelihood."""
@@ -33,20 +34,37 @@ class Task:
     """The network with its likelihood.
 
     Args:
-        generator: of the masks (dropout); torch's global random stream is left alone.
+        seed: of the masks (dropout); torch's global random stream is left alone.
+        workers: the processes that share a batch.
+
+    Attributes:
+        cases: of the batch, in all processes.
     """
 
     def __init__(
-        self, net: fx.GraphModule, likelihood: Likelihood, forward: Forward, seed: torch.Generator
+        self,
+        held: Held,
+        likelihood: Likelihood,
+        forward: Forward,
+        seed: torch.Generator,
+        workers: Workers,
     ) -> None:
-        self.net, self.likelihood, self.forward = net, likelihood, forward
-        self._generator, self._seed = seed, 0
+        self.net, self.likelihood, self.forward = held.net, likelihood, forward
+        self._held, self._workers = held, workers
+        self._generator, self._seed, self.cases = seed, 0, 0
+        net = held.net
         names = [name for name, _ in net.named_buffers() if not name.startswith(STORE)]
         self._buffers = {name: net.get_buffer(name) for name in names}
 
-    def begin(self) -> None:
-        """New masks for the passes that follow."""
-        self._seed = int(torch.randint(2**62, (), generator=self._generator))
+    def begin(self, batch: Any) -> None:
+        """New masks for the passes on a batch that follow."""
+        self._seed = drawn_seed(self._generator, self._workers)
+        self.cases = int(self._workers.agree("a batch", amount=case_count(batch))[1])
+
+    def first(self, batch: Any, fraction: float, least: int) -> Any:
+        """This process's share of the first cases; ``least`` of all are kept where there are."""
+        kept = min(self.cases, max(least, round(fraction * self.cases)))
+        return batch if kept == self.cases else first_cases(batch, share_of(kept, self._workers))
 
     @contextmanager
     def same_masks(self) -> Iterator[None]:
@@ -77,6 +95,7 @@ class Task:
     def outputs(self, inputs: Any, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
         """Outputs, with the module's own parameters or the given ones."""
         net: Callable[..., Any] = self.net
+        parameters = self._held.given if parameters is None else parameters
         if parameters is not None:
             given = dict(parameters)
 
@@ -88,10 +107,10 @@ class Task:
     def predictive(
         self, outputs: Tensor, targets: Any
     ) -> tuple[Distribution, Tensor | None, Tensor | None, float]:
-        """Distribution, targets fit for it, weights of the terms and their number."""
+        """Distribution, targets fit for it, weights of the terms and all processes' number."""
         distribution = self.likelihood.distribution(outputs)
         targets, weights = self.likelihood.terms(outputs, targets)
-        count = term_count(distribution, weights)
+        _, count = self._workers.agree("outputs", amount=term_count(distribution, weights))
         if count <= 0:
             raise LikelihoodError(
                 "no likelihood term counts: the batch is empty, or every target is ignored"
@@ -99,12 +118,18 @@ class Task:
         return distribution, targets, weights, count
 
     def loss(self, outputs: Tensor, targets: Any) -> Tensor:
-        """Mean negative log-likelihood of a term."""
+        """This process's share of the mean negative log-likelihood of a term."""
         distribution, given, weights, count = self.predictive(outputs, targets)
         if given is None:
             raise LikelihoodError("step() needs the targets of the batch")
         nll = -distribution.log_prob(given)
         return (nll if weights is None else nll * weights).sum() / count
+
+    def value(self, inputs: Any, targets: Any, parameters: Any = None) -> float:
+        """The mean negative log-likelihood of a term, of all processes."""
+        total = self.loss(self.outputs(inputs, parameters), targets).detach()
+        self._workers.sum_([total])
+        return float(total)
 
 
 def case_count(batch: Any) -> int:
@@ -113,16 +138,12 @@ def case_count(batch: Any) -> int:
     return sized[0].shape[0] if sized else 1
 
 
-def first_cases(batch: Any, fraction: float, least: int) -> Any:
-    """The first part of every tensor of a batch whose first dimension counts the cases.
-
-    At least ``least`` cases are kept where there are so many.
-    """
+def first_cases(batch: Any, kept: int) -> Any:
+    """The first part of every tensor of a batch whose first dimension counts the cases."""
     cases = case_count(batch)
-    kept = min(cases, max(least, round(fraction * cases)))
 
     def cut(leaf: Any) -> Any:
         counted = isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == cases
         return leaf[:kept] if counted else leaf
 
-    return batch if kept == cases else pytree.tree_map(cut, batch)
+    return pytree.tree_map(cut, batch)

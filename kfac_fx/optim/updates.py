@@ -12,7 +12,8 @@ from torch.distributions import Distribution
 from kfac_fx.optim.damping import DampingRule
 from kfac_fx.optim.inverse import InverseFisher
 from kfac_fx.optim.quadratic import QuadraticModel, combination, fisher_gram, inner_products
-from kfac_fx.optim.task import Task, first_cases
+from kfac_fx.optim.task import Task
+from kfac_fx.optim.workers import Workers
 
 Direction = dict[str, Tensor]
 
@@ -72,6 +73,7 @@ class AdaptiveUpdate:
     rule: DampingRule
     fraction: float
     refresh_every: int
+    workers: Workers
 
     def __call__(self, at: Situation) -> Update:
         made = [
@@ -108,7 +110,7 @@ class AdaptiveUpdate:
         return {name: -value for name, value in self.inverse.apply(at.gradient).items()}
 
     def _gram(self, at: Situation, directions: list[Direction]) -> Tensor:
-        inputs, targets = first_cases(at.batch, self.fraction, LEAST_PRODUCTS)
+        inputs, targets = self.task.first(at.batch, self.fraction, LEAST_PRODUCTS)
 
         def run(parameters: Mapping[str, Tensor]) -> tuple[Distribution, Tensor | None, float]:
             with self.task.aside():
@@ -116,7 +118,9 @@ class AdaptiveUpdate:
             distribution, _, weights, count = self.task.predictive(outputs, targets)
             return distribution, weights, count
 
-        return fisher_gram(run, at.parameters, directions)
+        gram = fisher_gram(run, at.parameters, directions)
+        self.workers.sum_([gram])
+        return gram
 
 
 @dataclass

@@ -1,0 +1,5 @@
+"""Several processes on torch.distributed: shared batches, shared refreshes."""
+
+from kfac_fx.distributed.workers import DataParallel
+
+__all__ = ["DataParallel"]

@@ -1,0 +1,166 @@
+"""The processes of data-parallel training."""
+
+from __future__ import annotations
+
+import zlib
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, fx
+from torch.distributed.tensor import DTensor
+
+from kfac_fx.codegen import Program
+from kfac_fx.distributed import sharded
+from kfac_fx.distributed.buckets import Bucket, Form, cut
+from kfac_fx.distributed.control import Control
+from kfac_fx.errors import UnknownOptionError
+from kfac_fx.optim.workers import ALONE, Engine, Held, Place, Values, unwrapped
+
+BUCKET_BYTES = 25 * 2**20
+"""Of a message; what DistributedDataParallel takes."""
+
+Sums = list[tuple[Bucket, Tensor, Any]]
+
+
+class DataParallel:
+    """Processes that each have a share of every batch: ``Preconditioner(net, workers=...)``.
+
+    W processes with shares of a batch do what one does with the whole: statistics are summed over
+    the processes, each weighted by its number of likelihood terms, while the training backward
+    runs. ``KFAC`` runs the network itself, so it also averages losses, gradients and products with
+    the exact Fisher; everything it decides, it decides from those. With ``Preconditioner`` the
+    gradients are averaged before ``step()``: by DistributedDataParallel, by FSDP2, or by the user.
+
+    Draws (sampled targets, dropout masks) come from one stream of seeds, the first process's
+    generator; each process adds its rank. Where a part of a batch counts (tau1, tau2), case i is
+    taken to be with process i modulo W, as ``DistributedSampler`` deals. What no tap records is
+    squared in each process, and has no statistics where FSDP2 shards it (it is logged, its gradient
+    stays as it is). Running statistics of normalisation layers are each process's own.
+
+    Args:
+        process_group: of torch.distributed; None for all processes.
+        timeout: seconds that a process waits for the others before it raises.
+        bucket_bytes: of a message.
+
+    Attributes:
+        rank, size: this process, and how many there are.
+        traffic: bytes of the messages by purpose ("statistics", "gradients", ...).
+
+    Raises:
+        UnknownOptionError: torch.distributed is not initialised.
+    """
+
+    def __init__(
+        self,
+        process_group: dist.ProcessGroup | None = None,
+        *,
+        timeout: float = 600.0,
+        bucket_bytes: int = BUCKET_BYTES,
+    ) -> None:
+        if not dist.is_initialized():
+            raise UnknownOptionError(
+                "torch.distributed.init_process_group() comes before DataParallel()"
+            )
+        self.group = process_group
+        self.rank, self.size = dist.get_rank(process_group), dist.get_world_size(process_group)
+        self.control = Control(process_group, timeout)
+        self.traffic: Counter[str] = Counter()
+        self._bucket_bytes = bucket_bytes
+
+    # What all processes do together: kfac_fx.optim.workers.Workers says what each is for.
+
+    def unwrapped(self, net: Any) -> Any:
+        return unwrapped(net)
+
+    def begin(self, what: str, parameters: Mapping[str, Tensor], seed: torch.Generator) -> None:
+        text = repr([(name, tuple(p.shape), str(p.dtype)) for name, p in parameters.items()])
+        self.agree(f"new {what} of parameters {zlib.crc32(text.encode()):08x}")
+        sums = [p.detach().abs().double().sum() for p in parameters.values() if not _sharded(p)]
+        if sums:
+            self.control.same(torch.stack(sums).cpu(), "parameters")
+        state = seed.get_state()
+        self.control.first(state)
+        seed.set_state(state)
+
+    def agree(self, call: str, good: bool = True, amount: float = 0.0) -> tuple[bool, float]:
+        return self.control.agree(call, good, amount)
+
+    def start_sum(self, places: Sequence[Place], values: Values) -> Callable[[], Values]:
+        forms = [_form_of(place) for place in places]
+        present = torch.tensor([float(value is not None) for value in values])
+        # In float64 the flags would have a message of their own.
+        flags = Form(present.shape, forms[0].dtype, forms[0].device)
+        given = [present.to(forms[0].device), *values]
+        started = self._started([flags, *forms], given, "statistics")
+
+        def finished() -> Values:
+            counts, *sums = self._finished(started, len(given), "statistics")
+            assert counts is not None
+            return [s if n else None for s, n in zip(sums, counts.tolist(), strict=True)]
+
+        return finished
+
+    def sum_(self, tensors: Sequence[Tensor]) -> None:
+        real = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
+        forms = [Form(t.shape, t.dtype, t.device) for t in real]
+        started = self._started(forms, real, "gradients")
+        for tensor, total in zip(
+            real, self._finished(started, len(real), "gradients"), strict=True
+        ):
+            assert total is not None
+            tensor.copy_(total)
+
+    def engine(self, program: Program) -> Engine:
+        return ALONE.engine(program)
+
+    def whole(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        found = {}
+        for name, tensor in tensors.items():
+            if _sharded(tensor):
+                self.traffic["shards"] += tensor.numel() * tensor.dtype.itemsize
+            with self.control.watching("gathering shards"):
+                found[name] = sharded.whole(tensor)
+        return found
+
+    def put(self, value: Tensor, into: Tensor) -> None:
+        sharded.put(value, into)
+
+    def hold(self, net: fx.GraphModule, parameters: Mapping[str, Tensor]) -> Held:
+        if not any(_sharded(p) for p in net.parameters()):
+            return ALONE.hold(net, parameters)
+        return sharded.Gathered(net, parameters)
+
+    # Sums in buckets.
+
+    def _started(
+        self, forms: Sequence[Form], values: Sequence[Tensor | None], purpose: str
+    ) -> Sums:
+        started = []
+        for bucket in cut(forms, self._bucket_bytes):
+            flat = bucket.pack(values)
+            self.traffic[purpose] += flat.numel() * flat.dtype.itemsize
+            with self.control.watching(purpose):
+                work = dist.all_reduce(flat, group=self.group, async_op=True)
+            started.append((bucket, flat, work))
+        return started
+
+    def _finished(self, started: Sums, count: int, purpose: str) -> Values:
+        found: Values = [None] * count
+        for bucket, flat, work in started:
+            with self.control.watching(purpose):
+                work.wait()
+            for place, value in bucket.unpack(flat):
+                found[place] = value
+        return found
+
+
+def _sharded(tensor: Tensor) -> bool:
+    return isinstance(tensor, DTensor)
+
+
+def _form_of(place: Place) -> Form:
+    dtype = torch.promote_types(place.like.dtype, torch.float32).to_real()
+    return Form(place.like.shape, dtype, place.like.device, place.symmetric)
