@@ -7,15 +7,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 
-from kfac_fx.capture import CapturedModule
+from kfac_fx.capture import CapturedModule, of_program
 from kfac_fx.capture import capture as capture_model
 from kfac_fx.config import CAPTURES, MAX_FACTOR_DIM, choice
 from kfac_fx.passes import Covered, KFACTransform, StripTaps
 
 
 def transform(
-    model: nn.Module,
+    model: nn.Module | ExportedProgram,
     example_inputs: Any = None,
     *,
     example_kwargs: Mapping[str, Any] | None = None,
@@ -36,7 +37,8 @@ def transform(
     work. ``result.curvature`` says which block every parameter got.
 
     Args:
-        model: any nn.Module or fx.GraphModule; it is not changed.
+        model: any nn.Module, fx.GraphModule or ExportedProgram; it is not changed. A program's
+            result keeps the mode that was exported.
         example_inputs: positional arguments as a tuple (a single tensor counts as one), needed only
             where symbolic tracing cannot follow the model.
         example_kwargs: keyword arguments, likewise.
@@ -78,10 +80,13 @@ def transform(
         large_factors=large_factors,
         ekfac=ekfac,
     )
-    Covered(model, exclude)  # before any work is done
-    args = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else example_inputs
-    kwargs = dict(example_kwargs or {})
-    module, chain.uses.route = capture_model(model, args, kwargs, route=capture, check=check)
+    if isinstance(model, ExportedProgram):
+        module, chain.uses.route = of_program(model), "export"
+    else:
+        Covered(model, exclude)  # before any work is done
+        args = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else example_inputs
+        kwargs = dict(example_kwargs or {})
+        module, chain.uses.route = capture_model(model, args, kwargs, route=capture, check=check)
     StripTaps()(module)
     chain(module)
     return module

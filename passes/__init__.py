@@ -15,6 +15,7 @@ from kfac_fx.passes.gather_blocks import gather_blocks
 from kfac_fx.passes.insert_moments import find_moments
 from kfac_fx.passes.insert_taps import InsertTaps, insert_taps
 from kfac_fx.passes.manager import PassManager, PassReport
+from kfac_fx.passes.programs import instrument_program
 from kfac_fx.passes.strip_taps import StripTaps, strip_taps
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "find_uses",
     "gather_blocks",
     "insert_taps",
+    "instrument_program",
     "is_tap",
     "placeable",
     "read_curvature",

@@ -92,7 +92,7 @@ class KFACTransform(GraphPass):
 
     def _run_eager(self, module: EagerModule) -> bool:
         for graph in module.graphs:
-            strip_taps(graph)
+            strip_taps(graph, module)
         modified = self._chain(module).modified
         uses = self.uses
         options = (uses.reduce, uses.max_factor_dim, uses.large_factors)
@@ -105,7 +105,7 @@ def _without_taps(module: fx.GraphModule) -> fx.GraphModule:
     graphs = []
     for graph in graphs_of(module):
         stripped = copy.deepcopy(graph)
-        strip_taps(stripped)
+        strip_taps(stripped, module)
         graphs.append(copy.deepcopy(stripped))
     return captured_module(module, graphs[0], graphs[1] if len(graphs) > 1 else None)
 

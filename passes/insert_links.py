@@ -64,6 +64,11 @@ def _insert_link(graph: fx.Graph, y: fx.Node, pair: Pair, side: str) -> tuple[fx
         handed = graph.call_function(operator.getitem, (link, 1))
         passed = graph.call_function(operator.getitem, (link, 0))
     _take_over(y, passed, link, pair)
+    handed.meta = {"custom": link.meta["custom"]}
+    value = y.meta.get("val")
+    if isinstance(value, torch.Tensor):  # while nothing is recorded, as torch.export sees it
+        handed.meta["val"] = value.new_empty(0)
+        link.meta["val"] = (value, handed.meta["val"])
     return passed, handed
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from kfac_fx.ir import Tap
 from kfac_fx.ops.recurrent import CELLS, STEPS, nested
@@ -86,13 +86,20 @@ def _read_by(node: fx.Node) -> dict[fx.Node, fx.Node]:
     return result
 
 
-def restore(graph: fx.Graph, call: fx.Node) -> None:
-    """Puts the module's or ATen's own call back in the operator's place."""
+def restore(graph: fx.Graph, call: fx.Node, module: nn.Module | None) -> None:
+    """Puts the module's or ATen's own call back in the operator's place.
+
+    Args:
+        module: whose graph it is; torch.export keeps annotations, but not the layers' modules.
+    """
     assert call.op == "call_function"
     operation = _OPERATORS[call.target]
     users = [user for user in call.users if user.target is nested]
     result = users[0] if users else call
     path = annotation(call).get("module")
+    if path is not None and module is not None:
+        layer = dict(module.named_modules()).get(path)
+        path = path if isinstance(layer, (nn.RNNBase, nn.RNNCellBase)) else None
     with graph.inserting_before(call):
         if path is not None:
             given = call.args[:1] if call.args[1] is None else call.args[:2]
@@ -100,10 +107,32 @@ def restore(graph: fx.Graph, call: fx.Node) -> None:
         else:
             overloads = getattr(torch.ops.aten, operation)
             target = overloads.default if operation in CELLS else overloads.input
-            node = graph.create_node("call_function", target, call.args[:-2])
+            arguments = list(call.args[:-2])
+            if arguments[1] is None:
+                arguments[1] = _zero_states(graph, operation, arguments)
+            node = graph.create_node("call_function", target, tuple(arguments))
     node.meta = without_annotation(result.meta)
     name = result.name
     result.replace_all_uses_with(node)
     for made in (result, call) if users else (call,):
         graph.erase_node(made)
     node._rename(name)
+
+
+def _zero_states(graph: fx.Graph, operation: str, arguments: list[Any]) -> Any:
+    """The states that a layer's module starts from by itself, and ATen's operator does not.
+
+    Args:
+        arguments: of the operator for batches of inputs.
+    """
+    cell = operation in CELLS
+    x, weight = arguments[0], arguments[3] if cell else arguments[2][1]
+
+    def size(node: Any, dim: int) -> fx.Node:
+        return graph.call_function(torch.ops.aten.sym_size.int, (node, dim))
+
+    shape = [size(x, 0 if cell or arguments[8] else 1), size(weight, 1)]
+    if not cell:
+        shape.insert(0, arguments[4] * (2 if arguments[7] else 1))
+    zeros = graph.call_function(torch.ops.aten.new_zeros.default, (x, shape))
+    return [zeros, zeros] if operation.startswith("lstm") else zeros

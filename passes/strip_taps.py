@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from kfac_fx.ops import STORE
 from kfac_fx.passes.annotations import graphs_of, is_tap
@@ -13,8 +13,13 @@ from kfac_fx.passes.replace_node import replaces_node, restore
 _LINK = torch.ops.kfac_fx.link.default
 
 
-def strip_taps(graph: fx.Graph) -> bool:
-    """Removes all taps and the reads that only they used; whether there were any."""
+def strip_taps(graph: fx.Graph, module: nn.Module | None = None) -> bool:
+    """Removes all taps and the reads that only they used; whether there were any.
+
+    Args:
+        module: whose graph it is; None for the graph's owner.
+    """
+    module = graph.owning_module if module is None else module
     taps = [node for node in graph.nodes if is_tap(node)]
     for tap in reversed(taps):  # readers of links before the links
         sources = tap.all_input_nodes
@@ -22,7 +27,7 @@ def strip_taps(graph: fx.Graph) -> bool:
             part.replace_all_uses_with(sources[0])
             graph.erase_node(part)
         if replaces_node(tap):
-            restore(graph, tap)
+            restore(graph, tap, module)
         else:
             tap.replace_all_uses_with(sources[0])
             graph.erase_node(tap)
@@ -40,7 +45,7 @@ class StripTaps(GraphPass):
 
     def run(self, module: fx.GraphModule) -> bool:
         """Whether there were taps."""
-        found = [strip_taps(graph) for graph in graphs_of(module)]
+        found = [strip_taps(graph, module) for graph in graphs_of(module)]
         module._modules.pop(STORE, None)
         for key in (META, HERE):
             module.meta.pop(key, None)

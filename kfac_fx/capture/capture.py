@@ -8,10 +8,11 @@ import logging
 from typing import Any
 
 from torch import fx, nn
+from torch.export import ExportedProgram
 
 from kfac_fx.capture.check import SelfCheck
 from kfac_fx.capture.eager import EagerModule, eager_module, record
-from kfac_fx.capture.export import exported, fixes_batch
+from kfac_fx.capture.export import check_sizes, exported, fixes_batch
 from kfac_fx.capture.modes import capture_both
 from kfac_fx.capture.module import CapturedModule, captured_module, lift_constants, share_hooks
 from kfac_fx.capture.symbolic import opaque_calls, trace
@@ -126,11 +127,30 @@ def _given(
     return frozenset(names[: len(args or ())]) | frozenset(kwargs)
 
 
+def of_program(program: ExportedProgram) -> CapturedModule:
+    """What an exported program runs; it shares the program's parameters.
+
+    Its mode is that of the export: train() and eval() raise, as those of ``program.module()``.
+    """
+    model = program.module(check_guards=False)
+    assert isinstance(model, fx.GraphModule)
+    check_sizes(model.graph)
+    module = _from_graph_module(model)
+    module.__dict__.update({name: model.__dict__[name] for name in ("train", "eval")})
+    return module
+
+
 def _from_graph_module(model: fx.GraphModule) -> CapturedModule:
     evaluation = getattr(model, "evaluation", None)
     module = captured_module(model, copy.deepcopy(model.graph), copy.deepcopy(evaluation))
     module.meta.update(model.meta)
     share_hooks(module, model)
+    kept = {
+        key: hook
+        for key, hook in model._forward_pre_hooks.items()
+        if not getattr(hook, "__module__", "").startswith("torch.export")  # checks its own module
+    }
+    module.__dict__["_forward_pre_hooks"] = type(model._forward_pre_hooks)(kept)
     return module
 
 

@@ -34,12 +34,19 @@ def exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         except Exception as error:
             reason = str(error).strip().splitlines()
             raise CaptureError(f"{user_line(error)}: {reason[0] if reason else error!r}") from error
-    _expect_fixed_sizes(module.graph)
-    # Checks of dtype and device behind every cast; they would count as uses of what they look at.
-    for node in list(module.graph.nodes):
-        if node.target is torch.ops.aten._assert_tensor_metadata.default:
-            module.graph.erase_node(node)
+    check_sizes(module.graph)
     return module
+
+
+def check_sizes(graph: fx.Graph) -> None:
+    """Lets an exported graph check its inputs' sizes, and no longer the dtypes on its way.
+
+    Those checks, behind every cast, would count as uses of what they look at.
+    """
+    _expect_fixed_sizes(graph)
+    for node in list(graph.nodes):
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            graph.erase_node(node)
 
 
 def _export(
