@@ -8,6 +8,7 @@ its weight multiplies (`input_rows`) and by the place of its outputs (`output_ro
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -137,6 +138,39 @@ class Normal(Likelihood):
 
     def draw(self, outputs: Tensor) -> Tensor:
         return torch.randn_like(outputs)
+
+
+@dataclass(frozen=True)
+class Joint(Likelihood):
+    """sum_k weight_k * mean NLL of part k, of outputs [N, sum of the parts' sizes]; N terms.
+
+    A part is (likelihood, weight, shape of one case's outputs).
+    """
+
+    parts: tuple[tuple[Likelihood, float, tuple[int, ...]], ...]
+    name: str = "joint"
+
+    def split(self, outputs: Tensor) -> tuple[Tensor, ...]:
+        sizes = [math.prod(shape) for _, _, shape in self.parts]
+        found = zip(outputs.split(sizes, 1), self.parts, strict=True)
+        return tuple(piece.unflatten(1, shape) for piece, (_, _, shape) in found)
+
+    def nll(self, outputs: Tensor, targets: tuple[Tensor, ...]) -> Tensor:
+        total = 0.0
+        for (part, weight, _), f, y in zip(self.parts, self.split(outputs), targets, strict=True):
+            total = total + weight * len(f) * part.nll(f, y) / part.terms(f, y)
+        return total
+
+    def fisher(self, outputs: Tensor, targets: None) -> Tensor:
+        blocks = [
+            weight * part.fisher(f, None) / part.terms(f, None)
+            for (part, weight, _), f in zip(self.parts, self.split(outputs), strict=True)
+        ]
+        return torch.block_diag(*blocks)
+
+    def draw(self, outputs: Tensor) -> tuple[Tensor, ...]:
+        pairs = zip(self.parts, self.split(outputs), strict=True)
+        return tuple(part.draw(f) for (part, _, _), f in pairs)
 
 
 LIKELIHOODS = (Categorical(), Bernoulli(), Normal())

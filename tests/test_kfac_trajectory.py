@@ -9,7 +9,7 @@ from collections.abc import Callable
 import oracles
 import pytest
 import torch
-from oracles import Bernoulli, Categorical, Likelihood, Normal
+from oracles import Bernoulli, Categorical, Joint, Likelihood, Normal
 from torch import Tensor, nn
 
 import kfac_fx
@@ -17,11 +17,13 @@ import kfac_fx
 pytestmark = pytest.mark.usefixtures("float64")
 ETA, T1, T2, T3, DECAY = 1e-3, 2, 3, 4, 0.9
 LAYERS = ("0", "2", "4")
+JOINT = Joint(((Categorical(), 1.0, (2,)), (Normal(), 0.3, (1,)), (Bernoulli(), 2.0, (1,))))
+SUM = kfac_fx.likelihoods.Sum((("categorical", 1.0), ("normal", 0.3), ("bernoulli", 2.0)))
 
 
-def network() -> nn.Sequential:
+def network(outputs: int) -> nn.Sequential:
     return nn.Sequential(
-        nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2, bias=False)
+        nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, outputs, bias=False)
     )
 
 
@@ -146,13 +148,17 @@ class Dense:
 
 
 @pytest.mark.parametrize("structure", ["block_diagonal", "block_tridiagonal"])
-@pytest.mark.parametrize("likelihood", [Categorical(), Bernoulli(), Normal()], ids=lambda v: v.name)
+@pytest.mark.parametrize(
+    "likelihood", [Categorical(), Bernoulli(), Normal(), JOINT], ids=lambda v: v.name
+)
 def test_trajectory(likelihood: Likelihood, structure: str) -> None:
-    ours, theirs = network(), network()
+    joint = likelihood is JOINT
+    ours, theirs = (network(4 if joint else 2) for _ in range(2))
     theirs.load_state_dict(ours.state_dict())
+    options = {"forward": lambda net, x: JOINT.split(net(x))} if joint else {}
     optimizer = kfac_fx.KFAC(
         kfac_fx.transform(ours, structure=structure),
-        likelihood.name,
+        SUM if joint else likelihood.name,
         damping=2.0,
         weight_decay=ETA,
         damping_every=T1,
@@ -164,6 +170,7 @@ def test_trajectory(likelihood: Likelihood, structure: str) -> None:
         fisher="exact",
         smallest_damping=1e-6,
         gamma_limit=math.inf,
+        **options,
     )
     dense = Dense(theirs, likelihood, structure == "block_tridiagonal", 2.0)
     lambdas = set()

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.distributions import Distribution
 from torch.optim import Optimizer
 
 from kfac_fx.config import choice, period, share, within
@@ -19,7 +18,7 @@ from kfac_fx.optim.diagnostics import Diagnostics
 from kfac_fx.optim.groups import Groups
 from kfac_fx.optim.guard import transformed
 from kfac_fx.optim.inverse import InverseFisher
-from kfac_fx.optim.likelihoods import Likelihood, fresh_generator, likelihood_of
+from kfac_fx.optim.likelihoods import Given, fresh_generator, likelihood_of
 from kfac_fx.optim.recorder import Recorder
 from kfac_fx.optim.task import Forward, Task, run_network
 from kfac_fx.optim.trust import BatchTrust
@@ -80,7 +79,7 @@ class KFAC(Optimizer):
     def __init__(
         self,
         net: fx.GraphModule,
-        likelihood: str | Likelihood | Callable[[Any], Distribution] = "categorical",
+        likelihood: Given = "categorical",
         params: Iterable[Any] | None = None,
         *,
         lr: float | None = None,
@@ -121,11 +120,11 @@ class KFAC(Optimizer):
         workers.begin("KFAC", parameters, self.generator)
         self._workers, self._held = workers, workers.hold(net, parameters)
         self._groups = Groups(self, parameters, self._held)
-        likelihood = likelihood_of(likelihood)
-        self._task = Task(self._held, likelihood, forward, self.generator, workers)
+        known = likelihood_of(likelihood)
+        self._task = Task(self._held, known, forward, self.generator, workers)
         self._recorder = Recorder(
             self._inverse.averages.entries,
-            likelihood,
+            known,
             choice("fisher", fisher, ("sampled", "exact")),
             self.generator,
             workers,

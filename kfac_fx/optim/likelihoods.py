@@ -6,7 +6,8 @@ its batch shape: a case, or a token where the likelihood factorises over tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -114,16 +115,27 @@ class Bernoulli:
         return None if targets is None else targets.to(outputs.dtype), None
 
 
+class _SquaredError(D.Normal):
+    """A normal whose ``log_prob`` leaves out the constant: small errors keep their digits."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return -0.5 * ((value - self.loc) / self.scale).square()
+
+
 @dataclass(frozen=True)
 class Normal:
-    """Means ``outputs`` and a fixed variance; all but the first dimension are one event."""
+    """Means ``outputs`` and a fixed variance; all but the first dimension are one event.
+
+    The loss of a case is half its squared error over the variance, without the constant of the
+    density: with variance=0.5 the squared error itself.
+    """
 
     variance: float = 1.0
 
     def distribution(self, outputs: Tensor) -> Distribution:
         _floating(outputs, "normal")
         scale = torch.full_like(outputs, self.variance**0.5)
-        return Independent(D.Normal(outputs, scale, validate_args=False), outputs.dim() - 1)
+        return Independent(_SquaredError(outputs, scale, validate_args=False), outputs.dim() - 1)
 
     def terms(self, outputs: Tensor, targets: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         _fitting(targets, outputs.shape, "normal")
@@ -149,28 +161,79 @@ class Custom:
         return targets, None
 
 
+@dataclass(frozen=True)
+class Sum:
+    """Several likelihoods, the objective sum_k weight_k * (mean NLL of a term of part k).
+
+    The parts are (likelihood, weight) by name or by place; outputs and targets are mappings with
+    these names, or tuples in this order. The Fisher is the weighted sum of the parts' Fishers.
+
+    ``Sum({"label": ("categorical", 1.0), "box": ("normal", 0.3)})``
+
+    Attributes:
+        parts: each likelihood as for ``Preconditioner``, or another sum.
+
+    Raises:
+        LikelihoodError: there is no part, or a weight is no finite number of at least zero.
+    """
+
+    parts: Mapping[str, tuple[Any, float]] | Sequence[tuple[Any, float]]
+
+    def __post_init__(self) -> None:
+        for key, part in self.items():
+            if not (isinstance(part, tuple) and len(part) == 2):
+                raise LikelihoodError(f"part {key!r} of a sum must be (likelihood, weight)")
+        found = {key: (likelihood_of(part), _weight(w)) for key, (part, w) in self.items()}
+        if not any(weight for _, weight in found.values()):
+            raise LikelihoodError("a sum of likelihoods needs a part with a weight above zero")
+        object.__setattr__(self, "parts", found if self.named else tuple(found.values()))
+
+    @property
+    def named(self) -> bool:
+        """Whether the parts have names rather than places."""
+        return isinstance(self.parts, Mapping)
+
+    def items(self) -> list[tuple[Any, tuple[Any, float]]]:
+        """(name or place, (likelihood, weight)) of the parts."""
+        if isinstance(self.parts, Mapping):
+            return list(self.parts.items())
+        return list(enumerate(self.parts))
+
+
+def _weight(value: float) -> float:
+    if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
+        raise LikelihoodError(
+            f"the weight of a likelihood must be a finite number of at least zero, got {value!r}"
+        )
+    return float(value)
+
+
 NAMED: dict[str, Callable[[], Likelihood]] = {
     "categorical": Categorical,
     "bernoulli": Bernoulli,
     "normal": Normal,
 }
 
+Given = str | Likelihood | Sum | Callable[[Any], Distribution]
+"""A name, an object of this module, or a callable from outputs to a distribution."""
 
-def likelihood_of(value: str | Likelihood | Callable[[Any], Distribution]) -> Likelihood:
-    """The likelihood behind a name, an object of this module, or a callable.
+
+def likelihood_of(value: Given) -> Likelihood | Sum:
+    """The likelihood behind what was given.
 
     Raises:
         UnknownOptionError: no likelihood has that name.
     """
     if isinstance(value, str):
         return NAMED[choice("likelihood", value, NAMED)]()
-    if isinstance(value, Likelihood):
+    if isinstance(value, (Sum, Likelihood)):
         return value
     if callable(value):
         return Custom(value)
     raise LikelihoodError(
-        f"likelihood must be one of {', '.join(map(repr, NAMED))} or a callable from outputs to a "
-        f"torch.distributions.Distribution, got {type(value).__name__}"
+        f"likelihood must be one of {', '.join(map(repr, NAMED))}, a kfac_fx.likelihoods.Sum or a "
+        "callable from outputs to a torch.distributions.Distribution, got "
+        f"{type(value).__name__}"
     )
 
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
-from kfac_fx.errors import LikelihoodError, ObservationError
+from kfac_fx.errors import ObservationError
 from kfac_fx.ops import only
 from kfac_fx.optim.averages import all_finite
-from kfac_fx.optim.likelihoods import Likelihood
-from kfac_fx.optim.output_fisher import exact_scalars, sampled_scalar, term_count
+from kfac_fx.optim.likelihoods import Likelihood, Sum
+from kfac_fx.optim.predictive import output_tensors, predictive, wide
 from kfac_fx.optim.workers import Place, Values, Workers
 
 log = logging.getLogger("kfac_fx")
@@ -128,16 +130,15 @@ class Observation:
     """
 
     def __init__(
-        self, likelihood: Likelihood, outputs: Tensor, targets: Tensor | None, sources: Sources
+        self, likelihood: Likelihood | Sum, outputs: Any, targets: Any, sources: Sources
     ) -> None:
         self.sources = sources
-        self.distribution = likelihood.distribution(_wide(outputs))
-        self.targets, self.weights = likelihood.terms(_wide(outputs), targets)
-        self.count = self.total = term_count(self.distribution, self.weights)
-        self._likelihood, self._outputs = likelihood, outputs
+        self._predictive = predictive(likelihood, wide(outputs), targets)
+        self.count = self.total = self._predictive.count
+        self._likelihood, self._outputs, self._targets = likelihood, outputs, targets
         self._handles: list[RemovableHandle] = []
         self._expected: Tensor | None = None
-        self._seen: Tensor | None = None
+        self._seen: dict[int, Tensor] = {}
         self.gradients: Gradients = {}
 
     def agree(self, workers: Workers) -> bool:
@@ -146,11 +147,9 @@ class Observation:
         Raises:
             LikelihoodError: no process has a likelihood term.
         """
-        finite, self.total = workers.agree("observe", all_finite([self._outputs]), self.count)
-        if self.total <= 0:
-            raise LikelihoodError(
-                "no likelihood term counts: the batch is empty, or every target is ignored"
-            )
+        tensors = [tensor.detach() for tensor in output_tensors(self._outputs)]
+        finite, self._predictive = self._predictive.of_all(workers, "observe", all_finite(tensors))
+        self.total = self._predictive.count
         return finite
 
     def sampled(self, seed: int) -> Gradients:
@@ -165,44 +164,50 @@ class Observation:
     def exact(self, seed: int) -> Gradients:
         """All columns of the output Fisher's square root; what has no tap is sampled."""
         total: Gradients = {}
-        skip: list[Tensor] = []
-        for scalar in exact_scalars(self.distribution, self.weights):
-            if not self.sources.factors:
-                break
-            wanted = [f for f in self.sources.factors if not any(f is s for s in skip)]
+        scalars = list(self._predictive.exact()) if self.sources.factors else []
+        passes = [(scalar, self.sources.gradients) for scalar in scalars]
+        if scalars:  # inputs do not depend on the derivative, but every use must be reached
+            passes.append((torch.stack(scalars).sum(), self.sources.inputs))
+        for scalar, wanted in passes:
             with only(self.sources.factors, wanted):
-                _add(total, _backward(scalar, wanted))
-            skip = self.sources.inputs  # they do not depend on the derivative
+                _add(total, _backward(scalar, wanted) if wanted else {})
         if self.sources.parameters:
             gradients = _backward(self._draw(seed), self.sources.parameters)
             _add(total, {key: squared(g) for key, g in gradients.items()})
         return total
 
     def _draw(self, seed: int) -> Tensor:
-        return sampled_scalar(self.distribution, self.weights, seed)
+        return self._predictive.sampled(seed)
 
     def watch(self) -> None:
         """Notes the training backward when it comes."""
 
-        def see(gradient: Tensor) -> None:
-            self._seen = gradient if self._seen is None else self._seen + gradient
+        def see(index: int, gradient: Tensor) -> None:
+            self._seen[index] = self._seen.get(index, 0.0) + gradient
 
-        self._handles.append(self._outputs.register_hook(see))
+        for index, output in enumerate(output_tensors(self._outputs)):
+            if output.requires_grad:
+                self._handles.append(output.register_hook(partial(see, index)))
         for parameter in self.sources.parameters if self.expects else ():
             self._handles += _watch_parameter(parameter, self.gradients)
 
     @property
     def passed(self) -> bool:
         """Whether the training backward has come."""
-        return self._seen is not None
+        return bool(self._seen)
 
     def expect(self) -> None:
         """Keeps the likelihood's own derivative in the outputs, to compare the loss's with."""
-        assert self.targets is not None
-        outputs = _wide(self._outputs.detach()).requires_grad_()
-        log_p = self._likelihood.distribution(outputs).log_prob(self.targets)
-        nll = -(log_p if self.weights is None else log_p * self.weights)
-        (self._expected,) = torch.autograd.grad(nll.sum(), outputs)
+
+        def leaf(output: Any) -> Any:
+            differentiable = isinstance(output, Tensor) and output.is_floating_point()
+            return output.detach().requires_grad_() if differentiable else output
+
+        outputs = pytree.tree_map(leaf, wide(self._outputs))
+        nll = predictive(self._likelihood, outputs, self._targets).nll()
+        wrt = output_tensors(outputs)
+        found = torch.autograd.grad(nll, wrt, allow_unused=True, materialize_grads=True)
+        self._expected = _flat(found)
 
     @property
     def expects(self) -> bool:
@@ -216,10 +221,12 @@ class Observation:
 
     def loss_scale(self) -> float:
         """The factor between the loss and the summed negative log-likelihood of the targets."""
-        if self._seen is None:
+        if not self._seen:
             raise ObservationError("fisher='empirical' needs loss.backward() before step()")
         assert self._expected is not None
-        return _reduction(self._seen, self._expected, self.count)
+        outputs = output_tensors(self._outputs)
+        seen = [self._seen.get(i, torch.zeros_like(o)) for i, o in enumerate(outputs)]
+        return _reduction(_flat(seen), self._expected, self.count)
 
 
 def squared(gradient: Tensor) -> Tensor:
@@ -229,10 +236,8 @@ def squared(gradient: Tensor) -> Tensor:
     return gradient.abs().square() if gradient.is_complex() else gradient.square()
 
 
-def _wide(outputs: Tensor) -> Tensor:
-    """Outputs in float32 where their own precision is too low for a likelihood."""
-    low = isinstance(outputs, Tensor) and outputs.dtype in (torch.float16, torch.bfloat16)
-    return outputs.float() if low else outputs
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.double().flatten() for tensor in tensors])
 
 
 def _watch_parameter(parameter: Tensor, total: Gradients) -> list[RemovableHandle]:
@@ -251,14 +256,15 @@ def _watch_parameter(parameter: Tensor, total: Gradients) -> list[RemovableHandl
     ]
 
 
-def check_recorded(outputs: Tensor, factors: Sequence[Tensor]) -> None:
+def check_recorded(outputs: Sequence[Tensor], factors: Sequence[Tensor]) -> None:
     """Whether the graph behind the outputs has a tap that records and is still there.
 
     Raises:
         ObservationError: it has none, or a backward pass has freed it.
     """
     wanted = {id(factor) for factor in factors}
-    todo, seen = [outputs.grad_fn], {outputs.grad_fn}
+    todo = [output.grad_fn for output in outputs]
+    seen = set(todo)
     while todo and wanted:
         node = todo.pop()
         for following, _ in node.next_functions if node is not None else ():
@@ -289,7 +295,6 @@ def _reduction(seen: Tensor, expected: Tensor, count: float) -> float:
     Near a perfect fit both are rounding errors; then the nearer of a sum (1) and a mean
     (1 / count) is taken.
     """
-    seen, expected = seen.double().flatten(), expected.double().flatten()
     power = float(expected @ expected)
     ratio = float(seen @ expected) / power if power else 0.0
     residual = float((seen - ratio * expected).norm())

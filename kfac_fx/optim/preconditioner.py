@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.distributions import Distribution
 
 from kfac_fx.codegen import Program
 from kfac_fx.config import FISHERS, choice, period, within
@@ -25,7 +24,7 @@ from kfac_fx.ir import Coupling
 from kfac_fx.optim.averages import all_finite
 from kfac_fx.optim.guard import transformed
 from kfac_fx.optim.inverse import InverseFisher
-from kfac_fx.optim.likelihoods import Likelihood, fresh_generator, likelihood_of
+from kfac_fx.optim.likelihoods import Given, fresh_generator, likelihood_of
 from kfac_fx.optim.operator import CurvatureOperator
 from kfac_fx.optim.quadratic import shorten
 from kfac_fx.optim.recorder import Recorder
@@ -73,7 +72,7 @@ class Preconditioner:
     def __init__(
         self,
         net: fx.GraphModule,
-        likelihood: str | Likelihood | Callable[[Any], Distribution] = "categorical",
+        likelihood: Given = "categorical",
         *,
         damping: float = 1e-3,
         tikhonov: str = "factored",
@@ -173,7 +172,7 @@ class Preconditioner:
 
     # One step of training.
 
-    def observe(self, outputs: Tensor, targets: Tensor | None = None) -> None:
+    def observe(self, outputs: Any, targets: Any = None) -> None:
         """After the forward, before loss.backward(): records when this step is due.
 
         With several micro-batches a step (accumulated gradients), once for each.

@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.distributions import Distribution
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kfac_fx.optim.output_fisher import root
+from kfac_fx.optim.predictive import Predictive
 
 Direction = Mapping[str, Tensor]
 
@@ -35,15 +34,15 @@ def _differentiable_forward() -> Iterator[None]:
 
 @torch.no_grad()
 def fisher_gram(
-    run: Callable[[Mapping[str, Tensor]], tuple[Distribution, Tensor | None, float]],
+    run: Callable[[Mapping[str, Tensor]], Predictive],
     parameters: Direction,
     directions: Sequence[Direction],
 ) -> Tensor:
     """v_i^T F v_j for all pairs of directions, [n, n] in float64.
 
     Args:
-        run: from parameters by name to the predictive distribution, the weights of its terms and
-            their number (section 2); called once a direction.
+        run: from parameters by name to what the likelihood says about the outputs; called once a
+            direction.
     """
     rows: list[Tensor] = []
     count = 1.0
@@ -53,15 +52,10 @@ def fisher_gram(
                 name: forward_ad.make_dual(p, direction[name].to(p.dtype))
                 for name, p in parameters.items()
             }
-            distribution, weights, count = run(duals)
-            terms = root(distribution)
+            made = run(duals)
+            count, terms = made.count, made.root()
             tangent: Any = forward_ad.unpack_dual(terms).tangent
-        if tangent is None:
-            tangent = torch.zeros_like(terms)
-        tangent = tangent.double()
-        if weights is not None:
-            tangent = tangent * weights.double().sqrt().unsqueeze(-1)
-        rows.append(tangent.flatten())
+        rows.append((torch.zeros_like(terms) if tangent is None else tangent).double())
     stacked = torch.stack(rows)
     return stacked @ stacked.T / count
 

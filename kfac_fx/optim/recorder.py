@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from kfac_fx.errors import ObservationError
+from kfac_fx.errors import ObservationError, UnknownOptionError
 from kfac_fx.ir import CurvatureBlock
 from kfac_fx.ops import pause, resume
 from kfac_fx.optim.averages import Entry
-from kfac_fx.optim.likelihoods import Likelihood
+from kfac_fx.optim.likelihoods import Likelihood, Sum
 from kfac_fx.optim.observation import (
     Gradients,
     Observation,
@@ -20,6 +20,7 @@ from kfac_fx.optim.observation import (
     check_recorded,
     squared,
 )
+from kfac_fx.optim.predictive import output_tensors
 from kfac_fx.optim.workers import Workers, drawn_seed
 
 
@@ -31,16 +32,24 @@ class Recorder:
         fisher: "sampled", "exact" or "empirical".
         generator: of the draws.
         workers: the processes whose statistics are added up.
+
+    Raises:
+        UnknownOptionError: the empirical Fisher of a sum of likelihoods.
     """
 
     def __init__(
         self,
         entries: Sequence[Entry],
-        likelihood: Likelihood,
+        likelihood: Likelihood | Sum,
         fisher: str,
         generator: torch.Generator,
         workers: Workers,
     ) -> None:
+        if fisher == "empirical" and isinstance(likelihood, Sum):
+            raise UnknownOptionError(
+                "fisher='empirical' reuses the training backward, which mixes the gradients of the "
+                "parts of a sum of likelihoods: use 'sampled' or 'exact'"
+            )
         self._likelihood, self._fisher, self._generator = likelihood, fisher, generator
         self._workers = workers
         self._sources = _sources(entries)
@@ -62,7 +71,7 @@ class Recorder:
         for factor in self._sources.factors:
             factor.requires_grad_(on)
 
-    def observe(self, outputs: Tensor, targets: Tensor | None) -> bool:
+    def observe(self, outputs: Any, targets: Any) -> bool:
         """Records a forward pass, or prepares to; False if some outputs are not finite.
 
         Raises:
@@ -75,7 +84,7 @@ class Recorder:
         if self._fisher == "empirical" and targets is None:
             raise ObservationError("fisher='empirical' needs observe(outputs, targets)")
         observation = Observation(self._likelihood, outputs, targets, self._sources)
-        check_recorded(outputs, self._sources.factors)
+        check_recorded(output_tensors(outputs), self._sources.factors)
         finite = observation.agree(self._workers)
         if finite and self._fisher == "empirical":
             observation.expect()

@@ -8,18 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from kfac_fx.errors import LikelihoodError
 from kfac_fx.ops import STORE
-from kfac_fx.optim.likelihoods import Likelihood
-from kfac_fx.optim.output_fisher import term_count
+from kfac_fx.optim.likelihoods import Likelihood, Sum
+from kfac_fx.optim.predictive import Predictive, predictive
 from kfac_fx.optim.streams import seeded
 from kfac_fx.optim.workers import Held, Workers, drawn_seed, share_of
 
-Forward = Callable[[Callable[..., Any], Any], Tensor]
+Forward = Callable[[Callable[..., Any], Any], Any]
 """From the network (a callable) and a batch's inputs to the outputs of the likelihood."""
 
 
@@ -44,7 +43,7 @@ class Task:
     def __init__(
         self,
         held: Held,
-        likelihood: Likelihood,
+        likelihood: Likelihood | Sum,
         forward: Forward,
         seed: torch.Generator,
         workers: Workers,
@@ -92,7 +91,7 @@ class Task:
         finally:
             self.restore(kept)
 
-    def outputs(self, inputs: Any, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
+    def outputs(self, inputs: Any, parameters: Mapping[str, Tensor] | None = None) -> Any:
         """Outputs, with the module's own parameters or the given ones."""
         net: Callable[..., Any] = self.net
         parameters = self._held.given if parameters is None else parameters
@@ -104,26 +103,17 @@ class Task:
 
         return self.forward(net, inputs)
 
-    def predictive(
-        self, outputs: Tensor, targets: Any
-    ) -> tuple[Distribution, Tensor | None, Tensor | None, float]:
-        """Distribution, targets fit for it, weights of the terms and all processes' number."""
-        distribution = self.likelihood.distribution(outputs)
-        targets, weights = self.likelihood.terms(outputs, targets)
-        _, count = self._workers.agree("outputs", amount=term_count(distribution, weights))
-        if count <= 0:
-            raise LikelihoodError(
-                "no likelihood term counts: the batch is empty, or every target is ignored"
-            )
-        return distribution, targets, weights, count
+    def predictive(self, outputs: Any, targets: Any) -> Predictive:
+        """What the likelihood says; the number of terms is that of all processes."""
+        made = predictive(self.likelihood, outputs, targets)
+        return made.of_all(self._workers, "outputs")[1]
 
-    def loss(self, outputs: Tensor, targets: Any) -> Tensor:
+    def loss(self, outputs: Any, targets: Any) -> Tensor:
         """This process's share of the mean negative log-likelihood of a term."""
-        distribution, given, weights, count = self.predictive(outputs, targets)
-        if given is None:
+        made = self.predictive(outputs, targets)
+        if not made.has_targets:
             raise LikelihoodError("step() needs the targets of the batch")
-        nll = -distribution.log_prob(given)
-        return (nll if weights is None else nll * weights).sum() / count
+        return made.nll() / made.count
 
     def value(self, inputs: Any, targets: Any, parameters: Any = None) -> float:
         """The mean negative log-likelihood of a term, of all processes."""

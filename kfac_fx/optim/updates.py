@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
-from torch.distributions import Distribution
 
 from kfac_fx.optim.damping import DampingRule
 from kfac_fx.optim.inverse import InverseFisher
+from kfac_fx.optim.predictive import Predictive
 from kfac_fx.optim.quadratic import QuadraticModel, combination, fisher_gram, inner_products
 from kfac_fx.optim.task import Task
 from kfac_fx.optim.workers import Workers
@@ -112,11 +112,10 @@ class AdaptiveUpdate:
     def _gram(self, at: Situation, directions: list[Direction]) -> Tensor:
         inputs, targets = self.task.first(at.batch, self.fraction, LEAST_PRODUCTS)
 
-        def run(parameters: Mapping[str, Tensor]) -> tuple[Distribution, Tensor | None, float]:
+        def run(parameters: Mapping[str, Tensor]) -> Predictive:
             with self.task.aside():
                 outputs = self.task.outputs(inputs, parameters)
-            distribution, _, weights, count = self.task.predictive(outputs, targets)
-            return distribution, weights, count
+            return self.task.predictive(outputs, targets)
 
         gram = fisher_gram(run, at.parameters, directions)
         self.workers.sum_([gram])
