@@ -12,6 +12,7 @@ from kfac_fx.passes.every_piece import every_piece
 from kfac_fx.passes.find_couplings import find_couplings
 from kfac_fx.passes.find_uses import find_uses
 from kfac_fx.passes.gather_blocks import gather_blocks
+from kfac_fx.passes.inline_calls import InlineCalls
 from kfac_fx.passes.insert_moments import find_moments
 from kfac_fx.passes.insert_taps import InsertTaps, insert_taps
 from kfac_fx.passes.manager import PassManager, PassReport
@@ -27,6 +28,7 @@ __all__ = [
     "FindMoments",
     "FindUses",
     "GraphPass",
+    "InlineCalls",
     "InsertTaps",
     "KFACTransform",
     "PassManager",

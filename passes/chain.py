@@ -16,6 +16,7 @@ from kfac_fx.passes.analyses import CheckCoverage, FindCouplings, FindMoments, F
 from kfac_fx.passes.annotations import graphs_of
 from kfac_fx.passes.base import META, GraphPass, has_taps, set_graphs
 from kfac_fx.passes.eager_taps import EagerTaps
+from kfac_fx.passes.inline_calls import InlineCalls
 from kfac_fx.passes.insert_taps import InsertTaps
 from kfac_fx.passes.manager import PassManager, PassReport
 from kfac_fx.passes.strip_taps import strip_taps
@@ -75,8 +76,9 @@ class KFACTransform(GraphPass):
         """Whether there are other taps than before."""
         if isinstance(module, EagerModule):
             return self._run_eager(module)
+        opened = InlineCalls().run(module)
         if not has_taps(module):
-            return bool(self._chain(module).modified)
+            return bool(self._chain(module).modified) or opened
         trial = _without_taps(module)
         self._chain(trial)
         found = trial.meta[META]
@@ -84,7 +86,7 @@ class KFACTransform(GraphPass):
             map(_same, graphs_of(trial), graphs_of(module))
         )
         if same:
-            return False
+            return opened
         module.add_module(STORE, trial.get_submodule(STORE))
         module.meta[META] = found
         set_graphs(module, graphs_of(trial))

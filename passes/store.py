@@ -26,6 +26,8 @@ def add_slot(store: nn.Module, name: str, factors: Iterable[FactorSpec], like: T
     if there is not None:
         held = {n: (tuple(b.shape), b.dtype, b.device) for n, b in there.named_buffers()}
         if {key: held.get(key) for key in wanted} == wanted:
+            # Copies that fx makes of a module make all its buffers persistent.
+            there._non_persistent_buffers_set.update(held)
             return there
     slot = nn.Module()
     for factor in factors:

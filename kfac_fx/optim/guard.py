@@ -89,6 +89,8 @@ def _curvature(net: Any) -> CurvatureGraph:
             f"the taps are of another module: this one has {what}. Give the Preconditioner the "
             "module that was transformed (it shares parameters and buffers with its parts)"
         )
+    for slot in getattr(net, STORE).modules():  # fx has copied them as a part of the state_dict
+        slot._non_persistent_buffers_set.update(slot._buffers)
     net.meta["kfac_fx"] = found
     return found
 
