@@ -62,7 +62,7 @@ def with_preconditioner(kind: str, structure: str, fisher: str, size: int) -> Pa
         mesh = init_device_mesh("cpu", (size,))
         fully_shard(net.get_submodule("4"), mesh=mesh)
         fully_shard(net, mesh=mesh)
-    workers = ALONE if kind == "alone" else DataParallel(bucket_bytes=600)
+    workers = ALONE if kind == "alone" else DataParallel(bucket_bytes=600, memory_fraction=0.5)
     options = {"fisher": fisher, "refresh_every": 4, "statistics_every": 2, "trust_region": 0.05}
     preconditioner = kfac_fx.Preconditioner(run, damping=1e-2, workers=workers, **options)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.3, momentum=0.5)
@@ -96,7 +96,7 @@ def with_kfac(kind: str, structure: str, lr: float | None, size: int) -> dict[st
     run: Any = DistributedDataParallel(net) if kind == "ddp" else net
     if kind == "fsdp":
         fully_shard(net, mesh=init_device_mesh("cpu", (size,)))
-    workers = ALONE if kind == "alone" else DataParallel()
+    workers = ALONE if kind == "alone" else DataParallel(memory_fraction=0.5)
     options = {
         "fisher": "exact",
         "damping": 1.0,

@@ -6,7 +6,7 @@ Fhat^-1 = Xi^T Lambda Xi (section 7), where all layers are independent of each o
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -75,15 +75,17 @@ def emit_refresh(
     return build.finish(outputs, "Refresh")
 
 
-def _inverses(
-    block: CurvatureBlock,
-    blocks: Mapping[str, CurvatureBlock],
-    parent: Mapping[str, str],
-    forms: Forms,
-) -> tuple[str, ...]:
-    if block.name in parent:
-        return conditional.inverses((block, blocks[parent[block.name]]))
-    return forms[block.approximation].inverses(block)
+def inverse_names(
+    curvature: CurvatureGraph, couplings: Collection[Coupling], forms: Forms
+) -> dict[str, tuple[str, ...]]:
+    """Block -> names of the inverses that belong to it."""
+    blocks, parent = curvature.blocks, parents(couplings)
+    return {
+        name: conditional.inverses((block, blocks[parent[name]]))
+        if name in parent
+        else forms[block.approximation].inverses(block)
+        for name, block in blocks.items()
+    }
 
 
 def emit_apply(
@@ -98,23 +100,44 @@ def emit_apply(
         cast: parameters whose dtype is not the factors'; products are formed in the latter.
     """
     build = ProgramBuilder()
-    blocks, parent = curvature.blocks, parents(couplings)
-    inverses = {
-        block.name: [build.input(name) for name in _inverses(block, blocks, parent, forms)]
-        for block in blocks.values()
-    }
+    names = inverse_names(curvature, couplings, forms)
+    inverses = {block: [build.input(name) for name in names[block]] for block in names}
     gradients = {name: build.input(f"gradient_{name}") for name in curvature.covered}
     outputs: dict[str, Any] = dict(gradients)
+    for name, U in terms(build, curvature, couplings, cast, forms, inverses, gradients):
+        scatter(build, curvature.blocks[name], U, outputs, cast)
+    return build.finish(outputs, "Apply")
+
+
+def terms(
+    build: ProgramBuilder,
+    curvature: CurvatureGraph,
+    couplings: Collection[Coupling],
+    cast: Collection[str],
+    forms: Forms,
+    inverses: Mapping[str, Sequence[Any]],
+    gradients: Mapping[str, Any],
+) -> Iterator[tuple[str, Any]]:
+    """What the blocks with inverses contribute to the updates of blocks; see ``emit_terms``.
+
+    Each comes in a section of its own, which is open until the next is asked for.
+    """
+    blocks, parent = curvature.blocks, parents(couplings)
+    parent = {child: above for child, above in parent.items() if child in inverses}
+    coupled = {*parents(couplings), *parents(couplings).values()}
+    like = {above: inverses[child][0] for child, above in parent.items()}
+    like |= {name: own[0] for name, own in inverses.items()}
     V: dict[str, Any] = {}
     U: dict[str, Any] = {}
-    coupled = [name for name in blocks if name in {*parent, *parent.values()}]
     for name, block in blocks.items():
+        if name not in like:
+            continue
         with build.section(block.slot, _title(block)):
-            V[name] = _gather(build, block, gradients, inverses[name][0], cast)
-            if name not in parent:
+            V[name] = _gather(build, block, gradients, like[name], cast)
+            if name in inverses and name not in parent:
                 U[name] = forms[block.approximation].apply(build, block, inverses[name], V[name])
             if name not in coupled:
-                _scatter(build, block, U[name], outputs, cast)
+                yield name, U[name]
     shares: dict[str, Any] = {}
     for child, above in parent.items():
         with build.section(blocks[child].slot, f"{child} given {above}"):
@@ -122,11 +145,12 @@ def emit_apply(
             U[child], shares[child] = conditional.apply(pair, inverses[child], V[child], V[above])
     for child, above in parent.items():
         with build.section(blocks[above].slot, f"{above}: what {child} takes"):
-            U[above] = torch.addmm(U[above], *shares[child], alpha=-1)
-    for name in coupled:
-        with build.section(blocks[name].slot, f"{name}: the sum"):
-            _scatter(build, blocks[name], U[name], outputs, cast)
-    return build.finish(outputs, "Apply")
+            own = U[above] if above in U else torch.zeros_like(V[above])
+            U[above] = torch.addmm(own, *shares[child], alpha=-1)
+    for name in blocks:
+        if name in coupled and name in U:
+            with build.section(blocks[name].slot, f"{name}: the sum"):
+                yield name, U[name]
 
 
 def _gather(
@@ -144,7 +168,7 @@ def _gather(
     return build.name(FORMS[block.approximation].gather(build, block, given), f"V_{block.slot}")
 
 
-def _scatter(
+def scatter(
     build: ProgramBuilder,
     block: CurvatureBlock,
     U: Any,

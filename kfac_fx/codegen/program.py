@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,12 @@ from torch import Tensor, fx
 
 from kfac_fx.codegen.builder import source
 from kfac_fx.codegen.calls import FLOORED
-from kfac_fx.codegen.emit import emit_apply, emit_refresh
+from kfac_fx.codegen.emit import emit_apply, emit_refresh, inverse_names
 from kfac_fx.codegen.forms import FORMS_BY_TIKHONOV
 from kfac_fx.codegen.leaf import own_functions, texts
+from kfac_fx.codegen.part import part_of_refresh
+from kfac_fx.codegen.refresher import Refresher
 from kfac_fx.ir import Coupling, CurvatureGraph
-
-log = logging.getLogger("kfac_fx")
 
 
 class Program:
@@ -47,20 +46,17 @@ class Program:
         tikhonov: str = "factored",
         compile: bool = False,
     ) -> None:
-        self._forms = FORMS_BY_TIKHONOV[tikhonov]
-        self.refresh_module = emit_refresh(curvature, couplings, forms=self._forms)
-        self.apply_module = emit_apply(curvature, couplings, cast, self._forms)
+        self.forms = FORMS_BY_TIKHONOV[tikhonov]
+        self.curvature, self.cast = curvature, tuple(cast)
+        self.refresh_module = emit_refresh(curvature, couplings, forms=self.forms)
+        self.apply_module = emit_apply(curvature, couplings, cast, self.forms)
         arguments = [n.name for n in self.apply_module.graph.nodes if n.op == "placeholder"]
         self.inverse_names = tuple(arguments[: -len(curvature.covered)])
         self.couplings = tuple(couplings)
         self.clamped = 0
-        self._curvature = curvature
-        self._robust_module: fx.GraphModule | None = None
-        self._refresh: Any = self.refresh_module
-        self._apply: Any = self.apply_module
-        if compile:
-            self._refresh = torch.compile(self.refresh_module, fullgraph=True, dynamic=False)
-            self._apply = torch.compile(self.apply_module, fullgraph=True, dynamic=False)
+        self._compile = compile
+        self._refresh = self._refresher(lambda module: module)
+        self._apply = self._compiled(self.apply_module)
 
     @property
     def code(self) -> str:
@@ -90,37 +86,33 @@ class Program:
         Args:
             factors: in the order of the blocks, then A and G (child by parent) of every coupling.
         """
-        try:
-            result, flags = _split(self._refresh(damping, *factors))
-        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-            log.warning("eigenvalues failed (%s): the refresh is run in float64", error)
-            result, flags = _split(self._robust(damping, factors))
-        failed = [name for name, count in flags.items() if count and name.startswith("failed_")]
-        if failed:
-            names = ", ".join(name.removeprefix("failed_") for name in failed)
-            log.warning("Cholesky failed for %s: eigenvalues were raised", names)
-            result, flags = _split(self._robust(damping, factors))
-        self.clamped = sum(n for name, n in flags.items() if name.startswith("clamped_"))
-        for coupling in self.couplings:
-            if flags[f"indefinite_{self._curvature.blocks[coupling.child].slot}"]:
-                log.warning(
-                    "%s given %s is not positive: the coupling is left out until the next refresh",
-                    *(coupling.child, coupling.parent),
-                )
+        result = self._refresh(damping, factors)
+        self.clamped = self._refresh.clamped
         return result
 
-    def _robust(self, damping: Tensor, factors: Sequence[Tensor]) -> Mapping[str, Tensor]:
-        """The refresh with eigenvalues raised, in float64."""
-        if self._robust_module is None:
+    def inverses_of(self, blocks: Collection[str]) -> tuple[str, ...]:
+        """Names of the inverses that belong to blocks."""
+        names = inverse_names(self.curvature, self.couplings, self.forms)
+        return tuple(name for block in names if block in blocks for name in names[block])
+
+    def part(self, blocks: Collection[str]) -> Refresher:
+        """The refresh of some blocks; its arguments are those of ``refresh``."""
+        wanted = self.inverses_of(blocks)
+        return self._refresher(lambda module: part_of_refresh(module, wanted))
+
+    def _refresher(self, cut: Callable[[fx.GraphModule], fx.GraphModule]) -> Refresher:
+        def robust() -> fx.GraphModule:
             with torch.no_grad():
-                self._robust_module = emit_refresh(
-                    self._curvature, self.couplings, FLOORED, self._forms
-                )
-        found = self._robust_module(damping.double(), *(f.double() for f in factors))
-        return {
-            name: value.to(damping.dtype) if value.is_floating_point() else value
-            for name, value in found.items()
+                return cut(emit_refresh(self.curvature, self.couplings, FLOORED, self.forms))
+
+        slots = {name: block.slot for name, block in self.curvature.blocks.items()}
+        given = {
+            f"indefinite_{slots[c.child]}": f"{c.child} given {c.parent}" for c in self.couplings
         }
+        return Refresher(self._compiled(cut(self.refresh_module)), robust, given)
+
+    def _compiled(self, module: fx.GraphModule) -> Any:
+        return torch.compile(module, fullgraph=True, dynamic=False) if self._compile else module
 
     @torch.no_grad()
     def apply(
@@ -131,16 +123,3 @@ class Program:
             *(inverses[name] for name in self.inverse_names), *gradients
         )
         return result
-
-
-_FLAGS = ("failed_", "clamped_", "indefinite_")
-
-
-def _split(outputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Inverses and flags; one synchronisation for all flags."""
-    inverses = {name: value for name, value in outputs.items() if not name.startswith(_FLAGS)}
-    names = [name for name in outputs if name.startswith(_FLAGS)]
-    if not names:
-        return inverses, {}
-    counts = torch.stack([outputs[name].long().abs().sum() for name in names]).tolist()
-    return inverses, dict(zip(names, map(int, counts), strict=True))

@@ -16,6 +16,7 @@ from kfac_fx.codegen import Program
 from kfac_fx.distributed import sharded
 from kfac_fx.distributed.buckets import Bucket, Form, cut
 from kfac_fx.distributed.control import Control
+from kfac_fx.distributed.engine import Divided
 from kfac_fx.errors import UnknownOptionError
 from kfac_fx.optim.workers import ALONE, Engine, Held, Place, Values, unwrapped
 
@@ -42,6 +43,12 @@ class DataParallel:
 
     Args:
         process_group: of torch.distributed; None for all processes.
+        memory_fraction: of the inverses' entries, how many each process may hold of blocks that are
+            not its own (KAISA): 1.0 keeps all inverses everywhere, 0.0 sends preconditioned
+            gradients instead.
+        staleness: refreshes after which inverses come into use; above zero they are computed in a
+            thread of their own meanwhile. The first are used at once.
+        costs: block -> cost of its refresh, in any unit; None for a model of it.
         timeout: seconds that a process waits for the others before it raises.
         bucket_bytes: of a message.
 
@@ -50,13 +57,16 @@ class DataParallel:
         traffic: bytes of the messages by purpose ("statistics", "gradients", ...).
 
     Raises:
-        UnknownOptionError: torch.distributed is not initialised.
+        UnknownOptionError: torch.distributed is not initialised, or an option is wrong.
     """
 
     def __init__(
         self,
         process_group: dist.ProcessGroup | None = None,
         *,
+        memory_fraction: float = 1.0,
+        staleness: int = 0,
+        costs: Mapping[str, float] | None = None,
         timeout: float = 600.0,
         bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
@@ -64,6 +74,13 @@ class DataParallel:
             raise UnknownOptionError(
                 "torch.distributed.init_process_group() comes before DataParallel()"
             )
+        if not (isinstance(staleness, int) and staleness >= 0 <= memory_fraction <= 1):
+            raise UnknownOptionError(
+                "staleness must be an integer of at least 0 and memory_fraction lie in [0, 1], got "
+                f"{staleness!r} and {memory_fraction!r}"
+            )
+        self.memory_fraction, self.staleness = memory_fraction, staleness
+        self.costs = costs
         self.group = process_group
         self.rank, self.size = dist.get_rank(process_group), dist.get_world_size(process_group)
         self.control = Control(process_group, timeout)
@@ -113,8 +130,10 @@ class DataParallel:
             assert total is not None
             tensor.copy_(total)
 
-    def engine(self, program: Program) -> Engine:
-        return ALONE.engine(program)
+    def engine(self, program: Program, factors: Sequence[Tensor], tikhonov: str) -> Engine:
+        if self.size == 1 and not self.staleness:
+            return ALONE.engine(program, factors, tikhonov)
+        return Divided(self, program, factors, tikhonov)
 
     def whole(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         found = {}
@@ -133,7 +152,30 @@ class DataParallel:
             return ALONE.hold(net, parameters)
         return sharded.Gathered(net, parameters)
 
-    # Sums in buckets.
+    # Messages in buckets.
+
+    def start_broadcast(
+        self, source: int, forms: Sequence[Form], values: Sequence[Tensor | None], purpose: str
+    ) -> Callable[[], list[Tensor]]:
+        """Starts sending one process's tensors to all; what is returned waits for them.
+
+        Args:
+            forms: of the tensors.
+            values: there.
+        """
+        started: Sums = []
+        for bucket in cut(forms, self._bucket_bytes):
+            flat = bucket.pack(values)
+            self.traffic[purpose] += flat.numel() * flat.dtype.itemsize
+            with self.control.watching(purpose):
+                work = dist.broadcast(flat, group=self.group, group_src=source, async_op=True)
+            started.append((bucket, flat, work))
+
+        def finished() -> list[Tensor]:
+            found = self._finished(started, len(forms), purpose)
+            return [value for value in found if value is not None]
+
+        return finished
 
     def _started(
         self, forms: Sequence[Form], values: Sequence[Tensor | None], purpose: str

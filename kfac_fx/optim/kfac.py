@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from torch.optim import Optimizer
 
 from kfac_fx.config import choice, period, share, within
-from kfac_fx.errors import ParameterChangedError
+from kfac_fx.errors import ParameterChangedError, UnknownOptionError
 from kfac_fx.optim.averages import all_finite
 from kfac_fx.optim.damping import DampingRule
 from kfac_fx.optim.diagnostics import Diagnostics
@@ -135,6 +135,8 @@ class KFAC(Optimizer):
         refresh_every = period("refresh_every", refresh_every)
         self._make: Rule
         if lr is None:
+            if workers.staleness:
+                raise UnknownOptionError("stale inverses need an lr: without, gamma is searched")
             self._make = AdaptiveUpdate(
                 self._task, self._inverse, self._rule, products_fraction, refresh_every, workers
             )

@@ -76,10 +76,12 @@ class Workers(Protocol):
 
     Attributes:
         rank: of this process, below ``size``.
+        staleness: refreshes after which inverses come into use.
     """
 
     rank: int
     size: int
+    staleness: int
 
     def unwrapped(self, net: Any) -> Any:
         """The transformed module inside of wrappers."""
@@ -104,8 +106,8 @@ class Workers(Protocol):
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         """Replaces dense tensors by their sums over the processes."""
 
-    def engine(self, program: Program) -> Engine:
-        """What runs a program."""
+    def engine(self, program: Program, factors: Sequence[Tensor], tikhonov: str) -> Engine:
+        """What runs a program on factors of these shapes."""
 
     def whole(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Tensors that are sharded as a whole."""
@@ -166,7 +168,7 @@ class _Own:
 class Alone:
     """One process."""
 
-    rank, size = 0, 1
+    rank, size, staleness = 0, 1, 0
 
     def unwrapped(self, net: Any) -> Any:
         if isinstance(net, DistributedDataParallel) and torch.distributed.get_world_size() > 1:
@@ -194,7 +196,7 @@ class Alone:
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         pass
 
-    def engine(self, program: Program) -> Engine:
+    def engine(self, program: Program, factors: Sequence[Tensor], tikhonov: str) -> Engine:
         return _Whole(program)
 
     def whole(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
