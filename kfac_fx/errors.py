@@ -69,6 +69,10 @@ class DesynchronisedError(KFACError, RuntimeError):
     """The processes of a distributed run do not make the same calls, or differ in their values."""
 
 
+class CheckpointError(KFACError, RuntimeError):
+    """A checkpoint could not be written or read."""
+
+
 class MissingExtraError(KFACError, ImportError):
     """An optional package is needed that is not installed."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -163,6 +164,11 @@ def mistakes() -> dict[str, str]:
     else:
         loss.backward()
         attempt("other calls", preconditioner.step)
+    late = DataParallel(timeout=1.0)
+    if rank == 0:
+        attempt("late", lambda: late.agree("a call"))
+    else:
+        time.sleep(2.5)
     return said
 
 
@@ -178,20 +184,34 @@ OPTIMIZED = [
 ]
 
 
-def all_of_them(size: int) -> dict[Any, Any]:
+FEW = {
+    ("ddp", "block_tridiagonal", "exact"),
+    ("fsdp", "block_diagonal", "exact"),
+    ("loop", "block_tridiagonal", "empirical"),
+    ("ddp", "block_tridiagonal", None),
+}
+"""What the quick tests run."""
+
+
+def runs(size: int, all_of_them: bool) -> dict[Any, Any]:
     found: dict[Any, Any] = {}
     for kind, structure, fisher in PRECONDITIONED:
-        found[kind, structure, fisher] = with_preconditioner(kind, structure, fisher, size)
+        if all_of_them or (kind, structure, fisher) in FEW:
+            found[kind, structure, fisher] = with_preconditioner(kind, structure, fisher, size)
     found["draws"], found["mistakes"] = draws(), mistakes()
     for kind, structure, lr in OPTIMIZED:
-        found[kind, structure, lr] = with_kfac(kind, structure, lr, size)
+        if all_of_them or (kind, structure, lr) in FEW:
+            found[kind, structure, lr] = with_kfac(kind, structure, lr, size)
     return found
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
+SLOW = [pytest.param((size, True), marks=pytest.mark.slow) for size in (2, 4)]
+
+
+@pytest.fixture(scope="module", params=[(2, False), *SLOW], ids=["2, few", "2", "4"])
 def world(request: pytest.FixtureRequest) -> list[dict[Any, Any]]:
     """What each of two or four processes found."""
-    found = run_in_world(request.param, all_of_them, request.param)
+    found = run_in_world(request.param[0], runs, *request.param)
     assert all(isinstance(one, dict) for one in found), found
     return found
 
@@ -203,8 +223,10 @@ def assert_same(one: Parameters, other: Parameters, tolerance: float) -> None:
 
 @pytest.mark.parametrize(("kind", "structure", "fisher"), PRECONDITIONED)
 def test_preconditioner(world: Any, kind: str, structure: str, fisher: str) -> None:
+    if (kind, structure, fisher) not in world[0]:
+        pytest.skip("in the slow tests")
     alone = with_preconditioner("alone", structure, fisher, 1)
-    before = dict(build().named_parameters())
+    before = whole(build())
     assert max(float((alone[n] - before[n]).abs().max()) for n in alone) > 0.1
     for found in world:
         assert_same(found[kind, structure, fisher], alone, 1e-8)
@@ -214,6 +236,8 @@ def test_preconditioner(world: Any, kind: str, structure: str, fisher: str) -> N
 @pytest.mark.parametrize(("kind", "structure", "lr"), OPTIMIZED)
 def test_kfac(world: Any, kind: str, structure: str, lr: float | None) -> None:
     """Rejections and all: what one process decides, all decide."""
+    if (kind, structure, lr) not in world[0]:
+        pytest.skip("in the slow tests")
     alone = with_kfac("alone", structure, lr, 1)
     assert alone["counts"][0] >= 1
     assert lr is not None or alone["counts"][1] >= 1
@@ -248,6 +272,7 @@ def test_mistakes_are_named(world: Any) -> None:
         assert "sharded (DTensor)" in said["shards, no workers"]
         assert said["other networks"].startswith("DesynchronisedError"), rank
         assert "parameters differ" in said["other values"]
+        assert rank > 0 or said["late"].startswith("WorkerLostError: process 0 of"), said
         assert "process 0: call" in said["other calls"] and "'step'" in said["other calls"]
 
 

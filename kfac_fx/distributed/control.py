@@ -11,7 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kfac_fx.errors import DesynchronisedError, WorkerLostError
+from kfac_fx.errors import DesynchronisedError, KFACError, WorkerLostError
+
+SIGNS = ("gloo", "nccl", "connection", "timed out", "timeout", "broken pipe", "socket")
+"""In the lower-case texts of torch's errors of communication, which have no class of their own."""
 
 
 class Control:
@@ -81,10 +84,17 @@ class Control:
         try:
             yield
         except RuntimeError as error:
-            if isinstance(error, DesynchronisedError):
+            if not _of_communication(error):
                 raise
             raise WorkerLostError(
                 f"process {self._rank} of {self._size}, in {call!r}: another process has ended, or "
                 f"did not come within {self._timeout:g} s; end all and start again from a "
                 f"checkpoint ({str(error).splitlines()[0][:200]})"
             ) from error
+
+
+def _of_communication(error: RuntimeError) -> bool:
+    if isinstance(error, KFACError):
+        return False
+    text = str(error).lower()
+    return isinstance(error, dist.DistError) or any(sign in text for sign in SIGNS)

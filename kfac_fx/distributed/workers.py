@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -151,6 +152,10 @@ class DataParallel:
         if not any(_sharded(p) for p in net.parameters()):
             return ALONE.hold(net, parameters)
         return sharded.Gathered(net, parameters)
+
+    def watching(self, call: str = "a step") -> AbstractContextManager[None]:
+        """Torch's own errors of communication inside (DDP's, FSDP's) become WorkerLostError."""
+        return self.control.watching(call)
 
     # Messages in buckets.
 

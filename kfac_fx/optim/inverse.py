@@ -142,11 +142,12 @@ class InverseFisher:
         self._choose_couplings(damping)
         factors = self._factors(self.program.couplings)
         amount = torch.tensor(damping, dtype=factors[0].dtype, device=factors[0].device)
-        self.inverses = self._engine.refresh(amount, factors, self.inverses)
+        # A process may keep no inverse at all, but it knows that there was a refresh.
+        self.inverses = self._engine.refresh(amount, factors, self.inverses) | {"damping": amount}
         self.clamped += self._engine.clamped
         if self.moments.blocks:
             self.moments.rebase(self.inverses)
-            self.inverses |= {"damping": amount} | self.moments.scales(amount)
+            self.inverses |= self.moments.scales(amount)
 
     def _choose_couplings(self, damping: float) -> None:
         """Takes the forest of most mutual information at refreshes 1, 2, 4, 8, ..."""
