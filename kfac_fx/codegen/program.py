@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from kfac_fx.codegen.builder import source
 from kfac_fx.codegen.calls import FLOORED
+from kfac_fx.codegen.compile import compiled
 from kfac_fx.codegen.emit import emit_apply, emit_refresh, inverse_names
 from kfac_fx.codegen.forms import FORMS_BY_TIKHONOV
 from kfac_fx.codegen.leaf import own_functions, texts
@@ -30,7 +30,7 @@ class Program:
         cast: parameters of lower precision than their factors.
         tikhonov: how Kronecker blocks are damped, "factored", or "exact" and "ekfac", which have
             one program.
-        compile: run both through torch.compile.
+        compile: run both through torch.compile; a name is that of its backend.
 
     Attributes:
         refresh_module, apply_module: the generated ``fx.GraphModule`` objects.
@@ -44,7 +44,7 @@ class Program:
         cast: Collection[str] = (),
         *,
         tikhonov: str = "factored",
-        compile: bool = False,
+        compile: bool | str = False,
     ) -> None:
         self.forms = FORMS_BY_TIKHONOV[tikhonov]
         self.curvature, self.cast = curvature, tuple(cast)
@@ -56,7 +56,7 @@ class Program:
         self.clamped = 0
         self._compile = compile
         self._refresh = self._refresher(lambda module: module)
-        self._apply = self._compiled(self.apply_module)
+        self._apply = compiled(self.apply_module, compile)
 
     @property
     def code(self) -> str:
@@ -109,10 +109,8 @@ class Program:
         given = {
             f"indefinite_{slots[c.child]}": f"{c.child} given {c.parent}" for c in self.couplings
         }
-        return Refresher(self._compiled(cut(self.refresh_module)), robust, given)
-
-    def _compiled(self, module: fx.GraphModule) -> Any:
-        return torch.compile(module, fullgraph=True, dynamic=False) if self._compile else module
+        run = compiled(cut(self.refresh_module), self._compile)
+        return Refresher(run, robust, given)
 
     @torch.no_grad()
     def apply(

@@ -38,7 +38,7 @@ class InverseFisher:
         structure: "block_tridiagonal" records and uses the couplings.
         tikhonov: how Kronecker blocks are damped, "factored", "exact" or "ekfac".
         workers: the processes that share the refresh.
-        compile: run the program through torch.compile.
+        compile: run the program through torch.compile; a name is that of its backend.
 
     Attributes:
         averages: of the factors and cross factors.
@@ -58,7 +58,7 @@ class InverseFisher:
         tikhonov: str,
         workers: Workers,
         *,
-        compile: bool,
+        compile: bool | str,
     ) -> None:
         coupled = structure == "block_tridiagonal"
         self.curvature = curvature

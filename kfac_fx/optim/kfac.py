@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from kfac_fx.optim.groups import Groups
 from kfac_fx.optim.guard import transformed
 from kfac_fx.optim.inverse import InverseFisher
 from kfac_fx.optim.likelihoods import Given, fresh_generator, likelihood_of
+from kfac_fx.optim.quadratic import cloned
 from kfac_fx.optim.recorder import Recorder
 from kfac_fx.optim.task import Forward, Task, run_network
 from kfac_fx.optim.trust import BatchTrust
@@ -63,10 +64,9 @@ class KFAC(Optimizer):
         outlier: a batch whose loss is this many times the running average (gradient, statistics:
             a hundred times as many), or not finite, is not trusted: if its loss was fine before
             the last step, that step is undone exactly and lambda grows; else it is skipped.
-        tikhonov, structure, fisher, generator, workers, compile: as for ``Preconditioner``; the
-            Fisher is not the empirical one, and the gradients are averaged over the workers here.
-        forward: from (network, inputs) to the likelihood's outputs, where they are not what the
-            network returns for ``inputs``.
+        tikhonov, structure, fisher, generator, workers, forward, compile: as for
+            ``Preconditioner``; the Fisher is not the empirical one, and the gradients are averaged
+            over the workers here.
 
     Attributes:
         diagnostics: of the last step, plain numbers by name.
@@ -103,7 +103,7 @@ class KFAC(Optimizer):
         generator: torch.Generator | None = None,
         forward: Forward = run_network,
         workers: Workers = ALONE,
-        compile: bool = False,
+        compile: bool | str = False,
     ) -> None:
         net = workers.unwrapped(net)
         self.curvature, self.structure = transformed(net, structure)
@@ -123,13 +123,17 @@ class KFAC(Optimizer):
         known = likelihood_of(likelihood)
         self._task = Task(self._held, known, forward, self.generator, workers)
         self._recorder = Recorder(
+            net,
             self._inverse.averages.entries,
             known,
             choice("fisher", fisher, ("sampled", "exact")),
             self.generator,
             workers,
+            forward=forward,
+            compile=compile,
         )
         self._recorder.switch(False)
+        self._recorder.by_inputs = bool(compile) and self._held.given is None
         every = period("damping_every", damping_every), period("gamma_every", gamma_every)
         self._rule = DampingRule(damping, weight_decay, smallest_damping, gamma_limit, *every)
         refresh_every = period("refresh_every", refresh_every)
@@ -216,12 +220,11 @@ class KFAC(Optimizer):
             torch._foreach_mul_(list(made.step.values()), worth)
             self.diagnostics["share"] = worth
         objective = loss + self._groups.l2()
-        self._before = {name: p.clone() for name, p in parameters.items()}, running
+        self._before = cloned(parameters), running
         torch._foreach_add_(list(parameters.values()), [made.step[name] for name in parameters])
         self._previous = made.step
-        if isinstance(self._make, AdaptiveUpdate) and (
-            self._iteration % self._rule.damping_every == 0
-        ):
+        judged = self._iteration % self._rule.damping_every == 0
+        if judged and isinstance(self._make, AdaptiveUpdate):
             self._judge(batch, objective, made.predicted)
 
     def _judge(self, batch: tuple[Any, Any], before: float, predicted: float) -> None:
@@ -253,10 +256,14 @@ class KFAC(Optimizer):
         if (self._iteration - 1) % self._statistics_every and self._inverse.averages.recorded:
             return True
         part = self._task.first((inputs, targets), self._fraction, LEAST_STATISTICS)
-        self._recorder.switch(True)
-        with self.diagnostics.stage("statistics"), torch.enable_grad():
-            with self._task.aside():
-                finite = self._recorder.observe(self._task.outputs(part[0]), part[1])
+        with self.diagnostics.stage("statistics"):
+            if self._recorder.by_inputs:
+                with self._task.same_masks():
+                    finite = self._recorder.observe_inputs(*part)
+            else:
+                self._recorder.switch(True)
+                with torch.enable_grad(), self._task.aside():
+                    finite = self._recorder.observe(self._task.outputs(part[0]), part[1])
             found = self._recorder.take()
         self._recorder.switch(False)
         worth = self._trust.share(self._task.cases)
@@ -312,8 +319,8 @@ class KFAC(Optimizer):
                 "iteration": self._iteration,
                 "trust": self._trust.state(),
                 "rule": self._rule.state(),
-                "previous": _cloned(self._previous),
-                "before": [_cloned(part) for part in before],
+                "previous": cloned(self._previous),
+                "before": [cloned(part) for part in before],
                 "inverse": self._inverse.state(),
                 "generator": self.generator.get_state(),
                 "counters": {name: getattr(self, name) for name in COUNTERS},
@@ -334,13 +341,9 @@ class KFAC(Optimizer):
         self._rule.load(own["rule"])
         self._iteration = own["iteration"]
         self._trust.load(own["trust"])
-        self._previous = _cloned(own["previous"])
-        before = [_cloned(part) for part in own["before"]]
+        self._previous = cloned(own["previous"])
+        before = [cloned(part) for part in own["before"]]
         self._before = (before[0], before[1]) if before[0] else None
         self.generator.set_state(own["generator"])
         for name, value in own["counters"].items():
             setattr(self, name, value)
-
-
-def _cloned(direction: Mapping[str, Tensor]) -> Direction:
-    return {name: value.clone() for name, value in direction.items()}

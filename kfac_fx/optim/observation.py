@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -65,8 +65,8 @@ def _backward(scalar: Tensor, wanted: Sequence[Tensor]) -> Gradients:
             raise ObservationError(AFTER_BACKWARD) from error
         if "donated" in text or "retain_graph" in text:
             raise ObservationError(
-                "a compiled forward keeps no graph for a second backward: use fisher='empirical', "
-                "or set torch._functorch.config.donated_buffer = False before compiling"
+                "a compiled forward keeps no graph for a second backward: give the inputs, "
+                "observe(outputs, inputs=...), or use fisher='empirical'"
             ) from error
         if "use_reentrant" in text:
             raise ObservationError(
@@ -83,6 +83,15 @@ def _add(total: Gradients, more: Gradients, weight: float = 1.0) -> None:
         total[key] = total[key] + value if key in total else value
 
 
+class Counted(Protocol):
+    """``count`` is the number of likelihood terms, ``total`` that of all processes."""
+
+    @property
+    def count(self) -> float: ...
+    @property
+    def total(self) -> float: ...
+
+
 class StepStatistics:
     """Statistics of one step, from one or several micro-batches and processes.
 
@@ -95,7 +104,7 @@ class StepStatistics:
         self._sums: list[Callable[[], Values]] = []
         self._count = 0.0
 
-    def add(self, found: Gradients, observation: Observation, scale: float = 1.0) -> None:
+    def add(self, found: Gradients, observation: Counted, scale: float = 1.0) -> None:
         """Adds what a backward returned; the sum over the processes starts.
 
         Args:
@@ -109,6 +118,11 @@ class StepStatistics:
         values = [scaled.get(id(place.like)) for place in self._places]
         self._sums.append(self._workers.start_sum(self._places, values))
         self._count += observation.total
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was added."""
+        return not self._sums
 
     def mean(self) -> Gradients:
         """The statistics in the scale of one likelihood term; waits for the sums."""
@@ -152,10 +166,17 @@ class Observation:
         self.total = self._predictive.count
         return finite
 
-    def sampled(self, seed: int) -> Gradients:
-        """Targets drawn from the model; one backward."""
+    def record(self, fisher: str, seed: int) -> Gradients:
+        """The statistics, by backward passes of this observation's own."""
+        if self.count <= 0:  # the other processes have terms
+            return {}
+        if fisher == "exact":
+            return self.exact(seed)
+        return self._of(self._draw(seed) if fisher == "sampled" else self._predictive.nll())
+
+    def _of(self, scalar: Tensor) -> Gradients:
         factors, parameters = self.sources.factors, self.sources.parameters
-        found = _backward(self._draw(seed), [*factors, *parameters])
+        found = _backward(scalar, [*factors, *parameters])
         for parameter in parameters:
             if id(parameter) in found:
                 found[id(parameter)] = squared(found[id(parameter)])

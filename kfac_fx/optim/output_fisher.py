@@ -14,7 +14,7 @@ from torch import Tensor
 from torch import distributions as D
 
 from kfac_fx.errors import LikelihoodError
-from kfac_fx.optim.streams import seeded
+from kfac_fx.optim.draws import drawn
 
 
 @singledispatch
@@ -74,12 +74,18 @@ def exact_scalars(distribution: D.Distribution, weights: Tensor | None) -> Itera
     Args:
         weights: of the terms; the Fisher of a term is weighted.
     """
+    for rows in exact_rows(distribution, weights):
+        for column in rows.unbind(-1):
+            yield column.sum()
+
+
+def exact_rows(distribution: D.Distribution, weights: Tensor | None) -> Iterator[Tensor]:
+    """[cases, ...] each; the sums over the cases of their columns are the scalars."""
     for columns in root_columns(distribution):
         if weights is not None:
             columns = columns * weights.sqrt().unsqueeze(-1)
         cases = columns.shape[0] if columns.dim() > 1 else 1
-        for column in columns.reshape(cases, -1).unbind(-1):
-            yield column.sum()
+        yield columns.reshape(cases, -1)
 
 
 def sampled_scalar(distribution: D.Distribution, weights: Tensor | None, seed: int) -> Tensor:
@@ -89,17 +95,13 @@ def sampled_scalar(distribution: D.Distribution, weights: Tensor | None, seed: i
         weights: of the terms; derivatives scale with their square roots.
         seed: of the draw; torch's own random stream is left as it was.
     """
-    with seeded(seed, _parameters(distribution)), torch.no_grad():
-        targets = distribution.sample()
+    return sampled_nll(distribution, weights, drawn(distribution, seed))
+
+
+def sampled_nll(distribution: D.Distribution, weights: Tensor | None, targets: Tensor) -> Tensor:
+    """The same for given draws."""
     nll = -distribution.log_prob(targets)
     return (nll if weights is None else nll * weights.sqrt()).sum()
-
-
-def _parameters(distribution: D.Distribution) -> list[Tensor]:
-    """The tensors that a distribution holds, or the ones inside it do."""
-    held = list(vars(distribution).values())
-    inner = [t for d in held if isinstance(d, D.Distribution) for t in _parameters(d)]
-    return [value for value in held if isinstance(value, Tensor)] + inner
 
 
 def term_count(distribution: D.Distribution, weights: Tensor | None) -> float:

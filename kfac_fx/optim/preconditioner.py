@@ -16,6 +16,7 @@ from kfac_fx.config import FISHERS, choice, period, within
 from kfac_fx.errors import (
     DampingError,
     GradientError,
+    ObservationError,
     ParameterChangedError,
     StatisticsError,
     UnknownOptionError,
@@ -29,6 +30,8 @@ from kfac_fx.optim.operator import CurvatureOperator
 from kfac_fx.optim.quadratic import shorten
 from kfac_fx.optim.recorder import Recorder
 from kfac_fx.optim.report import CurvatureReport, report_of
+from kfac_fx.optim.streams import forked
+from kfac_fx.optim.task import Forward, run_network
 from kfac_fx.optim.workers import ALONE, Workers
 
 log = logging.getLogger("kfac_fx")
@@ -59,7 +62,10 @@ class Preconditioner:
         generator: of the draws; its state is part of ``state_dict``.
         workers: the processes that share a batch (``kfac_fx.distributed.DataParallel``). The
             gradients are averaged over them before ``step()``, as DistributedDataParallel does.
-        compile: run the program through torch.compile.
+        forward: for ``observe(inputs=...)``: from (network, inputs) to the likelihood's outputs,
+            where they are not what the network returns for ``inputs``.
+        compile: run the program, and passes for ``observe(inputs=...)``, through torch.compile; a
+            name is that of its backend. ``net`` may be compiled whatever this says.
 
     Attributes:
         skipped_statistics, skipped_gradients: how often a non-finite value kept a step's statistics
@@ -84,9 +90,10 @@ class Preconditioner:
         trust_region: float | None = None,
         generator: torch.Generator | None = None,
         workers: Workers = ALONE,
-        compile: bool = False,
+        forward: Forward = run_network,
+        compile: bool | str = False,
     ) -> None:
-        net = workers.unwrapped(net)
+        net_is_compiled, net = hasattr(net, "_orig_mod"), workers.unwrapped(net)
         self.curvature, self.structure = transformed(net, structure)
         self.likelihood = likelihood_of(likelihood)
         self.fisher = choice("fisher", fisher, FISHERS)
@@ -106,7 +113,9 @@ class Preconditioner:
         self._steps, self._workers = 0, workers
         workers.begin("Preconditioner", self._inverse.guard.parameters, self.generator)
         entries = self._inverse.averages.entries
-        self._recorder = Recorder(entries, self.likelihood, self.fisher, self.generator, workers)
+        given = self.likelihood, self.fisher, self.generator, workers
+        self._recorder = Recorder(net, entries, *given, forward=forward, compile=compile)
+        self._recorder.by_inputs = net_is_compiled and self.fisher != "empirical"
         self._arm()
 
     @property
@@ -172,20 +181,38 @@ class Preconditioner:
 
     # One step of training.
 
-    def observe(self, outputs: Any, targets: Any = None) -> None:
+    def observe(self, outputs: Any = None, targets: Any = None, *, inputs: Any = None) -> None:
         """After the forward, before loss.backward(): records when this step is due.
 
         With several micro-batches a step (accumulated gradients), once for each.
 
+        With ``inputs``, the statistics come from a pass of their own, in one compiled graph if
+        ``compile``, and the forward need not be recorded. So the forward may be compiled, a part
+        of the batch will do, and the call may come anywhere before ``step``. Parameters, buffers
+        and torch's random stream stay as they are; dropout has masks of its own.
+
         Args:
-            outputs: what the likelihood is about (logits, mean), as ``net`` returned them.
+            outputs: what the likelihood is about (logits, mean), as ``net`` returned them; not
+                looked at if there are inputs.
             targets: needed by fisher="empirical", and where some targets are ignored or weighted.
+            inputs: what ``net`` is called with: a tensor, a tuple of positional arguments or a
+                mapping of keywords; under the forward's autocast.
 
         Raises:
             LikelihoodError: outputs or targets do not fit the likelihood.
-            ObservationError: called twice a forward, after the backward, or with other outputs.
+            ObservationError: called twice a forward, after the backward, or with other outputs; or
+                without inputs after a call with them or where ``net`` is compiled.
         """
-        if self._due(self.statistics_every) and not self._recorder.observe(outputs, targets):
+        if outputs is None and inputs is None:
+            raise ObservationError("observe() needs the outputs, or the inputs, of a forward")
+        if not self._due(self.statistics_every):
+            return
+        if inputs is None:
+            finite = self._recorder.observe(outputs, targets)
+        else:
+            with forked(self._inverse.guard.parameters.values()):
+                finite = self._recorder.observe_inputs(inputs, targets)
+        if not finite:
             self._skip_statistics("outputs")
 
     def step(self) -> None:

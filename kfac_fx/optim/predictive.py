@@ -7,9 +7,9 @@ the number of terms of the part and C that of all.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,14 @@ from torch.utils import _pytree as pytree
 
 from kfac_fx.errors import LikelihoodError
 from kfac_fx.optim.likelihoods import Likelihood, Sum
-from kfac_fx.optim.output_fisher import exact_scalars, root, sampled_scalar, term_count
+from kfac_fx.optim.output_fisher import (
+    exact_rows,
+    exact_scalars,
+    root,
+    sampled_nll,
+    sampled_scalar,
+    term_count,
+)
 from kfac_fx.optim.workers import Workers
 
 
@@ -35,7 +42,7 @@ class Part:
     distribution: Distribution
     targets: Any
     weights: Tensor | None
-    share: float = 1.0
+    share: Any = 1.0
 
     @property
     def count(self) -> float:
@@ -108,6 +115,25 @@ class Predictive:
         ]
         return torch.stack(scalars).sum() if len(scalars) > 1 else scalars[0]
 
+    def sampled_by(self, draws: Sequence[Tensor]) -> Tensor:
+        """``sampled`` for targets that are drawn already."""
+        scalars = [
+            _times(sampled_nll(part.distribution, part.weights, drawn), part.share**0.5)
+            for part, drawn in zip(self.parts, draws, strict=True)
+        ]
+        return torch.stack(scalars).sum() if len(scalars) > 1 else scalars[0]
+
+    def exact_by(self, select: Tensor) -> Tensor:
+        """The sum of the scalars of ``exact``, each times its entry of ``select``."""
+        total: list[Tensor] = []
+        start = 0
+        for part in self.parts:
+            for rows in exact_rows(part.distribution, part.weights):
+                chosen = rows * select[start : start + rows.shape[1]]
+                total.append(_times(chosen.sum(), part.share**0.5))
+                start += rows.shape[1]
+        return torch.stack(total).sum()
+
     def exact(self) -> Iterator[Tensor]:
         """Scalars whose statistics add up to the exact Fisher's; see ``exact_scalars``."""
         for part in self.parts:
@@ -125,8 +151,9 @@ class Predictive:
         return torch.cat(found) if len(found) > 1 else found[0]
 
 
-def _times(value: Tensor, factor: float) -> Tensor:
-    return value if factor == 1.0 else value * factor
+def _times(value: Tensor, factor: Any) -> Tensor:
+    plain = isinstance(factor, float) and factor == 1.0
+    return value if plain else value * factor
 
 
 def predictive(likelihood: Likelihood | Sum, outputs: Any, targets: Any) -> Predictive:
@@ -135,20 +162,38 @@ def predictive(likelihood: Likelihood | Sum, outputs: Any, targets: Any) -> Pred
     Raises:
         LikelihoodError: outputs or targets do not fit.
     """
-    parts = _parts(likelihood, outputs, targets, "")
+    parts = tuple(
+        Part(one.distribution(given), *one.terms(given, known), share=weight)
+        for one, given, known, weight in singles(likelihood, outputs, targets)
+    )
     return Predictive(parts, isinstance(likelihood, Sum), sum(part.count for part in parts))
 
 
-def _parts(likelihood: Likelihood | Sum, outputs: Any, targets: Any, path: str) -> tuple[Part, ...]:
+class Single(NamedTuple):
+    """One likelihood with its outputs and targets, and its weight in sums."""
+
+    likelihood: Likelihood
+    outputs: Any
+    targets: Any
+    weight: float = 1.0
+
+
+def singles(
+    likelihood: Likelihood | Sum, outputs: Any, targets: Any, path: str = ""
+) -> tuple[Single, ...]:
+    """The likelihoods that are no sums, in order.
+
+    Raises:
+        LikelihoodError: outputs or targets are not those of the parts.
+    """
     if not isinstance(likelihood, Sum):
-        distribution = likelihood.distribution(outputs)
-        return (Part(distribution, *likelihood.terms(outputs, targets)),)
+        return (Single(likelihood, outputs, targets),)
     given = _by_key(outputs, likelihood, f"outputs{path}")
     known = {} if targets is None else _by_key(targets, likelihood, f"targets{path}")
-    found: list[Part] = []
+    found: list[Single] = []
     for key, (part, weight) in likelihood.items():
-        inner = _parts(part, given[key], known.get(key), f"{path}[{key!r}]")
-        found += [replace(one, share=one.share * weight) for one in inner]
+        inner = singles(part, given[key], known.get(key), f"{path}[{key!r}]")
+        found += [one._replace(weight=one.weight * weight) for one in inner]
     return tuple(found)
 
 

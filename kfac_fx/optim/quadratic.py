@@ -118,6 +118,11 @@ def combination(
     return result
 
 
+def cloned(direction: Direction) -> dict[str, Tensor]:
+    """A copy."""
+    return {name: value.clone() for name, value in direction.items()}
+
+
 def shorten(updates: Direction, gradient: Direction, largest: float) -> None:
     """Scales F^-1 gradient to a squared length gradient^T F^-1 gradient of at most ``largest``."""
     lengths = [(gradient[n] * updates[n].conj()).sum().real.double() for n in gradient]

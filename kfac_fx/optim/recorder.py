@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from kfac_fx.errors import ObservationError, UnknownOptionError
 from kfac_fx.ir import CurvatureBlock
 from kfac_fx.ops import pause, resume
 from kfac_fx.optim.averages import Entry
+from kfac_fx.optim.compiled import CompiledPass
 from kfac_fx.optim.likelihoods import Likelihood, Sum
 from kfac_fx.optim.observation import (
     Gradients,
@@ -21,6 +23,8 @@ from kfac_fx.optim.observation import (
     squared,
 )
 from kfac_fx.optim.predictive import output_tensors
+from kfac_fx.optim.pure import PurePass
+from kfac_fx.optim.task import Forward, run_network
 from kfac_fx.optim.workers import Workers, drawn_seed
 
 
@@ -28,10 +32,16 @@ class Recorder:
     """The statistics of one step at a time.
 
     Args:
+        net: carries the taps.
         entries: blocks with their buffers and parameters.
         fisher: "sampled", "exact" or "empirical".
         generator: of the draws.
         workers: the processes whose statistics are added up.
+        forward: from (network, inputs) to outputs, of passes of the recorder's own.
+        compile: those passes; a name is that of a backend of torch.compile.
+
+    Attributes:
+        by_inputs: whether statistics come from passes of its own: the taps stay off in others.
 
     Raises:
         UnknownOptionError: the empirical Fisher of a sum of likelihoods.
@@ -39,11 +49,15 @@ class Recorder:
 
     def __init__(
         self,
+        net: nn.Module,
         entries: Sequence[Entry],
         likelihood: Likelihood | Sum,
         fisher: str,
         generator: torch.Generator,
         workers: Workers,
+        *,
+        forward: Forward = run_network,
+        compile: bool | str = False,
     ) -> None:
         if fisher == "empirical" and isinstance(likelihood, Sum):
             raise UnknownOptionError(
@@ -55,11 +69,14 @@ class Recorder:
         self._sources = _sources(entries)
         self._observation: Observation | None = None
         self._statistics = StepStatistics(self._sources, workers)
+        pure = PurePass(net, self._sources, likelihood, fisher, forward, workers)
+        self._pass = CompiledPass(pure, compile)
+        self.by_inputs = False
 
     @property
     def observing(self) -> bool:
-        """Whether outputs were observed since the taps were switched."""
-        return self._observation is not None
+        """Whether a pass was observed since the taps were switched."""
+        return self._observation is not None or not self._statistics.empty
 
     def switch(self, on: bool) -> None:
         """Lets the forward passes from now on record or not; forgets what was not taken."""
@@ -69,7 +86,21 @@ class Recorder:
         resume(self._sources.factors)
         self._clear()
         for factor in self._sources.factors:
-            factor.requires_grad_(on)
+            factor.requires_grad_(on and not self.by_inputs)
+
+    def observe_inputs(self, inputs: Any, targets: Any) -> bool:
+        """Records a pass of its own; False if some outputs are not finite.
+
+        Raises:
+            LikelihoodError, ObservationError: see ``Preconditioner.observe``.
+        """
+        self._check_targets(targets)
+        found = self._pass(inputs, targets, self._seed())
+        self.by_inputs = True
+        pause(self._sources.factors)  # of a training forward that was recorded
+        if found.finite:
+            self._statistics.add(found.statistics, found)
+        return found.finite
 
     def observe(self, outputs: Any, targets: Any) -> bool:
         """Records a forward pass, or prepares to; False if some outputs are not finite.
@@ -77,32 +108,37 @@ class Recorder:
         Raises:
             LikelihoodError, ObservationError: see ``Preconditioner.observe``.
         """
+        if self.by_inputs:
+            raise ObservationError(
+                "statistics come from the inputs, because the net is compiled or inputs were "
+                "given before: call observe(outputs, targets, inputs=...)"
+            )
         if self._observation is not None and not self._observation.passed:
             raise ObservationError("observe() was called twice before loss.backward()")
         self._harvest()
         self._clear()  # of backward passes that nobody observed
-        if self._fisher == "empirical" and targets is None:
-            raise ObservationError("fisher='empirical' needs observe(outputs, targets)")
+        self._check_targets(targets)
         observation = Observation(self._likelihood, outputs, targets, self._sources)
         check_recorded(output_tensors(outputs), self._sources.factors)
         finite = observation.agree(self._workers)
         if finite and self._fisher == "empirical":
             observation.expect()
         elif finite:
-            self._statistics.add(self._found(observation), observation)
+            found = observation.record(self._fisher, self._seed())
+            self._statistics.add(found, observation)
             pause(self._sources.factors)  # the training backward need not record again
         observation.watch()
         self._observation = observation
         return finite
 
-    def _found(self, observation: Observation) -> Gradients:
-        """What the backward passes of sampled or exact statistics return; draws a seed."""
-        exact = self._fisher == "exact"
-        drawn = not exact or self._sources.parameters
-        seed = drawn_seed(self._generator, self._workers) if drawn else 0
-        if observation.count <= 0:  # the other processes have terms
-            return {}
-        return observation.exact(seed) if exact else observation.sampled(seed)
+    def _check_targets(self, targets: Any) -> None:
+        if self._fisher == "empirical" and targets is None:
+            raise ObservationError("fisher='empirical' needs observe(outputs, targets)")
+
+    def _seed(self) -> int:
+        """Of the draws of a pass, if there are any."""
+        draws = self._fisher == "sampled" or (self._fisher == "exact" and self._sources.parameters)
+        return drawn_seed(self._generator, self._workers) if draws else 0
 
     def take(self) -> Gradients:
         """The step's statistics in the scale of one likelihood term; empty if there are none."""

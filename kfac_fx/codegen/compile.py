@@ -1,0 +1,25 @@
+"""Graphs as torch.compile runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+
+def compiled(
+    module: fx.GraphModule, compile: bool | str, options: dict[str, Any] | None = None
+) -> Callable[..., Any]:
+    """The module as one graph for the shapes that come, or itself.
+
+    Args:
+        compile: False, True for torch's default backend, or the name of a backend.
+        options: of the default backend.
+    """
+    if not compile:
+        return module
+    if compile is True or compile == "inductor":
+        return torch.compile(module, fullgraph=True, dynamic=False, options=options)
+    return torch.compile(module, fullgraph=True, dynamic=False, backend=compile)

@@ -1,0 +1,238 @@
+"""A function of tensors, with automatic differentiation inside, as one functional graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch.distributions import Distribution
+from torch.func import functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from kfac_fx.errors import KFACError
+
+
+class NotFunctionalError(Exception):
+    """The function cannot be one graph; the text says why."""
+
+
+def traced(
+    function: Callable[..., Sequence[Tensor]], arguments: Sequence[Tensor]
+) -> fx.GraphModule:
+    """The ATen graph of a function from tensors to tensors, for the arguments' shapes.
+
+    Nothing in it mutates, and dead values are dropped.
+
+    Raises:
+        NotFunctionalError: the code depends on the tensors' values, or has no graph.
+    """
+    with functional_errors(), enable_python_dispatcher():
+        module = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*arguments)
+        pure = functionalize(module, remove="mutations")
+        with no_autocast():  # its casts are in the graph
+            module = make_fx(pure, tracing_mode="fake", _allow_non_fake_inputs=True)(*arguments)
+    # Random operators count as impure, but one that nobody reads draws for nobody.
+    module.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+    module.recompile()
+    return module
+
+
+@contextmanager
+def functional_errors() -> Iterator[None]:
+    """Distributions do not look at values inside; what cannot be traced is a NotFunctionalError."""
+    checked = Distribution._validate_args
+    Distribution.set_default_validate_args(False)
+    try:
+        yield
+    except KFACError:
+        raise
+    except Exception as error:  # whatever the user's code or a kernel without a fake raises
+        first = (str(error).strip() or repr(error)).splitlines()[0]
+        raise NotFunctionalError(f"{type(error).__name__}: {first}") from error
+    finally:
+        Distribution.set_default_validate_args(checked)
+
+
+@contextmanager
+def no_autocast() -> Iterator[None]:
+    """Operators inside run in the precision of what they are given."""
+    with torch.autocast("cpu", enabled=False):
+        if not torch.cuda.is_available():
+            yield
+            return
+        with torch.autocast("cuda", enabled=False):
+            yield
+
+
+# Random numbers.
+
+
+class _Like(NamedTuple):
+    """A tensor whose values an operator does not read."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def empty(self) -> Tensor:
+        return torch.empty_strided(*self[:2], dtype=self.dtype, device=self.device)
+
+
+@dataclass(frozen=True)
+class Lifted:
+    """A random operator that was taken out of a graph; a call runs it."""
+
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def __call__(self) -> Tensor:
+        args = [a.empty() if isinstance(a, _Like) else a for a in self.args]
+        found = self.target(*args, **self.kwargs)
+        result: Tensor = found[1] if self.target is _DROPOUT else found
+        return result
+
+
+_ATEN = torch.ops.aten
+_DROPOUT = _ATEN.native_dropout.default
+_LIFTABLE = {
+    packet
+    for name in (
+        *("bernoulli", "uniform", "normal_functional", "exponential", "native_dropout"),
+        *("rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like"),
+    )
+    if (packet := getattr(_ATEN, name, None)) is not None
+}
+"""Operators whose random numbers do not depend on the values of their tensor argument."""
+
+
+def is_random(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call of an operator reads a random stream; attention without dropout does not."""
+    if torch.Tag.nondeterministic_seeded not in getattr(target, "tags", ()):
+        return False
+    for place, argument in enumerate(target._schema.arguments):
+        if argument.name == "dropout_p":
+            given = args[place] if place < len(args) else kwargs.get("dropout_p", 0.0)
+            return bool(given != 0.0)
+    return True
+
+
+def random_nodes(graph: fx.Graph) -> list[fx.Node]:
+    """Those whose operator reads a random stream."""
+    return [node for node in graph.nodes if is_random(node.target, node.args, node.kwargs)]
+
+
+def lift_random(module: fx.GraphModule, count: int) -> list[Lifted]:
+    """Makes the first ``count`` random operators arguments, in front of those that there are.
+
+    Raises:
+        NotFunctionalError: one of them depends on values, or there are fewer.
+    """
+    nodes = random_nodes(module.graph)
+    if len(nodes) < count:
+        raise NotFunctionalError("random operators of the forward are not in the graph")
+    first = next(iter(module.graph.nodes))
+    lifted = []
+    for index, node in enumerate(nodes[:count]):
+        lifted.append(_lifted(node))
+        with module.graph.inserting_before(first):
+            noise = module.graph.placeholder(f"noise_{index}")
+        noise.meta["val"] = node.meta["val"][1] if node.target is _DROPOUT else node.meta["val"]
+        _replace(module.graph, node, noise)
+    module.graph.lint()
+    module.recompile()
+    return lifted
+
+
+def _lifted(node: fx.Node) -> Lifted:
+    packet = getattr(node.target, "overloadpacket", None)
+    by_value = isinstance(node.target, torch._ops.OpOverload) and node.target._overloadname in (
+        *("Tensor", "Tensor_float", "float_Tensor", "Tensor_Tensor"),
+    )
+    if packet not in _LIFTABLE or by_value or node.target is _ATEN.bernoulli.default:
+        raise NotFunctionalError(f"{node.target} draws by the values of a tensor")
+
+    def plain(argument: fx.Node) -> _Like:
+        value = argument.meta["val"]
+        return _Like(tuple(value.shape), tuple(value.stride()), value.dtype, value.device)
+
+    args = fx.map_arg(node.args, plain)
+    return Lifted(node.target, tuple(args), dict(fx.map_arg(node.kwargs, plain)))
+
+
+def _replace(graph: fx.Graph, node: fx.Node, noise: fx.Node) -> None:
+    if node.target is not _DROPOUT:
+        node.replace_all_uses_with(noise)
+    else:
+        x, p = node.args[0], node.args[1]
+        assert isinstance(p, float)
+        for user in list(node.users):
+            with graph.inserting_before(user):
+                masked = graph.call_function(_ATEN.mul.Tensor, (x, noise))
+                scaled = graph.call_function(
+                    _ATEN.mul.Tensor, (masked, 1 / (1 - p) if p < 1 else 0.0)
+                )
+            user.replace_all_uses_with(noise if user.args[1] == 1 else scaled)
+            graph.erase_node(user)
+    graph.erase_node(node)
+
+
+# A part that runs once, and a part that runs for every value of one argument.
+
+
+class Parts(NamedTuple):
+    """A graph in two.
+
+    Attributes:
+        once: the arguments but for the last -> its outputs, then what the other part needs of it.
+        each: what it needs, then the last argument -> its outputs.
+        places: of every output of the whole: whether it is of ``each``, and its place there.
+    """
+
+    once: fx.GraphModule
+    each: fx.GraphModule
+    places: tuple[tuple[bool, int], ...]
+
+
+def split_at_last(module: fx.GraphModule) -> Parts:
+    """What depends on the last argument, and what does not."""
+    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+    dependent: set[fx.Node] = {placeholders[-1]}
+    for node in module.graph.nodes:
+        if node.op != "output" and not dependent.isdisjoint(node.all_input_nodes):
+            dependent.add(node)
+    outputs = pytree.tree_leaves(module.graph.output_node().args[0])
+    free = [node for node in outputs if node not in dependent]
+    tied = [node for node in outputs if node in dependent]
+    handed = list(
+        dict.fromkeys(
+            given
+            for node in module.graph.nodes
+            if node in dependent
+            for given in node.all_input_nodes
+            if given not in dependent
+        )
+    )
+    once, each = fx.Graph(), fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in module.graph.nodes:
+        if node.op != "output" and node not in dependent:
+            copies[node] = once.node_copy(node, copies.__getitem__)
+    once.output(tuple(copies[node] for node in (*free, *handed)))
+    inside = {node: each.placeholder(node.name) for node in handed}
+    for node in module.graph.nodes:
+        if node in dependent:
+            inside[node] = each.node_copy(node, inside.__getitem__)
+    each.output(tuple(inside[node] for node in tied))
+    places = tuple(
+        (True, tied.index(node)) if node in dependent else (False, free.index(node))
+        for node in outputs
+    )
+    return Parts(fx.GraphModule(module, once), fx.GraphModule(module, each), places)

@@ -1,0 +1,81 @@
+"""Targets drawn from the model as a function of noise that does not depend on the model.
+
+So one noise gives one draw, in a pass that runs and in a program that was compiled.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch import distributions as D
+
+from kfac_fx.optim.streams import seeded
+
+
+class Noise(NamedTuple):
+    """A standard random tensor: "exponential", "uniform" or "normal"."""
+
+    kind: str
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    def sample(self, seed: int) -> Tensor:
+        """The tensor of one seed; torch's own random stream is left alone."""
+        generator = torch.Generator(self.device).manual_seed(seed)
+        result = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        if self.kind == "exponential":
+            return result.exponential_(generator=generator)
+        fill = result.uniform_ if self.kind == "uniform" else result.normal_
+        return fill(generator=generator)
+
+
+def noise_of(distribution: D.Distribution) -> Noise | None:
+    """What a draw needs; None where only the distribution itself knows how to draw."""
+    base = _base(distribution)
+    sample = type(base).sample
+    if isinstance(base, D.Normal) and sample is D.Normal.sample:
+        kind, like = "normal", base.loc
+    elif isinstance(base, D.Categorical) and sample is D.Categorical.sample:
+        kind, like = "exponential", base.probs
+    elif isinstance(base, D.Bernoulli) and sample is D.Bernoulli.sample:
+        kind, like = "uniform", base.probs
+    else:
+        return None
+    return Noise(kind, like.shape, like.dtype, like.device)
+
+
+def draw(distribution: D.Distribution, noise: Tensor) -> Tensor:
+    """Targets y ~ p from a noise of ``noise_of(distribution)``."""
+    base = _base(distribution)
+    if isinstance(base, D.Categorical):  # a race of exponential clocks, as torch.multinomial
+        return (base.probs / noise).argmax(-1)
+    if isinstance(base, D.Bernoulli):
+        return (noise < base.probs).to(noise.dtype)
+    assert isinstance(base, D.Normal)
+    return base.loc + base.scale * noise
+
+
+@torch.no_grad()
+def drawn(distribution: D.Distribution, seed: int) -> Tensor:
+    """Targets y ~ p; torch's own random stream is left as it was."""
+    noise = noise_of(distribution)
+    if noise is not None:
+        return draw(distribution, noise.sample(seed))
+    with seeded(seed, _parameters(distribution)):
+        return distribution.sample()
+
+
+def _parameters(distribution: D.Distribution) -> list[Tensor]:
+    """The tensors that a distribution holds, or the ones inside it do."""
+    held = list(vars(distribution).values())
+    inner = [t for d in held if isinstance(d, D.Distribution) for t in _parameters(d)]
+    return [value for value in held if isinstance(value, Tensor)] + inner
+
+
+def _base(distribution: D.Distribution) -> D.Distribution:
+    while type(distribution) is D.Independent:
+        distribution = distribution.base_dist
+    return distribution

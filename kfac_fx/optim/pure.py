@@ -1,0 +1,225 @@
+"""A pass of the network and its likelihood as a function: nothing of the module is changed.
+
+From parameters, buffers, a batch and noise to the statistics that taps leave, and where a loss is
+asked for, to the loss, its gradients and the buffers that the forward changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from kfac_fx.codegen.functional import no_autocast
+from kfac_fx.optim.likelihoods import Likelihood, Sum
+from kfac_fx.optim.observation import Gradients, Observation, Sources, squared
+from kfac_fx.optim.predictive import Predictive
+from kfac_fx.optim.task import Forward
+from kfac_fx.optim.workers import Workers
+
+Loss = Callable[[Any, Any], Tensor]
+"""From the network's outputs and the targets to a scalar."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a pass found.
+
+    Attributes:
+        statistics: by id of the module's factor buffer or parameter; empty if they were not asked
+            for, or the outputs are not finite.
+        count: number of likelihood terms, or the sum of their weights.
+        total: the same of all processes.
+        finite: whether the outputs are; where a program was run, those of this process.
+        loss, gradients, buffers: of a pass with a loss; by name.
+    """
+
+    statistics: Gradients
+    count: float
+    total: float
+    finite: bool
+    loss: Tensor | None = None
+    gradients: Mapping[str, Tensor] = field(default_factory=dict)
+    buffers: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Leaves:
+    """The tensors of one pass.
+
+    Attributes:
+        state: by name, for ``functional_call``.
+        sources: what statistics are gradients of, in the order of the module's own.
+    """
+
+    state: dict[str, Tensor]
+    sources: Sources
+
+    @property
+    def wanted(self) -> list[Tensor]:
+        return [*self.sources.factors, *self.sources.parameters]
+
+
+class PurePass:
+    """A module with taps, its likelihood and what is wanted of a pass.
+
+    Args:
+        sources: the module's own factor buffers, and parameters without a tap.
+        fisher: "sampled", "exact" or "empirical".
+        forward: from (network, inputs) to outputs.
+        loss: of the outputs and targets; None for statistics alone.
+        statistics: whether they are wanted.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        sources: Sources,
+        likelihood: Likelihood | Sum,
+        fisher: str,
+        forward: Forward,
+        workers: Workers,
+        loss: Loss | None = None,
+        statistics: bool = True,
+    ) -> None:
+        self.net, self.sources, self.likelihood, self.fisher = net, sources, likelihood, fisher
+        self.forward, self.workers = forward, workers
+        self.loss, self.statistics = loss, statistics
+        self._names = {id(p): name for name, p in net.named_parameters()}
+        self._names |= {id(b): name for name, b in net.named_buffers()}
+
+    @property
+    def own(self) -> list[Tensor]:
+        """The module's tensors that statistics belong to."""
+        return [*self.sources.factors, *self.sources.parameters]
+
+    @property
+    def draws(self) -> bool:
+        """Whether targets are drawn from the model."""
+        if not self.statistics:
+            return False
+        return self.fisher == "sampled" or (
+            self.fisher == "exact" and bool(self.sources.parameters)
+        )
+
+    @property
+    def columns(self) -> bool:
+        """Whether there is a backward for every column of the output Fisher's root."""
+        return self.statistics and self.fisher == "exact" and bool(self.sources.factors)
+
+    def state(self) -> dict[str, Tensor]:
+        """Parameters and buffers, without those whose gradients are statistics."""
+        factors = {id(factor) for factor in self.sources.factors}
+        state: dict[str, Tensor] = dict(self.net.named_parameters())
+        return state | {n: b for n, b in self.net.named_buffers() if id(b) not in factors}
+
+    def leaves(self, state: Mapping[str, Tensor]) -> Leaves:
+        """Copies of the state that gradients and statistics are taken of."""
+        parameters = dict(self.net.named_parameters())
+        given = {
+            n: t.detach().requires_grad_(parameters[n].requires_grad)
+            if n in parameters
+            else t.clone()
+            for n, t in state.items()
+        }
+        for factor in self.sources.factors:
+            zero = torch.zeros((), dtype=factor.dtype, device=factor.device).expand(factor.shape)
+            given[self._names[id(factor)]] = zero.requires_grad_(self.statistics)
+
+        def of(tensors: Sequence[Tensor]) -> list[Tensor]:
+            return [given[self._names[id(t)]] for t in tensors]
+
+        own = self.sources
+        sources = Sources(of(own.inputs), of(own.gradients), of(own.parameters), set())
+        return Leaves(given, sources)
+
+    def outputs(self, leaves: Leaves, inputs: Any) -> Any:
+        """What ``forward`` returns with the leaves in place of the module's tensors."""
+
+        def net(*args: Any, **kwargs: Any) -> Any:
+            return functional_call(self.net, leaves.state, args, kwargs)
+
+        return self.forward(net, inputs)
+
+    def gradients(
+        self, leaves: Leaves, outputs: Any, targets: Any
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss and its gradients by parameter, where there are any."""
+        assert self.loss is not None
+        value = self.loss(outputs, targets)
+        names = [n for n, p in self.net.named_parameters() if p.requires_grad]
+        wrt = [leaves.state[name] for name in names]
+        found = torch.autograd.grad(value, wrt, allow_unused=True)
+        pairs = zip(names, found, strict=True)
+        return value.detach(), {name: g for name, g in pairs if g is not None}
+
+    def changed(self, leaves: Leaves, versions: Mapping[str, int]) -> dict[str, Tensor]:
+        """Buffers that the forward changed."""
+        return {n: leaves.state[n] for n, v in versions.items() if leaves.state[n]._version > v}
+
+    def versions(self, leaves: Leaves) -> dict[str, int]:
+        """Of the buffers, to see what changes."""
+        names = (n for n, b in self.net.named_buffers() if n in leaves.state)
+        factors = {self._names[id(f)] for f in self.sources.factors}
+        return {n: leaves.state[n]._version for n in names if n not in factors}
+
+    def run(self, inputs: Any, targets: Any, seed: int) -> Result:
+        """The pass as it is, node by node.
+
+        Raises:
+            LikelihoodError, ObservationError: as ``Preconditioner.observe``.
+        """
+        with torch.enable_grad():
+            leaves = self.leaves(self.state())
+            versions = self.versions(leaves)
+            outputs = self.outputs(leaves, inputs)
+            with no_autocast():
+                result = self._statistics(leaves, outputs, targets, seed)
+                if self.loss is None:
+                    return result
+                loss, gradients = self.gradients(leaves, outputs, targets)
+        changed = self.changed(leaves, versions)
+        return replace(result, loss=loss, gradients=gradients, buffers=changed)
+
+    def _statistics(self, leaves: Leaves, outputs: Any, targets: Any, seed: int) -> Result:
+        if not self.statistics:
+            return Result({}, 0.0, 0.0, True)
+        observation = Observation(self.likelihood, outputs, targets, leaves.sources)
+        finite = observation.agree(self.workers)
+        found = observation.record(self.fisher, seed) if finite else {}
+        pairs = zip(self.own, leaves.wanted, strict=True)
+        own = {id(mine): found[id(leaf)] for mine, leaf in pairs if id(leaf) in found}
+        return Result(own, observation.count, observation.total, finite)
+
+    def found(
+        self, leaves: Leaves, made: Predictive, draws: Sequence[Tensor], select: Tensor | None
+    ) -> list[Tensor | None]:
+        """The statistics for ``leaves.wanted``, as a formula without side effects.
+
+        Args:
+            draws: targets from the model, of each part.
+            select: which columns of the output Fisher's root are summed.
+        """
+        factors, parameters = leaves.sources.factors, leaves.sources.parameters
+        scalar = None
+        if self.draws:
+            scalar = made.sampled_by(draws)
+        elif self.fisher == "empirical":
+            scalar = made.nll()
+        if self.columns:
+            assert select is not None
+            first = _derivatives(made.exact_by(select), factors)
+            second = [] if scalar is None else _derivatives(scalar, parameters)
+        else:
+            assert scalar is not None
+            both = _derivatives(scalar, [*factors, *parameters])
+            first, second = both[: len(factors)], both[len(factors) :]
+        return [*first, *(None if g is None else squared(g) for g in second)]
+
+
+def _derivatives(scalar: Tensor, wanted: Sequence[Tensor]) -> list[Tensor | None]:
+    return list(torch.autograd.grad(scalar, wanted, retain_graph=True, allow_unused=True))
