@@ -5,12 +5,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from torch import fx
+
 from kfac_fx.codegen.builder import ProgramBuilder
-from kfac_fx.codegen.calls import damped_scale, eigen_product, eigenbasis
+from kfac_fx.codegen.calls import damped_scale, eigen_product, eigenbasis, moment_scale
 from kfac_fx.codegen.form import Damping, Invert
 from kfac_fx.codegen.kronecker import Kronecker, cut_of, sides
-from kfac_fx.ir import CurvatureBlock
+from kfac_fx.ir import CurvatureBlock, CurvatureGraph
 from kfac_fx.linalg.kronecker import filled_up, without_filling
+
+
+def emit_scales(curvature: CurvatureGraph) -> fx.GraphModule:
+    """damping and the moments S_X -> scale_X, which take the place of those of a refresh."""
+    build = ProgramBuilder()
+    damping = build.input("damping")
+    blocks = [curvature.blocks[moment.block] for moment in curvature.moments]
+    moments = {block.slot: build.input(f"S_{block.slot}") for block in blocks}
+    outputs: dict[str, Any] = {}
+    for block in blocks:
+        with build.section(block.slot, f"{block.name}: moments"):
+            name = f"scale_{block.slot}"
+            outputs[name] = build.name(moment_scale(moments[block.slot], damping), name)
+    return build.finish(outputs, "Scales")
 
 
 class EigenKronecker(Kronecker):

@@ -11,12 +11,29 @@ from torch import Tensor, fx
 from kfac_fx.codegen.builder import source
 from kfac_fx.codegen.calls import FLOORED
 from kfac_fx.codegen.compile import compiled
+from kfac_fx.codegen.eigen import emit_scales
 from kfac_fx.codegen.emit import emit_apply, emit_refresh, inverse_names
 from kfac_fx.codegen.forms import FORMS_BY_TIKHONOV
 from kfac_fx.codegen.leaf import own_functions, texts
 from kfac_fx.codegen.part import part_of_refresh
 from kfac_fx.codegen.refresher import Refresher
 from kfac_fx.ir import Coupling, CurvatureGraph
+
+_USAGE = """A generated K-FAC preconditioner. It needs torch alone.
+
+``refresh(damping, ...)``: the damping, a 0-dimensional tensor, and the factors -> inverses by name.
+``failed_X`` is not zero where Cholesky failed; ``clamped_X`` and ``indefinite_X`` count entries of
+conditionals that rounding had pushed to one, and say that one is not positive.
+``precondition(inverses, gradients)``: gradients by parameter name -> updates by parameter name.
+"""
+_SCALES = """
+``scales(damping, ...)``: moments of gradients in the bases -> scales, which take the place of those
+of the refresh: ``inverses | scales(...)``.
+"""
+_PRECONDITION = """
+def precondition(inverses: dict[str, Tensor], gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    return apply(*(inverses[name] for name in INVERSES), *(gradients[name] for name in PARAMETERS))
+"""
 
 
 class Program:
@@ -52,7 +69,7 @@ class Program:
         self.apply_module = emit_apply(curvature, couplings, cast, self.forms)
         arguments = [n.name for n in self.apply_module.graph.nodes if n.op == "placeholder"]
         self.inverse_names = tuple(arguments[: -len(curvature.covered)])
-        self.couplings = tuple(couplings)
+        self.couplings, self._tikhonov = tuple(couplings), tikhonov
         self.clamped = 0
         self._compile = compile
         self._refresh = self._refresher(lambda module: module)
@@ -60,20 +77,28 @@ class Program:
 
     @property
     def code(self) -> str:
-        """Both programs as readable Python that needs torch alone."""
-        functions = own_functions(self.refresh_module.graph, self.apply_module.graph)
+        """The programs as a readable module that needs torch alone; its docstring says how."""
+        named = {"refresh": self.refresh_module}
+        if self._tikhonov == "ekfac":
+            named["scales"] = emit_scales(self.curvature)
+        named["apply"] = self.apply_module
+        functions = own_functions(*(module.graph for module in named.values()))
+        parameters, inverses = tuple(self.curvature.covered), self.inverse_names
         return "\n".join(
             (
+                f'"""{_USAGE}{_SCALES if "scales" in named else ""}"""\n',
                 "from __future__ import annotations\n",
-                "import torch\nfrom torch import Tensor\n\n",
+                "import torch\nfrom torch import Tensor\n",
+                f"INVERSES = {inverses!r}",
+                f"PARAMETERS = {parameters!r}\n\n",
                 texts(functions) + "\n",
-                source(self.refresh_module, "refresh") + "\n",
-                source(self.apply_module, "apply"),
+                *(source(module, name) + "\n" for name, module in named.items()),
+                _PRECONDITION,
             )
         )
 
     def save(self, path: str | Path) -> None:
-        """Writes ``code`` to a file."""
+        """Writes ``code`` to a file: a module that runs without kfac_fx."""
         Path(path).write_text(self.code, encoding="utf-8")
 
     @torch.no_grad()

@@ -19,6 +19,11 @@ def damped_scale(s_A: Tensor, s_G: Tensor, damping: Tensor) -> Tensor:
     return torch.reciprocal(s_G.unsqueeze(-1) * s_A.unsqueeze(-2) + damping)
 
 
+def moment_scale(S: Tensor, damping: Tensor) -> Tensor:
+    """1 / (S + lambda), of second moments S in the bases, [..., g, a]."""
+    return torch.reciprocal(S + damping)
+
+
 def eigen_product(
     U_A: Tensor | None,
     U_G: Tensor | None,

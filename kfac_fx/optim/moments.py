@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kfac_fx.ir import CurvatureGraph
+from kfac_fx.linalg.eigen import moment_scale
 from kfac_fx.ops import moment_buffers
 from kfac_fx.optim.averages import Averages, Entry
 
@@ -82,7 +83,7 @@ class Moments:
     def scales(self, damping: Tensor) -> dict[str, Tensor]:
         """1 / (S + lambda) by name, in place of the Kronecker eigenvalues' own."""
         return {
-            f"scale_{block.slot}": torch.reciprocal(block.entry.averages[0] + damping)
+            f"scale_{block.slot}": moment_scale(block.entry.averages[0], damping)
             for block in self._blocks.values()
         }
 
