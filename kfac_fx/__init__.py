@@ -2,6 +2,7 @@
 
 from kfac_fx import errors, viz
 from kfac_fx.api import transform
+from kfac_fx.backend import backend
 from kfac_fx.ir import Coupling, CurvatureBlock, CurvatureGraph, Edge
 from kfac_fx.ir.faces import register
 from kfac_fx.optim import KFAC, GrowingBatches, Preconditioner, likelihoods
@@ -15,6 +16,7 @@ __all__ = [
     "Edge",
     "GrowingBatches",
     "Preconditioner",
+    "backend",
     "errors",
     "likelihoods",
     "register_rule",

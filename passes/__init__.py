@@ -7,6 +7,7 @@ from kfac_fx.passes.analyses import CheckCoverage, Covered, FindCouplings, FindM
 from kfac_fx.passes.annotations import is_tap, read_curvature
 from kfac_fx.passes.base import Analysis, GraphPass
 from kfac_fx.passes.chain import KFACTransform
+from kfac_fx.passes.compiled import recorded_module
 from kfac_fx.passes.eager_taps import EagerTaps, placeable
 from kfac_fx.passes.every_piece import every_piece
 from kfac_fx.passes.find_couplings import find_couplings
@@ -44,5 +45,6 @@ __all__ = [
     "is_tap",
     "placeable",
     "read_curvature",
+    "recorded_module",
     "strip_taps",
 ]

@@ -92,6 +92,7 @@ class FindUses(Analysis):
         self.large_factors = choice("large_factors", large_factors, LARGE_FACTORS)
         self.structure = choice("structure", structure, STRUCTURES)
         self.route = route
+        self.counted = False  # whether a use may run any number of times in a forward pass
 
     def blocks(
         self, module: fx.GraphModule, graph: fx.Graph, names: Collection[str]
@@ -108,7 +109,7 @@ class FindUses(Analysis):
         running = isinstance(module, EagerModule)
         if running:
             uses = every_piece(placeable(uses, graph), graph)
-        return gather_blocks(uses, graph, counted=running)
+        return gather_blocks(uses, graph, counted=running or self.counted)
 
     def analyse(self, module: fx.GraphModule) -> CurvatureGraph:
         """Blocks, and the parameters that have none."""

@@ -84,9 +84,21 @@ for _dims in (1, 2, 3):
     _overload = getattr(aten, _name).default if _dims == 1 else getattr(aten, _name).input
     _add(_name, _TRANSPOSED, getattr(F, _name), getattr(torch, _name), _overload)
 
-_add("layer_norm", "input normalized_shape weight bias eps", F.layer_norm, aten.layer_norm.default)
-_add("rms_norm", "input normalized_shape weight eps", F.rms_norm, aten.rms_norm.default)
-_add("group_norm", "input num_groups weight bias eps", F.group_norm, aten.group_norm.default)
+_add(
+    "layer_norm",
+    "input normalized_shape weight bias eps",
+    *(F.layer_norm, torch.layer_norm, aten.layer_norm.default),
+)
+_add(
+    "rms_norm",
+    "input normalized_shape weight eps",
+    *(F.rms_norm, torch.rms_norm, aten.rms_norm.default),
+)
+_add(
+    "group_norm",
+    "input num_groups weight bias eps",
+    *(F.group_norm, torch.group_norm, aten.group_norm.default),
+)
 _add(
     "batch_norm",
     "input running_mean running_var weight bias training momentum eps",

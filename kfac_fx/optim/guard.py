@@ -79,7 +79,8 @@ def _curvature(net: Any) -> CurvatureGraph:
     if found is None:
         raise KFACError(
             "this is no module that kfac_fx.transform(model) returned, and no tap in it carries "
-            "annotations: kfac_fx.passes.KFACTransform() puts taps into a GraphModule"
+            "annotations: kfac_fx.passes.KFACTransform() puts taps into a GraphModule, and a model "
+            "that is compiled with kfac_fx.backend must have run once"
         )
     parameters = dict(net.named_parameters(remove_duplicate=False))
     lost = [name for name in found.covered if name not in parameters]

@@ -66,7 +66,8 @@ def _backward(scalar: Tensor, wanted: Sequence[Tensor]) -> Gradients:
         if "donated" in text or "retain_graph" in text:
             raise ObservationError(
                 "a compiled forward keeps no graph for a second backward: give the inputs, "
-                "observe(outputs, inputs=...), or use fisher='empirical'"
+                "observe(outputs, inputs=...), use fisher='empirical', or set "
+                "torch._functorch.config.donated_buffer = False before compiling"
             ) from error
         if "use_reentrant" in text:
             raise ObservationError(

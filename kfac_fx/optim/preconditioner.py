@@ -33,6 +33,7 @@ from kfac_fx.optim.report import CurvatureReport, report_of
 from kfac_fx.optim.streams import forked
 from kfac_fx.optim.task import Forward, run_network
 from kfac_fx.optim.workers import ALONE, Workers
+from kfac_fx.passes import recorded_module
 
 log = logging.getLogger("kfac_fx")
 
@@ -44,7 +45,8 @@ class Preconditioner:
     then the optimizer's own step.
 
     Args:
-        net: what ``kfac_fx.transform`` returned (or any GraphModule that carries its annotations).
+        net: what ``kfac_fx.transform`` returned, any GraphModule that carries its annotations, or a
+            model compiled with ``kfac_fx.backend`` that has run once.
         likelihood: "categorical", "bernoulli", "normal", an object of ``kfac_fx.likelihoods``, or a
             callable from outputs to a ``torch.distributions.Distribution``.
         damping: lambda; factored Tikhonov uses gamma = sqrt(lambda).
@@ -93,7 +95,9 @@ class Preconditioner:
         forward: Forward = run_network,
         compile: bool | str = False,
     ) -> None:
-        net_is_compiled, net = hasattr(net, "_orig_mod"), workers.unwrapped(net)
+        inner = workers.unwrapped(net)
+        owner = recorded_module(inner)
+        net_is_compiled, net = hasattr(net, "_orig_mod") and owner is inner, owner
         self.curvature, self.structure = transformed(net, structure)
         self.likelihood = likelihood_of(likelihood)
         self.fisher = choice("fisher", fisher, FISHERS)
