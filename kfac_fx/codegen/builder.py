@@ -70,6 +70,10 @@ class ProgramBuilder:
     def finish(self, outputs: Mapping[str, Any], class_name: str) -> fx.GraphModule:
         """The module that computes ``outputs`` as a dict."""
         self.graph.output({name: value.node for name, value in outputs.items()})
+        own = {_operation(node.target) for node in self.graph.nodes if node.op == "call_function"}
+        for node in self.graph.nodes:  # a value must not hide a function that is called by name
+            if node.name in own and node.op != "placeholder":
+                node._rename(f"{node.name}_value")
         self.graph.lint()
         return fx.GraphModule(nn.Module(), self.graph, class_name)
 
