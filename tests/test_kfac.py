@@ -201,7 +201,7 @@ def test_a_step_that_was_no_good_is_undone_exactly() -> None:
     x, y = task(32, (1, 6, 6))
     for _ in range(3):
         optimizer.step(x, y)
-    before = [p.clone() for p in optimizer._before[0].values()]
+    before = [p.clone() for p in optimizer._last.parameters.values()]
     damping = optimizer.diagnostics["damping"]
     with torch.no_grad():
         for p in model.parameters():  # as if the last step had gone wrong

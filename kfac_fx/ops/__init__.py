@@ -19,7 +19,7 @@ from kfac_fx.ops import (
     row_scale,
     scale_shift,
 )
-from kfac_fx.ops.tap import only, pause, resume
+from kfac_fx.ops.tap import forget_passes, only, passes, pause, resume
 
 STORE = "_kfac_fx"
 """Name of the submodule that holds the factor buffers of an instrumented module."""
@@ -68,11 +68,13 @@ __all__ = [
     "embedding",
     "embedding_bag",
     "factor_buffers",
+    "forget_passes",
     "grouped",
     "linear",
     "moment",
     "moment_buffers",
     "only",
+    "passes",
     "pause",
     "recurrent",
     "resume",

@@ -11,6 +11,9 @@ from kfac_fx.ops.tap import define, recording, tapped
 class BilinearStatistics(LinearStatistics):
     """(A, G) with A over the pairs of entries of both inputs, the second running fastest."""
 
+    def tangent(self) -> None:
+        """None: the product rule gives two terms, which are no use of the weight each."""
+
     def inputs(self, tensors: list[Tensor]) -> Tensor:
         first, second = tensors
         return (first.unsqueeze(-1) * second.unsqueeze(-2)).flatten(-2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -95,6 +95,11 @@ class ConvolutionStatistics:
     bias: bool
     reduce: bool
     diagonal: tuple[bool, bool] = (False, False)
+    one: float = 1.0
+
+    def tangent(self) -> ConvolutionStatistics:
+        """Of the derivative in a direction: without the homogeneous coordinate."""
+        return replace(self, one=0.0)
 
     def patches(self, x: Tensor, outputs: Sequence[int]) -> Tensor:
         """What each output position reads: [groups, N, S, C / groups * kernel]."""
@@ -123,7 +128,13 @@ class ConvolutionStatistics:
         result: list[Tensor | None] = [None] * len(wanted)
         if wanted[0]:
             rows = self.patches(x.to(dtype), g.shape[2:])
-            A = input_factor(rows, bias=self.bias, reduce=self.reduce, diagonal=self.diagonal[0])
+            A = input_factor(
+                rows,
+                bias=self.bias,
+                reduce=self.reduce,
+                diagonal=self.diagonal[0],
+                one=self.one,
+            )
             result[0] = A if self.groups > 1 else A.squeeze(0)
         if wanted[1]:
             rows = self.gradient_rows(g.to(dtype))

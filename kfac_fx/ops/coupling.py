@@ -21,7 +21,7 @@ from kfac_fx.ops.alignment import (
     spread,
 )
 from kfac_fx.ops.sides import Side, derivative_rows, input_rows, row_shape, side_of
-from kfac_fx.ops.tap import define, is_paused, joined, recording
+from kfac_fx.ops.tap import buffer_of, constant, define, is_paused, joined, recording
 
 
 class _Link(torch.autograd.Function):
@@ -37,6 +37,11 @@ class _Link(torch.autograd.Function):
         _, ctx.G, ctx.side = inputs
 
     @staticmethod
+    def jvp(ctx: Any, y: Tensor, *_: None) -> tuple[Tensor, Tensor]:
+        zero, link = _Link.apply(y, ctx.G, ctx.side)
+        return zero, link
+
+    @staticmethod
     def backward(ctx: Any, g: Tensor, later: Tensor) -> tuple[Tensor | None, ...]:
         if not ctx.needs_input_grad[1] or is_paused(ctx.G):
             return None, None, None
@@ -45,11 +50,14 @@ class _Link(torch.autograd.Function):
 
 
 class _Sides(NamedTuple):
-    """Both uses, and whether parts of a case that count as cases come in the other's order."""
+    """Both uses, whether parts of a case that count as cases come in the other's order, and the
+    homogeneous coordinate.
+    """
 
     later: Side
     earlier: Side
     ordered: bool
+    one: float = 1.0
 
 
 class _Couple(torch.autograd.Function):
@@ -68,9 +76,15 @@ class _Couple(torch.autograd.Function):
         ctx.link_shape = tuple(link.shape)
 
     @staticmethod
+    def jvp(ctx: Any, y: Tensor, x: Tensor, earlier_x: Tensor, *others: Any) -> Tensor:
+        link = others[1]
+        zero: Tensor = _Couple.apply(y, x, earlier_x, ctx.A, link, ctx.sides._replace(one=0.0))
+        return zero
+
+    @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         there = ctx.link_shape[:-1]
-        later, earlier, ordered = ctx.sides
+        later, earlier, ordered, _ = ctx.sides
         here = row_shape(later, g.shape)
         known = ordered or later.interleaved or earlier.interleaved
         common = common_grid(there, here, known)
@@ -92,8 +106,8 @@ def _cross_input(
     x, earlier_x = ctx.saved_tensors
     # Reduced rows have no positions, but patches need to know them.
     sides: _Sides = ctx.sides
-    later = input_rows(sides.later, x, sides.later.positions(shape), A.dtype)
-    earlier = input_rows(sides.earlier, earlier_x, there, A.dtype)
+    later = input_rows(sides.later, x, sides.later.positions(shape), A.dtype, sides.one)
+    earlier = input_rows(sides.earlier, earlier_x, there, A.dtype, sides.one)
     earlier = by_case(earlier, common.cases, common.first, sides.earlier.interleaved)
     later = by_case(later, common.cases, common.second, sides.later.interleaved)
     one, two = pooled(earlier, common.grid), pooled(later, common.grid)
@@ -117,7 +131,7 @@ def _handed_back(ctx: Any, g: Tensor, there: tuple[int, ...], common: Common | N
 def _link(y: Tensor, G: Tensor, side: str) -> tuple[Tensor, Tensor]:
     if not recording([G]):
         return y, y.new_empty(0)
-    zero, link = _Link.apply(y.detach(), G, side_of(side))
+    zero, link = _Link.apply(constant(y), buffer_of(G), side_of(side))
     return joined(y, zero), link
 
 
@@ -134,7 +148,7 @@ def _couple(
     if not recording([A]):
         return y
     sides = _Sides(side_of(later), side_of(earlier), ordered)
-    zero = _Couple.apply(y.detach(), x.detach(), earlier_x.detach(), A, link, sides)
+    zero = _Couple.apply(constant(y), constant(x), constant(earlier_x), buffer_of(A), link, sides)
     return joined(y, zero)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,11 @@ class LinearStatistics:
     reduce: bool
     diagonal: tuple[bool, bool] = (False, False)
     cut: tuple[int, int] = (1, 1)
+    one: float = 1.0
+
+    def tangent(self) -> LinearStatistics | None:
+        """Of the derivative W x' in a direction: without the homogeneous coordinate."""
+        return replace(self, one=0.0)
 
     def inputs(self, tensors: list[Tensor]) -> Tensor:
         """What the weight multiplies, from the saved tensors."""
@@ -47,6 +52,7 @@ class LinearStatistics:
             result[0] = input_factor(
                 rows,
                 bias=self.bias,
+                one=self.one,
                 reduce=self.reduce,
                 diagonal=self.diagonal[0],
                 cut=self.cut[0],
@@ -172,7 +178,7 @@ def _projection_tap(
         return y
     diagonal = (A.dim() == 1, G.dim() == 1)
     statistics = ProjectionStatistics(
-        [-1], [-1], [], [], bias, reduce, diagonal, (_cut(A), _cut(G)), start, length
+        [-1], [-1], [], [], bias, reduce, diagonal, (_cut(A), _cut(G)), start=start, length=length
     )
     return tapped(y, statistics, [x], factors)
 

@@ -31,10 +31,14 @@ def gram(rows: Tensor) -> Tensor:
     return rows.mT @ rows
 
 
-def homogeneous_gram(rows: Tensor) -> Tensor:
-    """``gram`` of the rows with a 1 appended, without the copy: [..., S, d] -> [..., d+1, d+1]."""
-    sums = rows.sum(-2).unsqueeze(-1)
-    count = torch.full_like(sums[..., :1, :], rows.shape[-2])
+def homogeneous_gram(rows: Tensor, one: float = 1.0) -> Tensor:
+    """``gram`` of the rows with a 1 appended, without the copy: [..., S, d] -> [..., d+1, d+1].
+
+    Args:
+        one: what is appended; tangents have no constant, so 0.
+    """
+    sums = one * rows.sum(-2).unsqueeze(-1)
+    count = torch.full_like(sums[..., :1, :], one * rows.shape[-2])
     top = torch.cat([gram(rows), sums], -1)
     bottom = torch.cat([sums.mT, count], -1)
     return torch.cat([top, bottom], -2)
@@ -51,7 +55,13 @@ def cut_gram(rows: Tensor, count: int) -> Tensor:
 
 
 def input_factor(
-    rows: Tensor, *, bias: bool, reduce: bool, diagonal: bool = False, cut: int = 1
+    rows: Tensor,
+    *,
+    bias: bool,
+    reduce: bool,
+    diagonal: bool = False,
+    cut: int = 1,
+    one: float = 1.0,
 ) -> Tensor:
     """A of curvature.md section 2, from inputs [..., N, S, d].
 
@@ -59,18 +69,20 @@ def input_factor(
 
     Args:
         cut: number of sub-blocks that are kept.
+        one: the homogeneous coordinate.
     """
     cases = rows.shape[-3]
     flat = rows.mean(-2) if reduce else rows.flatten(-3, -2)
     if cut > 1:
-        flat = torch.cat([flat, torch.ones_like(flat[..., :1])], -1) if bias else flat
+        flat = torch.cat([flat, torch.full_like(flat[..., :1], one)], -1) if bias else flat
         return cut_gram(flat, cut) / cases
     if diagonal:
         squares = flat.square().sum(-2)
         if bias:
-            squares = torch.cat([squares, torch.full_like(squares[..., :1], flat.shape[-2])], -1)
+            ones = torch.full_like(squares[..., :1], one * flat.shape[-2])
+            squares = torch.cat([squares, ones], -1)
         return squares / cases
-    return (homogeneous_gram(flat) if bias else gram(flat)) / cases
+    return (homogeneous_gram(flat, one) if bias else gram(flat)) / cases
 
 
 def gradient_factor(

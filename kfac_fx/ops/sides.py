@@ -132,14 +132,19 @@ def side_of(text: str) -> Side:
     return ConvolutionSide(window, bias, reduce)
 
 
-def input_rows(side: Side, x: Tensor, positions: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """abar by position, [cases, *positions, d]; reduce: the mean over positions, [cases, d]."""
+def input_rows(
+    side: Side, x: Tensor, positions: Sequence[int], dtype: torch.dtype, one: float = 1.0
+) -> Tensor:
+    """abar by position, [cases, *positions, d]; reduce: the mean over positions, [cases, d].
+
+    ``one`` is the homogeneous coordinate.
+    """
     rows = side.inputs(x, positions).to(dtype)
     if side.reduce:
         rows = rows.mean(1)
     else:
         rows = rows.unflatten(1, positions[1:]) if len(positions) > 1 else rows.squeeze(1)
-    return torch.cat([rows, torch.ones_like(rows[..., :1])], -1) if side.bias else rows
+    return torch.cat([rows, torch.full_like(rows[..., :1], one)], -1) if side.bias else rows
 
 
 def derivative_rows(side: Side, g: Tensor, dtype: torch.dtype) -> Tensor:

@@ -9,17 +9,21 @@ skips what nobody asks for, so ``autograd.grad(loss, factors)`` multiplies no we
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.weak import WeakIdKeyDictionary
+
+from kfac_fx.errors import ObservationError
 
 LIBRARY = torch.library.Library("kfac_fx", "DEF")
 
 _paused: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_passes: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 class Statistics(Protocol):
@@ -59,6 +63,18 @@ def is_paused(factor: Tensor) -> bool:
     return factor in _paused
 
 
+def passes(factor: Tensor) -> int:
+    """How many taps have delivered statistics of the factor since ``forget_passes``, at least 1."""
+    found: int = _passes.get(factor, 1)
+    return found
+
+
+def forget_passes(factors: Iterable[Tensor]) -> None:
+    """Starts counting anew."""
+    for factor in factors:
+        _passes.pop(factor, None)
+
+
 @contextmanager
 def only(factors: Iterable[Tensor], wanted: Iterable[Tensor]) -> Iterator[None]:
     """Within the context, backward passes form the statistics of ``wanted`` alone."""
@@ -72,7 +88,18 @@ def only(factors: Iterable[Tensor], wanted: Iterable[Tensor]) -> Iterator[None]:
         resume(skipped.values())
 
 
-class _Source(torch.autograd.Function):
+class _Unbatched(torch.autograd.Function):
+    """What torch.func.vmap cannot go through."""
+
+    @staticmethod
+    def vmap(*_: Any) -> Any:
+        raise ObservationError(
+            "torch.func.vmap over the network hides the cases from its taps: call it on batches, "
+            "and take derivatives with torch.func.jvp, one direction at a time"
+        )
+
+
+class _Source(_Unbatched):
     """A zero-strided zero of y's shape whose backward returns the statistics."""
 
     @staticmethod
@@ -87,37 +114,103 @@ class _Source(torch.autograd.Function):
         ctx.factors = tuple(tensors[ctx.saved :])
 
     @staticmethod
+    def jvp(ctx: Any, y: Tensor, *others: Tensor | None) -> Tensor:
+        tensors = others[2 : 2 + ctx.saved]
+        zero: Tensor = _Source.apply(
+            y, _of_tangents(ctx.statistics), ctx.saved, *tensors, *ctx.factors
+        )
+        return zero
+
+    @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         nothing = (None,) * (3 + ctx.saved)
         needed = ctx.needs_input_grad[len(nothing) :]
         wanted = [n and f not in _paused for n, f in zip(needed, ctx.factors, strict=True)]
         if not any(wanted):
             return (*nothing, *(None for _ in wanted))
+        if wanted[0]:
+            _passes[ctx.factors[0]] = _passes.get(ctx.factors[0], 0) + 1
         dtype = ctx.factors[0].dtype
         return (*nothing, *ctx.statistics(g, ctx.saved_tensors, wanted, dtype))
 
 
-class _Identity(torch.autograd.Function):
+class _Identity(_Unbatched):
     """y, whose backward hands its derivative to y and to the source."""
 
     @staticmethod
-    def forward(y: Tensor, source: Tensor) -> Tensor:
+    def forward(y: Tensor, source: Tensor, asked: Callable[[], bool] | None) -> Tensor:
         # Not recorded as a view: the model may go on with an in-place operation on y.
         alias: Tensor = torch.ops.aten._unsafe_view(y, y.shape)
         return alias
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        pass
+        ctx.asked = inputs[2]
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
-        return g, g
+    def jvp(ctx: Any, y: Tensor, source: Tensor | None, _: None) -> Tensor:
+        return y if source is None else joined(y, source, ctx.asked)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, None]:
+        inside = ctx.asked is not None and torch.is_grad_enabled() and g.requires_grad
+        return (_Adjoint.apply(g, ctx.asked) if inside and ctx.asked() else g), g, None
+
+
+class _Adjoint(_Unbatched):
+    """A derivative inside of the forward: the parameters are used in it too, unseen by taps."""
+
+    @staticmethod
+    def forward(g: Tensor, asked: Callable[[], bool]) -> Tensor:
+        alias: Tensor = torch.ops.aten._unsafe_view(g, g.shape)
+        return alias
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.asked = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        if ctx.asked():
+            raise ObservationError(
+                "the outputs hold a derivative of the network by torch.autograd.grad or "
+                "torch.func.grad, in which the parameters are used where no tap sees it: take it "
+                "with torch.func.jvp, in forward mode, whose uses are recorded"
+            )
+        return g, None
+
+
+def _of_tangents(statistics: Any) -> Statistics:
+    made: Statistics | None = statistics.tangent() if hasattr(statistics, "tangent") else None
+    if made is None:
+        raise ObservationError(
+            f"{type(statistics).__name__.removesuffix('Statistics')} statistics record no "
+            "derivatives of the network by torch.func.jvp; those of linear and convolution layers "
+            "do: leave the parameters out with transform(..., exclude=...)"
+        )
+    return made
 
 
 def recording(factors: Iterable[Tensor | None]) -> bool:
     """Whether any of the factor buffers asks for statistics."""
-    return any(factor is not None and factor.requires_grad for factor in factors)
+    return any(factor is not None and buffer_of(factor).requires_grad for factor in factors)
+
+
+def buffer_of(factor: Tensor) -> Tensor:
+    """The buffer itself, out of the wrappers that transforms of torch.func put around it."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(factor):
+        factor = torch._C._functorch.get_unwrapped(factor)
+    return factor
+
+
+def constant(tensor: Tensor) -> Tensor:
+    """Detached, but for the tangents of forward-mode derivatives, which are uses as well."""
+    return tensor if _forward_mode() else tensor.detach()
+
+
+def _forward_mode() -> bool:
+    level: int = forward_ad._current_level
+    return level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def source(
@@ -127,14 +220,15 @@ def source(
     factors: Sequence[Tensor],
 ) -> Tensor:
     """A zero of y's shape whose derivative becomes the statistics."""
-    saved = [None if t is None else t.detach() for t in tensors]
-    zero: Tensor = _Source.apply(y.detach(), statistics, len(saved), *saved, *factors)
+    saved = [None if t is None else constant(t) for t in tensors]
+    buffers = [buffer_of(factor) for factor in factors]
+    zero: Tensor = _Source.apply(constant(y), statistics, len(saved), *saved, *buffers)
     return zero
 
 
-def joined(y: Tensor, zero: Tensor) -> Tensor:
+def joined(y: Tensor, zero: Tensor, asked: Callable[[], bool] | None = None) -> Tensor:
     """y, whose derivative reaches the zero too."""
-    result: Tensor = _Identity.apply(y, zero)
+    result: Tensor = _Identity.apply(y, zero, asked)
     return result
 
 
@@ -144,8 +238,16 @@ def tapped(
     tensors: Sequence[Tensor | None],
     factors: Sequence[Tensor],
 ) -> Tensor:
-    """y, recorded: ``statistics`` gets its derivative and the saved ``tensors`` in the backward."""
-    return joined(y, source(y, statistics, tensors, factors))
+    """y, recorded: ``statistics`` gets its derivative and the saved ``tensors`` in the backward.
+
+    Where y has a tangent (torch.func.jvp), that is a further use, and recorded as well.
+    """
+    buffers = [buffer_of(factor) for factor in factors]
+
+    def asked() -> bool:
+        return any(factor.requires_grad and factor not in _paused for factor in buffers)
+
+    return joined(y, source(y, statistics, tensors, buffers), asked)
 
 
 def define(schema: str, body: Any) -> None:
@@ -153,3 +255,5 @@ def define(schema: str, body: Any) -> None:
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema)
     LIBRARY.impl(name, body, "CompositeImplicitAutograd")
+    # Transforms of torch.func would else run the body beneath them, where no Function can be.
+    LIBRARY.impl(name, body, "FuncTorchDynamicLayerFrontMode")

@@ -46,7 +46,8 @@ class CompiledPass:
 
     def __call__(self, inputs: Any, targets: Any, seed: int) -> Result:
         """As ``PurePass.run``, with the same draws of the seed and of torch's random stream."""
-        facts = self._facts_of(inputs) if self._compile else None
+        closure = callable(inputs)  # what it holds would be a constant of the program
+        facts = self._facts_of(inputs) if self._compile and not closure else None
         if facts is None:
             return self.pure.run(inputs, targets, seed)
         made = self._predictive(facts, targets)

@@ -43,7 +43,7 @@ class DampingRule:
         self.damping, self.weight_decay, self.smallest = damping, weight_decay, smallest
         self.damping_every, self.gamma_every = damping_every, gamma_every
         self.gamma_limit = gamma_limit
-        self.gamma = self.total**0.5
+        self.gamma: float = self.total**0.5
         self._largest = LARGEST * damping
         self._omega1 = (19 / 20) ** damping_every
         self._omega2 = (19 / 20) ** (gamma_every / 2)

@@ -15,11 +15,12 @@ from kfac_fx.errors import ParameterChangedError, UnknownOptionError
 from kfac_fx.optim.averages import all_finite
 from kfac_fx.optim.damping import DampingRule
 from kfac_fx.optim.diagnostics import Diagnostics
+from kfac_fx.optim.faces import CurvatureFaces
 from kfac_fx.optim.groups import Groups
 from kfac_fx.optim.guard import transformed
 from kfac_fx.optim.inverse import InverseFisher
+from kfac_fx.optim.last_step import LastStep
 from kfac_fx.optim.likelihoods import Given, fresh_generator, likelihood_of
-from kfac_fx.optim.quadratic import cloned
 from kfac_fx.optim.recorder import Recorder
 from kfac_fx.optim.task import Forward, Task, run_network
 from kfac_fx.optim.trust import BatchTrust
@@ -36,7 +37,7 @@ LEAST_STATISTICS = 64
 """Cases of a batch that statistics are taken of, where there are so many."""
 
 
-class KFAC(Optimizer):
+class KFAC(CurvatureFaces, Optimizer):
     """One call of ``step(inputs, targets)`` is one iteration.
 
     With ``lr=None`` the step length and the momentum minimise the quadratic model with the exact
@@ -137,21 +138,18 @@ class KFAC(Optimizer):
         every = period("damping_every", damping_every), period("gamma_every", gamma_every)
         self._rule = DampingRule(damping, weight_decay, smallest_damping, gamma_limit, *every)
         refresh_every = period("refresh_every", refresh_every)
-        self._make: Rule
+        self._make: Rule = ScheduledUpdate(self._inverse, self._rule, refresh_every, trust_region)
         if lr is None:
             if workers.staleness:
                 raise UnknownOptionError("stale inverses need an lr: without, gamma is searched")
             self._make = AdaptiveUpdate(
                 self._task, self._inverse, self._rule, products_fraction, refresh_every, workers
             )
-        else:
-            self._make = ScheduledUpdate(self._inverse, self._rule, refresh_every, trust_region)
         self._statistics_every = period("statistics_every", statistics_every)
         self._trust = BatchTrust(outlier)
         self._decay = within("ema_decay", ema_decay, 0.0, 1.0)
         self._iteration = 0
-        self._previous: Direction = {}
-        self._before: tuple[Direction, Direction] | None = None
+        self._last = LastStep()
         self.diagnostics = Diagnostics()
         self.skipped_batches = self.rejected_steps = self.skipped_statistics = 0
 
@@ -162,21 +160,31 @@ class KFAC(Optimizer):
         """One iteration on a batch; returns its loss before the update.
 
         Args:
-            inputs: what the network is called with: a tensor, a tuple of positional arguments or a
-                mapping of keywords.
+            inputs: as ``observe`` of ``Preconditioner`` takes them. A closure is called several
+                times, with other parameters too; tau1 and tau2 cannot shorten its batch.
             targets: as the likelihood takes them.
 
         Returns:
             The mean negative log-likelihood of a term, without the l2 term.
+
+        Raises:
+            LikelihoodError, ObservationError: the outputs do not fit, or cannot be recorded;
+                nothing has changed.
         """
         self._inverse.guard.check()
+        running, iteration = self._task.snapshot(), self._iteration
         with self._held.open():
-            return self._iterate(inputs, targets)
+            try:
+                return self._iterate(inputs, targets, running)
+            except BaseException:
+                self._recorder.switch(False)
+                self._task.restore(running)
+                self._iteration = iteration
+                raise
 
-    def _iterate(self, inputs: Any, targets: Any) -> Tensor:
+    def _iterate(self, inputs: Any, targets: Any, running: Direction) -> Tensor:
         self.diagnostics = Diagnostics()
         self._task.begin((inputs, targets))
-        running = self._task.snapshot()
         loss, gradient = self._gradient(inputs, targets)
         trusted = self._trust.believes(loss, gradient.values())
         if not trusted and self._undo_if_worse(inputs, targets, float(loss)):
@@ -208,11 +216,11 @@ class KFAC(Optimizer):
         options = {key: self._groups.options(key) for key in ("lr", "momentum")}
         with self.diagnostics.stage("update"):
             made = self._make(
-                Situation(self._iteration, batch, parameters, gradient, self._previous, options)
+                Situation(self._iteration, batch, parameters, gradient, self._last.update, options)
             )
         self.diagnostics.update(made.numbers)
         if not all_finite(list(made.step.values())):
-            self._previous = {}
+            self._last.update = {}
             self._count("rejected_steps", "the update is not finite")
             return
         worth = self._trust.share(self._task.cases)
@@ -220,9 +228,7 @@ class KFAC(Optimizer):
             torch._foreach_mul_(list(made.step.values()), worth)
             self.diagnostics["share"] = worth
         objective = loss + self._groups.l2()
-        self._before = cloned(parameters), running
-        torch._foreach_add_(list(parameters.values()), [made.step[name] for name in parameters])
-        self._previous = made.step
+        self._last.take(parameters, running, made.step)
         judged = self._iteration % self._rule.damping_every == 0
         if judged and isinstance(self._make, AdaptiveUpdate):
             self._judge(batch, objective, made.predicted)
@@ -278,10 +284,10 @@ class KFAC(Optimizer):
 
     def _undo_if_worse(self, inputs: Any, targets: Any, loss: float) -> bool:
         """Undoes the last step if it made this batch's loss what it is."""
-        if self._before is None:
+        if not self._last.parameters:
             return False
         with self._task.aside():
-            before = self._task.value(inputs, targets, self._before[0])
+            before = self._task.value(inputs, targets, self._last.parameters)
         if not self._trust.grew(before, loss):
             return False
         self._undo()
@@ -289,11 +295,7 @@ class KFAC(Optimizer):
 
     def _undo(self) -> None:
         """Parameters and buffers as they were before the last step; lambda grows."""
-        assert self._before is not None
-        for name, parameter in self._groups.parameters().items():
-            parameter.copy_(self._before[0][name])
-        self._task.restore(self._before[1])
-        self._before, self._previous = None, {}
+        self._task.restore(self._last.undo(self._groups.parameters()))
         self._rule.rejected()
         self._count("rejected_steps", "the loss grew too much, the last step is undone")
 
@@ -303,6 +305,9 @@ class KFAC(Optimizer):
 
     # What a step was like, and state.
 
+    def _in_force(self) -> float:
+        return self._make.damping
+
     def summary(self) -> str:
         """The last step in a line, for progress bars."""
         return self.diagnostics.summary()
@@ -310,7 +315,6 @@ class KFAC(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Groups as torch has them, and all else as tensors and plain values under "kfac"."""
         groups = super().state_dict()["param_groups"]
-        before = self._before or ({}, {})
         return {
             "state": {},
             "param_groups": groups,
@@ -319,8 +323,7 @@ class KFAC(Optimizer):
                 "iteration": self._iteration,
                 "trust": self._trust.state(),
                 "rule": self._rule.state(),
-                "previous": cloned(self._previous),
-                "before": [cloned(part) for part in before],
+                **self._last.state(),
                 "inverse": self._inverse.state(),
                 "generator": self.generator.get_state(),
                 "counters": {name: getattr(self, name) for name in COUNTERS},
@@ -341,9 +344,7 @@ class KFAC(Optimizer):
         self._rule.load(own["rule"])
         self._iteration = own["iteration"]
         self._trust.load(own["trust"])
-        self._previous = cloned(own["previous"])
-        before = [cloned(part) for part in own["before"]]
-        self._before = (before[0], before[1]) if before[0] else None
+        self._last.load(own)
         self.generator.set_state(own["generator"])
         for name, value in own["counters"].items():
             setattr(self, name, value)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -128,9 +129,13 @@ class Normal:
 
     The loss of a case is half its squared error over the variance, without the constant of the
     density: with variance=0.5 the squared error itself.
+
+    Attributes:
+        target: what the targets are where none are given; 0.0 for residuals of an equation.
     """
 
     variance: float = 1.0
+    target: float | None = None
 
     def distribution(self, outputs: Tensor) -> Distribution:
         _floating(outputs, "normal")
@@ -138,6 +143,8 @@ class Normal:
         return Independent(_SquaredError(outputs, scale, validate_args=False), outputs.dim() - 1)
 
     def terms(self, outputs: Tensor, targets: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        if targets is None and self.target is not None:
+            targets = torch.full_like(outputs, self.target)
         _fitting(targets, outputs.shape, "normal")
         return None if targets is None else targets.to(outputs.dtype), None
 
@@ -212,6 +219,7 @@ NAMED: dict[str, Callable[[], Likelihood]] = {
     "categorical": Categorical,
     "bernoulli": Bernoulli,
     "normal": Normal,
+    "residual": partial(Normal, target=0.0),
 }
 
 Given = str | Likelihood | Sum | Callable[[Any], Distribution]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -14,46 +13,17 @@ from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from kfac_fx.errors import ObservationError
-from kfac_fx.ops import only
+from kfac_fx.ops import forget_passes, only
 from kfac_fx.optim.averages import all_finite
 from kfac_fx.optim.likelihoods import Likelihood, Sum
 from kfac_fx.optim.predictive import output_tensors, predictive, wide
-from kfac_fx.optim.workers import Place, Values, Workers
+from kfac_fx.optim.sources import Gradients, Sources, by_calls
+from kfac_fx.optim.workers import Values, Workers
 
 log = logging.getLogger("kfac_fx")
 
 
-@dataclass
-class Sources:
-    """The tensors that statistics are gradients of.
-
-    Attributes:
-        inputs: factor buffers that do not depend on the derivative (A, counts).
-        gradients: factor buffers that are quadratic in it (G, C).
-        parameters: those without a tap, whose summed gradient is squared.
-        symmetric: ids of the factor buffers that hold symmetric matrices.
-    """
-
-    inputs: list[Tensor]
-    gradients: list[Tensor]
-    parameters: list[Tensor]
-    symmetric: set[int]
-
-    @property
-    def places(self) -> list[Place]:
-        """Where all statistics go."""
-        return [Place(t, id(t) in self.symmetric) for t in (*self.factors, *self.parameters)]
-
-    @property
-    def factors(self) -> list[Tensor]:
-        """All factor buffers."""
-        return self.inputs + self.gradients
-
-
 AFTER_BACKWARD = "observe() must come before loss.backward(), which frees the graph it needs"
-
-Gradients = dict[int, Tensor]
-"""id of a factor buffer or parameter -> what a backward pass returned for it."""
 
 
 def _backward(scalar: Tensor, wanted: Sequence[Tensor]) -> Gradients:
@@ -171,9 +141,12 @@ class Observation:
         """The statistics, by backward passes of this observation's own."""
         if self.count <= 0:  # the other processes have terms
             return {}
+        forget_passes(self.sources.inputs)
         if fisher == "exact":
-            return self.exact(seed)
-        return self._of(self._draw(seed) if fisher == "sampled" else self._predictive.nll())
+            found = self.exact(seed)
+        else:
+            found = self._of(self._draw(seed) if fisher == "sampled" else self._predictive.nll())
+        return by_calls(self.sources, found)
 
     def _of(self, scalar: Tensor) -> Gradients:
         factors, parameters = self.sources.factors, self.sources.parameters

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
-from types import MappingProxyType
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from kfac_fx.codegen import Program
 from kfac_fx.config import FISHERS, choice, period, within
 from kfac_fx.errors import (
     DampingError,
@@ -21,15 +19,13 @@ from kfac_fx.errors import (
     StatisticsError,
     UnknownOptionError,
 )
-from kfac_fx.ir import Coupling
 from kfac_fx.optim.averages import all_finite
+from kfac_fx.optim.faces import CurvatureFaces
 from kfac_fx.optim.guard import transformed
 from kfac_fx.optim.inverse import InverseFisher
 from kfac_fx.optim.likelihoods import Given, fresh_generator, likelihood_of
-from kfac_fx.optim.operator import CurvatureOperator
 from kfac_fx.optim.quadratic import shorten
 from kfac_fx.optim.recorder import Recorder
-from kfac_fx.optim.report import CurvatureReport, report_of
 from kfac_fx.optim.streams import forked
 from kfac_fx.optim.task import Forward, run_network
 from kfac_fx.optim.workers import ALONE, Workers
@@ -38,7 +34,7 @@ from kfac_fx.passes import recorded_module
 log = logging.getLogger("kfac_fx")
 
 
-class Preconditioner:
+class Preconditioner(CurvatureFaces):
     """Replaces gradients by Fhat^-1 gradient, with Fhat from statistics of the taps.
 
     A step of training: ``outputs = net(x)``, ``observe(outputs)``, ``loss.backward()``, ``step()``,
@@ -133,55 +129,8 @@ class Preconditioner:
             raise DampingError(f"damping must be a finite number above zero, got {value!r}")
         self._damping = float(value)
 
-    @property
-    def factors(self) -> Mapping[str, tuple[Tensor, ...]]:
-        """Block name -> running averages, undamped, in the scale of curvature.md section 2.
-
-        Kronecker blocks have (A, G), the homogeneous coordinate last and the groups of a grouped
-        convolution first; a side that ``large_factors="blocks"`` cuts is [k, b, b], zeros behind
-        its end. Other blocks have (C,), the covariance of per-case gradients.
-        """
-        return MappingProxyType(self._inverse.factors)
-
-    @property
-    def cross_factors(self) -> Mapping[tuple[str, str], tuple[Tensor, Tensor]]:
-        """(child, parent) -> running averages (A, G), child by parent, in the factors' scale."""
-        return MappingProxyType(self._inverse.cross_factors)
-
-    @property
-    def couplings(self) -> tuple[Coupling, ...]:
-        """The forest in use; the transform's own until the data choose another."""
-        return self._inverse.program.couplings
-
-    def mutual_information(self, couplings: Iterable[Coupling] | None = None) -> float:
-        """Of a forest's pairs, in nats: how much closer to Ftilde it is than block-diagonal.
-
-        Args:
-            couplings: among the recorded pairs; None for those in use.
-
-        Raises:
-            StatisticsError: a pair is not recorded.
-        """
-        given = self.couplings if couplings is None else couplings
-        return self._inverse.mutual_information(given, self.damping)
-
-    @property
-    def program(self) -> Program:
-        """The generated program."""
-        return self._inverse.program
-
-    def curvature_operator(self, dtype: torch.dtype = torch.float64) -> CurvatureOperator:
-        """Fhat of the present factors and damping, as a linear operator; see there for errors."""
-        return CurvatureOperator(self._inverse, self.damping, dtype)
-
-    @property
-    def clamped(self) -> int:
-        """Entries of conditionals that rounding had pushed to one, over all refreshes."""
-        return self._inverse.clamped
-
-    def report(self) -> CurvatureReport:
-        """Spectra of the factors, the damping in force, strength of couplings; for ``print``."""
-        return report_of(self._inverse, self.damping**0.5)
+    def _in_force(self) -> float:
+        return self.damping
 
     # One step of training.
 
@@ -200,7 +149,8 @@ class Preconditioner:
                 looked at if there are inputs.
             targets: needed by fisher="empirical", and where some targets are ignored or weighted.
             inputs: what ``net`` is called with: a tensor, a tuple of positional arguments or a
-                mapping of keywords; under the forward's autocast.
+                mapping of keywords; under the forward's autocast. Or a closure from the network to
+                the likelihood's outputs, ``lambda net: ...``.
 
         Raises:
             LikelihoodError: outputs or targets do not fit the likelihood.

@@ -16,9 +16,10 @@ from torch.func import functional_call
 
 from kfac_fx.codegen.functional import no_autocast
 from kfac_fx.optim.likelihoods import Likelihood, Sum
-from kfac_fx.optim.observation import Gradients, Observation, Sources, squared
+from kfac_fx.optim.observation import Observation, squared
 from kfac_fx.optim.predictive import Predictive
-from kfac_fx.optim.task import Forward
+from kfac_fx.optim.sources import Gradients, Sources, by_calls
+from kfac_fx.optim.task import Forward, outputs_of
 from kfac_fx.optim.workers import Workers
 
 Loss = Callable[[Any, Any], Tensor]
@@ -134,7 +135,7 @@ class PurePass:
             return [given[self._names[id(t)]] for t in tensors]
 
         own = self.sources
-        sources = Sources(of(own.inputs), of(own.gradients), of(own.parameters), set())
+        sources = Sources(of(own.inputs), of(own.gradients), of(own.parameters), set(), own.shared)
         return Leaves(given, sources)
 
     def outputs(self, leaves: Leaves, inputs: Any) -> Any:
@@ -143,7 +144,7 @@ class PurePass:
         def net(*args: Any, **kwargs: Any) -> Any:
             return functional_call(self.net, leaves.state, args, kwargs)
 
-        return self.forward(net, inputs)
+        return outputs_of(self.forward, net, inputs)
 
     def gradients(
         self, leaves: Leaves, outputs: Any, targets: Any
@@ -218,6 +219,9 @@ class PurePass:
             assert scalar is not None
             both = _derivatives(scalar, [*factors, *parameters])
             first, second = both[: len(factors)], both[len(factors) :]
+        known = {id(f): g for f, g in zip(factors, first, strict=True) if g is not None}
+        known = by_calls(leaves.sources, known)
+        first = [known.get(id(factor)) for factor in factors]
         return [*first, *(None if g is None else squared(g) for g in second)]
 
 

@@ -47,17 +47,38 @@ def fisher_gram(
     rows: list[Tensor] = []
     count = 1.0
     for direction in directions:
-        with forward_ad.dual_level(), _differentiable_forward():
-            duals = {
-                name: forward_ad.make_dual(p, direction[name].to(p.dtype))
-                for name, p in parameters.items()
-            }
-            made = run(duals)
-            count, terms = made.count, made.root()
-            tangent: Any = forward_ad.unpack_dual(terms).tangent
-        rows.append((torch.zeros_like(terms) if tangent is None else tangent).double())
+        tangents = {name: direction[name].to(p.dtype) for name, p in parameters.items()}
+        with _differentiable_forward():
+            count, terms = _derivative(run, parameters, tangents)
+        rows.append(terms.double())
     stacked = torch.stack(rows)
     return stacked @ stacked.T / count
+
+
+def _derivative(
+    run: Callable[[Mapping[str, Tensor]], Predictive], parameters: Direction, tangents: Direction
+) -> tuple[float, Tensor]:
+    """The number of terms, and the derivative of the root of the output Fisher in a direction."""
+    try:
+        with forward_ad.dual_level():
+            made = run({n: forward_ad.make_dual(p, tangents[n]) for n, p in parameters.items()})
+            terms = made.root()
+            tangent: Any = forward_ad.unpack_dual(terms).tangent
+        return made.count, torch.zeros_like(terms) if tangent is None else tangent
+    except RuntimeError as error:
+        if "Nested forward mode" not in str(error):
+            raise
+    # The outputs hold forward-mode derivatives themselves, which torch.func can nest.
+
+    counts: list[float] = []
+
+    def terms_of(given: Direction) -> Tensor:
+        made = run(given)
+        counts.append(made.count)
+        return made.root()
+
+    found: Any = torch.func.jvp(terms_of, (dict(parameters),), (dict(tangents),))
+    return counts[-1], found[1]
 
 
 @dataclass(frozen=True)

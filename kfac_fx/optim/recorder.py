@@ -9,21 +9,19 @@ import torch
 from torch import nn
 
 from kfac_fx.errors import ObservationError, UnknownOptionError
-from kfac_fx.ir import CurvatureBlock
-from kfac_fx.ops import pause, resume
+from kfac_fx.ops import forget_passes, pause, resume
 from kfac_fx.optim.averages import Entry
 from kfac_fx.optim.compiled import CompiledPass
 from kfac_fx.optim.likelihoods import Likelihood, Sum
 from kfac_fx.optim.observation import (
-    Gradients,
     Observation,
-    Sources,
     StepStatistics,
     check_recorded,
     squared,
 )
 from kfac_fx.optim.predictive import output_tensors
 from kfac_fx.optim.pure import PurePass
+from kfac_fx.optim.sources import Gradients, by_calls, sources_of
 from kfac_fx.optim.task import Forward, run_network
 from kfac_fx.optim.workers import Workers, drawn_seed
 
@@ -66,7 +64,7 @@ class Recorder:
             )
         self._likelihood, self._fisher, self._generator = likelihood, fisher, generator
         self._workers = workers
-        self._sources = _sources(entries)
+        self._sources = sources_of(entries)
         self._observation: Observation | None = None
         self._statistics = StepStatistics(self._sources, workers)
         pure = PurePass(net, self._sources, likelihood, fisher, forward, workers)
@@ -158,21 +156,10 @@ class Recorder:
                 return
             found = {id(f): f.grad for f in self._sources.factors if f.grad is not None}
             found |= {key: squared(g) for key, g in observation.gradients.items()}
+            found = by_calls(self._sources, found)
             self._statistics.add(found, observation, observation.loss_scale())
 
     def _clear(self) -> None:
+        forget_passes(self._sources.factors)
         for factor in self._sources.factors:
             factor.grad = None
-
-
-def _sources(entries: Sequence[Entry]) -> Sources:
-    sources = Sources([], [], [], set())
-    for entry in entries:
-        if not entry.block.tapped:
-            sources.parameters.extend(entry.parameters)
-            continue
-        for spec, buffer in zip(entry.block.factors, entry.buffers, strict=True):
-            (sources.gradients if spec.role == "gradient" else sources.inputs).append(buffer)
-            if isinstance(entry.block, CurvatureBlock) and spec.role != "count":
-                sources.symmetric |= set() if spec.diagonal else {id(buffer)}
-    return sources

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from kfac_fx.errors import LikelihoodError
+from kfac_fx.errors import LikelihoodError, UnknownOptionError
 from kfac_fx.ops import STORE
 from kfac_fx.optim.likelihoods import Likelihood, Sum
 from kfac_fx.optim.predictive import Predictive, predictive
@@ -27,6 +28,24 @@ def run_network(net: Callable[..., Any], inputs: Any) -> Any:
     if isinstance(inputs, Mapping):
         return net(**inputs)
     return net(*inputs) if isinstance(inputs, tuple) else net(inputs)
+
+
+def outputs_of(forward: Forward, net: Callable[..., Any], inputs: Any) -> Any:
+    """What ``forward`` makes of the inputs, or a closure that is given in their place.
+
+    Raises:
+        UnknownOptionError: the closure does not take the network.
+    """
+    if not callable(inputs):
+        return forward(net, inputs)
+    try:
+        inspect.signature(inputs).bind(net)
+    except TypeError as error:
+        raise UnknownOptionError(
+            "a closure takes the network and returns the outputs of the likelihood, not the loss: "
+            "step(lambda net: net(x), targets)"
+        ) from error
+    return inputs(net)
 
 
 class Task:
@@ -63,7 +82,8 @@ class Task:
     def first(self, batch: Any, fraction: float, least: int) -> Any:
         """This process's share of the first cases; ``least`` of all are kept where there are."""
         kept = min(self.cases, max(least, round(fraction * self.cases)))
-        return batch if kept == self.cases else first_cases(batch, share_of(kept, self._workers))
+        whole = kept == self.cases or callable(batch[0])  # a closure has its batch inside
+        return batch if whole else first_cases(batch, share_of(kept, self._workers))
 
     @contextmanager
     def same_masks(self) -> Iterator[None]:
@@ -101,7 +121,7 @@ class Task:
             def net(*args: Any, **kwargs: Any) -> Any:
                 return functional_call(self.net, given, args, kwargs)
 
-        return self.forward(net, inputs)
+        return outputs_of(self.forward, net, inputs)
 
     def predictive(self, outputs: Any, targets: Any) -> Predictive:
         """What the likelihood says; the number of terms is that of all processes."""

@@ -50,6 +50,10 @@ class Update(NamedTuple):
 class Rule(Protocol):
     """Makes updates."""
 
+    @property
+    def damping(self) -> float:
+        """gamma^2 of factored Tikhonov damping."""
+
     def __call__(self, at: Situation) -> Update:
         """The update of one iteration."""
 
@@ -74,6 +78,10 @@ class AdaptiveUpdate:
     fraction: float
     refresh_every: int
     workers: Workers
+
+    @property
+    def damping(self) -> float:
+        return self.rule.gamma * self.rule.gamma
 
     def __call__(self, at: Situation) -> Update:
         made = [
@@ -134,6 +142,10 @@ class ScheduledUpdate:
     rule: DampingRule
     refresh_every: int
     trust_region: float | None
+
+    @property
+    def damping(self) -> float:
+        return self.rule.total
 
     def __call__(self, at: Situation) -> Update:
         if due(at.iteration, self.refresh_every) or not self.inverse.inverses:
