@@ -5,7 +5,7 @@ from kfac_fx.api import transform
 from kfac_fx.backend import backend
 from kfac_fx.ir import Coupling, CurvatureBlock, CurvatureGraph, Edge
 from kfac_fx.ir.faces import register
-from kfac_fx.optim import KFAC, GrowingBatches, Preconditioner, likelihoods
+from kfac_fx.optim import KFAC, GrowingBatches, Preconditioner, TrainingStep, likelihoods
 from kfac_fx.passes.rules import register_rule
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "Edge",
     "GrowingBatches",
     "Preconditioner",
+    "TrainingStep",
     "backend",
     "errors",
     "likelihoods",

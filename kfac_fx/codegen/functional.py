@@ -43,6 +43,26 @@ def traced(
     return module
 
 
+def drop_copies(module: fx.GraphModule, count: int) -> list[bool]:
+    """Drops those of the last ``count`` outputs that copy an argument; says which stay."""
+    output = module.graph.output_node()
+    values = pytree.tree_leaves(output.args[0])
+    start = len(values) - count
+    stay = [not _is_copy(value) for value in values[start:]]
+    kept = [value for value, wanted in zip(values[start:], stay, strict=True) if wanted]
+    output.args = ([*values[:start], *kept],)
+    module.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+    module.recompile()
+    return stay
+
+
+def _is_copy(node: fx.Node) -> bool:
+    copies = (torch.ops.aten.clone.default, torch.ops.aten.view.default)
+    while node.target in copies:
+        node = node.args[0]  # type: ignore[assignment]
+    return node.op == "placeholder"
+
+
 @contextmanager
 def functional_errors() -> Iterator[None]:
     """Distributions do not look at values inside; what cannot be traced is a NotFunctionalError."""

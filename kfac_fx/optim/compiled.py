@@ -23,6 +23,8 @@ log = logging.getLogger("kfac_fx")
 MOST_PROGRAMS = 8
 """Programs of one pass; what has yet another form is run node by node."""
 
+_NO_TERMS = Predictive((), False, 1.0)
+
 
 class CompiledPass:
     """A ``PurePass`` whose programs are traced and compiled as forms of arguments come.
@@ -50,8 +52,10 @@ class CompiledPass:
         facts = self._facts_of(inputs) if self._compile and not closure else None
         if facts is None:
             return self.pure.run(inputs, targets, seed)
-        made = self._predictive(facts, targets)
-        _, agreed = made.of_all(self.pure.workers, "observe")
+        made = agreed = _NO_TERMS
+        if self.pure.uses_terms:
+            made = self._predictive(facts, targets)
+            _, agreed = made.of_all(self.pure.workers, "observe")
         given = self._arguments(facts, inputs, targets, made, agreed)
         form = _form((given.inputs, given.targets, tuple(given.terms))), _plain_state(self.pure.net)
         if form not in self.programs:
@@ -62,6 +66,8 @@ class CompiledPass:
         found = Result({}, 0.0, agreed.count, True)
         if made.count > 0:  # else the other processes have terms
             found = program(given, seed, made.count, agreed.count)
+        if not self.pure.statistics:
+            return found
         finite, _ = made.of_all(self.pure.workers, "observe", found.finite)
         return replace(found, finite=finite)
 
@@ -79,7 +85,7 @@ class CompiledPass:
     def _arguments(
         self, facts: Facts, inputs: Any, targets: Any, made: Predictive, agreed: Predictive
     ) -> Arguments:
-        needed = self.pure.fisher == "empirical"
+        needed = self.pure.uses_targets
         known = tuple(part.targets if needed else None for part in made.parts)
         # Parts without terms are left out of the agreed ones, and of the program.
         shares = {id(part.distribution): part.share for part in agreed.parts}
@@ -91,7 +97,7 @@ class CompiledPass:
             amounts = torch.tensor(shared, dtype=like.dtype, device=like.device).unbind()
         weights = tuple(part.weights for part in made.parts)
         terms = Terms(known, weights, amounts, counted)
-        wanted = targets if self.pure.loss is not None else None
+        wanted = targets if callable(self.pure.loss) else None
         return Arguments(self.pure.state(), inputs, wanted, terms)
 
     def _facts_of(self, inputs: Any) -> Facts | None:

@@ -17,6 +17,7 @@ from kfac_fx.codegen import compiled
 from kfac_fx.codegen.functional import (
     Lifted,
     NotFunctionalError,
+    drop_copies,
     functional_errors,
     is_random,
     lift_random,
@@ -74,7 +75,7 @@ def facts_of(pure: PurePass, inputs: Any) -> Facts:
     with functional_errors(), torch.no_grad(), mode, _CountRandom() as random:
         outputs = pure.outputs(pure.leaves(state), batch)
         masks = random.count
-        if pure.statistics:
+        if pure.uses_terms:
             found = singles(pure.likelihood, wide(outputs), None)
             distributions = [one.likelihood.distribution(one.outputs) for one in found]
         if pure.columns:
@@ -158,6 +159,9 @@ class PassProgram:
             return self._compute(*pytree.tree_unflatten(values, tree))
 
         module = traced(function, _tensors(leaves))
+        buffers = self._outputs.buffers
+        changed = zip(buffers, drop_copies(module, len(buffers)), strict=True)
+        self._outputs.buffers = [name for name, stays in changed if stays]
         self.lifted: list[Lifted] = lift_random(module, facts.masks)
         self._seeded = bool(random_nodes(module.graph))
         if self._seeded and self._kinds != [None]:
@@ -185,17 +189,16 @@ class PassProgram:
         gradients: Mapping[str, Tensor] = {}
         with torch.enable_grad():
             leaves = pure.leaves(state)
-            versions = pure.versions(leaves)
             outputs = pure.outputs(leaves, inputs)
             with no_autocast():
-                if pure.statistics:
-                    made = self._predictive(outputs, Terms(*terms))
+                made = self._predictive(outputs, Terms(*terms)) if pure.uses_terms else None
+                if made is not None and pure.statistics:
                     draws = _draws(made, noises)
                     found = pure.found(leaves, made, draws, select)
                 if pure.loss is not None:
-                    value, gradients = pure.gradients(leaves, outputs, targets)
+                    value, gradients = pure.gradients(leaves, outputs, targets, made)
                     loss = [value]
-        buffers = pure.changed(leaves, versions) if pure.loss is not None else {}
+        buffers = pure.buffers(leaves) if pure.loss is not None else {}
         present = [value is not None for value in found]
         self._outputs = _Outputs(present, bool(loss), [*gradients], [*buffers])
         finite = torch.stack([t.isfinite().all() for t in output_tensors(outputs)]).all()

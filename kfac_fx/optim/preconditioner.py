@@ -159,7 +159,7 @@ class Preconditioner(CurvatureFaces):
         """
         if outputs is None and inputs is None:
             raise ObservationError("observe() needs the outputs, or the inputs, of a forward")
-        if not self._due(self.statistics_every):
+        if not self.due:
             return
         if inputs is None:
             finite = self._recorder.observe(outputs, targets)
@@ -222,12 +222,17 @@ class Preconditioner(CurvatureFaces):
 
     # What a step consists of.
 
+    @property
+    def due(self) -> bool:
+        """Whether the statistics of this step are wanted."""
+        return self._due(self.statistics_every)
+
     def _due(self, period: int) -> bool:
         return self._steps % period == 0
 
     def _arm(self) -> None:
         """Lets the next forward record if its step is due."""
-        self._recorder.switch(self._due(self.statistics_every))
+        self._recorder.switch(self.due)
 
     def _fold(self) -> None:
         found = self._recorder.take()

@@ -15,12 +15,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from kfac_fx.codegen.functional import no_autocast
+from kfac_fx.ops import STORE
 from kfac_fx.optim.likelihoods import Likelihood, Sum
 from kfac_fx.optim.observation import Observation, squared
-from kfac_fx.optim.predictive import Predictive
+from kfac_fx.optim.predictive import Predictive, predictive, wide
 from kfac_fx.optim.sources import Gradients, Sources, by_calls
 from kfac_fx.optim.task import Forward, outputs_of
 from kfac_fx.optim.workers import Workers
+
+LIKELIHOOD = "likelihood"
 
 Loss = Callable[[Any, Any], Tensor]
 """From the network's outputs and the targets to a scalar."""
@@ -72,7 +75,8 @@ class PurePass:
         sources: the module's own factor buffers, and parameters without a tap.
         fisher: "sampled", "exact" or "empirical".
         forward: from (network, inputs) to outputs.
-        loss: of the outputs and targets; None for statistics alone.
+        loss: of the outputs and targets, or LIKELIHOOD for the mean negative log-likelihood of a
+            term; None for statistics alone.
         statistics: whether they are wanted.
     """
 
@@ -84,7 +88,7 @@ class PurePass:
         fisher: str,
         forward: Forward,
         workers: Workers,
-        loss: Loss | None = None,
+        loss: Loss | str | None = None,
         statistics: bool = True,
     ) -> None:
         self.net, self.sources, self.likelihood, self.fisher = net, sources, likelihood, fisher
@@ -112,11 +116,22 @@ class PurePass:
         """Whether there is a backward for every column of the output Fisher's root."""
         return self.statistics and self.fisher == "exact" and bool(self.sources.factors)
 
+    @property
+    def uses_terms(self) -> bool:
+        """Whether the likelihood is asked."""
+        return self.statistics or self.loss == LIKELIHOOD
+
+    @property
+    def uses_targets(self) -> bool:
+        """Whether the likelihood is asked about given targets."""
+        empirical = self.statistics and self.fisher == "empirical"
+        return empirical or self.loss == LIKELIHOOD
+
     def state(self) -> dict[str, Tensor]:
-        """Parameters and buffers, without those whose gradients are statistics."""
-        factors = {id(factor) for factor in self.sources.factors}
+        """Parameters and buffers, without the zeros whose gradients are statistics."""
         state: dict[str, Tensor] = dict(self.net.named_parameters())
-        return state | {n: b for n, b in self.net.named_buffers() if id(b) not in factors}
+        buffers = self.net.named_buffers()
+        return state | {n: b for n, b in buffers if not n.startswith(STORE) or any(b.stride())}
 
     def leaves(self, state: Mapping[str, Tensor]) -> Leaves:
         """Copies of the state that gradients and statistics are taken of."""
@@ -147,26 +162,24 @@ class PurePass:
         return outputs_of(self.forward, net, inputs)
 
     def gradients(
-        self, leaves: Leaves, outputs: Any, targets: Any
+        self, leaves: Leaves, outputs: Any, targets: Any, made: Predictive | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss and its gradients by parameter, where there are any."""
-        assert self.loss is not None
-        value = self.loss(outputs, targets)
+        if made is not None and self.loss == LIKELIHOOD:
+            value = _mean_nll(made)
+        else:
+            assert callable(self.loss)
+            value = self.loss(outputs, targets)
         names = [n for n, p in self.net.named_parameters() if p.requires_grad]
         wrt = [leaves.state[name] for name in names]
         found = torch.autograd.grad(value, wrt, allow_unused=True)
         pairs = zip(names, found, strict=True)
         return value.detach(), {name: g for name, g in pairs if g is not None}
 
-    def changed(self, leaves: Leaves, versions: Mapping[str, int]) -> dict[str, Tensor]:
-        """Buffers that the forward changed."""
-        return {n: leaves.state[n] for n, v in versions.items() if leaves.state[n]._version > v}
-
-    def versions(self, leaves: Leaves) -> dict[str, int]:
-        """Of the buffers, to see what changes."""
-        names = (n for n, b in self.net.named_buffers() if n in leaves.state)
-        factors = {self._names[id(f)] for f in self.sources.factors}
-        return {n: leaves.state[n]._version for n in names if n not in factors}
+    def buffers(self, leaves: Leaves) -> dict[str, Tensor]:
+        """The module's own buffers, as the forward left them."""
+        names = (n for n, _ in self.net.named_buffers() if not n.startswith(STORE))
+        return {n: leaves.state[n] for n in names}
 
     def run(self, inputs: Any, targets: Any, seed: int) -> Result:
         """The pass as it is, node by node.
@@ -176,15 +189,17 @@ class PurePass:
         """
         with torch.enable_grad():
             leaves = self.leaves(self.state())
-            versions = self.versions(leaves)
             outputs = self.outputs(leaves, inputs)
             with no_autocast():
                 result = self._statistics(leaves, outputs, targets, seed)
                 if self.loss is None:
                     return result
-                loss, gradients = self.gradients(leaves, outputs, targets)
-        changed = self.changed(leaves, versions)
-        return replace(result, loss=loss, gradients=gradients, buffers=changed)
+                made = None
+                if self.loss == LIKELIHOOD:
+                    made = predictive(self.likelihood, wide(outputs), targets)
+                    _, made = made.of_all(self.workers, "loss")
+                loss, gradients = self.gradients(leaves, outputs, targets, made)
+        return replace(result, loss=loss, gradients=gradients, buffers=self.buffers(leaves))
 
     def _statistics(self, leaves: Leaves, outputs: Any, targets: Any, seed: int) -> Result:
         if not self.statistics:
@@ -223,6 +238,15 @@ class PurePass:
         known = by_calls(leaves.sources, known)
         first = [known.get(id(factor)) for factor in factors]
         return [*first, *(None if g is None else squared(g) for g in second)]
+
+
+def _mean_nll(made: Predictive) -> Tensor:
+    """Of a term; the number of terms may depend on the batch."""
+    counts = (
+        part.distribution.batch_shape.numel() if part.weights is None else part.weights.sum()
+        for part in made.parts
+    )
+    return made.nll() / sum(counts)
 
 
 def _derivatives(scalar: Tensor, wanted: Sequence[Tensor]) -> list[Tensor | None]:

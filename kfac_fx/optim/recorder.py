@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from kfac_fx.optim.observation import (
     squared,
 )
 from kfac_fx.optim.predictive import output_tensors
-from kfac_fx.optim.pure import PurePass
+from kfac_fx.optim.pure import Loss, PurePass, Result
 from kfac_fx.optim.sources import Gradients, by_calls, sources_of
 from kfac_fx.optim.task import Forward, run_network
 from kfac_fx.optim.workers import Workers, drawn_seed
@@ -67,9 +67,11 @@ class Recorder:
         self._sources = sources_of(entries)
         self._observation: Observation | None = None
         self._statistics = StepStatistics(self._sources, workers)
-        pure = PurePass(net, self._sources, likelihood, fisher, forward, workers)
-        self._pass = CompiledPass(pure, compile)
-        self.by_inputs = False
+        self._make: Callable[..., CompiledPass] = lambda **wanted: CompiledPass(
+            PurePass(net, self._sources, likelihood, fisher, forward, workers, **wanted), compile
+        )
+        self._pass = self._make()
+        self.net, self.by_inputs = net, False
 
     @property
     def observing(self) -> bool:
@@ -93,12 +95,32 @@ class Recorder:
             LikelihoodError, ObservationError: see ``Preconditioner.observe``.
         """
         self._check_targets(targets)
-        found = self._pass(inputs, targets, self._seed())
+        return self._add(self._pass(inputs, targets, self._seed()))
+
+    def _add(self, found: Result) -> bool:
         self.by_inputs = True
         pause(self._sources.factors)  # of a training forward that was recorded
         if found.finite:
             self._statistics.add(found.statistics, found)
         return found.finite
+
+    def training(self, loss: Loss | str) -> Callable[[Any, Any, bool], tuple[Result, bool]]:
+        """Passes with a loss, and with statistics if asked; the flag says if outputs were finite.
+
+        The taps stay off from now on in passes that are not the recorder's own.
+        """
+        plain = self._make(loss=loss, statistics=False)
+        recording = self._make(loss=loss)
+        self.by_inputs = True
+        self.switch(False)
+
+        def run(inputs: Any, targets: Any, record: bool) -> tuple[Result, bool]:
+            if not record:
+                return plain(inputs, targets, 0), True
+            found = recording(inputs, targets, self._seed())
+            return found, self._add(found)
+
+        return run
 
     def observe(self, outputs: Any, targets: Any) -> bool:
         """Records a forward pass, or prepares to; False if some outputs are not finite.

@@ -1,0 +1,68 @@
+"""Forward, loss, gradients and statistics of a batch in one graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kfac_fx.errors import LikelihoodError, UnknownOptionError
+from kfac_fx.optim.preconditioner import Preconditioner
+from kfac_fx.optim.pure import LIKELIHOOD, Loss
+
+
+class TrainingStep:
+    """What forward, ``observe`` and ``loss.backward()`` do, as one function of a batch.
+
+    With ``Preconditioner(..., compile=True)`` it is one compiled graph where statistics are due,
+    another where they are not, for each form of a batch (at most 8). A step of training: ``loss =
+    step(inputs, targets)``, ``preconditioner.step()``, then the optimizer's own step.
+
+    Args:
+        preconditioner: gets the statistics; ``observe`` is not called any more.
+        loss: from the network's outputs and the targets to a scalar; what else it reads is taken
+            for constant. None for the mean negative log-likelihood of a term.
+
+    Raises:
+        UnknownOptionError: the preconditioner has several workers.
+    """
+
+    def __init__(self, preconditioner: Preconditioner, loss: Loss | None = None) -> None:
+        if preconditioner._workers.size > 1:
+            raise UnknownOptionError("a TrainingStep is for one process")
+        self._preconditioner, self._loss = preconditioner, loss
+        self._run = preconditioner._recorder.training(LIKELIHOOD if loss is None else loss)
+        parameters = preconditioner._recorder.net.named_parameters()
+        self._parameters = dict(parameters)
+        self._buffers = dict(preconditioner._recorder.net.named_buffers())
+
+    def __call__(self, inputs: Any, targets: Any = None) -> Tensor:
+        """The loss; its gradients are added to ``.grad``, buffers change as in a forward.
+
+        Args:
+            inputs: what the network is called with: a tensor, a tuple of positional arguments or a
+                mapping of keywords; under the forward's autocast.
+            targets: for the loss and the likelihood.
+
+        Raises:
+            LikelihoodError: outputs or targets do not fit the likelihood, or targets are missing.
+            ObservationError: the empirical Fisher needs targets.
+        """
+        if targets is None and self._loss is None:
+            raise LikelihoodError("the negative log-likelihood needs targets")
+        due = self._preconditioner.due
+        found, finite = self._run(inputs, targets, due)
+        if not finite:
+            self._preconditioner._skip_statistics("outputs")
+        with torch.no_grad():
+            for name, value in found.buffers.items():
+                self._buffers[name].copy_(value)
+            for name, gradient in found.gradients.items():
+                parameter = self._parameters[name]
+                if parameter.grad is None:
+                    parameter.grad = gradient.clone()  # it may share its memory with another
+                else:
+                    parameter.grad.add_(gradient)
+        assert found.loss is not None
+        return found.loss
