@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -9,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kfac_fx.ops.positions import gradient_factor, input_factor
+from kfac_fx.ops.autocorrelation import Axis, is_cheaper, patch_gram
+from kfac_fx.ops.positions import bordered, gradient_factor, input_factor
 from kfac_fx.ops.tap import define, recording, tapped
 
 TRANSPOSED = "transposed"
@@ -38,10 +40,19 @@ class Window:
         for axis in range(dims):
             reach = (self.kernel[axis] - 1) * self.dilation[axis] + 1
             x = x.unfold(2 + axis, reach, self.stride[axis])[..., :: self.dilation[axis]]
-        x = x.reshape(x.shape[0], groups, -1, *x.shape[2:])
+        x = x.unflatten(1, (groups, -1))  # [N, groups, C, *space, *kernel]
         space, kernel = range(3, 3 + dims), range(3 + dims, 3 + 2 * dims)
-        x = x.permute(1, 0, *space, 2, *kernel)
-        return x.flatten(2 + dims).flatten(2, 1 + dims)
+        # Positions lie innermost in memory, where the copy reads runs of x.
+        x = x.permute(1, 2, *kernel, 0, *space).flatten(1, 1 + dims).flatten(3)
+        return x.movedim(1, -1)
+
+    def axes(self, x: Tensor) -> list[Axis] | None:
+        """The spatial axes if this is a convolution of stride 1 among zeros, else None."""
+        if any(step != 1 for step in self.stride) or self.padding_mode != "zeros":
+            return None
+        sides = zip(self.padding[-2::-2], self.padding[::-2], strict=True)
+        sizes = zip(x.shape[2:], self.kernel, self.dilation, sides, strict=True)
+        return [Axis(size, kernel, step, *side) for size, kernel, step, side in sizes]
 
 
 @dataclass(frozen=True)
@@ -110,7 +121,19 @@ class ConvolutionStatistics:
     def gradient_rows(self, g: Tensor) -> Tensor:
         """g [N, C, *space] -> [groups, N, S, C / groups]."""
         grouped: Tensor = g.flatten(2).unflatten(1, (self.groups, -1))
-        return grouped.permute(1, 0, 3, 2)
+        return grouped.permute(1, 2, 0, 3).contiguous().movedim(1, -1)
+
+    def _input_factor(self, x: Tensor, outputs: Sequence[int]) -> Tensor:
+        axes = self.window.axes(x) if isinstance(self.window, Window) else None
+        plain = axes is not None and not self.reduce and not self.diagonal[0]
+        if axes is None or not plain or not is_cheaper(len(x), x.shape[1] // self.groups, axes):
+            rows = self.patches(x, outputs)
+            return input_factor(rows, bias=self.bias, reduce=self.reduce, diagonal=self.diagonal[0])
+        total = patch_gram(x, axes, self.groups)
+        if self.bias:
+            sums = self.one * self.patches(x.sum(0, keepdim=True), outputs).sum((1, 2))
+            total = bordered(total, sums, self.one**2 * len(x) * math.prod(outputs))
+        return total / len(x)
 
     def __call__(
         self,
@@ -127,14 +150,7 @@ class ConvolutionStatistics:
         one_use = len(wanted) == 2
         result: list[Tensor | None] = [None] * len(wanted)
         if wanted[0]:
-            rows = self.patches(x.to(dtype), g.shape[2:])
-            A = input_factor(
-                rows,
-                bias=self.bias,
-                reduce=self.reduce,
-                diagonal=self.diagonal[0],
-                one=self.one,
-            )
+            A = self._input_factor(x.to(dtype), g.shape[2:])
             result[0] = A if self.groups > 1 else A.squeeze(0)
         if wanted[1]:
             rows = self.gradient_rows(g.to(dtype))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -26,22 +27,52 @@ def case_rows(t: Tensor, features: Sequence[int], groups: Sequence[int] = ()) ->
     return t.reshape(t.shape[: split[0]].numel(), *sizes) if first else t.reshape(sizes)
 
 
-def gram(rows: Tensor) -> Tensor:
-    """Sum over rows of the outer product: [..., S, d] -> [..., d, d]."""
-    return rows.mT @ rows
+HALVED = 256
+"""Features from which on a symmetric product is formed by parts, where there are as many rows."""
 
 
-def homogeneous_gram(rows: Tensor, one: float = 1.0) -> Tensor:
-    """``gram`` of the rows with a 1 appended, without the copy: [..., S, d] -> [..., d+1, d+1].
+def gram(rows: Tensor, scale: float = 1.0) -> Tensor:
+    """``scale`` times the sum over rows of the outer product: [..., S, d] -> [..., d, d].
+
+    Of large ones, the blocks below the diagonal are copies of those above it.
+    """
+    count, d = rows.shape[-2:]
+    if rows.dim() != 2 or d < HALVED or count < d:
+        return _product(rows.mT, rows, scale)
+    result = rows.new_empty(d, d)
+    parts = min(d // 128, 8)
+    for start, end in itertools.pairwise(d * part // parts for part in range(parts + 1)):
+        right = _product(rows[:, start:end].mT, rows[:, start:], scale)
+        result[start:end, start:] = right
+        result[end:, start:end] = right[:, end - start :].mT
+    return result
+
+
+def _product(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """scale * left @ right, scaled inside the product."""
+    if left.dim() == 2:
+        return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scale)
+    return left @ right * scale
+
+
+def homogeneous_gram(rows: Tensor, scale: float = 1.0, one: float = 1.0) -> Tensor:
+    """``gram`` of the rows with a 1 appended: [..., S, d] -> [..., d+1, d+1].
 
     Args:
         one: what is appended; tangents have no constant, so 0.
     """
-    sums = one * rows.sum(-2).unsqueeze(-1)
-    count = torch.full_like(sums[..., :1, :], one * rows.shape[-2])
-    top = torch.cat([gram(rows), sums], -1)
-    bottom = torch.cat([sums.mT, count], -1)
-    return torch.cat([top, bottom], -2)
+    if rows.shape[-2] < rows.shape[-1]:  # the rows are the smaller copy
+        return gram(torch.nn.functional.pad(rows, (0, 1), value=one), scale)
+    first = rows.sum(-2) * (one * scale)
+    return bordered(gram(rows, scale), first, rows.shape[-2] * one**2 * scale)
+
+
+def bordered(second: Tensor, first: Tensor, count: float) -> Tensor:
+    """The Gram matrix of homogeneous rows, from the sums of r r^T and of r and their number."""
+    result = torch.nn.functional.pad(second, (0, 1, 0, 1), value=count)
+    result[..., :-1, -1] = first
+    result[..., -1, :-1] = first
+    return result
 
 
 def cut_gram(rows: Tensor, count: int) -> Tensor:
@@ -82,7 +113,7 @@ def input_factor(
             ones = torch.full_like(squares[..., :1], one * flat.shape[-2])
             squares = torch.cat([squares, ones], -1)
         return squares / cases
-    return (homogeneous_gram(flat, one) if bias else gram(flat)) / cases
+    return homogeneous_gram(flat, 1 / cases, one) if bias else gram(flat, 1 / cases)
 
 
 def gradient_factor(
@@ -97,11 +128,10 @@ def gradient_factor(
         cut: number of sub-blocks that are kept.
     """
     flat = rows.sum(-2) if reduce else rows.flatten(-3, -2)
+    scale = 1 / rows.shape[-2] if divide and not reduce else 1.0
     if cut > 1:
-        total = cut_gram(flat, cut)
-    else:
-        total = flat.square().sum(-2) if diagonal else gram(flat)
-    return total / rows.shape[-2] if divide and not reduce else total
+        return cut_gram(flat, cut) * scale
+    return flat.square().sum(-2) * scale if diagonal else gram(flat, scale)
 
 
 def case_covariance(u: Tensor, dim: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -88,6 +89,33 @@ def all_finite(tensors: Sequence[Tensor]) -> bool:
     return not norms or bool(torch.stack(norms).isfinite().all())
 
 
+def sizes(block: CurvatureBlock | Pair | Moment, values: Sequence[Tensor]) -> list[Tensor]:
+    """Parts of statistics that show their size, and whether they are finite.
+
+    Of a second moment the diagonal does: no entry is larger than the largest there.
+    """
+    if not isinstance(block, CurvatureBlock):
+        return list(values)
+    return [
+        value if spec.diagonal or value.dim() < 2 else value.diagonal(0, -2, -1)
+        for spec, value in zip(block.factors, values, strict=True)
+    ]
+
+
+def new_weight(k: int, decay: float) -> float:
+    """1 - epsilon_k, of the k-th statistic."""
+    return 1 - min(1 - 1 / k, decay)
+
+
+LEAST_CASES = 64
+"""Cases that averages are over at least, where batches are large enough."""
+
+
+def cases_needed(recorded: int, decay: float) -> int:
+    """Of the next statistic, after so many."""
+    return math.ceil(LEAST_CASES * new_weight(recorded + 1, decay))
+
+
 @torch.no_grad()
 def fold(
     entries: Sequence[Entry], new: Sequence[Sequence[Tensor] | None], decay: float
@@ -103,7 +131,7 @@ def fold(
             continue
         first += [entry] if entry.recorded == 0 else []
         entry.recorded += 1
-        weight = 1 - min(1 - 1 / entry.recorded, decay)
+        weight = new_weight(entry.recorded, decay)
         averages, values = by_weight.setdefault(weight, ([], []))
         averages += entry.averages
         values += statistics
@@ -153,9 +181,9 @@ class Averages:
         self.entries: list[Entry] = [entry for held in holders for entry in held.values()]
 
     @property
-    def recorded(self) -> bool:
-        """Whether any statistic is in the averages."""
-        return any(entry.recorded for entry in self.entries)
+    def recorded(self) -> int:
+        """Number of statistics in the averages; the largest of all blocks."""
+        return max((entry.recorded for entry in self.entries), default=0)
 
     def restart(self) -> None:
         """The next statistics replace the averages; all at once, as pairs share their cases."""

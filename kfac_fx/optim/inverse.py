@@ -20,7 +20,7 @@ from kfac_fx.errors import (
 )
 from kfac_fx.ir import Coupling, CurvatureGraph
 from kfac_fx.ops import all_buffers
-from kfac_fx.optim.averages import Averages, all_finite, fold
+from kfac_fx.optim.averages import Averages, all_finite, fold, sizes
 from kfac_fx.optim.guard import ParameterGuard
 from kfac_fx.optim.moments import Moments
 from kfac_fx.optim.outliers import fit
@@ -116,7 +116,8 @@ class InverseFisher:
         compared = fit(entries, new, outlier) if outlier < math.inf else None
         if compared and compared.outlier:
             return False
-        if not all_finite([value for values in new for value in values or ()]):
+        came = [(e.block, values) for e, values in zip(entries, new, strict=True) if values]
+        if not all_finite([part for block, values in came for part in sizes(block, values)]):
             return False
         if compared and compared.swollen:
             log.warning("statistics are far shorter than the first ones: the averages start anew")

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from kfac_fx.config import choice, period, share, within
 from kfac_fx.errors import ParameterChangedError, UnknownOptionError
-from kfac_fx.optim.averages import all_finite
+from kfac_fx.optim.averages import all_finite, cases_needed
 from kfac_fx.optim.damping import DampingRule
 from kfac_fx.optim.diagnostics import Diagnostics
 from kfac_fx.optim.faces import CurvatureFaces
@@ -32,9 +32,6 @@ log = logging.getLogger("kfac_fx")
 Direction = dict[str, Tensor]
 
 COUNTERS = ("skipped_batches", "rejected_steps", "skipped_statistics")
-
-LEAST_STATISTICS = 64
-"""Cases of a batch that statistics are taken of, where there are so many."""
 
 
 class KFAC(CurvatureFaces, Optimizer):
@@ -56,7 +53,8 @@ class KFAC(CurvatureFaces, Optimizer):
         damping_every, gamma_every, refresh_every: T1, T2 and T3.
         statistics_every: period of the statistics.
         statistics_fraction, products_fraction: tau1 and tau2, the first cases of a batch for
-            statistics (at least 64) and for products with the exact Fisher (at least 512).
+            statistics (enough for averages over 64) and for products with the exact Fisher (at
+            least 512).
         smallest_damping: floor of lambda, which the paper's rule lacks.
         gamma_limit: gamma is at most this multiple of sqrt(lambda + eta), infinite in the paper:
             while lambda is large, its search prefers gradient descent and stays with it.
@@ -227,10 +225,11 @@ class KFAC(CurvatureFaces, Optimizer):
         if worth < 1:
             torch._foreach_mul_(list(made.step.values()), worth)
             self.diagnostics["share"] = worth
-        objective = loss + self._groups.l2()
+        adaptive = isinstance(self._make, AdaptiveUpdate)
+        judged = adaptive and self._iteration % self._rule.damping_every == 0
+        objective = loss + self._groups.l2() if judged else loss
         self._last.take(parameters, running, made.step)
-        judged = self._iteration % self._rule.damping_every == 0
-        if judged and isinstance(self._make, AdaptiveUpdate):
+        if judged:
             self._judge(batch, objective, made.predicted)
 
     def _judge(self, batch: tuple[Any, Any], before: float, predicted: float) -> None:
@@ -261,7 +260,8 @@ class KFAC(CurvatureFaces, Optimizer):
         """Records where that is due; False if the statistics are not finite, or outliers."""
         if (self._iteration - 1) % self._statistics_every and self._inverse.averages.recorded:
             return True
-        part = self._task.first((inputs, targets), self._fraction, LEAST_STATISTICS)
+        least = cases_needed(self._inverse.averages.recorded, self._decay)
+        part = self._task.first((inputs, targets), self._fraction, least)
         with self.diagnostics.stage("statistics"):
             if self._recorder.by_inputs:
                 with self._task.same_masks():

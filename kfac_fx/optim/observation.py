@@ -72,7 +72,7 @@ class StepStatistics:
     def __init__(self, sources: Sources, workers: Workers) -> None:
         self._workers, self._places = workers, sources.places
         self._inputs = {id(factor) for factor in sources.inputs}
-        self._sums: list[Callable[[], Values]] = []
+        self._sums: list[tuple[Callable[[], Values], float]] = []
         self._count = 0.0
 
     def add(self, found: Gradients, observation: Counted, scale: float = 1.0) -> None:
@@ -84,10 +84,10 @@ class StepStatistics:
         scaled: Gradients = {}
         inputs = {key: value for key, value in found.items() if key in self._inputs}
         others = {key: value for key, value in found.items() if key not in self._inputs}
-        _add(scaled, inputs, observation.count)
-        _add(scaled, others, 1 / scale**2)
+        _add(scaled, inputs, observation.count / observation.total)
+        _add(scaled, others, 1 / (scale**2 * observation.total))
         values = [scaled.get(id(place.like)) for place in self._places]
-        self._sums.append(self._workers.start_sum(self._places, values))
+        self._sums.append((self._workers.start_sum(self._places, values), observation.total))
         self._count += observation.total
 
     @property
@@ -97,11 +97,12 @@ class StepStatistics:
 
     def mean(self) -> Gradients:
         """The statistics in the scale of one likelihood term; waits for the sums."""
-        total: Gradients = {}
-        for finished in self._sums:
+        mean: Gradients = {}
+        for finished, count in self._sums:
             keys = (id(place.like) for place in self._places)
-            _add(total, {k: v for k, v in zip(keys, finished(), strict=True) if v is not None})
-        return {key: value / self._count for key, value in total.items()}
+            found = {k: v for k, v in zip(keys, finished(), strict=True) if v is not None}
+            _add(mean, found, count / self._count)
+        return mean
 
 
 class Observation:

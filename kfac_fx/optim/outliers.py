@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kfac_fx.optim.averages import Entry
+from kfac_fx.optim.averages import Entry, sizes
 
 SETTLED = 10
 """Statistics after which an average is one that all new ones can be compared with."""
@@ -45,7 +45,8 @@ def fit(entries: Sequence[Entry], new: Sequence[Sequence[Tensor] | None], factor
         settled = entry.recorded >= SETTLED
         if values is None or not entry.recorded:
             continue
-        for spec, value, average in zip(entry.block.factors, values, entry.averages, strict=True):
+        parts = (sizes(entry.block, each) for each in (values, entry.averages))
+        for spec, value, average in zip(entry.block.factors, *parts, strict=True):
             if settled or spec.role == "input":
                 fresh.append(value)
                 known.append(average)
