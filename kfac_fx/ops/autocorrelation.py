@@ -55,10 +55,10 @@ CORRELATION = 2
 """Time of a multiply-add of the correlation, relative to one of a matrix product."""
 
 
-def is_cheaper(cases: int, channels: int, axes: Sequence[Axis]) -> bool:
+def is_cheaper(cases: int, axes: Sequence[Axis]) -> bool:
     """Whether ``patch_gram`` takes less time than the product of the patches themselves.
 
-    Multiply-adds are counted an entry of the result; channels are those of a group.
+    Multiply-adds are counted an entry of the result.
     """
     kernel = math.prod(axis.kernel for axis in axes)
     direct = cases * math.prod(axis.outputs for axis in axes)

@@ -126,9 +126,15 @@ class ConvolutionStatistics:
     def _input_factor(self, x: Tensor, outputs: Sequence[int]) -> Tensor:
         axes = self.window.axes(x) if isinstance(self.window, Window) else None
         plain = axes is not None and not self.reduce and not self.diagonal[0]
-        if axes is None or not plain or not is_cheaper(len(x), x.shape[1] // self.groups, axes):
+        if axes is None or not plain or not is_cheaper(len(x), axes):
             rows = self.patches(x, outputs)
-            return input_factor(rows, bias=self.bias, reduce=self.reduce, diagonal=self.diagonal[0])
+            return input_factor(
+                rows,
+                bias=self.bias,
+                reduce=self.reduce,
+                diagonal=self.diagonal[0],
+                one=self.one,
+            )
         total = patch_gram(x, axes, self.groups)
         if self.bias:
             sums = self.one * self.patches(x.sum(0, keepdim=True), outputs).sum((1, 2))
