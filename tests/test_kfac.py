@@ -268,6 +268,53 @@ def test_outputs_of_ones_own_making() -> None:
     assert losses[-1] < 0.1 * losses[0]
 
 
+def test_average_of_iterates() -> None:
+    """theta_avg <- 0.99 theta_avg + 0.01 theta, of the model that was transformed."""
+    model = conv_net()
+    optimizer = kfac_fx.KFAC(kfac_fx.transform(model), damping=1.0)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.99))
+    want: dict[str, Tensor] = {}
+    for _ in range(5):
+        optimizer.step(*task(32, (1, 6, 6)))
+        average.update_parameters(model)
+        for name, p in model.named_parameters():
+            want[name] = torch.lerp(want.get(name, p.detach()), p.detach(), 0.01)
+    found = dict(average.module.named_parameters())
+    for name, value in want.items():
+        torch.testing.assert_close(found[name], value, msg=name)
+    assert any(not torch.equal(found[name], p) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("inputs", [20, 25, 100, 400, 784, 1000])
+def test_sparse_initialisation_of_the_readme(inputs: int) -> None:
+    layer = nn.Linear(inputs, 30)
+    torch.nn.init.sparse_(layer.weight.T, 1 - 15.5 / layer.in_features, std=1.0)
+    assert (layer.weight != 0).sum(1).tolist() == [15] * 30
+
+
+@pytest.mark.parametrize("lr", [None, 0.1])
+def test_report_and_operator_are_of_the_inverses_in_use(lr: float | None) -> None:
+    model = mlp()
+    net = kfac_fx.transform(model, structure="block_diagonal")
+    optimizer = kfac_fx.KFAC(net, damping=1.0, lr=lr, refresh_every=1)
+    x, y = task(256)
+    for _ in range(4):
+        optimizer.step(x, y)
+    optimizer._inverse.refresh(optimizer._make.damping)
+    gradients = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    applied = optimizer._inverse.apply(gradients)
+    solved = optimizer.curvature_operator().solve(gradients)
+    for name, value in applied.items():
+        torch.testing.assert_close(solved[name].to(value), value, rtol=1e-3, atol=1e-4)
+    report = optimizer.report()
+    assert set(report.blocks) == {"0", "2", "4"} and "0" in str(report)
+    assert set(optimizer.factors) == set(report.blocks) and not optimizer.cross_factors
+    pi = report.blocks["0"].pi[0]
+    assert report.blocks["0"].factors[0].damping == pytest.approx(
+        pi * optimizer._make.damping**0.5, rel=1e-4
+    )
+
+
 def test_wrong_arguments() -> None:
     net = kfac_fx.transform(mlp(), exclude=("0.*",))
     with pytest.raises(errors.UnknownOptionError, match="statistics_fraction"):
