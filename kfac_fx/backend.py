@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from kfac_fx.capture.dynamo import CompiledGraph
 from kfac_fx.passes import KFACTransform
+from kfac_fx.passes.open_attention import note_facts
 
 log = logging.getLogger("kfac_fx")
 
@@ -30,6 +31,7 @@ class Backend:
         from torch._dynamo import lookup_backend
 
         log.debug("a graph of %d nodes goes to %s", len(module.graph.nodes), self.inner)
+        note_facts(module.graph, "example_value")
         graph = CompiledGraph(module, _not_compiled, self)
         inner = lookup_backend(self.inner) if isinstance(self.inner, str) else self.inner
         graph.compiled = inner(module, list(inputs))

@@ -25,6 +25,7 @@ from kfac_fx.passes.inline_calls import InlineCalls
 from kfac_fx.passes.insert_taps import add_buffers, instrument
 from kfac_fx.passes.lifted import placeholders, read_members, reads_below, take_inputs
 from kfac_fx.passes.manager import PassManager
+from kfac_fx.passes.open_attention import OpenAttention
 
 log = logging.getLogger("kfac_fx")
 
@@ -66,7 +67,8 @@ class _Part:
         sizes_from_inputs(self.module.graph, graph.sources)
         paths = {inputs[name].name: path for name, path in self.paths.items()}
         read_members(self.module.graph, paths)
-        InlineCalls()(self.module)
+        for one in (InlineCalls(), OpenAttention()):
+            one(self.module)
         for node in self.module.graph.nodes:
             node._rename(f"g{binding.serial}_{node.name}")
         self.inputs = {path: inputs[name].name for name, path in self.paths.items()}

@@ -59,7 +59,7 @@ def _open_module(module: fx.GraphModule, graph: fx.Graph, node: fx.Node) -> list
         return []
     if called._forward_hooks or called._forward_pre_hooks:
         return []
-    return _inline(graph, node, called.graph, path + ".", node.args, node.kwargs)
+    return inline(graph, node, called.graph, path + ".", node.args, node.kwargs)
 
 
 def _open_checkpoint(module: fx.GraphModule, graph: fx.Graph, node: fx.Node) -> list[fx.Node]:
@@ -69,13 +69,13 @@ def _open_checkpoint(module: fx.GraphModule, graph: fx.Graph, node: fx.Node) -> 
     if not isinstance(called, fx.GraphModule):
         return []
     log.info("the activation checkpoint %s is looked through", node.name)
-    made = _inline(graph, node, called.graph, f"{body.target}.", tuple(args), {})
+    made = inline(graph, node, called.graph, f"{body.target}.", tuple(args), {})
     if not body.users:
         graph.erase_node(body)
     return made
 
 
-def _inline(
+def inline(
     graph: fx.Graph,
     node: fx.Node,
     inner: fx.Graph,

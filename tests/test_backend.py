@@ -139,6 +139,39 @@ class Rounded(Broken):
         return self.last(x * scale)
 
 
+class ScaledBySize(nn.Module):
+    """A weight that is scaled by a size, which Dynamo hands over as an input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.out = nn.Parameter(torch.randn(5, 6) / 3), nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.tanh(nn.functional.linear(x, self.weight * (2.0 / x.shape[0]))))
+
+
+class Attending(nn.Module):
+    """Self- and cross-attention, with weights and without, masks of three kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0)
+        self.self = nn.MultiheadAttention(6, 3, batch_first=True)
+        self.cross = nn.MultiheadAttention(6, 2, bias=False, batch_first=True)
+        self.mixed = nn.MultiheadAttention(6, 2, kdim=4, vdim=5, batch_first=True)
+        self.out = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        causal = torch.triu(torch.ones(3, 3, dtype=torch.bool), 1)
+        x = x + self.self(x, x, x, attn_mask=causal)[0]
+        hidden = torch.zeros(x.shape[:2], dtype=torch.bool)
+        hidden[:, -1] = True
+        y, weights = self.cross(x, x.flip(1), x.flip(1), key_padding_mask=hidden)
+        z = self.mixed(y, x[..., :4], x[..., :5], need_weights=False)[0]
+        z = self.layer(z, src_mask=torch.zeros(len(z), len(z)))
+        return self.out((z * weights.sum(-1, keepdim=True)).mean(1))
+
+
 class Checkpointed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -157,8 +190,10 @@ WITH_BREAKS = [
     Network(kind.__name__, kind, six)
     for kind in (Broken, ByValue, AcrossBreaks, Tower, Repeated, Rounded)
 ]
-MODELS = [network for network in NETWORKS if network.name not in ("graph_module", "encoder")]
-MODELS += [*WITH_BREAKS, Network("Checkpointed", Checkpointed, six)]
+MODELS = [network for network in NETWORKS if network.name != "graph_module"]
+MODELS += WITH_BREAKS
+MODELS += [Network(kind.__name__, kind, six) for kind in (Checkpointed, ScaledBySize)]
+MODELS.append(Network("Attending", Attending, lambda n: (torch.randn(n, 3, 6),)))
 
 
 def outputs_of(run: Any, network: Network, n: int) -> Tensor:
@@ -197,7 +232,8 @@ def compiled_and_reference(
     outputs_of(compiled, network, 4)
     outputs_of(twin, network, 4)
     given = network.captured_with()
-    given |= {} if network not in WITH_BREAKS else {"example_inputs": network.inputs(4)}
+    if network in WITH_BREAKS or network.name == "Attending":
+        given |= {"example_inputs": network.inputs(4)}
     net = kfac_fx.transform(twin, **given)
     return Runner(compiled, network, **options), Runner(net, network, **options)
 
@@ -223,7 +259,8 @@ def assert_same(got: Runner, want: Runner) -> None:
 
 
 OFTEN = ["mlp", "hf_conv1d", "conv2d", "batch_norm", "layer_norm", "embedded", "class_token"]
-OFTEN += ["tied", "keywords", "Checkpointed", *(network.name for network in WITH_BREAKS)]
+OFTEN += ["tied", "keywords", "encoder", "Checkpointed", "Attending", "ScaledBySize"]
+OFTEN += [network.name for network in WITH_BREAKS]
 
 
 @pytest.mark.parametrize(
@@ -233,7 +270,7 @@ OFTEN += ["tied", "keywords", "Checkpointed", *(network.name for network in WITH
 )
 def test_factors_are_those_of_transform(network: Network) -> None:
     """Two batch sizes, the second of which makes Dynamo compile anew."""
-    dynamic = True if network.name == "class_token" else None
+    dynamic = True if network.name in ("class_token", "ScaledBySize") else None
     got, want = compiled_and_reference(network, "eager", dynamic)
     for n in (4, 6):
         torch.testing.assert_close(got.step(n), want.step(n), rtol=1e-9, atol=1e-12)

@@ -18,7 +18,7 @@ from torch.export import Dim, ExportedProgram
 
 import kfac_fx
 from kfac_fx import passes
-from kfac_fx.errors import KFACError, NoParametersError, ObservationError
+from kfac_fx.errors import CaptureError, KFACError, NoParametersError, ObservationError
 
 pytestmark = [
     pytest.mark.usefixtures("float64"),
@@ -119,6 +119,14 @@ def test_transform_takes_programs(name: str) -> None:
     assert_same(step(net, network), want)
     again = kfac_fx.transform(passes.instrument_program(program))
     assert tap_count(again.graph) == tap_count(net.graph)
+
+
+def test_programs_keep_their_sizes() -> None:
+    """A size that was fixed is refused in another, where broadcasting could hide it."""
+    net = kfac_fx.transform(torch.export.export(nn.Linear(6, 4), (torch.randn(4, 6),)))
+    net(torch.randn(4, 6))
+    with pytest.raises(CaptureError, match="fixed to 4"):
+        net(torch.randn(5, 6))
 
 
 def test_programs_keep_their_mode() -> None:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -327,3 +331,13 @@ def test_log_says_what_was_matched_and_why_not(caplog: pytest.LogCaptureFixture)
     assert "fc: linear (kronecker) block of fc.weight, fc.bias, used in fc" in said
     assert "addmm: not recorded as a layer, addmm: alpha and beta other than 1" in said
     assert "fc is coupled with none: " in said
+
+
+def test_torch_logs_shows_what_was_matched() -> None:
+    """As it stands in the README, through torch's own switch."""
+    code = "import torch, kfac_fx; kfac_fx.transform(torch.nn.Linear(3, 2))"
+    root = str(Path(__file__).parent.parent)
+    environment = {**os.environ, "PYTHONPATH": root, "TORCH_LOGS": "+kfac_fx"}
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, check=True, env=environment, capture_output=True, text=True)
+    assert "linear (kronecker) block of weight, bias, used in linear" in done.stderr
