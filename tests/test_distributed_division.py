@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from math import prod
 from typing import Any
@@ -14,7 +15,8 @@ from worlds import run_in_world
 
 import kfac_fx
 from kfac_fx import errors
-from kfac_fx.distributed import DataParallel
+from kfac_fx.codegen import Program
+from kfac_fx.distributed import Compute, DataParallel, Network, Plan, measured_costs, simulate
 from kfac_fx.distributed.costs import refresh_costs
 from kfac_fx.distributed.division import divide
 from kfac_fx.ir import Coupling
@@ -265,3 +267,87 @@ def test_a_coupled_layer_costs_more() -> None:
     after = refresh_costs(coupled, coupled.couplings)
     assert all(after[child] > 2 * before[child] for child in coupled.parent)
     assert refresh_costs(diagonal, (), "exact")["0.0"] > 5 * before["0.0"]
+
+
+# The simulator.
+
+
+def unit_costs(program: Any) -> Compute:
+    costs = refresh_costs(program.curvature, program.couplings)
+    return Compute(1.0, 0.5, 0.2, {name: 1e-3 * cost for name, cost in costs.items()})
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("fraction", FRACTIONS)
+def test_simulated_bytes_and_memory(
+    world: Any, structure: str, fraction: float, float64: None
+) -> None:
+    """Equal to what was counted."""
+    program = trained(structure, ALONE, slice(None))[0].program
+    plan = Plan(len(world), memory_fraction=fraction, itemsize=8)
+    found = simulate(program, unit_costs(program), Network(1e-5, 1e9), plan)
+    traffic = world[0][structure, fraction]["traffic"]
+    assert 9 * found.messages["statistics"] == traffic["statistics"]
+    assert 5 * found.messages["inverses"] == traffic.get("inverses", 0)
+    assert 9 * found.messages["updates"] == traffic.get("updates", 0)
+    assert found.memory["inverses"] == 8 * max(one[structure, fraction]["entries"] for one in world)
+
+
+def test_simulated_seconds() -> None:
+    """By hand, for one block everywhere: 2 (W - 1) / W of the bytes, 2 log2 W messages."""
+    net = kfac_fx.transform(nn.Linear(3, 2, bias=False), structure="block_diagonal")
+    program = Program(net.curvature)
+    name = next(iter(net.curvature.blocks))
+    compute = Compute(1.0, 0.5, 0.2, {name: 10.0})
+    links = Network(latency=0.1, bandwidth=100.0, handshake=0.01, packing=0.001)
+    plan = Plan(4, statistics_every=2, refresh_every=10)
+    found = simulate(program, compute, links, plan)
+    halves = 4 * (6 + 3)  # A and G, 3 x 3 and 2 x 2, in float32; two flags come with them
+    assert found.messages == {
+        "gradients": 24,
+        "statistics": halves + 8,
+        "inverses": halves,
+        "updates": 0,
+    }
+    sums = 2 * (0.75 * 24 / 100 + 0.2) + 2 * (0.75 * (halves + 8) / 100 + 0.2) / 2
+    expected = {
+        "training": 1.0,
+        "statistics": 0.25,
+        "apply": 0.2,
+        "refresh": 1.0,
+        "sums": sums,
+        "inverses": (halves / 100 + 0.01 + 0.2) / 10,
+        "updates": 0.0,
+        "handshakes": 0.01 * 1.6,
+        "packing": 0.001 * (halves / 2 + halves / 10),
+    }
+    assert found.seconds == pytest.approx(expected)
+    hidden = simulate(program, compute, links, replace(plan, overlap=1.0))
+    assert hidden.seconds["sums"] == pytest.approx(max(0.0, sums - 2 / 3))
+    stale = simulate(program, compute, links, replace(plan, staleness=1))
+    assert stale.seconds["refresh"] == 0.0
+    assert set(simulate(program, compute, links, Plan(1)).seconds) == {
+        "training",
+        "statistics",
+        "apply",
+        "refresh",
+    }
+    modelled = Compute.modelled(program, {name: 5}, products=1e3, factorisations=1e3, launch=0.1)
+    assert modelled.training == pytest.approx(3 * 2 * 5 * 6 / 1e3 + 0.1)
+    assert modelled.statistics == pytest.approx((2 * 5 * 6 + 2 * 5 * (9 + 4)) / 1e3 + 0.1)
+    assert modelled.apply == pytest.approx(2 * 6 * (3 + 2) / 1e3 + 0.1)
+    assert modelled.refresh[name] == pytest.approx((27 + 8 + 6) / 1e3 + 0.1)
+
+
+def test_measured_costs() -> None:
+    net = kfac_fx.transform(build().float())
+    preconditioner = kfac_fx.Preconditioner(net)
+    with pytest.raises(errors.StatisticsError, match="no statistics yet"):
+        measured_costs(preconditioner)
+    outputs = net(torch.randn(4, WIDTHS[0]))
+    preconditioner.observe(outputs)
+    outputs.sum().backward()
+    preconditioner.step()
+    found = measured_costs(preconditioner, repeats=1)
+    assert list(found) == list(net.curvature.blocks)
+    assert all(0 < seconds < 5 for seconds in found.values())

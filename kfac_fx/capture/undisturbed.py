@@ -30,7 +30,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         random.setstate(state)
         for owner, name, buffer, value in saved:
             owner[name] = buffer
-            if not torch.equal(buffer, value):
+            if not buffer.is_meta and not torch.equal(buffer, value):
                 with torch.no_grad():
                     buffer.copy_(value)
 

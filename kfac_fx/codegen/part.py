@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
@@ -13,6 +13,9 @@ from kfac_fx.codegen.emit import inverse_names, scatter, terms
 from kfac_fx.codegen.forms import FORMS, Forms
 from kfac_fx.codegen.refresher import FLAGS
 from kfac_fx.ir import Coupling, CurvatureGraph
+
+if TYPE_CHECKING:
+    from kfac_fx.codegen.program import Program
 
 
 def part_of_refresh(refresh: fx.GraphModule, wanted: Collection[str]) -> fx.GraphModule:
@@ -96,3 +99,22 @@ def symmetric_inverses(curvature: CurvatureGraph) -> Mapping[str, bool]:
         for spec in block.factors
         if spec.role != "count" and not spec.diagonal
     }
+
+
+def inverse_shapes(program: Program) -> dict[str, torch.Size]:
+    """The shapes of all inverses, without computing them."""
+    shapes = [
+        factor.shape
+        for block in program.curvature.blocks.values()
+        for factor in block.factors
+        if factor.role != "count"
+    ]
+    for coupling in program.couplings:
+        sides = (
+            program.curvature.blocks[name].dimensions for name in (coupling.child, coupling.parent)
+        )
+        shapes += [(child[0], parent[0]) for child, parent in zip(*sides, strict=True)]
+    with torch.no_grad():
+        factors = [torch.empty(shape, device="meta") for shape in shapes]
+        found = program.refresh_module(torch.empty((), device="meta"), *factors)
+    return {name: found[name].shape for name in program.inverse_names}

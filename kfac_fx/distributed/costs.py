@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Collection
 from math import prod
 
+import torch
+
+from kfac_fx.errors import StatisticsError
 from kfac_fx.ir import Coupling, CurvatureBlock, CurvatureGraph, parents
+from kfac_fx.optim import Preconditioner
 
 INVERSE = 1.0
 """n^3 of a Cholesky inverse, in units of n^3 of it."""
@@ -34,6 +40,40 @@ def refresh_costs(
         found[name] = (WHITENER + PRODUCT) * _cubes(block)
         if name in parent:
             found[name] += _conditional(block, blocks[parent[name]])
+    return found
+
+
+def apply_operations(curvature: CurvatureGraph, couplings: Collection[Coupling]) -> float:
+    """Multiplications and additions of an apply; a coupled layer has four times as many."""
+    parent = parents(couplings)
+    total = 0.0
+    for name, block in curvature.blocks.items():
+        sides = [f.shape[-1] for f in block.factors if f.role != "count" and not f.diagonal]
+        own = 2.0 * block.parameter_count * sum(sides)
+        total += 4 * own if name in parent else own
+    return total
+
+
+def measured_costs(preconditioner: Preconditioner, repeats: int = 5) -> dict[str, float]:
+    """Block -> seconds of its refresh on this machine, the median of some; for ``costs=``.
+
+    Raises:
+        StatisticsError: there are no statistics yet.
+    """
+    inverse = preconditioner._inverse
+    if not inverse.averages.recorded:
+        raise StatisticsError("no statistics yet: observe a batch and call step() first")
+    factors = inverse.refresh_factors(inverse.program.couplings)
+    damping = torch.tensor(preconditioner.damping, dtype=factors[0].dtype, device=factors[0].device)
+    found = {}
+    for block in inverse.curvature.blocks:
+        part = inverse.program.part([block])
+        seconds = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            part(damping, factors)  # waits for its flags
+            seconds.append(time.perf_counter() - start)
+        found[block] = statistics.median(seconds)
     return found
 
 

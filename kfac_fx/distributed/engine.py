@@ -10,10 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kfac_fx.codegen import Program
-from kfac_fx.codegen.part import emit_sum, emit_terms, symmetric_inverses, update_shapes
+from kfac_fx.codegen.part import (
+    emit_sum,
+    emit_terms,
+    inverse_shapes,
+    symmetric_inverses,
+    update_shapes,
+)
 from kfac_fx.distributed.buckets import Form
 from kfac_fx.distributed.costs import refresh_costs
 from kfac_fx.distributed.division import divide
@@ -47,17 +52,18 @@ class Divided:
             b: sum(self._forms[name].shape.numel() for name in own) for b, own in names.items()
         }
         gradients = {name: block.parameter_count for name, block in blocks.items()}
+        workers.agree(f"a program of {len(blocks)} blocks, {zlib.crc32(repr(names).encode()):08x}")
         costs = workers.costs or refresh_costs(curvature, program.couplings, tikhonov)
+        agreed = torch.tensor([costs[name] for name in blocks], dtype=torch.float64)
+        workers.control.first(agreed)
         self.division = divide(
             workers.size,
             program.couplings,
-            {name: costs[name] for name in blocks},
+            dict(zip(blocks, agreed.tolist(), strict=True)),
             elements,
             gradients,
             workers.memory_fraction,
         )
-        owners = repr(sorted(self.division.owner.items())).encode()
-        workers.agree(f"division of {len(blocks)} blocks, {zlib.crc32(owners):08x}")
         ranks = range(workers.size)
         self._mine = self.division.computed_by(workers.rank)
         self._part = program.part(self._mine) if self._mine else None
@@ -207,14 +213,9 @@ class _Terms:
 
 
 def _inverse_forms(program: Program, factors: Sequence[Tensor]) -> dict[str, Form]:
-    """Shapes and dtypes of all inverses, without computing them."""
-    device = factors[0].device
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        fakes = [torch.empty(f.shape, dtype=f.dtype, device=device) for f in factors]
-        damping = torch.empty((), dtype=factors[0].dtype, device=device)
-        found = program.refresh_module(damping, *fakes)
     symmetric = symmetric_inverses(program.curvature)
+    like = factors[0]
     return {
-        name: Form(found[name].shape, found[name].dtype, device, name in symmetric)
-        for name in program.inverse_names
+        name: Form(shape, like.dtype, like.device, name in symmetric)
+        for name, shape in inverse_shapes(program).items()
     }

@@ -49,7 +49,8 @@ class DataParallel:
             gradients instead.
         staleness: refreshes after which inverses come into use; above zero they are computed in a
             thread of their own meanwhile. The first are used at once.
-        costs: block -> cost of its refresh, in any unit; None for a model of it.
+        costs: block -> cost of its refresh, in any unit (``measured_costs``), the first process's
+            for all; None for a model of it.
         timeout: seconds that a process waits for the others before it raises.
         bucket_bytes: of a message.
 
@@ -107,6 +108,8 @@ class DataParallel:
         return self.control.agree(call, good, amount)
 
     def start_sum(self, places: Sequence[Place], values: Values) -> Callable[[], Values]:
+        if self.size == 1:
+            return lambda: values
         forms = [_form_of(place) for place in places]
         present = torch.tensor([float(value is not None) for value in values])
         # In float64 the flags would have a message of their own.
@@ -122,6 +125,8 @@ class DataParallel:
         return finished
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
+        if self.size == 1:
+            return
         real = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
         forms = [Form(t.shape, t.dtype, t.device) for t in real]
         started = self._started(forms, real, "gradients")

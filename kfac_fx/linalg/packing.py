@@ -9,18 +9,16 @@ from torch import Tensor
 def packed(M: Tensor) -> Tensor:
     """The upper half of a symmetric M [..., n, n], flat.
 
-    With k = n // 2 the blocks M_11 and M_22 share a rectangle: the upper triangle of M_11 (for even
-    n moved by one column) and the lower one of M_22 (for odd n moved by one row); M_12 follows.
+    With k = (n + 1) // 2 the blocks M_11 and M_22 share a rectangle: the upper triangle of M_11
+    (for even n moved by one column) and the lower one of M_22 (for odd n moved by one row); M_12
+    follows.
     """
     k, odd = _middle(M.shape[-1])
     first, cross, second = M[..., :k, :k], M[..., :k, k:], M[..., k:, k:]
-    if odd:
-        rectangle = torch.triu(first)
-        rectangle[..., 1:, :-1] += torch.tril(second)
-    else:
-        rectangle = first.new_zeros((*M.shape[:-2], k, k + 1))
-        rectangle[..., 1:] = torch.triu(first)
-        rectangle[..., :-1] += torch.tril(second)
+    rectangle = M.new_empty((*M.shape[:-2], k, k if odd else k + 1))
+    upper, lower = _triangles(rectangle, odd)
+    upper.copy_(first)
+    lower.copy_(torch.where(_below(lower), second, lower))
     return torch.cat([rectangle.reshape(-1), cross.reshape(-1)])
 
 
@@ -30,14 +28,12 @@ def unpacked(flat: Tensor, shape: torch.Size) -> Tensor:
     k, odd = _middle(n)
     lead = shape[:-2]
     across = lead.numel() * k * (k if odd else k + 1)
-    rectangle = flat[:across].reshape(*lead, k, k if odd else k + 1)
+    upper, lower = _triangles(flat[:across].reshape(*lead, k, k if odd else k + 1), odd)
     M = flat.new_empty(shape)
     M[..., :k, k:] = flat[across:].reshape(*lead, k, n - k)
     M[..., k:, :k] = M[..., :k, k:].mT
-    upper = torch.triu(rectangle if odd else rectangle[..., 1:])
-    lower = torch.tril(rectangle[..., 1:, :-1] if odd else rectangle[..., :-1])
-    M[..., :k, :k] = upper + torch.triu(upper, 1).mT
-    M[..., k:, k:] = lower + torch.tril(lower, -1).mT
+    M[..., :k, :k] = torch.where(_below(upper).mT, upper, upper.mT)
+    M[..., k:, k:] = torch.where(_below(lower), lower, lower.mT)
     return M
 
 
@@ -50,3 +46,16 @@ def packed_size(shape: torch.Size) -> int:
 def _middle(n: int) -> tuple[int, bool]:
     """The side of M_11, and whether n is odd."""
     return (n + 1) // 2, n % 2 == 1
+
+
+def _triangles(rectangle: Tensor, odd: bool) -> tuple[Tensor, Tensor]:
+    """Where M_11 is, in the upper triangle, and M_22, in the lower one."""
+    if odd:
+        return rectangle, rectangle[..., 1:, :-1]
+    return rectangle[..., 1:], rectangle[..., :-1]
+
+
+def _below(square: Tensor) -> Tensor:
+    """Which entries are on the diagonal or below it."""
+    places = torch.arange(square.shape[-1], device=square.device)
+    return places.unsqueeze(-1) >= places

@@ -83,13 +83,13 @@ class InverseFisher:
         cast = [name for name, p in self.guard.parameters.items() if p.dtype in low]
         options: Any = {"tikhonov": self.tikhonov, "compile": self._compile}
         program = Program(self.curvature, couplings, cast, **options)
-        factors = self._factors(couplings)
+        factors = self.refresh_factors(couplings)
         engine = self._workers.engine(program, factors, self.tikhonov)
         if self.moments.blocks and set(engine.needed()) != set(program.inverse_names):
             raise UnknownOptionError("tikhonov='ekfac' needs all inverses: memory_fraction=1.0")
         return program, engine
 
-    def _factors(self, couplings: Iterable[Coupling]) -> list[Tensor]:
+    def refresh_factors(self, couplings: Iterable[Coupling]) -> list[Tensor]:
         """What a refresh takes, in the order of its arguments."""
         groups = [*self.factors.values(), *(self.averages.cross(c) for c in couplings)]
         return [factor for group in groups for factor in group]
@@ -141,7 +141,7 @@ class InverseFisher:
         if not self.averages.recorded:
             raise StatisticsError("no statistics yet: nothing to invert")
         self._choose_couplings(damping)
-        factors = self._factors(self.program.couplings)
+        factors = self.refresh_factors(self.program.couplings)
         amount = torch.tensor(damping, dtype=factors[0].dtype, device=factors[0].device)
         # A process may keep no inverse at all, but it knows that there was a refresh.
         self.inverses = self._engine.refresh(amount, factors, self.inverses) | {"damping": amount}
