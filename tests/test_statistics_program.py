@@ -17,6 +17,7 @@ from torch._dynamo.utils import counters
 
 import kfac_fx
 from kfac_fx.optim import compiled
+from kfac_fx.optim.draws import drawn
 
 pytestmark = pytest.mark.usefixtures("float64", "fresh")
 
@@ -140,6 +141,20 @@ def test_distribution_that_draws_by_itself() -> None:
     options: dict[str, Any] = {"likelihood": poisson}
     batch = {"inputs": torch.randn(7, 6)}
     assert_equal(recorded(net, batch, compile="eager", **options), recorded(net, batch, **options))
+
+
+def test_draws_follow_the_model() -> None:
+    """Draws from noise are torch's own where it draws so, and have the right frequencies."""
+    logits = torch.tensor([0.3, -1.0, 2.0, 0.0]).expand(40_000, 4)
+    categorical = D.Categorical(logits=logits)
+    normal = D.Independent(D.Normal(logits, 0.5 * torch.ones_like(logits)), 1)
+    for distribution in (categorical, normal):
+        torch.manual_seed(7)
+        torch.testing.assert_close(drawn(distribution, 7), distribution.sample())
+    bits = drawn(D.Independent(D.Bernoulli(logits=logits), 1), 7)
+    torch.testing.assert_close(bits.mean(0), logits[0].sigmoid(), rtol=0, atol=0.01)
+    counts = torch.bincount(drawn(categorical, 7), minlength=4) / len(logits)
+    torch.testing.assert_close(counts, logits[0].softmax(0), rtol=0, atol=0.01)
 
 
 def products(graph: fx.Graph) -> Counter[str]:
@@ -332,6 +347,8 @@ def test_moments() -> None:
             pre.step()
         runs.append({n: p.grad for n, p in net.named_parameters()})
         assert len(programs(pre)) == (1 if compile else 0)
+        for program in programs(pre):
+            assert not [node for node in program.once.graph.nodes if node.op == "get_attr"]
     torch.testing.assert_close(runs[0], runs[1], rtol=1e-10, atol=1e-12)
 
 
