@@ -53,7 +53,10 @@ def share(values: Tensor, size: int) -> Tensor:
 
 
 def with_preconditioner(kind: str, structure: str, fisher: str, size: int) -> Parameters:
-    """SGD behind a Preconditioner: "alone", "loop" (plain all-reduce), "ddp" or "fsdp"."""
+    """SGD behind a Preconditioner, "alone" or in several processes.
+
+    "loop" is a plain all-reduce, "inputs" too, with statistics from passes of their own.
+    """
     model = build()
     net = kfac_fx.transform(model, structure=structure)
     run: Any = net
@@ -72,11 +75,13 @@ def with_preconditioner(kind: str, structure: str, fisher: str, size: int) -> Pa
         targets = share(y, size)
         outputs = run(share(x, size))
         # The average over processes, of any numbers of cases, is to be the mean over the batch.
-        scale = len(y) if kind in ("alone", "loop") else len(y) / size
+        scale = len(y) if kind in ("alone", "loop", "inputs") else len(y) / size
         loss = F.cross_entropy(outputs, targets, reduction="sum") / scale
-        preconditioner.observe(outputs, targets)
+        preconditioner.observe(
+            outputs, targets, inputs=share(x, size) if kind == "inputs" else None
+        )
         loss.backward()
-        if kind == "loop":
+        if kind in ("loop", "inputs"):
             for p in net.parameters():
                 dist.all_reduce(p.grad)
         preconditioner.step()
@@ -176,6 +181,7 @@ PRECONDITIONED = [
     *(("ddp", structure, "exact") for structure in STRUCTURES),
     *(("fsdp", structure, "exact") for structure in STRUCTURES),
     ("loop", "block_tridiagonal", "empirical"),
+    ("inputs", "block_tridiagonal", "exact"),
 ]
 OPTIMIZED = [
     ("ddp", "block_tridiagonal", None),
