@@ -274,7 +274,7 @@ def main() -> None:
 
     print(f"\nEqual processor time, {options.seconds:g} s; squared error of a case:")
     report(runs)
-    by_second = {run.method: (run.seconds, run.train) for run in runs}
+    by_second = {run.method: (run.seconds[1:], run.train[1:]) for run in runs}
     by_iteration = {run.method: (run.iterations[1:], run.train[1:]) for run in runs}
     up, output = "training error (squared, per case)", options.output.format(data=options.data)
     seconds = Panel("by second", "processor seconds, one thread", up, by_second)
