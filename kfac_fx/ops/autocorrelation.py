@@ -72,6 +72,11 @@ def is_cheaper(cases: int, axes: Sequence[Axis]) -> bool:
     return kernel > 1 and CORRELATION * everywhere + outside + ASSEMBLY < direct
 
 
+def keeps_precision(x: Tensor) -> bool:
+    """Whether the correlation is as precise as a matrix product: cuDNN may round to TF32."""
+    return not x.is_cuda or x.dtype == torch.float64 or not torch.backends.cudnn.allow_tf32
+
+
 def patch_gram(x: Tensor, axes: Sequence[Axis], groups: int) -> Tensor:
     """Sum over cases and output positions of p p^T, p the patch of one group's channels.
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kfac_fx.ops.autocorrelation import Axis, is_cheaper, patch_gram
+from kfac_fx.ops.autocorrelation import Axis, is_cheaper, keeps_precision, patch_gram
 from kfac_fx.ops.positions import bordered, gradient_factor, input_factor
 from kfac_fx.ops.tap import define, recording, tapped
 
@@ -125,7 +125,7 @@ class ConvolutionStatistics:
 
     def _input_factor(self, x: Tensor, outputs: Sequence[int]) -> Tensor:
         axes = self.window.axes(x) if isinstance(self.window, Window) else None
-        plain = axes is not None and not self.reduce and not self.diagonal[0]
+        plain = not self.reduce and not self.diagonal[0] and keeps_precision(x)
         if axes is None or not plain or not is_cheaper(len(x), axes):
             rows = self.patches(x, outputs)
             return input_factor(
