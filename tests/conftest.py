@@ -8,6 +8,7 @@ import pytest
 import torch
 from oracles import Likelihood, Measure, Measured
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 import kfac_fx
 
@@ -25,6 +26,16 @@ def float64() -> Iterator[None]:
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(before)
+
+
+@pytest.fixture
+def fresh() -> Iterator[None]:
+    """Nothing compiled before, and no caches: they do not see the bodies of operators."""
+    torch._dynamo.reset()
+    counters.clear()
+    with torch._inductor.config.patch(force_disable_caches=True):
+        yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture

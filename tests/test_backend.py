@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 import weakref
-from collections.abc import Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -26,16 +25,6 @@ from kfac_fx.errors import CoverageError, KFACError, ObservationError, UnknownOp
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("float64", "fresh")
-
-
-@pytest.fixture
-def fresh() -> Iterator[None]:
-    """No caches: they do not see the bodies of operators."""
-    torch._dynamo.reset()
-    counters.clear()
-    with torch._inductor.config.patch(force_disable_caches=True):
-        yield
-    torch._dynamo.reset()
 
 
 # ------------------------------------------------------------------------- models with graph breaks

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,16 +19,6 @@ import kfac_fx
 
 pytestmark = pytest.mark.usefixtures("float64", "fresh")
 every_network = pytest.mark.parametrize("network", NETWORKS, ids=str)
-
-
-@pytest.fixture
-def fresh() -> Iterator[None]:
-    """No caches: they do not see the bodies of operators."""
-    torch._dynamo.reset()
-    counters.clear()
-    with torch._inductor.config.patch(force_disable_caches=True):
-        yield
-    torch._dynamo.reset()
 
 
 def arm(net: nn.Module, recording: bool) -> list[Tensor]:

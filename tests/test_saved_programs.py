@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +34,6 @@ CASES = [
     if form[0] != "ekfac" or name not in NO_PLAIN_LAYER
 ]
 every_case = pytest.mark.parametrize(("name", "tikhonov", "structure"), CASES)
-
-
-@pytest.fixture
-def fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 def trained(

@@ -13,7 +13,6 @@ import torch
 from networks import BY_NAME, NETWORKS, Network
 from torch import Tensor, fx, nn
 from torch import distributions as D
-from torch._dynamo.utils import counters
 
 import kfac_fx
 from kfac_fx.optim import compiled
@@ -22,15 +21,6 @@ from kfac_fx.optim.draws import drawn
 pytestmark = pytest.mark.usefixtures("float64", "fresh")
 
 FISHERS = ("sampled", "exact", "empirical")
-
-
-@pytest.fixture
-def fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    with torch._inductor.config.patch(force_disable_caches=True):
-        yield
-    torch._dynamo.reset()
 
 
 def normal(network: Network) -> Any:

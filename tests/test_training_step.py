@@ -17,15 +17,6 @@ import kfac_fx
 pytestmark = pytest.mark.usefixtures("float64", "fresh")
 
 
-@pytest.fixture
-def fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    with torch._inductor.config.patch(force_disable_caches=True):
-        yield
-    torch._dynamo.reset()
-
-
 class Network(nn.Module):
     """With running statistics, dropout, a tap on every kind of layer, and a diagonal block."""
 
