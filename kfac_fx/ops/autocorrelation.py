@@ -7,6 +7,7 @@ window touches x but which are no outputs.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -129,17 +130,19 @@ def _everywhere(x: Tensor, axes: Sequence[Axis], groups: int) -> Tensor:
     half = half.unflatten(0, (groups, channels)).transpose(1, 2)  # [groups, a, b, *lags]
     negative = half.transpose(1, 2).flip(list(range(3, 3 + dims))).narrow(3, 0, taps[0] - 1)
     R = torch.cat([negative, half], 3)
-    lags: list[Tensor] = []
-    for at, axis in enumerate(axes):
-        tap = torch.arange(axis.kernel, device=x.device)
-        lag = axis.kernel - 1 + tap[:, None] - tap  # of the tap of a, less that of b
-        shape = [1] * (2 * dims)
-        shape[at] = shape[dims + at] = axis.kernel
-        lags.append(lag.reshape(shape))
-    index: list[Tensor | None] = [None, None, None, *lags]
-    taken: Tensor = torch.ops.aten.index(R, index)  # [groups, a, b, *k, *l]
-    order = [0, 1, *range(3, 3 + dims), 2, *range(3 + dims, 3 + 2 * dims)]
-    return taken.permute(order).contiguous()
+    return _by_taps(R, [axis.kernel for axis in axes])
+
+
+def _by_taps(R: Tensor, kernel: Sequence[int]) -> Tensor:
+    """R [groups, a, b, *lags] -> [groups, a, *k, b, *l]: the entry of the lag k - l."""
+    groups, a, b = R.shape[:3]
+    result = R.new_empty(groups, a, *kernel, b, *kernel)
+    whole = (slice(None),) * 3
+    order = (0, 1, *range(3, R.dim()), 2)
+    for taps in itertools.product(*map(range, kernel)):
+        there = tuple(slice(n - 1 - l, 2 * n - 1 - l) for n, l in zip(kernel, taps, strict=True))
+        result[(..., *taps)] = R[(*whole, *there)].permute(order)
+    return result
 
 
 def _line_patches(lines: Tensor, others: Sequence[Axis]) -> Tensor:

@@ -118,10 +118,18 @@ class ConvolutionStatistics:
             return self.window.patches(x, self.groups, outputs)
         return self.window.patches(x, self.groups)
 
-    def gradient_rows(self, g: Tensor) -> Tensor:
-        """g [N, C, *space] -> [groups, N, S, C / groups]."""
-        grouped: Tensor = g.flatten(2).unflatten(1, (self.groups, -1))
-        return grouped.permute(1, 2, 0, 3).contiguous().movedim(1, -1)
+    def _gradient_factor(self, g: Tensor, divide: bool) -> Tensor:
+        """G [groups, C / groups, the same] from g [N, C, *space]."""
+        grouped = g.flatten(2).unflatten(1, (self.groups, -1))  # [N, groups, C / groups, S]
+        channels, positions = grouped.shape[2:]
+        if self.reduce or self.diagonal[1] or positions < channels:
+            rows = grouped.permute(1, 2, 0, 3).contiguous().movedim(1, -1)
+            return gradient_factor(
+                rows, reduce=self.reduce, divide=divide, diagonal=self.diagonal[1]
+            )
+        # Long lines of positions: a product for each case costs less than the copy of all in order.
+        total = (grouped @ grouped.mT).sum(0)
+        return total / positions if divide else total
 
     def _input_factor(self, x: Tensor, outputs: Sequence[int]) -> Tensor:
         axes = self.window.axes(x) if isinstance(self.window, Window) else None
@@ -159,8 +167,7 @@ class ConvolutionStatistics:
             A = self._input_factor(x.to(dtype), g.shape[2:])
             result[0] = A if self.groups > 1 else A.squeeze(0)
         if wanted[1]:
-            rows = self.gradient_rows(g.to(dtype))
-            G = gradient_factor(rows, reduce=self.reduce, divide=one_use, diagonal=self.diagonal[1])
+            G = self._gradient_factor(g.to(dtype), one_use)
             result[1] = G if self.groups > 1 else G.squeeze(0)
         if not one_use and wanted[2]:
             positions = 1 if self.reduce else g.shape[2:].numel()

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -90,6 +91,13 @@ def only(factors: Iterable[Tensor], wanted: Iterable[Tensor]) -> Iterator[None]:
 
 class _Unbatched(torch.autograd.Function):
     """What torch.func.vmap cannot go through."""
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        """Function's own, without its inspection of signatures, which takes most of its time."""
+        if torch._C._are_functorch_transforms_active():
+            return super().apply(*args)
+        return super(torch.autograd.Function, cls).apply(*unwrap_dead_wrappers(args))
 
     @staticmethod
     def vmap(*_: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -15,13 +15,16 @@ from torch.utils.hooks import RemovableHandle
 from kfac_fx.errors import ObservationError
 from kfac_fx.ops import forget_passes, only
 from kfac_fx.optim.averages import all_finite
-from kfac_fx.optim.likelihoods import Likelihood, Sum
+from kfac_fx.optim.likelihoods import Bernoulli, Categorical, Likelihood, Normal, Sum
 from kfac_fx.optim.predictive import output_tensors, predictive, wide
 from kfac_fx.optim.sources import Gradients, Sources, by_calls
 from kfac_fx.optim.workers import Values, Workers
 
 log = logging.getLogger("kfac_fx")
 
+
+COMPARED = 32
+"""Cases whose derivatives are compared with the likelihood's, of larger batches."""
 
 AFTER_BACKWARD = "observe() must come before loss.backward(), which frees the graph it needs"
 
@@ -54,6 +57,12 @@ def _add(total: Gradients, more: Gradients, weight: float = 1.0) -> None:
         total[key] = total[key] + value if key in total else value
 
 
+def _scale(values: list[Tensor], factor: float) -> None:
+    """In place."""
+    if values and factor != 1.0:
+        torch._foreach_mul_(values, factor)
+
+
 class Counted(Protocol):
     """``count`` is the number of likelihood terms, ``total`` that of all processes."""
 
@@ -76,17 +85,16 @@ class StepStatistics:
         self._count = 0.0
 
     def add(self, found: Gradients, observation: Counted, scale: float = 1.0) -> None:
-        """Adds what a backward returned; the sum over the processes starts.
+        """Adds what a backward returned, and takes it over; the sum over the processes starts.
 
         Args:
             scale: of the loss, relative to the summed negative log-likelihood.
         """
-        scaled: Gradients = {}
-        inputs = {key: value for key, value in found.items() if key in self._inputs}
-        others = {key: value for key, value in found.items() if key not in self._inputs}
-        _add(scaled, inputs, observation.count / observation.total)
-        _add(scaled, others, 1 / (scale**2 * observation.total))
-        values = [scaled.get(id(place.like)) for place in self._places]
+        others = [value for key, value in found.items() if key not in self._inputs]
+        _scale(others, 1 / (scale**2 * observation.total))
+        inputs = [value for key, value in found.items() if key in self._inputs]
+        _scale(inputs, observation.count / observation.total)
+        values = [found.get(id(place.like)) for place in self._places]
         self._sums.append((self._workers.start_sum(self._places, values), observation.total))
         self._count += observation.total
 
@@ -123,7 +131,7 @@ class Observation:
         self.count = self.total = self._predictive.count
         self._likelihood, self._outputs, self._targets = likelihood, outputs, targets
         self._handles: list[RemovableHandle] = []
-        self._expected: Tensor | None = None
+        self._expected: _Expected | None = None
         self._seen: dict[int, Tensor] = {}
         self.gradients: Gradients = {}
 
@@ -179,7 +187,8 @@ class Observation:
         """Notes the training backward when it comes."""
 
         def see(index: int, gradient: Tensor) -> None:
-            self._seen[index] = self._seen.get(index, 0.0) + gradient
+            seen = self._seen.get(index)
+            self._seen[index] = gradient if seen is None else seen + gradient
 
         for index, output in enumerate(output_tensors(self._outputs)):
             if output.requires_grad:
@@ -194,16 +203,31 @@ class Observation:
 
     def expect(self) -> None:
         """Keeps the likelihood's own derivative in the outputs, to compare the loss's with."""
+        self._expected = self._derivative(self._some_cases())
+
+    def _some_cases(self) -> slice:
+        """Cases that tell the loss's reduction; all where terms may depend on other cases."""
+        tensors = pytree.tree_leaves((self._outputs, self._targets))
+        sizes = {t.shape[0] if isinstance(t, Tensor) and t.dim() else 0 for t in tensors}
+        (cases,) = sizes if len(sizes) == 1 else (0,)
+        known = isinstance(self._likelihood, (Categorical, Bernoulli, Normal))
+        return slice(None, None, cases // COMPARED if known and cases > COMPARED else None)
+
+    def _derivative(self, cases: slice) -> _Expected:
+        """Of the likelihood, in the outputs of some cases."""
 
         def leaf(output: Any) -> Any:
             differentiable = isinstance(output, Tensor) and output.is_floating_point()
-            return output.detach().requires_grad_() if differentiable else output
+            return output.detach()[cases].requires_grad_() if differentiable else output
 
+        targets = self._targets
+        if cases.step:
+            targets = pytree.tree_map(lambda target: target[cases], targets)
         outputs = pytree.tree_map(leaf, wide(self._outputs))
-        nll = predictive(self._likelihood, outputs, self._targets).nll()
+        made = predictive(self._likelihood, outputs, targets)
         wrt = output_tensors(outputs)
-        found = torch.autograd.grad(nll, wrt, allow_unused=True, materialize_grads=True)
-        self._expected = _flat(found)
+        found = torch.autograd.grad(made.nll(), wrt, allow_unused=True, materialize_grads=True)
+        return _Expected(cases, _flat(found), made.count)
 
     @property
     def expects(self) -> bool:
@@ -220,9 +244,12 @@ class Observation:
         if not self._seen:
             raise ObservationError("fisher='empirical' needs loss.backward() before step()")
         assert self._expected is not None
+        expected = self._expected
+        if expected.cases.step and not expected.tells:  # ignored targets, say
+            expected = self._derivative(slice(None))
         outputs = output_tensors(self._outputs)
-        seen = [self._seen.get(i, torch.zeros_like(o)) for i, o in enumerate(outputs)]
-        return _reduction(_flat(seen), self._expected, self.count)
+        seen = [self._seen.get(i, torch.zeros_like(o))[expected.cases] for i, o in enumerate(outputs)]
+        return _reduction(_flat(seen), expected, self.count)
 
 
 def squared(gradient: Tensor) -> Tensor:
@@ -285,18 +312,32 @@ def _check_alive(tap: Any) -> None:
         raise ObservationError(AFTER_BACKWARD) from error
 
 
-def _reduction(seen: Tensor, expected: Tensor, count: float) -> float:
+class _Expected(NamedTuple):
+    """The derivative of the summed negative log-likelihood in some cases, and their terms."""
+
+    cases: slice
+    derivative: Tensor
+    count: float
+
+    @property
+    def tells(self) -> bool:
+        """Whether it is more than rounding errors of a perfect fit."""
+        return float(self.derivative.square().sum()) > 1e-6 * self.count
+
+
+def _reduction(seen: Tensor, expected: _Expected, count: float) -> float:
     """The factor c with seen = c * expected, as loss = c * summed negative log-likelihood.
 
     Near a perfect fit both are rounding errors; then the nearer of a sum (1) and a mean
     (1 / count) is taken.
     """
-    power = float(expected @ expected)
-    ratio = float(seen @ expected) / power if power else 0.0
-    residual = float((seen - ratio * expected).norm())
+    nll = expected.derivative
+    power = float(nll @ nll)
+    ratio = float(seen @ nll) / power if power else 0.0
+    residual = float((seen - ratio * nll).norm())
     if ratio > 0 and residual <= 1e-2 * float(seen.norm()):
         return ratio
-    if power > 1e-6 * count:
+    if expected.tells:
         log.warning(
             "the loss is not proportional to the likelihood's negative log-likelihood "
             "(relative difference of derivatives %.2g): factors describe the likelihood alone",

@@ -247,11 +247,9 @@ class Preconditioner(CurvatureFaces):
     def _precondition(self, given: Mapping[str, Tensor]) -> None:
         updates: dict[str, Tensor] = {}
         whole = self._workers.whole(given)
-        finite = all_finite(list(whole.values()))
-        if finite and self._inverse.inverses:
+        if self._inverse.inverses:  # what is not finite in a gradient is not in its update
             updates = self.apply(whole)
-            finite = all_finite(list(updates.values()))
-        if not finite or not self._inverse.inverses:
+        if not updates or not all_finite(list(updates.values())):
             self.skipped_gradients += 1
             log.warning("step %d: no finite preconditioned gradient; it is zero", self._steps)
             torch._foreach_zero_(list(given.values()))
