@@ -23,8 +23,8 @@ from kfac_fx.optim.workers import Values, Workers
 log = logging.getLogger("kfac_fx")
 
 
-COMPARED = 32
-"""Cases whose derivatives are compared with the likelihood's, of larger batches."""
+COMPARED = 4096
+"""Outputs whose derivatives are compared with the likelihood's, and at least 4 cases, of more."""
 
 AFTER_BACKWARD = "observe() must come before loss.backward(), which frees the graph it needs"
 
@@ -210,8 +210,10 @@ class Observation:
         tensors = pytree.tree_leaves((self._outputs, self._targets))
         sizes = {t.shape[0] if isinstance(t, Tensor) and t.dim() else 0 for t in tensors}
         (cases,) = sizes if len(sizes) == 1 else (0,)
+        outputs = sum(tensor.numel() for tensor in output_tensors(self._outputs))
+        step = min(cases // 4, outputs // COMPARED)
         known = isinstance(self._likelihood, (Categorical, Bernoulli, Normal))
-        return slice(None, None, cases // COMPARED if known and cases > COMPARED else None)
+        return slice(None, None, step if known and step > 1 else None)
 
     def _derivative(self, cases: slice) -> _Expected:
         """Of the likelihood, in the outputs of some cases."""
