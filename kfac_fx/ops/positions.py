@@ -17,6 +17,8 @@ def case_rows(t: Tensor, features: Sequence[int], groups: Sequence[int] = ()) ->
         groups: dimensions that count independent matrices; where there are any, they are flattened
             to a first dimension of the result.
     """
+    if len(features) == 1 and not groups and t.dim() > 1 and features[0] % t.dim() == t.dim() - 1:
+        return t.reshape(t.shape[0], -1, t.shape[-1])  # most uses, in one call
     last, first = ([dim % t.dim() for dim in dims] for dims in (features, groups))
     rest = [dim for dim in range(t.dim()) if dim not in last and dim not in first]
     t = t.permute(first + rest + last)
@@ -38,26 +40,19 @@ Of fewer than four times as many rows, the copies of the other half do.
 
 def gram(rows: Tensor, scale: float = 1.0) -> Tensor:
     """``scale`` times the sum over rows of the outer product: [..., S, d] -> [..., d, d]."""
-    d = rows.shape[-1]
     if rows.dim() == 3 and len(rows) == 1:
         return gram(rows[0], scale).unsqueeze(0)
-    if rows.dim() != 2 or len(_slabs(rows)) == 1:
+    ranges = _slabs(rows) if rows.dim() == 2 else []
+    if len(ranges) < 2:
         return _product(rows.mT, rows, scale)
-    result = rows.new_empty(d, d)
-    gram_into(result, rows, scale)
-    return result
-
-
-def gram_into(result: Tensor, rows: Tensor, scale: float) -> None:
-    """Fills ``result`` [d, d] with ``gram`` of rows [S, d], slab by slab.
-
-    Blocks below the diagonal are copies of those above it.
-    """
-    for start, end in _slabs(rows):
-        left, right = rows[:, start:end].mT, rows[:, start:]
-        slab = result[start:end, start:]
-        torch.addmm(slab, left, right, beta=0, alpha=scale, out=slab)
-        result[end:, start:end].copy_(slab[:, end - start :].mT)
+    slabs = [_product(rows[:, a:b].mT, rows[:, a:], scale) for a, b in ranges]
+    # What lies left of a slab is the transpose of those above it.
+    lines = []
+    for start, end in ranges:
+        above = zip(slabs, ranges, strict=True)
+        left = [slab[:, start - a : end - a].mT for slab, (a, b) in above if b <= start]
+        lines.append(torch.cat([*left, slabs[len(left)]], 1) if left else slabs[0])
+    return torch.cat(lines)
 
 
 def _slabs(rows: Tensor) -> list[tuple[int, int]]:
@@ -72,6 +67,8 @@ def _slabs(rows: Tensor) -> list[tuple[int, int]]:
 
 def _product(left: Tensor, right: Tensor, scale: float) -> Tensor:
     """scale * left @ right, scaled inside the product."""
+    if scale == 1.0:
+        return left @ right
     if left.dim() == 2:
         return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scale)
     return left @ right * scale
@@ -86,25 +83,13 @@ def homogeneous_gram(rows: Tensor, scale: float = 1.0, one: float = 1.0) -> Tens
     if rows.shape[-2] < rows.shape[-1]:  # the rows are the smaller copy
         return gram(torch.nn.functional.pad(rows, (0, 1), value=one), scale)
     first = rows.sum(-2) * (one * scale)
-    last = rows.shape[-2] * one**2 * scale
-    if rows.dim() != 2 or len(_slabs(rows)) == 1:
-        return bordered(gram(rows, scale), first, last)
-    d = rows.shape[-1]
-    result = rows.new_empty(d + 1, d + 1)
-    gram_into(result[:d, :d], rows, scale)
-    return _with_border(result, first, last)
+    return bordered(gram(rows, scale), first, rows.shape[-2] * one**2 * scale)
 
 
 def bordered(second: Tensor, first: Tensor, count: float) -> Tensor:
     """The Gram matrix of homogeneous rows, from the sums of r r^T and of r and their number."""
-    return _with_border(torch.nn.functional.pad(second, (0, 1, 0, 1)), first, count)
-
-
-def _with_border(result: Tensor, first: Tensor, count: float) -> Tensor:
-    result[..., :-1, -1] = first
-    result[..., -1, :-1] = first
-    result[..., -1, -1].fill_(count)
-    return result
+    last = torch.nn.functional.pad(first, (0, 1), value=count).unsqueeze(-2)
+    return torch.cat([torch.cat([second, first.unsqueeze(-1)], -1), last], -2)
 
 
 def cut_gram(rows: Tensor, count: int) -> Tensor:

@@ -245,19 +245,20 @@ class Preconditioner(CurvatureFaces):
 
     @torch.no_grad()
     def _precondition(self, given: Mapping[str, Tensor]) -> None:
-        updates: dict[str, Tensor] = {}
         whole = self._workers.whole(given)
-        if self._inverse.inverses:  # what is not finite in a gradient is not in its update
+        finite = bool(self._inverse.inverses)
+        if finite:
             updates = self.apply(whole)
-        if not updates or not all_finite(list(updates.values())):
+            if self.trust_region is not None:
+                shorten(updates, whole, self.trust_region)
+            for name, gradient in given.items():
+                self._workers.put(updates[name], gradient)
+            # What is not finite in a gradient is not in its update. Of shards all see the whole.
+            finite = all_finite(list((given if whole is given else updates).values()))
+        if not finite:
             self.skipped_gradients += 1
             log.warning("step %d: no finite preconditioned gradient; it is zero", self._steps)
             torch._foreach_zero_(list(given.values()))
-            return
-        if self.trust_region is not None:
-            shorten(updates, whole, self.trust_region)
-        for name, gradient in given.items():
-            self._workers.put(updates[name], gradient)
 
     # State.
 

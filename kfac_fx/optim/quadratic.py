@@ -148,5 +148,6 @@ def shorten(updates: Direction, gradient: Direction, largest: float) -> None:
     """Scales F^-1 gradient to a squared length gradient^T F^-1 gradient of at most ``largest``."""
     lengths = [(gradient[n] * updates[n].conj()).sum().real.double() for n in gradient]
     length = torch.stack(lengths).sum().clamp_min(1e-300)
+    length = torch.where(length.isfinite(), length, torch.nan)  # zero would be taken for an update
     scale = float((largest / length).sqrt().clamp_max(1.0))
     torch._foreach_mul_([updates[n] for n in gradient], scale)
