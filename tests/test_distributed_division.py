@@ -166,16 +166,23 @@ def test_bytes_on_paper(world: Any, structure: str, float64: None) -> None:
         flags += 2
     for rank, one in enumerate(world):
         assert one[structure, 1.0]["traffic"]["statistics"] == 9 * 8 * (statistics + flags), rank
-    for block in net.curvature.blocks.values():
-        if block.name not in parent:
-            inverses += sum(n * (n + 1) // 2 for n, _ in block.dimensions)
-            continue
-        above = net.curvature.blocks[parent[block.name]]
-        (A, G), (A_p, G_p) = ([side[0] for side in b.dimensions] for b in (block, above))
+    sizes = {b.name: [side[0] for side in b.dimensions] for b in net.curvature.blocks.values()}
+    complete = {}  # child -> which of the pair has both sides the smaller
+    for child, above in parent.items():
+        pairs = list(zip(sizes[child], sizes[above], strict=True))
+        if all(one <= two for one, two in pairs):
+            complete[child] = child
+        elif all(one >= two for one, two in pairs):
+            complete[child] = above
+    for name, own in sizes.items():
+        if name not in parent or name not in complete.values():
+            inverses += sum(n * (n + 1) // 2 for n in own)
+    for child, above in parent.items():
+        (A, G), (A_p, G_p) = sizes[child], sizes[above]
         k_A, k_G = min(A, A_p), min(G, G_p)
         inverses += k_A * (A + A_p) + k_G * (G + G_p) + k_A * k_G  # L and R of both sides, scale
-        if A_p < A or G_p < G:  # the child's coordinates are not complete
-            inverses += k_A + k_G + A * (A + 1) // 2 + G * (G + 1) // 2
+        if child not in complete:
+            inverses += k_A + k_G
     assert world[0][structure, 1.0]["traffic"]["inverses"] == 5 * 8 * inverses
     updates = 0
     owner = world[0][structure, 0.0]["owner"]

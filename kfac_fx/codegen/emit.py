@@ -15,6 +15,7 @@ from torch import fx
 from kfac_fx.codegen import conditional
 from kfac_fx.codegen.builder import ProgramBuilder
 from kfac_fx.codegen.calls import CHOLESKY
+from kfac_fx.codegen.conditional import Pairs
 from kfac_fx.codegen.form import Damping
 from kfac_fx.codegen.forms import FORMS, Forms
 from kfac_fx.ir import Coupling, CurvatureBlock, CurvatureGraph, parents
@@ -48,7 +49,7 @@ def emit_refresh(
     factors = {b.name: [build.input(n) for n in _factor_names(b)] for b in blocks.values()}
     crosses = {c: [build.input(n) for n in conditional.cross_names(blocks, c)] for c in couplings}
     amounts = Damping(damping, build.name(torch.sqrt(damping), "gamma"))
-    parent = parents(couplings)
+    pairs, parent = Pairs(blocks, couplings), parents(couplings)
     coupled = {*parent, *parent.values()}
     whiteners: dict[str, list[Any]] = {}
     outputs: dict[str, Any] = {}
@@ -62,14 +63,14 @@ def emit_refresh(
                 build, block, factors[name], amounts, factorise
             )
             outputs |= flags
-            if name not in parent:
+            if name not in pairs.within:
                 outputs |= conditional.own(build, block, whiteners[name])
     for coupling, cross in crosses.items():
-        child, above = blocks[coupling.child], blocks[coupling.parent]
+        child, above = pair = pairs.of[coupling.child]
         given = f"{child.name} given {above.name}"
         with build.section(f"{child.slot}_given_{above.slot}", given):
             sides = whiteners[child.name], whiteners[above.name]
-            outputs |= conditional.refresh(build, (child, above), *sides, cross)
+            outputs |= conditional.refresh(build, pair, *sides, cross)
     if not amounts.gamma.node.users:
         build.graph.erase_node(amounts.gamma.node)
     return build.finish(outputs, "Refresh")
@@ -79,12 +80,12 @@ def inverse_names(
     curvature: CurvatureGraph, couplings: Collection[Coupling], forms: Forms
 ) -> dict[str, tuple[str, ...]]:
     """Block -> names of the inverses that belong to it."""
-    blocks, parent = curvature.blocks, parents(couplings)
+    pairs = Pairs(curvature.blocks, couplings)
     return {
-        name: conditional.inverses((block, blocks[parent[name]]))
-        if name in parent
+        name: pairs.inverses(name)
+        if name in pairs.of
         else forms[block.approximation].inverses(block)
-        for name, block in blocks.items()
+        for name, block in curvature.blocks.items()
     }
 
 
@@ -122,10 +123,10 @@ def terms(
 
     Each comes in a section of its own, which is open until the next is asked for.
     """
-    blocks, parent = curvature.blocks, parents(couplings)
-    parent = {child: above for child, above in parent.items() if child in inverses}
-    coupled = {*parents(couplings), *parents(couplings).values()}
-    like = {above: inverses[child][0] for child, above in parent.items()}
+    blocks, every = curvature.blocks, Pairs(curvature.blocks, couplings)
+    pairs = {child: pair for child, pair in every.of.items() if child in inverses}
+    coupled = {block.name for pair in every.of.values() for block in pair}
+    like = {pair.parent.name: inverses[child][0] for child, pair in pairs.items()}
     like |= {name: own[0] for name, own in inverses.items()}
     V: dict[str, Any] = {}
     U: dict[str, Any] = {}
@@ -134,23 +135,35 @@ def terms(
             continue
         with build.section(block.slot, _title(block)):
             V[name] = _gather(build, block, gradients, like[name], cast)
-            if name in inverses and name not in parent:
-                U[name] = forms[block.approximation].apply(build, block, inverses[name], V[name])
+            if name in inverses and name not in every.within:
+                own = inverses[name][len(pairs[name].values) if name in pairs else 0 :]
+                U[name] = forms[block.approximation].apply(build, block, own, V[name])
             if name not in coupled:
                 yield name, U[name]
-    shares: dict[str, Any] = {}
-    for child, above in parent.items():
-        with build.section(blocks[child].slot, f"{child} given {above}"):
-            pair = blocks[child], blocks[above]
-            U[child], shares[child] = conditional.apply(pair, inverses[child], V[child], V[above])
-    for child, above in parent.items():
-        with build.section(blocks[above].slot, f"{above}: what {child} takes"):
-            own = U[above] if above in U else torch.zeros_like(V[above])
-            U[above] = torch.addmm(own, *shares[child], alpha=-1)
+    parts: dict[str, list[conditional.Part]] = {}
+    for child, pair in pairs.items():
+        above = pair.parent.name
+        with build.section(pair.child.slot, f"{child} given {above}"):
+            within = [name for name in (child, above) if every.within.get(name) == child]
+            for part in conditional.apply(pair, inverses[child], V[child], V[above], within):
+                parts.setdefault(part.block, []).append(part)
     for name in blocks:
-        if name in coupled and name in U:
+        if name in coupled and name in V:
             with build.section(blocks[name].slot, f"{name}: the sum"):
-                yield name, U[name]
+                yield name, _sum(U.get(name), parts.get(name, []))
+
+
+def _sum(own: Any, parts: Sequence[conditional.Part]) -> Any:
+    """What a block has by itself, if that is not in one of the pairs, and what pairs add."""
+    total = own
+    for part in sorted(parts, key=lambda part: -part.sign):
+        if total is None:
+            total = torch.mm(*part.factors) if part.sign > 0 else -torch.mm(*part.factors)
+        elif part.sign > 0:
+            total = torch.addmm(total, *part.factors)
+        else:
+            total = torch.addmm(total, *part.factors, alpha=-1)
+    return total
 
 
 def _gather(

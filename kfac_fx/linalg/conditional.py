@@ -11,35 +11,38 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kfac_fx.linalg.damping import damped
+from kfac_fx.linalg.triangular import symmetric_product, triangular_product
 
 
 def correlation(W: Tensor, cross: Tensor, W_parent: Tensor) -> Tensor:
     """Q = W A_ip W_p^T, whose singular values are the canonical correlations of a side.
 
     Args:
-        W, W_parent: whiteners of the sides, [n, n] and [m, m]: W A_ii W^T = I.
+        W, W_parent: lower triangular whiteners of the sides, [n, n] and [m, m]: W A_ii W^T = I.
         cross: A_ip, [n, m].
     """
-    return W @ cross @ W_parent.mT
+    return triangular_product(W, triangular_product(W_parent, cross.mT).mT)
 
 
 def conditional_side(
     W: Tensor, cross: Tensor, W_parent: Tensor, *, from_child: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(L, s, R): coordinates of child and parent, with L R = U diag(sqrt(s)) T^T between whiteners.
+    """(L, s, R): canonical coordinates L^T a_i and R^T a_p of child and parent, and their s.
 
-    L [n, k] and R [k, m], where k is the dimension that the eigenvectors are taken of: the child's
+    L [n, k] and R [m, k], where k is the dimension that the eigenvectors are taken of: the child's
     (then R carries the sqrt(s)) or the parent's (then L does); the smaller is cheaper, and exact.
     """
+    if not from_child:
+        R, s, L = conditional_side(W_parent, cross.mT, W, from_child=True)
+        return L, s, R
     Q = correlation(W, cross, W_parent)
-    square = Q @ Q.mT if from_child else Q.mT @ Q
     # Of I - Q Q^T: LAPACK fails on some matrices with many zero rows (dead units).
-    spectrum = torch.linalg.eigh(damped(-square, torch.ones_like(square[0, 0])))
+    square = symmetric_product(Q.mT).neg_()
+    torch.diagonal(square).add_(1.0)
+    spectrum = torch.linalg.eigh(square)
     s, E = (1.0 - spectrum[0]).clamp_min(0.0), spectrum[1]
-    if from_child:
-        return W.mT @ E, s, E.mT @ Q @ W_parent
-    return W.mT @ (Q @ E), s, E.mT @ W_parent
+    L = triangular_product(W, E, transposed=True)
+    return L, s, triangular_product(W_parent, Q.mT @ E, transposed=True)
 
 
 def conditional_scale(s_A: Tensor, s_G: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -49,11 +52,10 @@ def conditional_scale(s_A: Tensor, s_G: Tensor) -> tuple[Tensor, Tensor, Tensor]
     more than that is no rounding.
     """
     product = s_G.unsqueeze(-1) * s_A
-    one = torch.ones_like(product)
-    slack = (torch.nextafter(one, one + one) - one).sqrt()
-    clamped = (product > one - slack).sum()
-    indefinite = (product > one + slack).any()
-    return torch.reciprocal(one - torch.minimum(product, one - slack)), clamped, indefinite
+    slack = torch.finfo(product.dtype).eps ** 0.5
+    clamped = (product > 1.0 - slack).sum()
+    indefinite = (product > 1.0 + slack).any()
+    return torch.reciprocal(1.0 - product.clamp_max(1.0 - slack)), clamped, indefinite
 
 
 def mutual_information(r_A: Tensor, r_G: Tensor) -> Tensor:
@@ -63,6 +65,5 @@ def mutual_information(r_A: Tensor, r_G: Tensor) -> Tensor:
         r_A, r_G: squared singular values of ``correlation`` of either side.
     """
     product = r_G.unsqueeze(-1) * r_A
-    one = torch.ones_like(product)
-    slack = (torch.nextafter(one, one + one) - one).sqrt()
-    return -0.5 * torch.log1p(-torch.minimum(product, one - slack)).sum()
+    slack = torch.finfo(product.dtype).eps ** 0.5
+    return -0.5 * torch.log1p(-product.clamp_max(1.0 - slack)).sum()

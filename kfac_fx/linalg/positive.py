@@ -8,15 +8,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kfac_fx.linalg.damping import damped
+from kfac_fx.linalg.triangular import triangular_inverse
 
 
 def _root(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """The lower Cholesky root, the identity where it failed, and flags."""
-    factorisation = torch.linalg.cholesky_ex(matrix)
-    failed = factorisation[1]
-    root = torch.where((failed != 0).unsqueeze(-1).unsqueeze(-1), 0.0, factorisation[0])
-    return damped(root, (failed != 0).to(matrix.dtype)), failed
+    root, failed = torch.linalg.cholesky_ex(matrix)
+    # In place: the memory of large copies costs as much as the factorisation of small matrices.
+    root.masked_fill_((failed != 0).unsqueeze(-1).unsqueeze(-1), 0.0)
+    torch.diagonal(root, 0, -2, -1).add_((failed != 0).to(matrix.dtype).unsqueeze(-1))
+    return root, failed
 
 
 def cholesky_inverse(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -26,10 +27,9 @@ def cholesky_inverse(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def cholesky_whitener(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """W with W matrix W^T = I and W^T W = matrix^-1, of [..., d, d], and flags as above."""
+    """W, lower triangular, with W matrix W^T = I and W^T W = matrix^-1: [..., d, d]; flags too."""
     root, failed = _root(matrix)
-    identity = torch.diag_embed(torch.ones_like(torch.diagonal(root, 0, -2, -1)))
-    return torch.linalg.solve_triangular(root, identity, upper=False), failed
+    return triangular_inverse(root), failed
 
 
 def raised(eigenvalues: Tensor) -> Tensor:
@@ -54,7 +54,9 @@ def floored_whitener(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """``cholesky_whitener`` with the eigenvalues of [..., d, d] raised; it cannot fail."""
     spectrum = torch.linalg.eigh(matrix)
     whitener = torch.rsqrt(raised(spectrum[0])).unsqueeze(-1) * spectrum[1].mT
-    return whitener, torch.zeros_like(matrix[..., 0, 0], dtype=torch.int32)
+    # Of Q R W^T W keeps R; with the columns in reverse order, R becomes a lower triangle.
+    triangle = torch.linalg.qr(whitener.flip(-1))[1].flip(-2, -1)
+    return triangle, torch.zeros_like(matrix[..., 0, 0], dtype=torch.int32)
 
 
 class Factorise(NamedTuple):

@@ -1,13 +1,12 @@
-"""The Gram matrix of a stride-1 convolution's patches, without the patches.
+"""Gram matrices of stride-1 convolutions' patches, without the patches.
 
-Summed over all integer positions t, x(t + k) x(t + l) depends on l - k alone, so one correlation of
-x with itself holds every block of the matrix; then the few positions are taken off at which the
-window touches x but which are no outputs.
+Summed over all integer positions t, x(t + k) y(t + l) depends on l - k alone, so one correlation of
+x with y, or with itself, holds every block of the matrix; then the few positions are taken off at
+which both windows touch their inputs but which are no outputs.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -39,14 +38,36 @@ class Axis(NamedTuple):
         """Number of output positions."""
         return self.size + self.low + self.high - self.reach
 
-    def outside(self) -> Iterator[tuple[int, int, int]]:
-        """(first tap, last tap + 1, input of the first) at positions that are no outputs."""
-        for t in range(self.low - self.reach, self.size + self.low):
-            start = t - self.low
-            first = max(0, -(start // self.dilation))
-            last = min(self.kernel, (self.size - 1 - start) // self.dilation + 1)
-            if not 0 <= t < self.outputs and first < last:
-                yield first, last, start + first * self.dilation
+    def touched(self, t: int) -> tuple[int, int, int]:
+        """(first tap, last tap + 1, input of the first) at any integer position."""
+        start = t - self.low
+        first = max(0, -(start // self.dilation))
+        last = min(self.kernel, (self.size - 1 - start) // self.dilation + 1)
+        return first, max(first, last), start + first * self.dilation
+
+
+Axes = Sequence[Axis]
+Touched = tuple[int, int, int]
+
+
+def _outside(one: Axis, two: Axis) -> Iterator[tuple[Touched, Touched]]:
+    """What both windows touch at positions that are no outputs."""
+    for t in range(min(one.low, two.low) - max(one.reach, two.reach), one.size + one.low):
+        here, there = one.touched(t), two.touched(t)
+        if not 0 <= t < one.outputs and here[0] < here[1] and there[0] < there[1]:
+            yield here, there
+
+
+def _anywhere(one: Axis, two: Axis) -> tuple[Axis, Axis]:
+    """Both with all positions for outputs at which both windows can touch their inputs."""
+    first = max(one.low - one.reach, two.low - two.reach)
+    count = one.size + min(one.low, two.low) - first
+
+    def moved(axis: Axis) -> Axis:
+        low = axis.low - first
+        return axis._replace(low=low, high=count + axis.reach - axis.size - low)
+
+    return moved(one), moved(two)
 
 
 ASSEMBLY = 700
@@ -55,22 +76,49 @@ ASSEMBLY = 700
 CORRELATION = 2
 """Time of a multiply-add of the correlation, relative to one of a matrix product."""
 
+COPY = 50
+"""Time of an entry of a patch, in multiply-adds."""
 
-def is_cheaper(cases: int, axes: Sequence[Axis]) -> bool:
-    """Whether ``patch_gram`` takes less time than the product of the patches themselves.
 
-    Multiply-adds are counted an entry of the result.
-    """
+def _saves(cases: int, axes: Axes, others: Axes, lags: int, copies: float) -> bool:
+    """Whether a correlation takes less time; in multiply-adds an entry of the result."""
     kernel = math.prod(axis.kernel for axis in axes)
+    pairs = kernel * math.prod(axis.kernel for axis in others)
     direct = cases * math.prod(axis.outputs for axis in axes)
-    lags = axes[0].kernel * math.prod(2 * axis.kernel - 1 for axis in axes[1:])
-    everywhere = cases * math.prod(axis.size for axis in axes) * lags / kernel**2
+    everywhere = cases * math.prod(axis.size for axis in axes) * lags / pairs
     outside = 0.0
-    for axis in axes:
-        line = direct / axis.outputs
-        taps = ((last - first) / axis.kernel for first, last, _ in axis.outside())
-        outside += line * sum(part**2 for part in taps)
-    return kernel > 1 and CORRELATION * everywhere + outside + ASSEMBLY < direct
+    for one, two in zip(axes, others, strict=True):
+        line = direct / one.outputs
+        taps = (
+            (here[1] - here[0]) / one.kernel * (there[1] - there[0]) / two.kernel
+            for here, there in _outside(one, two)
+        )
+        outside += line * sum(taps)
+    return pairs > 1 and CORRELATION * everywhere + outside + ASSEMBLY < direct * (1 + copies)
+
+
+def is_cheaper(cases: int, axes: Axes) -> bool:
+    """Whether ``patch_gram`` takes less time than the product of the patches themselves."""
+    lags = axes[0].kernel * math.prod(2 * axis.kernel - 1 for axis in axes[1:])
+    return _saves(cases, axes, axes, lags, 0.0)
+
+
+def is_cheaper_crossed(x: Tensor, axes: Axes, other: Tensor, others: Axes) -> bool:
+    """The same of ``cross_patch_gram``; never where it does not hold."""
+    same = [
+        (one.size, one.dilation, one.outputs) == (two.size, two.dilation, two.outputs)
+        and max(one.low, one.high) <= one.reach
+        and max(two.low, two.high) <= two.reach
+        for one, two in zip(axes, others, strict=True)
+    ]
+    pairs = list(zip(axes, others, strict=True))
+    lags = math.prod(one.kernel + two.kernel - 1 for one, two in pairs)
+    widths = (
+        t.shape[1] * math.prod(axis.kernel for axis in each)
+        for t, each in ((x, axes), (other, others))
+    )
+    copies = COPY * sum(1 / width for width in widths)
+    return all(same) and _saves(len(x), axes, others, lags, copies)
 
 
 def keeps_precision(x: Tensor) -> bool:
@@ -78,7 +126,7 @@ def keeps_precision(x: Tensor) -> bool:
     return not x.is_cuda or x.dtype == torch.float64 or not torch.backends.cudnn.allow_tf32
 
 
-def patch_gram(x: Tensor, axes: Sequence[Axis], groups: int) -> Tensor:
+def patch_gram(x: Tensor, axes: Axes, groups: int) -> Tensor:
     """Sum over cases and output positions of p p^T, p the patch of one group's channels.
 
     Args:
@@ -87,62 +135,127 @@ def patch_gram(x: Tensor, axes: Sequence[Axis], groups: int) -> Tensor:
     Returns:
         [groups, C / groups * kernel, the same], channels before kernel.
     """
+    lags = _autocorrelation(x, axes, groups)
+    return _at_outputs(_everywhere(lags, axes, axes), (x, x), (axes, axes), groups)
+
+
+def cross_patch_gram(x: Tensor, axes: Axes, other: Tensor, others: Axes) -> Tensor:
+    """Sum over cases and output positions of p q^T, p and q the patches of two inputs.
+
+    Args:
+        x, other: [N, C, *space] and [N, D, *space].
+        axes, others: with the same sizes, dilations and numbers of outputs, and paddings of at most
+            the reach.
+
+    Returns:
+        [C * kernel, D * other kernel], channels before kernel.
+    """
+    if x.shape[1] > other.shape[1]:  # kernels are slower the other way round
+        return cross_patch_gram(other, others, x, axes).mT
+    lags = _crosscorrelation(x, axes, other, others)
+    return _at_outputs(_everywhere(lags, axes, others), (x, other), (axes, others), 1)[0]
+
+
+def _at_outputs(
+    A: Tensor, given: tuple[Tensor, Tensor], pair: tuple[Axes, Axes], groups: int
+) -> Tensor:
+    """[groups, C, *kernel, D, *kernel] of all integer positions -> a matrix of the outputs'."""
+    x, other = given
+    axes, others = pair
     dims = len(axes)
-    kernel = [axis.kernel for axis in axes]
-    A = _everywhere(x, axes, groups)
-    for at, axis in enumerate(axes):
+    for at, (one, two) in enumerate(zip(axes, others, strict=True)):
         # Earlier axes are at outputs already; later ones are anywhere.
-        others = [*axes[:at], *(a._replace(low=a.reach, high=a.reach) for a in axes[at + 1 :])]
-        for first, last, start in axis.outside():
-            lines = x.narrow(2 + at, start, (last - first - 1) * axis.dilation + 1)
-            lines = lines.movedim(2 + at, 2)[:, :, :: axis.dilation]
-            rows = _line_patches(lines, others)  # [C, taps, N * S, *others' taps]
-            rows = rows.movedim(2, -1).unflatten(0, (groups, -1)).movedim(2, 2 + at)
-            flat = rows.flatten(1, 1 + dims)
-            found = (flat @ flat.mT).unflatten(2, rows.shape[1:-1]).unflatten(1, rows.shape[1:-1])
-            block = A.narrow(2 + at, first, last - first)
-            block.narrow(3 + dims + at, first, last - first).sub_(found)
-    size = A.shape[1] * math.prod(kernel)
-    return A.reshape(groups, size, size)
+        later = [_anywhere(a, b) for a, b in zip(axes[at + 1 :], others[at + 1 :], strict=True)]
+        spaces = [*axes[:at], *(a for a, _ in later)], [*others[:at], *(b for _, b in later)]
+        for here, there in _outside(one, two):
+            rows = _lines(x, at, here, one.dilation, spaces[0], groups)
+            same = other is x and there == here and spaces[0] == spaces[1]
+            columns = rows if same else _lines(other, at, there, two.dilation, spaces[1], groups)
+            found = rows.flatten(1, 1 + dims) @ columns.flatten(1, 1 + dims).mT
+            found = found.unflatten(2, columns.shape[1:-1]).unflatten(1, rows.shape[1:-1])
+            block = A.narrow(2 + at, here[0], here[1] - here[0])
+            block.narrow(3 + dims + at, there[0], there[1] - there[0]).sub_(found)
+    return A.reshape(groups, A.shape[1 : 2 + dims].numel(), -1)
 
 
-def _everywhere(x: Tensor, axes: Sequence[Axis], groups: int) -> Tensor:
-    """The sum over all integer positions, [groups, C, *kernel, C, *kernel]."""
+def _lines(
+    x: Tensor, at: int, touched: Touched, dilation: int, others: Axes, groups: int
+) -> Tensor:
+    """[groups, C, *kernel, N * S]: patches at one place of an axis, where only some taps touch."""
+    first, last, start = touched
+    lines = x.narrow(2 + at, start, (last - first - 1) * dilation + 1)
+    lines = lines.movedim(2 + at, 2)[:, :, ::dilation]
+    rows = _line_patches(lines, others)  # [C, taps, N * S, *others' taps]
+    grouped: Tensor = rows.movedim(2, -1).unflatten(0, (groups, -1)).movedim(2, 2 + at)
+    return grouped
+
+
+def _everywhere(R: Tensor, axes: Axes, others: Axes) -> Tensor:
+    """[groups, a, b, *lags] -> the sum over all integer positions, [groups, a, *k, b, *l].
+
+    Lags are those of the tap of a, less that of b, from the lowest on.
+    """
     dims = len(axes)
-    channels = x.shape[1] // groups
-    # As the gradient of a weight: sum over u of x_a(u + lag) x_b(u). R[a, b, -lag] = R[b, a, lag],
-    # so half of the lags of the first axis are enough.
+    lags: list[Tensor] = []
+    for at, (one, two) in enumerate(zip(axes, others, strict=True)):
+        k, l = (torch.arange(axis.kernel, device=R.device) for axis in (one, two))
+        shape = [1] * (2 * dims)
+        shape[at], shape[dims + at] = one.kernel, two.kernel
+        lags.append((two.kernel - 1 + k[:, None] - l).reshape(shape))
+    index: list[Tensor | None] = [None, None, None, *lags]
+    taken: Tensor = torch.ops.aten.index(R, index)  # [groups, a, b, *k, *l]
+    order = [0, 1, *range(3, 3 + dims), 2, *range(3 + dims, 3 + 2 * dims)]
+    return taken.permute(order).contiguous()
+
+
+def _autocorrelation(x: Tensor, axes: Axes, groups: int) -> Tensor:
+    """R[a, b, lag] = sum over u of x_a(u + lag) x_b(u), of one group's channels."""
+    dims = len(axes)
+    # R[a, b, -lag] = R[b, a, lag], so half of the lags of the first axis are enough.
     pad = [0] * (2 * dims - 2) + [0, axes[0].reach]
     taps = [axes[0].kernel, *(2 * a.kernel - 1 for a in axes[1:])]
-    half = torch.ops.aten.convolution_backward(
+    padding = [0, *(axis.reach for axis in axes[1:])]
+    half = _correlation(x, F.pad(x, pad), taps, padding, axes, groups)
+    half = half.unflatten(0, (groups, -1)).transpose(1, 2)  # [groups, a, b, *lags]
+    negative = half.transpose(1, 2).flip(list(range(3, 3 + dims))).narrow(3, 0, taps[0] - 1)
+    return torch.cat([negative, half], 3)
+
+
+def _crosscorrelation(x: Tensor, axes: Axes, other: Tensor, others: Axes) -> Tensor:
+    """R[0, a, b, lag] = sum over u of x_a(u + lag) other_b(u)."""
+    pairs = list(zip(axes, others, strict=True))
+    taps = [one.kernel + two.kernel - 1 for one, two in pairs]
+    lows = [two.reach + one.low - two.low for one, two in pairs]
+    highs = [one.reach + two.reach - low for (one, two), low in zip(pairs, lows, strict=True)]
+    padding = [max(0, min(both)) for both in zip(lows, highs, strict=True)]
+    pad = [
+        side - common
+        for low, high, common in reversed(list(zip(lows, highs, padding, strict=True)))
+        for side in (low, high)
+    ]
+    x = F.pad(x, pad) if any(pad) else x
+    return _correlation(other, x, taps, padding, axes, 1).transpose(0, 1).unsqueeze(0)
+
+
+def _correlation(
+    by: Tensor, x: Tensor, taps: list[int], padding: list[int], axes: Axes, groups: int
+) -> Tensor:
+    """As the gradient of a weight: [b, a, *taps], the sum over u of by_b(u) x_a(u + tap)."""
+    dims = len(axes)
+    found: Tensor = torch.ops.aten.convolution_backward(
+        by,
         x,
-        F.pad(x, pad),
-        x.new_empty(x.shape[1], channels, *taps),
+        x.new_empty(by.shape[1], x.shape[1] // groups, *taps),
         None,
         [1] * dims,
-        [0, *(axis.reach for axis in axes[1:])],
+        padding,
         [axis.dilation for axis in axes],
         False,
         [0] * dims,
         groups,
         [False, True, False],
     )[1]
-    half = half.unflatten(0, (groups, channels)).transpose(1, 2)  # [groups, a, b, *lags]
-    negative = half.transpose(1, 2).flip(list(range(3, 3 + dims))).narrow(3, 0, taps[0] - 1)
-    R = torch.cat([negative, half], 3)
-    return _by_taps(R, [axis.kernel for axis in axes])
-
-
-def _by_taps(R: Tensor, kernel: Sequence[int]) -> Tensor:
-    """R [groups, a, b, *lags] -> [groups, a, *k, b, *l]: the entry of the lag k - l."""
-    groups, a, b = R.shape[:3]
-    result = R.new_empty(groups, a, *kernel, b, *kernel)
-    whole = (slice(None),) * 3
-    order = (0, 1, *range(3, R.dim()), 2)
-    for taps in itertools.product(*map(range, kernel)):
-        there = tuple(slice(n - 1 - l, 2 * n - 1 - l) for n, l in zip(kernel, taps, strict=True))
-        result[(..., *taps)] = R[(*whole, *there)].permute(order)
-    return result
+    return found
 
 
 def _line_patches(lines: Tensor, others: Sequence[Axis]) -> Tensor:

@@ -20,7 +20,8 @@ from kfac_fx.ops.alignment import (
     pooled,
     spread,
 )
-from kfac_fx.ops.sides import Side, derivative_rows, input_rows, row_shape, side_of
+from kfac_fx.ops.cross_input import Input, cross_input
+from kfac_fx.ops.sides import Side, derivative_rows, row_shape, side_of
 from kfac_fx.ops.tap import buffer_of, constant, define, is_paused, joined, recording
 
 
@@ -45,8 +46,8 @@ class _Link(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor, later: Tensor) -> tuple[Tensor | None, ...]:
         if not ctx.needs_input_grad[1] or is_paused(ctx.G):
             return None, None, None
-        rows = derivative_rows(ctx.side, g, ctx.G.dtype)
-        return None, rows.flatten(0, -2).mT @ later.flatten(0, -2), None
+        rows, scale = derivative_rows(ctx.side, g, ctx.G.dtype)
+        return None, rows.flatten(0, -2).mT @ later.flatten(0, -2) * scale, None
 
 
 class _Sides(NamedTuple):
@@ -103,17 +104,12 @@ def _cross_input(
     A: Tensor = ctx.A
     if common is None:
         return torch.zeros_like(A)
-    x, earlier_x = ctx.saved_tensors
-    # Reduced rows have no positions, but patches need to know them.
+    x, earlier_x = (x.to(A.dtype) for x in ctx.saved_tensors)
     sides: _Sides = ctx.sides
-    later = input_rows(sides.later, x, sides.later.positions(shape), A.dtype, sides.one)
-    earlier = input_rows(sides.earlier, earlier_x, there, A.dtype, sides.one)
-    earlier = by_case(earlier, common.cases, common.first, sides.earlier.interleaved)
-    later = by_case(later, common.cases, common.second, sides.later.interleaved)
-    one, two = pooled(earlier, common.grid), pooled(later, common.grid)
-    product: Tensor = one.flatten(0, -2).mT @ two.flatten(0, -2)
-    cases: float = (there[0] * here[0]) ** 0.5
-    return product / cases
+    # Reduced rows have no positions, but patches need to know them.
+    later = Input(sides.later, x, sides.later.positions(shape), common.second)
+    earlier = Input(sides.earlier, earlier_x, there, common.first)
+    return cross_input(earlier, later, common, sides.one)
 
 
 def _handed_back(ctx: Any, g: Tensor, there: tuple[int, ...], common: Common | None) -> Tensor:
@@ -122,9 +118,9 @@ def _handed_back(ctx: Any, g: Tensor, there: tuple[int, ...], common: Common | N
     if common is None:
         return torch.zeros(ctx.link_shape, dtype=dtype, device=g.device)
     sides: _Sides = ctx.sides
-    rows = derivative_rows(sides.later, g, dtype)
+    rows, scale = derivative_rows(sides.later, g, dtype)
     rows = by_case(rows, common.cases, common.second, sides.later.interleaved)
-    rows = spread(pooled(rows, common.grid), common.first)
+    rows = spread(pooled(rows, common.grid) * scale, common.first)
     return from_cases(rows, there, sides.earlier.interleaved)
 
 

@@ -6,11 +6,14 @@ import ast
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from math import prod
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from kfac_fx.ops.autocorrelation import Axis
 from kfac_fx.ops.convolution import (
     TRANSPOSED,
     ConvolutionStatistics,
@@ -105,14 +108,55 @@ class ConvolutionSide:
         return (*lead, *shape[len(shape) - spatial :])
 
     def inputs(self, x: Tensor, positions: Sequence[int]) -> Tensor:
-        x = x.unsqueeze(0) if x.dim() == len(self.window.kernel) + 1 else x
         statistics = ConvolutionStatistics(self.window, 1, self.bias, self.reduce)
-        return statistics.patches(x, positions[1:]).squeeze(0)
+        return statistics.patches(self.batched(x), positions[1:]).squeeze(0)
+
+    def batched(self, x: Tensor) -> Tensor:
+        """[N, C, *space], where one case may come without its batch dimension."""
+        return x.unsqueeze(0) if x.dim() == len(self.window.kernel) + 1 else x
+
+    def axes(self, x: Tensor) -> list[Axis] | None:
+        """The spatial axes of a batch, where a Gram matrix of patches can do without them."""
+        if self.reduce or not isinstance(self.window, Window):
+            return None
+        return self.window.axes(x) if x.dim() == len(self.window.kernel) + 2 else None
+
+    def pooled_inputs(
+        self, x: Tensor, positions: Sequence[int], grid: Sequence[int]
+    ) -> Tensor | None:
+        """``pooled`` of the patches, as the patches of the sums over cells: [cases, *grid, d].
+
+        None where cells are uneven, or the window is that of a transposed convolution.
+        """
+        window = self.window
+        pairs = list(zip(positions[1:], grid, strict=True))
+        if not isinstance(window, Window) or any(size % cells for size, cells in pairs):
+            return None
+        each = [size // cells for size, cells in pairs]
+        x = self.batched(x)
+        if any(window.padding):
+            mode = "constant" if window.padding_mode == "zeros" else window.padding_mode
+            x = F.pad(x, list(window.padding), mode=mode)
+        for axis, count in enumerate(each):
+            x = _sums(x, 2 + axis, count, window.stride[axis])
+        x = x / prod(each) ** 0.5 if prod(each) > 1 else x
+        stride = [step * count for step, count in zip(window.stride, each, strict=True)]
+        coarse = Window(window.kernel, stride, window.dilation, [0] * len(window.padding), "zeros")
+        rows: Tensor = coarse.patches(x, 1).squeeze(0).unflatten(1, grid)
+        return rows
 
     def derivatives(self, g: Tensor) -> Tensor:
-        spatial = len(self.window.kernel)
-        g = g.unsqueeze(0) if g.dim() == spatial + 1 else g
-        return g.flatten(2).mT
+        return self.batched(g).flatten(2).mT
+
+
+def _sums(x: Tensor, dim: int, count: int, step: int) -> Tensor:
+    """At each place the sum of ``count`` entries from there on, ``step`` apart."""
+    if count == 1:
+        return x
+    size = x.shape[dim] - (count - 1) * step
+    half = _sums(x, dim, count // 2, step)
+    total = half.narrow(dim, 0, size) + half.narrow(dim, count // 2 * step, size)
+    return total + x.narrow(dim, (count - 1) * step, size) if count % 2 else total
 
 
 @cache
@@ -132,29 +176,17 @@ def side_of(text: str) -> Side:
     return ConvolutionSide(window, bias, reduce)
 
 
-def input_rows(
-    side: Side, x: Tensor, positions: Sequence[int], dtype: torch.dtype, one: float = 1.0
-) -> Tensor:
-    """abar by position, [cases, *positions, d]; reduce: the mean over positions, [cases, d].
+def derivative_rows(side: Side, g: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:
+    """g by position, [cases, *positions, d], and 1 / sqrt(S); reduce: the sum, [cases, d], and 1.
 
-    ``one`` is the homogeneous coordinate.
+    Their product is what the cross factor is a second moment of.
     """
-    rows = side.inputs(x, positions).to(dtype)
-    if side.reduce:
-        rows = rows.mean(1)
-    else:
-        rows = rows.unflatten(1, positions[1:]) if len(positions) > 1 else rows.squeeze(1)
-    return torch.cat([rows, torch.full_like(rows[..., :1], one)], -1) if side.bias else rows
-
-
-def derivative_rows(side: Side, g: Tensor, dtype: torch.dtype) -> Tensor:
-    """g / sqrt(S) by position, [cases, *positions, d]; reduce: the sum, [cases, d]."""
     rows = side.derivatives(g).to(dtype)
     if side.reduce:
-        return rows.sum(1)
+        return rows.sum(1), 1.0
     positions = side.positions(g.shape)[1:]
-    scaled: Tensor = rows / rows.shape[1] ** 0.5
-    return scaled.unflatten(1, positions) if positions else scaled.squeeze(1)
+    scale: float = rows.shape[1] ** -0.5
+    return rows.unflatten(1, positions) if positions else rows.squeeze(1), scale
 
 
 def row_shape(side: Side, shape: Sequence[int]) -> tuple[int, ...]:
