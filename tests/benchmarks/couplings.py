@@ -1,4 +1,4 @@
-"""What the couplings cost: python tests/benchmarks/couplings.py [--threads 1].
+"""What the couplings cost: python tests/benchmarks/couplings.py [--threads 1] [--workloads ae].
 
 Refresh, apply and one recorded forward and backward, block-tridiagonal over block-diagonal, in the
 same process; CPU time, the best of several repeats.
@@ -8,75 +8,20 @@ from __future__ import annotations
 
 import argparse
 import copy
-import itertools
+import os
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from workloads import SMALL, WORKLOADS, make
 
 import kfac_fx
-
-
-def autoencoder() -> nn.Module:
-    half = [784, 400, 200, 100, 50, 25, 6]
-    sizes = half + half[-2::-1]
-    layers = [(nn.Linear(a, b), nn.Tanh()) for a, b in itertools.pairwise(sizes)]
-    return nn.Sequential(*[layer for pair in layers for layer in pair][:-1])
-
-
-class Block(nn.Module):
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.bn1, self.bn2 = nn.BatchNorm2d(outputs), nn.BatchNorm2d(outputs)
-        self.down: nn.Module = nn.Identity()
-        if stride > 1:
-            conv = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
-            self.down = nn.Sequential(conv, nn.BatchNorm2d(outputs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        return F.relu(h + self.down(x))
-
-
-def resnet() -> nn.Module:
-    stem = (nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
-    blocks = (Block(16, 16, 1), Block(16, 32, 2), Block(32, 64, 2))
-    return nn.Sequential(*stem, *blocks, nn.AvgPool2d(8), nn.Flatten(), nn.Linear(64, 10))
-
-
-class Layer(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
-        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.norm1(x)
-        q, k, v = (
-            p(h).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.q, self.k, self.v)
-        )
-        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        x = x + self.out(mixed)
-        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
-
-
-def transformer() -> nn.Module:
-    return nn.Sequential(
-        nn.Embedding(256, 128), *(Layer(128, 4) for _ in range(4)), nn.Linear(128, 256)
-    )
-
-
-WORKLOADS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], str]] = {
-    "autoencoder": (autoencoder, lambda: torch.rand(512, 784), "bernoulli"),
-    "ResNet-8": (resnet, lambda: torch.randn(64, 3, 32, 32), "categorical"),
-    "transformer": (transformer, lambda: torch.randint(256, (16, 64)), "categorical"),
-}
 
 
 def best(run: Callable[[], object], repeats: int) -> float:
@@ -115,13 +60,14 @@ def stages(model: nn.Module, x: Tensor, likelihood: str, structure: str) -> list
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--threads", type=int, default=1)
-    torch.set_num_threads(parser.parse_args().threads)
-    torch.manual_seed(0)
+    parser.add_argument("--workloads", nargs="+", default=list(SMALL), choices=list(WORKLOADS))
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     print(f"torch {torch.__version__}, CPU, {torch.get_num_threads()} threads; ms, and the ratio")
-    for name, (build, inputs, likelihood) in WORKLOADS.items():
-        model, x = build(), inputs()
+    for name in options.workloads:
+        work = make(name)
         alone, coupled = (
-            stages(copy.deepcopy(model), x, likelihood, structure)
+            stages(copy.deepcopy(work.model), work.batches[0][0], work.likelihood, structure)
             for structure in ("block_diagonal", "block_tridiagonal")
         )
         cells = [

@@ -1,181 +1,239 @@
 """What a step of training costs with K-FAC, relative to SGD's.
 
-    python tests/benchmarks/steps.py [--threads 1] [--compile] [--workloads autoencoder ResNet-8]
+    python tests/benchmarks/steps.py [--threads 1] [--compile] [--workloads ae cnn lm] [--only a b]
 
-Every setting trains a network of its own, block-diagonal, for a whole refresh period at a time; so
-does SGD with momentum in between. Printed is the median of the paired ratios of processor time; the
-stages are of single calls. SGD and the settings run in one process with the threads stated.
+Every setting trains a network of its own, block-diagonal, for a whole refresh period at a time; SGD
+with momentum does the same in turn. Printed is the median of the paired ratios of processor time,
+its interval of 95 %, and the ratio that is asked for. SGD and the settings run in one process with
+the threads stated.
+
+With --compile, SGD's forward and loss are one graph; ours are two, as ``observe`` wants the outputs
+in between, and the programs are compiled too. In a ``TrainingStep``, forward, loss, gradients and
+statistics are one.
+
+``off / plain`` is forward and backward of the transformed network with nothing to record, over
+those of the model.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-import statistics
-import time
+import gc
+import os
+import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
-import torch.nn.functional as F
-from couplings import WORKLOADS
+from methods import own
+from timing import Call, Interleaved
 from torch import Tensor, nn
+from workloads import SMALL, WORKLOADS, Workload, make
 
 import kfac_fx
 
-Step = Callable[[], None]
-
-
-def loss_of(likelihood: str, outputs: Tensor, targets: Tensor) -> Tensor:
-    if likelihood == "bernoulli":
-        return F.binary_cross_entropy_with_logits(outputs, targets, reduction="sum") / len(outputs)
-    return F.cross_entropy(outputs.flatten(0, -2), targets.flatten())
-
-
-class Workload:
-    """A network with one batch."""
-
-    def __init__(self, name: str, compiled: bool) -> None:
-        build, inputs, self.likelihood = WORKLOADS[name]
-        torch.manual_seed(0)
-        self.model, self.x = build(), inputs()
-        outputs = self.model(self.x)
-        bernoulli = self.likelihood == "bernoulli"
-        self.y = self.x if bernoulli else torch.randint(10, outputs.shape[:-1])
-        self.compiled = compiled
-
-    def run(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
-        """The network as it is called."""
-        return torch.compile(model) if self.compiled else model
-
-    def sgd(self) -> Step:
-        model = copy.deepcopy(self.model)
-        optimizer, run = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9), self.run(model)
-
-        def step() -> None:
-            optimizer.zero_grad()
-            loss_of(self.likelihood, run(self.x), self.y).backward()
-            optimizer.step()
-
-        return step
-
-    def preconditioned(self, record: bool = True, **options: Any) -> Step:
-        """Gradients from the full batch, preconditioned, and then SGD."""
-        model = copy.deepcopy(self.model)
-        net = kfac_fx.transform(model, (self.x,), structure="block_diagonal")
-        options = {"damping": 1e-1, **options}
-        pre = kfac_fx.Preconditioner(net, self.likelihood, **options)
-        optimizer, run = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9), self.run(net)
-
-        def step() -> None:
-            optimizer.zero_grad()
-            outputs = run(self.x)
-            pre.observe(outputs, self.y)
-            loss_of(self.likelihood, outputs, self.y).backward()
-            if record:
-                pre.step()
-            optimizer.step()
-
-        return step
-
-    def stochastic(self, **options: Any) -> Step:
-        """``KFAC`` with a learning rate: statistics on a part of the batch."""
-        net = kfac_fx.transform(copy.deepcopy(self.model), (self.x,), structure="block_diagonal")
-        optimizer = kfac_fx.KFAC(net, self.likelihood, lr=1e-4, damping=1e-1, **options)
-        return lambda: optimizer.step(self.x, self.y) and None
-
-
-SETTINGS: dict[str, tuple[Callable[[Workload], Step], int]] = {
-    "(a) sampled on 1/8 every step, refresh every 20": (
-        lambda w: w.stochastic(statistics_fraction=1 / 8, refresh_every=20),
-        20,
-    ),
-    "(b) empirical every step, refresh every 10": (
-        lambda w: w.preconditioned(fisher="empirical", refresh_every=10),
-        10,
-    ),
-    "(c) sampled every 10, refresh every 100": (
-        lambda w: w.preconditioned(statistics_every=10, refresh_every=100),
-        100,
-    ),
+OPTIONS: dict[str, dict[str, Any]] = {
+    "a": {"fisher": "sampled", "refresh_every": 20},
+    "b": {"fisher": "empirical", "refresh_every": 10},
+    "c": {"fisher": "sampled", "statistics_every": 10, "refresh_every": 100},
 }
+TITLES = {
+    "a": "sampled on 1/8 every step, refresh every 20",
+    "b": "empirical every step, refresh every 10",
+    "c": "sampled every 10, refresh every 100",
+}
+LIMITS = {
+    "a": {"ae": 1.9, "cnn": 1.3, "lm": 1.4},
+    "b": {"ae": 2.4, "cnn": 2.0, "lm": 1.85},
+    "c": {"cnn": 1.10, "lm": 1.25},
+}
+OFF_LIMIT = 1.02
 
 
-def seconds(step: Step, count: int) -> float:
-    """Processor seconds a step."""
-    start = time.process_time()
-    for _ in range(count):
-        step()
-    return (time.process_time() - start) / count
+class Trained(NamedTuple):
+    """SGD with momentum, and how the network and its loss are called."""
+
+    forward: Callable[[Tensor], Tensor]
+    loss: Callable[[Tensor, Tensor], Tensor]
+    optimizer: torch.optim.Optimizer
 
 
-def paired(ours: Step, theirs: Step, period: int, rounds: int) -> Iterator[tuple[float, float]]:
-    for step in (ours, theirs):
-        seconds(step, 3)
-    for _ in range(rounds):
-        yield seconds(ours, period), seconds(theirs, period)
+def trained(work: Workload, net: nn.Module, compiled: bool) -> Trained:
+    optimizer = torch.optim.SGD(net.parameters(), lr=work.lr, momentum=0.9)
+    if compiled:
+        return Trained(torch.compile(net), torch.compile(work.loss), optimizer)
+    return Trained(net, work.loss, optimizer)
 
 
-def stages(workload: Workload) -> str:
-    """Milliseconds of a refresh, of an apply and of the statistics of the whole batch."""
-    net = kfac_fx.transform(copy.deepcopy(workload.model), structure="block_diagonal")
-    pre = kfac_fx.Preconditioner(net, workload.likelihood, damping=1e-1)
-    gradients = {
-        n: torch.randn_like(p) for n, p in net.named_parameters() if n in pre.curvature.covered
-    }
+def sgd(work: Workload, compiled: bool = False) -> Call:
+    """The plain step; compiled, its forward and its loss are one graph."""
+    work = own(work)
+    optimizer = torch.optim.SGD(work.model.parameters(), lr=work.lr, momentum=0.9)
 
-    def plain() -> None:
-        workload.model.zero_grad()
-        loss_of(workload.likelihood, workload.model(workload.x), workload.y).backward()
+    def forward(x: Tensor, y: Tensor) -> Tensor:
+        return work.loss(work.model(x), y)
 
-    pre = kfac_fx.Preconditioner(net, workload.likelihood, fisher="empirical", damping=1e-1)
+    run = torch.compile(forward) if compiled else forward
 
-    def recorded() -> None:
-        outputs = net(workload.x)
-        pre.observe(outputs, workload.y)
-        loss_of(workload.likelihood, outputs, workload.y).backward()
+    def step() -> None:
+        optimizer.zero_grad()
+        run(*work.next()).backward()
+        optimizer.step()
 
-    def off() -> None:
-        net.zero_grad()
-        loss_of(workload.likelihood, net(workload.x), workload.y).backward()
+    return step
 
-    recorded()
-    pre.step()
-    times: dict[str, list[float]] = {}
-    for _ in range(7):
-        pre._recorder.switch(True)
-        for name, run in (("plain", plain), ("recorded", recorded)):
-            times.setdefault(name, []).append(1e3 * seconds(run, 1))
-        pre._recorder.switch(False)
-        runs = (("off", off), ("refresh", pre.refresh), ("apply", lambda: pre.apply(gradients)))
-        for name, run in runs:
-            times.setdefault(name, []).append(1e3 * seconds(run, 1))
-    ms = {name: statistics.median(values) for name, values in times.items()}
-    ms["statistics"] = statistics.median(
-        a - b for a, b in zip(times["recorded"], times["off"], strict=True)
+
+def transformed(work: Workload) -> Any:
+    return kfac_fx.transform(work.model, (work.batches[0][0],), structure="block_diagonal")
+
+
+def preconditioned(work: Workload, setting: str, compiled: bool = False) -> Call:
+    """``Preconditioner`` in front of SGD; statistics of 1/8 of the batch in a pass of their own."""
+    work, options = own(work), OPTIONS[setting]
+    net = transformed(work)
+    pre = kfac_fx.Preconditioner(net, work.likelihood, damping=1e-1, compile=compiled, **options)
+    forward, loss, optimizer = trained(work, net, compiled)
+    part = max(1, work.cases // 8) if setting == "a" else work.cases
+    by_inputs = setting == "a" or (compiled and options["fisher"] == "sampled")
+
+    def step() -> None:
+        x, y = work.next()
+        optimizer.zero_grad()
+        if by_inputs:
+            pre.observe(inputs=x[:part], targets=y[:part])
+        outputs = forward(x)
+        if not by_inputs:
+            pre.observe(outputs, y)
+        loss(outputs, y).backward()
+        pre.step()
+        optimizer.step()
+
+    return step
+
+
+def fused(work: Workload, setting: str, compiled: bool = True) -> Call:
+    """``Preconditioner`` with a ``TrainingStep`` in front of SGD."""
+    work = own(work)
+    net, options = transformed(work), OPTIONS[setting]
+    pre = kfac_fx.Preconditioner(net, work.likelihood, damping=1e-1, compile=compiled, **options)
+    run = kfac_fx.TrainingStep(pre, work.loss)
+    optimizer = torch.optim.SGD(net.parameters(), lr=work.lr, momentum=0.9)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        run(*work.next())
+        pre.step()
+        optimizer.step()
+
+    return step
+
+
+def kfac(work: Workload, setting: str, compiled: bool = False) -> Call:
+    """``KFAC`` with a learning rate."""
+    work = own(work)
+    options = {**OPTIONS[setting], "statistics_fraction": 1 / 8 if setting == "a" else 1.0}
+    net = transformed(work)
+    optimizer = kfac_fx.KFAC(
+        net, work.likelihood, lr=work.lr, damping=1e-1, compile=compiled, **options
     )
-    ratio = statistics.median(a / b for a, b in zip(times["off"], times["plain"], strict=True))
-    parts = ("plain", "statistics", "refresh", "apply")
-    return ", ".join(f"{name} {ms[name]:.1f}" for name in parts) + f"; off / plain {ratio:.2f}"
+    return lambda: optimizer.step(*work.next())
+
+
+def ways(setting: str, compiled: bool) -> Iterator[tuple[str, Callable[..., Call]]]:
+    """How a setting can be had."""
+    yield "Preconditioner", preconditioned
+    if setting == "a":
+        yield "KFAC", kfac
+    elif compiled:
+        yield "TrainingStep", fused
+
+
+def record_once(work: Workload, net: Any) -> None:
+    """Leaves a network behind that has nothing to record."""
+    pre = kfac_fx.Preconditioner(net, work.likelihood, statistics_every=10**9)
+    x, y = work.next()
+    outputs = net(x)
+    pre.observe(outputs)
+    work.loss(outputs, y).backward()
+    pre.step()
+
+
+def backward(work: Workload, net: nn.Module, compiled: bool) -> Call:
+    """Forward and backward alone."""
+    forward, loss, optimizer = trained(work, net, compiled)
+
+    def call() -> None:
+        x, y = work.next()
+        optimizer.zero_grad()
+        loss(forward(x), y).backward()
+
+    return call
+
+
+def off_over_plain(work: Workload, compiled: bool, precision: float) -> str:
+    """Forward and backward of the transformed network and of the model."""
+    plain, other = own(work), own(work)
+    net = transformed(other)
+    record_once(other, net)
+    calls = {
+        "plain": backward(plain, plain.model, compiled),
+        "off": backward(other, net, compiled),
+    }
+    found = Interleaved(calls, warmup=3)
+    ratio = found.until("off", "plain", precision, 120)
+    rounds = len(found.samples["off"])
+    return (
+        f"off / plain {ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}], limit {OFF_LIMIT}, "
+        f"{rounds} rounds; plain {1e3 * found.seconds('plain'):.1f} ms"
+    )
+
+
+def measured(
+    work: Workload, setting: str, way: Callable[..., Call], compiled: bool, rounds: int
+) -> str:
+    """The ratio of a setting, and the limit if there is one."""
+    period = OPTIONS[setting]["refresh_every"]
+    calls = {"ours": way(work, setting, compiled), "sgd": sgd(work, compiled)}
+    found = Interleaved(calls, warmup=12, counts=dict.fromkeys(calls, period))
+    found.run(rounds)
+    ratio, limit = found.ratio("ours", "sgd"), LIMITS[setting].get(work.name)
+    verdict = "" if limit is None else f", limit {limit}" + (" MISSED" * (ratio.value > limit))
+    wall = ""
+    if torch.get_num_threads() > 1:
+        wall = f", by wall time {found.ratio('ours', 'sgd', 'wall').value:.2f}"
+    return (
+        f"{ratio.value:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]{wall}{verdict}; "
+        f"SGD {1e3 * found.seconds('sgd'):.1f} ms"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--compile", action="store_true", help="both networks, not the programs")
-    parser.add_argument("--workloads", nargs="+", default=list(WORKLOADS))
+    parser.add_argument("--precision", type=float, default=0.01, help="of off / plain; 0 to skip")
+    parser.add_argument("--compile", action="store_true", help="SGD's network and all of ours")
+    parser.add_argument("--workloads", nargs="+", default=list(SMALL), choices=list(WORKLOADS))
+    parser.add_argument("--only", nargs="+", default=list(OPTIONS), choices=list(OPTIONS))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     kind = "compiled" if options.compile else "eager"
     print(f"torch {torch.__version__}, CPU, {torch.get_num_threads()} threads, {kind}")
     for name in options.workloads:
-        workload = Workload(name, options.compile)
-        print(f"{name}, ms: {stages(workload)}", flush=True)
-        for title, (make, period) in SETTINGS.items():
-            pairs = list(paired(make(workload), workload.sgd(), period, options.rounds))
-            ratio = statistics.median(a / b for a, b in pairs)
-            print(f"    {title}: {ratio:.2f} of SGD's {1e3 * pairs[0][1]:.1f} ms", flush=True)
+        work = make(name)
+        print(f"{name}: {WORKLOADS[name].__doc__}", flush=True)
+        if options.precision:
+            print("   ", off_over_plain(work, options.compile, options.precision), flush=True)
+        for setting in options.only:
+            for way, build in ways(setting, options.compile):
+                found = measured(work, setting, build, options.compile, options.rounds)
+                print(f"    ({setting}) {TITLES[setting]}, {way}: {found}", flush=True)
+                torch.compiler.reset()
+                gc.collect()
 
 
 if __name__ == "__main__":
