@@ -41,10 +41,11 @@ class Window:
         return x.movedim(1, -1)
 
     def mean_patch(self, x: Tensor, groups: int) -> Tensor:
-        """The mean of ``patches`` over positions, without them: [groups, N, C / groups * kernel]."""
+        """The mean of ``patches`` over positions: [groups, N, C / groups * kernel]."""
         dims = len(self.kernel)
-        means = self._windows(x).mean(list(range(2, 2 + dims)))  # [N, C, *kernel]
-        return means.unflatten(1, (groups, -1)).flatten(2).transpose(0, 1)
+        means: Tensor = self._windows(x).mean(list(range(2, 2 + dims)))  # [N, C, *kernel]
+        rows: Tensor = means.unflatten(1, (groups, -1)).flatten(2).transpose(0, 1)
+        return rows
 
     def _windows(self, x: Tensor) -> Tensor:
         """A view of what every position reads: [N, C, *space, *kernel]."""
@@ -141,7 +142,7 @@ class ConvolutionStatistics:
                 rows, reduce=self.reduce, divide=divide, diagonal=self.diagonal[1]
             )
         # Long lines of positions: a product for each case costs less than the copy of all in order.
-        total = (grouped @ grouped.mT).sum(0)
+        total: Tensor = (grouped @ grouped.mT).sum(0)
         return total / positions if divide else total
 
     def _input_factor(self, x: Tensor, outputs: Sequence[int]) -> Tensor:
