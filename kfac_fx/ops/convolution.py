@@ -34,17 +34,29 @@ class Window:
     def patches(self, x: Tensor, groups: int) -> Tensor:
         """x [N, C, *space] -> [groups, N, S, C / groups * kernel], channels before kernel."""
         dims = len(self.kernel)
+        x = self._windows(x).unflatten(1, (groups, -1))  # [N, groups, C, *space, *kernel]
+        space, kernel = range(3, 3 + dims), range(3 + dims, 3 + 2 * dims)
+        # Positions lie innermost in memory, where the copy reads runs of x.
+        x = x.permute(1, 2, *kernel, 0, *space).flatten(1, 1 + dims).flatten(3)
+        return x.movedim(1, -1)
+
+    def mean_patch(self, x: Tensor, groups: int) -> Tensor:
+        """The mean of ``patches`` over positions: [groups, N, C / groups * kernel]."""
+        dims = len(self.kernel)
+        means: Tensor = self._windows(x).mean(list(range(2, 2 + dims)))  # [N, C, *kernel]
+        rows: Tensor = means.unflatten(1, (groups, -1)).flatten(2).transpose(0, 1)
+        return rows
+
+    def _windows(self, x: Tensor) -> Tensor:
+        """A view of what every position reads: [N, C, *space, *kernel]."""
+        dims = len(self.kernel)
         if any(self.padding):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             x = F.pad(x, list(self.padding), mode=mode)
         for axis in range(dims):
             reach = (self.kernel[axis] - 1) * self.dilation[axis] + 1
             x = x.unfold(2 + axis, reach, self.stride[axis])[..., :: self.dilation[axis]]
-        x = x.unflatten(1, (groups, -1))  # [N, groups, C, *space, *kernel]
-        space, kernel = range(3, 3 + dims), range(3 + dims, 3 + 2 * dims)
-        # Positions lie innermost in memory, where the copy reads runs of x.
-        x = x.permute(1, 2, *kernel, 0, *space).flatten(1, 1 + dims).flatten(3)
-        return x.movedim(1, -1)
+        return x
 
     def axes(self, x: Tensor) -> list[Axis] | None:
         """The spatial axes if this is a convolution of stride 1 among zeros, else None."""
@@ -123,19 +135,24 @@ class ConvolutionStatistics:
         grouped = g.flatten(2).unflatten(1, (self.groups, -1))  # [N, groups, C / groups, S]
         channels, positions = grouped.shape[2:]
         if self.reduce or self.diagonal[1] or positions < channels:
+            if self.reduce:
+                grouped = grouped.sum(-1, keepdim=True)
             rows = grouped.permute(1, 2, 0, 3).contiguous().movedim(1, -1)
             return gradient_factor(
                 rows, reduce=self.reduce, divide=divide, diagonal=self.diagonal[1]
             )
         # Long lines of positions: a product for each case costs less than the copy of all in order.
-        total = (grouped @ grouped.mT).sum(0)
+        total: Tensor = (grouped @ grouped.mT).sum(0)
         return total / positions if divide else total
 
     def _input_factor(self, x: Tensor, outputs: Sequence[int]) -> Tensor:
         axes = self.window.axes(x) if isinstance(self.window, Window) else None
         plain = not self.reduce and not self.diagonal[0] and keeps_precision(x)
         if axes is None or not plain or not is_cheaper(len(x), axes):
-            rows = self.patches(x, outputs)
+            if self.reduce and isinstance(self.window, Window):
+                rows = self.window.mean_patch(x, self.groups).unsqueeze(-2)
+            else:
+                rows = self.patches(x, outputs)
             return input_factor(
                 rows,
                 bias=self.bias,

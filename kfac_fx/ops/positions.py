@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 
 def case_rows(t: Tensor, features: Sequence[int], groups: Sequence[int] = ()) -> Tensor:
@@ -31,7 +32,7 @@ def case_rows(t: Tensor, features: Sequence[int], groups: Sequence[int] = ()) ->
 SLABS = 8
 """Into how many slabs a large symmetric product is cut: 9/16 of its multiply-adds remain."""
 
-NARROWEST = {"cpu": 48, "cuda": 512}
+NARROWEST = {"cpu": 64, "cuda": 512}
 """Features that a slab has at least: below, calls cost more than the multiply-adds they save.
 
 Of fewer than four times as many rows, the copies of the other half do.
@@ -46,20 +47,31 @@ def gram(rows: Tensor, scale: float = 1.0) -> Tensor:
     if len(ranges) < 2:
         return _product(rows.mT, rows, scale)
     slabs = [_product(rows[:, a:b].mT, rows[:, a:], scale) for a, b in ranges]
-    # What lies left of a slab is the transpose of those above it.
-    lines = []
-    for start, end in ranges:
-        above = zip(slabs, ranges, strict=True)
-        left = [slab[:, start - a : end - a].mT for slab, (a, b) in above if b <= start]
-        lines.append(torch.cat([*left, slabs[len(left)]], 1) if left else slabs[0])
-    return torch.cat(lines)
+    return _mirrored(slabs, ranges)
+
+
+def _mirrored(slabs: Sequence[Tensor], ranges: Sequence[tuple[int, int]]) -> Tensor:
+    """[d, d] from its rows by ranges, each from the diagonal on."""
+    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+        # As a function: what lies left of a slab is the transpose of those above it.
+        lines = []
+        for start, end in ranges:
+            above = zip(slabs, ranges, strict=True)
+            left = [slab[:, start - a : end - a].mT for slab, (a, b) in above if b <= start]
+            lines.append(torch.cat([*left, slabs[len(left)]], 1))
+        return torch.cat(lines)
+    result = slabs[0].new_empty(slabs[0].shape[1], slabs[0].shape[1])
+    for slab, (start, end) in zip(slabs, ranges, strict=True):
+        result[start:end, start:] = slab
+        result[end:, start:end] = slab[:, end - start :].mT
+    return result
 
 
 def _slabs(rows: Tensor) -> list[tuple[int, int]]:
     """Ranges of features, by multiples of 16, that a symmetric product is formed by."""
     count, d = rows.shape
     narrowest = NARROWEST.get(rows.device.type, d)
-    if count < 4 * narrowest or d < 8 * narrowest // 3:
+    if count < 4 * narrowest or d < 2 * narrowest:
         return [(0, d)]
     width = max(narrowest, -(-d // SLABS) + 15 & ~15)
     return [(start, min(start + width, d)) for start in range(0, d, width)]

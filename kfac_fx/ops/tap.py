@@ -97,7 +97,8 @@ class _Unbatched(torch.autograd.Function):
         """Function's own, without its inspection of signatures, which takes most of its time."""
         if torch._C._are_functorch_transforms_active():
             return super().apply(*args)
-        return super(torch.autograd.Function, cls).apply(*unwrap_dead_wrappers(args))
+        bare: Any = super(torch.autograd.Function, cls)
+        return bare.apply(*unwrap_dead_wrappers(args))
 
     @staticmethod
     def vmap(*_: Any) -> Any:

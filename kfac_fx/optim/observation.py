@@ -5,26 +5,23 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from kfac_fx.errors import ObservationError
 from kfac_fx.ops import forget_passes, only
 from kfac_fx.optim.averages import all_finite
-from kfac_fx.optim.likelihoods import Bernoulli, Categorical, Likelihood, Normal, Sum
+from kfac_fx.optim.likelihoods import Likelihood, Sum
+from kfac_fx.optim.loss_scale import LossScale
 from kfac_fx.optim.predictive import output_tensors, predictive, wide
 from kfac_fx.optim.sources import Gradients, Sources, by_calls
 from kfac_fx.optim.workers import Values, Workers
 
 log = logging.getLogger("kfac_fx")
 
-
-COMPARED = 4096
-"""Outputs whose derivatives are compared with the likelihood's, and at least 4 cases, of more."""
 
 AFTER_BACKWARD = "observe() must come before loss.backward(), which frees the graph it needs"
 
@@ -131,8 +128,8 @@ class Observation:
         self.count = self.total = self._predictive.count
         self._likelihood, self._outputs, self._targets = likelihood, outputs, targets
         self._handles: list[RemovableHandle] = []
-        self._expected: _Expected | None = None
-        self._seen: dict[int, Tensor] = {}
+        self._expected: LossScale | None = None
+        self._seen: dict[int, Tensor | None] = {}
         self.gradients: Gradients = {}
 
     def agree(self, workers: Workers) -> bool:
@@ -186,9 +183,9 @@ class Observation:
     def watch(self) -> None:
         """Notes the training backward when it comes."""
 
-        def see(index: int, gradient: Tensor) -> None:
+        def see(index: int, gradient: Tensor | None) -> None:
             seen = self._seen.get(index)
-            self._seen[index] = gradient if seen is None else seen + gradient
+            self._seen[index] = gradient if seen is None or gradient is None else seen + gradient
 
         for index, output in enumerate(output_tensors(self._outputs)):
             if output.requires_grad:
@@ -202,34 +199,8 @@ class Observation:
         return bool(self._seen)
 
     def expect(self) -> None:
-        """Keeps the likelihood's own derivative in the outputs, to compare the loss's with."""
-        self._expected = self._derivative(self._some_cases())
-
-    def _some_cases(self) -> slice:
-        """Cases that tell the loss's reduction; all where terms may depend on other cases."""
-        tensors = pytree.tree_leaves((self._outputs, self._targets))
-        sizes = {t.shape[0] if isinstance(t, Tensor) and t.dim() else 0 for t in tensors}
-        (cases,) = sizes if len(sizes) == 1 else (0,)
-        outputs = sum(tensor.numel() for tensor in output_tensors(self._outputs))
-        step = min(cases // 4, outputs // COMPARED)
-        known = isinstance(self._likelihood, (Categorical, Bernoulli, Normal))
-        return slice(None, None, step if known and step > 1 else None)
-
-    def _derivative(self, cases: slice) -> _Expected:
-        """Of the likelihood, in the outputs of some cases."""
-
-        def leaf(output: Any) -> Any:
-            differentiable = isinstance(output, Tensor) and output.is_floating_point()
-            return output.detach()[cases].requires_grad_() if differentiable else output
-
-        targets = self._targets
-        if cases.step:
-            targets = pytree.tree_map(lambda target: target[cases], targets)
-        outputs = pytree.tree_map(leaf, wide(self._outputs))
-        made = predictive(self._likelihood, outputs, targets)
-        wrt = output_tensors(outputs)
-        found = torch.autograd.grad(made.nll(), wrt, allow_unused=True, materialize_grads=True)
-        return _Expected(cases, _flat(found), made.count)
+        """Prepares for statistics from the training backward."""
+        self._expected = LossScale(self._likelihood, self._outputs, self._targets, self.count)
 
     @property
     def expects(self) -> bool:
@@ -245,13 +216,14 @@ class Observation:
         """The factor between the loss and the summed negative log-likelihood of the targets."""
         if not self._seen:
             raise ObservationError("fisher='empirical' needs loss.backward() before step()")
+        if None in self._seen.values():
+            raise ObservationError(
+                "loss.backward() brought no derivative to the outputs: where the loss is compiled "
+                "into one graph with the network, use kfac_fx.TrainingStep, or compile the network "
+                "alone"
+            )
         assert self._expected is not None
-        expected = self._expected
-        if expected.cases.step and not expected.tells:  # ignored targets, say
-            expected = self._derivative(slice(None))
-        outputs = output_tensors(self._outputs)
-        seen = [self._seen.get(i, torch.zeros_like(o))[expected.cases] for i, o in enumerate(outputs)]
-        return _reduction(_flat(seen), expected, self.count)
+        return self._expected(self._seen)
 
 
 def squared(gradient: Tensor) -> Tensor:
@@ -259,10 +231,6 @@ def squared(gradient: Tensor) -> Tensor:
     gradient = gradient.to_dense() if gradient.layout is not torch.strided else gradient
     gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
     return gradient.abs().square() if gradient.is_complex() else gradient.square()
-
-
-def _flat(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([tensor.double().flatten() for tensor in tensors])
 
 
 def _watch_parameter(parameter: Tensor, total: Gradients) -> list[RemovableHandle]:
@@ -312,37 +280,3 @@ def _check_alive(tap: Any) -> None:
         _ = tap.saved_tensors
     except RuntimeError as error:
         raise ObservationError(AFTER_BACKWARD) from error
-
-
-class _Expected(NamedTuple):
-    """The derivative of the summed negative log-likelihood in some cases, and their terms."""
-
-    cases: slice
-    derivative: Tensor
-    count: float
-
-    @property
-    def tells(self) -> bool:
-        """Whether it is more than rounding errors of a perfect fit."""
-        return float(self.derivative.square().sum()) > 1e-6 * self.count
-
-
-def _reduction(seen: Tensor, expected: _Expected, count: float) -> float:
-    """The factor c with seen = c * expected, as loss = c * summed negative log-likelihood.
-
-    Near a perfect fit both are rounding errors; then the nearer of a sum (1) and a mean
-    (1 / count) is taken.
-    """
-    nll = expected.derivative
-    power = float(nll @ nll)
-    ratio = float(seen @ nll) / power if power else 0.0
-    residual = float((seen - ratio * nll).norm())
-    if ratio > 0 and residual <= 1e-2 * float(seen.norm()):
-        return ratio
-    if expected.tells:
-        log.warning(
-            "the loss is not proportional to the likelihood's negative log-likelihood "
-            "(relative difference of derivatives %.2g): factors describe the likelihood alone",
-            residual / max(float(seen.norm()), 1e-300),
-        )
-    return 1.0 if ratio * count**0.5 > 1 else 1 / count
