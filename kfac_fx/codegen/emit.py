@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from kfac_fx.codegen import conditional
+from kfac_fx.codegen import batch, conditional
+from kfac_fx.codegen.batch import equal_blocks
 from kfac_fx.codegen.builder import ProgramBuilder
 from kfac_fx.codegen.calls import CHOLESKY
 from kfac_fx.codegen.conditional import Pairs
@@ -27,6 +28,11 @@ def _title(block: CurvatureBlock) -> str:
     return f"{block.name}: {block.kind}, {block.approximation} {sides}"
 
 
+def _titles(group: Sequence[CurvatureBlock]) -> str:
+    first, *others = group
+    return f"{_title(first)}" + (f", and {len(others)} like it" if others else "")
+
+
 def _factor_names(block: CurvatureBlock) -> list[str]:
     return [f"{factor.name}_{block.slot}" for factor in block.factors if factor.role != "count"]
 
@@ -36,12 +42,16 @@ def emit_refresh(
     couplings: Collection[Coupling] = (),
     factorise: Factorise = CHOLESKY,
     forms: Forms = FORMS,
+    batched: bool = False,
 ) -> fx.GraphModule:
     """factors, cross factors and damping (0-dimensional) -> inverses, as a dict by name.
 
     Arguments: damping, the factors in the order of the blocks, A and G of every coupling (child by
     parent). Besides the inverses there are flags: ``failed_X`` where a factorisation failed,
     ``clamped_X`` and ``indefinite_X`` of every child X.
+
+    Args:
+        batched: serve blocks of equal shapes together.
     """
     build = ProgramBuilder()
     damping = build.input("damping")
@@ -53,12 +63,14 @@ def emit_refresh(
     coupled = {*parent, *parent.values()}
     whiteners: dict[str, list[Any]] = {}
     outputs: dict[str, Any] = {}
-    for name, block in blocks.items():
+    groups = equal_blocks((b for b in blocks.values() if b.name not in coupled), batched)
+    for group in groups.values():
+        with build.section(group[0].slot, _titles(group)):
+            form = forms[group[0].approximation]
+            outputs |= batch.refresh(build, form, group, factors, amounts, factorise.inverse)
+    for name in (name for name in blocks if name in coupled):
+        block = blocks[name]
         with build.section(block.slot, _title(block)):
-            if name not in coupled:
-                form = forms[block.approximation]
-                outputs |= form.refresh(build, block, factors[name], amounts, factorise.inverse)
-                continue
             whiteners[name], flags = conditional.whiten(
                 build, block, factors[name], amounts, factorise
             )
@@ -94,18 +106,20 @@ def emit_apply(
     couplings: Collection[Coupling] = (),
     cast: Collection[str] = (),
     forms: Forms = FORMS,
+    batched: bool = False,
 ) -> fx.GraphModule:
     """inverses and gradients -> preconditioned gradients, as a dict by parameter name.
 
     Args:
         cast: parameters whose dtype is not the factors'; products are formed in the latter.
+        batched: serve blocks of equal shapes together.
     """
     build = ProgramBuilder()
     names = inverse_names(curvature, couplings, forms)
     inverses = {block: [build.input(name) for name in names[block]] for block in names}
     gradients = {name: build.input(f"gradient_{name}") for name in curvature.covered}
     outputs: dict[str, Any] = dict(gradients)
-    for name, U in terms(build, curvature, couplings, cast, forms, inverses, gradients):
+    for name, U in terms(build, curvature, couplings, cast, forms, inverses, gradients, batched):
         scatter(build, curvature.blocks[name], U, outputs, cast)
     return build.finish(outputs, "Apply")
 
@@ -118,6 +132,7 @@ def terms(
     forms: Forms,
     inverses: Mapping[str, Sequence[Any]],
     gradients: Mapping[str, Any],
+    batched: bool = False,
 ) -> Iterator[tuple[str, Any]]:
     """What the blocks with inverses contribute to the updates of blocks; see ``emit_terms``.
 
@@ -130,16 +145,28 @@ def terms(
     like |= {name: own[0] for name, own in inverses.items()}
     V: dict[str, Any] = {}
     U: dict[str, Any] = {}
-    for name, block in blocks.items():
-        if name not in like:
-            continue
+
+    def gathered(block: CurvatureBlock) -> Any:
+        return _gather(build, block, gradients, like[block.name], cast)
+
+    alone = (block for name, block in blocks.items() if name in like and name not in coupled)
+    for group in equal_blocks(alone, batched).values():
+        form = forms[group[0].approximation]
+        with build.section(group[0].slot, _titles(group)):
+            own_V = {block.name: gathered(block) for block in group}
+            found = batch.apply(build, form, group, inverses, own_V)
+            if len(group) == 1:
+                yield from found.items()
+        for block in group if len(group) > 1 else ():
+            with build.section(block.slot, f"{block.name}: the update"):
+                yield block.name, found[block.name]
+    for name in (name for name in blocks if name in like and name in coupled):
+        block = blocks[name]
         with build.section(block.slot, _title(block)):
-            V[name] = _gather(build, block, gradients, like[name], cast)
+            V[name] = gathered(block)
             if name in inverses and name not in every.within:
                 own = inverses[name][len(pairs[name].values) if name in pairs else 0 :]
                 U[name] = forms[block.approximation].apply(build, block, own, V[name])
-            if name not in coupled:
-                yield name, U[name]
     parts: dict[str, list[conditional.Part]] = {}
     for child, pair in pairs.items():
         above = pair.parent.name
@@ -147,10 +174,9 @@ def terms(
             within = [name for name in (child, above) if every.within.get(name) == child]
             for part in conditional.apply(pair, inverses[child], V[child], V[above], within):
                 parts.setdefault(part.block, []).append(part)
-    for name in blocks:
-        if name in coupled and name in V:
-            with build.section(blocks[name].slot, f"{name}: the sum"):
-                yield name, _sum(U.get(name), parts.get(name, []))
+    for name in V:
+        with build.section(blocks[name].slot, f"{name}: the sum"):
+            yield name, _sum(U.get(name), parts.get(name, []))
 
 
 def _sum(own: Any, parts: Sequence[conditional.Part]) -> Any:

@@ -48,6 +48,7 @@ class Program:
         tikhonov: how Kronecker blocks are damped, "factored", or "exact" and "ekfac", which have
             one program.
         compile: run both through torch.compile; a name is that of its backend.
+        batched: serve blocks of equal shapes together; parts of the program compute whole stacks.
 
     Attributes:
         refresh_module, apply_module: the generated ``fx.GraphModule`` objects.
@@ -62,11 +63,12 @@ class Program:
         *,
         tikhonov: str = "factored",
         compile: bool | str = False,
+        batched: bool = False,
     ) -> None:
         self.forms = FORMS_BY_TIKHONOV[tikhonov]
         self.curvature, self.cast = curvature, tuple(cast)
-        self.refresh_module = emit_refresh(curvature, couplings, forms=self.forms)
-        self.apply_module = emit_apply(curvature, couplings, cast, self.forms)
+        self.refresh_module = emit_refresh(curvature, couplings, forms=self.forms, batched=batched)
+        self.apply_module = emit_apply(curvature, couplings, cast, self.forms, batched)
         arguments = [n.name for n in self.apply_module.graph.nodes if n.op == "placeholder"]
         self.inverse_names = tuple(arguments[: -len(curvature.covered)])
         self.couplings, self._tikhonov = tuple(couplings), tikhonov

@@ -82,6 +82,9 @@ class InverseFisher:
         low = (torch.float16, torch.bfloat16)
         cast = [name for name, p in self.guard.parameters.items() if p.dtype in low]
         options: Any = {"tikhonov": self.tikhonov, "compile": self._compile}
+        # Each call costs a GPU a launch and a compiler a kernel; processes divide single blocks.
+        on_gpu = any(p.is_cuda for p in self.guard.parameters.values())
+        options["batched"] = self._workers.size == 1 and bool(self._compile or on_gpu)
         program = Program(self.curvature, couplings, cast, **options)
         factors = self.refresh_factors(couplings)
         engine = self._workers.engine(program, factors, self.tikhonov)
