@@ -345,3 +345,32 @@ def test_memory_is_known_before_it_is_taken() -> None:
     taken = sum(factor.numel() for group in groups for factor in group)
     assert net.curvature.factor_elements == taken
     assert net.curvature.memory(8) == 16 * taken
+
+
+def test_factors_that_have_not_moved_are_not_inverted_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Refreshes that are due before the next statistics or another damping are skipped."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    net = kfac_fx.transform(model)
+    pre = kfac_fx.Preconditioner(net, statistics_every=4, refresh_every=1)
+    refreshes: list[Any] = []
+    original = pre._inverse._engine.refresh
+    monkeypatch.setattr(
+        pre._inverse._engine, "refresh", lambda *a: refreshes.append(a) or original(*a)
+    )
+
+    def step() -> int:
+        outputs = net(torch.randn(8, 3))
+        pre.observe(outputs)
+        outputs.square().mean().backward()
+        pre.step()
+        return len(refreshes)
+
+    assert [step() for _ in range(6)] == [1, 1, 1, 1, 2, 2]
+    pre.damping *= 2
+    assert step() == 3
+    pre.refresh()  # asked for by name, it always runs
+    assert len(refreshes) == 4
+    pre.load_state_dict(pre.state_dict())
+    assert step() == 5

@@ -73,7 +73,8 @@ class InverseFisher:
         self.averages = Averages(net, curvature, self.guard.parameters, pairs, moments)
         self.moments = Moments(net, curvature, self.averages)
         self._compile, self._workers = compile, workers
-        self._refreshes = 0
+        self._refreshes = self._folds = 0
+        self._present: tuple[float, int] | None = None
         self._silent: set[str] = set()
         self.program, self._engine = self._made(curvature.couplings if coupled else ())
         self.inverses: dict[str, Tensor] = {}
@@ -129,11 +130,21 @@ class InverseFisher:
         if silent - self._silent:
             log.warning("no statistics came for %s", ", ".join(sorted(silent - self._silent)))
         self._silent |= silent
+        self._folds += 1
         if fold(entries, new, decay):
             self.inverses = {}  # a block got its first statistic
         if self.inverses and self.moments.blocks:
             self.inverses = self.inverses | self.moments.scales(self.inverses["damping"])
         return True
+
+    def keep_up(self, damping: float) -> None:
+        """``refresh``, unless neither the averages nor the damping have moved since the last one.
+
+        Inverses that come into use later than they are made count refreshes: these always run.
+        """
+        moved = self._present != (damping, self._folds) or not self.inverses
+        if moved or self._workers.staleness:
+            self.refresh(damping)
 
     def refresh(self, damping: float) -> None:
         """Computes the inverses from the present averages.
@@ -152,6 +163,7 @@ class InverseFisher:
         if self.moments.blocks:
             self.moments.rebase(self.inverses)
             self.inverses |= self.moments.scales(amount)
+        self._present = damping, self._folds
 
     def _choose_couplings(self, damping: float) -> None:
         """Takes the forest of most mutual information at refreshes 1, 2, 4, 8, ..."""
@@ -231,6 +243,7 @@ class InverseFisher:
                 "kfac_fx.distributed.Checkpoints saves and loads those of all"
             )
         self.averages.load(state["averages"])
+        self._present = None
         self.program, self._engine = program, engine
         device = next(iter(self.guard.parameters.values())).device
         others = set(program.inverse_names) - missing

@@ -195,7 +195,7 @@ class Preconditioner(CurvatureFaces):
                 "no statistics yet: call observe(outputs) between the forward and loss.backward()"
             )
         if recorded.recorded and (self._due(self.refresh_every) or not self._inverse.inverses):
-            self.refresh()
+            self._inverse.keep_up(self.damping)
         self._precondition(given)
         self._steps += 1
         self._arm()

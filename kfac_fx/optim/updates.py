@@ -149,7 +149,7 @@ class ScheduledUpdate:
 
     def __call__(self, at: Situation) -> Update:
         if due(at.iteration, self.refresh_every) or not self.inverse.inverses:
-            self.inverse.refresh(self.rule.total)
+            self.inverse.keep_up(self.rule.total)
         rates, momenta = at.options["lr"], at.options["momentum"]
         proposal = self.inverse.apply(at.gradient)
         step = {name: value * -rates[name] for name, value in proposal.items()}
