@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from worlds import run_in_world
 
 import kfac_fx
+from kfac_fx.distributed import DataParallel
 from kfac_fx.optim.storage import Bfloat16, Host, Storage, rounded, storage_of
 
 OPTIONS: list[dict[str, Any]] = [
@@ -20,7 +23,8 @@ OPTIONS: list[dict[str, Any]] = [
     {"structure": "block_diagonal", "tikhonov": "exact"},
     {"structure": "block_diagonal", "tikhonov": "ekfac"},
 ]
-CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, NEEDS_CUDA])
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -131,6 +135,13 @@ def test_changes_of_less_than_half_a_place_count() -> None:
     assert abs(float(storage.read(average).mean()) - 1.02) < 1e-3
 
 
+def test_memory_counts_the_storage() -> None:
+    net = kfac_fx.transform(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)))
+    small = kfac_fx.Preconditioner(net, factor_storage="bfloat16")
+    elements = net.curvature.factor_elements
+    assert net.curvature.memory(stored=2) == bytes_kept(small) + 4 * elements == 6 * elements
+
+
 # In training.
 
 
@@ -197,6 +208,30 @@ def test_kfac_trains_with_bfloat16() -> None:
     )
 
 
+def in_a_process() -> list[Tensor]:
+    """Factors and gradients after some batches, of which each process has half."""
+    torch.manual_seed(0)
+    net = kfac_fx.transform(nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 5)))
+    given = {"workers": DataParallel(memory_fraction=0.5), "factor_storage": "bfloat16"}
+    preconditioner = kfac_fx.Preconditioner(net, "normal", damping=1e-2, **given)
+    for _ in range(12):
+        net.zero_grad()
+        outputs = net(torch.randn(64, 6)[dist.get_rank() :: 2])
+        preconditioner.observe(outputs)
+        (outputs - 1).square().sum().div(128).backward()
+        for p in net.parameters():
+            dist.all_reduce(p.grad)
+        preconditioner.step()
+    return [gradient(net), *(f for fs in preconditioner.factors.values() for f in fs)]
+
+
+def test_processes_round_alike() -> None:
+    one, two = run_in_world(2, in_a_process)
+    assert not isinstance(one, str), one
+    for mine, other in zip(one, two, strict=True):
+        assert torch.equal(mine, other)
+
+
 def test_other_options_are_refused() -> None:
     net = kfac_fx.transform(nn.Linear(3, 2))
     for make in (kfac_fx.Preconditioner, kfac_fx.KFAC):
@@ -229,7 +264,7 @@ def test_host_storage_on_the_cpu(options: dict[str, Any], monkeypatch: pytest.Mo
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@NEEDS_CUDA
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_host_of_a_gpu(options: dict[str, Any]) -> None:
     _, want = trained(None, 12, "cuda", **options)
