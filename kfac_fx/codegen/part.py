@@ -41,6 +41,27 @@ def part_of_refresh(refresh: fx.GraphModule, wanted: Collection[str]) -> fx.Grap
     return fx.GraphModule(nn.Module(), graph, "RefreshPart")
 
 
+def converting(refresh: fx.GraphModule) -> fx.GraphModule:
+    """The program of factors in other precisions and places than its first argument, the damping.
+
+    A factor becomes like the damping where it is first used, and is let go after its last use: all
+    at once would take as much memory as the averages do.
+    """
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(refresh.graph, copies))
+    damping, *factors = (node for node in graph.nodes if node.op == "placeholder")
+    for factor in (f for f in factors if f.users):
+        uses = list(factor.users)
+        first = next(node for node in graph.nodes if node in factor.users)
+        with graph.inserting_before(first):
+            read = graph.call_method("to", (factor, damping), {"non_blocking": True})
+        for use in uses:
+            use.replace_input_with(factor, read)
+    graph.lint()
+    return fx.GraphModule(nn.Module(), graph, "ConvertingRefresh")
+
+
 def emit_terms(
     curvature: CurvatureGraph,
     couplings: Collection[Coupling],

@@ -15,7 +15,7 @@ from kfac_fx.codegen.eigen import emit_scales
 from kfac_fx.codegen.emit import emit_apply, emit_refresh, inverse_names
 from kfac_fx.codegen.forms import FORMS_BY_TIKHONOV
 from kfac_fx.codegen.leaf import own_functions, texts
-from kfac_fx.codegen.part import part_of_refresh
+from kfac_fx.codegen.part import converting, part_of_refresh
 from kfac_fx.codegen.refresher import Refresher
 from kfac_fx.ir import Coupling, CurvatureGraph
 
@@ -49,6 +49,8 @@ class Program:
             one program.
         compile: run both through torch.compile; a name is that of its backend.
         batched: serve blocks of equal shapes together; parts of the program compute whole stacks.
+        plain: whether factors come in the precision and on the device of the inverses; else a
+            refresh converts each to those of the damping, where it is used first.
 
     Attributes:
         refresh_module, apply_module: the generated ``fx.GraphModule`` objects.
@@ -64,6 +66,7 @@ class Program:
         tikhonov: str = "factored",
         compile: bool | str = False,
         batched: bool = False,
+        plain: bool = True,
     ) -> None:
         self.forms = FORMS_BY_TIKHONOV[tikhonov]
         self.curvature, self.cast = curvature, tuple(cast)
@@ -73,7 +76,7 @@ class Program:
         self.inverse_names = tuple(arguments[: -len(curvature.covered)])
         self.couplings, self._tikhonov = tuple(couplings), tikhonov
         self.clamped = 0
-        self._compile = compile
+        self._compile, self._plain = compile, plain
         self._refresh = self._refresher(lambda module: module)
         self._apply = compiled(self.apply_module, compile)
 
@@ -136,7 +139,8 @@ class Program:
         given = {
             f"indefinite_{slots[c.child]}": f"{c.child} given {c.parent}" for c in self.couplings
         }
-        run = compiled(cut(self.refresh_module), self._compile)
+        module = cut(self.refresh_module)
+        run = compiled(module if self._plain else converting(module), self._compile)
         return Refresher(run, robust, given)
 
     @torch.no_grad()

@@ -62,7 +62,9 @@ class Refresher:
         """The refresh with eigenvalues raised, in float64."""
         if self._made is None:
             self._made = self._make()
-        found: Mapping[str, Tensor] = self._made(damping.double(), *(f.double() for f in factors))
+        found: Mapping[str, Tensor] = self._made(
+            damping.double(), *(f.to(damping.device, torch.float64) for f in factors)
+        )
         return {
             name: value.to(damping.dtype) if value.is_floating_point() else value
             for name, value in found.items()

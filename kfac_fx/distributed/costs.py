@@ -7,8 +7,6 @@ import time
 from collections.abc import Collection
 from math import prod
 
-import torch
-
 from kfac_fx.errors import StatisticsError
 from kfac_fx.ir import Coupling, CurvatureBlock, CurvatureGraph, parents
 from kfac_fx.optim import Preconditioner
@@ -64,7 +62,7 @@ def measured_costs(preconditioner: Preconditioner, repeats: int = 5) -> dict[str
     if not inverse.averages.recorded:
         raise StatisticsError("no statistics yet: observe a batch and call step() first")
     factors = inverse.refresh_factors(inverse.program.couplings)
-    damping = torch.tensor(preconditioner.damping, dtype=factors[0].dtype, device=factors[0].device)
+    damping = inverse.amount(preconditioner.damping)
     found = {}
     for block in inverse.curvature.blocks:
         part = inverse.program.part([block])

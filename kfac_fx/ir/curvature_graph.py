@@ -144,13 +144,17 @@ class CurvatureGraph:
         holders += self.moments
         return sum(prod(f.shape) for holder in holders for f in holder.factors)
 
-    def memory(self, itemsize: int = 4) -> int:
+    def memory(self, itemsize: int = 4, stored: int | None = None) -> int:
         """Bytes of all factors and of their inverses, once they are refreshed.
+
+        A refresh takes about as much as the inverses on top, as the earlier ones serve until then.
 
         Args:
             itemsize: of one entry; 8 for float64 parameters.
+            stored: the same of the factors between folds; 2 for factor_storage="bfloat16", on the
+                GPU 0 for "host", else ``itemsize``.
         """
-        return 2 * itemsize * self.factor_elements
+        return (itemsize + (itemsize if stored is None else stored)) * self.factor_elements
 
     @property
     def fallbacks(self) -> tuple[CurvatureBlock, ...]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from kfac_fx.errors import ParameterChangedError
 from kfac_fx.ir import Coupling, CurvatureBlock, CurvatureGraph, Moment, Pair
 from kfac_fx.ops import cross_buffers, factor_buffers, moment_buffers
+from kfac_fx.optim.storage import Average, Storage
 
 
 @dataclass
@@ -20,13 +21,15 @@ class Entry:
     """A block or pair with its parameters, the buffers that taps fill, and its running averages.
 
     Attributes:
+        stored: the averages as the storage keeps them.
         recorded: number of statistics in the averages.
     """
 
     block: CurvatureBlock | Pair | Moment
     parameters: tuple[nn.Parameter, ...]
     buffers: tuple[Tensor, ...]
-    averages: tuple[Tensor, ...]
+    storage: Storage
+    stored: tuple[Average, ...]
     recorded: int = 0
 
     @classmethod
@@ -36,17 +39,38 @@ class Entry:
         parameters: tuple[nn.Parameter, ...],
         buffers: tuple[Tensor, ...],
         like: Tensor,
+        storage: Storage,
     ) -> Entry:
         """An entry without statistics, in the precision of ``like`` but at least float32."""
         dtype = torch.promote_types(like.dtype, torch.float32).to_real()
-        averages = (torch.zeros(f.shape, dtype=dtype, device=like.device) for f in block.factors)
-        return cls(block, parameters, buffers, tuple(averages))
+        like = torch.zeros((), dtype=dtype, device=like.device)
+        matrices = isinstance(block, CurvatureBlock) and block.tapped
+        stored = (
+            storage.make(f.shape, like, matrices and len(f.shape) > 1 and not f.diagonal)
+            for f in block.factors
+        )
+        return cls(block, parameters, buffers, storage, tuple(stored))
+
+    @property
+    def averages(self) -> tuple[Tensor, ...]:
+        """The averages; copies unless the storage is plain."""
+        return tuple(map(self.storage.read, self.stored))
+
+    @property
+    def kept(self) -> tuple[Average, ...]:
+        """As they are stored, without counts."""
+        found = zip(self.block.factors, self.stored, strict=True)
+        return tuple(average for spec, average in found if spec.role != "count")
 
     @property
     def factors(self) -> tuple[Tensor, ...]:
         """The averages without counts."""
-        found = zip(self.block.factors, self.averages, strict=True)
-        return tuple(average for spec, average in found if spec.role != "count")
+        return tuple(map(self.storage.read, self.kept))
+
+    @property
+    def like(self) -> Tensor:
+        """[], of the precision and device of the averages that are read."""
+        return self.stored[0].like
 
     def statistics(self, found: Mapping[int, Tensor]) -> list[Tensor] | None:
         """New statistics in the scale of one likelihood term, or None where none came.
@@ -59,7 +83,7 @@ class Entry:
             if any(square is None for square in squares):
                 return None
             flat = torch.cat([s.reshape(-1) for s in squares if s is not None])
-            return [flat.to(self.averages[0].dtype)]
+            return [flat.to(self.like.dtype)]
         new = [found.get(id(buffer)) for buffer in self.buffers]
         if any(value is None for value in new):
             return None
@@ -124,7 +148,7 @@ def fold(
 
     Blocks without a new statistic keep theirs. Returns the blocks that got their first.
     """
-    by_weight: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
+    by_weight: dict[float, tuple[list[Average], list[Tensor]]] = {}
     first = []
     for entry, statistics in zip(entries, new, strict=True):
         if statistics is None:
@@ -133,10 +157,10 @@ def fold(
         entry.recorded += 1
         weight = new_weight(entry.recorded, decay)
         averages, values = by_weight.setdefault(weight, ([], []))
-        averages += entry.averages
+        averages += entry.stored
         values += statistics
     for weight, (averages, values) in by_weight.items():
-        torch._foreach_lerp_(averages, values, weight)
+        entries[0].storage.fold(averages, values, weight)
     return first
 
 
@@ -147,6 +171,7 @@ class Averages:
         parameters: those that the blocks cover, by name.
         pairs: the pairs whose cross factors are wanted.
         moments: the blocks whose moments are wanted.
+        storage: of all averages.
     """
 
     def __init__(
@@ -155,7 +180,8 @@ class Averages:
         curvature: CurvatureGraph,
         parameters: Mapping[str, nn.Parameter],
         pairs: Sequence[Pair],
-        moments: Sequence[Moment] = (),
+        moments: Sequence[Moment],
+        storage: Storage,
     ) -> None:
         buffers = factor_buffers(net)
         self.blocks = {
@@ -164,17 +190,20 @@ class Averages:
                 tuple(parameters[n] for n in block.parameters),
                 buffers[name],
                 parameters[block.parameters[0]],
+                storage,
             )
             for name, block in curvature.blocks.items()
         }
         self.pairs = {
             (pair.earlier, pair.later): Entry.zero(
-                pair, (), found, self.blocks[pair.earlier].averages[0]
+                pair, (), found, self.blocks[pair.earlier].like, storage
             )
             for pair, found in zip(pairs, cross_buffers(net, pairs), strict=True)
         }
         self.moments = {
-            m.block: Entry.zero(m, (), moment_buffers(net, m)[2:], self.blocks[m.block].averages[0])
+            m.block: Entry.zero(
+                m, (), moment_buffers(net, m)[2:], self.blocks[m.block].like, storage
+            )
             for m in moments
         }
         holders = self.blocks, self.pairs, self.moments
@@ -190,19 +219,17 @@ class Averages:
         for entry in self.entries:
             entry.recorded = 0
 
-    def cross(self, coupling: Coupling) -> tuple[Tensor, Tensor]:
-        """(A, G) of a coupling, child by parent."""
+    def cross(self, coupling: Coupling, *, kept: bool = False) -> tuple[Tensor, Tensor]:
+        """(A, G) of a coupling, child by parent; as read, or as ``kept``."""
         found = self.pairs.get((coupling.child, coupling.parent))
-        if found is not None:
-            A, G = found.averages
-            return A, G
-        A, G = self.pairs[coupling.parent, coupling.child].averages
-        return A.mT.contiguous(), G.mT.contiguous()
+        entry = found or self.pairs[coupling.parent, coupling.child]
+        A, G = (a.kept for a in entry.stored) if kept else entry.averages
+        return (A, G) if found else (A.mT.contiguous(), G.mT.contiguous())
 
     def state(self) -> dict[str, Any]:
         """Names of blocks or pairs -> tensors and counts."""
         return {
-            "factors": {e.block.name: [f.clone() for f in e.factors] for e in self.entries},
+            "factors": {e.block.name: [a.kept.clone() for a in e.kept] for e in self.entries},
             "recorded": {e.block.name: e.recorded for e in self.entries},
         }
 
@@ -210,13 +237,13 @@ class Averages:
         """Raises ParameterChangedError where the state belongs to other blocks."""
         own = {entry.block.name: entry for entry in self.entries}
         given = {name: [f.shape for f in fs] for name, fs in state["factors"].items()}
-        if given != {name: [f.shape for f in entry.factors] for name, entry in own.items()}:
+        if given != {name: [a.kept.shape for a in entry.kept] for name, entry in own.items()}:
             raise ParameterChangedError("the state_dict belongs to other blocks than this module's")
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Restores a ``state`` that fits."""
         for entry in self.entries:
             name = entry.block.name
-            for factor, value in zip(entry.factors, state["factors"][name], strict=True):
-                factor.copy_(value)
+            for average, value in zip(entry.kept, state["factors"][name], strict=True):
+                entry.storage.write(average, value)
             entry.recorded = int(state["recorded"][name])

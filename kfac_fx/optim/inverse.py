@@ -25,6 +25,7 @@ from kfac_fx.optim.guard import ParameterGuard
 from kfac_fx.optim.moments import Moments
 from kfac_fx.optim.outliers import fit
 from kfac_fx.optim.selection import chosen_couplings, mutual_informations, total
+from kfac_fx.optim.storage import Storage
 from kfac_fx.optim.workers import Engine, Workers
 
 log = logging.getLogger("kfac_fx")
@@ -38,6 +39,7 @@ class InverseFisher:
         structure: "block_tridiagonal" records and uses the couplings.
         tikhonov: how Kronecker blocks are damped, "factored", "exact" or "ekfac".
         workers: the processes that share the refresh.
+        storage: keeps the averages.
         compile: run the program through torch.compile; a name is that of its backend.
 
     Attributes:
@@ -57,6 +59,7 @@ class InverseFisher:
         structure: str,
         tikhonov: str,
         workers: Workers,
+        storage: Storage,
         *,
         compile: bool | str,
     ) -> None:
@@ -70,9 +73,9 @@ class InverseFisher:
             buffer.grad = None
         pairs = curvature.pairs if coupled else ()
         moments = curvature.moments if tikhonov == "ekfac" else ()
-        self.averages = Averages(net, curvature, self.guard.parameters, pairs, moments)
+        self.averages = Averages(net, curvature, self.guard.parameters, pairs, moments, storage)
         self.moments = Moments(net, curvature, self.averages)
-        self._compile, self._workers = compile, workers
+        self._compile, self._workers, self._plain = compile, workers, storage.plain
         self._refreshes = self._folds = 0
         self._present: tuple[float, int] | None = None
         self._silent: set[str] = set()
@@ -86,17 +89,23 @@ class InverseFisher:
         # Each call costs a GPU a launch and a compiler a kernel; processes divide single blocks.
         on_gpu = any(p.is_cuda for p in self.guard.parameters.values())
         options["batched"] = self._workers.size == 1 and bool(self._compile or on_gpu)
+        options["plain"] = self._plain
         program = Program(self.curvature, couplings, cast, **options)
-        factors = self.refresh_factors(couplings)
-        engine = self._workers.engine(program, factors, self.tikhonov)
+        forms = [a.like.expand(a.kept.shape) for e in self.averages.blocks.values() for a in e.kept]
+        engine = self._workers.engine(program, forms, self.tikhonov)
         if self.moments.blocks and set(engine.needed()) != set(program.inverse_names):
             raise UnknownOptionError("tikhonov='ekfac' needs all inverses: memory_fraction=1.0")
         return program, engine
 
     def refresh_factors(self, couplings: Iterable[Coupling]) -> list[Tensor]:
-        """What a refresh takes, in the order of its arguments."""
-        groups = [*self.factors.values(), *(self.averages.cross(c) for c in couplings)]
+        """What a refresh takes, in the order of its arguments; as kept, it reads one by one."""
+        groups = [[a.kept for a in entry.kept] for entry in self.averages.blocks.values()]
+        groups += [list(self.averages.cross(c, kept=True)) for c in couplings]
         return [factor for group in groups for factor in group]
+
+    def amount(self, damping: float) -> Tensor:
+        """The damping as a refresh takes it, in the precision and on the device of the inverses."""
+        return torch.full_like(next(iter(self.averages.blocks.values())).like, damping)
 
     @property
     def factors(self) -> dict[str, tuple[Tensor, ...]]:
@@ -156,7 +165,7 @@ class InverseFisher:
             raise StatisticsError("no statistics yet: nothing to invert")
         self._choose_couplings(damping)
         factors = self.refresh_factors(self.program.couplings)
-        amount = torch.tensor(damping, dtype=factors[0].dtype, device=factors[0].device)
+        amount = self.amount(damping)
         # A process may keep no inverse at all, but it knows that there was a refresh.
         self.inverses = self._engine.refresh(amount, factors, self.inverses) | {"damping": amount}
         self.clamped += self._engine.clamped

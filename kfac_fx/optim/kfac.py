@@ -22,6 +22,7 @@ from kfac_fx.optim.inverse import InverseFisher
 from kfac_fx.optim.last_step import LastStep
 from kfac_fx.optim.likelihoods import Given, fresh_generator, likelihood_of
 from kfac_fx.optim.recorder import Recorder
+from kfac_fx.optim.storage import storage_of
 from kfac_fx.optim.task import Forward, Task, run_network
 from kfac_fx.optim.trust import BatchTrust
 from kfac_fx.optim.updates import AdaptiveUpdate, Rule, ScheduledUpdate, Situation
@@ -63,7 +64,7 @@ class KFAC(CurvatureFaces, Optimizer):
         outlier: a batch whose loss is this many times the running average (gradient, statistics:
             a hundred times as many), or not finite, is not trusted: if its loss was fine before
             the last step, that step is undone exactly and lambda grows; else it is skipped.
-        tikhonov, structure, fisher, generator, workers, forward, compile: as for
+        tikhonov, structure, fisher, generator, workers, forward, factor_storage, compile: as for
             ``Preconditioner``; the Fisher is not the empirical one, and the gradients are averaged
             over the workers here.
 
@@ -102,35 +103,30 @@ class KFAC(CurvatureFaces, Optimizer):
         generator: torch.Generator | None = None,
         forward: Forward = run_network,
         workers: Workers = ALONE,
+        factor_storage: str | None = None,
         compile: bool | str = False,
     ) -> None:
         net = workers.unwrapped(net)
         self.curvature, self.structure = transformed(net, structure)
         self._fraction = share("statistics_fraction", statistics_fraction)
         products_fraction = share("products_fraction", products_fraction)
+        self.generator = generator or fresh_generator()
+        storage = storage_of(factor_storage, self.generator)
         self._inverse = InverseFisher(
-            net, self.curvature, self.structure, tikhonov, workers, compile=compile
+            net, self.curvature, self.structure, tikhonov, workers, storage, compile=compile
         )
         parameters = self._inverse.guard.parameters
         defaults = {"lr": 1.0 if lr is None else lr, "momentum": momentum}
         defaults["weight_decay"] = weight_decay
         super().__init__(list(parameters.values()) if params is None else params, defaults)
-        self.generator = generator or fresh_generator()
         workers.begin("KFAC", parameters, self.generator)
         self._workers, self._held = workers, workers.hold(net, parameters)
         self._groups = Groups(self, parameters, self._held)
         known = likelihood_of(likelihood)
         self._task = Task(self._held, known, forward, self.generator, workers)
-        self._recorder = Recorder(
-            net,
-            self._inverse.averages.entries,
-            known,
-            choice("fisher", fisher, ("sampled", "exact")),
-            self.generator,
-            workers,
-            forward=forward,
-            compile=compile,
-        )
+        entries = self._inverse.averages.entries
+        given = known, choice("fisher", fisher, ("sampled", "exact")), self.generator, workers
+        self._recorder = Recorder(net, entries, *given, forward=forward, compile=compile)
         self._recorder.switch(False)
         self._recorder.by_inputs = bool(compile) and self._held.given is None
         every = period("damping_every", damping_every), period("gamma_every", gamma_every)

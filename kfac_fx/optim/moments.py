@@ -6,7 +6,7 @@ change, S becomes the diagonal, in the new ones, of what it was in the old ones.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,11 +20,11 @@ from kfac_fx.optim.averages import Averages, Entry
 
 @dataclass
 class _Block:
-    """Of one block: where S is averaged, what the taps read, and names in the program."""
+    """Of one block: where S is averaged, its factors, what the taps read, names in the program."""
 
     slot: str
     entry: Entry
-    factors: Sequence[Tensor]
+    factors: Entry
     bases: tuple[Tensor, Tensor]
 
     def names(self) -> tuple[str, str]:
@@ -42,7 +42,7 @@ class Moments:
         self._blocks = {}
         for moment in curvature.moments if averages.moments else ():
             block = curvature.blocks[moment.block]
-            entry, factors = averages.moments[moment.block], averages.blocks[moment.block].factors
+            entry, factors = averages.moments[moment.block], averages.blocks[moment.block]
             bases = moment_buffers(net, moment)[:2]
             self._blocks[block.name] = _Block(block.slot, entry, factors, bases)
         self._based = False
@@ -64,18 +64,18 @@ class Moments:
         """Takes the bases of a refresh."""
         for block in self._blocks.values():
             new = [inverses[name] for name in block.names()]
-            (S,) = block.entry.averages
+            (S,), (stored,) = block.entry.averages, block.entry.stored
             if self._based:
                 to_A, to_G = (
                     (U.mT @ old).square() for U, old in zip(new, block.bases, strict=True)
                 )
-                S.copy_(to_G @ S @ to_A.mT)
+                block.entry.storage.write(stored, to_G @ S @ to_A.mT)
             else:
                 s_A, s_G = (
                     (U * (factor @ U)).sum(0).clamp_min(0.0)
-                    for U, factor in zip(new, block.factors, strict=True)
+                    for U, factor in zip(new, block.factors.factors, strict=True)
                 )
-                S.copy_(torch.outer(s_G, s_A))
+                block.entry.storage.write(stored, torch.outer(s_G, s_A))
             self._take(block, inverses)
         self._based = True
 

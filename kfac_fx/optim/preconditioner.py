@@ -26,6 +26,7 @@ from kfac_fx.optim.inverse import InverseFisher
 from kfac_fx.optim.likelihoods import Given, fresh_generator, likelihood_of
 from kfac_fx.optim.quadratic import shorten
 from kfac_fx.optim.recorder import Recorder
+from kfac_fx.optim.storage import storage_of
 from kfac_fx.optim.streams import forked
 from kfac_fx.optim.task import Forward, run_network
 from kfac_fx.optim.workers import ALONE, Workers
@@ -62,6 +63,9 @@ class Preconditioner(CurvatureFaces):
             gradients are averaged over them before ``step()``, as DistributedDataParallel does.
         forward: for ``observe(inputs=...)``: from (network, inputs) to the likelihood's outputs,
             where they are not what the network returns for ``inputs``.
+        factor_storage: of the averages between folds. None: as they are computed, in float32 at
+            least. "bfloat16": half of that, rounded stochastically with draws of ``generator``; not
+            for float64. "host": in CPU memory, pinned; without CUDA as None.
         compile: run the program, and passes for ``observe(inputs=...)``, through torch.compile; a
             name is that of its backend. ``net`` may be compiled whatever this says.
 
@@ -89,6 +93,7 @@ class Preconditioner(CurvatureFaces):
         generator: torch.Generator | None = None,
         workers: Workers = ALONE,
         forward: Forward = run_network,
+        factor_storage: str | None = None,
         compile: bool | str = False,
     ) -> None:
         inner = workers.unwrapped(net)
@@ -107,8 +112,9 @@ class Preconditioner(CurvatureFaces):
         self.generator = generator or fresh_generator()
         self.skipped_statistics = 0
         self.skipped_gradients = 0
+        storage = storage_of(factor_storage, self.generator)
         self._inverse = InverseFisher(
-            net, self.curvature, self.structure, tikhonov, workers, compile=compile
+            net, self.curvature, self.structure, tikhonov, workers, storage, compile=compile
         )
         self._steps, self._workers = 0, workers
         workers.begin("Preconditioner", self._inverse.guard.parameters, self.generator)

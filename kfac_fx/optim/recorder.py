@@ -161,9 +161,15 @@ class Recorder:
         return drawn_seed(self._generator, self._workers) if draws else 0
 
     def take(self) -> Gradients:
-        """The step's statistics in the scale of one likelihood term; empty if there are none."""
+        """The step's statistics in the scale of one likelihood term; empty if there are none.
+
+        They are the caller's alone: a refresh that follows has their memory.
+        """
         self._harvest()
-        return self._statistics.mean()
+        found = self._statistics.mean()
+        self._statistics = StepStatistics(self._sources, self._workers)
+        self._clear()
+        return found
 
     def _harvest(self) -> None:
         """Takes what the last observed backward left; another micro-batch may follow."""
