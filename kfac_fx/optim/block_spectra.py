@@ -119,7 +119,9 @@ def conditional(child: Pair, parent: Pair, cross: Sequence[Tensor]) -> Condition
         (matrix,), (other,) = own.parts, above.parts
         W, W_parent = floored_whitener(matrix)[0], floored_whitener(other)[0]
         K, s, _ = conditional_side(W, between, W_parent, from_child=True)
-        found.append((s, K, matrix @ K, between @ W_parent.mT @ W_parent))
+        # Not matrix K: factors of low precision need not be symmetric to the last place.
+        J = torch.linalg.inv(K).mT
+        found.append((s, K, J, between @ W_parent.mT @ W_parent))
     (s_A, K_A, J_A, psi_A), (s_G, K_G, J_G, psi_G) = found
     scale, _, indefinite = conditional_scale(s_A, s_G)
     if indefinite:
