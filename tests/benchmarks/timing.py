@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import torch
+
 Call = Callable[[], object]
 
 
@@ -38,10 +40,13 @@ class Ratio(NamedTuple):
 
 
 def sample(call: Call, count: int = 1) -> Sample:
-    """Times ``count`` calls."""
+    """Times ``count`` calls; a GPU's work is waited for, before and after."""
+    finish = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
+    finish()
     cpu, wall = time.process_time(), time.perf_counter()
     for _ in range(count):
         call()
+    finish()
     return Sample((time.process_time() - cpu) / count, (time.perf_counter() - wall) / count)
 
 

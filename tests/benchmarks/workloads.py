@@ -250,7 +250,10 @@ WORKLOADS: dict[str, Callable[[], Workload]] = {
 SMALL = ("ae", "cnn", "lm")
 
 
-def make(name: str) -> Workload:
+def make(name: str, device: str = "cpu") -> Workload:
     """The workload of this name, the same one every time."""
     torch.manual_seed(0)
-    return WORKLOADS[name]()
+    work = WORKLOADS[name]()
+    work.model.to(device)
+    work.batches = [(x.to(device), y.to(device)) for x, y in work.batches]
+    return work
