@@ -7,9 +7,10 @@ which both windows touch their inputs but which are no outputs.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -195,17 +196,18 @@ def _everywhere(R: Tensor, axes: Axes, others: Axes) -> Tensor:
 
     Lags are those of the tap of a, less that of b, from the lowest on.
     """
-    dims = len(axes)
-    lags: list[Tensor] = []
-    for at, (one, two) in enumerate(zip(axes, others, strict=True)):
-        k, l = (torch.arange(axis.kernel, device=R.device) for axis in (one, two))
-        shape = [1] * (2 * dims)
-        shape[at], shape[dims + at] = one.kernel, two.kernel
-        lags.append((two.kernel - 1 + k[:, None] - l).reshape(shape))
-    index: list[Tensor | None] = [None, None, None, *lags]
-    taken: Tensor = torch.ops.aten.index(R, index)  # [groups, a, b, *k, *l]
-    order = [0, 1, *range(3, 3 + dims), 2, *range(3 + dims, 3 + 2 * dims)]
-    return taken.permute(order).contiguous()
+    kernel, other = ([axis.kernel for axis in each] for each in (axes, others))
+    groups, a, b = R.shape[:3]
+    result = R.new_empty(groups, a, *kernel, b, *other)
+    order = (0, 1, *range(3, R.dim()), 2)
+    # A copy for each tap of b takes a tenth of the time of an index by all lags.
+    for taps in itertools.product(*map(range, other)):
+        lowest = [n - 1 - l for n, l in zip(other, taps, strict=True)]
+        lags = (slice(low, low + k) for low, k in zip(lowest, kernel, strict=True))
+        place: Any = (..., *taps)
+        there: Any = (..., *lags)
+        result[place] = R[there].permute(order)
+    return result
 
 
 def _autocorrelation(x: Tensor, axes: Axes, groups: int) -> Tensor:
