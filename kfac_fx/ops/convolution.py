@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kfac_fx.ops.autocorrelation import Axis, is_cheaper, keeps_precision, patch_gram
-from kfac_fx.ops.positions import bordered, gradient_factor, input_factor
+from kfac_fx.ops.gram import bordered
+from kfac_fx.ops.positions import gradient_factor, input_factor
 from kfac_fx.ops.tap import define, recording, tapped
 
 TRANSPOSED = "transposed"

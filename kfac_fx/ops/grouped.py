@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kfac_fx.ops.positions import gram
+from kfac_fx.ops.gram import gram
 from kfac_fx.ops.tap import define, recording, tapped
 
 

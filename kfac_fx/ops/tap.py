@@ -61,7 +61,7 @@ def resume(factors: Iterable[Tensor]) -> None:
 
 def is_paused(factor: Tensor) -> bool:
     """Whether backward passes skip the factor."""
-    return factor in _paused
+    return bool(_paused) and factor in _paused  # mostly none is, and a weak key costs
 
 
 def passes(factor: Tensor) -> int:
@@ -134,7 +134,7 @@ class _Source(_Unbatched):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         nothing = (None,) * (3 + ctx.saved)
         needed = ctx.needs_input_grad[len(nothing) :]
-        wanted = [n and f not in _paused for n, f in zip(needed, ctx.factors, strict=True)]
+        wanted = [n and not is_paused(f) for n, f in zip(needed, ctx.factors, strict=True)]
         if not any(wanted):
             return (*nothing, *(None for _ in wanted))
         if wanted[0]:
@@ -254,7 +254,7 @@ def tapped(
     buffers = [buffer_of(factor) for factor in factors]
 
     def asked() -> bool:
-        return any(factor.requires_grad and factor not in _paused for factor in buffers)
+        return any(factor.requires_grad and not is_paused(factor) for factor in buffers)
 
     return joined(y, source(y, statistics, tensors, buffers), asked)
 

@@ -18,7 +18,7 @@ from timing import sample
 from torch import nn
 from workloads import make
 
-from kfac_fx.ops.positions import gram, homogeneous_gram
+from kfac_fx.ops.gram import gram, homogeneous_gram
 
 Sizes = tuple[int, int, int]
 
