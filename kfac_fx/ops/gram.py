@@ -31,7 +31,7 @@ def gram(rows: Tensor, scale: float = 1.0) -> Tensor:
     ranges = _slabs(rows)
     if len(ranges) < 2:
         return _product(rows.mT, rows, scale)
-    if _functional(rows):
+    if functional(rows):
         slabs = [_product(rows[:, a:b].mT, rows[:, a:], scale) for a, b in ranges]
         return _assembled(slabs, ranges)
     result = rows.new_empty(rows.shape[1], rows.shape[1])
@@ -46,7 +46,7 @@ def homogeneous_gram(rows: Tensor, scale: float = 1.0, one: float = 1.0) -> Tens
         one: what is appended; tangents have no constant, so 0.
     """
     count, d = rows.shape[-2:]
-    if rows.dim() == 2 and rows.numel() > SMALL and not _functional(rows):
+    if rows.dim() == 2 and rows.numel() > SMALL and not functional(rows):
         result = rows.new_empty(d + 1, d + 1)
         _fill(result[:d, :d], rows, scale, _slabs(rows))
         torch.sum(rows, 0, out=result[d, :d]).mul_(one * scale)
@@ -74,7 +74,7 @@ def cut_gram(rows: Tensor, count: int) -> Tensor:
     return gram(rows.unflatten(-1, (count, size)).movedim(-2, -3))
 
 
-def _functional(rows: Tensor) -> bool:
+def functional(rows: Tensor) -> bool:
     """Whether the rows must go through operators that write into nothing."""
     return (
         torch.compiler.is_compiling()

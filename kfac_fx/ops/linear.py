@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kfac_fx.ops.positions import case_rows, gradient_factor, input_factor
+from kfac_fx.ops.same_input import formed_once
 from kfac_fx.ops.tap import define, recording, tapped
 
 
@@ -48,15 +49,7 @@ class LinearStatistics:
         one_use = len(wanted) == 2
         result: list[Tensor | None] = [None] * len(wanted)
         if wanted[0]:
-            rows = case_rows(x, self.x_dims, self.x_groups).to(dtype)
-            result[0] = input_factor(
-                rows,
-                bias=self.bias,
-                one=self.one,
-                reduce=self.reduce,
-                diagonal=self.diagonal[0],
-                cut=self.cut[0],
-            )
+            result[0] = self._input_factor(x, dtype)
         if wanted[1]:
             rows = case_rows(g, self.y_dims, self.y_groups).to(dtype)
             result[1] = gradient_factor(
@@ -70,6 +63,18 @@ class LinearStatistics:
             positions = 1 if self.reduce else case_rows(g, self.y_dims, self.y_groups).shape[-2]
             result[2] = torch.full((), positions, dtype=dtype, device=g.device)
         return result
+
+    def _input_factor(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        form = (self.bias, self.one, self.reduce, self.diagonal[0], self.cut[0])
+
+        def formed() -> Tensor:
+            rows = case_rows(x, self.x_dims, self.x_groups).to(dtype)
+            bias, one, reduce, diagonal, cut = form
+            return input_factor(
+                rows, bias=bias, one=one, reduce=reduce, diagonal=diagonal, cut=cut
+            )
+
+        return formed_once(x, (self.x_dims, self.x_groups, dtype, *form), formed)
 
 
 class TableStatistics(LinearStatistics):

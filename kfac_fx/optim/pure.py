@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from kfac_fx.codegen.functional import no_autocast
 from kfac_fx.ops import STORE
@@ -20,6 +19,7 @@ from kfac_fx.optim.likelihoods import Likelihood, Sum
 from kfac_fx.optim.observation import Observation, squared
 from kfac_fx.optim.predictive import Predictive, predictive, wide
 from kfac_fx.optim.sources import Gradients, Sources, by_calls
+from kfac_fx.optim.swapped import Places
 from kfac_fx.optim.task import Forward, outputs_of
 from kfac_fx.optim.workers import Workers
 
@@ -56,7 +56,7 @@ class Leaves:
     """The tensors of one pass.
 
     Attributes:
-        state: by name, for ``functional_call``.
+        state: by name.
         sources: what statistics are gradients of, in the order of the module's own.
     """
 
@@ -94,8 +94,7 @@ class PurePass:
         self.net, self.sources, self.likelihood, self.fisher = net, sources, likelihood, fisher
         self.forward, self.workers = forward, workers
         self.loss, self.statistics = loss, statistics
-        self._names = {id(p): name for name, p in net.named_parameters()}
-        self._names |= {id(b): name for name, b in net.named_buffers()}
+        self._places = Places(net)
 
     @property
     def own(self) -> list[Tensor]:
@@ -129,25 +128,25 @@ class PurePass:
 
     def state(self) -> dict[str, Tensor]:
         """Parameters and buffers, without the zeros whose gradients are statistics."""
-        state: dict[str, Tensor] = dict(self.net.named_parameters())
-        buffers = self.net.named_buffers()
-        return state | {n: b for n, b in buffers if not n.startswith(STORE) or any(b.stride())}
+        held = self._places.tensors().items()
+        return {n: t for n, t in held if not n.startswith(STORE) or any(t.stride())}
 
     def leaves(self, state: Mapping[str, Tensor]) -> Leaves:
         """Copies of the state that gradients and statistics are taken of."""
-        parameters = dict(self.net.named_parameters())
+        held = self._places.tensors()
         given = {
-            n: t.detach().requires_grad_(parameters[n].requires_grad)
-            if n in parameters
+            n: t.detach().requires_grad_(held[n].requires_grad)
+            if isinstance(held[n], nn.Parameter)
             else t.clone()
             for n, t in state.items()
         }
+        names = {id(t): n for n, t in held.items()}
         for factor in self.sources.factors:
             zero = torch.zeros((), dtype=factor.dtype, device=factor.device).expand(factor.shape)
-            given[self._names[id(factor)]] = zero.requires_grad_(self.statistics)
+            given[names[id(factor)]] = zero.requires_grad_(self.statistics)
 
         def of(tensors: Sequence[Tensor]) -> list[Tensor]:
-            return [given[self._names[id(t)]] for t in tensors]
+            return [given[names[id(t)]] for t in tensors]
 
         own = self.sources
         sources = Sources(of(own.inputs), of(own.gradients), of(own.parameters), set(), own.shared)
@@ -157,7 +156,8 @@ class PurePass:
         """What ``forward`` returns with the leaves in place of the module's tensors."""
 
         def net(*args: Any, **kwargs: Any) -> Any:
-            return functional_call(self.net, leaves.state, args, kwargs)
+            with self._places.swapped(leaves.state):
+                return self.net(*args, **kwargs)
 
         return outputs_of(self.forward, net, inputs)
 

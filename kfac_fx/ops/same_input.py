@@ -1,0 +1,50 @@
+"""A of an input that several layers read one after the other (queries, keys and values): once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from kfac_fx.ops.gram import functional
+
+
+class _Formed(NamedTuple):
+    """The last A.
+
+    Attributes:
+        storage: of the input; where it is gone, so is what another may have in its place.
+        key: which entries of the storage, and how A is formed of them.
+        value: A, another tensor of its memory, for autograd takes over what nobody else holds.
+        version: of A; who got it may have changed it in place.
+    """
+
+    storage: StorageWeakRef
+    key: tuple[Any, ...]
+    value: Tensor
+    version: int
+
+
+_last: _Formed | None = None
+
+
+def formed_once(x: Tensor, options: tuple[Any, ...], form: Callable[[], Tensor]) -> Tensor:
+    """``form()``, or a copy of the last result if that was of the same x and options.
+
+    Args:
+        options: all that the result depends on but for x.
+    """
+    global _last
+    if functional(x):
+        return form()
+    storage = StorageWeakRef(x.untyped_storage())
+    key = (x.storage_offset(), x.shape, x.stride(), x.dtype, x._version, *options)
+    last = _last  # read once: another thread may set it
+    if last and last.storage == storage and last.key == key:
+        if not last.storage.expired() and last.value._version == last.version:
+            return last.value.clone()
+    value = form()
+    _last = _Formed(storage, key, value.detach(), value._version)
+    return value
