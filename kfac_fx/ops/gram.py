@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from kfac_fx.ops.tap import LIBRARY
+
 MOST_SLABS = 16
 """Into how many slabs a large symmetric product is cut: 17/32 of its multiply-adds remain."""
 
@@ -31,6 +33,9 @@ def gram(rows: Tensor, scale: float = 1.0) -> Tensor:
     ranges = _slabs(rows)
     if len(ranges) < 2:
         return _product(rows.mT, rows, scale)
+    if _opaque(rows):
+        product: Tensor = torch.ops.kfac_fx.gram.default(rows, scale)
+        return product
     if functional(rows):
         slabs = [_product(rows[:, a:b].mT, rows[:, a:], scale) for a, b in ranges]
         return _assembled(slabs, ranges)
@@ -46,6 +51,9 @@ def homogeneous_gram(rows: Tensor, scale: float = 1.0, one: float = 1.0) -> Tens
         one: what is appended; tangents have no constant, so 0.
     """
     count, d = rows.shape[-2:]
+    if _opaque(rows) and len(_slabs(rows)) > 1:
+        product: Tensor = torch.ops.kfac_fx.gram.default(rows, scale, one)
+        return product
     if rows.dim() == 2 and rows.numel() > SMALL and not functional(rows):
         result = rows.new_empty(d + 1, d + 1)
         _fill(result[:d, :d], rows, scale, _slabs(rows))
@@ -74,13 +82,35 @@ def cut_gram(rows: Tensor, count: int) -> Tensor:
     return gram(rows.unflatten(-1, (count, size)).movedim(-2, -3))
 
 
+def _traced() -> bool:
+    return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
+
+
+def _opaque(rows: Tensor) -> bool:
+    """Whether a compiler is given one call: it cannot write slabs where they stay."""
+    return _traced() and rows.device.type == "cpu"
+
+
+def _kernel(rows: Tensor, scale: float, one: float | None = None) -> Tensor:
+    return gram(rows, scale) if one is None else homogeneous_gram(rows, scale, one)
+
+
+def _shape(rows: Tensor, scale: float, one: float | None = None) -> Tensor:
+    side = rows.shape[1] + (one is not None)
+    return rows.new_empty(side, side)
+
+
+LIBRARY.define("gram(Tensor rows, float scale, float? one=None) -> Tensor")
+LIBRARY.impl("gram", _kernel, "CPU")
+torch.library.register_fake("kfac_fx::gram", _shape, lib=LIBRARY)
+
+
 def functional(rows: Tensor) -> bool:
     """Whether the rows must go through operators that write into nothing."""
     return (
-        torch.compiler.is_compiling()
+        _traced()
         or (rows.requires_grad and torch.is_grad_enabled())
         or torch._C._are_functorch_transforms_active()
-        or _get_current_dispatch_mode() is not None
     )
 
 

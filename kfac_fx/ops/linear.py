@@ -70,9 +70,7 @@ class LinearStatistics:
         def formed() -> Tensor:
             rows = case_rows(x, self.x_dims, self.x_groups).to(dtype)
             bias, one, reduce, diagonal, cut = form
-            return input_factor(
-                rows, bias=bias, one=one, reduce=reduce, diagonal=diagonal, cut=cut
-            )
+            return input_factor(rows, bias=bias, one=one, reduce=reduce, diagonal=diagonal, cut=cut)
 
         return formed_once(x, (self.x_dims, self.x_groups, dtype, *form), formed)
 

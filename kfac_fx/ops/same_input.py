@@ -26,6 +26,11 @@ class _Formed(NamedTuple):
     value: Tensor
     version: int
 
+    def holds(self, storage: StorageWeakRef, key: tuple[Any, ...]) -> bool:
+        """Whether the value still is A of this input."""
+        same = self.storage == storage and self.key == key
+        return same and not self.storage.expired() and self.value._version == self.version
+
 
 _last: _Formed | None = None
 
@@ -42,9 +47,8 @@ def formed_once(x: Tensor, options: tuple[Any, ...], form: Callable[[], Tensor])
     storage = StorageWeakRef(x.untyped_storage())
     key = (x.storage_offset(), x.shape, x.stride(), x.dtype, x._version, *options)
     last = _last  # read once: another thread may set it
-    if last and last.storage == storage and last.key == key:
-        if not last.storage.expired() and last.value._version == last.version:
-            return last.value.clone()
+    if last and last.holds(storage, key):
+        return last.value.clone()
     value = form()
     _last = _Formed(storage, key, value.detach(), value._version)
     return value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -16,6 +16,10 @@ class _Place(NamedTuple):
     key: str
     tensor: Tensor
     name: str
+
+
+def _holders(module: nn.Module) -> tuple[Any, Any]:
+    return module._parameters, module._buffers
 
 
 class Places:
@@ -35,7 +39,7 @@ class Places:
         return [
             _Place(holder, key, tensor, names[id(tensor)])
             for module in self._net.modules()
-            for holder in (module._parameters, module._buffers)
+            for holder in _holders(module)
             for key, tensor in holder.items()
             if tensor is not None
         ]
