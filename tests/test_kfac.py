@@ -215,6 +215,28 @@ def test_a_step_that_was_no_good_is_undone_exactly() -> None:
     assert optimizer.diagnostics["damping"] > damping
 
 
+@pytest.mark.parametrize(("length", "expected"), [(1, 64), (8, 8), (64, 4)])
+def test_positions_count_where_statistics_are_of_few_cases(length: int, expected: int) -> None:
+    """The first averages are over 64 likelihood terms, and at least over the fraction."""
+    seen: list[int] = []
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(len(x))
+            return self.layer(x)
+
+    x = torch.randn(128, length, 4)
+    net = kfac_fx.transform(Net(), x, capture="eager", check=False)
+    optimizer = kfac_fx.KFAC(net, lr=1e-3, statistics_fraction=1 / 32)
+    seen.clear()
+    optimizer.step(x, torch.randint(3, (128, length)))
+    assert seen == [128, expected]
+
+
 def test_groups_and_schedulers() -> None:
     model = mlp()
     groups = [

@@ -11,9 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kfac_fx.ops.autocorrelation import Axis, is_cheaper, keeps_precision, patch_gram
-from kfac_fx.ops.gram import bordered
+from kfac_fx.ops.gram import bordered, functional
 from kfac_fx.ops.positions import gradient_factor, input_factor
 from kfac_fx.ops.tap import define, recording, tapped
+
+AT_ONCE = 2**21
+"""Entries of patches that are copied at once, where there are many."""
 
 TRANSPOSED = "transposed"
 """In place of a padding mode: the call is a transposed convolution."""
@@ -150,22 +153,33 @@ class ConvolutionStatistics:
         axes = self.window.axes(x) if isinstance(self.window, Window) else None
         plain = not self.reduce and not self.diagonal[0] and keeps_precision(x)
         if axes is None or not plain or not is_cheaper(len(x), axes):
-            if self.reduce and isinstance(self.window, Window):
-                rows = self.window.mean_patch(x, self.groups).unsqueeze(-2)
-            else:
-                rows = self.patches(x, outputs)
-            return input_factor(
-                rows,
-                bias=self.bias,
-                reduce=self.reduce,
-                diagonal=self.diagonal[0],
-                one=self.one,
-            )
+            return self._by_patches(x, outputs)
         total = patch_gram(x, axes, self.groups)
         if self.bias:
             sums = self.one * self.patches(x.sum(0, keepdim=True), outputs).sum((1, 2))
             total = bordered(total, sums, self.one**2 * len(x) * math.prod(outputs))
         return total / len(x)
+
+    def _by_patches(self, x: Tensor, outputs: Sequence[int]) -> Tensor:
+        """A by copies of what positions read, of so many cases at once that they stay in caches."""
+        if self.reduce and isinstance(self.window, Window):
+            return self._of_rows(self.window.mean_patch(x, self.groups).unsqueeze(-2))
+        side, positions = x.shape[1] * math.prod(self.window.kernel), math.prod(outputs)
+        # The products of the parts are added up: that is little work beside many rows alone.
+        at_once = max(AT_ONCE // (side * positions), 4 * side // positions, 1)
+        if functional(x) or at_once >= len(x):
+            return self._of_rows(self.patches(x, outputs))
+        parts = x.split(at_once)
+        found = (self._of_rows(self.patches(p, outputs)).mul_(len(p) / len(x)) for p in parts)
+        total = next(found)
+        for more in found:
+            total += more
+        return total
+
+    def _of_rows(self, rows: Tensor) -> Tensor:
+        return input_factor(
+            rows, bias=self.bias, reduce=self.reduce, diagonal=self.diagonal[0], one=self.one
+        )
 
     def __call__(
         self,

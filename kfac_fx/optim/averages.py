@@ -131,13 +131,13 @@ def new_weight(k: int, decay: float) -> float:
     return 1 - min(1 - 1 / k, decay)
 
 
-LEAST_CASES = 64
-"""Cases that averages are over at least, where batches are large enough."""
+LEAST_TERMS = 64
+"""Likelihood terms that averages are over at least, where batches are large enough."""
 
 
-def cases_needed(recorded: int, decay: float) -> int:
+def terms_needed(recorded: int, decay: float) -> int:
     """Of the next statistic, after so many."""
-    return math.ceil(LEAST_CASES * new_weight(recorded + 1, decay))
+    return math.ceil(LEAST_TERMS * new_weight(recorded + 1, decay))
 
 
 @torch.no_grad()

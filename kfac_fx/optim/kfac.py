@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.optim import Optimizer
 
 from kfac_fx.config import choice, period, share, within
 from kfac_fx.errors import ParameterChangedError, UnknownOptionError
-from kfac_fx.optim.averages import all_finite, cases_needed
+from kfac_fx.optim.averages import all_finite, terms_needed
 from kfac_fx.optim.damping import DampingRule
 from kfac_fx.optim.diagnostics import Diagnostics
 from kfac_fx.optim.faces import CurvatureFaces
@@ -54,8 +55,8 @@ class KFAC(CurvatureFaces, Optimizer):
         damping_every, gamma_every, refresh_every: T1, T2 and T3.
         statistics_every: period of the statistics.
         statistics_fraction, products_fraction: tau1 and tau2, the first cases of a batch for
-            statistics (enough for averages over 64) and for products with the exact Fisher (at
-            least 512).
+            statistics (enough for averages over 64 likelihood terms) and for products with the
+            exact Fisher (at least 512).
         smallest_damping: floor of lambda, which the paper's rule lacks.
         gamma_limit: gamma is at most this multiple of sqrt(lambda + eta), infinite in the paper:
             while lambda is large, its search prefers gradient descent and stays with it.
@@ -197,7 +198,7 @@ class KFAC(CurvatureFaces, Optimizer):
             return loss
         if self._inverse.averages.recorded:
             self._advance((inputs, targets), float(loss), gradient, running)
-        self._trust.accept(loss, gradient.values(), self._task.cases)
+        self._trust.accept(self._task.cases)
         numbers = {"iteration": self._iteration, "loss": float(loss), **self._rule.state()}
         counters = {name: getattr(self, name) for name in COUNTERS}
         self.diagnostics.update(numbers, clamped=self._inverse.clamped, **counters)
@@ -250,13 +251,14 @@ class KFAC(CurvatureFaces, Optimizer):
         loss, dense = loss.detach(), [g.to_dense() if g.is_sparse else g for g in found]
         self._workers.sum_([loss, *dense])
         pairs = zip(parameters.items(), dense, strict=True)
-        return loss, {name: g.add(p, alpha=decay[name]) for (name, p), g in pairs}
+        return loss, {n: g.add(p, alpha=decay[n]) if decay[n] else g for (n, p), g in pairs}
 
     def _record(self, inputs: Any, targets: Any) -> bool:
         """Records where that is due; False if the statistics are not finite, or outliers."""
         if (self._iteration - 1) % self._statistics_every and self._inverse.averages.recorded:
             return True
-        least = cases_needed(self._inverse.averages.recorded, self._decay)
+        terms = terms_needed(self._inverse.averages.recorded, self._decay)
+        least = math.ceil(terms * self._task.cases / self._task.terms)
         part = self._task.first((inputs, targets), self._fraction, least)
         with self.diagnostics.stage("statistics"):
             if self._recorder.by_inputs:

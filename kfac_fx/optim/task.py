@@ -57,6 +57,7 @@ class Task:
 
     Attributes:
         cases: of the batch, in all processes.
+        terms: of the last loss: a term a case, or one a position, each with its weight.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class Task:
     ) -> None:
         self.net, self.likelihood, self.forward = held.net, likelihood, forward
         self._held, self._workers = held, workers
-        self._generator, self._seed, self.cases = seed, 0, 0
+        self._generator, self._seed, self.cases, self.terms = seed, 0, 0, 0.0
         net = held.net
         names = [name for name, _ in net.named_buffers() if not name.startswith(STORE)]
         self._buffers = {name: net.get_buffer(name) for name in names}
@@ -133,6 +134,7 @@ class Task:
         made = self.predictive(outputs, targets)
         if not made.has_targets:
             raise LikelihoodError("step() needs the targets of the batch")
+        self.terms = made.count
         return made.nll() / made.count
 
     def value(self, inputs: Any, targets: Any, parameters: Any = None) -> float:

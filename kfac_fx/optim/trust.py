@@ -35,6 +35,7 @@ class BatchTrust:
         self._norm: float | None = None
         self._cases: float | None = None
         self._streak = self._unfit = 0
+        self._last = (math.nan, math.nan)
 
     @property
     def widest(self) -> float:
@@ -61,7 +62,7 @@ class BatchTrust:
 
         Many finite outliers in a row are no outliers: what is usual is then learnt anew.
         """
-        value, norm = _numbers(loss, gradient)
+        value, norm = self._last = _numbers(loss, gradient)
         if not (math.isfinite(value) and math.isfinite(norm)):
             return False
         if self._loss is None or self._norm is None:
@@ -80,9 +81,9 @@ class BatchTrust:
         limit = (self.outlier - 1) * max(abs(before), FLOOR)
         return math.isfinite(before) and not after - before < limit
 
-    def accept(self, loss: Tensor, gradient: Collection[Tensor], cases: int) -> None:
-        """Takes a batch into the averages."""
-        value, norm = _numbers(loss, gradient)
+    def accept(self, cases: int) -> None:
+        """Takes the last batch that was believed into the averages."""
+        value, norm = self._last
         self._streak = 0
         self._loss = _mixed(self._loss, value)
         self._norm = _mixed(self._norm, norm)

@@ -1,0 +1,157 @@
+"""Symmetric products in every way that they are formed, and A of an input that layers share."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import kfac_fx
+from kfac_fx.ops import convolution, linear
+from kfac_fx.ops.gram import gram, homogeneous_gram
+from kfac_fx.ops.same_input import formed_once
+
+SIZES = [(3, 5), (700, 40), (600, 128), (600, 150), (520, 333), (1100, 1100), (64, 500)]
+
+
+def rows_of(count: int, d: int) -> Tensor:
+    return torch.randn(count, d, dtype=torch.float64)
+
+
+def bordered_rows(rows: Tensor, one: float) -> Tensor:
+    return torch.cat([rows, torch.full_like(rows[:, :1], one)], 1)
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(
+        found, expected, rtol=1e-12, atol=1e-12 * float(expected.abs().max())
+    )
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_against_the_whole_product(size: tuple[int, int], scale: float) -> None:
+    rows = rows_of(*size)
+    close(gram(rows, scale), scale * rows.T @ rows)
+    for one in (1.0, 0.0):
+        whole = bordered_rows(rows, one)
+        close(homogeneous_gram(rows, scale, one), scale * whole.T @ whole)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_rows_of_any_strides(size: tuple[int, int]) -> None:
+    transposed, wide = rows_of(*size[::-1]).T, rows_of(size[0], 2 * size[1])[:, ::2]
+    for rows in (transposed, wide):
+        close(gram(rows), rows.T @ rows)
+
+
+@pytest.mark.parametrize("size", [(600, 150), (64, 500)])
+def test_traced_it_is_one_call_on_a_cpu(size: tuple[int, int]) -> None:
+    rows = rows_of(*size)
+
+    def both(rows: Tensor) -> tuple[Tensor, Tensor]:
+        return gram(rows, 0.5), homogeneous_gram(rows, 0.5)
+
+    module = make_fx(both, tracing_mode="fake")(rows)
+    opaque = [node for node in module.graph.nodes if "kfac_fx.gram" in str(node.target)]
+    assert len(opaque) == (2 if size[0] > 100 else 0)  # few rows are one product
+    for found, expected in zip(module(rows), both(rows), strict=True):
+        close(found, expected)
+    torch.library.opcheck(torch.ops.kfac_fx.gram.default, (rows, 0.5, 1.0))
+
+
+def test_where_derivatives_are_taken_of_it() -> None:
+    rows = rows_of(600, 150).requires_grad_()
+    (found,) = torch.autograd.grad(homogeneous_gram(rows).square().sum(), rows)
+    whole = bordered_rows(rows, 1.0)
+    (expected,) = torch.autograd.grad((whole.T @ whole).square().sum(), rows)
+    close(found, expected)
+    close(torch.func.grad(lambda r: gram(r).sum())(rows.detach()).T[0], 2 * rows.detach().sum(1))
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(24, 24) for _ in range(3))
+        self.other = nn.Linear(24, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        return self.other((q @ k.mT).softmax(-1) @ v).mean(1)
+
+
+def test_layers_that_share_an_input_form_its_factor_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    formed: list[torch.Size] = []
+
+    def counted(rows: Tensor, **options: object) -> Tensor:
+        formed.append(rows.shape)
+        return whole(rows, **options)
+
+    whole = linear.input_factor
+    monkeypatch.setattr(linear, "input_factor", counted)
+    net = kfac_fx.transform(Attention().double(), (x := torch.randn(4, 5, 24).double(),))
+    pre = kfac_fx.Preconditioner(net, "normal", structure="block_diagonal", fisher="empirical")
+    for _ in range(2):  # the averages of both passes
+        formed.clear()
+        outputs = net(x)
+        pre.observe(outputs, torch.zeros_like(outputs))
+        outputs.square().sum(-1).mean().backward()
+        pre.step()
+        assert len(formed) == 2
+    flat = bordered_rows(x.flatten(0, 1), 1.0)
+    for name in "qkv":
+        close(pre.factors[name][0], flat.T @ flat / 4)
+
+
+def test_what_is_formed_once_is_formed_again_when_it_must_be() -> None:
+    calls: list[Tensor] = []
+
+    def form_of(x: Tensor, option: int = 0) -> Tensor:
+        def form() -> Tensor:
+            calls.append(x)
+            return x.T @ x
+
+        return formed_once(x, (option,), form)
+
+    x = rows_of(6, 3)
+    first, again = form_of(x), form_of(x.detach())
+    assert len(calls) == 1
+    assert torch.equal(first, again) and first.data_ptr() != again.data_ptr()
+    form_of(x, 1)  # other options
+    form_of(x[:, :2], 1)  # other entries
+    assert len(calls) == 3
+    x.add_(1.0)
+    close(form_of(x[:, :2], 1), x[:, :2].T @ x[:, :2])
+    found = form_of(x)
+    found.mul_(2.0)  # as averages do
+    close(form_of(x), x.T @ x)
+    assert len(calls) == 6
+    del x, calls[:]
+    for _ in range(20):  # new tensors in the memory of old ones
+        close(form_of(y := rows_of(6, 3)), y.T @ y)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_patches_of_some_cases_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, bias: bool, groups: int
+) -> None:
+    window = convolution.Window([3, 3], [2, 2], [1, 1], [1, 1, 1, 1], "zeros")
+    statistics = convolution.ConvolutionStatistics(window, groups, bias, reduce=False)
+    x = torch.randn(7, 2, 16, 16, dtype=torch.float64)
+    monkeypatch.setattr(convolution, "AT_ONCE", 1)
+    counts: list[int] = []
+    patches = convolution.Window.patches
+
+    def counted(self: convolution.Window, x: Tensor, groups: int) -> Tensor:
+        counts.append(len(x))
+        return patches(self, x, groups)
+
+    monkeypatch.setattr(convolution.Window, "patches", counted)
+    found = statistics._input_factor(x, [8, 8])
+    assert counts == [1] * 7
+    rows = torch.nn.functional.unfold(x, 3, padding=1, stride=2).mT.flatten(0, 1)
+    for group, part in zip(found, rows.chunk(groups, 1), strict=True):
+        part = bordered_rows(part, 1.0) if bias else part
+        close(group, part.T @ part / 7)
