@@ -53,18 +53,17 @@ def invert_into(result: Tensor, L: Tensor) -> None:
 
 
 def symmetric_product(X: Tensor, *, triangular: bool = False) -> Tensor:
-    """X^T X of [n, d]; the blocks below the diagonal are copies of those above it.
+    """X^T X of [n, d]; the blocks above the diagonal are copies of those below it.
 
     Args:
         triangular: X is a lower triangle.
     """
-    ranges = column_parts(X, 96, 6)
+    ranges = column_parts(X, 96, 8)
     if len(ranges) == 1:
         return X.mT @ X
     result = X.new_empty(X.shape[-1], X.shape[-1])
     for start, end in ranges:
-        rows = X[start:] if triangular else X
-        columns = rows[:, :end].mT @ rows[:, start:end]
-        result[:end, start:end] = columns
-        result[start:end, :start] = columns[:start].mT
+        rows, slab = X[start:] if triangular else X, result[start:end, :end]
+        torch.mm(rows[:, start:end].mT, rows[:, :end], out=slab)
+        result[:start, start:end] = slab[:, :start].mT
     return result
