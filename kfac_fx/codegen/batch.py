@@ -18,8 +18,8 @@ from kfac_fx.ir import CurvatureBlock
 Group = list[CurvatureBlock]
 
 
-def equal_blocks(blocks: Iterable[CurvatureBlock], batched: bool) -> dict[str, Group]:
-    """Groups of blocks by the name of their first one; each block alone unless ``batched``.
+def equal_blocks(blocks: Iterable[CurvatureBlock], batched: bool) -> list[Group]:
+    """Groups of blocks of equal shapes; each block alone unless ``batched``.
 
     Sums of products and blocks that are cut into sub-blocks stay alone.
     """
@@ -30,7 +30,7 @@ def equal_blocks(blocks: Iterable[CurvatureBlock], batched: bool) -> dict[str, G
         shapes = tuple((spec.name, spec.shape, spec.diagonal) for spec in specs)
         key = (block.approximation, shapes) if batched and not alone else block.name
         found.setdefault(key, []).append(block)
-    return {group[0].name: group for group in found.values()}
+    return list(found.values())
 
 
 def refresh(

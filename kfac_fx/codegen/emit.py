@@ -64,7 +64,7 @@ def emit_refresh(
     whiteners: dict[str, list[Any]] = {}
     outputs: dict[str, Any] = {}
     groups = equal_blocks((b for b in blocks.values() if b.name not in coupled), batched)
-    for group in groups.values():
+    for group in groups:
         with build.section(group[0].slot, _titles(group)):
             form = forms[group[0].approximation]
             outputs |= batch.refresh(build, form, group, factors, amounts, factorise.inverse)
@@ -150,7 +150,7 @@ def terms(
         return _gather(build, block, gradients, like[block.name], cast)
 
     alone = (block for name, block in blocks.items() if name in like and name not in coupled)
-    for group in equal_blocks(alone, batched).values():
+    for group in equal_blocks(alone, batched):
         form = forms[group[0].approximation]
         with build.section(group[0].slot, _titles(group)):
             own_V = {block.name: gathered(block) for block in group}
