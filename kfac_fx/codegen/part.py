@@ -71,8 +71,8 @@ def emit_terms(
 ) -> fx.GraphModule:
     """What some blocks contribute to the update: inverses and gradients -> terms by block.
 
-    A block's update is the sum of the terms for it: its own, and what each pair that it is an end of
-    adds to it.
+    A block's update is the sum of the terms for it: its own, and what the pairs that it
+    is an end of add to it.
 
     Args:
         owned: the blocks; the arguments are their inverses, and the gradients of all.
