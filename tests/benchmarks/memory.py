@@ -9,7 +9,7 @@ networks, so that code and libraries count in neither); on CUDA ``torch.cuda.max
     averages + inverses + max(statistics + taps, inverses + workspace)
 
 is the formula. It is about a bound: what SGD's own peak has of activations is free again while
-inverses are computed. ``taps`` is fitted: two and a half patch matrices of a convolution.
+inverses are computed. ``taps`` is fitted: nine times the largest input of a convolution.
 """
 
 from __future__ import annotations
@@ -77,15 +77,15 @@ def train(work: Workload, preconditioner: kfac_fx.Preconditioner | None, steps: 
         optimizer.step()
 
 
-def patches(work: Workload) -> int:
-    """Bytes of the largest patch matrix of a convolution, [cases, positions, side of A]."""
+def largest_input(work: Workload) -> int:
+    """Bytes of the largest input of a convolution that is no 1x1."""
     found = [0]
 
-    def seen(layer: nn.Module, _: object, y: torch.Tensor) -> None:
+    def seen(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         if isinstance(layer, nn.Conv2d) and prod(layer.kernel_size) > 1:
-            found.append(4 * y[:, 0].numel() * layer.weight[0].numel())
+            found.append(4 * inputs[0].numel())
 
-    handles = [layer.register_forward_hook(seen) for layer in work.model.modules()]
+    handles = [layer.register_forward_pre_hook(seen) for layer in work.model.modules()]
     with torch.no_grad():
         work.model(work.batches[0][0])
     for handle in handles:
@@ -94,7 +94,7 @@ def patches(work: Workload) -> int:
 
 
 def predicted(
-    preconditioner: kfac_fx.Preconditioner, storage: str | None, patches: int
+    preconditioner: kfac_fx.Preconditioner, storage: str | None, convolved: int
 ) -> dict[str, int]:
     """The parts of the formula, in bytes; those on the host do not count on a GPU."""
     curvature, program = preconditioner.curvature, preconditioner.program
@@ -105,7 +105,7 @@ def predicted(
     averages = stored * curvature.factor_elements
     statistics, inverses = 4 * curvature.factor_elements, 4 * sum(prod(s) for s in shapes)
     workspace = 3 * 4 * max(prod(side) for side in sides)
-    taps = 5 * patches // 2  # fitted to the peak of cnn
+    taps = 9 * convolved  # fitted to the peak of cnn
     return {
         "averages": averages,
         "inverses": inverses,
@@ -123,7 +123,7 @@ def one(name: str, method: str) -> dict[str, int]:
     work = small()
     work.model.to(device)
     train(work, preconditioned(work, storage), STEPS)
-    largest = patches(make(name))
+    largest = largest_input(make(name))
     work = make(name)
     work.model.to(device)
     preconditioner: kfac_fx.Preconditioner | None = preconditioned(work, storage)
