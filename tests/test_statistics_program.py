@@ -442,3 +442,18 @@ def test_sum_of_likelihoods(fisher: str) -> None:
     for name, factors in plain.factors.items():
         for one, other in zip(compiled.factors[name], factors, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
+
+
+def test_passes_leave_alone_what_another_structure_records() -> None:
+    """Block-diagonal statistics of a network that carries buffers of cross factors too."""
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    x = torch.randn(8, 6).double()
+    both, alone = (
+        kfac_fx.transform(model, x, structure=structure)
+        for structure in ("block_tridiagonal", "block_diagonal")
+    )
+    batch = {"inputs": x, "targets": torch.randint(3, (8,))}
+    want = recorded(alone, batch, structure="block_diagonal", fisher="empirical")
+    for compile in (False, "eager"):
+        options = {"structure": "block_diagonal", "fisher": "empirical", "compile": compile}
+        assert_equal(recorded(both, batch, **options), want)

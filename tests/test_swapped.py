@@ -56,6 +56,16 @@ def test_the_module_has_its_own_back_after_an_error() -> None:
     assert net.first.weight is net.second.weight is weight
 
 
+def test_what_is_not_given_stays() -> None:
+    net, x = Tied(), torch.randn(8, 4)
+    own, scale = Places(net), net.norm.weight
+    state = {name: tensor * 2 for name, tensor in own.tensors().items() if "first" in name}
+    expected = functional_call(net, state, (x,))
+    with own.swapped(state):
+        assert net.norm.weight is scale
+        torch.testing.assert_close(net(x), expected)
+
+
 def test_what_is_held_anew_is_found() -> None:
     net = Tied()
     own = Places(net)

@@ -19,6 +19,7 @@ from kfac_fx.ops import (
     row_scale,
     scale_shift,
 )
+from kfac_fx.ops.same_input import forget_input
 from kfac_fx.ops.tap import forget_passes, only, passes, pause, resume
 
 STORE = "_kfac_fx"
@@ -68,6 +69,7 @@ __all__ = [
     "embedding",
     "embedding_bag",
     "factor_buffers",
+    "forget_input",
     "forget_passes",
     "grouped",
     "linear",

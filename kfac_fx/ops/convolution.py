@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -171,10 +172,7 @@ class ConvolutionStatistics:
             return self._of_rows(self.patches(x, outputs))
         parts = x.split(at_once)
         found = (self._of_rows(self.patches(p, outputs)).mul_(len(p) / len(x)) for p in parts)
-        total = next(found)
-        for more in found:
-            total += more
-        return total
+        return functools.reduce(Tensor.add_, found)
 
     def _of_rows(self, rows: Tensor) -> Tensor:
         return input_factor(

@@ -39,9 +39,7 @@ def gram(rows: Tensor, scale: float = 1.0) -> Tensor:
     if functional(rows):
         slabs = [_product(rows[:, a:b].mT, rows[:, a:], scale) for a, b in ranges]
         return _assembled(slabs, ranges)
-    result = rows.new_empty(rows.shape[1], rows.shape[1])
-    _fill(result, rows, scale, ranges)
-    return result
+    return _written(rows, scale)
 
 
 def homogeneous_gram(rows: Tensor, scale: float = 1.0, one: float = 1.0) -> Tensor:
@@ -55,12 +53,7 @@ def homogeneous_gram(rows: Tensor, scale: float = 1.0, one: float = 1.0) -> Tens
         product: Tensor = torch.ops.kfac_fx.gram.default(rows, scale, one)
         return product
     if rows.dim() == 2 and rows.numel() > SMALL and not functional(rows):
-        result = rows.new_empty(d + 1, d + 1)
-        _fill(result[:d, :d], rows, scale, _slabs(rows))
-        torch.sum(rows, 0, out=result[d, :d]).mul_(one * scale)
-        result[d, d] = count * one**2 * scale
-        result[:d, d] = result[d, :d]
-        return result
+        return _written(rows, scale, one)
     if count < d or rows.numel() <= SMALL:  # the rows are the smaller copy, or few calls count
         return gram(pad(rows, (0, 1), value=one), scale)
     return bordered(gram(rows, scale), rows.sum(-2) * (one * scale), count * one**2 * scale)
@@ -89,20 +82,6 @@ def _traced() -> bool:
 def _opaque(rows: Tensor) -> bool:
     """Whether a compiler is given one call: it cannot write slabs where they stay."""
     return _traced() and rows.device.type == "cpu"
-
-
-def _kernel(rows: Tensor, scale: float, one: float | None = None) -> Tensor:
-    return gram(rows, scale) if one is None else homogeneous_gram(rows, scale, one)
-
-
-def _shape(rows: Tensor, scale: float, one: float | None = None) -> Tensor:
-    side = rows.shape[1] + (one is not None)
-    return rows.new_empty(side, side)
-
-
-LIBRARY.define("gram(Tensor rows, float scale, float? one=None) -> Tensor")
-LIBRARY.impl("gram", _kernel, "CPU")
-torch.library.register_fake("kfac_fx::gram", _shape, lib=LIBRARY)
 
 
 def functional(rows: Tensor) -> bool:
@@ -135,6 +114,19 @@ def _fill(result: Tensor, rows: Tensor, scale: float, ranges: Sequence[Range]) -
             result[end:, start:end] = slab[:, end - start :].mT
 
 
+def _written(rows: Tensor, scale: float, one: float | None = None) -> Tensor:
+    """``gram``, or with ``one`` ``homogeneous_gram``, of [S, d], written where it stays."""
+    count, d = rows.shape
+    side = d + (one is not None)
+    result = rows.new_empty(side, side)
+    _fill(result[:d, :d], rows, scale, _slabs(rows))
+    if one is not None:
+        torch.sum(rows, 0, out=result[d, :d]).mul_(one * scale)
+        result[d, d] = count * one**2 * scale
+        result[:d, d] = result[d, :d]
+    return result
+
+
 def _assembled(slabs: Sequence[Tensor], ranges: Sequence[Range]) -> Tensor:
     """[d, d] from its slabs as a function: what lies left of one is the transpose of the others."""
     lines = []
@@ -152,3 +144,13 @@ def _product(left: Tensor, right: Tensor, scale: float) -> Tensor:
     if left.dim() == 2:
         return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scale)
     return left @ right * scale
+
+
+def _shape(rows: Tensor, scale: float, one: float | None = None) -> Tensor:
+    side = rows.shape[1] + (one is not None)
+    return rows.new_empty(side, side)
+
+
+LIBRARY.define("gram(Tensor rows, float scale, float? one=None) -> Tensor")
+LIBRARY.impl("gram", _written, "CPU")
+torch.library.register_fake("kfac_fx::gram", _shape, lib=LIBRARY)

@@ -52,3 +52,9 @@ def formed_once(x: Tensor, options: tuple[Any, ...], form: Callable[[], Tensor])
     value = form()
     _last = _Formed(storage, key, value.detach(), value._version)
     return value
+
+
+def forget_input() -> None:
+    """Lets go of the last A."""
+    global _last
+    _last = None

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from kfac_fx.errors import ObservationError, UnknownOptionError
-from kfac_fx.ops import forget_passes, pause, resume
+from kfac_fx.ops import forget_input, forget_passes, pause, resume
 from kfac_fx.optim.averages import Entry
 from kfac_fx.optim.compiled import CompiledPass
 from kfac_fx.optim.likelihoods import Likelihood, Sum
@@ -189,5 +189,6 @@ class Recorder:
 
     def _clear(self) -> None:
         forget_passes(self._sources.factors)
+        forget_input()
         for factor in self._sources.factors:
             factor.grad = None

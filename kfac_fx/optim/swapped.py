@@ -54,17 +54,18 @@ class Places:
     def swapped(self, state: dict[str, Tensor]) -> Iterator[None]:
         """The module holds the tensors of ``state`` inside, and its own again after.
 
-        Buffers that it assigns inside go into ``state``.
+        Buffers that it assigns inside go into ``state``; what ``state`` lacks stays as it is.
 
         Args:
             state: by the names of ``tensors``.
         """
-        for holder, key, _, name in self._places:
+        places = [place for place in self._places if place.name in state]
+        for holder, key, _, name in places:
             holder[key] = state[name]
         try:
             yield
         finally:
-            for holder, key, tensor, name in self._places:
+            for holder, key, tensor, name in places:
                 held = holder[key]
                 if held is not None:
                     state[name] = held
