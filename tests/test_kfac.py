@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -220,19 +221,13 @@ def test_positions_count_where_statistics_are_of_few_cases(length: int, expected
     """The first averages are over 64 likelihood terms, and at least over the fraction."""
     seen: list[int] = []
 
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(4, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            seen.append(len(x))
-            return self.layer(x)
+    def forward(net: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+        seen.append(len(inputs))
+        return net(inputs)
 
     x = torch.randn(128, length, 4)
-    net = kfac_fx.transform(Net(), x, capture="eager", check=False)
-    optimizer = kfac_fx.KFAC(net, lr=1e-3, statistics_fraction=1 / 32)
-    seen.clear()
+    net = kfac_fx.transform(nn.Linear(4, 3))
+    optimizer = kfac_fx.KFAC(net, lr=1e-3, statistics_fraction=1 / 32, forward=forward)
     optimizer.step(x, torch.randint(3, (128, length)))
     assert seen == [128, expected]
 
