@@ -52,13 +52,17 @@ class Window:
         rows: Tensor = means.unflatten(1, (groups, -1)).flatten(2).transpose(0, 1)
         return rows
 
+    def padded(self, x: Tensor) -> Tensor:
+        """x with its padding around it."""
+        if not any(self.padding):
+            return x
+        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+        return F.pad(x, list(self.padding), mode=mode)
+
     def _windows(self, x: Tensor) -> Tensor:
         """A view of what every position reads: [N, C, *space, *kernel]."""
-        dims = len(self.kernel)
-        if any(self.padding):
-            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-            x = F.pad(x, list(self.padding), mode=mode)
-        for axis in range(dims):
+        x = self.padded(x)
+        for axis in range(len(self.kernel)):
             reach = (self.kernel[axis] - 1) * self.dilation[axis] + 1
             x = x.unfold(2 + axis, reach, self.stride[axis])[..., :: self.dilation[axis]]
         return x

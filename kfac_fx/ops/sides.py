@@ -10,7 +10,6 @@ from math import prod
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kfac_fx.ops.autocorrelation import Axis
@@ -133,10 +132,7 @@ class ConvolutionSide:
         if not isinstance(window, Window) or any(size % cells for size, cells in pairs):
             return None
         each = [size // cells for size, cells in pairs]
-        x = self.batched(x)
-        if any(window.padding):
-            mode = "constant" if window.padding_mode == "zeros" else window.padding_mode
-            x = F.pad(x, list(window.padding), mode=mode)
+        x = window.padded(self.batched(x))
         for axis, count in enumerate(each):
             x = _sums(x, 2 + axis, count, window.stride[axis])
         x = x / prod(each) ** 0.5 if prod(each) > 1 else x
