@@ -184,8 +184,7 @@ def transformed(model: nn.Module, capture: str = "eager") -> kfac_fx.capture.Eag
 
 def arm(net: nn.Module, recording: bool) -> None:
     for buffers in kfac_fx.ops.factor_buffers(net).values():
-        for buffer in buffers:
-            buffer.requires_grad_(recording)
+        kfac_fx.ops.switch(net, buffers, recording)
 
 
 def assert_same_behaviour(net: nn.Module, model: nn.Module, x: Tensor) -> None:

@@ -30,8 +30,7 @@ def pair(network: Network) -> tuple[nn.Module, nn.Module]:
 
 def arm(net: nn.Module, recording: bool) -> None:
     for buffers in kfac_fx.ops.factor_buffers(net).values():
-        for buffer in buffers:
-            buffer.requires_grad_(recording)
+        kfac_fx.ops.switch(net, buffers, recording)
 
 
 def forward(module: nn.Module, network: Network, n: int = 5) -> Tensor:

@@ -245,7 +245,7 @@ def disorder(module: fx.GraphModule) -> None:
 
 
 def liar(module: fx.GraphModule) -> PassResult:
-    with module.graph.inserting_before(next(reversed(module.graph.nodes))):
+    with module.graph.inserting_before(list(module.graph.nodes)[-1]):
         module.graph.call_function(torch.zeros, (1,))
     return PassResult(module, False)
 

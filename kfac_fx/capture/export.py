@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -62,16 +64,29 @@ def _export(
             open_dims = [dim for dim, size in enumerate(leaf.shape[:dynamic]) if size > 1]
             if open_dims:
                 shapes[leaf] = dict.fromkeys(open_dims, torch.export.Dim.AUTO)
-    program = torch.export.export(
-        model,
-        args,
-        kwargs,
-        dynamic_shapes=shapes.dynamic_shapes(model, args, kwargs),
-        strict=False,
-    )
+    with _no_hooks_left():
+        program = torch.export.export(
+            model,
+            args,
+            kwargs,
+            dynamic_shapes=shapes.dynamic_shapes(model, args, kwargs),
+            strict=False,
+        )
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
     return module
+
+
+@contextmanager
+def _no_hooks_left() -> Iterator[None]:
+    """Removes the global hooks that torch 2.11 leaves behind where an export fails."""
+    hooks = torch.nn.modules.module._global_buffer_registration_hooks
+    before = set(hooks)
+    try:
+        yield
+    finally:
+        for key in set(hooks) - before:
+            del hooks[key]
 
 
 def expect_sizes(value: torch.Tensor, sizes: tuple[int, ...], name: str) -> None:

@@ -46,6 +46,20 @@ def all_buffers(net: Any) -> list[Tensor]:
     return list(getattr(net, STORE).buffers())
 
 
+def switch(net: Any, factors: Iterable[Tensor], on: bool) -> None:
+    """Lets forward passes from now on record into these buffers, or not.
+
+    Buffers that change are bound anew: where ``use_recursive_dict_tags_for_guards`` holds, as in
+    torch before 2.13, a compiled network looks again only at modules that were written to.
+    """
+    changed = {id(factor) for factor in factors if factor.requires_grad != on}
+    for module in getattr(net, STORE).modules() if changed else ():
+        for name, buffer in list(module._buffers.items()):
+            if id(buffer) in changed:
+                module._buffers[name] = None
+                module._buffers[name] = buffer.requires_grad_(on)
+
+
 def cross_buffers(net: Any, pairs: Iterable[Any]) -> list[tuple[Tensor, Tensor]]:
     """The buffers of A and G of each ``kfac_fx.ir.Pair``."""
     slots = [getattr(getattr(net, STORE), pair.slot) for pair in pairs]
@@ -82,4 +96,5 @@ __all__ = [
     "resume",
     "row_scale",
     "scale_shift",
+    "switch",
 ]

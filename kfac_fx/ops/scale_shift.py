@@ -51,7 +51,8 @@ def normalised(
     centred = lines - mean.unsqueeze(-1)
     if training:  # by the norm of what is centred: quicker than the kernels of batch_norm
         squares = torch.linalg.vector_norm(centred, dim=-1).square()
-        var = squares.mean(0) / lines.shape[-1]
+        # Traced by torch 2.11, the norm keeps a dimension of length one.
+        var = squares.reshape(lines.shape[:2]).mean(0) / lines.shape[-1]
     assert var is not None
     return centred.reshape(x.shape), torch.rsqrt(var + eps)
 

@@ -19,7 +19,7 @@ from kfac_fx.errors import (
     UnknownOptionError,
 )
 from kfac_fx.ir import Coupling, CurvatureGraph
-from kfac_fx.ops import all_buffers
+from kfac_fx.ops import all_buffers, switch
 from kfac_fx.optim.averages import Averages, all_finite, fold, sizes
 from kfac_fx.optim.guard import ParameterGuard
 from kfac_fx.optim.moments import Moments
@@ -68,8 +68,8 @@ class InverseFisher:
         self.tikhonov = _tikhonov(tikhonov, curvature, coupled)
         self.guard = ParameterGuard(net, curvature.covered)
         self.clamped = 0
-        for buffer in all_buffers(net):  # another program may have wanted more of them
-            buffer.requires_grad_(False)
+        switch(net, all_buffers(net), False)  # another program may have wanted more of them
+        for buffer in all_buffers(net):
             buffer.grad = None
         pairs = curvature.pairs if coupled else ()
         moments = curvature.moments if tikhonov == "ekfac" else ()

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from kfac_fx.errors import ObservationError, UnknownOptionError
-from kfac_fx.ops import forget_input, forget_passes, pause, resume
+from kfac_fx.ops import forget_input, forget_passes, pause, resume, switch
 from kfac_fx.optim.averages import Entry
 from kfac_fx.optim.compiled import CompiledPass
 from kfac_fx.optim.likelihoods import Likelihood, Sum
@@ -85,8 +85,7 @@ class Recorder:
         self._observation, self._statistics = None, StepStatistics(self._sources, self._workers)
         resume(self._sources.factors)
         self._clear()
-        for factor in self._sources.factors:
-            factor.requires_grad_(on and not self.by_inputs)
+        switch(self.net, self._sources.factors, on and not self.by_inputs)
 
     def observe_inputs(self, inputs: Any, targets: Any) -> bool:
         """Records a pass of its own; False if some outputs are not finite.
