@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 import kfac_fx
 from kfac_fx.codegen import Program
+from kfac_fx.codegen.stacks import joined
+from kfac_fx.optim import averages
 
 
 class Repeated(nn.Module):
@@ -38,7 +40,8 @@ class Repeated(nn.Module):
 
 def recorded(depth: int, **options: object) -> kfac_fx.Preconditioner:
     torch.manual_seed(0)
-    net = kfac_fx.transform(Repeated(depth).double(), structure="block_diagonal")
+    ekfac = options.get("tikhonov") == "ekfac"
+    net = kfac_fx.transform(Repeated(depth).double(), structure="block_diagonal", ekfac=ekfac)
     pre = kfac_fx.Preconditioner(
         net,
         "categorical",
@@ -117,8 +120,68 @@ def test_depth_adds_no_calls() -> None:
 def test_compiling_batches() -> None:
     pre = recorded(2, compile="eager")
     plain = recorded(2)
-    assert "stack" in pre.program.code and "stack" not in plain.program.code
+    assert "stack" in pre.program.apply_module.code
+    assert "stack" not in plain.program.apply_module.code
     gradients = {n: torch.randn_like(p) for n, p in pre._inverse.guard.parameters.items()}
     ours, theirs = pre.apply(copy.copy(gradients)), plain.apply(gradients)
     for name, value in theirs.items():
         torch.testing.assert_close(ours[name], value, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("tikhonov", ["factored", "exact", "ekfac"])
+def test_stacks_follow_the_inverses(tikhonov: str) -> None:
+    """Made once for a set of inverses, and anew when some or all of them change."""
+    runs = []
+    for compile in (False, "eager"):
+        pre = recorded(3, tikhonov=tikhonov, compile=compile)
+        generator = torch.Generator().manual_seed(1)
+        found = []
+        for change in ("none", "fold", "refresh", "load"):
+            if change == "fold":
+                entries = pre._inverse.averages.entries
+                new = [[2 * value for value in entry.averages] for entry in entries]
+                averages.fold(entries, new, 0.5)
+                moments = pre._inverse.moments
+                scales = moments.scales(pre._inverse.inverses["damping"]) if moments.blocks else {}
+                pre._inverse.inverses = pre._inverse.inverses | scales
+            elif change == "refresh":
+                pre.refresh()
+            elif change == "load":
+                pre.load_state_dict(pre.state_dict())
+            parameters = pre._inverse.guard.parameters.items()
+            gradients = {
+                n: torch.randn(p.shape, generator=generator, dtype=p.dtype) for n, p in parameters
+            }
+            found.append(pre.apply(gradients))
+        runs.append(found)
+    for plain, stacked in zip(*runs, strict=True):
+        for name, value in plain.items():
+            torch.testing.assert_close(stacked[name], value, rtol=1e-9, atol=1e-12)
+
+
+def test_stacks_of_a_refresh_take_no_memory() -> None:
+    pre = recorded(3, compile="eager")
+    pre.apply({n: p.detach() for n, p in pre._inverse.guard.parameters.items()})
+    apply = pre.program._apply
+    assert apply._stacks and all(
+        stack.data_ptr() == parts[0].data_ptr()
+        for stack, parts in zip(apply._stacks, apply._parts, strict=True)
+    )
+
+
+def test_joined() -> None:
+    whole = torch.randn(4, 2, 3)
+    pieces = list(whole.unbind())
+    assert joined(pieces).data_ptr() == whole.data_ptr() and torch.equal(joined(pieces), whole)
+    for parts in (
+        pieces[::-1],
+        [pieces[0], pieces[2]],
+        [p.clone() for p in pieces],
+        [pieces[0], pieces[1].mT.clone().mT, pieces[2]],
+        [whole.as_strided((2, 2), (2, 1)), whole.as_strided((2, 2), (1, 2), 4)],
+    ):
+        assert torch.equal(joined(parts), torch.stack(parts))
+        assert joined(parts).data_ptr() != parts[0].data_ptr()
+    flipped = list(torch.randn(3, 5, 5).mT.unbind())  # as cholesky_inverse returns them
+    assert joined(flipped).data_ptr() == flipped[0].data_ptr()
+    assert torch.equal(joined(flipped), torch.stack(flipped))

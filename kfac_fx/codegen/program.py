@@ -17,7 +17,9 @@ from kfac_fx.codegen.forms import FORMS_BY_TIKHONOV
 from kfac_fx.codegen.leaf import own_functions, texts
 from kfac_fx.codegen.part import converting, part_of_refresh
 from kfac_fx.codegen.refresher import Refresher
+from kfac_fx.codegen.stacks import ApplyOfStacks
 from kfac_fx.ir import Coupling, CurvatureGraph
+from kfac_fx.linalg.precision import unrounded
 
 _USAGE = """A generated K-FAC preconditioner. It needs torch alone.
 
@@ -78,7 +80,7 @@ class Program:
         self.clamped = 0
         self._compile, self._plain = compile, plain
         self._refresh = self._refresher(lambda module: module)
-        self._apply = compiled(self.apply_module, compile)
+        self._apply = ApplyOfStacks(self.apply_module, self.inverse_names, compile)
 
     @property
     def code(self) -> str:
@@ -116,7 +118,8 @@ class Program:
         Args:
             factors: in the order of the blocks, then A and G (child by parent) of every coupling.
         """
-        result = self._refresh(damping, factors)
+        with unrounded():
+            result = self._refresh(damping, factors)
         self.clamped = self._refresh.clamped
         return result
 
@@ -148,7 +151,5 @@ class Program:
         self, inverses: Mapping[str, Tensor], gradients: Sequence[Tensor]
     ) -> Mapping[str, Tensor]:
         """Preconditioned gradients by parameter name; gradients in the order of ``covered``."""
-        result: Mapping[str, Tensor] = self._apply(
-            *(inverses[name] for name in self.inverse_names), *gradients
-        )
+        result: Mapping[str, Tensor] = self._apply(inverses, gradients)
         return result
