@@ -17,7 +17,7 @@ import kfac_fx
 from kfac_fx import errors
 from kfac_fx.codegen import Program
 from kfac_fx.distributed import Compute, DataParallel, Network, Plan, measured_costs, simulate
-from kfac_fx.distributed.costs import refresh_costs
+from kfac_fx.distributed.costs import apply_operations, refresh_costs
 from kfac_fx.distributed.division import divide
 from kfac_fx.ir import Coupling
 from kfac_fx.optim.workers import ALONE
@@ -272,8 +272,18 @@ def test_a_coupled_layer_costs_more() -> None:
     coupled = kfac_fx.transform(build()).curvature
     before = refresh_costs(diagonal, ())
     after = refresh_costs(coupled, coupled.couplings)
-    assert all(after[child] > 2 * before[child] for child in coupled.parent)
-    assert refresh_costs(diagonal, (), "exact")["0.0"] > 5 * before["0.0"]
+    assert all(after[child] > before[child] for child in coupled.parent)
+    assert sum(after.values()) > 2 * sum(before.values())
+    assert refresh_costs(diagonal, (), "exact")["0.0"] > 4 * before["0.0"]
+
+
+def test_operations_of_an_apply() -> None:
+    """G V A of each layer; a pair adds what its code multiplies."""
+    curvature = kfac_fx.transform(nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 3)))
+    curvature = curvature.curvature
+    alone = 2 * (5 * 8 * (5 + 8) + 3 * 6 * (3 + 6))
+    assert apply_operations(Program(curvature)) == alone
+    assert alone < apply_operations(Program(curvature, curvature.couplings)) < 4 * alone
 
 
 # The simulator.

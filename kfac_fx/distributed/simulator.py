@@ -66,7 +66,7 @@ class Compute:
             if name in parent:
                 pair = zip(block.dimensions, blocks[parent[name]].dimensions, strict=True)
                 gram += sum(2.0 * n * one[0] * other[0] for one, other in pair)
-        applied = apply_operations(program.curvature, program.couplings)
+        applied = apply_operations(program)
         costs = refresh_costs(program.curvature, program.couplings)
         each = launch * len(blocks)
         return cls(
