@@ -105,12 +105,13 @@ def all_finite(tensors: Sequence[Tensor]) -> bool:
     for tensor in tensors:
         if tensor.numel():
             by_dtype.setdefault(tensor.dtype, []).append(tensor)
-    norms = [
-        norm.abs().double()
+    finite = [
+        torch.stack(
+            torch._foreach_norm(group, 2, torch.promote_types(dtype, torch.float32))
+        ).isfinite()
         for dtype, group in by_dtype.items()
-        for norm in torch._foreach_norm(group, 2, torch.promote_types(dtype, torch.float32))
     ]
-    return not norms or bool(torch.stack(norms).isfinite().all())
+    return not finite or bool(torch.cat(finite).all())
 
 
 def sizes(block: CurvatureBlock | Pair | Moment, values: Sequence[Tensor]) -> list[Tensor]:

@@ -7,6 +7,7 @@ the number of terms of the part and C that of all.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -44,9 +45,9 @@ class Part:
     weights: Tensor | None
     share: Any = 1.0
 
-    @property
+    @functools.cached_property
     def count(self) -> float:
-        """Number of terms, or the sum of their weights."""
+        """Number of terms, or the sum of their weights, which a GPU is waited for."""
         return term_count(self.distribution, self.weights)
 
 

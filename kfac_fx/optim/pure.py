@@ -141,8 +141,12 @@ class PurePass:
             for n, t in state.items()
         }
         names = {id(t): n for n, t in held.items()}
+        zeros: dict[Any, Tensor] = {}  # one for all: on a GPU each is a launch
         for factor in self.sources.factors:
-            zero = torch.zeros((), dtype=factor.dtype, device=factor.device).expand(factor.shape)
+            kind = factor.dtype, factor.device
+            if kind not in zeros:
+                zeros[kind] = torch.zeros((), dtype=factor.dtype, device=factor.device)
+            zero = zeros[kind].expand(factor.shape)
             given[names[id(factor)]] = zero.requires_grad_(self.statistics)
 
         def of(tensors: Sequence[Tensor]) -> list[Tensor]:
