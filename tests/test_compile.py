@@ -16,6 +16,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 
 import kfac_fx
+from kfac_fx.codegen import graphed
 
 pytestmark = pytest.mark.usefixtures("float64", "fresh")
 every_network = pytest.mark.parametrize("network", NETWORKS, ids=str)
@@ -23,8 +24,8 @@ every_network = pytest.mark.parametrize("network", NETWORKS, ids=str)
 
 def arm(net: nn.Module, recording: bool) -> list[Tensor]:
     buffers = [b for group in kfac_fx.ops.factor_buffers(net).values() for b in group]
+    kfac_fx.ops.switch(net, buffers, recording)
     for buffer in buffers:
-        buffer.requires_grad_(recording)
         buffer.grad = None
     return buffers
 
@@ -70,6 +71,21 @@ def test_compiled_equals_eager(network: Network) -> None:
         found.append(compare(compiled, net, network))
     assert found == [0, found[1], 0, found[1]]
     assert counters["stats"]["unique_graphs"] == (2 if found[1] else 1)
+
+
+def test_results_of_a_cuda_graph_are_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It writes to the same memory whenever it runs."""
+    memory, given = torch.zeros(3), []
+
+    def compile(module: Any, **options: Any) -> Any:
+        given.append(options["options"])
+        return lambda x: [memory.copy_(x)]
+
+    monkeypatch.setattr(torch, "compile", compile)
+    run = graphed(fx.symbolic_trace(nn.Identity()), True, {"fallback_random": True})
+    first, second = run(torch.ones(3)), run(torch.full((3,), 2.0))
+    assert first[0].tolist() == [1.0] * 3 and second[0].tolist() == [2.0] * 3
+    assert given == [{"fallback_random": True, "triton.cudagraphs": True}]
 
 
 class Ops:

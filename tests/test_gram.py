@@ -141,7 +141,7 @@ def test_patches_of_some_cases_at_a_time(
     window = convolution.Window([3, 3], [2, 2], [1, 1], [1, 1, 1, 1], "zeros")
     statistics = convolution.ConvolutionStatistics(window, groups, bias, reduce=False)
     x = torch.randn(7, 2, 16, 16, dtype=torch.float64)
-    monkeypatch.setattr(convolution, "AT_ONCE", 1)
+    monkeypatch.setitem(convolution.AT_ONCE, "cpu", 1)
     counts: list[int] = []
     patches = convolution.Window.patches
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kfac_fx.linalg.conditional import conditional_scale, conditional_side, correlation
+from kfac_fx.linalg.levels import inverse_by_levels, product_of_triangles
 from kfac_fx.linalg.positive import CHOLESKY, FLOORED, cholesky_whitener
 from kfac_fx.linalg.triangular import (
     column_parts,
@@ -48,6 +49,20 @@ def test_symmetric_product(d: int) -> None:
     X, T = torch.randn(d + 3, d), torch.randn(d, d).tril()
     close(symmetric_product(X), X.mT @ X)
     close(symmetric_product(T, triangular=True), T.mT @ T)
+
+
+@pytest.mark.parametrize("shape", [(1,), (256,), (257,), (3, 300), (2, 1100)], ids=str)
+def test_levels(shape: tuple[int, ...]) -> None:
+    """What a GPU runs."""
+    *stack, d = shape
+    matrix = positive(d)
+    if stack:
+        matrix = torch.stack([positive(d, seed) for seed in range(*stack)])
+    L = torch.linalg.cholesky(matrix)
+    found = inverse_by_levels(L + torch.randn_like(L).triu(1))  # what lies above is not read
+    assert torch.equal(found, found.tril())
+    close(found @ L, torch.eye(d).expand_as(L))
+    close(product_of_triangles(found), torch.linalg.inv(matrix))
 
 
 @pytest.mark.parametrize("d", SIZES)

@@ -1,6 +1,6 @@
 """From the curvature graph to programs."""
 
-from kfac_fx.codegen.compile import compiled
+from kfac_fx.codegen.compile import compiled, graphed
 from kfac_fx.codegen.program import Program
 
-__all__ = ["Program", "compiled"]
+__all__ = ["Program", "compiled", "graphed"]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 
 def compiled(
@@ -23,3 +23,16 @@ def compiled(
     if compile is True or compile == "inductor":
         return torch.compile(module, fullgraph=True, dynamic=False, options=options)
     return torch.compile(module, fullgraph=True, dynamic=False, backend=compile)
+
+
+def graphed(
+    module: fx.GraphModule, compile: bool | str, options: dict[str, Any] | None = None
+) -> Callable[..., list[Tensor]]:
+    """``compiled``, of a GPU's tensors to a list of them: by Inductor, in a CUDA graph.
+
+    A CUDA graph overwrites its results when it runs again, so copies are handed out.
+    """
+    if compile not in (True, "inductor"):
+        return compiled(module, compile, options)
+    run = compiled(module, compile, {**(options or {}), "triton.cudagraphs": True})
+    return lambda *arguments: [result.clone() for result in run(*arguments)]

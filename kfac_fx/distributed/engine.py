@@ -22,6 +22,7 @@ from kfac_fx.codegen.part import (
 from kfac_fx.distributed.buckets import Form
 from kfac_fx.distributed.costs import refresh_costs
 from kfac_fx.distributed.division import divide
+from kfac_fx.linalg.precision import unrounded
 
 if TYPE_CHECKING:
     from kfac_fx.distributed.workers import DataParallel
@@ -93,7 +94,9 @@ class Divided:
         """The inverses that this process keeps, of these factors or of earlier ones."""
         if not present or not self._workers.staleness:
             self._waiting.clear()
-            return self._exchanged(self._computed(damping, factors))
+            with unrounded():  # in the thread it would be the training's, too
+                own = self._computed(damping, factors)
+            return self._exchanged(own)
         copies = [factor.clone() for factor in factors]
         self._thread = self._thread or ThreadPoolExecutor(1, "kfac_fx refresh")
         self._waiting.append(self._thread.submit(self._aside, damping, copies))

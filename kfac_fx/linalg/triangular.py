@@ -1,13 +1,15 @@
 """Products with lower triangular matrices, and their inverses, by parts: zeros are not multiplied.
 
-On a CPU matrix products are faster than LAPACK's triangular solver. On a GPU, where every part
-costs a launch and products may be rounded, matrices stay whole.
+On a CPU matrix products are faster than LAPACK's triangular solver. On a GPU every part costs a
+launch: products take whole matrices, and inverses go by levels.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from kfac_fx.linalg.levels import inverse_by_levels
 
 
 def column_parts(matrix: Tensor, size: int, most: int) -> list[tuple[int, int]]:
@@ -29,6 +31,8 @@ def triangular_product(T: Tensor, X: Tensor, *, transposed: bool = False) -> Ten
 
 def triangular_inverse(L: Tensor) -> Tensor:
     """The inverse of lower triangles [..., d, d]."""
+    if L.is_cuda:
+        return inverse_by_levels(L)
     result = torch.zeros_like(L, memory_format=torch.contiguous_format)
     invert_into(result, L)
     return result

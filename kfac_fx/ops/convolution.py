@@ -11,13 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kfac_fx.ops.autocorrelation import Axis, is_cheaper, keeps_precision, patch_gram
+from kfac_fx.ops.autocorrelation import Axis, is_cheaper, patch_gram, suits
 from kfac_fx.ops.gram import bordered, functional
 from kfac_fx.ops.positions import gradient_factor, input_factor
 from kfac_fx.ops.tap import define, recording, tapped
 
-AT_ONCE = 2**21
-"""Entries of patches that are copied at once, where there are many."""
+AT_ONCE = {"cpu": 2**21, "cuda": 2**28}
+"""Entries of patches that are copied at once, where there are many: few stay in a CPU's caches,
+many take few launches.
+"""
 
 TRANSPOSED = "transposed"
 """In place of a padding mode: the call is a transposed convolution."""
@@ -156,7 +158,7 @@ class ConvolutionStatistics:
 
     def _input_factor(self, x: Tensor, outputs: Sequence[int]) -> Tensor:
         axes = self.window.axes(x) if isinstance(self.window, Window) else None
-        plain = not self.reduce and not self.diagonal[0] and keeps_precision(x)
+        plain = not self.reduce and not self.diagonal[0] and suits(x)
         if axes is None or not plain or not is_cheaper(len(x), axes):
             return self._by_patches(x, outputs)
         total = patch_gram(x, axes, self.groups)
@@ -171,7 +173,8 @@ class ConvolutionStatistics:
             return self._of_rows(self.window.mean_patch(x, self.groups).unsqueeze(-2))
         side, positions = x.shape[1] * math.prod(self.window.kernel), math.prod(outputs)
         # The products of the parts are added up: that is little work beside many rows alone.
-        at_once = max(AT_ONCE // (side * positions), 4 * side // positions, 1)
+        entries = AT_ONCE.get(x.device.type, AT_ONCE["cuda"])
+        at_once = max(entries // (side * positions), 4 * side // positions, 1)
         if functional(x) or at_once >= len(x):
             return self._of_rows(self.patches(x, outputs))
         parts = x.split(at_once)

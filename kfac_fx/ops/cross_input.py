@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kfac_fx.ops.alignment import Common, by_case, pooled
-from kfac_fx.ops.autocorrelation import cross_patch_gram, is_cheaper_crossed, keeps_precision
+from kfac_fx.ops.autocorrelation import cross_patch_gram, is_cheaper_crossed, suits
 from kfac_fx.ops.sides import ConvolutionSide, Side
 
 
@@ -87,7 +87,7 @@ def _without_patches(earlier: Input, later: Input, common: Common) -> Tensor | N
         else None
         for each in (earlier, later)
     ]
-    if axes[0] is None or axes[1] is None or not keeps_precision(earlier.x):
+    if axes[0] is None or axes[1] is None or not suits(earlier.x):
         return None
     if not is_cheaper_crossed(earlier.x, axes[0], later.x, axes[1]):
         return None

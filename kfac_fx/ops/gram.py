@@ -11,10 +11,11 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from kfac_fx.ops.tap import LIBRARY
 
-MOST_SLABS = 16
-"""Into how many slabs a large symmetric product is cut: 17/32 of its multiply-adds remain."""
+MOST_SLABS = {"cpu": 16, "cuda": 9}
+"""Into how many slabs a large symmetric product is cut: of 16, 17/32 of its multiply-adds remain.
+"""
 
-NARROWEST = {"cpu": 64, "cuda": 512}
+NARROWEST = {"cpu": 64, "cuda": 256}
 """Features that a slab has at least, for each thread of a CPU: narrower ones multiply slowly.
 
 Twice as many where rows are few, and copies cost more beside the products.
@@ -75,19 +76,20 @@ def cut_gram(rows: Tensor, count: int) -> Tensor:
     return gram(rows.unflatten(-1, (count, size)).movedim(-2, -3))
 
 
-def _traced() -> bool:
+def traced() -> bool:
+    """Whether a compiler looks on, or another mode that sees every operator."""
     return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
 
 
 def _opaque(rows: Tensor) -> bool:
     """Whether a compiler is given one call: it cannot write slabs where they stay."""
-    return _traced() and rows.device.type == "cpu"
+    return traced() and rows.device.type == "cpu"
 
 
 def functional(rows: Tensor) -> bool:
     """Whether the rows must go through operators that write into nothing."""
     return (
-        _traced()
+        traced()
         or (rows.requires_grad and torch.is_grad_enabled())
         or torch._C._are_functorch_transforms_active()
     )
@@ -101,7 +103,7 @@ def _slabs(rows: Tensor) -> list[Range]:
     width = width if count >= 8 * width else 2 * width
     if rows.dim() > 2 or count < width or d < 2 * width:
         return [(0, d)]
-    width = max(width, -(-d // MOST_SLABS) + 15 & ~15)
+    width = max(width, -(-d // MOST_SLABS[kind]) + 15 & ~15)
     return [(start, min(start + width, d)) for start in range(0, d, width)]
 
 
@@ -122,7 +124,7 @@ def _written(rows: Tensor, scale: float, one: float | None = None) -> Tensor:
     _fill(result[:d, :d], rows, scale, _slabs(rows))
     if one is not None:
         torch.sum(rows, 0, out=result[d, :d]).mul_(one * scale)
-        result[d, d] = count * one**2 * scale
+        result[d, d].fill_(count * one**2 * scale)  # a number assigned would wait for a GPU
         result[:d, d] = result[d, :d]
     return result
 
@@ -147,7 +149,7 @@ def _product(left: Tensor, right: Tensor, scale: float) -> Tensor:
 
 
 def _shape(rows: Tensor, scale: float, one: float | None = None) -> Tensor:
-    side = rows.shape[1] + (one is not None)
+    side = rows.shape[1] + int(one is not None)  # the shape may be symbolic
     return rows.new_empty(side, side)
 
 

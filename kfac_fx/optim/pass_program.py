@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kfac_fx.codegen import compiled
+from kfac_fx.codegen import compiled, graphed
 from kfac_fx.codegen.functional import (
     Lifted,
     NotFunctionalError,
@@ -171,7 +171,10 @@ class PassProgram:
             self.once, self.each, self._places = split_at_last(module)
             self._check_summed()
         options = {"fallback_random": True} if self._seeded else None
-        self._once = compiled(self.once, compile, options)
+        # The columns of the exact Fisher call two programs in turns, one on results of the other.
+        on_gpu = any(tensor.is_cuda for tensor in output_tensors(facts.outputs))
+        made = graphed if on_gpu and self.each is None else compiled
+        self._once = made(self.once, compile, options)
         self._each = None if self.each is None else compiled(self.each, compile)
 
     def _compute(

@@ -22,16 +22,17 @@ from workloads import Workload
 import kfac_fx
 from kfac_fx.ir import CurvatureBlock
 
-GEMM = 1024
+GEMM = {"cpu": 1024, "cuda": 8192}
+"""Side of the matrices whose product gives the machine's rate."""
 
 
-def gemm_rate(repeats: int = 9) -> float:
-    """Multiply-adds in a second of processor time: the median of products of 1024^3, float32."""
-    a, b = torch.randn(GEMM, GEMM), torch.randn(GEMM, GEMM)
-    out = torch.empty(GEMM, GEMM)
+def gemm_rate(device: str = "cpu", repeats: int = 9) -> float:
+    """Multiply-adds in a second of float32 products: of processor time, or of a GPU's time."""
+    d = GEMM[device]
+    a, b, out = torch.randn(3, d, d, device=device).unbind()
     sample(lambda: torch.mm(a, b, out=out), 3)
-    times = [sample(lambda: torch.mm(a, b, out=out)).cpu for _ in range(repeats)]
-    return GEMM**3 / statistics.median(times)
+    times = [sample(lambda: torch.mm(a, b, out=out)) for _ in range(repeats)]
+    return d**3 / statistics.median(t.cpu if device == "cpu" else t.wall for t in times)
 
 
 class Positions(NamedTuple):

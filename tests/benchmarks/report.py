@@ -107,14 +107,14 @@ def stage_table(numbers: Numbers, clock: str) -> list[str]:
     return [*lines, *(f"  {note}" for note in notes if not note.startswith("kfac_fx"))]
 
 
-def count_table(numbers: Numbers) -> list[str]:
+def count_table(numbers: Numbers, clock: str) -> list[str]:
     """Multiply-adds of our stages, and the share of the rate of matrix products reached."""
     lines = [f"{'':32}{'stage':>12}{'10^6 multiply-adds':>20}{'ms':>9}{'of GEMM rate':>14}"]
     for method in numbers["methods"]:
         for stage, amount in numbers["counts"].get(method["kind"], {}).items():
             if not method["ours"]:
                 continue
-            seconds = method["stages"]["cpu"][stage] * method["sgd"]["cpu"]
+            seconds = method["stages"][clock][stage] * method["sgd"][clock]
             share = amount / seconds / numbers["gemm"]
             lines.append(
                 f"{method['name']:32}{stage:>12}{amount / 1e6:20,.0f}{1e3 * seconds:9.1f}"
@@ -123,20 +123,38 @@ def count_table(numbers: Numbers) -> list[str]:
     return lines
 
 
+def on_gpu(numbers: Numbers) -> bool:
+    return bool(numbers.get("device", "cpu") != "cpu")
+
+
+def clocks_of(numbers: Numbers) -> list[str]:
+    """What tables are by: processor time says nothing of a GPU, and not all of several threads."""
+    if on_gpu(numbers):
+        return ["wall"]
+    return ["cpu", "wall"] if numbers["threads"] > 1 else ["cpu"]
+
+
+def where(numbers: Numbers) -> str:
+    """The device, or the threads of the CPU."""
+    threads = numbers["threads"]
+    cpu = f"CPU, {threads} thread{'s' * (threads > 1)}"
+    return str(numbers["device"]) if on_gpu(numbers) else cpu
+
+
 def tables(numbers: Numbers) -> str:
     """All tables as text."""
-    threads, lines = numbers["threads"], []
+    lines, clocks = [], clocks_of(numbers)
     for name, one in numbers["workloads"].items():
         lines.append(f"{name}: {one['title']}")
         lines.append(
-            f"torch {numbers['torch']}, CPU, {threads} thread{'s' * (threads > 1)}; products of "
-            f"1024^3: {one['gemm'] / 1e9:.1f} 10^9 multiply-adds/s of processor time"
+            f"torch {numbers['torch']}, {where(numbers)}; float32 products: "
+            f"{one['gemm'] / 1e9:,.1f} 10^9 multiply-adds/s"
         )
-        for clock in ("cpu", "wall")[: 1 + (threads > 1)]:
+        for clock in clocks:
             kind = "processor" if clock == "cpu" else "wall"
             lines.append(f"\nIn steps of SGD, {kind} time. {LEGEND}")
             lines += stage_table(one, clock)
-        lines += ["", *count_table(one), ""]
+        lines += ["", *count_table(one, clocks[0]), ""]
         lines += [f"left out: {reason}" for reason in one["absent"]]
         lines.append("")
     return "\n".join(lines)
@@ -158,28 +176,28 @@ def picture(numbers: Numbers, path: Path) -> None:
         layout="constrained",
     )
     for axis, (name, one) in zip(axes[:, 0], numbers["workloads"].items(), strict=True):
-        panel(axis, one["methods"])
+        panel(axis, one["methods"], clocks_of(numbers)[0])
         axis.set_title(f"{name}: {one['title']}", fontsize=10, loc="left")
     handles = [plt.Rectangle((0, 0), 1, 1, color=COLORS[part]) for part in COLORS]
     labels = ["forward, backward, SGD", "statistics", "refresh / 10", "apply"]
     labels.append("statistics and update in one (singd)")
     figure.legend(handles, labels, loc="outside upper center", ncols=3, fontsize=9, frameon=False)
-    threads = numbers["threads"]
+    kind = "wall" if on_gpu(numbers) else "processor"
     axes[-1, 0].set_xlabel(
-        f"processor time of a step, in steps of SGD ({threads} thread{'s' * (threads > 1)}; "
-        f"statistics and apply every step, refresh every {PERIOD}th)",
+        f"{kind} time of a step, in steps of SGD ({where(numbers)}; statistics and apply every "
+        f"step, refresh every {PERIOD}th)",
         fontsize=9,
     )
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
-def panel(axis: Any, methods: list[Numbers]) -> None:
+def panel(axis: Any, methods: list[Numbers], clock: str) -> None:
     """Bars from the fastest to the slowest; ours are in bold."""
-    ordered = sorted(methods, key=step)
+    ordered = sorted(methods, key=lambda method: step(method, clock))
     for row, method in enumerate(ordered):
         left = 0.0
-        for part, length in parts(method).items():
+        for part, length in parts(method, clock).items():
             axis.barh(row, length, left=left, color=COLORS[part], height=0.72)
             left += length
         axis.text(left, row, f" {left:.2f}", va="center", fontsize=8)
@@ -187,7 +205,7 @@ def panel(axis: Any, methods: list[Numbers]) -> None:
     axis.set_yticks(range(len(ordered)), [m["name"] for m in ordered], fontsize=8)
     for label, method in zip(axis.get_yticklabels(), ordered, strict=True):
         label.set_fontweight("bold" if method["ours"] else "normal")
-    axis.set_xlim(0, 1.08 * max(step(m) for m in methods))
+    axis.set_xlim(0, 1.08 * max(step(m, clock) for m in methods))
     axis.margins(y=0.01)
     axis.invert_yaxis()
     axis.tick_params(axis="x", labelsize=8)

@@ -2,11 +2,13 @@
 
     python tests/benchmarks/stages.py [--threads 1] [--workloads ae cnn lm resnet50 gpt2]
                                       [--rivals singd curvlinops ...] [--out build/stages]
+    python tests/benchmarks/stages.py --device cuda --workloads resnet50 gpt2
 
 The calls of a method take turns with SGD's step, in one process with the threads stated. A stage is
 the median, over the rounds, of its processor time (or of the difference between a step that has it
-and one that lacks it) over that of SGD's step. Printed are tables; PREFIX.json gets the raw times,
-PREFIX.png the picture. --redraw PREFIX.json makes tables and picture of earlier numbers.
+and one that lacks it) over that of SGD's step; on a GPU, of wall time. Printed are tables;
+PREFIX.json gets the raw times, PREFIX.png the picture. --redraw PREFIX.json makes tables and
+picture of earlier numbers.
 
 A rival that is not installed, or cannot run a workload, is named with the reason. README.md here
 says how to make the environment.
@@ -33,7 +35,7 @@ from methods import Method, cosine, ours, own, sgd, training
 from report import picture, tables
 from rivals import RIVALS, rivals
 from timing import Interleaved
-from workloads import SMALL, WORKLOADS, Workload, make
+from workloads import SMALL, WORKLOADS, Workload, make, of_device
 
 Numbers = dict[str, Any]
 
@@ -84,7 +86,8 @@ def timed(work: Workload, method: Method, rounds: int, seconds: float) -> Number
 
 def measured(work: Workload, names: Sequence[str], rounds: int, seconds: float) -> Numbers:
     """All methods on a workload."""
-    gemm, rows, absent = [gemm_rate()], [], []
+    device = work.batches[0][0].device.type
+    gemm, rows, absent = [gemm_rate(device)], [], []
     for method in methods(work, names):
         if isinstance(method, str):
             absent.append(method)
@@ -96,8 +99,8 @@ def measured(work: Workload, names: Sequence[str], rounds: int, seconds: float) 
         del method
         gc.collect()
     return {
-        "title": str(WORKLOADS[work.name].__doc__).rstrip("."),
-        "gemm": max(*gemm, gemm_rate()),
+        "title": str(of_device(device)[work.name].__doc__).rstrip("."),
+        "gemm": max(*gemm, gemm_rate(device)),
         "counts": counted(work),
         "methods": rows,
         "absent": absent,
@@ -118,6 +121,7 @@ def counted(work: Workload) -> dict[str, dict[str, float]]:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="cuda: wall time")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--seconds", type=float, default=60, help="most of them for a method")
     parser.add_argument("--workloads", nargs="+", default=list(SMALL), choices=list(WORKLOADS))
@@ -140,11 +144,12 @@ def main() -> None:
         "torch": torch.__version__,
         "machine": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
         "workloads": {},
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     for name in options.workloads:
-        work = make(name)
+        work = make(name, options.device)
         one = measured(work, options.rivals, options.rounds, options.seconds)
         numbers["workloads"][name] = one
         print(tables({**numbers, "workloads": {name: one}}), flush=True)

@@ -1,14 +1,14 @@
 """Networks, batches and losses that the benchmarks train: ae, cnn, lm, resnet50 and gpt2.
 
 The first three are those that rivals were measured on; the last two have the shapes of ResNet-50
-and of GPT-2 small, with batches that one processor core can work through.
+and of GPT-2 small, with batches that a processor core, or a GPU, can work through.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -229,15 +229,25 @@ def chain_cnn(work: Workload) -> Workload:
     return Workload(work.name, model, work.likelihood, work.batches, work.lr)
 
 
-def large_cnn() -> Workload:
+def large_cnn(cases: int = 8) -> Workload:
     """ResNet-50, 3x224x224, batches of 8."""
-    return Workload("resnet50", resnet50(), "categorical", images(2, 8, 224, 1000), 1e-3)
+    return Workload("resnet50", resnet50(), "categorical", images(2, cases, 224, 1000), 1e-3)
 
 
-def large_lm() -> Workload:
+def large_lm(length: int = 32) -> Workload:
     """GPT-2 small: 12 layers of width 768, 50257 tokens, tied head; 8 sequences of 32."""
-    model = Transformer(50257, 768, 12, 12, 32, causal=True, tied=True)
-    return Workload("gpt2", model, "categorical", sentences(2, 8, 32, 50257), 1e-3)
+    model = Transformer(50257, 768, 12, 12, length, causal=True, tied=True)
+    return Workload("gpt2", model, "categorical", sentences(2, 8, length, 50257), 1e-3)
+
+
+def gpu_cnn() -> Workload:
+    """ResNet-50, 3x224x224, batches of 128."""
+    return large_cnn(128)
+
+
+def gpu_lm() -> Workload:
+    """GPT-2 small: 12 layers of width 768, 50257 tokens, tied head; 8 sequences of 512."""
+    return large_lm(512)
 
 
 WORKLOADS: dict[str, Callable[[], Workload]] = {
@@ -247,13 +257,19 @@ WORKLOADS: dict[str, Callable[[], Workload]] = {
     "resnet50": large_cnn,
     "gpt2": large_lm,
 }
+ON_GPU = WORKLOADS | {"resnet50": gpu_cnn, "gpt2": gpu_lm}
 SMALL = ("ae", "cnn", "lm")
+
+
+def of_device(device: str) -> Mapping[str, Callable[[], Workload]]:
+    """The workloads, of sizes that suit the device."""
+    return ON_GPU if device.startswith("cuda") else WORKLOADS
 
 
 def make(name: str, device: str = "cpu") -> Workload:
     """The workload of this name, the same one every time."""
     torch.manual_seed(0)
-    work = WORKLOADS[name]()
+    work = of_device(device)[name]()
     work.model.to(device)
     work.batches = [(x.to(device), y.to(device)) for x, y in work.batches]
     return work
