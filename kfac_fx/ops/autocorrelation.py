@@ -7,9 +7,10 @@ which both windows touch their inputs but which are no outputs.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -55,12 +56,20 @@ Axes = Sequence[Axis]
 Touched = tuple[int, int, int]
 
 
-def _outside(one: Axis, two: Axis) -> Iterator[tuple[Touched, Touched]]:
+def _outside(one: Axis, two: Axis) -> Sequence[tuple[Touched, Touched]]:
     """What both windows touch at positions that are no outputs."""
+    known = all(type(value) is int for value in (*one, *two))  # symbols have no hash
+    return _outside_of(one, two) if known else _outside_of.__wrapped__(one, two)
+
+
+@functools.lru_cache(maxsize=1024)
+def _outside_of(one: Axis, two: Axis) -> Sequence[tuple[Touched, Touched]]:
+    found = []
     for t in range(min(one.low, two.low) - max(one.reach, two.reach), one.size + one.low):
         here, there = one.touched(t), two.touched(t)
         if not 0 <= t < one.outputs and here[0] < here[1] and there[0] < there[1]:
-            yield here, there
+            found.append((here, there))
+    return tuple(found)
 
 
 def _anywhere(one: Axis, two: Axis) -> tuple[Axis, Axis]:
