@@ -52,12 +52,12 @@ def switch(net: Any, factors: Iterable[Tensor], on: bool) -> None:
     Buffers that change are bound anew: where ``use_recursive_dict_tags_for_guards`` holds, as in
     torch before 2.13, a compiled network looks again only at modules that were written to.
     """
-    changed = {id(factor) for factor in factors if factor.requires_grad != on}
+    changed = {id(f): f.requires_grad_(on) for f in factors if f.requires_grad != on}
     for module in getattr(net, STORE).modules() if changed else ():
         for name, buffer in list(module._buffers.items()):
             if id(buffer) in changed:
                 module._buffers[name] = None
-                module._buffers[name] = buffer.requires_grad_(on)
+                module._buffers[name] = buffer
 
 
 def cross_buffers(net: Any, pairs: Iterable[Any]) -> list[tuple[Tensor, Tensor]]:

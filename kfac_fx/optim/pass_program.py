@@ -171,10 +171,10 @@ class PassProgram:
             self.once, self.each, self._places = split_at_last(module)
             self._check_summed()
         options = {"fallback_random": True} if self._seeded else None
-        # The columns of the exact Fisher call two programs in turns, one on results of the other.
+        # No CUDA graph that draws for itself, or of two programs, one on results of the other.
         on_gpu = any(tensor.is_cuda for tensor in output_tensors(facts.outputs))
-        made = graphed if on_gpu and self.each is None else compiled
-        self._once = made(self.once, compile, options)
+        whole = on_gpu and self.each is None and not self._seeded
+        self._once = (graphed if whole else compiled)(self.once, compile, options)
         self._each = None if self.each is None else compiled(self.each, compile)
 
     def _compute(

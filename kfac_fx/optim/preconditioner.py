@@ -67,7 +67,8 @@ class Preconditioner(CurvatureFaces):
             least. "bfloat16": half of that, rounded stochastically with draws of ``generator``; not
             for float64. "host": in CPU memory, pinned; without CUDA as None.
         compile: run the program, and passes for ``observe(inputs=...)``, through torch.compile; a
-            name is that of its backend. ``net`` may be compiled whatever this says.
+            name is that of its backend. On a GPU such a pass is a CUDA graph. ``net`` may be
+            compiled whatever this says.
 
     Attributes:
         skipped_statistics, skipped_gradients: how often a non-finite value kept a step's statistics
