@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -47,9 +48,7 @@ def converting(refresh: fx.GraphModule) -> fx.GraphModule:
     A factor becomes like the damping where it is first used, and is let go after its last use: all
     at once would take as much memory as the averages do.
     """
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    graph.output(graph.graph_copy(refresh.graph, copies))
+    graph = copy.deepcopy(refresh.graph)
     damping, *factors = (node for node in graph.nodes if node.op == "placeholder")
     for factor in (f for f in factors if f.users):
         uses = list(factor.users)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -20,10 +21,8 @@ def given_stacks(
 
     Inverses that are nowhere used alone are no arguments any more.
     """
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    graph.output(graph.graph_copy(apply.graph, copies))
-    alone = {node.name for node in apply.graph.nodes if node.op == "placeholder"} & {*inverses}
+    graph = copy.deepcopy(apply.graph)
+    alone = {node.name for node in graph.nodes if node.op == "placeholder"} & {*inverses}
     first = next(iter(graph.nodes))
     stacks: dict[Stack, fx.Node] = {}
     for node in list(graph.nodes):
@@ -47,16 +46,14 @@ class ApplyOfStacks:
     """Runs the program of ``apply`` on inverses by name, whose stacks it keeps.
 
     Args:
-        apply: inverses, by the names given, and gradients -> updates.
+        apply: inverses, by the names given and in their order, and gradients -> updates.
         compile: see ``compiled``.
     """
 
-    def __init__(
-        self, apply: fx.GraphModule, inverses: Collection[str], compile: bool | str
-    ) -> None:
+    def __init__(self, apply: fx.GraphModule, inverses: Sequence[str], compile: bool | str) -> None:
         module, self._names = given_stacks(apply, inverses)
-        arguments = (node.name for node in module.graph.nodes if node.op == "placeholder")
-        self._alone = [name for name in arguments if name in set(inverses)]
+        arguments = {node.name for node in module.graph.nodes if node.op == "placeholder"}
+        self._alone = [name for name in inverses if name in arguments]
         self._run = compiled(module, compile)
         self._parts: list[list[Tensor]] = [[] for _ in self._names]
         self._stacks: list[Tensor] = [torch.empty(0) for _ in self._names]

@@ -57,8 +57,8 @@ def apply_operations(program: Program) -> float:
     """Multiplications and additions in the products of an apply, counted by their shapes."""
     blocks, shapes = program.curvature.blocks.values(), inverse_shapes(program)
     starts = {n: at.start for b in blocks for n, at in zip(b.parameters, b.layouts, strict=True)}
-    given = [shapes[name] for name in program.inverse_names]
-    given += [torch.Size(starts[name]) for name in program.curvature.covered]
+    gradients = (starts[name] for name in program.curvature.covered)
+    given = (*(shapes[name] for name in program.inverse_names), *gradients)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         program.apply_module(*(torch.empty(shape, device="meta") for shape in given))
     return float(counter.get_total_flops())

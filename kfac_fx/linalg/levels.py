@@ -39,11 +39,15 @@ def on_diagonal(grid: Tensor) -> Tensor:
     return torch.diagonal(grid, 0, -4, -2).movedim(-1, -3)
 
 
+def equal_parts(d: int, size: int, most: int) -> list[tuple[int, int]]:
+    """(start, end) of equal parts of d columns, at most ``most``, and not below ``size`` wide."""
+    count = max(1, min(d // size, most))
+    return [(d * part // count, d * (part + 1) // count) for part in range(count)]
+
+
 def product_of_triangles(W: Tensor) -> Tensor:
     """W^T W of lower triangles [..., d, d], by parts of columns: few zeros are multiplied."""
-    d = W.shape[-1]
-    count = max(1, min(d // 512, 4))
-    ranges = [(d * part // count, d * (part + 1) // count) for part in range(count)]
+    ranges = equal_parts(W.shape[-1], 512, 4)
     slabs = [W[..., start:, start:end].mT @ W[..., start:, :end] for start, end in ranges]
     lines = [
         torch.cat([slabs[part], *(s[..., start:end].mT for s in slabs[part + 1 :])], -1)

@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kfac_fx.linalg.levels import product_of_triangles
-from kfac_fx.linalg.triangular import triangular_inverse
+from kfac_fx.linalg.triangular import symmetric_product, triangular_inverse
 
 
 def _root(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,7 +31,7 @@ def cholesky_inverse(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """The inverse by Cholesky of [..., d, d], and flags [...] that are not zero where it failed."""
     root, failed = _root(matrix)
     if root.is_cuda:  # its solver takes several times as long as products
-        return product_of_triangles(triangular_inverse(root)), failed
+        return symmetric_product(triangular_inverse(root), triangular=True), failed
     return torch.cholesky_inverse(root), failed
 
 

@@ -1,7 +1,7 @@
 """Products with lower triangular matrices, and their inverses, by parts: zeros are not multiplied.
 
 On a CPU matrix products are faster than LAPACK's triangular solver. On a GPU every part costs a
-launch: products take whole matrices, and inverses go by levels.
+launch: products take whole matrices, and inverses and their products go as levels.py says.
 """
 
 from __future__ import annotations
@@ -9,14 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kfac_fx.linalg.levels import inverse_by_levels
+from kfac_fx.linalg.levels import equal_parts, inverse_by_levels, product_of_triangles
 
 
 def column_parts(matrix: Tensor, size: int, most: int) -> list[tuple[int, int]]:
-    """(start, end) of equal parts of d columns, at most ``most``, and not below ``size`` wide."""
-    d = matrix.shape[-1]
-    count = 1 if matrix.is_cuda or matrix.dim() != 2 else max(1, min(d // size, most))
-    return [(d * part // count, d * (part + 1) // count) for part in range(count)]
+    """``equal_parts`` of a matrix's columns; one on a GPU, and of stacks."""
+    whole = matrix.is_cuda or matrix.dim() != 2
+    return equal_parts(matrix.shape[-1], size, 1 if whole else most)
 
 
 def triangular_product(T: Tensor, X: Tensor, *, transposed: bool = False) -> Tensor:
@@ -62,6 +61,8 @@ def symmetric_product(X: Tensor, *, triangular: bool = False) -> Tensor:
     Args:
         triangular: X is a lower triangle.
     """
+    if triangular and X.is_cuda:
+        return product_of_triangles(X)
     ranges = column_parts(X, 96, 8)
     if len(ranges) == 1:
         return X.mT @ X

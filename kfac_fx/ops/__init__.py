@@ -52,10 +52,13 @@ def switch(net: Any, factors: Iterable[Tensor], on: bool) -> None:
     Buffers that change are bound anew: where ``use_recursive_dict_tags_for_guards`` holds, as in
     torch before 2.13, a compiled network looks again only at modules that were written to.
     """
-    changed = {id(f): f.requires_grad_(on) for f in factors if f.requires_grad != on}
-    for module in getattr(net, STORE).modules() if changed else ():
+    changed = [factor for factor in factors if factor.requires_grad != on]
+    for factor in changed:
+        factor.requires_grad_(on)
+    ids = {id(factor) for factor in changed}
+    for module in getattr(net, STORE).modules() if ids else ():
         for name, buffer in list(module._buffers.items()):
-            if id(buffer) in changed:
+            if id(buffer) in ids:
                 module._buffers[name] = None
                 module._buffers[name] = buffer
 
