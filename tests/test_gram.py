@@ -40,6 +40,18 @@ def test_against_the_whole_product(size: tuple[int, int], scale: float) -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
+def test_in_bfloat16_the_result_alone_is_rounded(size: tuple[int, int]) -> None:
+    rows = rows_of(*size).bfloat16()
+    for one in (None, 1.0, 0.0):
+        found = gram(rows, 0.25) if one is None else homogeneous_gram(rows, 0.25, one)
+        exact = rows.double() if one is None else bordered_rows(rows.double(), one)
+        expected = 0.25 * exact.T @ exact
+        assert found.dtype == torch.bfloat16 and torch.equal(found, found.mT)
+        wide = 1e-5 * float(expected.abs().max())  # sums in float32 cancel
+        torch.testing.assert_close(found.double(), expected, rtol=2**-8, atol=wide)
+
+
+@pytest.mark.parametrize("size", SIZES)
 def test_rows_of_any_strides(size: tuple[int, int]) -> None:
     transposed, wide = rows_of(*size[::-1]).T, rows_of(size[0], 2 * size[1])[:, ::2]
     for rows in (transposed, wide):

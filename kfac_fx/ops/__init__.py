@@ -20,7 +20,15 @@ from kfac_fx.ops import (
     scale_shift,
 )
 from kfac_fx.ops.same_input import forget_input
-from kfac_fx.ops.tap import forget_passes, only, passes, pause, resume
+from kfac_fx.ops.tap import (
+    forget_passes,
+    is_rounded,
+    only,
+    passes,
+    pause,
+    resume,
+    round_products,
+)
 
 STORE = "_kfac_fx"
 """Name of the submodule that holds the factor buffers of an instrumented module."""
@@ -89,6 +97,7 @@ __all__ = [
     "forget_input",
     "forget_passes",
     "grouped",
+    "is_rounded",
     "linear",
     "moment",
     "moment_buffers",
@@ -97,6 +106,7 @@ __all__ = [
     "pause",
     "recurrent",
     "resume",
+    "round_products",
     "row_scale",
     "scale_shift",
     "switch",

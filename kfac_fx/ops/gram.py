@@ -18,7 +18,7 @@ MOST_SLABS = {"cpu": 16, "cuda": 9}
 NARROWEST = {"cpu": 64, "cuda": 256}
 """Features that a slab has at least, for each thread of a CPU: narrower ones multiply slowly.
 
-Twice as many where rows are few, and copies cost more beside the products.
+Twice as many where rows are few, or in half precision, and copies cost more beside the products.
 """
 
 SMALL = 2**15
@@ -53,9 +53,11 @@ def homogeneous_gram(rows: Tensor, scale: float = 1.0, one: float = 1.0) -> Tens
     if _opaque(rows) and len(_slabs(rows)) > 1:
         product: Tensor = torch.ops.kfac_fx.gram.default(rows, scale, one)
         return product
-    if rows.dim() == 2 and rows.numel() > SMALL and not functional(rows):
+    low = rows.element_size() < 4
+    if rows.dim() == 2 and rows.numel() > SMALL and not functional(rows) and not low:
         return _written(rows, scale, one)
-    if count < d or rows.numel() <= SMALL:  # the rows are the smaller copy, or few calls count
+    # Where rows are the smaller copy, or few calls count.
+    if low or count < d or rows.numel() <= SMALL:
         return gram(pad(rows, (0, 1), value=one), scale)
     return bordered(gram(rows, scale), rows.sum(-2) * (one * scale), count * one**2 * scale)
 
@@ -100,6 +102,7 @@ def _slabs(rows: Tensor) -> list[Range]:
     count, d = rows.shape[-2:]
     kind = rows.device.type
     width = NARROWEST.get(kind, d) * (torch.get_num_threads() if kind == "cpu" else 1)
+    width *= max(1, 4 // rows.element_size())
     width = width if count >= 8 * width else 2 * width
     if rows.dim() > 2 or count < width or d < 2 * width:
         return [(0, d)]

@@ -25,6 +25,7 @@ LIBRARY = torch.library.Library("kfac_fx", "DEF")
 
 _paused: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _passes: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_rounded: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 class Statistics(Protocol):
@@ -43,7 +44,7 @@ class Statistics(Protocol):
             g: derivative with respect to the tapped tensor.
             tensors: what the tap saved of the forward pass.
             wanted: per factor buffer, whether its statistic is asked for.
-            dtype: the factors' dtype; products are formed in it.
+            dtype: products are formed in it, the factors' or bfloat16.
         """
 
 
@@ -62,6 +63,20 @@ def resume(factors: Iterable[Tensor]) -> None:
 def is_paused(factor: Tensor) -> bool:
     """Whether backward passes skip the factor."""
     return bool(_paused) and factor in _paused  # mostly none is, and a weak key costs
+
+
+def round_products(factors: Iterable[Tensor], on: bool) -> None:
+    """Lets the statistics of these factors be products in bfloat16 from now on, or not."""
+    for factor in factors:
+        if on:
+            _rounded[factor] = True
+        else:
+            _rounded.pop(factor, None)
+
+
+def is_rounded(factor: Tensor) -> bool:
+    """Whether the factor's statistics are products in bfloat16."""
+    return bool(_rounded) and factor in _rounded
 
 
 def passes(factor: Tensor) -> int:
@@ -139,8 +154,11 @@ class _Source(_Unbatched):
             return (*nothing, *(None for _ in wanted))
         if wanted[0]:
             _passes[ctx.factors[0]] = _passes.get(ctx.factors[0], 0) + 1
-        dtype = ctx.factors[0].dtype
-        return (*nothing, *ctx.statistics(g, ctx.saved_tensors, wanted, dtype))
+        own = ctx.factors[0].dtype
+        if not is_rounded(ctx.factors[0]):
+            return (*nothing, *ctx.statistics(g, ctx.saved_tensors, wanted, own))
+        found = ctx.statistics(g, ctx.saved_tensors, wanted, torch.bfloat16)
+        return (*nothing, *(None if value is None else value.to(own) for value in found))
 
 
 class _Identity(_Unbatched):

@@ -19,11 +19,12 @@ from kfac_fx.errors import (
     UnknownOptionError,
 )
 from kfac_fx.ir import Coupling, CurvatureGraph
-from kfac_fx.ops import all_buffers, switch
+from kfac_fx.ops import all_buffers, round_products, switch
 from kfac_fx.optim.averages import Averages, all_finite, fold, sizes
 from kfac_fx.optim.guard import ParameterGuard
 from kfac_fx.optim.moments import Moments
 from kfac_fx.optim.outliers import fit
+from kfac_fx.optim.rounding import Rounding
 from kfac_fx.optim.selection import chosen_couplings, mutual_informations, total
 from kfac_fx.optim.storage import Storage
 from kfac_fx.optim.workers import Engine, Workers
@@ -40,16 +41,19 @@ class InverseFisher:
         tikhonov: how Kronecker blocks are damped, "factored", "exact" or "ekfac".
         workers: the processes that share the refresh.
         storage: keeps the averages.
+        bfloat16_error: tolerance of ``rounding``.
         compile: run the program through torch.compile; a name is that of its backend.
 
     Attributes:
         averages: of the factors and cross factors.
         program: for the couplings in use.
+        rounding: which blocks multiply in bfloat16.
         inverses: what the last refresh made; empty before.
         clamped: entries of conditionals that rounding had pushed to one, over all refreshes.
 
     Raises:
-        UnknownOptionError: tikhonov is unknown, or not factored and there are couplings.
+        UnknownOptionError: tikhonov is unknown, or not factored and there are couplings; or what is
+            asked for does not go with bfloat16_error.
     """
 
     def __init__(
@@ -60,6 +64,7 @@ class InverseFisher:
         tikhonov: str,
         workers: Workers,
         storage: Storage,
+        bfloat16_error: float = 0.0,
         *,
         compile: bool | str,
     ) -> None:
@@ -69,12 +74,16 @@ class InverseFisher:
         self.guard = ParameterGuard(net, curvature.covered)
         self.clamped = 0
         switch(net, all_buffers(net), False)  # another program may have wanted more of them
+        round_products(all_buffers(net), False)
         for buffer in all_buffers(net):
             buffer.grad = None
         pairs = curvature.pairs if coupled else ()
         moments = curvature.moments if tikhonov == "ekfac" else ()
         self.averages = Averages(net, curvature, self.guard.parameters, pairs, moments, storage)
         self.moments = Moments(net, curvature, self.averages)
+        if bfloat16_error and (tikhonov != "factored" or workers.size > 1):
+            raise UnknownOptionError("bfloat16_error is for tikhonov='factored' and one process")
+        self.rounding = Rounding(curvature.blocks, self.averages, bfloat16_error)
         self._compile, self._workers, self._plain = compile, workers, storage.plain
         self._refreshes = self._folds = 0
         self._present: tuple[float, int] | None = None
@@ -85,6 +94,7 @@ class InverseFisher:
     def _made(self, couplings: Sequence[Coupling]) -> tuple[Program, Engine]:
         low = (torch.float16, torch.bfloat16)
         cast = [name for name, p in self.guard.parameters.items() if p.dtype in low]
+        cast = list(dict.fromkeys((*cast, *self.rounding.parameters)))
         options: Any = {"tikhonov": self.tikhonov, "compile": self._compile}
         # Each call costs a GPU a launch and a compiler a kernel; processes divide single blocks.
         on_gpu = any(p.is_cuda for p in self.guard.parameters.values())
@@ -172,6 +182,7 @@ class InverseFisher:
         if self.moments.blocks:
             self.moments.rebase(self.inverses)
             self.inverses |= self.moments.scales(amount)
+        self.inverses = self.rounding.of_refresh(self.inverses, self._refreshes)
         self._present = damping, self._folds
 
     def _choose_couplings(self, damping: float) -> None:
@@ -211,10 +222,12 @@ class InverseFisher:
                     f"the gradient of {name} has shape {tuple(gradient.shape)}, "
                     f"the parameter has {tuple(parameters[name].shape)}"
                 )
-        filled = [
-            gradients[n] if n in gradients else torch.zeros_like(p) for n, p in parameters.items()
-        ]
-        updates = dict(self._engine.apply(self.inverses, filled))
+        filled = {
+            n: gradients[n] if n in gradients else torch.zeros_like(p)
+            for n, p in parameters.items()
+        }
+        self.inverses = self.rounding.of_apply(self.inverses, filled)
+        updates = dict(self._engine.apply(self.inverses, list(filled.values())))
         for name, entry in self.averages.blocks.items():
             if entry.recorded == 0:  # nothing is known of its curvature
                 own = self.curvature.blocks[name].parameters
@@ -230,6 +243,7 @@ class InverseFisher:
             "inverses": {name: value.clone() for name, value in self.inverses.items()},
             "pending": self._engine.pending(),
             "refreshes": self._refreshes,
+            "rounding": self.rounding.state(),
             "clamped": self.clamped,
         }
 
@@ -253,6 +267,7 @@ class InverseFisher:
             )
         self.averages.load(state["averages"])
         self._present = None
+        self.rounding.load(state.get("rounding", {}))
         self.program, self._engine = program, engine
         device = next(iter(self.guard.parameters.values())).device
         others = set(program.inverse_names) - missing

@@ -65,9 +65,9 @@ class KFAC(CurvatureFaces, Optimizer):
         outlier: a batch whose loss is this many times the running average (gradient, statistics:
             a hundred times as many), or not finite, is not trusted: if its loss was fine before
             the last step, that step is undone exactly and lambda grows; else it is skipped.
-        tikhonov, structure, fisher, generator, workers, forward, factor_storage, compile: as for
-            ``Preconditioner``; the Fisher is not the empirical one, and the gradients are averaged
-            over the workers here.
+        tikhonov, structure, fisher, generator, workers, forward, factor_storage, bfloat16_error,
+            compile: as for ``Preconditioner``; the Fisher is not the empirical one, and the
+            gradients are averaged over the workers here.
 
     Attributes:
         diagnostics: of the last step, plain numbers by name.
@@ -105,6 +105,7 @@ class KFAC(CurvatureFaces, Optimizer):
         forward: Forward = run_network,
         workers: Workers = ALONE,
         factor_storage: str | None = None,
+        bfloat16_error: float = 0.0,
         compile: bool | str = False,
     ) -> None:
         net = workers.unwrapped(net)
@@ -114,7 +115,14 @@ class KFAC(CurvatureFaces, Optimizer):
         self.generator = generator or fresh_generator()
         storage = storage_of(factor_storage, self.generator)
         self._inverse = InverseFisher(
-            net, self.curvature, self.structure, tikhonov, workers, storage, compile=compile
+            net,
+            self.curvature,
+            self.structure,
+            tikhonov,
+            workers,
+            storage,
+            bfloat16_error,
+            compile=compile,
         )
         parameters = self._inverse.guard.parameters
         defaults = {"lr": 1.0 if lr is None else lr, "momentum": momentum}

@@ -8,18 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kfac_fx.codegen.builder import ProgramBuilder
-from kfac_fx.codegen.forms import FORMS
 from kfac_fx.errors import OperatorError, StatisticsError
 from kfac_fx.ir import CurvatureBlock, parents
 from kfac_fx.linalg.forest import Forest
 from kfac_fx.linalg.spectral import Spectral
+from kfac_fx.optim.arrays import gathered, scattered
 from kfac_fx.optim.block_spectra import BlockSpectra, block_spectra, conditionals, in_bases
 from kfac_fx.optim.inverse import InverseFisher
 
 Blocks = dict[str, Tensor]
-
-_UNUSED = ProgramBuilder()  # forms gather and scatter tensors as they do a program's values
 
 
 class CurvatureOperator:
@@ -212,22 +209,18 @@ class CurvatureOperator:
 
     def _gathered(self, given: Mapping[str, Tensor]) -> Blocks:
         """Each block's array [..., g, a]."""
-        result = {}
-        for name, block in self._blocks.items():
-            pairs = zip(block.parameters, block.layouts, strict=True)
-            parts = [layout.apply(given[parameter]) for parameter, layout in pairs]
-            V = FORMS[block.approximation].gather(_UNUSED, block, parts)
-            result[name] = V.unsqueeze(-1) if _is_covariance(block) else V
-        return result
+        found = {name: gathered(block, given) for name, block in self._blocks.items()}
+        return {
+            name: V.unsqueeze(-1) if _is_covariance(self._blocks[name]) else V
+            for name, V in found.items()
+        }
 
     def _scattered(self, blocks: Blocks, into: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``into`` with the entries of all blocks replaced."""
         result = dict(into)
         for name, block in self._blocks.items():
             U = blocks[name].squeeze(-1) if _is_covariance(block) else blocks[name]
-            parts = FORMS[block.approximation].scatter(_UNUSED, block, U)
-            for parameter, part, layout in zip(block.parameters, parts, block.layouts, strict=True):
-                result[parameter] = layout.embed(part, result[parameter])
+            result |= scattered(block, U, result)
         return result
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kfac_fx.codegen.functional import no_autocast
-from kfac_fx.ops import STORE
+from kfac_fx.ops import STORE, is_rounded, round_products
 from kfac_fx.optim.likelihoods import Likelihood, Sum
 from kfac_fx.optim.observation import Observation, squared
 from kfac_fx.optim.predictive import Predictive, predictive, wide
@@ -126,6 +126,11 @@ class PurePass:
         empirical = self.statistics and self.fisher == "empirical"
         return empirical or self.loss == LIKELIHOOD
 
+    @property
+    def rounded(self) -> tuple[bool, ...]:
+        """Of each factor, whether its products are rounded to bfloat16."""
+        return tuple(map(is_rounded, self.sources.factors)) if self.statistics else ()
+
     def state(self) -> dict[str, Tensor]:
         """Parameters and buffers, without the zeros whose gradients are statistics."""
         held = self._places.tensors().items()
@@ -148,6 +153,7 @@ class PurePass:
                 zeros[kind] = torch.zeros((), dtype=factor.dtype, device=factor.device)
             zero = zeros[kind].expand(factor.shape)
             given[names[id(factor)]] = zero.requires_grad_(self.statistics)
+            round_products([zero], is_rounded(factor))
 
         def of(tensors: Sequence[Tensor]) -> list[Tensor]:
             return [given[names[id(t)]] for t in tensors]
