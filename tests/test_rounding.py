@@ -225,9 +225,55 @@ def test_a_block_comes_back_at_half_the_tolerance() -> None:
     rounding = pre._inverse.rounding
     history = {0.09: True, 0.11: False, 0.08: False, 0.05: True, 0.1: True}
     for error, expected in history.items():
-        rounding._take("0", error)
+        rounding._take("0", error, 1.0)
         assert ("0" in rounding.blocks) == expected
         assert is_rounded(pre._inverse.averages.blocks["0"].buffers[0]) == expected
+
+
+def test_what_may_be_indefinite_leaves_at_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Statistics that outgrow the damping between two measurements."""
+    net, pre = made(damping=0.05, error=0.5)
+    for seed in range(5):
+        step(net, pre, batch, seed, by_inputs=False)
+    assert pre._inverse.rounding.blocks == {"0", "3"}
+
+    def swollen(seed: int) -> tuple[Tensor, Tensor]:
+        x, y = batch(seed)
+        return 1e3 + 1e3 * x, y
+
+    step(net, pre, swollen, 5, by_inputs=False)
+    assert pre._inverse.rounding.blocks == {"3"}
+    assert "Cholesky" not in caplog.text
+    assert all(
+        value.dtype == torch.float32 for n, value in pre._inverse.inverses.items() if "_0_" in n
+    )
+    update = net.get_parameter("0.weight").grad
+    assert update.isfinite().all() and update.norm() < 10
+
+
+@pytest.mark.parametrize("rank", [1, 3, 20])
+@pytest.mark.parametrize("mean", [0.0, 1.0, 10.0])
+def test_averages_that_rounding_made_indefinite_are_positive_again(rank: int, mean: float) -> None:
+    _, pre = made()
+    entry = pre._inverse.averages.blocks["0"]
+    for average in entry.stored:
+        rows = mean + torch.randn(rank, len(average.kept), generator=torch.Generator())
+        average.kept.copy_((rows.mT @ rows).bfloat16())
+        assert torch.linalg.eigvalsh(average.kept)[0] < 0
+    rounding._make_up(entry)
+    for average in entry.stored:
+        assert torch.linalg.eigvalsh(average.kept)[0] > 0
+
+
+def test_factors_that_grow_are_measured_again() -> None:
+    net, pre = made(damping=0.05, error=0.5)
+    for seed in range(5):
+        step(net, pre, batch, seed, by_inputs=False)
+    before = dict(pre._inverse.rounding.errors)
+    step(net, pre, batch, 5, by_inputs=False)
+    assert pre._inverse.rounding.errors == before
+    step(net, pre, lambda seed: (20 * batch(seed)[0], batch(seed)[1]), 6, by_inputs=False)
+    assert pre._inverse.rounding.errors != before
 
 
 def test_it_is_measured_now_and_then() -> None:

@@ -174,8 +174,9 @@ class InverseFisher:
         if not self.averages.recorded:
             raise StatisticsError("no statistics yet: nothing to invert")
         self._choose_couplings(damping)
-        factors = self.refresh_factors(self.program.couplings)
         amount = self.amount(damping)
+        self.rounding.before_refresh(amount)
+        factors = self.refresh_factors(self.program.couplings)
         # A process may keep no inverse at all, but it knows that there was a refresh.
         self.inverses = self._engine.refresh(amount, factors, self.inverses) | {"damping": amount}
         self.clamped += self._engine.clamped

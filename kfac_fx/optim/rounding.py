@@ -21,6 +21,14 @@ from kfac_fx.optim.averages import Averages, Entry
 SMALLEST = 64
 """Of a block with smaller sides, casts cost what products save."""
 
+LOST = 2**-7
+"""Of the root of the mean squared eigenvalue of a factor, what rounding its entries may take from
+an eigenvalue: 2^-9 of each entry, as noise of norm 4 / sqrt(d) of that.
+"""
+
+MOST_STRAIN = 0.5 / LOST
+"""Of that root over the damping, where the damped factor stays positive whatever was lost."""
+
 
 class Rounding:
     """Blocks whose statistics, and whose inverses times gradients, are products in bfloat16.
@@ -30,8 +38,10 @@ class Rounding:
     the damped block F: |U' - U|_F / |U|_F, by rounding the gradient and the inverses, and A and G.
     A step along U' instead of U gains the quadratic model at least 1 - tolerance^2 of what U does.
 
-    It is measured at refreshes 1, 2, 4, 8 and every 16th, on the gradient that comes next. A block
-    that was over the tolerance comes back at half of it.
+    It is measured on the gradient that comes after refreshes 1, 2, 4, 8 and every 16th, and where
+    factors have grown to twice as much over the damping. A block that was over the tolerance comes
+    back at half of it. One whose damped factors may lose their definiteness leaves at once, and
+    what rounding may have taken from the eigenvalues of its averages is added to them.
 
     Args:
         tolerance: 0 for no blocks.
@@ -57,12 +67,24 @@ class Rounding:
         self._entries = {name: averages.blocks[name] for name in self._blocks}
         self.errors: dict[str, float] = {}
         self.blocks: set[str] = set()
-        self._pending = False
+        self._strains: dict[str, float] = {}
+        self._pending = self._grown = False
 
     @property
     def parameters(self) -> tuple[str, ...]:
         """Names of the parameters of blocks that may be rounded."""
         return tuple(name for block in self._blocks.values() for name in block.parameters)
+
+    @torch.no_grad()
+    def before_refresh(self, damping: Tensor) -> None:
+        """Looks at how the factors of ``blocks`` compare with the damping, [], of a refresh."""
+        found = [_strain(self._entries[name].factors, damping) for name in sorted(self.blocks)]
+        strains = torch.stack(found).tolist() if found else ()
+        for name, strain in zip(sorted(self.blocks), strains, strict=True):
+            if not strain <= MOST_STRAIN:
+                self._take(name, math.inf, strain)
+                _make_up(self._entries[name])
+            self._grown |= strain > 2 * self._strains[name]
 
     def of_refresh(self, inverses: dict[str, Tensor], count: int) -> dict[str, Tensor]:
         """What a refresh made, as it is kept: in full precision where it is to be measured.
@@ -70,7 +92,8 @@ class Rounding:
         Args:
             count: of refreshes so far.
         """
-        self._pending = bool(self._blocks) and (not count & (count - 1) or count % 16 == 0)
+        due = self._grown or not count & (count - 1) or count % 16 == 0
+        self._pending, self._grown = due and bool(self._blocks), False
         return inverses if self._pending else self._rounded(inverses)
 
     @torch.no_grad()
@@ -82,25 +105,30 @@ class Rounding:
             return inverses
         self._pending = False
         found = {
-            name: rounding_error(
-                self._entries[name].factors,
-                [inverses[key] for key in _inverses(block)],
-                gathered(block, gradients),
-                inverses["damping"],
-            )
-            for name, block in self._blocks.items()
+            name: self._measured(name, inverses, gradients)
+            for name in self._blocks
             if self._entries[name].recorded
         }
-        errors = torch.stack(list(found.values())).tolist() if found else ()
-        for name, error in zip(found, errors, strict=True):
+        numbers = torch.stack(list(found.values())).tolist() if found else ()
+        for name, (error, strain) in zip(found, numbers, strict=True):
             if not math.isnan(error):  # of a gradient of zero nothing is learnt
-                self._take(name, error)
+                self._take(name, error, strain)
         return self._rounded(inverses)
 
-    def _take(self, name: str, error: float) -> None:
+    def _measured(
+        self, name: str, inverses: Mapping[str, Tensor], gradients: Mapping[str, Tensor]
+    ) -> Tensor:
+        """[2]: the error and the strain of a block."""
+        block, factors = self._blocks[name], self._entries[name].factors
+        own, damping = [inverses[key] for key in _inverses(block)], inverses["damping"]
+        error = rounding_error(factors, own, gathered(block, gradients), damping)
+        return torch.stack([error, _strain(factors, damping)])
+
+    def _take(self, name: str, error: float, strain: float) -> None:
         was_over = name in self.errors and name not in self.blocks
-        small = error <= self._tolerance / (2 if was_over else 1)
-        self.errors[name] = error
+        part = 0.5 if was_over else 1.0
+        small = error <= part * self._tolerance and strain <= part * MOST_STRAIN
+        self.errors[name], self._strains[name] = error, strain
         (self.blocks.add if small else self.blocks.discard)(name)
         round_products(self._entries[name].buffers, small)
 
@@ -113,14 +141,16 @@ class Rounding:
         """Plain values."""
         return {
             "errors": dict(self.errors),
+            "strains": dict(self._strains),
             "blocks": sorted(self.blocks),
             "pending": self._pending,
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Restores ``state``; of blocks that may not be rounded here, nothing."""
-        errors = state.get("errors", {}).items()
+        errors, strains = (state.get(key, {}).items() for key in ("errors", "strains"))
         self.errors = {name: error for name, error in errors if name in self._blocks}
+        self._strains = {name: strain for name, strain in strains if name in self._blocks}
         self.blocks = self._blocks.keys() & set(state.get("blocks", ()))
         self._pending = state.get("pending", False)
         for name, entry in self._entries.items():
@@ -140,15 +170,38 @@ def rounding_error(
         V: [..., g, a]; NaN results where it is zero.
         damping: [], lambda.
     """
-    (A, G), (A_i, G_i) = factors, inverses
-    V, gamma = V.to(A_i.dtype), damping.sqrt()
-    pi = trace_ratio(mean_eigenvalue(A), mean_eigenvalue(G))
-    A_damped, G_damped = damped(A, pi * gamma), damped(G, gamma / pi)
+    (A, G), (A_i, G_i), V = factors, inverses, V.to(inverses[0].dtype)
+    A_damped, G_damped = map(damped, factors, _amounts(factors, damping))
     U = G_i @ V @ A_i
     E = (G_i.bfloat16() @ V.bfloat16() @ A_i.bfloat16()).to(U.dtype) - U
     W = G_damped @ U @ _lost(A) + _lost(G) @ U @ A_damped
     squared = (E * (G_damped @ E @ A_damped)).sum() + (W * (G_i @ W @ A_i)).sum()
     return (squared / (U * V).sum()).abs().sqrt()
+
+
+def _amounts(factors: Sequence[Tensor], damping: Tensor) -> tuple[Tensor, Tensor]:
+    """(pi gamma, gamma / pi)."""
+    pi, gamma = trace_ratio(*map(mean_eigenvalue, factors)), damping.sqrt()
+    return pi * gamma, gamma / pi
+
+
+def _strain(factors: Sequence[Tensor], damping: Tensor) -> Tensor:
+    """[]: the larger root of a mean squared eigenvalue, over what damps it."""
+    pairs = zip(map(_scale, factors), _amounts(factors, damping), strict=True)
+    return torch.stack([(scale / amount).max() for scale, amount in pairs]).max()
+
+
+def _scale(matrix: Tensor) -> Tensor:
+    """[...]: the root of the mean squared eigenvalue."""
+    result: Tensor = torch.linalg.matrix_norm(matrix) / matrix.shape[-1] ** 0.5
+    return result
+
+
+def _make_up(entry: Entry) -> None:
+    """Adds to the eigenvalues of a block's averages what rounding may have taken."""
+    for average in entry.stored:
+        value = entry.storage.read(average)
+        entry.storage.write(average, damped(value, LOST * _scale(value)))
 
 
 def _lost(matrix: Tensor) -> Tensor:

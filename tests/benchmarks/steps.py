@@ -22,6 +22,7 @@ those of the model.
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import os
 import sys
@@ -101,14 +102,16 @@ def transformed(work: Workload) -> Any:
     return kfac_fx.transform(work.model, (work.batches[0][0],), structure="block_diagonal")
 
 
-def preconditioned(work: Workload, setting: str, compiled: bool = False) -> Call:
+def preconditioned(
+    work: Workload, setting: str, compiled: bool = False, eighth: bool = False
+) -> Call:
     """``Preconditioner`` in front of SGD; statistics of 1/8 of the batch in a pass of their own."""
     work, options = own(work), OPTIONS[setting]
     net = transformed(work)
     pre = kfac_fx.Preconditioner(net, work.likelihood, damping=1e-1, compile=compiled, **options)
     forward, loss, optimizer = trained(work, net, compiled)
-    part = max(1, work.cases // 8) if setting == "a" else work.cases
-    by_inputs = setting == "a" or (compiled and options["fisher"] == "sampled")
+    part = max(1, work.cases // 8) if eighth else work.cases
+    by_inputs = eighth or (compiled and options["fisher"] == "sampled")
 
     def step() -> None:
         x, y = work.next()
@@ -155,10 +158,15 @@ def kfac(work: Workload, setting: str, compiled: bool = False) -> Call:
 
 def ways(setting: str, compiled: bool) -> Iterator[tuple[str, Callable[..., Call]]]:
     """How a setting can be had."""
-    yield "Preconditioner", preconditioned
+    on_eighth = functools.partial(preconditioned, eighth=True)
     if setting == "a":
+        yield "Preconditioner", on_eighth
         yield "KFAC", kfac
-    elif compiled:
+        return
+    yield "Preconditioner", preconditioned
+    if setting == "c":
+        yield "Preconditioner on 1/8", on_eighth
+    if compiled:
         yield "TrainingStep", fused
 
 
