@@ -178,7 +178,10 @@ class ConvolutionStatistics:
         if functional(x) or at_once >= len(x):
             return self._of_rows(self.patches(x, outputs))
         parts = x.split(at_once)
-        found = (self._of_rows(self.patches(p, outputs)).mul_(len(p) / len(x)) for p in parts)
+        wide = torch.promote_types(x.dtype, torch.float32)  # parts are small beside their sum
+        found = (
+            self._of_rows(self.patches(p, outputs)).to(wide).mul_(len(p) / len(x)) for p in parts
+        )
         return functools.reduce(Tensor.add_, found)
 
     def _of_rows(self, rows: Tensor) -> Tensor:

@@ -30,9 +30,8 @@ class CompiledPass:
     """A ``PurePass`` whose programs are traced and compiled as forms of arguments come.
 
     A form is the shapes and dtypes of all tensors, other arguments, the plain attributes of the
-    modules (``training``, a dropout's ``p``), autocast, and which products are rounded. At most
-    ``MOST_PROGRAMS`` forms are compiled. What cannot be traced, or comes later, runs node by node,
-    and is logged once.
+    modules (``training``, a dropout's ``p``) and autocast. At most ``MOST_PROGRAMS`` forms are
+    compiled. What cannot be traced, or comes later, runs node by node, and is logged once.
 
     Args:
         compile: True, or the name of a backend of torch.compile; False runs all node by node.
@@ -58,8 +57,7 @@ class CompiledPass:
             made = self._predictive(facts, targets)
             _, agreed = made.of_all(self.pure.workers, "observe")
         given = self._arguments(facts, inputs, targets, made, agreed)
-        batch = _form((given.inputs, given.targets, tuple(given.terms)))
-        form = batch, _plain_state(self.pure.net), self.pure.rounded
+        form = _form((given.inputs, given.targets, tuple(given.terms))), _plain_state(self.pure.net)
         if form not in self.programs:
             self.programs[form] = self._made(facts, given)
         program = self.programs[form]

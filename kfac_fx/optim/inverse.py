@@ -81,8 +81,12 @@ class InverseFisher:
         moments = curvature.moments if tikhonov == "ekfac" else ()
         self.averages = Averages(net, curvature, self.guard.parameters, pairs, moments, storage)
         self.moments = Moments(net, curvature, self.averages)
-        if bfloat16_error and (tikhonov != "factored" or workers.size > 1):
-            raise UnknownOptionError("bfloat16_error is for tikhonov='factored' and one process")
+        several = workers.size > 1 or workers.staleness
+        if bfloat16_error and (tikhonov != "factored" or several or compile):
+            raise UnknownOptionError(
+                "bfloat16_error is for tikhonov='factored', one process and compile=False: the "
+                "blocks that it chooses change, and compiled programs with them"
+            )
         self.rounding = Rounding(curvature.blocks, self.averages, bfloat16_error)
         self._compile, self._workers, self._plain = compile, workers, storage.plain
         self._refreshes = self._folds = 0
@@ -274,6 +278,7 @@ class InverseFisher:
         others = set(program.inverse_names) - missing
         self.inverses = {n: v.to(device).clone() for n, v in inverses.items() if n not in others}
         engine.resume(state.get("pending", ()) if inverses else ())
+        self.inverses = self.rounding.of_state(self.inverses)
         self.moments.restore(self.inverses)
         self._refreshes = int(state["refreshes"])
         self.clamped = int(state["clamped"])

@@ -114,16 +114,8 @@ class KFAC(CurvatureFaces, Optimizer):
         products_fraction = share("products_fraction", products_fraction)
         self.generator = generator or fresh_generator()
         storage = storage_of(factor_storage, self.generator)
-        self._inverse = InverseFisher(
-            net,
-            self.curvature,
-            self.structure,
-            tikhonov,
-            workers,
-            storage,
-            bfloat16_error,
-            compile=compile,
-        )
+        how = tikhonov, workers, storage, bfloat16_error
+        self._inverse = InverseFisher(net, self.curvature, self.structure, *how, compile=compile)
         parameters = self._inverse.guard.parameters
         defaults = {"lr": 1.0 if lr is None else lr, "momentum": momentum}
         defaults["weight_decay"] = weight_decay

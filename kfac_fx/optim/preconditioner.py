@@ -68,8 +68,9 @@ class Preconditioner(CurvatureFaces):
             for float64. "host": in CPU memory, pinned; without CUDA as None.
         bfloat16_error: blocks multiply in bfloat16, statistics as well as inverses and gradients,
             where that changes the block's update by this share at most: in the norm of the damped
-            block, measured at refreshes 1, 2, 4, 8 and every 16th. 0: none. Kronecker blocks
-            without couplings, of float32 and one process; needs tikhonov="factored".
+            block, to first order, measured at refreshes 1, 2, 4, 8 and every 16th. 0: none. For
+            Kronecker blocks without recorded couplings, of float32; needs tikhonov="factored", one
+            process and compile=False.
         compile: run the program, and passes for ``observe(inputs=...)``, through torch.compile; a
             name is that of its backend. On a GPU such a pass is a CUDA graph. ``net`` may be
             compiled whatever this says.
@@ -119,16 +120,8 @@ class Preconditioner(CurvatureFaces):
         self.skipped_statistics = 0
         self.skipped_gradients = 0
         storage = storage_of(factor_storage, self.generator)
-        self._inverse = InverseFisher(
-            net,
-            self.curvature,
-            self.structure,
-            tikhonov,
-            workers,
-            storage,
-            bfloat16_error,
-            compile=compile,
-        )
+        how = tikhonov, workers, storage, bfloat16_error
+        self._inverse = InverseFisher(net, self.curvature, self.structure, *how, compile=compile)
         self._steps, self._workers = 0, workers
         workers.begin("Preconditioner", self._inverse.guard.parameters, self.generator)
         entries = self._inverse.averages.entries

@@ -126,11 +126,6 @@ class PurePass:
         empirical = self.statistics and self.fisher == "empirical"
         return empirical or self.loss == LIKELIHOOD
 
-    @property
-    def rounded(self) -> tuple[bool, ...]:
-        """Of each factor, whether its products are rounded to bfloat16."""
-        return tuple(map(is_rounded, self.sources.factors)) if self.statistics else ()
-
     def state(self) -> dict[str, Tensor]:
         """Parameters and buffers, without the zeros whose gradients are statistics."""
         held = self._places.tensors().items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,6 +19,8 @@ from kfac_fx.ops import round_products
 from kfac_fx.optim.arrays import gathered
 from kfac_fx.optim.averages import Averages, Entry
 
+log = logging.getLogger("kfac_fx")
+
 SMALLEST = 64
 """Of a block with smaller sides, casts cost what products save."""
 
@@ -33,10 +36,11 @@ MOST_STRAIN = 0.5 / LOST
 class Rounding:
     """Blocks whose statistics, and whose inverses times gradients, are products in bfloat16.
 
-    These are Kronecker blocks without couplings, with factored damping and the same positions at
-    every call, whose update U changes by no more than the tolerance, relative and in the norm of
-    the damped block F: |U' - U|_F / |U|_F, by rounding the gradient and the inverses, and A and G.
-    A step along U' instead of U gains the quadratic model at least 1 - tolerance^2 of what U does.
+    These are Kronecker blocks without recorded couplings, with factored damping and the same
+    positions at every call, whose update U changes by no more than the tolerance, relative and in
+    the norm of the damped block F: |U' - U|_F / |U|_F, by rounding the gradient and the inverses,
+    and A and G. Along such a U' the quadratic model falls by 1 - tolerance^2 of what it does along
+    U.
 
     It is measured on the gradient that comes after refreshes 1, 2, 4, 8 and every 16th, and where
     factors have grown to twice as much over the damping. A block that was over the tolerance comes
@@ -47,7 +51,8 @@ class Rounding:
         tolerance: 0 for no blocks.
 
     Attributes:
-        errors: block -> what was measured last, of the blocks that may be rounded.
+        errors: block -> what was measured last, of the blocks that may be rounded; infinite where
+            the block had to leave.
         blocks: names of those that are.
 
     Raises:
@@ -67,6 +72,8 @@ class Rounding:
         self._entries = {name: averages.blocks[name] for name in self._blocks}
         self.errors: dict[str, float] = {}
         self.blocks: set[str] = set()
+        if tolerance and not self._blocks:
+            log.warning("bfloat16_error: there is no Kronecker block without couplings to round")
         self._strains: dict[str, float] = {}
         self._pending = self._grown = False
 
@@ -103,7 +110,6 @@ class Rounding:
         """The inverses for these gradients, by parameter name, on which the error is measured."""
         if not self._pending:
             return inverses
-        self._pending = False
         found = {
             name: self._measured(name, inverses, gradients)
             for name in self._blocks
@@ -111,9 +117,10 @@ class Rounding:
         }
         numbers = torch.stack(list(found.values())).tolist() if found else ()
         for name, (error, strain) in zip(found, numbers, strict=True):
-            if not math.isnan(error):  # of a gradient of zero nothing is learnt
+            if not math.isnan(error):  # a gradient that is zero, or not finite, tells nothing
                 self._take(name, error, strain)
-        return self._rounded(inverses)
+                self._pending = False
+        return inverses if self._pending else self._rounded(inverses)
 
     def _measured(
         self, name: str, inverses: Mapping[str, Tensor], gradients: Mapping[str, Tensor]
@@ -137,6 +144,11 @@ class Rounding:
         low = {key for name in self.blocks for key in _inverses(self._blocks[name])}
         return {key: v.bfloat16() if key in low else v for key, v in inverses.items()}
 
+    def of_state(self, inverses: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Inverses of a state: of what is not rounded here, or is yet to be measured, wide."""
+        wide = {key: v.float() if v.dtype == torch.bfloat16 else v for key, v in inverses.items()}
+        return wide if self._pending else self._rounded(wide)
+
     def state(self) -> dict[str, Any]:
         """Plain values."""
         return {
@@ -147,12 +159,13 @@ class Rounding:
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Restores ``state``; of blocks that may not be rounded here, nothing."""
+        """Restores ``state``; blocks that may not be rounded here, or so much, are not."""
         errors, strains = (state.get(key, {}).items() for key in ("errors", "strains"))
         self.errors = {name: error for name, error in errors if name in self._blocks}
         self._strains = {name: strain for name, strain in strains if name in self._blocks}
-        self.blocks = self._blocks.keys() & set(state.get("blocks", ()))
-        self._pending = state.get("pending", False)
+        rounded = self._blocks.keys() & set(state.get("blocks", ()))
+        self.blocks = {name for name in rounded if self.errors[name] <= self._tolerance}
+        self._pending = state.get("pending", False) and bool(self._blocks)
         for name, entry in self._entries.items():
             round_products(entry.buffers, name in self.blocks)
 
