@@ -148,7 +148,8 @@ class PurePass:
                 zeros[kind] = torch.zeros((), dtype=factor.dtype, device=factor.device)
             zero = zeros[kind].expand(factor.shape)
             given[names[id(factor)]] = zero.requires_grad_(self.statistics)
-            round_products([zero], is_rounded(factor))
+            if is_rounded(factor):
+                round_products([zero], True)
 
         def of(tensors: Sequence[Tensor]) -> list[Tensor]:
             return [given[names[id(t)]] for t in tensors]
