@@ -26,3 +26,13 @@ def mean_eigenvalue(matrix: Tensor, *, diagonal: bool = False, cut: int = 0) -> 
 def trace_ratio(a: Tensor, g: Tensor) -> Tensor:
     """pi = sqrt(a / g) for a = tr A / dim A, g = tr G / dim G; 1 where either is zero."""
     return torch.where((a > 0) & (g > 0), torch.sqrt(a) / torch.sqrt(g), 1.0)
+
+
+def factored_amounts(a: Tensor, g: Tensor, gamma: Tensor | float) -> tuple[Tensor, Tensor]:
+    """(pi gamma, gamma / pi): what factored Tikhonov damping adds to A and to G.
+
+    Args:
+        a, g: as for ``trace_ratio``.
+    """
+    pi = trace_ratio(a, g)
+    return pi * gamma, gamma / pi

@@ -11,7 +11,7 @@ from torch import Tensor
 from kfac_fx.errors import OperatorError
 from kfac_fx.ir import CurvatureBlock, FactorSpec
 from kfac_fx.linalg.conditional import conditional_scale, conditional_side
-from kfac_fx.linalg.damping import damped, mean_eigenvalue, trace_ratio
+from kfac_fx.linalg.damping import damped, factored_amounts, mean_eigenvalue
 from kfac_fx.linalg.positive import floored_whitener
 from kfac_fx.linalg.spectral import Side, Spectral, diagonalised, summed
 
@@ -94,9 +94,9 @@ def _damped(factors: Sequence[Tensor], specs: Sequence[FactorSpec], damping: flo
         mean_eigenvalue(factor, diagonal=spec.diagonal, cut=spec.cut)
         for factor, spec in zip(factors, specs, strict=True)
     )
-    pi, gamma = trace_ratio(a, g), damping**0.5
+    first, second = factored_amounts(a, g, damping**0.5)
     A, G = _sides(factors, specs)
-    return _plus(A, pi * gamma), _plus(G, gamma / pi)
+    return _plus(A, first), _plus(G, second)
 
 
 def _plus(side: Side, amount: Tensor) -> Side:

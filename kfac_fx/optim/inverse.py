@@ -98,7 +98,7 @@ class InverseFisher:
     def _made(self, couplings: Sequence[Coupling]) -> tuple[Program, Engine]:
         low = (torch.float16, torch.bfloat16)
         cast = [name for name, p in self.guard.parameters.items() if p.dtype in low]
-        cast = list(dict.fromkeys((*cast, *self.rounding.parameters)))
+        cast += self.rounding.parameters
         options: Any = {"tikhonov": self.tikhonov, "compile": self._compile}
         # Each call costs a GPU a launch and a compiler a kernel; processes divide single blocks.
         on_gpu = any(p.is_cuda for p in self.guard.parameters.values())

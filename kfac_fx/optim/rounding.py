@@ -14,7 +14,7 @@ from kfac_fx.codegen.forms import FORMS
 from kfac_fx.config import within
 from kfac_fx.errors import UnknownOptionError
 from kfac_fx.ir import CurvatureBlock
-from kfac_fx.linalg.damping import damped, mean_eigenvalue, trace_ratio
+from kfac_fx.linalg.damping import damped, factored_amounts, mean_eigenvalue
 from kfac_fx.ops import round_products
 from kfac_fx.optim.arrays import gathered
 from kfac_fx.optim.averages import Averages, Entry
@@ -85,13 +85,15 @@ class Rounding:
     @torch.no_grad()
     def before_refresh(self, damping: Tensor) -> None:
         """Looks at how the factors of ``blocks`` compare with the damping, [], of a refresh."""
-        found = [_strain(self._entries[name].factors, damping) for name in sorted(self.blocks)]
+        names = sorted(self.blocks)
+        found = [_strain(self._entries[name].factors, damping) for name in names]
         strains = torch.stack(found).tolist() if found else ()
-        for name, strain in zip(sorted(self.blocks), strains, strict=True):
+        for name, strain in zip(names, strains, strict=True):
             if not strain <= MOST_STRAIN:
                 self._take(name, math.inf, strain)
                 _make_up(self._entries[name])
-            self._grown |= strain > 2 * self._strains[name]
+            elif strain > 2 * self._strains[name]:
+                self._grown = True
 
     def of_refresh(self, inverses: dict[str, Tensor], count: int) -> dict[str, Tensor]:
         """What a refresh made, as it is kept: in full precision where it is to be measured.
@@ -136,7 +138,10 @@ class Rounding:
         part = 0.5 if was_over else 1.0
         small = error <= part * self._tolerance and strain <= part * MOST_STRAIN
         self.errors[name], self._strains[name] = error, strain
-        (self.blocks.add if small else self.blocks.discard)(name)
+        if small:
+            self.blocks.add(name)
+        else:
+            self.blocks.discard(name)
         round_products(self._entries[name].buffers, small)
 
     def _rounded(self, inverses: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -193,9 +198,9 @@ def rounding_error(
 
 
 def _amounts(factors: Sequence[Tensor], damping: Tensor) -> tuple[Tensor, Tensor]:
-    """(pi gamma, gamma / pi)."""
-    pi, gamma = trace_ratio(*map(mean_eigenvalue, factors)), damping.sqrt()
-    return pi * gamma, gamma / pi
+    """What A and G are damped with."""
+    A, G = factors
+    return factored_amounts(mean_eigenvalue(A), mean_eigenvalue(G), damping.sqrt())
 
 
 def _strain(factors: Sequence[Tensor], damping: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kfac_fx.ir import Coupling, CurvatureGraph, couplings_of
 from kfac_fx.linalg.conditional import correlation, mutual_information
-from kfac_fx.linalg.damping import damped, mean_eigenvalue, trace_ratio
+from kfac_fx.linalg.damping import damped, factored_amounts, mean_eigenvalue
 from kfac_fx.linalg.positive import floored_whitener
 from kfac_fx.optim.averages import Averages
 
@@ -60,9 +60,9 @@ def total(weights: dict[tuple[str, str], float], couplings: Iterable[Coupling]) 
 def whiteners(factors: Sequence[Tensor], damping: float) -> list[Tensor]:
     """Of A and G with factored Tikhonov damping; eigenvalues at rounding level are raised."""
     A, G = factors
-    pi = trace_ratio(mean_eigenvalue(A), mean_eigenvalue(G))
-    gamma = damping**0.5
-    return [floored_whitener(damped(A, pi * gamma))[0], floored_whitener(damped(G, gamma / pi))[0]]
+    amounts = factored_amounts(mean_eigenvalue(A), mean_eigenvalue(G), damping**0.5)
+    pairs = zip((A, G), amounts, strict=True)
+    return [floored_whitener(damped(factor, amount))[0] for factor, amount in pairs]
 
 
 def _squared(Q: Tensor) -> Tensor:
