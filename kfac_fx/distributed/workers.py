@@ -19,6 +19,7 @@ from kfac_fx.distributed.buckets import Bucket, Form, cut
 from kfac_fx.distributed.control import Control
 from kfac_fx.distributed.engine import Divided
 from kfac_fx.errors import UnknownOptionError
+from kfac_fx.ops import multiplied
 from kfac_fx.optim.workers import ALONE, Engine, Held, Place, Values, unwrapped
 
 BUCKET_BYTES = 25 * 2**20
@@ -114,7 +115,7 @@ class DataParallel:
         present = torch.tensor([float(value is not None) for value in values])
         # In float64 the flags would have a message of their own.
         flags = Form(present.shape, forms[0].dtype, forms[0].device)
-        given = [present.to(forms[0].device), *values]
+        given = [present.to(forms[0].device), *map(multiplied, values)]
         started = self._started([flags, *forms], given, "statistics")
 
         def finished() -> Values:
@@ -199,8 +200,8 @@ class DataParallel:
             started.append((bucket, flat, work))
         return started
 
-    def _finished(self, started: Sums, count: int, purpose: str) -> Values:
-        found: Values = [None] * count
+    def _finished(self, started: Sums, count: int, purpose: str) -> list[Tensor | None]:
+        found: list[Tensor | None] = [None] * count
         for bucket, flat, work in started:
             with self.control.watching(purpose):
                 work.wait()

@@ -1,4 +1,4 @@
-"""Symmetric matrices by one half, n (n + 1) / 2 entries, as flat tensors."""
+"""Symmetric matrices by one half: n (n + 1) / 2 entries as flat tensors, or where they are."""
 
 from __future__ import annotations
 
@@ -35,6 +35,12 @@ def unpacked(flat: Tensor, shape: torch.Size) -> Tensor:
     M[..., :k, :k] = torch.where(_below(upper).mT, upper, upper.mT)
     M[..., k:, k:] = torch.where(_below(lower), lower, lower.mT)
     return M
+
+
+def mirror(M: Tensor) -> None:
+    """In place: what is below the diagonals of [..., n, n] becomes what is above them."""
+    M.triu_()
+    M.add_(M.triu(1).mT)
 
 
 def packed_size(shape: torch.Size) -> int:

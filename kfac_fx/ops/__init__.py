@@ -19,10 +19,13 @@ from kfac_fx.ops import (
     row_scale,
     scale_shift,
 )
+from kfac_fx.ops.notes import Note, noting
+from kfac_fx.ops.rows import Rows, Statistic, multiplied
 from kfac_fx.ops.same_input import forget_input
 from kfac_fx.ops.tap import (
     forget_passes,
     is_rounded,
+    noted_statistics,
     only,
     passes,
     pause,
@@ -85,6 +88,9 @@ def moment_buffers(net: Any, of: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 __all__ = [
     "STORE",
+    "Note",
+    "Rows",
+    "Statistic",
     "all_buffers",
     "bilinear",
     "cases",
@@ -101,6 +107,9 @@ __all__ = [
     "linear",
     "moment",
     "moment_buffers",
+    "multiplied",
+    "noted_statistics",
+    "noting",
     "only",
     "passes",
     "pause",

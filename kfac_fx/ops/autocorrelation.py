@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kfac_fx.linalg.precision import products_are_rounded, unrounded
-from kfac_fx.ops.gram import traced
+from kfac_fx.ops.modes import traced
 
 
 class Axis(NamedTuple):

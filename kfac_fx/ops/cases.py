@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kfac_fx.ops.positions import case_covariance, gradient_factor
+from kfac_fx.ops.rows import Statistic
 from kfac_fx.ops.tap import define, recording, tapped
 
 
@@ -32,7 +33,7 @@ class CaseStatistics:
         tensors: Sequence[Tensor | None],
         wanted: Sequence[bool],
         dtype: torch.dtype,
-    ) -> list[Tensor | None]:
+    ) -> list[Statistic | None]:
         cases = g.shape[0] if self.per_case else 1
         u = g.to(dtype).reshape(cases, 1, -1)
         for slope in tensors:
@@ -58,7 +59,7 @@ class RowStatistics:
         tensors: Sequence[Tensor | None],
         wanted: Sequence[bool],
         dtype: torch.dtype,
-    ) -> list[Tensor | None]:
+    ) -> list[Statistic | None]:
         u = g.to(dtype).reshape(g.shape[0] if self.per_case else 1, self.rows, -1)
         for slope in tensors:
             u = u if slope is None else u * slope.to(dtype).reshape(self.rows, -1)

@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kfac_fx.ops.autocorrelation import Axis, is_cheaper, patch_gram, suits
-from kfac_fx.ops.gram import bordered, functional
+from kfac_fx.ops.gram import bordered
+from kfac_fx.ops.modes import functional
 from kfac_fx.ops.positions import gradient_factor, input_factor
+from kfac_fx.ops.rows import multiplied
 from kfac_fx.ops.tap import define, recording, tapped
 
 AT_ONCE = {"cpu": 2**21, "cuda": 2**28}
@@ -149,9 +151,11 @@ class ConvolutionStatistics:
             if self.reduce:
                 grouped = grouped.sum(-1, keepdim=True)
             rows = grouped.permute(1, 2, 0, 3).contiguous().movedim(1, -1)
-            return gradient_factor(
+            factor = gradient_factor(
                 rows, reduce=self.reduce, divide=divide, diagonal=self.diagonal[1]
             )
+            whole: Tensor = multiplied(factor)
+            return whole
         # Long lines of positions: a product for each case costs less than the copy of all in order.
         total: Tensor = (grouped @ grouped.mT).sum(0)
         return total / positions if divide else total
@@ -185,9 +189,11 @@ class ConvolutionStatistics:
         return functools.reduce(Tensor.add_, found)
 
     def _of_rows(self, rows: Tensor) -> Tensor:
-        return input_factor(
+        factor = input_factor(
             rows, bias=self.bias, reduce=self.reduce, diagonal=self.diagonal[0], one=self.one
         )
+        whole: Tensor = multiplied(factor)
+        return whole
 
     def __call__(
         self,

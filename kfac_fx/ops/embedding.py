@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kfac_fx.ops.cases import over_cases
 from kfac_fx.ops.positions import gradient_factor
+from kfac_fx.ops.rows import Statistic
 from kfac_fx.ops.tap import define, recording, tapped
 
 
@@ -31,13 +32,13 @@ class EmbeddingStatistics:
         tensors: Sequence[Tensor | None],
         wanted: Sequence[bool],
         dtype: torch.dtype,
-    ) -> list[Tensor | None]:
+    ) -> list[Statistic | None]:
         (ids,) = tensors
         assert ids is not None
         cases = ids.shape[0] if ids.dim() else 1
         counted = (ids != self.padding_idx).to(dtype).reshape(-1)
         positions = counted.sum().clamp_min(1.0) / cases
-        result: list[Tensor | None] = [None] * len(wanted)
+        result: list[Statistic | None] = [None] * len(wanted)
         if wanted[0]:
             zeros = torch.zeros(self.rows, dtype=dtype, device=g.device)
             result[0] = zeros.index_add(0, ids.reshape(-1), counted) / cases

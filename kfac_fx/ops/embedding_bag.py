@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kfac_fx.ops.gram import gram
 from kfac_fx.ops.positions import gradient_factor
+from kfac_fx.ops.rows import Statistic
 from kfac_fx.ops.tap import define, recording, tapped
 
 
@@ -33,10 +34,10 @@ class EmbeddingBagStatistics:
         tensors: Sequence[Tensor | None],
         wanted: Sequence[bool],
         dtype: torch.dtype,
-    ) -> list[Tensor | None]:
+    ) -> list[Statistic | None]:
         ids, offsets, weights = tensors
         assert ids is not None
-        result: list[Tensor | None] = [None] * len(wanted)
+        result: list[Statistic | None] = [None] * len(wanted)
         if wanted[0]:
             places, amounts = self._entries(g.shape[0], ids, offsets, weights, dtype)
             moment = self._squares if self.diagonal[0] else self._gram

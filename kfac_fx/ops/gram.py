@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from kfac_fx.ops.tap import LIBRARY
+from kfac_fx.ops.library import LIBRARY
+from kfac_fx.ops.modes import functional, traced
 
 MOST_SLABS = {"cpu": 16, "cuda": 9}
 """Into how many slabs a large symmetric product is cut: of 16, 17/32 of its multiply-adds remain.
@@ -78,23 +78,9 @@ def cut_gram(rows: Tensor, count: int) -> Tensor:
     return gram(rows.unflatten(-1, (count, size)).movedim(-2, -3))
 
 
-def traced() -> bool:
-    """Whether a compiler looks on, or another mode that sees every operator."""
-    return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
-
-
 def _opaque(rows: Tensor) -> bool:
     """Whether a compiler is given one call: it cannot write slabs where they stay."""
     return traced() and rows.device.type == "cpu"
-
-
-def functional(rows: Tensor) -> bool:
-    """Whether the rows must go through operators that write into nothing."""
-    return (
-        traced()
-        or (rows.requires_grad and torch.is_grad_enabled())
-        or torch._C._are_functorch_transforms_active()
-    )
 
 
 def _slabs(rows: Tensor) -> list[Range]:

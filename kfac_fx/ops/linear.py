@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kfac_fx.ops.positions import case_rows, gradient_factor, input_factor
+from kfac_fx.ops.rows import Statistic
 from kfac_fx.ops.same_input import formed_once
 from kfac_fx.ops.tap import define, recording, tapped
 
@@ -42,12 +43,12 @@ class LinearStatistics:
         tensors: Sequence[Tensor | None],
         wanted: Sequence[bool],
         dtype: torch.dtype,
-    ) -> list[Tensor | None]:
+    ) -> list[Statistic | None]:
         x = self.inputs([t for t in tensors if t is not None])
         if self.x_groups and x.dim() < g.dim():  # matmul broadcasts over the groups
             x = x.expand(*g.shape[: g.dim() - x.dim()], *x.shape)
         one_use = len(wanted) == 2
-        result: list[Tensor | None] = [None] * len(wanted)
+        result: list[Statistic | None] = [None] * len(wanted)
         if wanted[0]:
             result[0] = self._input_factor(x, dtype)
         if wanted[1]:
@@ -64,10 +65,10 @@ class LinearStatistics:
             result[2] = torch.full((), positions, dtype=dtype, device=g.device)
         return result
 
-    def _input_factor(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+    def _input_factor(self, x: Tensor, dtype: torch.dtype) -> Statistic:
         form = (self.bias, self.one, self.reduce, self.diagonal[0], self.cut[0])
 
-        def formed() -> Tensor:
+        def formed() -> Statistic:
             rows = case_rows(x, self.x_dims, self.x_groups).to(dtype)
             bias, one, reduce, diagonal, cut = form
             return input_factor(rows, bias=bias, one=one, reduce=reduce, diagonal=diagonal, cut=cut)
@@ -88,7 +89,7 @@ class TableStatistics(LinearStatistics):
         tensors: Sequence[Tensor | None],
         wanted: Sequence[bool],
         dtype: torch.dtype,
-    ) -> list[Tensor | None]:
+    ) -> list[Statistic | None]:
         lifted = [None if t is None else t.unsqueeze(0) for t in tensors]
         return super().__call__(g.unsqueeze(0), lifted, wanted, dtype)
 
@@ -156,7 +157,7 @@ class ProjectionStatistics(LinearStatistics):
         tensors: Sequence[Tensor | None],
         wanted: Sequence[bool],
         dtype: torch.dtype,
-    ) -> list[Tensor | None]:
+    ) -> list[Statistic | None]:
         (x,) = tensors
         assert x is not None
         g = g.narrow(-1, self.start, self.length)

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from kfac_fx.ops.gram import cut_gram, gram, homogeneous_gram
+from kfac_fx.ops.rows import Rows, Statistic, moment, stay
 
 
 def case_rows(t: Tensor, features: Sequence[int], groups: Sequence[int] = ()) -> Tensor:
@@ -38,7 +40,7 @@ def input_factor(
     diagonal: bool = False,
     cut: int = 1,
     one: float = 1.0,
-) -> Tensor:
+) -> Statistic:
     """A of curvature.md section 2, from inputs [..., N, S, d].
 
     expand: sum over cases and positions of abar abar^T / N; reduce: of the mean over positions.
@@ -58,12 +60,14 @@ def input_factor(
             ones = torch.full_like(squares[..., :1], one * flat.shape[-2])
             squares = torch.cat([squares, ones], -1)
         return squares / cases
+    if stay(flat):  # as copies: the input may be changed before they are multiplied
+        return Rows(pad(flat, (0, 1), value=one) if bias else flat.clone(), 1 / cases)
     return homogeneous_gram(flat, 1 / cases, one) if bias else gram(flat, 1 / cases)
 
 
 def gradient_factor(
     rows: Tensor, *, reduce: bool, divide: bool, diagonal: bool = False, cut: int = 1
-) -> Tensor:
+) -> Statistic:
     """G of curvature.md section 2 times the number of likelihood terms, from g [..., N, S, d].
 
     expand: sum over cases and positions of g g^T, divided by S unless the positions of several
@@ -76,10 +80,10 @@ def gradient_factor(
     scale = 1 / rows.shape[-2] if divide and not reduce else 1.0
     if cut > 1:
         return cut_gram(flat, cut) * scale
-    return flat.square().sum(-2) * scale if diagonal else gram(flat, scale)
+    return flat.square().sum(-2) * scale if diagonal else moment(flat, scale)
 
 
-def case_covariance(u: Tensor, dim: int) -> Tensor:
+def case_covariance(u: Tensor, dim: int) -> Statistic:
     """Sum over cases of the outer product of per-case gradients.
 
     Args:
@@ -88,7 +92,7 @@ def case_covariance(u: Tensor, dim: int) -> Tensor:
             the diagonal [K d].
     """
     if dim == 2:
-        return gram(u.flatten(1))
+        return moment(u.flatten(1))
     if dim == 3:
         return torch.einsum("nkd,nld->dkl", u, u)
     return u.flatten(1).square().sum(0)

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kfac_fx.ops.linear import LinearStatistics
+from kfac_fx.ops.rows import Statistic
 from kfac_fx.ops.scale_shift import ScaleShiftStatistics
 from kfac_fx.ops.tap import Statistics, define, joined, recording, source, tapped
 
@@ -73,7 +74,7 @@ class _StepStatistics:
         tensors: Sequence[Tensor | None],
         wanted: Sequence[bool],
         dtype: torch.dtype,
-    ) -> Sequence[Tensor | None]:
+    ) -> Sequence[Statistic | None]:
         x = torch.stack(self.inputs, 1) if wanted[0] else self.inputs[0]
         return self.statistics(g, _saved(self.statistics, x), wanted, dtype)
 

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from kfac_fx.ops.gram import functional
+from kfac_fx.ops.modes import functional
+from kfac_fx.ops.rows import Rows, Statistic
 
 
 class _Formed(NamedTuple):
@@ -23,19 +24,23 @@ class _Formed(NamedTuple):
 
     storage: StorageWeakRef
     key: tuple[Any, ...]
-    value: Tensor
+    value: Statistic
     version: int
 
     def holds(self, storage: StorageWeakRef, key: tuple[Any, ...]) -> bool:
         """Whether the value still is A of this input."""
         same = self.storage == storage and self.key == key
-        return same and not self.storage.expired() and self.value._version == self.version
+        return same and not self.storage.expired() and _version(self.value) == self.version
 
 
 _last: _Formed | None = None
 
 
-def formed_once(x: Tensor, options: tuple[Any, ...], form: Callable[[], Tensor]) -> Tensor:
+def _version(value: Statistic) -> int:
+    return 0 if isinstance(value, Rows) else value._version
+
+
+def formed_once(x: Tensor, options: tuple[Any, ...], form: Callable[[], Statistic]) -> Statistic:
     """``form()``, or a copy of the last result if that was of the same x and options.
 
     Args:
@@ -48,9 +53,10 @@ def formed_once(x: Tensor, options: tuple[Any, ...], form: Callable[[], Tensor])
     key = (x.storage_offset(), x.shape, x.stride(), x.dtype, x._version, *options)
     last = _last  # read once: another thread may set it
     if last and last.holds(storage, key):
-        return last.value.clone()
+        return last.value.again() if isinstance(last.value, Rows) else last.value.clone()
     value = form()
-    _last = _Formed(storage, key, value.detach(), value._version)
+    held = value if isinstance(value, Rows) else value.detach()
+    _last = _Formed(storage, key, held, _version(value))
     return value
 
 

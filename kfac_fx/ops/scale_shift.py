@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kfac_fx.ops.positions import case_covariance, case_rows
+from kfac_fx.ops.rows import Statistic
 from kfac_fx.ops.tap import define, recording, tapped
 
 
@@ -76,7 +77,7 @@ class ScaleShiftStatistics:
         tensors: Sequence[Tensor | None],
         wanted: Sequence[bool],
         dtype: torch.dtype,
-    ) -> list[Tensor | None]:
+    ) -> list[Statistic | None]:
         x, mean, var = tensors
         g = g.to(dtype)
         gradients = []

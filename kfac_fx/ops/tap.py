@@ -5,23 +5,28 @@ autograd nodes: a *source* makes a zero of y's shape without memory, whose backw
 derivative g into factor statistics; an *identity* hands g on to y and to the source. The engine
 skips what nobody asks for, so ``autograd.grad(loss, factors)`` multiplies no weight gradient and
 ``autograd.grad(loss, parameters)`` no statistic.
+
+Inside of ``notes.noting()``, small taps have no nodes (notes.py), and ``noted_statistics`` forms
+what the sources would.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch._functorch.utils import unwrap_dead_wrappers
-from torch.autograd import forward_ad
 from torch.utils.weak import WeakIdKeyDictionary
 
 from kfac_fx.errors import ObservationError
-
-LIBRARY = torch.library.Library("kfac_fx", "DEF")
+from kfac_fx.ops.library import LIBRARY
+from kfac_fx.ops.modes import forward_mode
+from kfac_fx.ops.notes import Note, noted, open_notes
+from kfac_fx.ops.rows import Statistic, multiplied
 
 _paused: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _passes: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -37,7 +42,7 @@ class Statistics(Protocol):
         tensors: Sequence[Tensor | None],
         wanted: Sequence[bool],
         dtype: torch.dtype,
-    ) -> Sequence[Tensor | None]:
+    ) -> Sequence[Statistic | None]:
         """One statistic a factor buffer, None where not wanted.
 
         Args:
@@ -149,16 +154,52 @@ class _Source(_Unbatched):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         nothing = (None,) * (3 + ctx.saved)
         needed = ctx.needs_input_grad[len(nothing) :]
-        wanted = [n and not is_paused(f) for n, f in zip(needed, ctx.factors, strict=True)]
-        if not any(wanted):
-            return (*nothing, *(None for _ in wanted))
-        if wanted[0]:
-            _passes[ctx.factors[0]] = _passes.get(ctx.factors[0], 0) + 1
-        own = ctx.factors[0].dtype
-        if not is_rounded(ctx.factors[0]):
-            return (*nothing, *ctx.statistics(g, ctx.saved_tensors, wanted, own))
-        found = ctx.statistics(g, ctx.saved_tensors, wanted, torch.bfloat16)
-        return (*nothing, *(None if value is None else value.to(own) for value in found))
+        found = _delivered(ctx.statistics, g, lambda: ctx.saved_tensors, ctx.factors, needed)
+        return (*nothing, *map(multiplied, found))
+
+
+def _delivered(
+    statistics: Statistics,
+    g: Tensor,
+    saved: Callable[[], Sequence[Tensor | None]],
+    factors: Sequence[Tensor],
+    needed: Sequence[bool],
+) -> Sequence[Statistic | None]:
+    """What a tap leaves for its factors, from the derivative that has arrived."""
+    wanted = [n and not is_paused(f) for n, f in zip(needed, factors, strict=True)]
+    if not any(wanted):
+        return [None] * len(wanted)
+    if wanted[0]:
+        _passes[factors[0]] = _passes.get(factors[0], 0) + 1
+    own = factors[0].dtype
+    if not is_rounded(factors[0]):
+        return statistics(g, saved(), wanted, own)
+    found = statistics(g, saved(), wanted, torch.bfloat16)
+    return [None if value is None else multiplied(value).to(own) for value in found]
+
+
+@torch.no_grad()
+def noted_statistics(
+    notes: Sequence[Note], derivatives: Sequence[Tensor | None]
+) -> dict[int, Statistic]:
+    """The sums of the statistics of noted taps, by id of factor buffer.
+
+    Args:
+        derivatives: at the notes' edges; None where none came.
+
+    Raises:
+        ObservationError: what a tap has seen was changed in place.
+    """
+    found: dict[int, Statistic] = {}
+    for note, g in zip(notes, derivatives, strict=True):
+        if g is None:
+            continue
+        needed = [factor.requires_grad for factor in note.factors]
+        values = _delivered(note.statistics, g, note.seen, note.factors, needed)
+        for key, value in zip(map(id, note.factors), values, strict=True):
+            if value is not None:
+                found[key] = found[key] + value if key in found else value
+    return found
 
 
 class _Identity(_Unbatched):
@@ -180,8 +221,15 @@ class _Identity(_Unbatched):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, None]:
-        inside = ctx.asked is not None and torch.is_grad_enabled() and g.requires_grad
-        return (_Adjoint.apply(g, ctx.asked) if inside and ctx.asked() else g), g, None
+        return _handed_on(g, ctx.asked), g, None
+
+
+def _handed_on(g: Tensor, asked: Callable[[], bool] | None) -> Tensor:
+    """g; where it is itself differentiated, such that statistics cannot miss that in silence."""
+    if asked is None or not (torch.is_grad_enabled() and g.requires_grad and asked()):
+        return g
+    adjoint: Tensor = _Adjoint.apply(g, asked)
+    return adjoint
 
 
 class _Adjoint(_Unbatched):
@@ -232,12 +280,7 @@ def buffer_of(factor: Tensor) -> Tensor:
 
 def constant(tensor: Tensor) -> Tensor:
     """Detached, but for the tangents of forward-mode derivatives, which are uses as well."""
-    return tensor if _forward_mode() else tensor.detach()
-
-
-def _forward_mode() -> bool:
-    level: int = forward_ad._current_level
-    return level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    return tensor if forward_mode() else tensor.detach()
 
 
 def source(
@@ -274,6 +317,10 @@ def tapped(
     def asked() -> bool:
         return any(factor.requires_grad and not is_paused(factor) for factor in buffers)
 
+    notes = open_notes(y)
+    if notes is not None:
+        hand_on = partial(_handed_on, asked=asked)
+        return noted(notes, y, statistics, tensors, buffers, hand_on)
     return joined(y, source(y, statistics, tensors, buffers), asked)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kfac_fx.errors import ParameterChangedError
 from kfac_fx.ir import Coupling, CurvatureBlock, CurvatureGraph, Moment, Pair
-from kfac_fx.ops import cross_buffers, factor_buffers, moment_buffers
+from kfac_fx.ops import Statistic, cross_buffers, factor_buffers, moment_buffers, multiplied
 from kfac_fx.optim.storage import Average, Storage
 
 
@@ -57,6 +57,11 @@ class Entry:
         return tuple(map(self.storage.read, self.stored))
 
     @property
+    def halves(self) -> tuple[Tensor, ...]:
+        """The same, but what is symmetric holds on and above the diagonals alone."""
+        return tuple(map(self.storage.half, self.stored))
+
+    @property
     def kept(self) -> tuple[Average, ...]:
         """As they are stored, without counts."""
         found = zip(self.block.factors, self.stored, strict=True)
@@ -72,7 +77,7 @@ class Entry:
         """[], of the precision and device of the averages that are read."""
         return self.stored[0].like
 
-    def statistics(self, found: Mapping[int, Tensor]) -> list[Tensor] | None:
+    def statistics(self, found: Mapping[int, Statistic]) -> list[Statistic] | None:
         """New statistics in the scale of one likelihood term, or None where none came.
 
         Args:
@@ -82,12 +87,12 @@ class Entry:
             squares = [found.get(id(p)) for p in self.parameters]
             if any(square is None for square in squares):
                 return None
-            flat = torch.cat([s.reshape(-1) for s in squares if s is not None])
+            flat = torch.cat([multiplied(s).reshape(-1) for s in squares])
             return [flat.to(self.like.dtype)]
         new = [found.get(id(buffer)) for buffer in self.buffers]
         if any(value is None for value in new):
             return None
-        result = [value for value in new if value is not None]
+        result: list[Any] = [value for value in new if value is not None]
         # Several uses of one form: their positions are counted together (section 4).
         specs = self.block.factors
         positions = {s.form: v for s, v in zip(specs, result, strict=True) if s.role == "count"}
@@ -114,15 +119,15 @@ def all_finite(tensors: Sequence[Tensor]) -> bool:
     return not finite or bool(torch.cat(finite).all())
 
 
-def sizes(block: CurvatureBlock | Pair | Moment, values: Sequence[Tensor]) -> list[Tensor]:
+def sizes(block: CurvatureBlock | Pair | Moment, values: Sequence[Statistic]) -> list[Tensor]:
     """Parts of statistics that show their size, and whether they are finite.
 
     Of a second moment the diagonal does: no entry is larger than the largest there.
     """
     if not isinstance(block, CurvatureBlock):
-        return list(values)
+        return [multiplied(value) for value in values]
     return [
-        value if spec.diagonal or value.dim() < 2 else value.diagonal(0, -2, -1)
+        multiplied(value) if spec.diagonal or value.dim() < 2 else value.diagonal(0, -2, -1)
         for spec, value in zip(block.factors, values, strict=True)
     ]
 
@@ -143,13 +148,13 @@ def terms_needed(recorded: int, decay: float) -> int:
 
 @torch.no_grad()
 def fold(
-    entries: Sequence[Entry], new: Sequence[Sequence[Tensor] | None], decay: float
+    entries: Sequence[Entry], new: Sequence[Sequence[Statistic] | None], decay: float
 ) -> list[Entry]:
     """S <- epsilon S + (1 - epsilon) S_new with epsilon = min(1 - 1/k, decay), k of the block.
 
     Blocks without a new statistic keep theirs. Returns the blocks that got their first.
     """
-    by_weight: dict[float, tuple[list[Average], list[Tensor]]] = {}
+    by_weight: dict[float, tuple[list[Average], list[Statistic]]] = {}
     first = []
     for entry, statistics in zip(entries, new, strict=True):
         if statistics is None:

@@ -19,7 +19,7 @@ from kfac_fx.errors import (
     UnknownOptionError,
 )
 from kfac_fx.ir import Coupling, CurvatureGraph
-from kfac_fx.ops import all_buffers, round_products, switch
+from kfac_fx.ops import Statistic, all_buffers, round_products, switch
 from kfac_fx.optim.averages import Averages, all_finite, fold, sizes
 from kfac_fx.optim.guard import ParameterGuard
 from kfac_fx.optim.moments import Moments
@@ -131,7 +131,7 @@ class InverseFisher:
         """(child, parent) -> running averages (A, G), child by parent."""
         return {(c.child, c.parent): self.averages.cross(c) for c in self.program.couplings}
 
-    def fold(self, found: Mapping[int, Tensor], decay: float, outlier: float = math.inf) -> bool:
+    def fold(self, found: Mapping[int, Statistic], decay: float, outlier: float = math.inf) -> bool:
         """Takes new statistics into the averages; False, and nothing is, if they are no good.
 
         Args:

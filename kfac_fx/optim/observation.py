@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from kfac_fx.errors import ObservationError
-from kfac_fx.ops import forget_passes, only
+from kfac_fx.ops import Note, Rows, Statistic, forget_passes, noted_statistics, only
 from kfac_fx.optim.averages import all_finite
 from kfac_fx.optim.likelihoods import Likelihood, Sum
 from kfac_fx.optim.loss_scale import LossScale
 from kfac_fx.optim.predictive import output_tensors, predictive, wide
-from kfac_fx.optim.sources import Gradients, Sources, by_calls
+from kfac_fx.optim.sources import Gradients, Sources, Statistics, by_calls
 from kfac_fx.optim.workers import Values, Workers
 
 log = logging.getLogger("kfac_fx")
@@ -26,9 +26,13 @@ log = logging.getLogger("kfac_fx")
 AFTER_BACKWARD = "observe() must come before loss.backward(), which frees the graph it needs"
 
 
-def _backward(scalar: Tensor, wanted: Sequence[Tensor]) -> Gradients:
+def _derivatives(scalar: Tensor, targets: Any) -> Sequence[Tensor | None]:
+    """At tensors and edges of the graph, by one more backward."""
     try:
-        found = torch.autograd.grad(scalar, wanted, retain_graph=True, allow_unused=True)
+        found: Sequence[Tensor | None] = torch.autograd.grad(
+            scalar, targets, retain_graph=True, allow_unused=True
+        )
+        return found
     except RuntimeError as error:
         text = str(error)
         if "second time" in text:
@@ -45,19 +49,35 @@ def _backward(scalar: Tensor, wanted: Sequence[Tensor]) -> Gradients:
                 "checkpoint(..., use_reentrant=False) or fisher='empirical'"
             ) from error
         raise
-    return {id(t): g for t, g in zip(wanted, found, strict=True) if g is not None}
 
 
-def _add(total: Gradients, more: Gradients, weight: float = 1.0) -> None:
+def _backward(scalar: Tensor, wanted: Sequence[Tensor]) -> Gradients:
+    return _by_id(wanted, _derivatives(scalar, wanted))
+
+
+def _by_id(tensors: Sequence[Tensor], found: Sequence[Tensor | None]) -> Gradients:
+    return {id(t): g for t, g in zip(tensors, found, strict=True) if g is not None}
+
+
+def _add(total: Statistics, more: Mapping[int, Statistic], weight: float = 1.0) -> None:
     for key, value in more.items():
         value = value if weight == 1.0 else value * weight
         total[key] = total[key] + value if key in total else value
 
 
-def _scale(values: list[Tensor], factor: float) -> None:
-    """In place."""
-    if values and factor != 1.0:
-        torch._foreach_mul_(values, factor)
+def _scale(values: Statistics, keys: Sequence[int], factor: float) -> None:
+    """Tensors in place."""
+    if factor == 1.0:
+        return
+    tensors = []
+    for key in keys:
+        value = values[key]
+        if isinstance(value, Rows):
+            values[key] = value * factor
+        else:
+            tensors.append(value)
+    if tensors:
+        torch._foreach_mul_(tensors, factor)
 
 
 class Counted(Protocol):
@@ -81,16 +101,16 @@ class StepStatistics:
         self._sums: list[tuple[Callable[[], Values], float]] = []
         self._count = 0.0
 
-    def add(self, found: Gradients, observation: Counted, scale: float = 1.0) -> None:
+    def add(self, found: Statistics, observation: Counted, scale: float = 1.0) -> None:
         """Adds what a backward returned, and takes it over; the sum over the processes starts.
 
         Args:
             scale: of the loss, relative to the summed negative log-likelihood.
         """
-        others = [value for key, value in found.items() if key not in self._inputs]
-        _scale(others, 1 / (scale**2 * observation.total))
-        inputs = [value for key, value in found.items() if key in self._inputs]
-        _scale(inputs, observation.count / observation.total)
+        others = [key for key in found if key not in self._inputs]
+        _scale(found, others, 1 / (scale**2 * observation.total))
+        inputs = [key for key in found if key in self._inputs]
+        _scale(found, inputs, observation.count / observation.total)
         values = [found.get(id(place.like)) for place in self._places]
         self._sums.append((self._workers.start_sum(self._places, values), observation.total))
         self._count += observation.total
@@ -100,9 +120,9 @@ class StepStatistics:
         """Whether nothing was added."""
         return not self._sums
 
-    def mean(self) -> Gradients:
+    def mean(self) -> Statistics:
         """The statistics in the scale of one likelihood term; waits for the sums."""
-        mean: Gradients = {}
+        mean: Statistics = {}
         for finished, count in self._sums:
             keys = (id(place.like) for place in self._places)
             found = {k: v for k, v in zip(keys, finished(), strict=True) if v is not None}
@@ -113,6 +133,9 @@ class StepStatistics:
 class Observation:
     """One pass: sampled and exact statistics at once, empirical ones from the user's backward.
 
+    Args:
+        notes: taps of the pass that are noted; not for exact statistics, of several backwards.
+
     Attributes:
         count: number of likelihood terms, or the sum of their weights, to divide G by.
         total: the same of all processes.
@@ -121,9 +144,14 @@ class Observation:
     """
 
     def __init__(
-        self, likelihood: Likelihood | Sum, outputs: Any, targets: Any, sources: Sources
+        self,
+        likelihood: Likelihood | Sum,
+        outputs: Any,
+        targets: Any,
+        sources: Sources,
+        notes: Sequence[Note] = (),
     ) -> None:
-        self.sources = sources
+        self.sources, self._notes = sources, notes
         self._predictive = predictive(likelihood, wide(outputs), targets)
         self.count = self.total = self._predictive.count
         self._likelihood, self._outputs, self._targets = likelihood, outputs, targets
@@ -143,7 +171,7 @@ class Observation:
         self.total = self._predictive.count
         return finite
 
-    def record(self, fisher: str, seed: int) -> Gradients:
+    def record(self, fisher: str, seed: int) -> Statistics:
         """The statistics, by backward passes of this observation's own."""
         if self.count <= 0:  # the other processes have terms
             return {}
@@ -154,17 +182,22 @@ class Observation:
             found = self._of(self._draw(seed) if fisher == "sampled" else self._predictive.nll())
         return by_calls(self.sources, found)
 
-    def _of(self, scalar: Tensor) -> Gradients:
+    def _of(self, scalar: Tensor) -> Statistics:
         factors, parameters = self.sources.factors, self.sources.parameters
-        found = _backward(scalar, [*factors, *parameters])
-        for parameter in parameters:
-            if id(parameter) in found:
-                found[id(parameter)] = squared(found[id(parameter)])
-        return found
+        for note in self._notes:
+            note.guard.remove()
+        places = [*factors, *parameters, *(note.edge for note in self._notes)]
+        found = _derivatives(scalar, places)
+        count, end = len(factors), len(factors) + len(parameters)
+        total: Statistics = dict(_by_id(factors, found[:count]))
+        gradients = _by_id(parameters, found[count:end])
+        total |= {key: squared(g) for key, g in gradients.items()}
+        _add(total, noted_statistics(self._notes, found[end:]))
+        return total
 
-    def exact(self, seed: int) -> Gradients:
+    def exact(self, seed: int) -> Statistics:
         """All columns of the output Fisher's square root; what has no tap is sampled."""
-        total: Gradients = {}
+        total: Statistics = {}
         scalars = list(self._predictive.exact()) if self.sources.factors else []
         passes = [(scalar, self.sources.gradients) for scalar in scalars]
         if scalars:  # inputs do not depend on the derivative, but every use must be reached
@@ -241,7 +274,8 @@ def _watch_parameter(parameter: Tensor, total: Gradients) -> list[RemovableHandl
         arrived[:] = [gradient.detach()]
 
     def accumulate(_: Tensor) -> None:
-        _add(total, {id(parameter): arrived.pop().clone()})
+        key, more = id(parameter), arrived.pop()
+        total[key] = total[key] + more if key in total else more.clone()
 
     return [
         parameter.register_hook(arrive),

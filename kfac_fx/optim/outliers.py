@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kfac_fx.ops import Statistic
 from kfac_fx.optim.averages import Entry, sizes
 
 SETTLED = 10
@@ -29,7 +30,7 @@ class Fit(NamedTuple):
     swollen: bool
 
 
-def fit(entries: Sequence[Entry], new: Sequence[Sequence[Tensor] | None], factor: float) -> Fit:
+def fit(entries: Sequence[Entry], new: Sequence[Sequence[Statistic] | None], factor: float) -> Fit:
     """Compares lengths, with one synchronisation.
 
     Second moments of inputs are about the same from the first batch on, so theirs are compared at
@@ -45,7 +46,7 @@ def fit(entries: Sequence[Entry], new: Sequence[Sequence[Tensor] | None], factor
         settled = entry.recorded >= SETTLED
         if values is None or not entry.recorded:
             continue
-        parts = (sizes(entry.block, each) for each in (values, entry.averages))
+        parts = (sizes(entry.block, each) for each in (values, entry.halves))
         for spec, value, average in zip(entry.block.factors, *parts, strict=True):
             if settled or spec.role == "input":
                 fresh.append(value)

@@ -30,6 +30,7 @@ from kfac_fx.optim.draws import Noise, draw, noise_of
 from kfac_fx.optim.output_fisher import exact_rows
 from kfac_fx.optim.predictive import Part, Predictive, output_tensors, singles, wide
 from kfac_fx.optim.pure import PurePass, Result
+from kfac_fx.optim.sources import Statistics
 from kfac_fx.optim.streams import seeded
 
 
@@ -275,7 +276,7 @@ class PassProgram:
         names = self._outputs
         finite, *rest = results
         own = [t for t, there in zip(self._pure.own, names.present, strict=False) if there]
-        statistics = {id(t): value for t, value in zip(own, rest, strict=False)}
+        statistics: Statistics = {id(t): value for t, value in zip(own, rest, strict=False)}
         rest = rest[len(own) :]
         loss = rest.pop(0) if names.loss else None
         gradients = dict(zip(names.gradients, rest, strict=False))

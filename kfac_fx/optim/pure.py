@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from kfac_fx.codegen.functional import no_autocast
-from kfac_fx.ops import STORE, is_rounded, round_products
+from kfac_fx.ops import STORE, Note, is_rounded, multiplied, noting, round_products
 from kfac_fx.optim.likelihoods import Likelihood, Sum
 from kfac_fx.optim.observation import Observation, squared
 from kfac_fx.optim.predictive import Predictive, predictive, wide
-from kfac_fx.optim.sources import Gradients, Sources, by_calls
+from kfac_fx.optim.sources import Sources, Statistics, by_calls
 from kfac_fx.optim.swapped import Places
 from kfac_fx.optim.task import Forward, outputs_of
 from kfac_fx.optim.workers import Workers
@@ -42,7 +42,7 @@ class Result:
         loss, gradients, buffers: of a pass with a loss; by name.
     """
 
-    statistics: Gradients
+    statistics: Statistics
     count: float
     total: float
     finite: bool
@@ -195,9 +195,10 @@ class PurePass:
         """
         with torch.enable_grad():
             leaves = self.leaves(self.state())
-            outputs = self.outputs(leaves, inputs)
+            with noting(self.statistics and self.fisher != "exact") as notes:
+                outputs = self.outputs(leaves, inputs)
             with no_autocast():
-                result = self._statistics(leaves, outputs, targets, seed)
+                result = self._statistics(leaves, outputs, targets, seed, notes)
                 if self.loss is None:
                     return result
                 made = None
@@ -207,10 +208,12 @@ class PurePass:
                 loss, gradients = self.gradients(leaves, outputs, targets, made)
         return replace(result, loss=loss, gradients=gradients, buffers=self.buffers(leaves))
 
-    def _statistics(self, leaves: Leaves, outputs: Any, targets: Any, seed: int) -> Result:
+    def _statistics(
+        self, leaves: Leaves, outputs: Any, targets: Any, seed: int, notes: Sequence[Note]
+    ) -> Result:
         if not self.statistics:
             return Result({}, 0.0, 0.0, True)
-        observation = Observation(self.likelihood, outputs, targets, leaves.sources)
+        observation = Observation(self.likelihood, outputs, targets, leaves.sources, notes)
         finite = observation.agree(self.workers)
         found = observation.record(self.fisher, seed) if finite else {}
         pairs = zip(self.own, leaves.wanted, strict=True)
@@ -240,9 +243,9 @@ class PurePass:
             assert scalar is not None
             both = _derivatives(scalar, [*factors, *parameters])
             first, second = both[: len(factors)], both[len(factors) :]
-        known = {id(f): g for f, g in zip(factors, first, strict=True) if g is not None}
-        known = by_calls(leaves.sources, known)
-        first = [known.get(id(factor)) for factor in factors]
+        came = {id(f): g for f, g in zip(factors, first, strict=True) if g is not None}
+        known = by_calls(leaves.sources, came)
+        first = [multiplied(known.get(id(factor))) for factor in factors]
         return [*first, *(None if g is None else squared(g) for g in second)]
 
 

@@ -21,7 +21,7 @@ from kfac_fx.optim.observation import (
 )
 from kfac_fx.optim.predictive import output_tensors
 from kfac_fx.optim.pure import Loss, PurePass, Result
-from kfac_fx.optim.sources import Gradients, by_calls, sources_of
+from kfac_fx.optim.sources import Statistics, by_calls, sources_of
 from kfac_fx.optim.task import Forward, run_network
 from kfac_fx.optim.workers import Workers, drawn_seed
 
@@ -159,7 +159,7 @@ class Recorder:
         draws = self._fisher == "sampled" or (self._fisher == "exact" and self._sources.parameters)
         return drawn_seed(self._generator, self._workers) if draws else 0
 
-    def take(self) -> Gradients:
+    def take(self) -> Statistics:
         """The step's statistics in the scale of one likelihood term; empty if there are none.
 
         They are the caller's alone: a refresh that follows has their memory.
@@ -183,8 +183,9 @@ class Recorder:
                 return
             found = {id(f): f.grad for f in self._sources.factors if f.grad is not None}
             found |= {key: squared(g) for key, g in observation.gradients.items()}
-            found = by_calls(self._sources, found)
-            self._statistics.add(found, observation, observation.loss_scale())
+            self._statistics.add(
+                by_calls(self._sources, found), observation, observation.loss_scale()
+            )
 
     def _clear(self) -> None:
         forget_passes(self._sources.factors)

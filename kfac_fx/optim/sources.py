@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from kfac_fx.ir import CurvatureBlock, Pair
-from kfac_fx.ops import passes
+from kfac_fx.ops import Statistic, passes
 from kfac_fx.optim.averages import Entry
 from kfac_fx.optim.workers import Place
 
 Gradients = dict[int, Tensor]
 """id of a factor buffer or parameter -> what a backward pass returned for it."""
+
+Statistics = dict[int, Statistic]
+"""The same; some may not be multiplied yet."""
 
 Shared = tuple[tuple[int, tuple[int, ...]], ...]
 """(place of a G, places of the A whose calls it is divided by) among the gradients and inputs."""
@@ -86,7 +89,7 @@ def _shared_uses(entries: Sequence[Entry]) -> Shared:
     return tuple(found)
 
 
-def by_calls(sources: Sources, found: Gradients) -> Gradients:
+def by_calls(sources: Sources, found: Mapping[int, Statistic]) -> Statistics:
     """Statistics of one recorded pass, with those G divided that several calls share."""
     result = dict(found)
     for gradient, inputs in sources.shared:

@@ -4,30 +4,42 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kfac_fx.config import FACTOR_STORAGES, choice
 from kfac_fx.errors import UnknownOptionError
-from kfac_fx.linalg.packing import packed, unpacked
+from kfac_fx.linalg.packing import mirror, packed, unpacked
+from kfac_fx.ops import Rows, Statistic, multiplied
 
 log = logging.getLogger("kfac_fx")
 
 
-class Average(NamedTuple):
+@dataclass
+class Average:
     """A running average.
 
     Attributes:
-        kept: as it is stored.
+        held: as it is stored.
         like: [], of the precision and device that it is read in.
         symmetric: whether it holds symmetric matrices [..., n, n].
+        halved: whether what is below the diagonal is out of date.
     """
 
-    kept: Tensor
+    held: Tensor
     like: Tensor
     symmetric: bool
+    halved: bool = False
+
+    @property
+    def kept(self) -> Tensor:
+        """As it is stored, all of it."""
+        if self.halved:
+            mirror(self.held)
+            self.halved = False
+        return self.held
 
 
 class Storage:
@@ -47,13 +59,24 @@ class Storage:
         """The average; a copy unless the storage is plain."""
         return average.kept
 
+    def half(self, average: Average) -> Tensor:
+        """``read``, but what is below a diagonal may be anything."""
+        return average.held if self.plain else self.read(average)
+
     def write(self, average: Average, value: Tensor) -> None:
         """Replaces it, to the nearest that can be kept."""
         average.kept.copy_(value)
 
-    def fold(self, averages: Sequence[Average], new: Sequence[Tensor], weight: float) -> None:
+    def fold(self, averages: Sequence[Average], new: Sequence[Statistic], weight: float) -> None:
         """S <- (1 - weight) S + weight S_new."""
-        torch._foreach_lerp_([average.kept for average in averages], list(new), weight)
+        both = list(zip(averages, new, strict=True))
+        for average, value in both:
+            if isinstance(value, Rows):
+                average.halved |= value.add_to(average.held, weight)
+        whole = [(average.held, value) for average, value in both if isinstance(value, Tensor)]
+        if whole:
+            held, values = zip(*whole, strict=True)
+            torch._foreach_lerp_(list(held), list(values), weight)
 
 
 class Bfloat16(Storage):
@@ -83,13 +106,13 @@ class Bfloat16(Storage):
     def read(self, average: Average) -> Tensor:
         return average.kept.float()
 
-    def fold(self, averages: Sequence[Average], new: Sequence[Tensor], weight: float) -> None:
+    def fold(self, averages: Sequence[Average], new: Sequence[Statistic], weight: float) -> None:
         seed = int(torch.randint(2**62, (), generator=self._seeds))
         for device in {average.kept.device for average in averages}:
             self._noise.setdefault(device, torch.Generator(device)).manual_seed(seed)
-        for (kept, _, symmetric), value in zip(averages, new, strict=True):
-            noise = self._noise[kept.device]
-            if symmetric:  # both halves are rounded alike
+        for average, value in zip(averages, map(multiplied, new), strict=True):
+            kept, noise = average.held, self._noise[average.held.device]
+            if average.symmetric:  # both halves are rounded alike
                 half = packed(kept).float().lerp_(packed(value), weight)
                 kept.copy_(unpacked(rounded(half, noise), kept.shape))
             else:
@@ -113,9 +136,9 @@ class Host(Storage):
             torch.cuda.synchronize(average.like.device)
         average.kept.copy_(value)
 
-    def fold(self, averages: Sequence[Average], new: Sequence[Tensor], weight: float) -> None:
+    def fold(self, averages: Sequence[Average], new: Sequence[Statistic], weight: float) -> None:
         # Copies to the host wait for the stream, and so for earlier copies to the device.
-        super().fold(averages, [value.cpu() for value in new], weight)
+        super().fold(averages, [multiplied(value).cpu() for value in new], weight)
 
 
 def storage_of(kind: str | None, seeds: torch.Generator) -> Storage:

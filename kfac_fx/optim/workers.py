@@ -12,8 +12,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kfac_fx.codegen import Program
 from kfac_fx.errors import UnknownOptionError
+from kfac_fx.ops import Statistic
 
-Values = list[Tensor | None]
+Values = list[Statistic | None]
 
 
 class Place(NamedTuple):

@@ -1,0 +1,33 @@
+"""What looks on while an operator runs: compilers and the transforms of torch.func."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+
+def traced() -> bool:
+    """Whether a compiler looks on, or another mode that sees every operator."""
+    return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
+
+
+def forward_mode() -> bool:
+    """Whether tensors may have tangents, or be wrapped by a transform."""
+    level: int = forward_ad._current_level
+    return level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def functional(rows: Tensor) -> bool:
+    """Whether the rows must go through operators that write into nothing."""
+    return (
+        traced()
+        or (rows.requires_grad and torch.is_grad_enabled())
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
+def saved_elsewhere() -> bool:
+    """Whether what autograd saves is packed: checkpoints, offloading."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
