@@ -15,7 +15,7 @@ from worlds import run_in_world
 
 import kfac_fx
 from kfac_fx.distributed import DataParallel
-from kfac_fx.ops import all_buffers, convolution, is_rounded
+from kfac_fx.ops import all_buffers, convolution, is_rounded, notes
 from kfac_fx.optim import rounding
 from kfac_fx.optim.rounding import rounding_error
 
@@ -145,7 +145,10 @@ def test_updates_differ_by_no_more_than_what_is_allowed(name: str, by_inputs: bo
 
 
 @pytest.mark.parametrize("by_inputs", [False, True])
-def test_statistics_of_chosen_blocks_are_rounded_products(by_inputs: bool) -> None:
+def test_statistics_of_chosen_blocks_are_rounded_products(
+    by_inputs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(notes, "SMALL", -1)
     _, pre = run(steps=2, by_inputs=by_inputs)
     _, full = run(steps=2, error=0.0, by_inputs=by_inputs)
     assert pre._inverse.rounding.blocks == {"0", "3"}
@@ -157,6 +160,14 @@ def test_statistics_of_chosen_blocks_are_rounded_products(by_inputs: bool) -> No
             assert not torch.equal(rounded, exact)
             assert (rounded - exact).norm() < 5e-3 * exact.norm()
     torch.testing.assert_close(pre.factors["1"], full.factors["1"], rtol=0.02, atol=1e-6)
+
+
+def test_small_statistics_are_not_rounded() -> None:
+    _, pre = run(steps=2, by_inputs=True)
+    x = [batch(seed)[0] for seed in range(2)]
+    bar = torch.cat([torch.cat(x), torch.ones(192, 1)], 1)
+    torch.testing.assert_close(pre.factors["0"][0], bar.T @ bar / 192)
+    assert pre._inverse.rounding.blocks == {"0", "3"}
 
 
 def special(factor: Any) -> bool:

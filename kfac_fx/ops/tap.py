@@ -154,8 +154,11 @@ class _Source(_Unbatched):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         nothing = (None,) * (3 + ctx.saved)
         needed = ctx.needs_input_grad[len(nothing) :]
-        found = _delivered(ctx.statistics, g, lambda: ctx.saved_tensors, ctx.factors, needed)
-        return (*nothing, *map(multiplied, found))
+        own = ctx.factors[0].dtype
+        dtype = torch.bfloat16 if is_rounded(ctx.factors[0]) else own
+        saved = partial(getattr, ctx, "saved_tensors")
+        found = _delivered(ctx.statistics, g, saved, ctx.factors, needed, dtype)
+        return (*nothing, *(None if v is None else multiplied(v).to(own) for v in found))
 
 
 def _delivered(
@@ -164,6 +167,7 @@ def _delivered(
     saved: Callable[[], Sequence[Tensor | None]],
     factors: Sequence[Tensor],
     needed: Sequence[bool],
+    dtype: torch.dtype,
 ) -> Sequence[Statistic | None]:
     """What a tap leaves for its factors, from the derivative that has arrived."""
     wanted = [n and not is_paused(f) for n, f in zip(needed, factors, strict=True)]
@@ -171,11 +175,7 @@ def _delivered(
         return [None] * len(wanted)
     if wanted[0]:
         _passes[factors[0]] = _passes.get(factors[0], 0) + 1
-    own = factors[0].dtype
-    if not is_rounded(factors[0]):
-        return statistics(g, saved(), wanted, own)
-    found = statistics(g, saved(), wanted, torch.bfloat16)
-    return [None if value is None else multiplied(value).to(own) for value in found]
+    return statistics(g, saved(), wanted, dtype)
 
 
 @torch.no_grad()
@@ -183,6 +183,8 @@ def noted_statistics(
     notes: Sequence[Note], derivatives: Sequence[Tensor | None]
 ) -> dict[int, Statistic]:
     """The sums of the statistics of noted taps, by id of factor buffer.
+
+    None is rounded: small products in bfloat16 save less than their casts take.
 
     Args:
         derivatives: at the notes' edges; None where none came.
@@ -195,7 +197,8 @@ def noted_statistics(
         if g is None:
             continue
         needed = [factor.requires_grad for factor in note.factors]
-        values = _delivered(note.statistics, g, note.seen, note.factors, needed)
+        own = note.factors[0].dtype
+        values = _delivered(note.statistics, g, note.seen, note.factors, needed, own)
         for key, value in zip(map(id, note.factors), values, strict=True):
             if value is not None:
                 found[key] = found[key] + value if key in found else value

@@ -129,7 +129,7 @@ class KFAC(CurvatureFaces, Optimizer):
         given = known, choice("fisher", fisher, ("sampled", "exact")), self.generator, workers
         self._recorder = Recorder(net, entries, *given, forward=forward, compile=compile)
         self._recorder.switch(False)
-        self._recorder.by_inputs = bool(compile) and self._held.given is None
+        self._recorder.by_inputs = self._held.given is None
         every = period("damping_every", damping_every), period("gamma_every", gamma_every)
         self._rule = DampingRule(damping, weight_decay, smallest_damping, gamma_limit, *every)
         refresh_every = period("refresh_every", refresh_every)
