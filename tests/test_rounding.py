@@ -408,9 +408,24 @@ def test_other_damping_is_refused(tikhonov: str) -> None:
         )
 
 
-def test_compiled_programs_are_refused() -> None:
-    with pytest.raises(kfac_fx.errors.UnknownOptionError, match="compile=False"):
-        made(compile=True)
+def test_compiled_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their statistics stay in full precision, also of a form that comes behind the choice."""
+    monkeypatch.setattr(notes, "SMALL", -1)
+    same: dict[str, Any] = {"compile": "aot_eager", "fisher": "empirical"}
+    made_both = [made(error=error, **same) for error in (0.1, 0.0)]
+    for net, pre in made_both:
+        for seed, cases in enumerate((96, 96, 40)):
+            x, y = batch(seed, cases)
+            net.zero_grad()
+            pre.observe(inputs=x, targets=y)
+            nn.functional.cross_entropy(net(x), y).backward()
+            pre.step()
+            assert None not in pre._recorder._pass.programs.values()
+    pre, full = (pre for _, pre in made_both)
+    assert pre._inverse.rounding.blocks == {"0", "3"}
+    assert pre._inverse.inverses["A_0_inverse"].dtype == torch.bfloat16
+    for block, factors in pre.factors.items():
+        torch.testing.assert_close(factors, full.factors[block], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("error", [-0.1, 1.0, math.nan])

@@ -19,6 +19,7 @@ from kfac_fx.ops import (
     row_scale,
     scale_shift,
 )
+from kfac_fx.ops.modes import traced
 from kfac_fx.ops.notes import Note, noting
 from kfac_fx.ops.rows import Rows, Statistic, multiplied
 from kfac_fx.ops.same_input import forget_input
@@ -119,4 +120,5 @@ __all__ = [
     "row_scale",
     "scale_shift",
     "switch",
+    "traced",
 ]

@@ -42,7 +42,8 @@ class InverseFisher:
         workers: the processes that share the refresh.
         storage: keeps the averages.
         bfloat16_error: tolerance of ``rounding``.
-        compile: run the program through torch.compile; a name is that of its backend.
+        compile: run the program through torch.compile; a name is that of its backend. Not where
+            blocks may be rounded: another choice of them would be another program to compile.
 
     Attributes:
         averages: of the factors and cross factors.
@@ -82,11 +83,11 @@ class InverseFisher:
         self.averages = Averages(net, curvature, self.guard.parameters, pairs, moments, storage)
         self.moments = Moments(net, curvature, self.averages)
         several = workers.size > 1 or workers.staleness
-        if bfloat16_error and (tikhonov != "factored" or several or compile):
-            raise UnknownOptionError(
-                "bfloat16_error is for tikhonov='factored', one process and compile=False: the "
-                "blocks that it chooses change, and compiled programs with them"
-            )
+        if bfloat16_error and (tikhonov != "factored" or several):
+            raise UnknownOptionError("bfloat16_error is for tikhonov='factored' and one process")
+        if bfloat16_error and compile:
+            log.info("bfloat16_error: passes are compiled, the program is not")
+            compile = False
         self.rounding = Rounding(curvature.blocks, self.averages, bfloat16_error)
         self._compile, self._workers, self._plain = compile, workers, storage.plain
         self._refreshes = self._folds = 0

@@ -69,8 +69,8 @@ class Preconditioner(CurvatureFaces):
         bfloat16_error: blocks multiply in bfloat16, statistics as well as inverses and gradients,
             where that changes the block's update by this share at most: in the norm of the damped
             block, to first order, measured at refreshes 1, 2, 4, 8 and every 16th. 0: none. For
-            Kronecker blocks without recorded couplings, of float32; needs tikhonov="factored", one
-            process and compile=False.
+            Kronecker blocks without recorded couplings, of float32; needs tikhonov="factored" and
+            one process. With it ``compile`` is for passes, whose statistics stay in float32.
         compile: run the program, and passes for ``observe(inputs=...)``, through torch.compile; a
             name is that of its backend. On a GPU such a pass is a CUDA graph. ``net`` may be
             compiled whatever this says.

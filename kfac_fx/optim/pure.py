@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kfac_fx.codegen.functional import no_autocast
-from kfac_fx.ops import STORE, Note, is_rounded, multiplied, noting, round_products
+from kfac_fx.ops import STORE, Note, is_rounded, multiplied, noting, round_products, traced
 from kfac_fx.optim.likelihoods import Likelihood, Sum
 from kfac_fx.optim.observation import Observation, squared
 from kfac_fx.optim.predictive import Predictive, predictive, wide
@@ -148,7 +148,7 @@ class PurePass:
                 zeros[kind] = torch.zeros((), dtype=factor.dtype, device=factor.device)
             zero = zeros[kind].expand(factor.shape)
             given[names[id(factor)]] = zero.requires_grad_(self.statistics)
-            if is_rounded(factor):
+            if is_rounded(factor) and not traced():  # a program outlives the choice of blocks
                 round_products([zero], True)
 
         def of(tensors: Sequence[Tensor]) -> list[Tensor]:
