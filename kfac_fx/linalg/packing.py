@@ -38,9 +38,11 @@ def unpacked(flat: Tensor, shape: torch.Size) -> Tensor:
 
 
 def mirror(M: Tensor) -> None:
-    """In place: what is below the diagonals of [..., n, n] becomes what is above them."""
-    M.triu_()
-    M.add_(M.triu(1).mT)
+    """In place: what is below the diagonals of [..., n, n] becomes what is above them.
+
+    Nothing above them is written to, but with what it is: two threads may do it at once.
+    """
+    M.copy_(torch.where(_below(M), M.mT, M))
 
 
 def packed_size(shape: torch.Size) -> int:

@@ -154,8 +154,7 @@ class ConvolutionStatistics:
             factor = gradient_factor(
                 rows, reduce=self.reduce, divide=divide, diagonal=self.diagonal[1]
             )
-            whole: Tensor = multiplied(factor)
-            return whole
+            return multiplied(factor)
         # Long lines of positions: a product for each case costs less than the copy of all in order.
         total: Tensor = (grouped @ grouped.mT).sum(0)
         return total / positions if divide else total
@@ -192,8 +191,7 @@ class ConvolutionStatistics:
         factor = input_factor(
             rows, bias=self.bias, reduce=self.reduce, diagonal=self.diagonal[0], one=self.one
         )
-        whole: Tensor = multiplied(factor)
-        return whole
+        return multiplied(factor)
 
     def __call__(
         self,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kfac_fx.ops.cases import over_cases
 from kfac_fx.ops.positions import gradient_factor
-from kfac_fx.ops.rows import Statistic
+from kfac_fx.ops.rows import Statistic, multiplied
 from kfac_fx.ops.tap import define, recording, tapped
 
 
@@ -45,7 +45,7 @@ class EmbeddingStatistics:
         if wanted[1]:
             rows = g.to(dtype).reshape(1, counted.shape[0], g.shape[-1]) * counted.unsqueeze(-1)
             G = gradient_factor(rows, reduce=False, divide=False, diagonal=self.diagonal)
-            result[1] = G / positions if len(wanted) == 2 else G
+            result[1] = multiplied(G) / positions if len(wanted) == 2 else G
         if len(wanted) > 2 and wanted[2]:
             result[2] = positions
         return result

@@ -1,4 +1,4 @@
-"""What looks on while an operator runs: compilers and the transforms of torch.func."""
+"""What looks on while an operator runs: compilers, transforms of torch.func, hooks of autograd."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ until the end; so only small tensors are noted.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -31,7 +31,7 @@ class Note(NamedTuple):
     Attributes:
         versions: of the tensors, when they were seen.
         edge: where the derivative arrives.
-        guard: the hook that sees derivatives inside of the forward; of no use behind it.
+        guard: the hook that sees derivatives inside of the forward.
     """
 
     statistics: Any
@@ -49,8 +49,8 @@ class Note(NamedTuple):
         """
         if self.versions != _versions(self.tensors):
             raise ObservationError(
-                "a layer's input was changed by an in-place operation after the layer had read it, "
-                "so its gradient cannot be computed either: use the operation out of place"
+                "what a layer has read was changed by an in-place operation afterwards, so its "
+                "statistics cannot be formed: use the operation out of place"
             )
         return self.tensors
 
@@ -84,25 +84,33 @@ def _versions(tensors: Sequence[Tensor | None]) -> list[int]:
 
 class _Open(threading.local):
     notes: list[Note] | None = None
+    factors: frozenset[int] = frozenset()
 
 
 _open = _Open()
 
 
 @contextmanager
-def noting(on: bool = True) -> Iterator[list[Note]]:
-    """Small taps inside are appended to the list, if ``on``; the others record as ever."""
+def noting(factors: Iterable[Tensor]) -> Iterator[list[Note]]:
+    """Small taps inside that record into these factors are appended to the list.
+
+    The others record as ever. A note takes nothing that happens behind the context for its own.
+    """
     notes: list[Note] = []
-    before, _open.notes = _open.notes, notes if on else None
+    before = _open.notes, _open.factors
+    _open.notes, _open.factors = notes, frozenset(map(id, factors))
     try:
         yield notes
     finally:
-        _open.notes = before
+        _open.notes, _open.factors = before
+        for note in notes:
+            note.guard.remove()
 
 
-def open_notes(y: Tensor) -> list[Note] | None:
+def open_notes(y: Tensor, factors: Sequence[Tensor]) -> list[Note] | None:
     """Where the tap of y is noted, if it is."""
     notes = _open.notes
-    if notes is None or y.numel() > SMALL or not (y.requires_grad and torch.is_grad_enabled()):
+    if notes is None or not _open.factors.issuperset(map(id, factors)):
         return None
-    return None if traced() or forward_mode() or saved_elsewhere() else notes
+    small = y.numel() <= SMALL and y.requires_grad and torch.is_grad_enabled()
+    return notes if small and not (traced() or forward_mode() or saved_elsewhere()) else None

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from kfac_fx.ops.gram import cut_gram, gram, homogeneous_gram
-from kfac_fx.ops.rows import Rows, Statistic, moment, stay
+from kfac_fx.ops.rows import Rows, Statistic, stay
 
 
 def case_rows(t: Tensor, features: Sequence[int], groups: Sequence[int] = ()) -> Tensor:
@@ -60,7 +60,7 @@ def input_factor(
             ones = torch.full_like(squares[..., :1], one * flat.shape[-2])
             squares = torch.cat([squares, ones], -1)
         return squares / cases
-    if stay(flat):  # as copies: the input may be changed before they are multiplied
+    if stay(flat):  # as copies: nobody knows what is done with the input until then
         return Rows(pad(flat, (0, 1), value=one) if bias else flat.clone(), 1 / cases)
     return homogeneous_gram(flat, 1 / cases, one) if bias else gram(flat, 1 / cases)
 
@@ -80,7 +80,9 @@ def gradient_factor(
     scale = 1 / rows.shape[-2] if divide and not reduce else 1.0
     if cut > 1:
         return cut_gram(flat, cut) * scale
-    return flat.square().sum(-2) * scale if diagonal else moment(flat, scale)
+    if diagonal:
+        return flat.square().sum(-2) * scale
+    return Rows(flat.clone(), scale) if stay(flat) else gram(flat, scale)
 
 
 def case_covariance(u: Tensor, dim: int) -> Statistic:
@@ -92,7 +94,8 @@ def case_covariance(u: Tensor, dim: int) -> Statistic:
             the diagonal [K d].
     """
     if dim == 2:
-        return moment(u.flatten(1))
+        rows = u.flatten(1)
+        return Rows(rows.clone(), 1.0) if stay(rows) else gram(rows)
     if dim == 3:
         return torch.einsum("nkd,nld->dkl", u, u)
     return u.flatten(1).square().sum(0)

@@ -53,7 +53,10 @@ def formed_once(x: Tensor, options: tuple[Any, ...], form: Callable[[], Statisti
     key = (x.storage_offset(), x.shape, x.stride(), x.dtype, x._version, *options)
     last = _last  # read once: another thread may set it
     if last and last.holds(storage, key):
-        return last.value.again() if isinstance(last.value, Rows) else last.value.clone()
+        if isinstance(last.value, Rows):
+            last.value.shared = True
+            return last.value
+        return last.value.clone()
     value = form()
     held = value if isinstance(value, Rows) else value.detach()
     _last = _Formed(storage, key, held, _version(value))

@@ -26,7 +26,7 @@ from kfac_fx.errors import ObservationError
 from kfac_fx.ops.library import LIBRARY
 from kfac_fx.ops.modes import forward_mode
 from kfac_fx.ops.notes import Note, noted, open_notes
-from kfac_fx.ops.rows import Statistic, multiplied
+from kfac_fx.ops.rows import Statistic, kept_rows, multiplied
 
 _paused: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _passes: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -198,10 +198,11 @@ def noted_statistics(
             continue
         needed = [factor.requires_grad for factor in note.factors]
         own = note.factors[0].dtype
-        values = _delivered(note.statistics, g, note.seen, note.factors, needed, own)
+        with kept_rows():
+            values = _delivered(note.statistics, g, note.seen, note.factors, needed, own)
         for key, value in zip(map(id, note.factors), values, strict=True):
             if value is not None:
-                found[key] = found[key] + value if key in found else value
+                found[key] = multiplied(found[key]) + multiplied(value) if key in found else value
     return found
 
 
@@ -320,7 +321,7 @@ def tapped(
     def asked() -> bool:
         return any(factor.requires_grad and not is_paused(factor) for factor in buffers)
 
-    notes = open_notes(y)
+    notes = open_notes(y, buffers)
     if notes is not None:
         hand_on = partial(_handed_on, asked=asked)
         return noted(notes, y, statistics, tensors, buffers, hand_on)

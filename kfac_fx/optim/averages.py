@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kfac_fx.errors import ParameterChangedError
 from kfac_fx.ir import Coupling, CurvatureBlock, CurvatureGraph, Moment, Pair
-from kfac_fx.ops import Statistic, cross_buffers, factor_buffers, moment_buffers, multiplied
+from kfac_fx.ops import Rows, Statistic, cross_buffers, factor_buffers, moment_buffers, multiplied
 from kfac_fx.optim.storage import Average, Storage
 
 
@@ -87,17 +87,17 @@ class Entry:
             squares = [found.get(id(p)) for p in self.parameters]
             if any(square is None for square in squares):
                 return None
-            flat = torch.cat([multiplied(s).reshape(-1) for s in squares])
+            flat = torch.cat([multiplied(s).reshape(-1) for s in squares if s is not None])
             return [flat.to(self.like.dtype)]
         new = [found.get(id(buffer)) for buffer in self.buffers]
         if any(value is None for value in new):
             return None
-        result: list[Any] = [value for value in new if value is not None]
+        result = [value for value in new if value is not None]
         # Several uses of one form: their positions are counted together (section 4).
         specs = self.block.factors
         positions = {s.form: v for s, v in zip(specs, result, strict=True) if s.role == "count"}
         return [
-            value / positions[spec.form]
+            multiplied(value) / multiplied(positions[spec.form])
             if spec.role == "gradient" and spec.form in positions
             else value
             for spec, value in zip(specs, result, strict=True)
@@ -127,7 +127,9 @@ def sizes(block: CurvatureBlock | Pair | Moment, values: Sequence[Statistic]) ->
     if not isinstance(block, CurvatureBlock):
         return [multiplied(value) for value in values]
     return [
-        multiplied(value) if spec.diagonal or value.dim() < 2 else value.diagonal(0, -2, -1)
+        value.diagonal()
+        if isinstance(value, Rows)
+        else (value if spec.diagonal or value.dim() < 2 else value.diagonal(0, -2, -1))
         for spec, value in zip(block.factors, values, strict=True)
     ]
 
@@ -160,13 +162,14 @@ def fold(
         if statistics is None:
             continue
         first += [entry] if entry.recorded == 0 else []
-        entry.recorded += 1
-        weight = new_weight(entry.recorded, decay)
+        weight = new_weight(entry.recorded + 1, decay)
         averages, values = by_weight.setdefault(weight, ([], []))
         averages += entry.stored
         values += statistics
     for weight, (averages, values) in by_weight.items():
         entries[0].storage.fold(averages, values, weight)
+    for entry, statistics in zip(entries, new, strict=True):
+        entry.recorded += statistics is not None
     return first
 
 

@@ -28,6 +28,8 @@ class CurvatureFaces:
     def factors(self) -> Mapping[str, tuple[Tensor, ...]]:
         """Block name -> running averages, undamped, in the scale of curvature.md section 2.
 
+        As they are now: what was read before a step must be read again behind it.
+
         Kronecker blocks have (A, G), the homogeneous coordinate last and the groups of a grouped
         convolution first; a side that ``large_factors="blocks"`` cuts is [k, b, b], zeros behind
         its end. Other blocks have (C,), the covariance of per-case gradients.

@@ -264,7 +264,7 @@ class KFAC(CurvatureFaces, Optimizer):
             if self._recorder.by_inputs:
                 with self._task.same_masks():
                     finite = self._recorder.observe_inputs(*part)
-            else:
+            else:  # sharded parameters, which a pass of the recorder's own does not see whole
                 self._recorder.switch(True)
                 with torch.enable_grad(), self._task.aside():
                     finite = self._recorder.observe(self._task.outputs(part[0]), part[1])

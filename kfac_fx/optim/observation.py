@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from kfac_fx.errors import ObservationError
-from kfac_fx.ops import Note, Rows, Statistic, forget_passes, noted_statistics, only
+from kfac_fx.ops import Note, Rows, Statistic, forget_passes, multiplied, noted_statistics, only
 from kfac_fx.optim.averages import all_finite
 from kfac_fx.optim.likelihoods import Likelihood, Sum
 from kfac_fx.optim.loss_scale import LossScale
@@ -26,11 +26,11 @@ log = logging.getLogger("kfac_fx")
 AFTER_BACKWARD = "observe() must come before loss.backward(), which frees the graph it needs"
 
 
-def _derivatives(scalar: Tensor, targets: Any) -> Sequence[Tensor | None]:
+def _derivatives(scalar: Tensor, places: Any) -> Sequence[Tensor | None]:
     """At tensors and edges of the graph, by one more backward."""
     try:
         found: Sequence[Tensor | None] = torch.autograd.grad(
-            scalar, targets, retain_graph=True, allow_unused=True
+            scalar, places, retain_graph=True, allow_unused=True
         )
         return found
     except RuntimeError as error:
@@ -62,7 +62,7 @@ def _by_id(tensors: Sequence[Tensor], found: Sequence[Tensor | None]) -> Gradien
 def _add(total: Statistics, more: Mapping[int, Statistic], weight: float = 1.0) -> None:
     for key, value in more.items():
         value = value if weight == 1.0 else value * weight
-        total[key] = total[key] + value if key in total else value
+        total[key] = multiplied(total[key]) + multiplied(value) if key in total else value
 
 
 def _scale(values: Statistics, keys: Sequence[int], factor: float) -> None:
@@ -184,8 +184,6 @@ class Observation:
 
     def _of(self, scalar: Tensor) -> Statistics:
         factors, parameters = self.sources.factors, self.sources.parameters
-        for note in self._notes:
-            note.guard.remove()
         places = [*factors, *parameters, *(note.edge for note in self._notes)]
         found = _derivatives(scalar, places)
         count, end = len(factors), len(factors) + len(parameters)

@@ -160,12 +160,8 @@ class PurePass:
 
     def outputs(self, leaves: Leaves, inputs: Any) -> Any:
         """What ``forward`` returns with the leaves in place of the module's tensors."""
-
-        def net(*args: Any, **kwargs: Any) -> Any:
-            with self._places.swapped(leaves.state):
-                return self.net(*args, **kwargs)
-
-        return outputs_of(self.forward, net, inputs)
+        with self._places.swapped(leaves.state):
+            return outputs_of(self.forward, self.net, inputs)
 
     def gradients(
         self, leaves: Leaves, outputs: Any, targets: Any, made: Predictive | None
@@ -195,7 +191,8 @@ class PurePass:
         """
         with torch.enable_grad():
             leaves = self.leaves(self.state())
-            with noting(self.statistics and self.fisher != "exact") as notes:
+            several = self.fisher == "exact"  # backwards, which notes do not outlive
+            with noting(() if several else leaves.sources.factors) as notes:
                 outputs = self.outputs(leaves, inputs)
             with no_autocast():
                 result = self._statistics(leaves, outputs, targets, seed, notes)

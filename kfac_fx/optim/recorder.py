@@ -100,6 +100,12 @@ class Recorder:
         self.by_inputs = True
         pause(self._sources.factors)  # of a training forward that was recorded
         if found.finite:
+            factors = self._sources.factors if found.count > 0 else ()
+            if factors and not any(id(factor) in found.statistics for factor in factors):
+                raise ObservationError(
+                    "the pass came to no layer that is recorded: a closure must return what the "
+                    "network that it is given computes, lambda net: net(x)"
+                )
             self._statistics.add(found.statistics, found)
         return found.finite
 

@@ -96,5 +96,5 @@ def by_calls(sources: Sources, found: Mapping[int, Statistic]) -> Statistics:
         calls = [passes(sources.inputs[place]) for place in inputs]
         key = id(sources.gradients[gradient])
         if key in result and any(count > 1 for count in calls):
-            result[key] = result[key] / math.prod(calls) ** (1 / len(calls))
+            result[key] = result[key] * math.prod(calls) ** (-1 / len(calls))
     return result

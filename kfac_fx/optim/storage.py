@@ -72,7 +72,8 @@ class Storage:
         both = list(zip(averages, new, strict=True))
         for average, value in both:
             if isinstance(value, Rows):
-                average.halved |= value.add_to(average.held, weight)
+                average.halved |= value.halves
+                value.add_to(average.held, weight)
         whole = [(average.held, value) for average, value in both if isinstance(value, Tensor)]
         if whole:
             held, values = zip(*whole, strict=True)
