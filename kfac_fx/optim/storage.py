@@ -65,7 +65,8 @@ class Storage:
 
     def write(self, average: Average, value: Tensor) -> None:
         """Replaces it, to the nearest that can be kept."""
-        average.kept.copy_(value)
+        average.held.copy_(value)
+        average.halved = False
 
     def fold(self, averages: Sequence[Average], new: Sequence[Statistic], weight: float) -> None:
         """S <- (1 - weight) S + weight S_new."""
