@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kfac_fx.ops.gram import cut_gram, gram, homogeneous_gram
-from kfac_fx.ops.rows import Rows, Statistic, stay
+from kfac_fx.ops.gram import cut_gram, homogeneous_gram
+from kfac_fx.ops.rows import Rows, Statistic, second_moment, stay
 
 
 def case_rows(t: Tensor, features: Sequence[int], groups: Sequence[int] = ()) -> Tensor:
@@ -60,9 +60,11 @@ def input_factor(
             ones = torch.full_like(squares[..., :1], one * flat.shape[-2])
             squares = torch.cat([squares, ones], -1)
         return squares / cases
-    if stay(flat):  # as copies: nobody knows what is done with the input until then
-        return Rows(pad(flat, (0, 1), value=one) if bias else flat.clone(), 1 / cases)
-    return homogeneous_gram(flat, 1 / cases, one) if bias else gram(flat, 1 / cases)
+    if not bias:
+        return second_moment(flat, 1 / cases)
+    if stay(flat):
+        return Rows(pad(flat, (0, 1), value=one), 1 / cases)
+    return homogeneous_gram(flat, 1 / cases, one)
 
 
 def gradient_factor(
@@ -80,9 +82,7 @@ def gradient_factor(
     scale = 1 / rows.shape[-2] if divide and not reduce else 1.0
     if cut > 1:
         return cut_gram(flat, cut) * scale
-    if diagonal:
-        return flat.square().sum(-2) * scale
-    return Rows(flat.clone(), scale) if stay(flat) else gram(flat, scale)
+    return flat.square().sum(-2) * scale if diagonal else second_moment(flat, scale)
 
 
 def case_covariance(u: Tensor, dim: int) -> Statistic:
@@ -94,8 +94,7 @@ def case_covariance(u: Tensor, dim: int) -> Statistic:
             the diagonal [K d].
     """
     if dim == 2:
-        rows = u.flatten(1)
-        return Rows(rows.clone(), 1.0) if stay(rows) else gram(rows)
+        return second_moment(u.flatten(1))
     if dim == 3:
         return torch.einsum("nkd,nld->dkl", u, u)
     return u.flatten(1).square().sum(0)

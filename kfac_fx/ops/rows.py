@@ -93,6 +93,11 @@ def stay(rows: Tensor) -> bool:
     return few and rows.device.type == "cpu" and not rows.is_complex()
 
 
+def second_moment(rows: Tensor, scale: float = 1.0) -> Statistic:
+    """``gram``, or a copy of rows that stay: nobody knows what is done with them until then."""
+    return Rows(rows.clone(), scale) if stay(rows) else gram(rows, scale)
+
+
 @overload
 def multiplied(statistic: Statistic) -> Tensor: ...
 @overload
