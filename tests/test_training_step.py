@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kfac_fx
+from kfac_fx.optim.pass_program import PassProgram
 
 pytestmark = pytest.mark.usefixtures("float64", "fresh")
 
@@ -81,6 +83,97 @@ def test_one_graph_equals_separate(fisher: str, loss: Any, compile: bool | str) 
     found, losses, _ = train(fisher, True, loss, compile)
     torch.testing.assert_close(found, want, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(losses, want_losses, rtol=1e-10, atol=1e-12)
+
+
+def empirical(loss: Any, compile: bool | str, own_pass: bool = False) -> Any:
+    """Two steps without dropout; the factors, the gradients and the first step's run."""
+    torch.manual_seed(1)
+    net = kfac_fx.transform(Network().eval())
+    pre = kfac_fx.Preconditioner(net, fisher="empirical", compile=compile)
+    run = None if own_pass else kfac_fx.TrainingStep(pre, loss)
+    for x, y in batches(2):
+        net.zero_grad()
+        if run is not None:
+            run(x, y)
+        else:
+            pre.observe(inputs=x, targets=y)
+            loss(net(x), y).backward()
+        gradients = {n: p.grad.clone() for n, p in net.named_parameters()}
+        pre.step()
+    return pre.factors, gradients, run
+
+
+@pytest.mark.parametrize("compile", [False, "eager"])
+def test_empirical_statistics_of_another_loss(compile: bool | str) -> None:
+    """Those of the likelihood; the loss has its own part in the gradients alone."""
+    want = empirical(cross_entropy, False, own_pass=True)
+    found = empirical(cross_entropy, compile)
+    torch.testing.assert_close(found[:2], want[:2], rtol=1e-9, atol=1e-12)
+
+
+class Backwards(TorchDispatchMode):
+    """Counts those of tanh."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten.tanh_backward.default
+        return func(*args, **(kwargs or {}))
+
+
+def scaled(factor: float) -> Any:
+    return lambda outputs, targets: factor * F.cross_entropy(outputs, targets, reduction="sum")
+
+
+@pytest.mark.parametrize("compile", [False, "eager"])
+@pytest.mark.parametrize("factor", [1.0, 1e-4, 2.0**16])
+def test_empirical_statistics_of_any_reduction(factor: float, compile: bool | str) -> None:
+    want = empirical(scaled(factor), False, own_pass=True)
+    found = empirical(scaled(factor), compile)
+    torch.testing.assert_close(found[:2], want[:2], rtol=1e-9, atol=1e-12 * factor)
+
+
+def test_one_backward_brings_empirical_statistics_and_gradients() -> None:
+    *_, run = empirical(scaled(0.5), False)
+    with Backwards() as backwards:
+        run(*next(batches(1)))
+    assert backwards.count == 1
+
+
+def test_one_backward_in_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[PassProgram] = []
+
+    def kept(*arguments: Any) -> PassProgram:
+        made.append(PassProgram(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr("kfac_fx.optim.compiled.PassProgram", kept)
+    empirical(scaled(0.5), "eager")
+    (program,) = made
+    nodes = program.once.graph.find_nodes(
+        op="call_function", target=torch.ops.aten.tanh_backward.default
+    )
+    assert len(nodes) == 1
+
+
+def test_a_loss_that_stops_to_be_the_likelihood_s() -> None:
+    """Its first steps are; statistics of the later ones are the likelihood's all the same."""
+    smoothing = [0.0]
+
+    def changing(outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs, targets, label_smoothing=smoothing[0])
+
+    torch.manual_seed(1)
+    pre, other = (
+        kfac_fx.Preconditioner(kfac_fx.transform(Network().eval()), fisher="empirical")
+        for _ in range(2)
+    )
+    other._recorder.net.load_state_dict(pre._recorder.net.state_dict())
+    run, plain = kfac_fx.TrainingStep(pre, changing), kfac_fx.TrainingStep(other)
+    for smoothing[0], (x, y) in zip((0.0, 0.3, 0.3), batches(3), strict=True):
+        run(x, y), plain(x, y)
+        pre.step(), other.step()
+    torch.testing.assert_close(pre.factors, other.factors, rtol=1e-9, atol=1e-12)
 
 
 def test_number_of_graphs() -> None:

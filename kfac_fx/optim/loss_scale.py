@@ -19,17 +19,65 @@ COMPARED = 4096
 """Outputs whose derivatives are compared, and at least 4 cases, of more."""
 
 
+class Comparison(NamedTuple):
+    """The loss's derivatives s in the outputs, beside those of the likelihood, n.
+
+    Attributes:
+        power, dot, seen: n.n, s.n and s.s.
+        rest: |s - ratio n|^2.
+    """
+
+    power: float
+    dot: float
+    seen: float
+    rest: float
+
+    @property
+    def ratio(self) -> float:
+        """The factor that brings n nearest to s."""
+        return self.dot / self.power if self.power else 0.0
+
+    def scale(self, terms: float, count: float) -> float | None:
+        """The factor c with s = c n, as loss = c * summed negative log-likelihood; None for none.
+
+        Near a perfect fit both are rounding errors, and either reduction may be meant.
+
+        Args:
+            terms: of the outputs that were compared.
+            count: of all.
+        """
+        if self.ratio > 0 and self.rest <= 1e-4 * self.seen:
+            return self.ratio
+        return None if tells(self.power, terms) else self.reduction(count)
+
+    def reduction(self, count: float) -> float:
+        """The nearer of a sum (1) and a mean (1 / count)."""
+        return 1.0 if self.ratio * count**0.5 > 1 else 1 / count
+
+
+def tells(power: float, terms: float) -> bool:
+    """Whether the likelihood's derivatives are more than rounding errors of a perfect fit."""
+    return power > 1e-6 * terms
+
+
+def compared(loss: Tensor, nll: Tensor, outputs: Any) -> Tensor:
+    """[4], the numbers of a ``Comparison``; both scalars are functions of the outputs."""
+    wrt = [output for output in output_tensors(outputs) if output.requires_grad]
+    s, n = (
+        torch.autograd.grad(
+            scalar, wrt, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        for scalar in (loss, nll)
+    )
+    return _products(_flat(s), _flat(n))
+
+
 class _Expected(NamedTuple):
     """The derivative of the summed negative log-likelihood in some cases, and their terms."""
 
     cases: slice
     derivative: Tensor
     terms: float
-
-    @property
-    def tells(self) -> bool:
-        """Whether it is more than rounding errors of a perfect fit."""
-        return float(self.derivative.square().sum()) > 1e-6 * self.terms
 
 
 class LossScale:
@@ -48,12 +96,34 @@ class LossScale:
 
     def __call__(self, seen: Mapping[int, Tensor | None]) -> float:
         """The factor, from the loss's derivatives by place of the output."""
+        comparison, terms = self._compare(seen)
+        scale = comparison.scale(terms, self._count)
+        if scale is None:
+            difference = (comparison.rest / max(comparison.seen, 1e-300)) ** 0.5
+            log.warning(
+                "the factors are of derivatives of the loss, which is not proportional to the "
+                "negative log-likelihood (relative difference of derivatives %.2g)",
+                difference,
+            )
+            return comparison.reduction(self._count)
+        return scale
+
+    def exactly(self, seen: Mapping[int, Tensor | None]) -> float | None:
+        """The same; None where the loss is not proportional."""
+        comparison, terms = self._compare(seen)
+        return comparison.scale(terms, self._count)
+
+    def _compare(self, seen: Mapping[int, Tensor | None]) -> tuple[Comparison, float]:
+        """The comparison, and the terms in it."""
         expected = self._expected
-        if expected.cases.step and not expected.tells:  # ignored targets, say
+        power = float(expected.derivative.square().sum())
+        if expected.cases.step and not tells(power, expected.terms):  # ignored targets, say
             expected = self._derivative(slice(None))
         outputs = enumerate(output_tensors(self._outputs))
         found = [torch.zeros_like(o) if (g := seen.get(i)) is None else g for i, o in outputs]
-        return self._reduction(_flat(_some(found, expected.cases)), expected)
+        s = _flat(_some(found, expected.cases)).double()
+        products = _products(s, expected.derivative)
+        return Comparison(*products.tolist()), expected.terms
 
     def _some_cases(self) -> slice:
         """Cases that tell the reduction; all where terms may depend on other cases."""
@@ -77,27 +147,7 @@ class LossScale:
         made = predictive(self._likelihood, outputs, targets)
         wrt = output_tensors(outputs)
         found = torch.autograd.grad(made.nll(), wrt, allow_unused=True, materialize_grads=True)
-        return _Expected(cases, _flat(found), made.count)
-
-    def _reduction(self, seen: Tensor, expected: _Expected) -> float:
-        """The factor c with seen = c * expected, as loss = c * summed negative log-likelihood.
-
-        Near a perfect fit both are rounding errors; then the nearer of a sum (1) and a mean
-        (1 / count) is taken.
-        """
-        nll = expected.derivative
-        power = float(nll @ nll)
-        ratio = float(seen @ nll) / power if power else 0.0
-        residual = float((seen - ratio * nll).norm())
-        if ratio > 0 and residual <= 1e-2 * float(seen.norm()):
-            return ratio
-        if expected.tells:
-            log.warning(
-                "the loss is not proportional to the likelihood's negative log-likelihood "
-                "(relative difference of derivatives %.2g): factors describe the likelihood alone",
-                residual / max(float(seen.norm()), 1e-300),
-            )
-        return 1.0 if ratio * self._count**0.5 > 1 else 1 / self._count
+        return _Expected(cases, _flat(found).double(), made.count)
 
 
 def _some(tree: Any, cases: slice) -> Any:
@@ -106,4 +156,13 @@ def _some(tree: Any, cases: slice) -> Any:
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([tensor.double().flatten() for tensor in tensors])
+    """In float32 at least."""
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    return flat.to(torch.promote_types(flat.dtype, torch.float32))
+
+
+def _products(s: Tensor, n: Tensor) -> Tensor:
+    """[4], the numbers of a ``Comparison``."""
+    power, dot = n @ n, s @ n
+    ratio = torch.where(power > 0, dot / power, 0.0)
+    return torch.stack([power, dot, s @ s, (s - ratio * n).square().sum()])

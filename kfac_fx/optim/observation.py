@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
@@ -23,14 +24,16 @@ from kfac_fx.optim.workers import Values, Workers
 log = logging.getLogger("kfac_fx")
 
 
+Found = list[Tensor | None]
+
 AFTER_BACKWARD = "observe() must come before loss.backward(), which frees the graph it needs"
 
 
-def _derivatives(scalar: Tensor, places: Any) -> Sequence[Tensor | None]:
-    """At tensors and edges of the graph, by one more backward."""
+def _derivatives(scalar: Tensor, places: Any, last: bool = False) -> Sequence[Tensor | None]:
+    """At tensors and edges of the graph, by one more backward, the last one or not."""
     try:
         found: Sequence[Tensor | None] = torch.autograd.grad(
-            scalar, places, retain_graph=True, allow_unused=True
+            scalar, places, retain_graph=not last, allow_unused=True
         )
         return found
     except RuntimeError as error:
@@ -137,6 +140,7 @@ class Observation:
         notes: taps of the pass that are noted; not for exact statistics, of several backwards.
 
     Attributes:
+        made: the likelihood's distributions, of all processes once they agree.
         count: number of likelihood terms, or the sum of their weights, to divide G by.
         total: the same of all processes.
         gradients: what the training backward brought to the parameters without a tap. Their
@@ -152,8 +156,8 @@ class Observation:
         notes: Sequence[Note] = (),
     ) -> None:
         self.sources, self._notes = sources, notes
-        self._predictive = predictive(likelihood, wide(outputs), targets)
-        self.count = self.total = self._predictive.count
+        self.made = predictive(likelihood, wide(outputs), targets)
+        self.count = self.total = self.made.count
         self._likelihood, self._outputs, self._targets = likelihood, outputs, targets
         self._handles: list[RemovableHandle] = []
         self._expected: LossScale | None = None
@@ -167,8 +171,8 @@ class Observation:
             LikelihoodError: no process has a likelihood term.
         """
         tensors = [tensor.detach() for tensor in output_tensors(self._outputs)]
-        finite, self._predictive = self._predictive.of_all(workers, "observe", all_finite(tensors))
-        self.total = self._predictive.count
+        finite, self.made = self.made.of_all(workers, "observe", all_finite(tensors))
+        self.total = self.made.count
         return finite
 
     def record(self, fisher: str, seed: int) -> Statistics:
@@ -179,24 +183,41 @@ class Observation:
         if fisher == "exact":
             found = self.exact(seed)
         else:
-            found = self._of(self._draw(seed) if fisher == "sampled" else self._predictive.nll())
+            found, _ = self._of(self._draw(seed) if fisher == "sampled" else self.made.nll())
         return by_calls(self.sources, found)
 
-    def _of(self, scalar: Tensor) -> Statistics:
+    def record_with(
+        self, loss: Tensor, wanted: Sequence[Tensor]
+    ) -> tuple[Statistics, Found, float | None]:
+        """Empirical statistics and the loss's gradients by one backward.
+
+        Returns:
+            The statistics, the gradients, and the factor between the loss and the summed negative
+            log-likelihood, in whose scale the statistics are; None where they are not proportional.
+        """
+        forget_passes(self.sources.inputs)
+        expected = LossScale(self._likelihood, self._outputs, self._targets, self.count)
+        self._watch_outputs()
+        found, gradients = self._of(loss, wanted)
+        self.close()
+        return by_calls(self.sources, found), gradients, expected.exactly(self._seen)
+
+    def _of(self, scalar: Tensor, wanted: Sequence[Tensor] = ()) -> tuple[Statistics, Found]:
+        """The statistics, and the derivatives that are wanted beside them."""
         factors, parameters = self.sources.factors, self.sources.parameters
-        places = [*factors, *parameters, *(note.edge for note in self._notes)]
-        found = _derivatives(scalar, places)
-        count, end = len(factors), len(factors) + len(parameters)
-        total: Statistics = dict(_by_id(factors, found[:count]))
-        gradients = _by_id(parameters, found[count:end])
+        edges = [note.edge for note in self._notes]
+        places = [*factors, *parameters, *edges, *wanted]
+        found = iter(_derivatives(scalar, places, last=bool(wanted)))
+        total: Statistics = dict(_by_id(factors, list(islice(found, len(factors)))))
+        gradients = _by_id(parameters, list(islice(found, len(parameters))))
         total |= {key: squared(g) for key, g in gradients.items()}
-        _add(total, noted_statistics(self._notes, found[end:]))
-        return total
+        _add(total, noted_statistics(self._notes, list(islice(found, len(edges)))))
+        return total, list(found)
 
     def exact(self, seed: int) -> Statistics:
         """All columns of the output Fisher's square root; what has no tap is sampled."""
         total: Statistics = {}
-        scalars = list(self._predictive.exact()) if self.sources.factors else []
+        scalars = list(self.made.exact()) if self.sources.factors else []
         passes = [(scalar, self.sources.gradients) for scalar in scalars]
         if scalars:  # inputs do not depend on the derivative, but every use must be reached
             passes.append((torch.stack(scalars).sum(), self.sources.inputs))
@@ -209,11 +230,15 @@ class Observation:
         return total
 
     def _draw(self, seed: int) -> Tensor:
-        return self._predictive.sampled(seed)
+        return self.made.sampled(seed)
 
     def watch(self) -> None:
         """Notes the training backward when it comes."""
+        self._watch_outputs()
+        for parameter in self.sources.parameters if self.expects else ():
+            self._handles += _watch_parameter(parameter, self.gradients)
 
+    def _watch_outputs(self) -> None:
         def see(index: int, gradient: Tensor | None) -> None:
             seen = self._seen.get(index)
             self._seen[index] = gradient if seen is None or gradient is None else seen + gradient
@@ -221,8 +246,6 @@ class Observation:
         for index, output in enumerate(output_tensors(self._outputs)):
             if output.requires_grad:
                 self._handles.append(output.register_hook(partial(see, index)))
-        for parameter in self.sources.parameters if self.expects else ():
-            self._handles += _watch_parameter(parameter, self.gradients)
 
     @property
     def passed(self) -> bool:

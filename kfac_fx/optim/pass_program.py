@@ -27,6 +27,7 @@ from kfac_fx.codegen.functional import (
     traced,
 )
 from kfac_fx.optim.draws import Noise, draw, noise_of
+from kfac_fx.optim.loss_scale import Comparison, compared
 from kfac_fx.optim.output_fisher import exact_rows
 from kfac_fx.optim.predictive import Part, Predictive, output_tensors, singles, wide
 from kfac_fx.optim.pure import PurePass, Result
@@ -131,7 +132,6 @@ class _Outputs:
     """What the outputs of a program are, behind the flag of finite outputs."""
 
     present: list[bool]
-    loss: bool
     gradients: list[str]
     buffers: list[str]
 
@@ -189,25 +189,29 @@ class PassProgram:
     ) -> list[Tensor]:
         pure = self._pure
         found: list[Tensor | None] = []
-        loss: list[Tensor] = []
+        numbers: list[Tensor] = []  # of the loss: its comparison with the likelihood, itself
         gradients: Mapping[str, Tensor] = {}
         with torch.enable_grad():
             leaves = pure.leaves(state)
             outputs = pure.outputs(leaves, inputs)
             with no_autocast():
                 made = self._predictive(outputs, Terms(*terms)) if pure.uses_terms else None
-                if made is not None and pure.statistics:
-                    draws = _draws(made, noises)
-                    found = pure.found(leaves, made, draws, select)
-                if pure.loss is not None:
-                    value, gradients = pure.gradients(leaves, outputs, targets, made)
-                    loss = [value]
+                if made is not None and pure.one_backward:
+                    loss = pure.loss_of(outputs, targets, made)
+                    numbers = [compared(loss, made.nll(), outputs), loss.detach()]
+                    found, gradients = pure.found_with(leaves, loss)
+                elif made is not None and pure.statistics:
+                    found = pure.found(leaves, made, _draws(made, noises), select)
+                if pure.loss is not None and not numbers:
+                    loss = pure.loss_of(outputs, targets, made)
+                    numbers = [loss.detach()]
+                    gradients = pure.gradients(leaves, loss)
         buffers = pure.buffers(leaves) if pure.loss is not None else {}
         present = [value is not None for value in found]
-        self._outputs = _Outputs(present, bool(loss), [*gradients], [*buffers])
+        self._outputs = _Outputs(present, [*gradients], [*buffers])
         finite = torch.stack([t.isfinite().all() for t in output_tensors(outputs)]).all()
         statistics = [value for value in found if value is not None]
-        return [finite, *statistics, *loss, *gradients.values(), *buffers.values()]
+        return [finite, *statistics, *numbers, *gradients.values(), *buffers.values()]
 
     def _predictive(self, outputs: Any, terms: Terms) -> Predictive:
         pure = self._pure
@@ -278,11 +282,14 @@ class PassProgram:
         own = [t for t, there in zip(self._pure.own, names.present, strict=False) if there]
         statistics: Statistics = {id(t): value for t, value in zip(own, rest, strict=False)}
         rest = rest[len(own) :]
-        loss = rest.pop(0) if names.loss else None
+        scale: float | None = 1.0
+        if self._pure.one_backward:
+            scale = Comparison(*rest.pop(0).tolist()).scale(count, count)
+        loss = None if self._pure.loss is None else rest.pop(0)
         gradients = dict(zip(names.gradients, rest, strict=False))
         buffers = dict(zip(names.buffers, rest[len(gradients) :], strict=True))
         fine = not self._pure.statistics or bool(finite)
-        return Result(statistics, count, total, fine, loss, gradients, buffers)
+        return Result(statistics, count, total, fine, loss, gradients, buffers, scale)
 
 
 def _draws(made: Predictive, noises: Sequence[Tensor | None]) -> list[Tensor]:

@@ -17,7 +17,7 @@ from kfac_fx.codegen.functional import no_autocast
 from kfac_fx.ops import STORE, Note, is_rounded, multiplied, noting, round_products, traced
 from kfac_fx.optim.likelihoods import Likelihood, Sum
 from kfac_fx.optim.observation import Observation, squared
-from kfac_fx.optim.predictive import Predictive, predictive, wide
+from kfac_fx.optim.predictive import Predictive
 from kfac_fx.optim.sources import Sources, Statistics, by_calls
 from kfac_fx.optim.swapped import Places
 from kfac_fx.optim.task import Forward, outputs_of
@@ -40,6 +40,8 @@ class Result:
         total: the same of all processes.
         finite: whether the outputs are; where a program was run, those of this process.
         loss, gradients, buffers: of a pass with a loss; by name.
+        scale: of the loss whose derivatives the statistics are of, relative to the summed negative
+            log-likelihood; None if it is not proportional to that, and they are of no use.
     """
 
     statistics: Statistics
@@ -49,6 +51,7 @@ class Result:
     loss: Tensor | None = None
     gradients: Mapping[str, Tensor] = field(default_factory=dict)
     buffers: Mapping[str, Tensor] = field(default_factory=dict)
+    scale: float | None = 1.0
 
 
 @dataclass
@@ -78,6 +81,8 @@ class PurePass:
         loss: of the outputs and targets, or LIKELIHOOD for the mean negative log-likelihood of a
             term; None for statistics alone.
         statistics: whether they are wanted.
+        one_backward: empirical statistics come from the loss's own backward, if it is proportional
+            to the likelihood's.
     """
 
     def __init__(
@@ -90,10 +95,13 @@ class PurePass:
         workers: Workers,
         loss: Loss | str | None = None,
         statistics: bool = True,
+        one_backward: bool = True,
     ) -> None:
         self.net, self.sources, self.likelihood, self.fisher = net, sources, likelihood, fisher
         self.forward, self.workers = forward, workers
         self.loss, self.statistics = loss, statistics
+        recording = statistics and loss is not None
+        self.one_backward = one_backward and recording and fisher == "empirical"
         self._places = Places(net)
 
     @property
@@ -163,20 +171,23 @@ class PurePass:
         with self._places.swapped(leaves.state):
             return outputs_of(self.forward, self.net, inputs)
 
-    def gradients(
-        self, leaves: Leaves, outputs: Any, targets: Any, made: Predictive | None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss and its gradients by parameter, where there are any."""
-        if made is not None and self.loss == LIKELIHOOD:
-            value = _mean_nll(made)
-        else:
-            assert callable(self.loss)
-            value = self.loss(outputs, targets)
-        names = [n for n, p in self.net.named_parameters() if p.requires_grad]
-        wrt = [leaves.state[name] for name in names]
-        found = torch.autograd.grad(value, wrt, allow_unused=True)
-        pairs = zip(names, found, strict=True)
-        return value.detach(), {name: g for name, g in pairs if g is not None}
+    def loss_of(self, outputs: Any, targets: Any, made: Predictive | None) -> Tensor:
+        """The loss, a scalar."""
+        if self.loss == LIKELIHOOD:
+            assert made is not None
+            return _mean_nll(made)
+        assert callable(self.loss)
+        return self.loss(outputs, targets)
+
+    def trained(self, leaves: Leaves) -> dict[str, Tensor]:
+        """The leaves that the loss is differentiated by."""
+        named = self.net.named_parameters()
+        return {n: leaves.state[n] for n, parameter in named if parameter.requires_grad}
+
+    def gradients(self, leaves: Leaves, loss: Tensor) -> dict[str, Tensor]:
+        """Of the loss by parameter, where there are any."""
+        wrt = self.trained(leaves)
+        return _there(wrt, torch.autograd.grad(loss, [*wrt.values()], allow_unused=True))
 
     def buffers(self, leaves: Leaves) -> dict[str, Tensor]:
         """The module's own buffers, as the forward left them."""
@@ -195,27 +206,38 @@ class PurePass:
             with noting(() if several else leaves.sources.factors) as notes:
                 outputs = self.outputs(leaves, inputs)
             with no_autocast():
-                result = self._statistics(leaves, outputs, targets, seed, notes)
+                result, made = self._statistics(leaves, outputs, targets, seed, notes)
                 if self.loss is None:
                     return result
-                made = None
-                if self.loss == LIKELIHOOD:
-                    made = predictive(self.likelihood, wide(outputs), targets)
-                    _, made = made.of_all(self.workers, "loss")
-                loss, gradients = self.gradients(leaves, outputs, targets, made)
-        return replace(result, loss=loss, gradients=gradients, buffers=self.buffers(leaves))
+                if result.loss is None:
+                    loss = self.loss_of(outputs, targets, made)
+                    gradients = self.gradients(leaves, loss)
+                    result = replace(result, loss=loss.detach(), gradients=gradients)
+        return replace(result, buffers=self.buffers(leaves))
 
     def _statistics(
         self, leaves: Leaves, outputs: Any, targets: Any, seed: int, notes: Sequence[Note]
-    ) -> Result:
-        if not self.statistics:
-            return Result({}, 0.0, 0.0, True)
+    ) -> tuple[Result, Predictive | None]:
+        """The statistics, with loss and gradients if one backward brings all."""
+        if not self.uses_terms:
+            return Result({}, 0.0, 0.0, True), None
         observation = Observation(self.likelihood, outputs, targets, leaves.sources, notes)
+        if not self.statistics:
+            _, made = observation.made.of_all(self.workers, "loss")
+            return Result({}, 0.0, 0.0, True), made
         finite = observation.agree(self.workers)
-        found = observation.record(self.fisher, seed) if finite else {}
+        result = Result({}, observation.count, observation.total, finite)
+        found: Statistics = {}
+        if finite and self.one_backward:
+            loss, wrt = self.loss_of(outputs, targets, observation.made), self.trained(leaves)
+            found, gradients, scale = observation.record_with(loss, [*wrt.values()])
+            result = replace(result, loss=loss.detach(), scale=scale)
+            result = replace(result, gradients=_there(wrt, gradients))
+        elif finite:
+            found = observation.record(self.fisher, seed)
         pairs = zip(self.own, leaves.wanted, strict=True)
         own = {id(mine): found[id(leaf)] for mine, leaf in pairs if id(leaf) in found}
-        return Result(own, observation.count, observation.total, finite)
+        return replace(result, statistics=own), observation.made
 
     def found(
         self, leaves: Leaves, made: Predictive, draws: Sequence[Tensor], select: Tensor | None
@@ -238,12 +260,29 @@ class PurePass:
             second = [] if scalar is None else _derivatives(scalar, parameters)
         else:
             assert scalar is not None
-            both = _derivatives(scalar, [*factors, *parameters])
+            both = _derivatives(scalar, leaves.wanted)
             first, second = both[: len(factors)], both[len(factors) :]
-        came = {id(f): g for f, g in zip(factors, first, strict=True) if g is not None}
-        known = by_calls(leaves.sources, came)
-        first = [multiplied(known.get(id(factor))) for factor in factors]
-        return [*first, *(None if g is None else squared(g) for g in second)]
+        return _delivered(leaves.sources, first, second)
+
+    def found_with(
+        self, leaves: Leaves, loss: Tensor
+    ) -> tuple[list[Tensor | None], dict[str, Tensor]]:
+        """``found`` in the scale of the loss, and the loss's gradients, by one backward."""
+        count, wrt = len(leaves.sources.factors), self.trained(leaves)
+        found = _derivatives(loss, [*leaves.wanted, *wrt.values()])
+        end = len(leaves.wanted)
+        statistics = _delivered(leaves.sources, found[:count], found[count:end])
+        return statistics, _there(wrt, found[end:])
+
+
+def _delivered(
+    sources: Sources, factors: Sequence[Tensor | None], parameters: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """From derivatives to the statistics of all sources, in their order."""
+    pairs = zip(sources.factors, factors, strict=True)
+    known = by_calls(sources, {id(factor): g for factor, g in pairs if g is not None})
+    first = [multiplied(known.get(id(factor))) for factor in sources.factors]
+    return [*first, *(None if g is None else squared(g) for g in parameters)]
 
 
 def _mean_nll(made: Predictive) -> Tensor:
@@ -253,6 +292,11 @@ def _mean_nll(made: Predictive) -> Tensor:
         for part in made.parts
     )
     return made.nll() / sum(counts)
+
+
+def _there(named: Mapping[str, Tensor], found: Sequence[Tensor | None]) -> dict[str, Tensor]:
+    """By name, where there are any."""
+    return {name: g for name, g in zip(named, found, strict=True) if g is not None}
 
 
 def _derivatives(scalar: Tensor, wanted: Sequence[Tensor]) -> list[Tensor | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,6 +25,8 @@ from kfac_fx.optim.pure import Loss, PurePass, Result
 from kfac_fx.optim.sources import Statistics, by_calls, sources_of
 from kfac_fx.optim.task import Forward, run_network
 from kfac_fx.optim.workers import Workers, drawn_seed
+
+log = logging.getLogger("kfac_fx")
 
 
 class Recorder:
@@ -106,7 +109,8 @@ class Recorder:
                     "the pass came to no layer that is recorded: a closure must return what the "
                     "network that it is given computes, lambda net: net(x)"
                 )
-            self._statistics.add(found.statistics, found)
+            assert found.scale is not None
+            self._statistics.add(found.statistics, found, found.scale)
         return found.finite
 
     def training(self, loss: Loss | str) -> Callable[[Any, Any, bool], tuple[Result, bool]]:
@@ -120,9 +124,14 @@ class Recorder:
         self.switch(False)
 
         def run(inputs: Any, targets: Any, record: bool) -> tuple[Result, bool]:
+            nonlocal recording
             if not record:
                 return plain(inputs, targets, 0), True
             found = recording(inputs, targets, self._seed())
+            if found.finite and found.scale is None:
+                log.info("the loss is not the likelihood's: statistics take one backward more")
+                recording = self._make(loss=loss, one_backward=False)
+                found = recording(inputs, targets, self._seed())
             return found, self._add(found)
 
         return run
