@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +15,12 @@ from networks import BY_NAME, NETWORKS, Network
 from torch import Tensor, fx, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
+from torch.compiler import config as compiler
 
 import kfac_fx
 from kfac_fx.codegen import graphed
+from kfac_fx.ops import library
+from kfac_fx.ops.library import cache_tag
 
 pytestmark = pytest.mark.usefixtures("float64", "fresh")
 every_network = pytest.mark.parametrize("network", NETWORKS, ids=str)
@@ -203,3 +207,13 @@ def test_compiled_program(name: str) -> None:
     want, found = updates(False), updates(True)
     for key, value in want.items():
         torch.testing.assert_close(found[key], value, rtol=1e-8, atol=1e-9, msg=key)
+
+
+def test_compiled_graphs_on_the_disk_are_this_version_s(tmp_path: Path) -> None:
+    """torch finds them by names of operators, whatever those are made of."""
+    source = tmp_path / "tap.py"
+    source.write_text("one")
+    before = cache_tag([source])
+    source.write_text("another")
+    assert cache_tag([source]) != before
+    assert cache_tag(Path(library.__file__).parent.glob("*.py")) in compiler.cache_key_tag

@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from oracles import Bernoulli, Categorical, Likelihood, Measure, Normal, close
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import kfac_fx
+from kfac_fx.ops.convolution import ConvolutionStatistics, TransposedWindow, Window
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -209,3 +211,41 @@ def test_duplicated_batch_and_reduction(measure: Measure, fisher: str, groups: i
     mean = measure(net, x, y, likelihood, fisher, reduction="mean").factors
     close(twice["conv"], want)
     close(mean["conv"], want)
+
+
+WINDOW = Window([3, 3], [1, 1], [1, 1], [1] * 4, "zeros")
+SHRUNK = Window([3, 3], [2, 2], [1, 1], [1] * 4, "reflect")
+GROWN = TransposedWindow([3, 3], [2, 2], [1, 1], [1, 1])
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(
+    ("statistics", "side"),
+    [
+        (ConvolutionStatistics(WINDOW, 1, True, False), 9),
+        (ConvolutionStatistics(WINDOW, 2, True, False, (False, True)), 9),
+        (ConvolutionStatistics(SHRUNK, 1, False, True), 5),
+        (ConvolutionStatistics(SHRUNK, 2, True, False, (True, False), 0.0), 5),
+        (ConvolutionStatistics(GROWN, 1, True, False), 17),
+    ],
+)
+@pytest.mark.parametrize("wanted", [(True, True), (False, True), (True, False, True)])
+def test_traced_they_are_one_operator(
+    statistics: ConvolutionStatistics, side: int, wanted: Sequence[bool], channels_last: bool
+) -> None:
+    """With the results of the operators that run one by one elsewhere."""
+    x, g = torch.randn(40, 4, 9, 9), torch.randn(40, 6, side, side)
+    if channels_last:
+        x, g = (t.contiguous(memory_format=torch.channels_last) for t in (x, g))
+
+    def formed(g: Tensor, x: Tensor) -> list[Tensor]:
+        return [v for v in statistics(g, [x], wanted, x.dtype) if v is not None]
+
+    module = make_fx(formed, tracing_mode="fake")(g, x)
+    operator = torch.ops.kfac_fx.convolution_statistics.default
+    (node,) = module.graph.find_nodes(op="call_function", target=operator)
+    expected = formed(g, x)
+    torch.testing.assert_close(module(g, x), expected, rtol=1e-12, atol=1e-12, check_stride=True)
+    torch.library.opcheck(operator, (g, x, *node.args[2:]))
+    promised = [value.meta["val"].shape for value in node.users]
+    assert promised == [value.shape for value in expected]

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kfac_fx.linalg.precision import products_are_rounded, unrounded
-from kfac_fx.ops.modes import traced
+from kfac_fx.ops.modes import functional, traced
 
 
 class Axis(NamedTuple):
@@ -93,6 +93,11 @@ CORRELATION = 2
 COPY = 50
 """Time of an entry of a patch, in multiply-adds."""
 
+AT_ONCE = 2**19
+"""Entries that a correlation on a CPU reads at once: its copies of more may be fresh memory each
+time, and first touches of their pages take longer than products.
+"""
+
 
 def _saves(cases: int, axes: Axes, others: Axes, lags: int, copies: float) -> bool:
     """Whether a correlation takes less time; in multiply-adds an entry of the result."""
@@ -155,7 +160,7 @@ def patch_gram(x: Tensor, axes: Axes, groups: int) -> Tensor:
     Returns:
         [groups, C / groups * kernel, the same], channels before kernel.
     """
-    lags = _autocorrelation(x, axes, groups)
+    lags = functools.reduce(Tensor.add_, (_autocorrelation(p, axes, groups) for p in _parts(x)))
     return _at_outputs(_everywhere(lags, axes, axes), (x, x), (axes, axes), groups)
 
 
@@ -229,6 +234,14 @@ def _everywhere(R: Tensor, axes: Axes, others: Axes) -> Tensor:
     return result
 
 
+def _parts(x: Tensor) -> Sequence[Tensor]:
+    """x, some cases at once."""
+    if x.is_cuda or functional(x) or x.numel() <= AT_ONCE:
+        return (x,)
+    parts: Sequence[Tensor] = x.split(max(1, AT_ONCE * len(x) // x.numel()))
+    return parts
+
+
 def _autocorrelation(x: Tensor, axes: Axes, groups: int) -> Tensor:
     """R[a, b, lag] = sum over u of x_a(u + lag) x_b(u), of one group's channels."""
     dims = len(axes)
@@ -239,7 +252,8 @@ def _autocorrelation(x: Tensor, axes: Axes, groups: int) -> Tensor:
     half = _correlation(x, F.pad(x, pad), taps, padding, axes, groups)
     half = half.unflatten(0, (groups, -1)).transpose(1, 2)  # [groups, a, b, *lags]
     negative = half.transpose(1, 2).flip(list(range(3, 3 + dims))).narrow(3, 0, taps[0] - 1)
-    return torch.cat([negative, half], 3)
+    found = torch.cat([negative, half], 3)
+    return found.to(torch.promote_types(found.dtype, torch.float32))  # parts are added up
 
 
 def _crosscorrelation(x: Tensor, axes: Axes, other: Tensor, others: Axes) -> Tensor:

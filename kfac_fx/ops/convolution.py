@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from kfac_fx.ops.autocorrelation import Axis, is_cheaper, patch_gram, suits
 from kfac_fx.ops.gram import bordered
-from kfac_fx.ops.modes import functional
+from kfac_fx.ops.library import LIBRARY
+from kfac_fx.ops.modes import functional, traced
 from kfac_fx.ops.positions import gradient_factor, input_factor
 from kfac_fx.ops.rows import multiplied
 from kfac_fx.ops.tap import define, recording, tapped
@@ -202,6 +204,17 @@ class ConvolutionStatistics:
     ) -> list[Tensor | None]:
         (x,) = tensors
         assert x is not None
+        if traced() and g.device.type == "cpu":
+            # A compiler's own loops over patches are no faster, and take minutes to compile.
+            operator = torch.ops.kfac_fx.convolution_statistics.default
+            found = iter(operator(g, x, list(wanted), dtype, *self._literals()))
+            return [next(found) if there else None for there in wanted]
+        return self.formed(g, x, wanted, dtype)
+
+    def formed(
+        self, g: Tensor, x: Tensor, wanted: Sequence[bool], dtype: torch.dtype
+    ) -> list[Tensor | None]:
+        """Operator by operator; see ``Statistics``."""
         spatial = len(self.window.kernel)
         if g.dim() == spatial + 1:  # one case without its batch dimension
             g, x = g.unsqueeze(0), x.unsqueeze(0)
@@ -217,6 +230,51 @@ class ConvolutionStatistics:
             positions = 1 if self.reduce else g.shape[2:].numel()
             result[2] = torch.full((), positions, dtype=dtype, device=g.device)
         return result
+
+    def _literals(self) -> tuple[Any, ...]:
+        """What ``_statistics`` takes, as an operator's arguments."""
+        window = self.window
+        mode = TRANSPOSED if isinstance(window, TransposedWindow) else window.padding_mode
+        reads = (window.kernel, window.stride, window.dilation, window.padding)
+        options = self.groups, self.bias, self.reduce, list(self.diagonal), self.one
+        return (*map(list, reads), mode, *options)
+
+
+def _statistics(
+    kernel: list[int],
+    stride: list[int],
+    dilation: list[int],
+    padding: list[int],
+    padding_mode: str,
+    groups: int,
+    bias: bool,
+    reduce: bool,
+    diagonal: Sequence[bool],
+    one: float = 1.0,
+) -> ConvolutionStatistics:
+    window: Window | TransposedWindow
+    if padding_mode == TRANSPOSED:
+        window = TransposedWindow(kernel, stride, dilation, padding)
+    else:
+        window = Window(kernel, stride, dilation, padding, padding_mode)
+    inputs, gradients = diagonal
+    return ConvolutionStatistics(window, groups, bias, reduce, (inputs, gradients), one)
+
+
+def _formed(
+    g: Tensor, x: Tensor, wanted: list[bool], dtype: torch.dtype, *options: Any
+) -> list[Tensor]:
+    found = _statistics(*options).formed(g, x, wanted, dtype)
+    return [value.contiguous() for value in found if value is not None]
+
+
+LIBRARY.define(
+    "convolution_statistics(Tensor g, Tensor x, bool[] wanted, ScalarType dtype, int[] kernel, "
+    "int[] stride, int[] dilation, int[] padding, str padding_mode, int groups, bool bias, "
+    "bool reduce, bool[] diagonal, float one) -> Tensor[]"
+)
+LIBRARY.impl("convolution_statistics", _formed, "CPU")
+torch.library.register_fake("kfac_fx::convolution_statistics", _formed, lib=LIBRARY)
 
 
 def _tap(
@@ -237,14 +295,10 @@ def _tap(
     factors = [A, G] if positions is None else [A, G, positions]
     if not recording(factors):
         return y
-    window: Window | TransposedWindow
-    if padding_mode == TRANSPOSED:
-        window = TransposedWindow(kernel, stride, dilation, padding)
-    else:
-        window = Window(kernel, stride, dilation, padding, padding_mode)
     vector = 1 + (groups > 1)
     diagonal = (A.dim() == vector, G.dim() == vector)
-    statistics = ConvolutionStatistics(window, groups, bias, reduce, diagonal)
+    reads = kernel, stride, dilation, padding, padding_mode
+    statistics = _statistics(*reads, groups, bias, reduce, diagonal)
     return tapped(y, statistics, [x], factors)
 
 
