@@ -219,10 +219,13 @@ def test_nothing_is_disturbed(compile: bool | str) -> None:
     assert all(len(program.lifted) == 2 for program in programs(pre))
 
 
-def test_same_masks_in_kfac() -> None:
+@pytest.mark.parametrize(
+    "backend", ["eager", "aot_eager", pytest.param(True, marks=pytest.mark.slow)]
+)
+def test_same_masks_in_kfac(backend: bool | str) -> None:
     """The whole optimizer with dropout and running statistics: compiled equals not compiled."""
     runs = []
-    for compile in (False, "eager"):
+    for compile in (False, backend):
         torch.manual_seed(0)
         net = kfac_fx.transform(Noisy())
         generator = torch.Generator().manual_seed(0)
@@ -231,6 +234,22 @@ def test_same_masks_in_kfac() -> None:
             optimizer.step(torch.randn(12, 2, 5, 5), torch.randint(3, (12,)))
         runs.append(net.state_dict())
     torch.testing.assert_close(runs[0], runs[1], rtol=1e-9, atol=1e-12)
+
+
+def test_the_gradient_of_kfac_is_compiled() -> None:
+    """As one graph of the network, that serves all steps."""
+    graphs: list[fx.GraphModule] = []
+
+    @torch._dynamo.register_backend(name="kept")  # type: ignore[untyped-decorator]
+    def kept(graph: fx.GraphModule, _: Any) -> fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    optimizer = kfac_fx.KFAC(kfac_fx.transform(nn.Linear(6, 4)), lr=0.1, compile="kept")
+    for _ in range(3):
+        optimizer.step(torch.randn(9, 6), torch.randint(4, (9,)))
+    of_network = [g for g in graphs if any("linear" in str(n.target) for n in g.graph.nodes)]
+    assert len(of_network) == 1
 
 
 @pytest.mark.parametrize("fisher", FISHERS)

@@ -124,7 +124,7 @@ class KFAC(CurvatureFaces, Optimizer):
         self._workers, self._held = workers, workers.hold(net, parameters)
         self._groups = Groups(self, parameters, self._held)
         known = likelihood_of(likelihood)
-        self._task = Task(self._held, known, forward, self.generator, workers)
+        self._task = Task(self._held, known, forward, self.generator, workers, compile)
         entries = self._inverse.averages.entries
         given = known, choice("fisher", fisher, ("sampled", "exact")), self.generator, workers
         self._recorder = Recorder(net, entries, *given, forward=forward, compile=compile)
@@ -244,12 +244,8 @@ class KFAC(CurvatureFaces, Optimizer):
     def _gradient(self, inputs: Any, targets: Any) -> tuple[Tensor, Direction]:
         """The loss, and the gradient of the loss with its l2 term."""
         parameters, decay = self._groups.parameters(), self._groups.options("weight_decay")
-        with self.diagnostics.stage("gradient"), torch.enable_grad(), self._task.same_masks():
-            loss = self._task.loss(self._task.outputs(inputs), targets)
-            wrt = list(parameters.values())
-            found = torch.autograd.grad(loss, wrt, allow_unused=True, materialize_grads=True)
-        loss, dense = loss.detach(), [g.to_dense() if g.is_sparse else g for g in found]
-        self._workers.sum_([loss, *dense])
+        with self.diagnostics.stage("gradient"):
+            loss, dense = self._task.gradient(inputs, targets, parameters)
         pairs = zip(parameters.items(), dense, strict=True)
         return loss, {n: g.add(p, alpha=decay[n]) if decay[n] else g for (n, p), g in pairs}
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
+from kfac_fx.codegen import compiled_network
 from kfac_fx.errors import LikelihoodError, UnknownOptionError
 from kfac_fx.ops import STORE
 from kfac_fx.optim.likelihoods import Likelihood, Sum
@@ -54,6 +55,7 @@ class Task:
     Args:
         seed: of the masks (dropout); torch's global random stream is left alone.
         workers: the processes that share a batch.
+        compile: the pass of the gradient, unless parameters are sharded.
 
     Attributes:
         cases: of the batch, in all processes.
@@ -67,11 +69,14 @@ class Task:
         forward: Forward,
         seed: torch.Generator,
         workers: Workers,
+        compile: bool | str,
     ) -> None:
         self.net, self.likelihood, self.forward = held.net, likelihood, forward
         self._held, self._workers = held, workers
         self._generator, self._seed, self.cases, self.terms = seed, 0, 0, 0.0
         net = held.net
+        whole = held.given is None
+        self._compiled = compiled_network(net, compile) if compile and whole else None
         names = [name for name, _ in net.named_buffers() if not name.startswith(STORE)]
         self._buffers = {name: net.get_buffer(name) for name in names}
 
@@ -136,6 +141,22 @@ class Task:
             raise LikelihoodError("step() needs the targets of the batch")
         self.terms = made.count
         return made.nll() / made.count
+
+    def gradient(
+        self, inputs: Any, targets: Any, parameters: Mapping[str, Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The loss and its gradients by the module's own parameters, dense, of all processes."""
+        with torch.enable_grad(), self.same_masks():
+            if self._compiled is None:
+                outputs = self.outputs(inputs)
+            else:
+                outputs = outputs_of(self.forward, self._compiled, inputs)
+            loss = self.loss(outputs, targets)
+            wrt = list(parameters.values())
+            found = torch.autograd.grad(loss, wrt, allow_unused=True, materialize_grads=True)
+        loss, dense = loss.detach(), [g.to_dense() if g.is_sparse else g for g in found]
+        self._workers.sum_([loss, *dense])
+        return loss, dense
 
     def value(self, inputs: Any, targets: Any, parameters: Any = None) -> float:
         """The mean negative log-likelihood of a term, of all processes."""
