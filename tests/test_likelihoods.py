@@ -13,6 +13,7 @@ from torch import distributions as D
 
 import kfac_fx
 from kfac_fx import likelihoods
+from kfac_fx.optim.likelihoods import Softmax
 
 pytestmark = pytest.mark.usefixtures("float64")
 both_fishers = pytest.mark.parametrize("fisher", ["exact", "empirical"])
@@ -279,3 +280,23 @@ def test_exact_fisher_of_a_distribution(measure: Measure, kind: str) -> None:
         assert "exact" in str(error)
     else:
         check(model, factors, x, None, likelihood, "exact")
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 4), (2, 3, 4)])
+def test_softmax_is_the_categorical_distribution(shape: tuple[int, ...]) -> None:
+    logits = (20 * torch.randn(shape)).requires_grad_()
+    found, want = Softmax(logits), D.Categorical(logits=logits)
+    values = want.sample((5,))
+    torch.testing.assert_close(found.log_prob(values), want.log_prob(values))
+    torch.testing.assert_close(
+        *(torch.autograd.grad(d.log_prob(values).sum(), logits) for d in (found, want))
+    )
+    for name in ("logits", "probs", "mean", "mode", "variance"):
+        torch.testing.assert_close(getattr(found, name), getattr(want, name), equal_nan=True)
+    torch.testing.assert_close(found.entropy(), want.entropy())
+    torch.testing.assert_close(D.kl_divergence(found, want), torch.zeros(shape[:-1]))
+    assert found.sample((7,)).shape == want.sample((7,)).shape
+    assert torch.equal(found.enumerate_support(), want.enumerate_support())
+    assert (found.batch_shape, found.event_shape) == (want.batch_shape, want.event_shape)
+    wide = (6, *shape[:-1])
+    torch.testing.assert_close(found.expand(wide).logits, want.expand(wide).logits)

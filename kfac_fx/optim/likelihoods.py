@@ -50,6 +50,23 @@ def _fitting(targets: Tensor | None, shape: torch.Size, name: str) -> None:
         )
 
 
+class Softmax(D.Categorical):
+    """Categorical whose logits are normalised by one operator, with one for the derivative.
+
+    torch's own takes two or three each, over all classes of all terms.
+    """
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = torch.log_softmax(logits, -1)
+        self._param, self._num_events = self.logits, logits.shape[-1]
+        Distribution.__init__(self, logits.shape[:-1], validate_args=False)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> D.Categorical:
+        plain = D.Categorical(logits=self.logits, validate_args=False)
+        expanded: D.Categorical = plain.expand(batch_shape, _instance)
+        return expanded
+
+
 @dataclass(frozen=True)
 class Categorical:
     """Classes with logits along ``dim``: outputs [N, C] or [N, T, C], targets [N] or [N, T].
@@ -78,7 +95,7 @@ class Categorical:
                 "likelihood categorical needs at least two classes, got outputs of shape "
                 f"{tuple(outputs.shape)}; for one logit a case use 'bernoulli'"
             )
-        return D.Categorical(logits=logits, validate_args=False)
+        return Softmax(logits)
 
     def terms(self, outputs: Tensor, targets: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         if targets is None:

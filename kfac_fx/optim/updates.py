@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from kfac_fx.optim.damping import DampingRule
@@ -158,8 +159,7 @@ class ScheduledUpdate:
             scaled = {name: at.gradient[name] * rates[name] for name in step}
             length = -float(inner_products([scaled, step])[0, 1])
             scale = min(1.0, (self.trust_region / max(length, 1e-300)) ** 0.5)
-        for name, value in step.items():
-            value.mul_(scale)
-            if name in at.previous:
-                value.add_(at.previous[name], alpha=momenta[name])
+            torch._foreach_mul_(list(step.values()), scale)
+        for name, previous in at.previous.items():
+            step[name].add_(previous, alpha=momenta[name])
         return Update(step, 0.0, {"trust": scale})
