@@ -7,14 +7,21 @@ import torch
 from torch import Tensor, nn
 
 import kfac_fx
-from kfac_fx.linalg.positive import cholesky_inverse, floored_inverse
+from kfac_fx.linalg.positive import cholesky_inverse, cholesky_whitener, floored_inverse
+
+SPOILT = torch.eye(3)
+SPOILT[2, 1] = SPOILT[1, 2] = torch.nan
 
 
-def test_failed_cholesky_is_flagged_not_raised() -> None:
-    good, bad = torch.eye(3) * 2, -torch.eye(3)
-    inverse, failed = cholesky_inverse(torch.stack([good, bad]))
+@pytest.mark.parametrize("bad", [-torch.eye(3), torch.zeros(3, 3), SPOILT, torch.full((3, 3), 2.0)])
+def test_failed_cholesky_is_flagged_not_raised(bad: Tensor) -> None:
+    inverse, failed = cholesky_inverse(torch.stack([torch.eye(3) * 2, bad]))
     assert failed[0] == 0 and failed[1] != 0
     torch.testing.assert_close(inverse[0], torch.eye(3) / 2)
+    assert cholesky_inverse(bad)[1] != 0
+    whitener, failed = cholesky_whitener(torch.stack([torch.eye(3) * 4, bad]))
+    assert failed[0] == 0 and failed[1] != 0
+    torch.testing.assert_close(whitener, torch.stack([torch.eye(3) / 2, torch.eye(3)]))
 
 
 def test_floored_inverse_is_positive_and_finite() -> None:

@@ -12,7 +12,7 @@ from kfac_fx.linalg.triangular import symmetric_product, triangular_inverse
 
 
 def _root(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """The lower Cholesky root, the identity where it failed, and flags."""
+    """The lower Cholesky root, and flags that are not zero where there is none."""
     d = matrix.shape[-1]
     if matrix.is_cuda and matrix.dim() == 3 and d >= 2048 and len(matrix) <= 8:
         # Few large ones: their stack takes up to twice as long as all in turn.
@@ -21,23 +21,28 @@ def _root(matrix: Tensor) -> tuple[Tensor, Tensor]:
         )
     else:
         root, failed = torch.linalg.cholesky_ex(matrix)
-    # In place: the memory of large copies costs as much as the factorisation of small matrices.
-    root.masked_fill_((failed != 0).unsqueeze(-1).unsqueeze(-1), 0.0)
-    torch.diagonal(root, 0, -2, -1).add_((failed != 0).to(matrix.dtype).unsqueeze(-1))
     return root, failed
 
 
 def cholesky_inverse(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """The inverse by Cholesky of [..., d, d], and flags [...] that are not zero where it failed."""
     root, failed = _root(matrix)
+    # What is left of a failure may not divide by zero; the rest of it is of no use, but small work.
+    torch.diagonal(root, 0, -2, -1).masked_fill_((failed != 0).unsqueeze(-1), 1.0)
     if root.is_cuda:  # its solver takes several times as long as products
         return symmetric_product(triangular_inverse(root), triangular=True), failed
-    return torch.cholesky_inverse(root), failed
+    return torch.cholesky_inverse(root.mT, upper=True), failed  # quicker than from the lower one
 
 
 def cholesky_whitener(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """W, lower triangular, with W matrix W^T = I and W^T W = matrix^-1: [..., d, d]; flags too."""
+    """W, lower triangular, with W matrix W^T = I and W^T W = matrix^-1: [..., d, d]; flags too.
+
+    The identity where it failed: eigenvalues are taken of what comes of it.
+    """
     root, failed = _root(matrix)
+    # In place: the memory of large copies costs as much as the factorisation of small matrices.
+    root.masked_fill_((failed != 0).unsqueeze(-1).unsqueeze(-1), 0.0)
+    torch.diagonal(root, 0, -2, -1).add_((failed != 0).to(matrix.dtype).unsqueeze(-1))
     return triangular_inverse(root), failed
 
 
