@@ -20,7 +20,7 @@ from kfac_fx.ops.positions import gradient_factor, input_factor
 from kfac_fx.ops.rows import multiplied
 from kfac_fx.ops.tap import define, recording, tapped
 
-AT_ONCE = {"cpu": 2**21, "cuda": 2**28}
+AT_ONCE = {"cpu": 2**19, "cuda": 2**28}
 """Entries of patches that are copied at once, where there are many: few stay in a CPU's caches,
 many take few launches.
 """
