@@ -66,8 +66,8 @@ class KFAC(CurvatureFaces, Optimizer):
             a hundred times as many), or not finite, is not trusted: if its loss was fine before
             the last step, that step is undone exactly and lambda grows; else it is skipped.
         tikhonov, structure, fisher, generator, workers, forward, factor_storage, bfloat16_error,
-            compile: as for ``Preconditioner``; the Fisher is not the empirical one, and the
-            gradients are averaged over the workers here.
+            compile: as for ``Preconditioner``; the Fisher is not the empirical one, the gradients
+            are averaged over the workers here, and their pass is compiled unless they are sharded.
 
     Attributes:
         diagnostics: of the last step, plain numbers by name.

@@ -19,6 +19,9 @@ class TrainingStep:
     another where they are not, for each form of a batch (at most 8). A step of training: ``loss =
     step(inputs, targets)``, ``preconditioner.step()``, then the optimizer's own step.
 
+    fisher="empirical" takes no backward of its own, unless the loss turns out to be another than a
+    multiple of the negative log-likelihood, which the statistics are of.
+
     Args:
         preconditioner: gets the statistics; ``observe`` is not called any more.
         loss: from the network's outputs and the targets to a scalar; what else it reads is taken
