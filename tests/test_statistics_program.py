@@ -236,6 +236,34 @@ def test_same_masks_in_kfac(backend: bool | str) -> None:
     torch.testing.assert_close(runs[0], runs[1], rtol=1e-9, atol=1e-12)
 
 
+class Mixed(nn.Module):
+    """Random operators that follow on each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.alpha = nn.Linear(6, 8), nn.Linear(8, 4), nn.AlphaDropout(0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.dropout(self.a(x), 0.3, self.training)
+        x = nn.functional.dropout(x + 0.1 * torch.randn_like(x), 0.3, self.training)
+        return self.b(self.alpha(x))
+
+
+def test_random_operators_on_results_of_others(caplog: pytest.LogCaptureFixture) -> None:
+    runs = []
+    for compile in (False, "eager"):
+        torch.manual_seed(0)
+        net = kfac_fx.transform(Mixed())
+        pre = preconditioner(net, compile=compile)
+        pre.observe(inputs=torch.randn(9, 6))
+        for parameter in net.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        pre.step()
+        runs.append(pre.factors)
+    assert "not compiled" not in caplog.text
+    torch.testing.assert_close(runs[0], runs[1], rtol=1e-9, atol=1e-12)
+
+
 def test_the_gradient_of_kfac_is_compiled() -> None:
     """As one graph of the network, that serves all steps."""
     graphs: list[fx.GraphModule] = []

@@ -103,12 +103,73 @@ def empirical(loss: Any, compile: bool | str, own_pass: bool = False) -> Any:
     return pre.factors, gradients, run
 
 
+def few_weigh_more(outputs: Tensor, targets: Tensor) -> Tensor:
+    """A case in the middle that a sample of the cases would miss."""
+    weights = torch.ones(len(targets))
+    weights[1] = 30.0
+    return (weights * F.cross_entropy(outputs, targets, reduction="none")).mean()
+
+
 @pytest.mark.parametrize("compile", [False, "eager"])
-def test_empirical_statistics_of_another_loss(compile: bool | str) -> None:
+@pytest.mark.parametrize("loss", [cross_entropy, few_weigh_more])
+def test_empirical_statistics_of_another_loss(loss: Any, compile: bool | str) -> None:
     """Those of the likelihood; the loss has its own part in the gradients alone."""
-    want = empirical(cross_entropy, False, own_pass=True)
-    found = empirical(cross_entropy, compile)
+    want = empirical(loss, False, own_pass=True)
+    found = empirical(loss, compile)
     torch.testing.assert_close(found[:2], want[:2], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("compile", [False, "eager"])
+def test_a_perfect_fit_hides_no_other_part_of_the_loss(compile: bool | str) -> None:
+    model = nn.Linear(5, 5, bias=False)
+    model.weight.data = 60 * torch.eye(5)
+    y = torch.arange(64) % 5
+    pre = kfac_fx.Preconditioner(
+        kfac_fx.transform(nn.Sequential(model)), fisher="empirical", compile=compile
+    )
+    run = kfac_fx.TrainingStep(
+        pre, lambda o, t: F.cross_entropy(o, t) + 1e-4 * o.logsumexp(-1).square().mean()
+    )
+    run(F.one_hot(y, 5).double(), y)
+    pre.step()
+    ((_, G),) = pre.factors.values()
+    assert float(G.trace()) < 1e-20
+
+
+def test_one_bad_loss_changes_nothing_for_the_next() -> None:
+    """The loss is called once a step, and its value is what it was."""
+    factors = iter([1.0, torch.inf, 1.0])
+    pre = kfac_fx.Preconditioner(kfac_fx.transform(Network().eval()), fisher="empirical")
+    run = kfac_fx.TrainingStep(pre, lambda o, t: F.cross_entropy(o, t) * next(factors))
+    values = [float(run(x, y)) for x, y in batches(2)]
+    assert values[1] == torch.inf
+    with Backwards() as backwards:
+        run(*next(batches(1)))
+    assert backwards.count == 1
+
+
+def test_outputs_of_which_one_depends_on_another() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(6, 4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            h = torch.tanh(self.body(x))
+            return {"h": h, "logits": self.head(h)}
+
+    class Logits(kfac_fx.likelihoods.Categorical):
+        def distribution(self, outputs: Any) -> Any:
+            return super().distribution(outputs["logits"])
+
+        def terms(self, outputs: Any, targets: Any) -> Any:
+            return super().terms(outputs["logits"], targets)
+
+    pre = kfac_fx.Preconditioner(kfac_fx.transform(Both()), Logits(), fisher="empirical")
+    run = kfac_fx.TrainingStep(pre, lambda o, t: F.cross_entropy(o["logits"], t))
+    with Backwards() as backwards:
+        run(torch.randn(7, 6), torch.randint(3, (7,)))
+    assert backwards.count == 1
 
 
 class Backwards(TorchDispatchMode):
@@ -236,3 +297,13 @@ def test_errors() -> None:
     with pytest.raises(kfac_fx.errors.LikelihoodError):
         step(x, y.fill_(7))
     assert all(p.grad is None for p in net.parameters())
+
+
+def test_in_float16_statistics_have_a_backward_of_their_own() -> None:
+    """At the scale of the sum of the terms, where small derivatives do not vanish."""
+    pre = kfac_fx.Preconditioner(kfac_fx.transform(Network().eval().float()), fisher="empirical")
+    run = kfac_fx.TrainingStep(pre)
+    (x, y), *_ = batches(1)
+    with torch.autocast("cpu", torch.float16), Backwards() as backwards:
+        run(x.float(), y)
+    assert backwards.count == 2

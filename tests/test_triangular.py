@@ -127,3 +127,12 @@ def test_conditional_scale() -> None:
     close(scale.flatten()[:5], want.flatten()[:5])
     assert clamped == 1 and not indefinite and scale.isfinite().all()
     assert conditional_scale(s_A, s_G + 1e-3)[2]
+
+
+def test_a_compiler_takes_wide_ones() -> None:
+    matrix = torch.randn(450, 400)
+    matrix = matrix.T @ matrix
+    run = torch.compile(
+        lambda m: symmetric_product(cholesky_whitener(m)[0]), backend="eager", fullgraph=True
+    )
+    torch.testing.assert_close(run(matrix) @ matrix, torch.eye(400), rtol=1e-6, atol=1e-6)

@@ -192,13 +192,14 @@ def _replace(graph: fx.Graph, node: fx.Node, noise: fx.Node) -> None:
         node.replace_all_uses_with(noise)
     else:
         x, p = node.args[0], node.args[1]
-        assert isinstance(p, float)
+        assert isinstance(x, fx.Node) and isinstance(p, float)
         for user in list(node.users):
             with graph.inserting_before(user):
                 masked = graph.call_function(_ATEN.mul.Tensor, (x, noise))
                 scaled = graph.call_function(
                     _ATEN.mul.Tensor, (masked, 1 / (1 - p) if p < 1 else 0.0)
                 )
+            masked.meta["val"] = scaled.meta["val"] = x.meta["val"]
             user.replace_all_uses_with(noise if user.args[1] == 1 else scaled)
             graph.erase_node(user)
     graph.erase_node(node)

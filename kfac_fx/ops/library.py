@@ -18,5 +18,9 @@ def cache_tag(sources: Iterable[Path]) -> str:
 
 # torch finds compiled graphs on the disk by the names of the operators in them. It would run what
 # it once made of another version's taps.
-_tags = compiler.cache_key_tag, cache_tag(Path(__file__).parent.glob("*.py"))
-compiler.cache_key_tag = " ".join(filter(None, _tags))
+SOURCES = [
+    path
+    for folder in ("ops", "linalg")
+    for path in (Path(__file__).parents[1] / folder).glob("*.py")
+]
+compiler.cache_key_tag = " ".join(filter(None, (compiler.cache_key_tag, cache_tag(SOURCES))))

@@ -37,18 +37,9 @@ class Comparison(NamedTuple):
         """The factor that brings n nearest to s."""
         return self.dot / self.power if self.power else 0.0
 
-    def scale(self, terms: float, count: float) -> float | None:
-        """The factor c with s = c n, as loss = c * summed negative log-likelihood; None for none.
-
-        Near a perfect fit both are rounding errors, and either reduction may be meant.
-
-        Args:
-            terms: of the outputs that were compared.
-            count: of all.
-        """
-        if self.ratio > 0 and self.rest <= 1e-4 * self.seen:
-            return self.ratio
-        return None if tells(self.power, terms) else self.reduction(count)
+    def proportional(self, tolerance: float) -> bool:
+        """Whether s = c n with c above zero, up to a share of the length of s."""
+        return self.ratio > 0 and self.rest <= tolerance**2 * self.seen
 
     def reduction(self, count: float) -> float:
         """The nearer of a sum (1) and a mean (1 / count)."""
@@ -70,6 +61,15 @@ def compared(loss: Tensor, nll: Tensor, outputs: Any) -> Tensor:
         for scalar in (loss, nll)
     )
     return _products(_flat(s), _flat(n))
+
+
+def scale_of(numbers: Tensor) -> float | None:
+    """The factor c with loss = c * summed negative log-likelihood, from ``compared``.
+
+    None where it is not seen: the loss has parts of its own, or both are rounding errors.
+    """
+    comparison = Comparison(*numbers.tolist())
+    return comparison.ratio if comparison.proportional(1e-3) else None
 
 
 class _Expected(NamedTuple):
@@ -95,23 +95,21 @@ class LossScale:
         self._expected = self._derivative(self._some_cases())
 
     def __call__(self, seen: Mapping[int, Tensor | None]) -> float:
-        """The factor, from the loss's derivatives by place of the output."""
+        """The factor, from the loss's derivatives by place of the output.
+
+        Near a perfect fit both are rounding errors, and either reduction may be meant.
+        """
         comparison, terms = self._compare(seen)
-        scale = comparison.scale(terms, self._count)
-        if scale is None:
+        if comparison.proportional(0.01):
+            return comparison.ratio
+        if tells(comparison.power, terms):
             difference = (comparison.rest / max(comparison.seen, 1e-300)) ** 0.5
             log.warning(
                 "the factors are of derivatives of the loss, which is not proportional to the "
                 "negative log-likelihood (relative difference of derivatives %.2g)",
                 difference,
             )
-            return comparison.reduction(self._count)
-        return scale
-
-    def exactly(self, seen: Mapping[int, Tensor | None]) -> float | None:
-        """The same; None where the loss is not proportional."""
-        comparison, terms = self._compare(seen)
-        return comparison.scale(terms, self._count)
+        return comparison.reduction(self._count)
 
     def _compare(self, seen: Mapping[int, Tensor | None]) -> tuple[Comparison, float]:
         """The comparison, and the terms in it."""

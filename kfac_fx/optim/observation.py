@@ -186,21 +186,11 @@ class Observation:
             found, _ = self._of(self._draw(seed) if fisher == "sampled" else self.made.nll())
         return by_calls(self.sources, found)
 
-    def record_with(
-        self, loss: Tensor, wanted: Sequence[Tensor]
-    ) -> tuple[Statistics, Found, float | None]:
-        """Empirical statistics and the loss's gradients by one backward.
-
-        Returns:
-            The statistics, the gradients, and the factor between the loss and the summed negative
-            log-likelihood, in whose scale the statistics are; None where they are not proportional.
-        """
+    def record_with(self, loss: Tensor, wanted: Sequence[Tensor]) -> tuple[Statistics, Found]:
+        """Empirical statistics, in the scale of the loss, and its gradients by one backward."""
         forget_passes(self.sources.inputs)
-        expected = LossScale(self._likelihood, self._outputs, self._targets, self.count)
-        self._watch_outputs()
         found, gradients = self._of(loss, wanted)
-        self.close()
-        return by_calls(self.sources, found), gradients, expected.exactly(self._seen)
+        return by_calls(self.sources, found), gradients
 
     def _of(self, scalar: Tensor, wanted: Sequence[Tensor] = ()) -> tuple[Statistics, Found]:
         """The statistics, and the derivatives that are wanted beside them."""
@@ -234,11 +224,7 @@ class Observation:
 
     def watch(self) -> None:
         """Notes the training backward when it comes."""
-        self._watch_outputs()
-        for parameter in self.sources.parameters if self.expects else ():
-            self._handles += _watch_parameter(parameter, self.gradients)
 
-    def _watch_outputs(self) -> None:
         def see(index: int, gradient: Tensor | None) -> None:
             seen = self._seen.get(index)
             self._seen[index] = gradient if seen is None or gradient is None else seen + gradient
@@ -246,6 +232,8 @@ class Observation:
         for index, output in enumerate(output_tensors(self._outputs)):
             if output.requires_grad:
                 self._handles.append(output.register_hook(partial(see, index)))
+        for parameter in self.sources.parameters if self.expects else ():
+            self._handles += _watch_parameter(parameter, self.gradients)
 
     @property
     def passed(self) -> bool:

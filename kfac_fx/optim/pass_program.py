@@ -27,7 +27,7 @@ from kfac_fx.codegen.functional import (
     traced,
 )
 from kfac_fx.optim.draws import Noise, draw, noise_of
-from kfac_fx.optim.loss_scale import Comparison, compared
+from kfac_fx.optim.loss_scale import compared, scale_of
 from kfac_fx.optim.output_fisher import exact_rows
 from kfac_fx.optim.predictive import Part, Predictive, output_tensors, singles, wide
 from kfac_fx.optim.pure import PurePass, Result
@@ -132,6 +132,7 @@ class _Outputs:
     """What the outputs of a program are, behind the flag of finite outputs."""
 
     present: list[bool]
+    compared: bool
     gradients: list[str]
     buffers: list[str]
 
@@ -194,9 +195,10 @@ class PassProgram:
         with torch.enable_grad():
             leaves = pure.leaves(state)
             outputs = pure.outputs(leaves, inputs)
+            together = pure.together(outputs)
             with no_autocast():
                 made = self._predictive(outputs, Terms(*terms)) if pure.uses_terms else None
-                if made is not None and pure.one_backward:
+                if made is not None and together:
                     loss = pure.loss_of(outputs, targets, made)
                     numbers = [compared(loss, made.nll(), outputs), loss.detach()]
                     found, gradients = pure.found_with(leaves, loss)
@@ -208,7 +210,7 @@ class PassProgram:
                     gradients = pure.gradients(leaves, loss)
         buffers = pure.buffers(leaves) if pure.loss is not None else {}
         present = [value is not None for value in found]
-        self._outputs = _Outputs(present, [*gradients], [*buffers])
+        self._outputs = _Outputs(present, together, [*gradients], [*buffers])
         finite = torch.stack([t.isfinite().all() for t in output_tensors(outputs)]).all()
         statistics = [value for value in found if value is not None]
         return [finite, *statistics, *numbers, *gradients.values(), *buffers.values()]
@@ -283,8 +285,8 @@ class PassProgram:
         statistics: Statistics = {id(t): value for t, value in zip(own, rest, strict=False)}
         rest = rest[len(own) :]
         scale: float | None = 1.0
-        if self._pure.one_backward:
-            scale = Comparison(*rest.pop(0).tolist()).scale(count, count)
+        if names.compared:
+            scale = scale_of(rest.pop(0))
         loss = None if self._pure.loss is None else rest.pop(0)
         gradients = dict(zip(names.gradients, rest, strict=False))
         buffers = dict(zip(names.buffers, rest[len(gradients) :], strict=True))

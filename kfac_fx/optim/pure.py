@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from kfac_fx.codegen.functional import no_autocast
 from kfac_fx.ops import STORE, Note, is_rounded, multiplied, noting, round_products, traced
 from kfac_fx.optim.likelihoods import Likelihood, Sum
+from kfac_fx.optim.loss_scale import compared, scale_of
 from kfac_fx.optim.observation import Observation, squared
-from kfac_fx.optim.predictive import Predictive
+from kfac_fx.optim.predictive import Predictive, output_tensors
 from kfac_fx.optim.sources import Sources, Statistics, by_calls
 from kfac_fx.optim.swapped import Places
 from kfac_fx.optim.task import Forward, outputs_of
@@ -41,7 +42,7 @@ class Result:
         finite: whether the outputs are; where a program was run, those of this process.
         loss, gradients, buffers: of a pass with a loss; by name.
         scale: of the loss whose derivatives the statistics are of, relative to the summed negative
-            log-likelihood; None if it is not proportional to that, and they are of no use.
+            log-likelihood; None if it is not seen to be proportional, and they are of no use.
     """
 
     statistics: Statistics
@@ -81,8 +82,7 @@ class PurePass:
         loss: of the outputs and targets, or LIKELIHOOD for the mean negative log-likelihood of a
             term; None for statistics alone.
         statistics: whether they are wanted.
-        one_backward: empirical statistics come from the loss's own backward, if it is proportional
-            to the likelihood's.
+        one_backward: empirical statistics come from the loss's own backward.
     """
 
     def __init__(
@@ -205,8 +205,10 @@ class PurePass:
             several = self.fisher == "exact"  # backwards, which notes do not outlive
             with noting(() if several else leaves.sources.factors) as notes:
                 outputs = self.outputs(leaves, inputs)
+            together = self.together(outputs)
             with no_autocast():
-                result, made = self._statistics(leaves, outputs, targets, seed, notes)
+                record = self._all if together else self._statistics
+                result, made = record(leaves, outputs, targets, seed, notes)
                 if self.loss is None:
                     return result
                 if result.loss is None:
@@ -215,10 +217,21 @@ class PurePass:
                     result = replace(result, loss=loss.detach(), gradients=gradients)
         return replace(result, buffers=self.buffers(leaves))
 
+    def together(self, outputs: Any) -> bool:
+        """Whether one backward brings statistics and gradients.
+
+        In float16, what is in the scale of a mean may vanish.
+        """
+        kinds = {t.dtype for t in output_tensors(outputs)}
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                kinds.add(torch.get_autocast_dtype(kind))
+        return self.one_backward and torch.float16 not in kinds
+
     def _statistics(
         self, leaves: Leaves, outputs: Any, targets: Any, seed: int, notes: Sequence[Note]
     ) -> tuple[Result, Predictive | None]:
-        """The statistics, with loss and gradients if one backward brings all."""
+        """The statistics, and what the likelihood says if it was asked."""
         if not self.uses_terms:
             return Result({}, 0.0, 0.0, True), None
         observation = Observation(self.likelihood, outputs, targets, leaves.sources, notes)
@@ -226,18 +239,29 @@ class PurePass:
             _, made = observation.made.of_all(self.workers, "loss")
             return Result({}, 0.0, 0.0, True), made
         finite = observation.agree(self.workers)
+        found = observation.record(self.fisher, seed) if finite else {}
+        own = self._named(leaves, found)
+        return Result(own, observation.count, observation.total, finite), observation.made
+
+    def _all(
+        self, leaves: Leaves, outputs: Any, targets: Any, seed: int, notes: Sequence[Note]
+    ) -> tuple[Result, Predictive | None]:
+        """``_statistics`` with loss and gradients, by one backward."""
+        observation = Observation(self.likelihood, outputs, targets, leaves.sources, notes)
+        finite, made = observation.agree(self.workers), observation.made
         result = Result({}, observation.count, observation.total, finite)
-        found: Statistics = {}
-        if finite and self.one_backward:
-            loss, wrt = self.loss_of(outputs, targets, observation.made), self.trained(leaves)
-            found, gradients, scale = observation.record_with(loss, [*wrt.values()])
-            result = replace(result, loss=loss.detach(), scale=scale)
-            result = replace(result, gradients=_there(wrt, gradients))
-        elif finite:
-            found = observation.record(self.fisher, seed)
+        if not finite:
+            return result, made
+        loss, wrt = self.loss_of(outputs, targets, made), self.trained(leaves)
+        numbers = compared(loss, made.nll(), outputs)
+        found, gradients = observation.record_with(loss, [*wrt.values()])
+        result = replace(result, loss=loss.detach(), gradients=_there(wrt, gradients))
+        return replace(result, statistics=self._named(leaves, found), scale=scale_of(numbers)), made
+
+    def _named(self, leaves: Leaves, found: Statistics) -> Statistics:
+        """By the module's tensors in place of the leaves."""
         pairs = zip(self.own, leaves.wanted, strict=True)
-        own = {id(mine): found[id(leaf)] for mine, leaf in pairs if id(leaf) in found}
-        return replace(result, statistics=own), observation.made
+        return {id(mine): found[id(leaf)] for mine, leaf in pairs if id(leaf) in found}
 
     def found(
         self, leaves: Leaves, made: Predictive, draws: Sequence[Tensor], select: Tensor | None

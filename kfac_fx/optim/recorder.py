@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from kfac_fx.optim.observation import (
 from kfac_fx.optim.predictive import output_tensors
 from kfac_fx.optim.pure import Loss, PurePass, Result
 from kfac_fx.optim.sources import Statistics, by_calls, sources_of
+from kfac_fx.optim.streams import forked
 from kfac_fx.optim.task import Forward, run_network
 from kfac_fx.optim.workers import Workers, drawn_seed
 
@@ -129,9 +131,12 @@ class Recorder:
                 return plain(inputs, targets, 0), True
             found = recording(inputs, targets, self._seed())
             if found.finite and found.scale is None:
-                log.info("the loss is not the likelihood's: statistics take one backward more")
-                recording = self._make(loss=loss, one_backward=False)
-                found = recording(inputs, targets, self._seed())
+                with forked(self.net.parameters()):
+                    own = self._pass.pure.run(inputs, targets, self._seed())
+                found = replace(found, statistics=own.statistics, scale=1.0)
+                if found.loss is not None and bool(found.loss.isfinite()):
+                    log.info("statistics take a backward of their own: the loss has other parts")
+                    recording = self._make(loss=loss, one_backward=False)
             return found, self._add(found)
 
         return run
