@@ -264,6 +264,14 @@ def test_random_operators_on_results_of_others(caplog: pytest.LogCaptureFixture)
     torch.testing.assert_close(runs[0], runs[1], rtol=1e-9, atol=1e-12)
 
 
+def test_the_exact_fisher_of_a_convolution_is_a_program() -> None:
+    """Its A does not depend on the derivative, of which there are several."""
+    net = kfac_fx.transform(nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(27, 3)))
+    pre = preconditioner(net, fisher="exact", compile="eager")
+    pre.observe(inputs=torch.randn(4, 2, 5, 5))
+    assert None not in programs(pre) and programs(pre)
+
+
 def test_the_gradient_of_kfac_is_compiled() -> None:
     """As one graph of the network, that serves all steps."""
     graphs: list[fx.GraphModule] = []

@@ -162,6 +162,15 @@ class ConvolutionStatistics:
         return total / positions if divide else total
 
     def _input_factor(self, x: Tensor, outputs: Sequence[int]) -> Tensor:
+        if not traced() or x.device.type != "cpu":
+            return self.formed(x, outputs)
+        # A compiler's own loops over patches are no faster, and take minutes to compile.
+        operator = torch.ops.kfac_fx.convolution_inputs.default
+        found: Tensor = operator(x, list(outputs), *self._literals())
+        return found
+
+    def formed(self, x: Tensor, outputs: Sequence[int]) -> Tensor:
+        """A [groups, ...] for these output positions, operator by operator."""
         axes = self.window.axes(x) if isinstance(self.window, Window) else None
         plain = not self.reduce and not self.diagonal[0] and suits(x)
         if axes is None or not plain or not is_cheaper(len(x), axes):
@@ -204,17 +213,6 @@ class ConvolutionStatistics:
     ) -> list[Tensor | None]:
         (x,) = tensors
         assert x is not None
-        if traced() and g.device.type == "cpu":
-            # A compiler's own loops over patches are no faster, and take minutes to compile.
-            operator = torch.ops.kfac_fx.convolution_statistics.default
-            found = iter(operator(g, x, list(wanted), dtype, *self._literals()))
-            return [next(found) if there else None for there in wanted]
-        return self.formed(g, x, wanted, dtype)
-
-    def formed(
-        self, g: Tensor, x: Tensor, wanted: Sequence[bool], dtype: torch.dtype
-    ) -> list[Tensor | None]:
-        """Operator by operator; see ``Statistics``."""
         spatial = len(self.window.kernel)
         if g.dim() == spatial + 1:  # one case without its batch dimension
             g, x = g.unsqueeze(0), x.unsqueeze(0)
@@ -261,20 +259,17 @@ def _statistics(
     return ConvolutionStatistics(window, groups, bias, reduce, (inputs, gradients), one)
 
 
-def _formed(
-    g: Tensor, x: Tensor, wanted: list[bool], dtype: torch.dtype, *options: Any
-) -> list[Tensor]:
-    found = _statistics(*options).formed(g, x, wanted, dtype)
-    return [value.contiguous() for value in found if value is not None]
+def _formed(x: Tensor, outputs: Sequence[int], *options: Any) -> Tensor:
+    return _statistics(*options).formed(x, outputs).contiguous()
 
 
 LIBRARY.define(
-    "convolution_statistics(Tensor g, Tensor x, bool[] wanted, ScalarType dtype, int[] kernel, "
-    "int[] stride, int[] dilation, int[] padding, str padding_mode, int groups, bool bias, "
-    "bool reduce, bool[] diagonal, float one) -> Tensor[]"
+    "convolution_inputs(Tensor x, SymInt[] outputs, int[] kernel, int[] stride, int[] dilation, "
+    "int[] padding, str padding_mode, int groups, bool bias, bool reduce, bool[] diagonal, "
+    "float one) -> Tensor"
 )
-LIBRARY.impl("convolution_statistics", _formed, "CPU")
-torch.library.register_fake("kfac_fx::convolution_statistics", _formed, lib=LIBRARY)
+LIBRARY.impl("convolution_inputs", _formed, "CPU")
+torch.library.register_fake("kfac_fx::convolution_inputs", _formed, lib=LIBRARY)
 
 
 def _tap(
