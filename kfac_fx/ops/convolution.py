@@ -273,27 +273,15 @@ torch.library.register_fake("kfac_fx::convolution_inputs", _formed, lib=LIBRARY)
 
 
 def _tap(
-    y: Tensor,
-    x: Tensor,
-    A: Tensor,
-    G: Tensor,
-    positions: Tensor | None,
-    kernel: list[int],
-    stride: list[int],
-    dilation: list[int],
-    padding: list[int],
-    padding_mode: str,
-    groups: int,
-    bias: bool,
-    reduce: bool,
+    y: Tensor, x: Tensor, A: Tensor, G: Tensor, positions: Tensor | None, *options: Any
 ) -> Tensor:
     factors = [A, G] if positions is None else [A, G, positions]
     if not recording(factors):
         return y
+    *_, groups, _, _ = options
     vector = 1 + (groups > 1)
     diagonal = (A.dim() == vector, G.dim() == vector)
-    reads = kernel, stride, dilation, padding, padding_mode
-    statistics = _statistics(*reads, groups, bias, reduce, diagonal)
+    statistics = _statistics(*[*options, diagonal])
     return tapped(y, statistics, [x], factors)
 
 

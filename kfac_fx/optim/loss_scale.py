@@ -79,6 +79,11 @@ class _Expected(NamedTuple):
     derivative: Tensor
     terms: float
 
+    @property
+    def tells(self) -> bool:
+        """See ``tells``."""
+        return tells(float(self.derivative.square().sum()), self.terms)
+
 
 class LossScale:
     """Compares the loss's derivatives in the outputs with those of the likelihood.
@@ -114,8 +119,7 @@ class LossScale:
     def _compare(self, seen: Mapping[int, Tensor | None]) -> tuple[Comparison, float]:
         """The comparison, and the terms in it."""
         expected = self._expected
-        power = float(expected.derivative.square().sum())
-        if expected.cases.step and not tells(power, expected.terms):  # ignored targets, say
+        if expected.cases.step and not expected.tells:  # ignored targets, say
             expected = self._derivative(slice(None))
         outputs = enumerate(output_tensors(self._outputs))
         found = [torch.zeros_like(o) if (g := seen.get(i)) is None else g for i, o in outputs]

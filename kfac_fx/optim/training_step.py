@@ -20,7 +20,7 @@ class TrainingStep:
     step(inputs, targets)``, ``preconditioner.step()``, then the optimizer's own step.
 
     fisher="empirical" takes no backward of its own, unless the loss turns out to be another than a
-    multiple of the negative log-likelihood, which the statistics are of.
+    multiple of the negative log-likelihood, which the statistics are of, or float16 is in use.
 
     Args:
         preconditioner: gets the statistics; ``observe`` is not called any more.
