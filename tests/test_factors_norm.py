@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import oracles
 import pytest
 import torch
@@ -11,6 +13,7 @@ from oracles import LIKELIHOODS, Bernoulli, Categorical, Likelihood, Measure, No
 from torch import Tensor, nn
 
 import kfac_fx
+from kfac_fx.ops import parts
 
 pytestmark = pytest.mark.usefixtures("float64")
 both_fishers = pytest.mark.parametrize("fisher", ["exact", "empirical"])
@@ -93,6 +96,15 @@ def test_batch_norm_in_training(
     factors = measure(kfac_fx.transform(model), x, y, likelihood, fisher).factors
     want = oracles.batch_norm_covariance(model, "norm", x, y, likelihood, fisher)
     close(factors["norm"], (want,))
+
+
+@pytest.mark.parametrize("kind", [*NORMS, *BATCH_NORMS])
+def test_some_cases_at_once(measure: Measure, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As large batches are read: parts of two cases, and a rest."""
+    _, shape = (NORMS | BATCH_NORMS)[kind]
+    monkeypatch.setattr(parts, "AT_ONCE", 2 * math.prod(shape))
+    check = test_independent_cases if kind in NORMS else test_batch_norm_in_training
+    check(measure, kind, likelihood=Categorical(), fisher="empirical")
 
 
 class FunctionalNorms(nn.Module):

@@ -200,9 +200,10 @@ def test_a_step_that_was_no_good_is_undone_exactly() -> None:
     model = conv_net()
     optimizer = kfac_fx.KFAC(kfac_fx.transform(model), damping=1.0)
     x, y = task(32, (1, 6, 6))
-    for _ in range(3):
+    for _ in range(2):
         optimizer.step(x, y)
-    before = [p.clone() for p in optimizer._last.parameters.values()]
+    before = [p.clone() for p in model.parameters()]
+    optimizer.step(x, y)
     damping = optimizer.diagnostics["damping"]
     with torch.no_grad():
         for p in model.parameters():  # as if the last step had gone wrong
@@ -245,18 +246,6 @@ def test_groups_and_schedulers() -> None:
     schedule.step()
     assert [group["lr"] for group in optimizer.param_groups] == [0.025, 0.05]
     assert torch.equal(model[4].weight, last)  # in no group
-
-
-def test_trust_region_bounds_the_step() -> None:
-    model = mlp()
-    net = kfac_fx.transform(model)
-    optimizer = kfac_fx.KFAC(net, lr=10.0, momentum=0.0, damping=0.1, trust_region=1e-3)
-    x, y = task()
-    before = {n: p.clone() for n, p in model.named_parameters()}
-    optimizer.step(x, y)
-    assert optimizer.diagnostics["trust"] < 1
-    moved = {n: p - before[n] for n, p in model.named_parameters()}
-    assert all(value.norm() > 0 for value in moved.values())
 
 
 @pytest.mark.parametrize(

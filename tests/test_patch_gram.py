@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kfac_fx
-from kfac_fx.ops import autocorrelation, convolution
+from kfac_fx.ops import convolution, parts
 from kfac_fx.ops import cross_input as crossed
 from kfac_fx.ops.alignment import pooled
 from kfac_fx.ops.autocorrelation import (
@@ -213,7 +213,7 @@ def test_many_cases_are_correlated_some_at_once(monkeypatch: pytest.MonkeyPatch)
     """In float32 at least, where the parts are added up."""
     x, axes = torch.randn(7, 4, 5, 6), [Axis(5, 3, 1, 1, 1), Axis(6, 3, 1, 1, 1)]
     whole = patch_gram(x, axes, 2)
-    monkeypatch.setattr(autocorrelation, "AT_ONCE", 2 * x[0].numel())
+    monkeypatch.setattr(parts, "AT_ONCE", 2 * x[0].numel())
     found = patch_gram(x, axes, 2)
     torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-4)
     low = patch_gram(x.bfloat16(), axes, 2)

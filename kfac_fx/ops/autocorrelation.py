@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kfac_fx.linalg.precision import products_are_rounded, unrounded
-from kfac_fx.ops.modes import functional, traced
+from kfac_fx.ops.modes import traced
+from kfac_fx.ops.parts import parts
 
 
 class Axis(NamedTuple):
@@ -93,11 +94,6 @@ CORRELATION = 2
 COPY = 50
 """Time of an entry of a patch, in multiply-adds."""
 
-AT_ONCE = 2**19
-"""Entries that a correlation on a CPU reads at once: its copies of more may be fresh memory each
-time, and first touches of their pages take longer than products.
-"""
-
 
 def _saves(cases: int, axes: Axes, others: Axes, lags: int, copies: float) -> bool:
     """Whether a correlation takes less time; in multiply-adds an entry of the result."""
@@ -160,7 +156,7 @@ def patch_gram(x: Tensor, axes: Axes, groups: int) -> Tensor:
     Returns:
         [groups, C / groups * kernel, the same], channels before kernel.
     """
-    lags = functools.reduce(Tensor.add_, (_autocorrelation(p, axes, groups) for p in _parts(x)))
+    lags = functools.reduce(Tensor.add_, (_autocorrelation(p, axes, groups) for (p,) in parts(x)))
     return _at_outputs(_everywhere(lags, axes, axes), (x, x), (axes, axes), groups)
 
 
@@ -232,14 +228,6 @@ def _everywhere(R: Tensor, axes: Axes, others: Axes) -> Tensor:
         there: Any = (..., *lags)
         result[place] = R[there].permute(order)
     return result
-
-
-def _parts(x: Tensor) -> Sequence[Tensor]:
-    """x, some cases at once."""
-    if x.is_cuda or functional(x) or x.numel() <= AT_ONCE:
-        return (x,)
-    parts: Sequence[Tensor] = x.split(max(1, AT_ONCE * len(x) // x.numel()))
-    return parts
 
 
 def _autocorrelation(x: Tensor, axes: Axes, groups: int) -> Tensor:

@@ -13,49 +13,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kfac_fx.ops.modes import functional
+from kfac_fx.ops.parts import parts
 from kfac_fx.ops.positions import case_covariance, case_rows
 from kfac_fx.ops.rows import Statistic
 from kfac_fx.ops.tap import define, recording, tapped
 
 
-def normalised(
-    x: Tensor,
-    mean: Tensor | None,
-    var: Tensor | None,
-    family: str,
-    shape: Sequence[int],
-    training: bool,
-    eps: float,
-) -> tuple[Tensor, Tensor | None]:
-    """xhat, what the layer would return with a scale of one and no shift; by parts, if it pays.
-
-    Args:
-        family: "batch", "layer", "group", "instance" or "rms".
-        shape: the normalised shape, or the number of groups.
-        training: statistics of the batch (instance) rather than the running ones.
-
-    Returns:
-        u and c [C] with xhat = c u, c for each channel; None for c = 1.
-    """
+def _within_cases(x: Tensor, family: str, shape: Sequence[int], eps: float) -> Tensor:
+    """xhat of a norm that looks at each case alone: with a scale of one and no shift."""
     if family == "layer":
-        return F.layer_norm(x, list(shape), eps=eps), None
+        return F.layer_norm(x, list(shape), eps=eps)
     if family == "rms":
-        return F.rms_norm(x, list(shape), eps=eps if eps >= 0 else None), None
+        return F.rms_norm(x, list(shape), eps=eps if eps >= 0 else None)
     if family == "group":
-        return F.group_norm(x, shape[0], eps=eps), None
-    if family == "instance" and training:
-        return F.instance_norm(x, eps=eps), None
-    lines = x.reshape(*x.shape[:2], -1)
-    if training:
-        mean = lines.mean(-1).mean(0)
-    assert mean is not None
-    centred = lines - mean.unsqueeze(-1)
-    if training:  # by the norm of what is centred: quicker than the kernels of batch_norm
-        squares = torch.linalg.vector_norm(centred, dim=-1).square()
-        # Traced by torch 2.11, the norm keeps a dimension of length one.
-        var = squares.reshape(lines.shape[:2]).mean(0) / lines.shape[-1]
-    assert var is not None
-    return centred.reshape(x.shape), torch.rsqrt(var + eps)
+        return F.group_norm(x, shape[0], eps=eps)
+    return F.instance_norm(x, eps=eps)
 
 
 @dataclass(frozen=True)
@@ -78,20 +51,57 @@ class ScaleShiftStatistics:
         wanted: Sequence[bool],
         dtype: torch.dtype,
     ) -> list[Statistic | None]:
-        x, mean, var = tensors
+        x, *moments = (None if t is None else t.to(dtype) for t in tensors)
         g = g.to(dtype)
         gradients = []
         if self.scale:
             assert x is not None
-            mean, var = (None if t is None else t.to(dtype) for t in (mean, var))
-            u, scale = normalised(
-                x.to(dtype), mean, var, self.family, self.shape, self.training, self.eps
-            )
-            sums = case_rows(g * u, self.channels).sum(1)
-            gradients.append(sums if scale is None else sums * scale)
+            apart = self.family == "batch" or (self.family == "instance" and not self.training)
+            gradients.append(self._by_channels(g, x, *moments) if apart else self._by_cases(g, x))
         if self.shift:
-            gradients.append(case_rows(g, self.channels).sum(1))
+            gradients.append(self._sums(g))
         return [case_covariance(torch.stack(gradients, 1), self.dim)]
+
+    def _by_cases(self, g: Tensor, x: Tensor) -> Tensor:
+        """[N, C]: sums over positions of g * xhat."""
+        one_case = 0 in [dim % x.dim() for dim in self.channels]
+        found = [
+            self._sums(_times(_within_cases(some, self.family, self.shape, self.eps), by))
+            for by, some in ([(g, x)] if one_case else parts(g, x))
+        ]
+        return torch.cat(found)
+
+    def _by_channels(self, g: Tensor, x: Tensor, mean: Tensor | None, var: Tensor | None) -> Tensor:
+        """The same of a norm by moments of whole channels; in training, of the batch's."""
+        if self.training:
+            mean = torch.cat([_lines(some).mean(-1) for _, some in parts(g, x)]).mean(0)
+        assert mean is not None
+        sums, squares = [], []
+        for by, some in parts(g, x):
+            centred = _lines(some) - mean.unsqueeze(-1)
+            if self.training:  # by the norm: quicker than the kernels of batch_norm
+                squared = torch.linalg.vector_norm(centred, dim=-1).square() / centred.shape[-1]
+                # Traced by torch 2.11, it keeps a dimension of length one.
+                squares.append(squared.reshape(some.shape[:2]))
+            sums.append(self._sums(_times(centred.reshape(some.shape), by)))
+        if self.training:
+            var = torch.cat(squares).mean(0)
+        assert var is not None
+        return torch.cat(sums) * torch.rsqrt(var + self.eps)
+
+    def _sums(self, t: Tensor) -> Tensor:
+        """[N, C]: over positions."""
+        return case_rows(t, self.channels).sum(1)
+
+
+def _lines(x: Tensor) -> Tensor:
+    """[N, C, positions]."""
+    return x.reshape(*x.shape[:2], -1)
+
+
+def _times(own: Tensor, other: Tensor) -> Tensor:
+    """The product, in the memory of the first, which nobody else needs, where that may be."""
+    return own * other if functional(own) or functional(other) else own.mul_(other)
 
 
 def _tap(

@@ -28,7 +28,12 @@ class LastStep:
 
     def take(self, parameters: Mapping[str, Tensor], buffers: Direction, update: Direction) -> None:
         """Makes the step, from buffers that were kept."""
-        self.parameters, self.buffers = cloned(parameters), buffers
+        if self.parameters.keys() == parameters.keys():
+            kept = [self.parameters[name] for name in parameters]
+            torch._foreach_copy_(kept, list(parameters.values()))
+        else:
+            self.parameters = cloned(parameters)
+        self.buffers = buffers
         torch._foreach_add_(list(parameters.values()), [update[name] for name in parameters])
         self.update = update
 

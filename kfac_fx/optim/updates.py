@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 from kfac_fx.optim.damping import DampingRule
@@ -28,7 +27,7 @@ class Situation(NamedTuple):
     Attributes:
         batch: (inputs, targets).
         gradient: of the objective with its l2 term.
-        previous: the last update; empty at first.
+        previous: the last update, empty at first; the new one may be written into it.
         options: of each parameter's group, by option and name.
     """
 
@@ -153,13 +152,17 @@ class ScheduledUpdate:
             self.inverse.keep_up(self.rule.total)
         rates, momenta = at.options["lr"], at.options["momentum"]
         proposal = self.inverse.apply(at.gradient)
-        step = {name: value * -rates[name] for name, value in proposal.items()}
         scale = 1.0
         if self.trust_region is not None:
-            scaled = {name: at.gradient[name] * rates[name] for name in step}
-            length = -float(inner_products([scaled, step])[0, 1])
+            scaled = {name: at.gradient[name] * rates[name] ** 2 for name in proposal}
+            length = float(inner_products([scaled, proposal])[0, 1])
             scale = min(1.0, (self.trust_region / max(length, 1e-300)) ** 0.5)
-            torch._foreach_mul_(list(step.values()), scale)
-        for name, previous in at.previous.items():
-            step[name].add_(previous, alpha=momenta[name])
+        step = {}
+        for name, value in proposal.items():
+            rate, previous = -rates[name] * scale, at.previous.get(name)
+            step[name] = (
+                value * rate
+                if previous is None
+                else previous.mul_(momenta[name]).add_(value, alpha=rate)
+            )
         return Update(step, 0.0, {"trust": scale})
