@@ -134,13 +134,12 @@ def test_distribution_that_draws_by_itself() -> None:
 
 
 def test_draws_follow_the_model() -> None:
-    """Draws from noise are torch's own where it draws so, and have the right frequencies."""
+    """Draws from noise are torch's own of a normal, and have the right frequencies."""
     logits = torch.tensor([0.3, -1.0, 2.0, 0.0]).expand(40_000, 4)
     categorical = D.Categorical(logits=logits)
     normal = D.Independent(D.Normal(logits, 0.5 * torch.ones_like(logits)), 1)
-    for distribution in (categorical, normal):
-        torch.manual_seed(7)
-        torch.testing.assert_close(drawn(distribution, 7), distribution.sample())
+    torch.manual_seed(7)
+    torch.testing.assert_close(drawn(normal, 7), normal.sample())
     bits = drawn(D.Independent(D.Bernoulli(logits=logits), 1), 7)
     torch.testing.assert_close(bits.mean(0), logits[0].sigmoid(), rtol=0, atol=0.01)
     counts = torch.bincount(drawn(categorical, 7), minlength=4) / len(logits)
