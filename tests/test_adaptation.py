@@ -6,8 +6,12 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
+import kfac_fx
+from kfac_fx.optim.averages import Entry
 from kfac_fx.optim.damping import LARGEST, DampingRule
+from kfac_fx.optim.outliers import SETTLED, TINY, Fit, fit
 from kfac_fx.optim.trust import PATIENCE, BatchTrust
 
 ETA, SMALLEST, T1, T2 = 0.01, 0.04, 5, 20
@@ -112,3 +116,42 @@ def test_statistics_are_taken_as_they_are_after_many_that_were_no_good(trust: Ba
     assert trust.widest == math.inf
     trust.fitted(True)
     assert trust.widest == 500.0
+
+
+def entry(recorded: int, size: float = 1.0) -> Entry:
+    """Of a layer whose averages A and G are multiples of the identity."""
+    net = kfac_fx.transform(nn.Linear(2, 3, bias=False))
+    (made,) = kfac_fx.Preconditioner(net)._inverse.averages.entries
+    for average in made.stored:
+        average.held.copy_(size * torch.eye(len(average.held)))
+    made.recorded = recorded
+    return made
+
+
+@pytest.mark.parametrize(
+    ("recorded", "A", "G", "expected"),
+    [
+        (SETTLED, 9.9, 9.9, Fit(False, False)),
+        (SETTLED, 10.1, 1.0, Fit(True, False)),
+        (SETTLED, 1.0, 10.1, Fit(True, False)),
+        (SETTLED, 1 / 10.1, 1 / 10.1, Fit(False, False)),
+        (1, 9.9, 1e9, Fit(False, False)),  # derivatives may start at zero
+        (1, 10.1, 1.0, Fit(True, False)),
+        (1, 1 / 10.1, 1.0, Fit(False, True)),
+        (1, 1 / 9.9, 1e-9, Fit(False, False)),
+        (1, TINY / 2, 1.0, Fit(False, False)),
+        (0, 1e9, 1e9, Fit(False, False)),
+    ],
+)
+def test_statistics_are_compared_with_their_averages(
+    recorded: int, A: float, G: float, expected: Fit
+) -> None:
+    new = [[A * torch.eye(2), G * torch.eye(3)]]
+    assert fit([entry(recorded)], new, 10.0) == expected
+
+
+def test_statistics_of_what_has_just_come_to_life() -> None:
+    new = [9.9 * TINY / 2**0.5 * torch.eye(2), torch.zeros(3, 3)]
+    assert not fit([entry(SETTLED, 0.0)], [new], 10.0).outlier
+    assert fit([entry(SETTLED, 0.0)], [[1.1 * new[0], new[1]]], 10.0).outlier
+    assert fit([entry(SETTLED)], [None], 10.0) == Fit(False, False)
