@@ -35,7 +35,7 @@ class Dense:
     ) -> None:
         self.model, self.likelihood, self.coupled = model, likelihood, coupled
         self.lam, self.gamma = damping, (damping + ETA) ** 0.5
-        self.k, self.average = 0, None
+        self.k, self.average, self.rho = 0, None, math.nan
         self.previous: Tensor | None = None
         self.inverse: Tensor | None = None
 
@@ -139,7 +139,7 @@ class Dense:
         self.previous, predicted = tried[best]
         self.move(self.previous)
         if self.k % T1 == 0:
-            rho = (self.objective(x, y) - before).item() / predicted
+            self.rho = rho = (self.objective(x, y) - before).item() / predicted
             omega = (19 / 20) ** T1
             if rho > 3 / 4:
                 self.lam = max(self.lam * omega, 1e-6)
@@ -181,6 +181,8 @@ def test_trajectory(likelihood: Likelihood, structure: str) -> None:
         dense.step(x, y)
         assert optimizer.diagnostics["damping"] == pytest.approx(dense.lam, rel=1e-12)
         assert optimizer.diagnostics["gamma"] == pytest.approx(dense.gamma, rel=1e-12)
+        if dense.k % T1 == 0:
+            assert optimizer.diagnostics["rho"] == pytest.approx(dense.rho, rel=1e-6)
         lambdas.add(dense.lam)
         for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
             torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)

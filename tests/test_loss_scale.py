@@ -40,10 +40,12 @@ def test_all_cases_where_those_compared_do_not_count() -> None:
     assert scale_of(ones, targets, 0.25) == pytest.approx(0.25, rel=1e-12)
 
 
-def test_another_loss_is_named(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(("c", "expected"), [(1.0, 1.0), (1 / CASES, 1 / CASES)])
+def test_another_loss_is_named(caplog: pytest.LogCaptureFixture, c: float, expected: float) -> None:
+    """It counts as a sum or as a mean, whatever is nearer."""
     weights = torch.rand(CASES, dtype=torch.float64)
     with caplog.at_level(logging.WARNING, "kfac_fx"):
-        scale_of(weights, torch.randint(CLASSES, (CASES,)), 1.0)
+        assert scale_of(weights, torch.randint(CLASSES, (CASES,)), c) == expected
     assert "not proportional" in caplog.text
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from itertools import islice
 from typing import Any, Protocol
 
@@ -13,8 +12,18 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from kfac_fx.errors import ObservationError
-from kfac_fx.ops import Note, Rows, Statistic, forget_passes, multiplied, noted_statistics, only
+from kfac_fx.ops import (
+    Note,
+    Rows,
+    Statistic,
+    deliveries,
+    forget_passes,
+    multiplied,
+    noted_statistics,
+    only,
+)
 from kfac_fx.optim.averages import all_finite
+from kfac_fx.optim.backwards import Backwards
 from kfac_fx.optim.likelihoods import Likelihood, Sum
 from kfac_fx.optim.loss_scale import LossScale
 from kfac_fx.optim.predictive import output_tensors, predictive, wide
@@ -161,7 +170,8 @@ class Observation:
         self._likelihood, self._outputs, self._targets = likelihood, outputs, targets
         self._handles: list[RemovableHandle] = []
         self._expected: LossScale | None = None
-        self._seen: dict[int, Tensor | None] = {}
+        self._backwards: Backwards | None = None
+        self._arrivals: list[int] = []
         self.gradients: Gradients = {}
 
     def agree(self, workers: Workers) -> bool:
@@ -224,21 +234,17 @@ class Observation:
 
     def watch(self) -> None:
         """Notes the training backward when it comes."""
-
-        def see(index: int, gradient: Tensor | None) -> None:
-            seen = self._seen.get(index)
-            self._seen[index] = gradient if seen is None or gradient is None else seen + gradient
-
-        for index, output in enumerate(output_tensors(self._outputs)):
-            if output.requires_grad:
-                self._handles.append(output.register_hook(partial(see, index)))
+        self._backwards = Backwards(output_tensors(self._outputs), self._delivered)
         for parameter in self.sources.parameters if self.expects else ():
-            self._handles += _watch_parameter(parameter, self.gradients)
+            self._handles += _watch_parameter(parameter, self.gradients, self._arrivals)
+
+    def _delivered(self) -> int:
+        return deliveries(self.sources.factors) + len(self._arrivals)
 
     @property
     def passed(self) -> bool:
         """Whether the training backward has come."""
-        return bool(self._seen)
+        return self._backwards is not None and self._backwards.passed
 
     def expect(self) -> None:
         """Prepares for statistics from the training backward."""
@@ -251,21 +257,26 @@ class Observation:
 
     def close(self) -> None:
         """Stops watching."""
+        if self._backwards is not None:
+            self._backwards.close()
         for handle in self._handles:
             handle.remove()
 
     def loss_scale(self) -> float:
-        """The factor between the loss and the summed negative log-likelihood of the targets."""
-        if not self._seen:
-            raise ObservationError("fisher='empirical' needs loss.backward() before step()")
-        if None in self._seen.values():
+        """The factor between the loss and the summed negative log-likelihood of the targets.
+
+        Raises:
+            ObservationError: no backward has come to the outputs, or several with statistics have.
+        """
+        assert self._expected is not None and self._backwards is not None
+        seen = self._backwards.recorded()
+        if None in seen.values():
             raise ObservationError(
                 "loss.backward() brought no derivative to the outputs: where the loss is compiled "
                 "into one graph with the network, use kfac_fx.TrainingStep, or compile the network "
                 "alone"
             )
-        assert self._expected is not None
-        return self._expected(self._seen)
+        return self._expected(seen)
 
 
 def squared(gradient: Tensor) -> Tensor:
@@ -275,7 +286,9 @@ def squared(gradient: Tensor) -> Tensor:
     return gradient.abs().square() if gradient.is_complex() else gradient.square()
 
 
-def _watch_parameter(parameter: Tensor, total: Gradients) -> list[RemovableHandle]:
+def _watch_parameter(
+    parameter: Tensor, total: Gradients, arrivals: list[int]
+) -> list[RemovableHandle]:
     """Adds up what backward() brings to a parameter; autograd.grad() brings nothing."""
     arrived: list[Tensor] = []
 
@@ -285,6 +298,7 @@ def _watch_parameter(parameter: Tensor, total: Gradients) -> list[RemovableHandl
     def accumulate(_: Tensor) -> None:
         key, more = id(parameter), arrived.pop()
         total[key] = total[key] + more if key in total else more.clone()
+        arrivals.append(key)
 
     return [
         parameter.register_hook(arrive),

@@ -190,6 +190,8 @@ class Preconditioner(CurvatureFaces):
         Raises:
             GradientError: no covered parameter has a gradient.
             StatisticsError: nothing was ever observed.
+            ObservationError: of empirical statistics, no backward has come to the outputs, or
+                several have.
             ParameterChangedError: see there.
         """
         guard = self._inverse.guard

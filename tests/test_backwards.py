@@ -1,0 +1,105 @@
+"""Which backward pass the empirical Fisher is of, where several come through one forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracles import close
+from torch import Tensor, nn
+
+import kfac_fx
+from kfac_fx.errors import ObservationError
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+class Untapped(nn.Module):
+    """A parameter that gets a diagonal from its whole gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.p = nn.Parameter(0.1 * torch.randn(3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ torch.linalg.matrix_exp(self.p)
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def losses(outputs: Tensor, y: Tensor) -> Tensor:
+    """Neither a sum nor a mean, so that their scale must be seen."""
+    return 3.0 * F.cross_entropy(outputs, y, reduction="none") / len(y)
+
+
+Train = Callable[[Tensor, Tensor, list[nn.Parameter]], None]
+
+
+def plainly(outputs: Tensor, y: Tensor, _: list[nn.Parameter]) -> None:
+    losses(outputs, y).sum().backward()
+
+
+def logged_before(outputs: Tensor, y: Tensor, parameters: list[nn.Parameter]) -> None:
+    torch.autograd.grad(losses(outputs, y)[0], parameters, retain_graph=True)
+    plainly(outputs, y, parameters)
+
+
+def logged_after(outputs: Tensor, y: Tensor, parameters: list[nn.Parameter]) -> None:
+    losses(outputs, y).sum().backward(retain_graph=True)
+    torch.autograd.grad(losses(outputs, y)[0], parameters)
+
+
+def by_halves(outputs: Tensor, y: Tensor, _: list[nn.Parameter]) -> None:
+    found = losses(outputs, y)
+    found[:4].sum().backward(retain_graph=True)
+    found[4:].sum().backward()
+
+
+def by_terms(outputs: Tensor, y: Tensor, _: list[nn.Parameter]) -> None:
+    loss = losses(outputs, y).sum()
+    (0.3 * loss).backward(retain_graph=True)
+    (0.7 * loss).backward()
+
+
+Recorder = tuple[nn.Module, kfac_fx.Preconditioner]
+
+
+def recorder(model: nn.Module) -> Recorder:
+    net = kfac_fx.transform(model)
+    return net, kfac_fx.Preconditioner(net, fisher="empirical")
+
+
+def recorded(recorder: Recorder, train: Train) -> list[Tensor]:
+    """The factors after a step on one batch."""
+    net, pre = recorder
+    torch.manual_seed(3)
+    x, y = torch.randn(8, 3), torch.randint(3, (8,))
+    outputs = net(x)
+    pre.observe(outputs, y)
+    train(outputs, y, [*net.parameters()])
+    pre.step()
+    return [factor.clone() for factors in pre.factors.values() for factor in factors]
+
+
+@pytest.mark.parametrize("build", [mlp, Untapped])
+@pytest.mark.parametrize("train", [logged_before, logged_after])
+def test_gradients_for_a_log_are_no_statistics(build: type[nn.Module], train: Train) -> None:
+    model = build()
+    want = recorded(recorder(model), plainly)
+    close(recorded(recorder(model), train), want)
+
+
+@pytest.mark.parametrize("build", [mlp, Untapped])
+@pytest.mark.parametrize("train", [by_halves, by_terms])
+def test_several_that_train_are_refused(build: type[nn.Module], train: Train) -> None:
+    """Nothing is recorded; the next step is as if nothing had been."""
+    model = build()
+    want = recorded(recorder(model), plainly)
+    one = recorder(model)
+    with pytest.raises(ObservationError, match="2 backward passes"):
+        recorded(one, train)
+    close(recorded(one, plainly), want)
