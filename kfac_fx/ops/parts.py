@@ -15,7 +15,7 @@ touches of its pages take longer than what is done with them.
 
 
 def parts(first: Tensor, *others: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    """All of them, cut alike along the cases; whole where that pays not, or cases are not told."""
+    """All of them, cut alike along the cases; whole on a GPU, under a compiler, and if small."""
     tensors = first, *others
     if first.is_cuda or any(map(functional, tensors)) or first.numel() <= AT_ONCE:
         return (tensors,)
