@@ -103,3 +103,34 @@ def test_several_that_train_are_refused(build: type[nn.Module], train: Train) ->
     with pytest.raises(ObservationError, match="2 backward passes"):
         recorded(one, train)
     close(recorded(one, plainly), want)
+
+
+class Twice(nn.Module):
+    """Calls a layer twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(torch.tanh(self.layer(x)))
+
+
+@pytest.mark.parametrize("build", [mlp, Twice])
+@pytest.mark.parametrize("second", ["none", "evaluated", "observed", "not observed"])
+def test_a_forward_that_was_not_observed_is_named(
+    build: type[nn.Module], second: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    net, pre = recorder(build())
+    outputs, y = net(torch.randn(8, 3)), torch.randint(3, (8,))
+    with torch.set_grad_enabled(second != "evaluated"):
+        other = outputs if second == "none" else net(torch.randn(8, 3))
+    if second == "observed":
+        outputs, y = torch.cat([outputs, other]), torch.cat([y, y])
+    pre.observe(outputs, y)
+    loss = losses(outputs, y).sum()
+    if second == "not observed":
+        loss = loss + other.square().sum()
+    loss.backward()
+    pre.step()
+    assert ("not observed" in caplog.text) == (second == "not observed")

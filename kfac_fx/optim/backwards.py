@@ -65,7 +65,10 @@ class Backwards:
         """
         self._end()
         if not self._seen:
-            raise ObservationError("fisher='empirical' needs loss.backward() before step()")
+            raise ObservationError(
+                "fisher='empirical' needs loss.backward() before step(), of a loss of the outputs "
+                "that observe() got"
+            )
         if len(self._recording) > 1:
             raise ObservationError(
                 f"{len(self._recording)} backward passes came through one forward, whose "

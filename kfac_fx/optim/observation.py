@@ -24,6 +24,7 @@ from kfac_fx.ops import (
 )
 from kfac_fx.optim.averages import all_finite
 from kfac_fx.optim.backwards import Backwards
+from kfac_fx.optim.behind import AFTER_BACKWARD
 from kfac_fx.optim.likelihoods import Likelihood, Sum
 from kfac_fx.optim.loss_scale import LossScale
 from kfac_fx.optim.predictive import output_tensors, predictive, wide
@@ -34,8 +35,6 @@ log = logging.getLogger("kfac_fx")
 
 
 Found = list[Tensor | None]
-
-AFTER_BACKWARD = "observe() must come before loss.backward(), which frees the graph it needs"
 
 
 def _derivatives(scalar: Tensor, places: Any, last: bool = False) -> Sequence[Tensor | None]:
@@ -304,36 +303,3 @@ def _watch_parameter(
         parameter.register_hook(arrive),
         parameter.register_post_accumulate_grad_hook(accumulate),
     ]
-
-
-def check_recorded(outputs: Sequence[Tensor], factors: Sequence[Tensor]) -> None:
-    """Whether the graph behind the outputs has a tap that records and is still there.
-
-    Raises:
-        ObservationError: it has none, or a backward pass has freed it.
-    """
-    wanted = {id(factor) for factor in factors}
-    todo = [output.grad_fn for output in outputs]
-    seen = set(todo)
-    while todo and wanted:
-        node = todo.pop()
-        for following, _ in node.next_functions if node is not None else ():
-            if id(getattr(following, "variable", None)) in wanted:
-                _check_alive(node)
-                return
-            if following is not None and following not in seen:
-                seen.add(following)
-                todo.append(following)
-    if wanted:
-        raise ObservationError(
-            "the outputs were not computed by the transformed module while it was recording: pass "
-            "what net(x) returned, computed after the Preconditioner was made and with gradients "
-            "enabled (another Preconditioner of the same module may have stopped the recording)"
-        )
-
-
-def _check_alive(tap: Any) -> None:
-    try:
-        _ = tap.saved_tensors
-    except RuntimeError as error:
-        raise ObservationError(AFTER_BACKWARD) from error
