@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -65,17 +65,18 @@ def by_terms(outputs: Tensor, y: Tensor, _: list[nn.Parameter]) -> None:
     (0.7 * loss).backward()
 
 
-Recorder = tuple[nn.Module, kfac_fx.Preconditioner]
+Recorded = tuple[Callable[[Tensor], Tensor], kfac_fx.Preconditioner]
 
 
-def recorder(model: nn.Module) -> Recorder:
+def recorder(model: nn.Module, compiled: bool = False) -> Recorded:
     net = kfac_fx.transform(model)
-    return net, kfac_fx.Preconditioner(net, fisher="empirical")
+    run = torch.compile(net, backend="aot_eager") if compiled else net
+    return run, kfac_fx.Preconditioner(run, fisher="empirical")
 
 
-def recorded(recorder: Recorder, train: Train) -> list[Tensor]:
+def recorded(one: Recorded, train: Train) -> list[Tensor]:
     """The factors after a step on one batch."""
-    net, pre = recorder
+    net, pre = one
     torch.manual_seed(3)
     x, y = torch.randn(8, 3), torch.randint(3, (8,))
     outputs = net(x)
@@ -85,24 +86,68 @@ def recorded(recorder: Recorder, train: Train) -> list[Tensor]:
     return [factor.clone() for factors in pre.factors.values() for factor in factors]
 
 
+@pytest.fixture(params=[False, True], ids=["eager", "compiled"])
+def compiled(request: pytest.FixtureRequest) -> Iterator[bool]:
+    with torch._functorch.config.patch(donated_buffer=False):
+        yield request.param
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("build", [mlp, Untapped])
 @pytest.mark.parametrize("train", [logged_before, logged_after])
-def test_gradients_for_a_log_are_no_statistics(build: type[nn.Module], train: Train) -> None:
+def test_gradients_for_a_log_are_no_statistics(
+    build: type[nn.Module], train: Train, compiled: bool
+) -> None:
     model = build()
     want = recorded(recorder(model), plainly)
-    close(recorded(recorder(model), train), want)
+    close(recorded(recorder(model, compiled), train), want)
 
 
 @pytest.mark.parametrize("build", [mlp, Untapped])
 @pytest.mark.parametrize("train", [by_halves, by_terms])
-def test_several_that_train_are_refused(build: type[nn.Module], train: Train) -> None:
-    """Nothing is recorded; the next step is as if nothing had been."""
+def test_several_that_train_are_refused(
+    build: type[nn.Module], train: Train, compiled: bool
+) -> None:
+    """Nothing is recorded, of an earlier micro-batch neither; the next step is as if at first."""
     model = build()
     want = recorded(recorder(model), plainly)
-    one = recorder(model)
+    net, pre = one = recorder(model, compiled)
+    x, y = torch.randn(8, 3), torch.randint(3, (8,))
+    outputs = net(x)
+    pre.observe(outputs, y)
+    losses(outputs, y).sum().backward()
     with pytest.raises(ObservationError, match="2 backward passes"):
         recorded(one, train)
     close(recorded(one, plainly), want)
+
+
+class Aside(nn.Module):
+    """A head beside the outputs, which is computed later, so that its backward comes first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.head, self.other = nn.Linear(3, 5), nn.Linear(5, 3), nn.Linear(5, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        z = torch.tanh(self.trunk(x))
+        return self.head(z), self.other(z)
+
+
+def test_a_log_before_a_backward_that_comes_to_other_taps_first() -> None:
+    def factors(log: bool) -> list[Tensor]:
+        torch.manual_seed(2)
+        net, pre = recorder(Aside())
+        y = torch.randint(3, (8,))
+        outputs, other = net(torch.randn(8, 3))
+        pre.observe(outputs, y)
+        loss = losses(outputs, y).sum()
+        if log:
+            torch.autograd.grad(loss, [*net.parameters()], retain_graph=True, allow_unused=True)
+        (loss + other.square().mean()).backward()
+        pre.step()
+        return [factor for factors in pre.factors.values() for factor in factors]
+
+    close(factors(log=True), factors(log=False))
 
 
 class Twice(nn.Module):

@@ -11,6 +11,7 @@ from oracles import close
 from torch import Tensor, nn
 
 import kfac_fx
+from kfac_fx.errors import LikelihoodError
 
 pytestmark = pytest.mark.usefixtures("float64")
 DAMPING, ETA = 0.3, 0.02
@@ -61,6 +62,15 @@ def test_steps_are_those_of_the_formula(trust_region: float | None) -> None:
         close(moved, previous)
         schedule.step()
     assert any(shortened) == (trust_region == 1e-4)
+
+
+def test_a_batch_that_is_refused_leaves_the_draws_as_they_were() -> None:
+    model = nn.Linear(4, 3)
+    optimizer = kfac_fx.KFAC(kfac_fx.transform(model), lr=0.1)
+    before = optimizer.generator.get_state()
+    with pytest.raises(LikelihoodError):
+        optimizer.step(torch.randn(16, 4), torch.randint(3, (15,)))
+    assert torch.equal(optimizer.generator.get_state(), before)
 
 
 def whole(layer: nn.Linear, gradient: bool = False) -> Tensor:

@@ -115,6 +115,14 @@ def test_classes_are_drawn_with_their_probabilities(dtype: torch.dtype) -> None:
     assert all(0 <= k < 3 for k in draw(lost, last).tolist())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_classes_are_drawn_from_low_precision(dtype: torch.dtype) -> None:
+    """Sums of many probabilities are not rounded to it."""
+    probs = torch.ones(2000, 5000, dtype=dtype)
+    found = drawn(D.Categorical(probs=probs, validate_args=False), seed=3)
+    assert len(found.unique()) > 1500  # of 1648 that are expected
+
+
 def test_generator_makes_draws_repeatable(measure: Measure) -> None:
     net, x, likelihood = kfac_fx.transform(Net()), torch.randn(6, 4), Categorical()
 

@@ -24,7 +24,6 @@ from kfac_fx.ops.notes import Note, noting
 from kfac_fx.ops.rows import Rows, Statistic, multiplied
 from kfac_fx.ops.same_input import forget_input
 from kfac_fx.ops.tap import (
-    deliveries,
     forget_passes,
     is_rounded,
     noted_statistics,
@@ -99,7 +98,6 @@ __all__ = [
     "convolution",
     "coupling",
     "cross_buffers",
-    "deliveries",
     "embedding",
     "embedding_bag",
     "factor_buffers",

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kfac_fx.linalg.precision import products_are_rounded, unrounded
 from kfac_fx.ops.modes import traced
-from kfac_fx.ops.parts import parts
+from kfac_fx.ops.parts import case_parts
 
 
 class Axis(NamedTuple):
@@ -156,7 +156,8 @@ def patch_gram(x: Tensor, axes: Axes, groups: int) -> Tensor:
     Returns:
         [groups, C / groups * kernel, the same], channels before kernel.
     """
-    lags = functools.reduce(Tensor.add_, (_autocorrelation(p, axes, groups) for (p,) in parts(x)))
+    found = (_autocorrelation(part, axes, groups) for (part,) in case_parts(x))
+    lags = functools.reduce(Tensor.add_, found)
     return _at_outputs(_everywhere(lags, axes, axes), (x, x), (axes, axes), groups)
 
 

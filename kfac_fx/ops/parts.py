@@ -14,8 +14,11 @@ touches of its pages take longer than what is done with them.
 """
 
 
-def parts(first: Tensor, *others: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    """All of them, cut alike along the cases; whole on a GPU, under a compiler, and if small."""
+def case_parts(first: Tensor, *others: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """All of them, of as many cases, cut alike along these; to be gone through once.
+
+    Whole on a GPU, under a compiler, and if small.
+    """
     tensors = first, *others
     if first.is_cuda or any(map(functional, tensors)) or first.numel() <= AT_ONCE:
         return (tensors,)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kfac_fx.ops.modes import functional
-from kfac_fx.ops.parts import parts
+from kfac_fx.ops.parts import case_parts
 from kfac_fx.ops.positions import case_covariance, case_rows
 from kfac_fx.ops.rows import Statistic
 from kfac_fx.ops.tap import define, recording, tapped
@@ -51,47 +51,55 @@ class ScaleShiftStatistics:
         wanted: Sequence[bool],
         dtype: torch.dtype,
     ) -> list[Statistic | None]:
-        x, *moments = (None if t is None else t.to(dtype) for t in tensors)
-        g = g.to(dtype)
+        x, *moments = tensors
         gradients = []
         if self.scale:
             assert x is not None
-            apart = self.family == "batch" or (self.family == "instance" and not self.training)
-            gradients.append(self._by_channels(g, x, *moments) if apart else self._by_cases(g, x))
+            by_channels = self.family == "batch" or (
+                self.family == "instance" and not self.training
+            )
+            gradients.append(
+                self._by_channels(g, x, *moments, dtype=dtype)
+                if by_channels
+                else self._by_cases(g, x, dtype)
+            )
         if self.shift:
-            gradients.append(self._sums(g))
+            gradients.append(self._sums(g, dtype))
         return [case_covariance(torch.stack(gradients, 1), self.dim)]
 
-    def _by_cases(self, g: Tensor, x: Tensor) -> Tensor:
+    def _by_cases(self, g: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
         """[N, C]: sums over positions of g * xhat."""
-        one_case = 0 in [dim % x.dim() for dim in self.channels]
-        found = [
-            self._sums(_times(_within_cases(some, self.family, self.shape, self.eps), by))
-            for by, some in ([(g, x)] if one_case else parts(g, x))
-        ]
+        one_case = 0 in [dim % x.dim() for dim in self.channels]  # the first dimension is a feature
+        found = []
+        for by, some in [(g, x)] if one_case else case_parts(g, x):
+            u = _within_cases(some.to(dtype), self.family, self.shape, self.eps)
+            found.append(self._sums(_times(u, by), dtype))
         return torch.cat(found)
 
-    def _by_channels(self, g: Tensor, x: Tensor, mean: Tensor | None, var: Tensor | None) -> Tensor:
+    def _by_channels(
+        self, g: Tensor, x: Tensor, mean: Tensor | None, var: Tensor | None, *, dtype: torch.dtype
+    ) -> Tensor:
         """The same of a norm by moments of whole channels; in training, of the batch's."""
         if self.training:
-            mean = torch.cat([_lines(some).mean(-1) for _, some in parts(g, x)]).mean(0)
+            means = [_lines(some).mean(-1, dtype=dtype) for _, some in case_parts(g, x)]
+            mean = torch.cat(means).mean(0)
         assert mean is not None
         sums, squares = [], []
-        for by, some in parts(g, x):
-            centred = _lines(some) - mean.unsqueeze(-1)
+        for by, some in case_parts(g, x):
+            centred = _lines(some).to(dtype) - mean.to(dtype).unsqueeze(-1)
             if self.training:  # by the norm: quicker than the kernels of batch_norm
                 squared = torch.linalg.vector_norm(centred, dim=-1).square() / centred.shape[-1]
                 # Traced by torch 2.11, it keeps a dimension of length one.
                 squares.append(squared.reshape(some.shape[:2]))
-            sums.append(self._sums(_times(centred.reshape(some.shape), by)))
+            sums.append(self._sums(_times(centred.reshape(some.shape), by), dtype))
         if self.training:
             var = torch.cat(squares).mean(0)
         assert var is not None
-        return torch.cat(sums) * torch.rsqrt(var + self.eps)
+        return torch.cat(sums) * torch.rsqrt(var.to(dtype) + self.eps)
 
-    def _sums(self, t: Tensor) -> Tensor:
+    def _sums(self, t: Tensor, dtype: torch.dtype) -> Tensor:
         """[N, C]: over positions."""
-        return case_rows(t, self.channels).sum(1)
+        return case_rows(t, self.channels).sum(1, dtype=dtype)
 
 
 def _lines(x: Tensor) -> Tensor:
@@ -101,6 +109,7 @@ def _lines(x: Tensor) -> Tensor:
 
 def _times(own: Tensor, other: Tensor) -> Tensor:
     """The product, in the memory of the first, which nobody else needs, where that may be."""
+    other = other.to(own.dtype)
     return own * other if functional(own) or functional(other) else own.mul_(other)
 
 

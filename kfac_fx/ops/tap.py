@@ -90,11 +90,6 @@ def passes(factor: Tensor) -> int:
     return found
 
 
-def deliveries(factors: Iterable[Tensor]) -> int:
-    """How many statistics taps have delivered of these factors since ``forget_passes``."""
-    return sum(_passes.get(factor, 0) for factor in factors)
-
-
 def forget_passes(factors: Iterable[Tensor]) -> None:
     """Starts counting anew."""
     for factor in factors:

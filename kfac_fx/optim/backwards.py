@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 import torch
@@ -20,37 +20,38 @@ class Backwards:
 
     Args:
         outputs: of the forward.
-        delivered: how many statistics have come so far.
+        sources: leaves that statistics are accumulated in, as gradients.
+
+    Attributes:
+        nested: whether statistics came in runs inside of others (reentrant checkpoints).
     """
 
-    def __init__(self, outputs: Sequence[Tensor], delivered: Callable[[], int]) -> None:
-        self._delivered = delivered
-        self._run, self._before = -1, 0
-        self._seen: Seen = {}
-        self._recording: list[Seen] = []
+    def __init__(self, outputs: Sequence[Tensor], sources: Iterable[Tensor]) -> None:
+        self._seen: dict[int, Seen] = {}
+        self._arrived: list[tuple[int, int]] = []
+        self._last = -1
         self._handles: list[RemovableHandle] = [
             output.register_hook(partial(self._see, index))
             for index, output in enumerate(outputs)
             if output.requires_grad
         ]
+        self._handles += [s.register_post_accumulate_grad_hook(self._arrive) for s in sources]
 
     def _see(self, index: int, gradient: Tensor | None) -> None:
-        run = torch._C._current_graph_task_id()
-        if run != self._run:
-            self._end()
-            self._run, self._before, self._seen = run, self._delivered(), {}
-        self._seen[index] = gradient
+        self._last = torch._C._current_graph_task_id()
+        self._seen.setdefault(self._last, {})[index] = gradient
 
-    def _end(self) -> None:
-        """Of a run: it counts if statistics came."""
-        if self._seen and self._delivered() > self._before:
-            self._recording.append(self._seen)
-            self._before = self._delivered()
+    def _arrive(self, _: Tensor) -> None:
+        self._arrived.append((torch._C._current_graph_task_id(), self._last))
 
     @property
     def passed(self) -> bool:
         """Whether one has come."""
         return bool(self._seen)
+
+    @property
+    def nested(self) -> bool:
+        return any(run not in self._seen for run, _ in self._arrived)
 
     def close(self) -> None:
         """Stops watching."""
@@ -58,21 +59,21 @@ class Backwards:
             handle.remove()
 
     def recorded(self) -> Seen:
-        """What came to the outputs in the one that brought statistics.
+        """What came to the outputs in the one that brought statistics; if none did, in the last.
 
         Raises:
             ObservationError: none came, or several that brought statistics did.
         """
-        self._end()
         if not self._seen:
             raise ObservationError(
                 "fisher='empirical' needs loss.backward() before step(), of a loss of the outputs "
                 "that observe() got"
             )
-        if len(self._recording) > 1:
+        # A run that came to no output is nested in the one that came to them last.
+        runs = {run if run in self._seen else outer for run, outer in self._arrived} - {-1}
+        if len(runs) > 1:
             raise ObservationError(
-                f"{len(self._recording)} backward passes came through one forward, whose "
-                "statistics cannot be told apart: add the losses up and call backward() once, or "
-                "use fisher='sampled'"
+                f"{len(runs)} backward passes came through one forward, whose statistics cannot be "
+                "told apart: add the losses up and call backward() once, or use fisher='sampled'"
             )
-        return self._recording[0] if self._recording else self._seen
+        return self._seen[runs.pop() if runs else self._last]

@@ -39,7 +39,7 @@ def noise_of(distribution: D.Distribution) -> Noise | None:
     if isinstance(base, D.Normal) and sample is D.Normal.sample:
         return _noise_like("normal", base.loc)
     if isinstance(base, D.Categorical) and sample is D.Categorical.sample:
-        if base.probs.is_cuda:
+        if _races(base.probs):
             return _noise_like("exponential", base.probs)
         return _noise_like("uniform", base.probs[..., 0])
     if isinstance(base, D.Bernoulli) and sample is D.Bernoulli.sample:
@@ -48,33 +48,40 @@ def noise_of(distribution: D.Distribution) -> Noise | None:
 
 
 def _noise_like(kind: str, like: Tensor) -> Noise:
-    return Noise(kind, like.shape, like.dtype, like.device)
+    wide = torch.promote_types(like.dtype, torch.float32)
+    return Noise(kind, like.shape, wide, like.device)
 
 
 def draw(distribution: D.Distribution, noise: Tensor) -> Tensor:
     """Targets y ~ p from a noise of ``noise_of(distribution)``."""
     base = _base(distribution)
     if isinstance(base, D.Categorical):
-        by_race = noise.shape == base.probs.shape
-        return (base.probs / noise).argmax(-1) if by_race else _inverted(base.probs, noise)
+        if _races(base.probs):
+            return (base.probs / noise).argmax(-1)
+        return _inverted(base.probs, noise)
     if isinstance(base, D.Bernoulli):
         return (noise < base.probs).to(noise.dtype)
     assert isinstance(base, D.Normal)
     return base.loc + base.scale * noise
 
 
-def _inverted(probs: Tensor, noise: Tensor) -> Tensor:
-    """The class at which the distribution function passes a uniform number.
+def _races(probs: Tensor) -> bool:
+    """Whether exponential clocks of all classes race, as torch.multinomial has them.
 
-    One number a case: exponential clocks of all classes, as torch.multinomial has them race, take a
-    CPU 10 to 20 times as long. On a GPU they race, for sums in parallel need not be monotone there,
-    and a class of probability zero could be drawn.
+    On a CPU they take 10 to 20 times as long as inversion. Elsewhere sums in parallel need not be
+    monotone, and inversion might draw a class of probability zero.
     """
-    sums = probs.cumsum(-1)
+    return probs.device.type != "cpu"
+
+
+def _inverted(probs: Tensor, noise: Tensor) -> Tensor:
+    """The class at which the distribution function passes a uniform number, one a case."""
+    wide = torch.promote_types(probs.dtype, torch.float32)
+    sums = probs.cumsum(-1, dtype=wide)
     # Numbers below one stay below the total, rounded too: a class follows that adds to the sum.
     reached = noise.unsqueeze(-1) * sums[..., -1:]
     found = torch.searchsorted(sums, reached, right=True).squeeze(-1)
-    return found.clamp_max(probs.shape[-1] - 1)  # of NaN, which others tell
+    return found.clamp_max(probs.shape[-1] - 1)  # NaNs are found elsewhere, but may not lead astray
 
 
 @torch.no_grad()

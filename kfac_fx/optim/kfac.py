@@ -168,6 +168,7 @@ class KFAC(CurvatureFaces, Optimizer):
         """
         self._inverse.guard.check()
         running, iteration = self._task.snapshot(), self._iteration
+        draws = self.generator.get_state()
         with self._held.open():
             try:
                 return self._iterate(inputs, targets, running)
@@ -175,6 +176,7 @@ class KFAC(CurvatureFaces, Optimizer):
                 self._recorder.switch(False)
                 self._task.restore(running)
                 self._iteration = iteration
+                self.generator.set_state(draws)
                 raise
 
     def _iterate(self, inputs: Any, targets: Any, running: Direction) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from typing import Any, Protocol
@@ -16,11 +17,11 @@ from kfac_fx.ops import (
     Note,
     Rows,
     Statistic,
-    deliveries,
     forget_passes,
     multiplied,
     noted_statistics,
     only,
+    passes,
 )
 from kfac_fx.optim.averages import all_finite
 from kfac_fx.optim.backwards import Backwards
@@ -149,6 +150,7 @@ class Observation:
 
     Attributes:
         made: the likelihood's distributions, of all processes once they agree.
+        behind: how many taps of each factor are behind the outputs; None to leave that unasked.
         count: number of likelihood terms, or the sum of their weights, to divide G by.
         total: the same of all processes.
         gradients: what the training backward brought to the parameters without a tap. Their
@@ -170,7 +172,7 @@ class Observation:
         self._handles: list[RemovableHandle] = []
         self._expected: LossScale | None = None
         self._backwards: Backwards | None = None
-        self._arrivals: list[int] = []
+        self.behind: Counter[int] | None = None
         self.gradients: Gradients = {}
 
     def agree(self, workers: Workers) -> bool:
@@ -233,12 +235,11 @@ class Observation:
 
     def watch(self) -> None:
         """Notes the training backward when it comes."""
-        self._backwards = Backwards(output_tensors(self._outputs), self._delivered)
-        for parameter in self.sources.parameters if self.expects else ():
-            self._handles += _watch_parameter(parameter, self.gradients, self._arrivals)
-
-    def _delivered(self) -> int:
-        return deliveries(self.sources.factors) + len(self._arrivals)
+        own = self.sources if self.expects else None
+        leaves = [*own.gradients, *own.parameters] if own else []
+        self._backwards = Backwards(output_tensors(self._outputs), leaves)
+        for parameter in own.parameters if own else ():
+            self._handles += _watch_parameter(parameter, self.gradients)
 
     @property
     def passed(self) -> bool:
@@ -260,6 +261,13 @@ class Observation:
             self._backwards.close()
         for handle in self._handles:
             handle.remove()
+
+    @property
+    def strays(self) -> bool:
+        """Whether taps delivered more often than there are taps behind the outputs."""
+        if self.behind is None or self._backwards is None or self._backwards.nested:
+            return False
+        return any(passes(f) > self.behind[id(f)] > 0 for f in self.sources.factors)
 
     def loss_scale(self) -> float:
         """The factor between the loss and the summed negative log-likelihood of the targets.
@@ -285,9 +293,7 @@ def squared(gradient: Tensor) -> Tensor:
     return gradient.abs().square() if gradient.is_complex() else gradient.square()
 
 
-def _watch_parameter(
-    parameter: Tensor, total: Gradients, arrivals: list[int]
-) -> list[RemovableHandle]:
+def _watch_parameter(parameter: Tensor, total: Gradients) -> list[RemovableHandle]:
     """Adds up what backward() brings to a parameter; autograd.grad() brings nothing."""
     arrived: list[Tensor] = []
 
@@ -297,7 +303,6 @@ def _watch_parameter(
     def accumulate(_: Tensor) -> None:
         key, more = id(parameter), arrived.pop()
         total[key] = total[key] + more if key in total else more.clone()
-        arrivals.append(key)
 
     return [
         parameter.register_hook(arrive),

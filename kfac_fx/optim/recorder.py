@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import nn
 
 from kfac_fx.errors import ObservationError, UnknownOptionError
-from kfac_fx.ops import forget_input, forget_passes, passes, pause, resume, switch
+from kfac_fx.ops import forget_input, forget_passes, pause, resume, switch
 from kfac_fx.optim.averages import Entry
 from kfac_fx.optim.behind import calls, check_recorded
 from kfac_fx.optim.compiled import CompiledPass
@@ -68,7 +67,7 @@ class Recorder:
         self._workers = workers
         self._sources = sources_of(entries)
         self._observation: Observation | None = None
-        self._behind: Counter[int] | None = None
+        self._compared = False
         self._statistics = StepStatistics(self._sources, workers)
         self._make: Callable[..., CompiledPass] = lambda **wanted: CompiledPass(
             PurePass(net, self._sources, likelihood, fisher, forward, workers, **wanted), compile
@@ -159,8 +158,8 @@ class Recorder:
         check_recorded(output_tensors(outputs), self._sources.factors)
         finite = observation.agree(self._workers)
         if finite and self._fisher == "empirical":
-            if self._behind is None:  # once: it takes a walk through the graph
-                self._behind = calls(output_tensors(outputs), self._sources.factors)
+            if not self._compared:  # once: it takes a walk through the graph
+                observation.behind = calls(output_tensors(outputs), self._sources.factors)
             observation.expect()
         elif finite:
             found = observation.record(self._fisher, self._seed())
@@ -201,21 +200,26 @@ class Recorder:
             if observation.count <= 0:
                 self._statistics.add({}, observation)
                 return
-            self._compare_calls()
+            scale = self._scale_of(observation)
             found = {id(f): f.grad for f in self._sources.factors if f.grad is not None}
             found |= {key: squared(g) for key, g in observation.gradients.items()}
-            self._statistics.add(
-                by_calls(self._sources, found), observation, observation.loss_scale()
-            )
+            self._statistics.add(by_calls(self._sources, found), observation, scale)
 
-    def _compare_calls(self) -> None:
-        """Warns, of the first observation, if more calls were recorded than outputs came from."""
-        behind, self._behind = self._behind, Counter()
-        if behind and any(passes(f) > behind[id(f)] > 0 for f in self._sources.factors):
+    def _scale_of(self, observation: Observation) -> float:
+        """The loss's; what was gathered for the step is dropped if there is none."""
+        try:
+            scale = observation.loss_scale()
+        except ObservationError:
+            self._statistics = StepStatistics(self._sources, self._workers)
+            self._clear()
+            raise
+        if observation.strays:
             log.warning(
                 "loss.backward() also came through a forward whose outputs were not observed; it "
                 "is in the statistics: give observe() all outputs at once, or use fisher='sampled'"
             )
+        self._compared = True
+        return scale
 
     def _clear(self) -> None:
         forget_passes(self._sources.factors)
