@@ -55,14 +55,11 @@ class ScaleShiftStatistics:
         gradients = []
         if self.scale:
             assert x is not None
-            by_channels = self.family == "batch" or (
-                self.family == "instance" and not self.training
-            )
-            gradients.append(
-                self._by_channels(g, x, *moments, dtype=dtype)
-                if by_channels
-                else self._by_cases(g, x, dtype)
-            )
+            running = self.family == "instance" and not self.training
+            if running or self.family == "batch":
+                gradients.append(self._by_channels(g, x, *moments, dtype=dtype))
+            else:
+                gradients.append(self._by_cases(g, x, dtype))
         if self.shift:
             gradients.append(self._sums(g, dtype))
         return [case_covariance(torch.stack(gradients, 1), self.dim)]
