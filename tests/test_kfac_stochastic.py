@@ -55,11 +55,13 @@ def test_steps_are_those_of_the_formula(trust_region: float | None) -> None:
         lengths = zip(rates, gradients, proposals, strict=True)
         length = float(sum(rate**2 * (g * p).sum() for rate, g, p in lengths))
         scale = 1.0 if trust_region is None else min(1.0, (trust_region / length) ** 0.5)
+        assert optimizer.diagnostics["trust"] == pytest.approx(scale)
         shortened.append(scale < 1)
         terms = zip(MOMENTA, previous, rates, proposals, strict=True)
         previous = [mu * last - scale * rate * p for mu, last, rate, p in terms]
         moved = [whole(layer) - w for layer, w in zip(layers, before, strict=True)]
         close(moved, previous)
+        assert all(value.norm() > 0 for value in moved)
         schedule.step()
     assert any(shortened) == (trust_region == 1e-4)
 

@@ -21,9 +21,6 @@ class Backwards:
     Args:
         outputs: of the forward.
         sources: leaves that statistics are accumulated in, as gradients.
-
-    Attributes:
-        nested: whether statistics came in runs inside of others (reentrant checkpoints).
     """
 
     def __init__(self, outputs: Sequence[Tensor], sources: Iterable[Tensor]) -> None:
@@ -51,6 +48,7 @@ class Backwards:
 
     @property
     def nested(self) -> bool:
+        """Whether statistics came in runs inside of others (reentrant checkpoints)."""
         return any(run not in self._seen for run, _ in self._arrived)
 
     def close(self) -> None:

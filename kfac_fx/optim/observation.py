@@ -219,10 +219,10 @@ class Observation:
         """All columns of the output Fisher's square root; what has no tap is sampled."""
         total: Statistics = {}
         scalars = list(self.made.exact()) if self.sources.factors else []
-        passes = [(scalar, self.sources.gradients) for scalar in scalars]
+        asked = [(scalar, self.sources.gradients) for scalar in scalars]
         if scalars:  # inputs do not depend on the derivative, but every use must be reached
-            passes.append((torch.stack(scalars).sum(), self.sources.inputs))
-        for scalar, wanted in passes:
+            asked.append((torch.stack(scalars).sum(), self.sources.inputs))
+        for scalar, wanted in asked:
             with only(self.sources.factors, wanted):
                 _add(total, _backward(scalar, wanted) if wanted else {})
         if self.sources.parameters:
@@ -235,10 +235,9 @@ class Observation:
 
     def watch(self) -> None:
         """Notes the training backward when it comes."""
-        own = self.sources if self.expects else None
-        leaves = [*own.gradients, *own.parameters] if own else []
+        leaves = [*self.sources.gradients, *self.sources.parameters] if self.expects else []
         self._backwards = Backwards(output_tensors(self._outputs), leaves)
-        for parameter in own.parameters if own else ():
+        for parameter in self.sources.parameters if self.expects else ():
             self._handles += _watch_parameter(parameter, self.gradients)
 
     @property

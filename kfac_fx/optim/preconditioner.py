@@ -167,7 +167,8 @@ class Preconditioner(CurvatureFaces):
         Raises:
             LikelihoodError: outputs or targets do not fit the likelihood.
             ObservationError: called twice a forward, after the backward, or with other outputs; or
-                without inputs after a call with them or where ``net`` is compiled.
+                without inputs after a call with them or where ``net`` is compiled; or the last
+                micro-batch's backward is no use, see ``step``.
         """
         if outputs is None and inputs is None:
             raise ObservationError("observe() needs the outputs, or the inputs, of a forward")
