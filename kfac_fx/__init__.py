@@ -1,11 +1,11 @@
 """A compiler for curvature on torch.fx: K-FAC for the model that you have."""
 
-from kfac_fx import errors, viz
+from kfac_fx import errors, likelihoods, viz
 from kfac_fx.api import transform
 from kfac_fx.backend import backend
 from kfac_fx.ir import Coupling, CurvatureBlock, CurvatureGraph, Edge
 from kfac_fx.ir.faces import register
-from kfac_fx.optim import KFAC, GrowingBatches, Preconditioner, TrainingStep, likelihoods
+from kfac_fx.optim import KFAC, GrowingBatches, Preconditioner, TrainingStep
 from kfac_fx.passes.rules import register_rule
 
 __all__ = [

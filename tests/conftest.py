@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from oracles import Likelihood, Measure, Measured
+from support.oracles import Likelihood, Measure, Measured
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 

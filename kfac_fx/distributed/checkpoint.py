@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 from kfac_fx.distributed.workers import DataParallel
 from kfac_fx.errors import CheckpointError
 from kfac_fx.optim import KFAC, Preconditioner
-from kfac_fx.optim.workers import ALONE, Workers
+from kfac_fx.parallel import ALONE, Workers
 
 PLAIN = "plain.json"
 OPEN = "__tensors__"

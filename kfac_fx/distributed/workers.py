@@ -20,7 +20,7 @@ from kfac_fx.distributed.control import Control
 from kfac_fx.distributed.engine import Divided
 from kfac_fx.errors import UnknownOptionError
 from kfac_fx.ops import multiplied
-from kfac_fx.optim.workers import ALONE, Engine, Held, Place, Values, unwrapped
+from kfac_fx.parallel import ALONE, Engine, Held, Place, Values, unwrapped
 
 BUCKET_BYTES = 25 * 2**20
 """Of a message; what DistributedDataParallel takes."""
@@ -90,7 +90,7 @@ class DataParallel:
         self.traffic: Counter[str] = Counter()
         self._bucket_bytes = bucket_bytes
 
-    # What all processes do together: kfac_fx.optim.workers.Workers says what each is for.
+    # What all processes do together: kfac_fx.parallel.Workers says what each is for.
 
     def unwrapped(self, net: Any) -> Any:
         return unwrapped(net)

@@ -1,9 +1,8 @@
-"""Statistics of the likelihood, and what is done with them."""
+"""Preconditioner and optimizers."""
 
-from kfac_fx.optim import likelihoods
-from kfac_fx.optim.batches import GrowingBatches
+from kfac_fx.optim.growing_batches import GrowingBatches
 from kfac_fx.optim.kfac import KFAC
 from kfac_fx.optim.preconditioner import Preconditioner
 from kfac_fx.optim.training_step import TrainingStep
 
-__all__ = ["KFAC", "GrowingBatches", "Preconditioner", "TrainingStep", "likelihoods"]
+__all__ = ["KFAC", "GrowingBatches", "Preconditioner", "TrainingStep"]

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from kfac_fx.errors import UnknownOptionError
-from kfac_fx.optim.workers import Held
+from kfac_fx.parallel import Held
 
 
 class Groups:

@@ -12,22 +12,23 @@ from torch import Tensor, fx
 from torch.optim import Optimizer
 
 from kfac_fx.config import choice, period, share, within
+from kfac_fx.curvature.averages import all_finite, terms_needed
+from kfac_fx.curvature.factor_storage import storage_of
+from kfac_fx.curvature.inverses import InverseFisher
+from kfac_fx.curvature.parameters import transformed
 from kfac_fx.errors import ParameterChangedError, UnknownOptionError
-from kfac_fx.optim.averages import all_finite, terms_needed
-from kfac_fx.optim.damping import DampingRule
+from kfac_fx.likelihoods.builtin import Given, fresh_generator, likelihood_of
+from kfac_fx.optim.adapt_damping import DampingRule
+from kfac_fx.optim.batch_trust import BatchTrust
 from kfac_fx.optim.diagnostics import Diagnostics
-from kfac_fx.optim.faces import CurvatureFaces
 from kfac_fx.optim.groups import Groups
-from kfac_fx.optim.guard import transformed
-from kfac_fx.optim.inverse import InverseFisher
 from kfac_fx.optim.last_step import LastStep
-from kfac_fx.optim.likelihoods import Given, fresh_generator, likelihood_of
-from kfac_fx.optim.recorder import Recorder
-from kfac_fx.optim.storage import storage_of
-from kfac_fx.optim.task import Forward, Task, run_network
-from kfac_fx.optim.trust import BatchTrust
+from kfac_fx.optim.objective import Task
 from kfac_fx.optim.updates import AdaptiveUpdate, Rule, ScheduledUpdate, Situation
-from kfac_fx.optim.workers import ALONE, Workers
+from kfac_fx.parallel import ALONE, Workers
+from kfac_fx.reading.inspection import HasCurvature
+from kfac_fx.statistics.forward import Forward, run_network
+from kfac_fx.statistics.recorder import Recorder
 
 log = logging.getLogger("kfac_fx")
 
@@ -36,7 +37,7 @@ Direction = dict[str, Tensor]
 COUNTERS = ("skipped_batches", "rejected_steps", "skipped_statistics")
 
 
-class KFAC(CurvatureFaces, Optimizer):
+class KFAC(HasCurvature, Optimizer):
     """One call of ``step(inputs, targets)`` is one iteration.
 
     With ``lr=None`` the step length and the momentum minimise the quadratic model with the exact

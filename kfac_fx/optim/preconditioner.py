@@ -11,6 +11,10 @@ import torch
 from torch import Tensor, fx
 
 from kfac_fx.config import FISHERS, choice, period, within
+from kfac_fx.curvature.averages import all_finite
+from kfac_fx.curvature.factor_storage import storage_of
+from kfac_fx.curvature.inverses import InverseFisher
+from kfac_fx.curvature.parameters import transformed
 from kfac_fx.errors import (
     DampingError,
     GradientError,
@@ -19,23 +23,19 @@ from kfac_fx.errors import (
     StatisticsError,
     UnknownOptionError,
 )
-from kfac_fx.optim.averages import all_finite
-from kfac_fx.optim.faces import CurvatureFaces
-from kfac_fx.optim.guard import transformed
-from kfac_fx.optim.inverse import InverseFisher
-from kfac_fx.optim.likelihoods import Given, fresh_generator, likelihood_of
+from kfac_fx.likelihoods.builtin import Given, fresh_generator, likelihood_of
+from kfac_fx.likelihoods.sampling import forked
 from kfac_fx.optim.quadratic import shorten
-from kfac_fx.optim.recorder import Recorder
-from kfac_fx.optim.storage import storage_of
-from kfac_fx.optim.streams import forked
-from kfac_fx.optim.task import Forward, run_network
-from kfac_fx.optim.workers import ALONE, Workers
+from kfac_fx.parallel import ALONE, Workers
 from kfac_fx.passes import recorded_module
+from kfac_fx.reading.inspection import HasCurvature
+from kfac_fx.statistics.forward import Forward, run_network
+from kfac_fx.statistics.recorder import Recorder
 
 log = logging.getLogger("kfac_fx")
 
 
-class Preconditioner(CurvatureFaces):
+class Preconditioner(HasCurvature):
     """Replaces gradients by Fhat^-1 gradient, with Fhat from statistics of the taps.
 
     A step of training: ``outputs = net(x)``, ``observe(outputs)``, ``loss.backward()``, ``step()``,

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kfac_fx.optim.predictive import Predictive
+from kfac_fx.likelihoods.batch import BatchLikelihood
 
 Direction = Mapping[str, Tensor]
 
@@ -34,7 +34,7 @@ def _differentiable_forward() -> Iterator[None]:
 
 @torch.no_grad()
 def fisher_gram(
-    run: Callable[[Mapping[str, Tensor]], Predictive],
+    run: Callable[[Mapping[str, Tensor]], BatchLikelihood],
     parameters: Direction,
     directions: Sequence[Direction],
 ) -> Tensor:
@@ -56,7 +56,9 @@ def fisher_gram(
 
 
 def _derivative(
-    run: Callable[[Mapping[str, Tensor]], Predictive], parameters: Direction, tangents: Direction
+    run: Callable[[Mapping[str, Tensor]], BatchLikelihood],
+    parameters: Direction,
+    tangents: Direction,
 ) -> tuple[float, Tensor]:
     """The number of terms, and the derivative of the root of the output Fisher in a direction."""
     try:

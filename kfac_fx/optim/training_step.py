@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kfac_fx.errors import LikelihoodError, UnknownOptionError
 from kfac_fx.optim.preconditioner import Preconditioner
-from kfac_fx.optim.pure import LIKELIHOOD, Loss
+from kfac_fx.statistics.own_pass import LIKELIHOOD, Loss
 
 
 class TrainingStep:

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from kfac_fx.optim.damping import DampingRule
-from kfac_fx.optim.inverse import InverseFisher
-from kfac_fx.optim.predictive import Predictive
+from kfac_fx.curvature.inverses import InverseFisher
+from kfac_fx.likelihoods.batch import BatchLikelihood
+from kfac_fx.optim.adapt_damping import DampingRule
+from kfac_fx.optim.objective import Task
 from kfac_fx.optim.quadratic import QuadraticModel, combination, fisher_gram, inner_products
-from kfac_fx.optim.task import Task
-from kfac_fx.optim.workers import Workers
+from kfac_fx.parallel import Workers
 
 Direction = dict[str, Tensor]
 
@@ -120,7 +120,7 @@ class AdaptiveUpdate:
     def _gram(self, at: Situation, directions: list[Direction]) -> Tensor:
         inputs, targets = self.task.first(at.batch, self.fraction, LEAST_PRODUCTS)
 
-        def run(parameters: Mapping[str, Tensor]) -> Predictive:
+        def run(parameters: Mapping[str, Tensor]) -> BatchLikelihood:
             with self.task.aside():
                 outputs = self.task.outputs(inputs, parameters)
             return self.task.predictive(outputs, targets)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kfac_fx.ir import CurvatureGraph
-from kfac_fx.optim.report import BlockReport, CurvatureReport
+from kfac_fx.reading.report import BlockReport, CurvatureReport
 from kfac_fx.viz.facts import block_facts
 from kfac_fx.viz.picture import Picture
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from kfac_fx.ir import CurvatureBlock, CurvatureGraph
-from kfac_fx.optim.report import CurvatureReport
+from kfac_fx.reading.report import CurvatureReport
 from kfac_fx.viz.facts import count, shapes
 from kfac_fx.viz.tree import Group, Leaf, Tree, leaves, module_tree
 

@@ -12,7 +12,7 @@ import networkx as nx
 
 from kfac_fx.errors import FormatError, UnknownOptionError
 from kfac_fx.ir import CurvatureGraph
-from kfac_fx.optim.report import CurvatureReport
+from kfac_fx.reading.report import CurvatureReport
 from kfac_fx.viz.dot import MANY, dot_graph
 from kfac_fx.viz.extras import INSTALL_DOT, has_dot
 from kfac_fx.viz.headings import clear_headings

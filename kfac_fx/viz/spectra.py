@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kfac_fx.errors import StatisticsError, UnknownOptionError
-from kfac_fx.optim.report import spectra
+from kfac_fx.reading.report import spectra
 from kfac_fx.viz.extras import new_figure
 
 if TYPE_CHECKING:

@@ -36,7 +36,7 @@ from kfac_fx.linalg.packing import packed_size
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from worlds import run_in_world
+from support.processes import run_in_world
 
 WIDTH, LAYERS, CASES = 256, 8, 64
 EVERY = 5

@@ -1,0 +1,1 @@
+"""Running averages of factors, and what is computed from them."""

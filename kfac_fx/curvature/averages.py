@@ -1,0 +1,258 @@
+"""Online statistics: epsilon_k = min(1 - 1/k, decay) (curvature.md section 8)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kfac_fx.curvature.factor_storage import Average, Storage
+from kfac_fx.errors import ParameterChangedError
+from kfac_fx.ir import Coupling, CurvatureBlock, CurvatureGraph, Moment, Pair
+from kfac_fx.ops import Rows, Statistic, cross_buffers, factor_buffers, moment_buffers, multiplied
+
+
+@dataclass
+class Entry:
+    """A block or pair with its parameters, the buffers that taps fill, and its running averages.
+
+    Attributes:
+        stored: the averages as the storage keeps them.
+        recorded: number of statistics in the averages.
+    """
+
+    block: CurvatureBlock | Pair | Moment
+    parameters: tuple[nn.Parameter, ...]
+    buffers: tuple[Tensor, ...]
+    storage: Storage
+    stored: tuple[Average, ...]
+    recorded: int = 0
+
+    @classmethod
+    def zero(
+        cls,
+        block: CurvatureBlock | Pair | Moment,
+        parameters: tuple[nn.Parameter, ...],
+        buffers: tuple[Tensor, ...],
+        like: Tensor,
+        storage: Storage,
+    ) -> Entry:
+        """An entry without statistics, in the precision of ``like`` but at least float32."""
+        dtype = torch.promote_types(like.dtype, torch.float32).to_real()
+        like = torch.zeros((), dtype=dtype, device=like.device)
+        matrices = isinstance(block, CurvatureBlock) and block.tapped
+        stored = (
+            storage.make(f.shape, like, matrices and len(f.shape) > 1 and not f.diagonal)
+            for f in block.factors
+        )
+        return cls(block, parameters, buffers, storage, tuple(stored))
+
+    @property
+    def averages(self) -> tuple[Tensor, ...]:
+        """The averages; copies unless the storage is plain."""
+        return tuple(map(self.storage.read, self.stored))
+
+    @property
+    def halves(self) -> tuple[Tensor, ...]:
+        """The same, but what is symmetric holds on and above the diagonals alone."""
+        return tuple(map(self.storage.half, self.stored))
+
+    @property
+    def kept(self) -> tuple[Average, ...]:
+        """As they are stored, without counts."""
+        found = zip(self.block.factors, self.stored, strict=True)
+        return tuple(average for spec, average in found if spec.role != "count")
+
+    @property
+    def factors(self) -> tuple[Tensor, ...]:
+        """The averages without counts."""
+        return tuple(map(self.storage.read, self.kept))
+
+    @property
+    def like(self) -> Tensor:
+        """[], of the precision and device of the averages that are read."""
+        return self.stored[0].like
+
+    def statistics(self, found: Mapping[int, Statistic]) -> list[Statistic] | None:
+        """New statistics in the scale of one likelihood term, or None where none came.
+
+        Args:
+            found: the same by id of buffer or parameter.
+        """
+        if not self.block.tapped:
+            squares = [found.get(id(p)) for p in self.parameters]
+            if any(square is None for square in squares):
+                return None
+            flat = torch.cat([multiplied(s).reshape(-1) for s in squares if s is not None])
+            return [flat.to(self.like.dtype)]
+        new = [found.get(id(buffer)) for buffer in self.buffers]
+        if any(value is None for value in new):
+            return None
+        result = [value for value in new if value is not None]
+        # Several uses of one form: their positions are counted together (section 4).
+        specs = self.block.factors
+        positions = {s.form: v for s, v in zip(specs, result, strict=True) if s.role == "count"}
+        return [
+            multiplied(value) / multiplied(positions[spec.form])
+            if spec.role == "gradient" and spec.form in positions
+            else value
+            for spec, value in zip(specs, result, strict=True)
+        ]
+
+
+def all_finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether no entry is NaN, infinite or so large that its square is; one synchronisation."""
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor.numel():
+            by_dtype.setdefault(tensor.dtype, []).append(tensor)
+    finite = [
+        torch.stack(
+            torch._foreach_norm(group, 2, torch.promote_types(dtype, torch.float32))
+        ).isfinite()
+        for dtype, group in by_dtype.items()
+    ]
+    return not finite or bool(torch.cat(finite).all())
+
+
+def sizes(block: CurvatureBlock | Pair | Moment, values: Sequence[Statistic]) -> list[Tensor]:
+    """Parts of statistics that show their size, and whether they are finite.
+
+    Of a second moment the diagonal does: no entry is larger than the largest there.
+    """
+    if not isinstance(block, CurvatureBlock):
+        return [multiplied(value) for value in values]
+    return [
+        value.diagonal()
+        if isinstance(value, Rows)
+        else (value if spec.diagonal or value.dim() < 2 else value.diagonal(0, -2, -1))
+        for spec, value in zip(block.factors, values, strict=True)
+    ]
+
+
+def new_weight(k: int, decay: float) -> float:
+    """1 - epsilon_k, of the k-th statistic."""
+    return 1 - min(1 - 1 / k, decay)
+
+
+LEAST_TERMS = 64
+"""Likelihood terms that averages are over at least, where batches are large enough."""
+
+
+def terms_needed(recorded: int, decay: float) -> int:
+    """Of the next statistic, after so many."""
+    return math.ceil(LEAST_TERMS * new_weight(recorded + 1, decay))
+
+
+@torch.no_grad()
+def fold(
+    entries: Sequence[Entry], new: Sequence[Sequence[Statistic] | None], decay: float
+) -> list[Entry]:
+    """S <- epsilon S + (1 - epsilon) S_new with epsilon = min(1 - 1/k, decay), k of the block.
+
+    Blocks without a new statistic keep theirs. Returns the blocks that got their first.
+    """
+    by_weight: dict[float, tuple[list[Average], list[Statistic]]] = {}
+    first = []
+    for entry, statistics in zip(entries, new, strict=True):
+        if statistics is None:
+            continue
+        first += [entry] if entry.recorded == 0 else []
+        weight = new_weight(entry.recorded + 1, decay)
+        averages, values = by_weight.setdefault(weight, ([], []))
+        averages += entry.stored
+        values += statistics
+    for weight, (averages, values) in by_weight.items():
+        entries[0].storage.fold(averages, values, weight)
+    for entry, statistics in zip(entries, new, strict=True):
+        entry.recorded += statistics is not None
+    return first
+
+
+class Averages:
+    """The running averages of all blocks, of pairs of blocks, and of moments in bases.
+
+    Args:
+        parameters: those that the blocks cover, by name.
+        pairs: the pairs whose cross factors are wanted.
+        moments: the blocks whose moments are wanted.
+        storage: of all averages.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        curvature: CurvatureGraph,
+        parameters: Mapping[str, nn.Parameter],
+        pairs: Sequence[Pair],
+        moments: Sequence[Moment],
+        storage: Storage,
+    ) -> None:
+        buffers = factor_buffers(net)
+        self.blocks = {
+            name: Entry.zero(
+                block,
+                tuple(parameters[n] for n in block.parameters),
+                buffers[name],
+                parameters[block.parameters[0]],
+                storage,
+            )
+            for name, block in curvature.blocks.items()
+        }
+        self.pairs = {
+            (pair.earlier, pair.later): Entry.zero(
+                pair, (), found, self.blocks[pair.earlier].like, storage
+            )
+            for pair, found in zip(pairs, cross_buffers(net, pairs), strict=True)
+        }
+        self.moments = {
+            m.block: Entry.zero(
+                m, (), moment_buffers(net, m)[2:], self.blocks[m.block].like, storage
+            )
+            for m in moments
+        }
+        holders = self.blocks, self.pairs, self.moments
+        self.entries: list[Entry] = [entry for held in holders for entry in held.values()]
+
+    @property
+    def recorded(self) -> int:
+        """Number of statistics in the averages; the largest of all blocks."""
+        return max((entry.recorded for entry in self.entries), default=0)
+
+    def restart(self) -> None:
+        """The next statistics replace the averages; all at once, as pairs share their cases."""
+        for entry in self.entries:
+            entry.recorded = 0
+
+    def cross(self, coupling: Coupling, *, kept: bool = False) -> tuple[Tensor, Tensor]:
+        """(A, G) of a coupling, child by parent; as read, or as ``kept``."""
+        found = self.pairs.get((coupling.child, coupling.parent))
+        entry = found or self.pairs[coupling.parent, coupling.child]
+        A, G = (a.kept for a in entry.stored) if kept else entry.averages
+        return (A, G) if found else (A.mT.contiguous(), G.mT.contiguous())
+
+    def state(self) -> dict[str, Any]:
+        """Names of blocks or pairs -> tensors and counts."""
+        return {
+            "factors": {e.block.name: [a.kept.clone() for a in e.kept] for e in self.entries},
+            "recorded": {e.block.name: e.recorded for e in self.entries},
+        }
+
+    def check(self, state: Mapping[str, Any]) -> None:
+        """Raises ParameterChangedError where the state belongs to other blocks."""
+        own = {entry.block.name: entry for entry in self.entries}
+        given = {name: [f.shape for f in fs] for name, fs in state["factors"].items()}
+        if given != {name: [a.kept.shape for a in entry.kept] for name, entry in own.items()}:
+            raise ParameterChangedError("the state_dict belongs to other blocks than this module's")
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Restores a ``state`` that fits."""
+        for entry in self.entries:
+            name = entry.block.name
+            for average, value in zip(entry.kept, state["factors"][name], strict=True):
+                entry.storage.write(average, value)
+            entry.recorded = int(state["recorded"][name])

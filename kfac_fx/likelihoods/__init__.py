@@ -1,0 +1,5 @@
+"""Predictive distributions: what the outputs of a network say about the targets."""
+
+from kfac_fx.likelihoods.builtin import Bernoulli, Categorical, Custom, Likelihood, Normal, Sum
+
+__all__ = ["Bernoulli", "Categorical", "Custom", "Likelihood", "Normal", "Sum"]

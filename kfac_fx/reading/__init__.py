@@ -1,0 +1,1 @@
+"""Reading curvature: reports, operators, spectra."""

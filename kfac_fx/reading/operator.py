@@ -1,0 +1,228 @@
+"""Fhat as a linear operator: products, solutions, samples, determinant, trace, diagonal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kfac_fx.curvature.block_vectors import gathered, scattered
+from kfac_fx.curvature.inverses import InverseFisher
+from kfac_fx.errors import OperatorError, StatisticsError
+from kfac_fx.ir import CurvatureBlock, parents
+from kfac_fx.linalg.forest import Forest
+from kfac_fx.linalg.spectral import Spectral
+from kfac_fx.reading.block_spectra import BlockSpectra, block_spectra, conditionals, in_bases
+
+Blocks = dict[str, Tensor]
+
+
+class CurvatureOperator:
+    """The damped Fhat of the statistics and the damping at the time it is made.
+
+    Symmetric, positive, [n, n] over the entries of all covered parameters, in the order of the
+    network's ``parameters()``. With couplings Fhat = Xi^-1 Lambda^-1 Xi^-T, whose diagonal blocks
+    are those of Ftilde (Martens & Grosse 2015, section 4.3). Entries that no block covers are the
+    identity's, as in ``Preconditioner.apply``, which is ``solve`` with the inverses of the last
+    refresh.
+
+    Vectors are mappings from parameter names to tensors (missing ones are zero; results have all
+    names), tensors [n], or NumPy arrays [n]; results are of the same kind, in the operator's
+    precision. ``scipy.sparse.linalg.aslinearoperator`` and its solvers take the object as it is.
+
+    Args:
+        inverse: holds the averages.
+        damping: lambda.
+        dtype: of the operator; float64 unless the device has none.
+
+    Attributes:
+        shape: (n, n).
+
+    Raises:
+        StatisticsError: a block has no statistics.
+        OperatorError: a block is of a form, or of complex parameters, that has no operator.
+    """
+
+    def __init__(
+        self, inverse: InverseFisher, damping: float, dtype: torch.dtype = torch.float64
+    ) -> None:
+        self._blocks = inverse.curvature.blocks
+        self._parameters = {n: p.detach() for n, p in inverse.guard.in_module_order().items()}
+        self._device = next(iter(self._parameters.values())).device
+        self._dtype = dtype
+        n = sum(p.numel() for p in self._parameters.values())
+        self.shape = (n, n)
+        for name, entry in inverse.averages.blocks.items():
+            self._check(self._blocks[name], entry.recorded)
+        found = {
+            name: block_spectra(
+                self._blocks[name], [f.to(dtype) for f in factors], damping, inverse.tikhonov
+            )
+            for name, factors in inverse.factors.items()
+        }
+        found |= {name: self._estimated(inverse, name, damping) for name in inverse.moments.blocks}
+        cross = {pair: [f.to(dtype) for f in fs] for pair, fs in inverse.cross_factors.items()}
+        given = conditionals(parents(inverse.program.couplings), found, cross)
+        parent = parents(c for c in inverse.program.couplings if c.child in given)
+        self._forest = Forest(parent, {child: made.psi for child, made in given.items()})
+        self._diagonals = {name: made.diagonal for name, made in found.items()}
+        self._spectra = {name: made.spectral for name, made in found.items()}
+        self._spectra |= {child: made.sigma for child, made in given.items()}
+
+    def _check(self, block: CurvatureBlock, recorded: int) -> None:
+        if not recorded:
+            raise StatisticsError(f"block {block.name}: no statistics, so no curvature, is known")
+        if any(self._parameters[name].is_complex() for name in block.parameters):
+            raise OperatorError(f"block {block.name}: there is no operator of complex parameters")
+
+    def _estimated(self, inverse: InverseFisher, name: str, damping: float) -> BlockSpectra:
+        """A block of EKFAC, in the bases of the last refresh."""
+        spectrum = inverse.moments.spectrum(name)
+        if spectrum is None:
+            raise StatisticsError(f"block {name}: no bases yet, step() or refresh() computes them")
+        U_A, U_G, S = (value.to(self._dtype, copy=True) for value in spectrum)
+        return in_bases(U_A, U_G, S + damping)
+
+    # The matrix.
+
+    def matvec(self, vector: Any) -> Any:
+        """Fhat times a vector."""
+        return self._on(vector, self._product)
+
+    def solve(self, vector: Any) -> Any:
+        """Fhat^-1 times a vector."""
+        return self._on(vector, self._solution)
+
+    def sqrt_solve(self, vector: Any) -> Any:
+        """S times a vector, for an S [n, n] with S S^T = Fhat^-1; S is not symmetric."""
+        return self._on(vector, self._root_solution)
+
+    def matmat(self, matrix: Any) -> Any:
+        """Fhat times the columns of a tensor or array [n, k]."""
+        return self._on_columns(matrix, self._product)
+
+    rmatvec, rmatmat = matvec, matmat  # Fhat is symmetric
+
+    def __matmul__(self, other: Any) -> Any:
+        """``matvec`` or ``matmat``, by the dimensions of ``other``."""
+        if isinstance(other, Mapping) or other.ndim == 1:
+            return self.matvec(other)
+        return self.matmat(other)
+
+    def sample(self, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """A draw of N(0, Fhat^-1), by parameter name.
+
+        Args:
+            generator: on the CPU; torch's own by default.
+        """
+        z = torch.randn(self.shape[0], generator=generator, dtype=self._dtype)
+        return self.split(self.sqrt_solve(z.to(self._device)))
+
+    def logdet(self) -> Tensor:
+        """log det Fhat; Xi has the determinant one."""
+        return torch.stack([s.log_determinant() for s in self._spectra.values()]).sum()
+
+    def trace(self) -> Tensor:
+        """The sum of ``diagonal``."""
+        return self.diagonal().sum()
+
+    def diagonal(self) -> Tensor:
+        """The diagonal of Fhat, [n]."""
+        ones = {n: torch.ones_like(p, dtype=self._dtype) for n, p in self._parameters.items()}
+        return self.flat(self._scattered(self._diagonals, ones))
+
+    def dense(self) -> Tensor:
+        """Fhat as a matrix [n, n], for small networks."""
+        eye = torch.eye(self.shape[0], dtype=self._dtype, device=self._device)
+        result: Tensor = self.matmat(eye)
+        return result
+
+    # Vectors.
+
+    @property
+    def dtype(self) -> Any:
+        """NumPy's, which SciPy asks for."""
+        return torch.empty(0, dtype=self._dtype).numpy().dtype
+
+    def flat(self, vector: Mapping[str, Tensor]) -> Tensor:
+        """A mapping as one tensor [n]; missing parameters are zero.
+
+        Raises:
+            OperatorError: a name is not covered, or a shape is not its parameter's.
+        """
+        for name, value in vector.items():
+            own = self._parameters.get(name)
+            if own is None or own.shape != value.shape:
+                want = "is no covered parameter" if own is None else f"has shape {tuple(own.shape)}"
+                raise OperatorError(f"{name!r} of shape {tuple(value.shape)}: the parameter {want}")
+        given = [vector.get(n, torch.zeros_like(p)) for n, p in self._parameters.items()]
+        return torch.cat([value.to(self._device, self._dtype).reshape(-1) for value in given])
+
+    def split(self, vector: Tensor) -> dict[str, Tensor]:
+        """The inverse of ``flat``."""
+        own = self._parameters
+        parts = vector.split([p.numel() for p in own.values()])
+        return {n: v.reshape(p.shape) for (n, p), v in zip(own.items(), parts, strict=True)}
+
+    # How.
+
+    def _product(self, v: Blocks) -> Blocks:
+        v = self._forest.transposed_solution(v)
+        return self._forest.solution(self._each(Spectral.product, v))
+
+    def _solution(self, v: Blocks) -> Blocks:
+        v = self._forest.product(v)
+        return self._forest.transposed_product(self._each(Spectral.solution, v))
+
+    def _root_solution(self, v: Blocks) -> Blocks:
+        return self._forest.transposed_product(self._each(Spectral.root_solution, v))
+
+    def _each(self, function: Callable[[Spectral, Tensor], Tensor], v: Blocks) -> Blocks:
+        return {name: function(self._spectra[name], value) for name, value in v.items()}
+
+    @torch.no_grad()
+    def _on(self, vector: Any, function: Callable[[Blocks], Blocks]) -> Any:
+        if isinstance(vector, Mapping):
+            return self.split(self._flat_result(self.flat(vector), function))
+        if vector.ndim == 2 and vector.shape[1] == 1:  # SciPy's columns
+            return self._on_columns(vector, function)
+        given = self._tensor(vector, (self.shape[0],))
+        result = self._flat_result(given, function)
+        return result if isinstance(vector, Tensor) else result.cpu().numpy()
+
+    @torch.no_grad()
+    def _on_columns(self, matrix: Any, function: Callable[[Blocks], Blocks]) -> Any:
+        given = self._tensor(matrix, (self.shape[0], *matrix.shape[1:2]))
+        result = torch.vmap(self._flat_result, (1, None), 1)(given, function)
+        return result if isinstance(matrix, Tensor) else result.cpu().numpy()
+
+    def _tensor(self, value: Any, shape: tuple[int, ...]) -> Tensor:
+        if tuple(value.shape) != shape:
+            raise OperatorError(f"the operator takes shape {shape}, not {tuple(value.shape)}")
+        return torch.as_tensor(value).to(self._device, self._dtype)
+
+    def _flat_result(self, vector: Tensor, function: Callable[[Blocks], Blocks]) -> Tensor:
+        given = self.split(vector)
+        return self.flat(self._scattered(function(self._gathered(given)), given))
+
+    def _gathered(self, given: Mapping[str, Tensor]) -> Blocks:
+        """Each block's array [..., g, a]."""
+        found = {name: gathered(block, given) for name, block in self._blocks.items()}
+        return {
+            name: V.unsqueeze(-1) if _is_covariance(self._blocks[name]) else V
+            for name, V in found.items()
+        }
+
+    def _scattered(self, blocks: Blocks, into: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """``into`` with the entries of all blocks replaced."""
+        result = dict(into)
+        for name, block in self._blocks.items():
+            U = blocks[name].squeeze(-1) if _is_covariance(block) else blocks[name]
+            result |= scattered(block, U, result)
+        return result
+
+
+def _is_covariance(block: CurvatureBlock) -> bool:
+    return not block.approximation.startswith("kronecker")

@@ -1,0 +1,262 @@
+"""What the statistics say: spectra of factors, the damping in force, strength of couplings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kfac_fx.curvature.choose_couplings import whiteners
+from kfac_fx.curvature.inverses import InverseFisher
+from kfac_fx.ir import CurvatureBlock, FactorSpec
+from kfac_fx.linalg.conditional import correlation, mutual_information
+from kfac_fx.linalg.damping import mean_eigenvalue, trace_ratio
+
+STRONGEST = 5
+"""How many canonical correlations of a side are reported."""
+
+
+@dataclass(frozen=True)
+class FactorReport:
+    """The spectrum of a factor, and of what is inverted.
+
+    Attributes:
+        size: the number of eigenvalues; of grouped factors, of all groups together.
+        effective_rank: exp of the entropy of the eigenvalues' shares (Roy & Vetterli 2007).
+        damping: what is added to the eigenvalues; the largest of the groups. Zero where the
+            product is damped rather than its factors.
+        condition: of the damped factor; the largest of the groups, infinite if it is singular.
+    """
+
+    name: str
+    size: int
+    trace: float
+    largest: float
+    smallest: float
+    effective_rank: float
+    damping: float
+    condition: float
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """A block: its factors, and how they are damped.
+
+    Attributes:
+        recorded: number of statistics in its averages.
+        pi: of factored Tikhonov damping, one for each group; empty where it has no place.
+        damping: what is added to the eigenvalues of the product A (x) G; None where its factors
+            are damped.
+        condition: of the damped block; None where it does not follow from its factors (sums).
+    """
+
+    factors: tuple[FactorReport, ...]
+    recorded: int
+    pi: tuple[float, ...]
+    damping: float | None
+    condition: float | None
+
+    def lines(self) -> list[str]:
+        """In short, for pictures."""
+        if not self.recorded:
+            return ["no statistics"]
+        condition = "" if self.condition is None else f"κ {self.condition:.2g}   "
+        ranks = "  ".join(f"{f.name} {f.effective_rank:.1f}/{f.size}" for f in self.factors)
+        traces = "  ".join(f"{f.name} {f.trace:.2g}" for f in self.factors)
+        damping = "  ".join(f"{f.name} {f.damping:.2g}" for f in self.factors)
+        if self.damping is not None:
+            damping = f"{self.damping:.2g}"
+        return [f"{condition}rank {ranks}", f"trace {traces}", f"damping {damping}"]
+
+
+@dataclass(frozen=True)
+class CouplingReport:
+    """A child and its parent.
+
+    Attributes:
+        strength: the largest canonical correlation, that of A times that of G.
+        A, G: the largest canonical correlations of either side, damped.
+        mutual_information: in nats.
+    """
+
+    strength: float
+    A: tuple[float, ...]
+    G: tuple[float, ...]
+    mutual_information: float
+
+
+@dataclass(frozen=True)
+class CurvatureReport:
+    """All blocks, and the couplings in use by (child, parent); ``print`` shows a table.
+
+    Attributes:
+        gamma: of factored Tikhonov damping, the square root of what other blocks are damped with.
+        rounded: blocks that multiply in bfloat16, with the error of their updates by it.
+    """
+
+    gamma: float
+    blocks: Mapping[str, BlockReport]
+    couplings: Mapping[tuple[str, str], CouplingReport]
+    rounded: Mapping[str, float]
+
+    def plain(self) -> dict[str, Any]:
+        """Plain values only, for JSON."""
+        couplings = [
+            {"child": child, "parent": parent} | asdict(found)
+            for (child, parent), found in self.couplings.items()
+        ]
+        blocks = {name: asdict(found) for name, found in self.blocks.items()}
+        rounded = dict(self.rounded)
+        return {"gamma": self.gamma, "blocks": blocks, "couplings": couplings, "rounded": rounded}
+
+    def __str__(self) -> str:
+        lines = _table(self.blocks)
+        lines += ["", f"gamma {self.gamma:.3g}"]
+        silent = [name for name, block in self.blocks.items() if not block.recorded]
+        lines += [f"no statistics: {', '.join(silent)}"] if silent else []
+        errors = ", ".join(f"{name} ({error:.2g})" for name, error in self.rounded.items())
+        lines += [f"products in bfloat16 (error of the update): {errors}"] if errors else []
+        for (child, parent), c in self.couplings.items():
+            lines.append(
+                f"{child} given {parent}: strength {c.strength:.3f} "
+                f"(A {c.A[0]:.3f}, G {c.G[0]:.3f}), {c.mutual_information:.3g} nats"
+            )
+        return "\n".join(lines)
+
+
+def _table(blocks: Mapping[str, BlockReport]) -> list[str]:
+    head = ("block", "factor", "size", "trace", "eff. rank", "damping", "cond", "pi")
+    rows: list[tuple[str, ...]] = [head]
+    for name, block in blocks.items():
+        ends = dict.fromkeys((min(block.pi), max(block.pi))) if block.pi else ()
+        pi = "..".join(f"{value:.2g}" for value in ends)
+        for index, f in enumerate(block.factors):
+            numbers = (f.trace, f.effective_rank, f.damping, f.condition)
+            cells = [f"{number:.3g}" for number in numbers]
+            shown = (name, pi or "-") if index == 0 else ("", "")
+            rows.append((shown[0], f.name, str(f.size), *cells, shown[1]))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if index < 2 else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
+
+
+@torch.no_grad()
+def report_of(inverse: InverseFisher, gamma: float) -> CurvatureReport:
+    """The present averages with this gamma; eigenvalues in float64."""
+    averages = inverse.averages
+    blocks = {
+        name: _block(
+            inverse.curvature.blocks[name],
+            entry.factors,
+            entry.recorded,
+            gamma,
+            exact=inverse.tikhonov == "exact",
+        )
+        for name, entry in averages.blocks.items()
+    }
+    couplings = {}
+    for coupling in inverse.program.couplings:
+        pair = coupling.child, coupling.parent
+        if all(averages.blocks[name].recorded for name in pair):
+            cross = averages.cross(coupling)
+            sides = [averages.blocks[name].factors for name in pair]
+            couplings[pair] = _coupling(sides, cross, gamma)
+    errors = inverse.rounding.errors
+    rounded = {name: errors[name] for name in blocks if name in inverse.rounding.blocks}
+    return CurvatureReport(gamma, blocks, couplings, rounded)
+
+
+@torch.no_grad()
+def spectra(block: CurvatureBlock, factors: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Factor name -> eigenvalues in float64, undamped, the largest first; groups are rows."""
+    specs = [spec for spec in block.factors if spec.role != "count"]
+    return {s.name: _eigenvalues(block, s, f) for s, f in zip(specs, factors, strict=True)}
+
+
+def _eigenvalues(block: CurvatureBlock, spec: FactorSpec, factor: Tensor) -> Tensor:
+    factor = factor.detach().double()
+    if spec.diagonal or block.approximation == "diagonal":
+        return torch.sort(factor, descending=True)[0]
+    values: Tensor = torch.linalg.eigvalsh(factor).clamp_min(0.0)
+    if spec.cut:  # sub-blocks of one matrix; the zeros that fill the last one do not count
+        values = torch.sort(values.flatten())[0][-spec.cut :]
+    return values.flip(-1)
+
+
+def _block(
+    block: CurvatureBlock,
+    factors: Sequence[Tensor],
+    recorded: int,
+    gamma: float,
+    *,
+    exact: bool,
+) -> BlockReport:
+    specs = [spec for spec in block.factors if spec.role != "count"]
+    values = [value.cpu() for value in spectra(block, factors).values()]
+    exact = exact and block.approximation == "kronecker"
+    pi, amounts = _amounts(block, specs, factors, gamma)
+    if exact:
+        pi, amounts = None, [torch.zeros_like(amount) for amount in amounts]
+    found, conditions = [], []
+    for spec, value, amount in zip(specs, values, amounts, strict=True):
+        made, condition = _factor(spec.name, value, amount)
+        found.append(made)
+        conditions.append(condition)
+    condition = conditions[0] if len(conditions) == 1 else conditions[0] * conditions[1]
+    if exact:
+        a, g = values
+        condition = (a.amax(-1) * g.amax(-1) + gamma**2) / (a.amin(-1) * g.amin(-1) + gamma**2)
+    return BlockReport(
+        tuple(found),
+        recorded,
+        () if pi is None else tuple(pi.flatten().tolist()),
+        gamma**2 if exact else None,
+        None if block.approximation == "kronecker_sum" else float(condition.max()),
+    )
+
+
+def _amounts(
+    block: CurvatureBlock, specs: Sequence[FactorSpec], factors: Sequence[Tensor], gamma: float
+) -> tuple[Tensor | None, list[Tensor]]:
+    """pi of factored damping, and what each factor's eigenvalues get; of a sum, the second pair."""
+    if block.approximation not in ("kronecker", "kronecker_sum"):
+        return None, [torch.full((), gamma**2, dtype=torch.float64)] * len(specs)
+    a, g = (
+        mean_eigenvalue(factor.double(), diagonal=spec.diagonal, cut=spec.cut).cpu()
+        for spec, factor in zip(specs[-2:], factors[-2:], strict=True)
+    )
+    pi = trace_ratio(a, g)
+    none = [torch.zeros_like(pi)] * (len(specs) - 2)
+    return pi, [*none, pi * gamma, gamma / pi]
+
+
+def _factor(name: str, values: Tensor, amount: Tensor) -> tuple[FactorReport, Tensor]:
+    """A factor's numbers, and the condition of each group."""
+    shares = values.flatten() / values.sum().clamp_min(1e-300)
+    rank = torch.exp(-torch.xlogy(shares, shares).sum())
+    damped = values + amount.unsqueeze(-1)
+    condition = damped.amax(-1) / damped.amin(-1)
+    numbers = (values.sum(), values.max(), values.min(), rank, amount.max(), condition.max())
+    return FactorReport(name, values.numel(), *map(float, numbers)), condition
+
+
+def _coupling(
+    sides: Sequence[Sequence[Tensor]], cross: Sequence[Tensor], gamma: float
+) -> CouplingReport:
+    child, parent = (whiteners(factors, gamma**2) for factors in sides)
+    A, G = (
+        torch.linalg.svdvals(correlation(W, C, W_parent)).clamp_max(1.0).double().cpu()
+        for W, C, W_parent in zip(child, cross, parent, strict=True)
+    )
+    information = float(mutual_information(A.square(), G.square()))
+    top = [tuple(side[:STRONGEST].tolist()) for side in (A, G)]
+    return CouplingReport(float(A[0] * G[0]), top[0], top[1], information)

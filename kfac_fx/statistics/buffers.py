@@ -1,0 +1,100 @@
+"""The tensors that statistics are gradients of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kfac_fx.curvature.averages import Entry
+from kfac_fx.ir import CurvatureBlock, Pair
+from kfac_fx.ops import Statistic, passes
+from kfac_fx.parallel import Place
+
+Gradients = dict[int, Tensor]
+"""id of a factor buffer or parameter -> what a backward pass returned for it."""
+
+Statistics = dict[int, Statistic]
+"""The same; some may not be multiplied yet."""
+
+Shared = tuple[tuple[int, tuple[int, ...]], ...]
+"""(place of a G, places of the A whose calls it is divided by) among the gradients and inputs."""
+
+
+@dataclass
+class Sources:
+    """The tensors that statistics are gradients of.
+
+    Attributes:
+        inputs: factor buffers that do not depend on the derivative (A, counts).
+        gradients: factor buffers that are quadratic in it (G, C).
+        parameters: those without a tap, whose summed gradient is squared.
+        symmetric: ids of the factor buffers that hold symmetric matrices.
+        shared: the G that several calls of a layer share.
+    """
+
+    inputs: list[Tensor]
+    gradients: list[Tensor]
+    parameters: list[Tensor]
+    symmetric: set[int]
+    shared: Shared
+
+    @property
+    def places(self) -> list[Place]:
+        """Where all statistics go."""
+        return [Place(t, id(t) in self.symmetric) for t in (*self.factors, *self.parameters)]
+
+    @property
+    def factors(self) -> list[Tensor]:
+        """All factor buffers."""
+        return self.inputs + self.gradients
+
+
+def sources_of(entries: Sequence[Entry]) -> Sources:
+    """Of blocks, pairs and moments."""
+    sources = Sources([], [], [], set(), _shared_uses(entries))
+    for entry in entries:
+        if not entry.block.tapped:
+            sources.parameters.extend(entry.parameters)
+            continue
+        for spec, buffer in zip(entry.block.factors, entry.buffers, strict=True):
+            (sources.gradients if spec.role == "gradient" else sources.inputs).append(buffer)
+            if isinstance(entry.block, CurvatureBlock) and spec.role != "count":
+                sources.symmetric |= set() if spec.diagonal else {id(buffer)}
+    return sources
+
+
+def _shared_uses(entries: Sequence[Entry]) -> Shared:
+    """The G that are divided by the number of calls that were recorded; of pairs, its mean.
+
+    As for shared positions A (x) G then stands for a sum of uncorrelated terms, one a call
+    (Martens, Ba & Johnson 2018); a derivative in forward mode is a call of its own. Blocks that
+    count positions at run time need none of this.
+    """
+    inputs: dict[str, int] = {}
+    found: list[tuple[int, tuple[int, ...]]] = []
+    place = {"input": 0, "gradient": 0}
+    for entry in entries:
+        block = entry.block
+        roles = [spec.role for spec in block.factors] if block.tapped else []
+        if roles == ["input", "gradient"]:
+            ends = (block.earlier, block.later) if isinstance(block, Pair) else (block.name,)
+            inputs.setdefault(block.name, place["input"])
+            if all(end in inputs for end in ends):
+                found.append((place["gradient"], tuple(inputs[end] for end in ends)))
+        for role in roles:
+            place["gradient" if role == "gradient" else "input"] += 1
+    return tuple(found)
+
+
+def by_calls(sources: Sources, found: Mapping[int, Statistic]) -> Statistics:
+    """Statistics of one recorded pass, with those G divided that several calls share."""
+    result = dict(found)
+    for gradient, inputs in sources.shared:
+        calls = [passes(sources.inputs[place]) for place in inputs]
+        key = id(sources.gradients[gradient])
+        if key in result and any(count > 1 for count in calls):
+            result[key] = result[key] * math.prod(calls) ** (-1 / len(calls))
+    return result

@@ -1,0 +1,37 @@
+"""How a network is run on a batch."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from kfac_fx.errors import UnknownOptionError
+
+Forward = Callable[[Callable[..., Any], Any], Any]
+"""From the network (a callable) and a batch's inputs to the outputs of the likelihood."""
+
+
+def run_network(net: Callable[..., Any], inputs: Any) -> Any:
+    """A tuple is spread as positional arguments, a mapping as keywords."""
+    if isinstance(inputs, Mapping):
+        return net(**inputs)
+    return net(*inputs) if isinstance(inputs, tuple) else net(inputs)
+
+
+def outputs_of(forward: Forward, net: Callable[..., Any], inputs: Any) -> Any:
+    """What ``forward`` makes of the inputs, or a closure that is given in their place.
+
+    Raises:
+        UnknownOptionError: the closure does not take the network.
+    """
+    if not callable(inputs):
+        return forward(net, inputs)
+    try:
+        inspect.signature(inputs).bind(net)
+    except TypeError as error:
+        raise UnknownOptionError(
+            "a closure takes the network and returns the outputs of the likelihood, not the loss: "
+            "step(lambda net: net(x), targets)"
+        ) from error
+    return inputs(net)

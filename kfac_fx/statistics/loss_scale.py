@@ -1,0 +1,170 @@
+"""How a loss is reduced: its factor to the summed negative log-likelihood of the targets."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from kfac_fx.likelihoods.batch import output_tensors, predictive, wide
+from kfac_fx.likelihoods.builtin import Bernoulli, Categorical, Likelihood, Normal, Sum
+
+log = logging.getLogger("kfac_fx")
+
+COMPARED = 4096
+"""Outputs whose derivatives are compared, and at least 4 cases, of more."""
+
+
+class Comparison(NamedTuple):
+    """The loss's derivatives s in the outputs, beside those of the likelihood, n.
+
+    Attributes:
+        power, dot, seen: n.n, s.n and s.s.
+        rest: |s - ratio n|^2.
+    """
+
+    power: float
+    dot: float
+    seen: float
+    rest: float
+
+    @property
+    def ratio(self) -> float:
+        """The factor that brings n nearest to s."""
+        return self.dot / self.power if self.power else 0.0
+
+    def proportional(self, tolerance: float) -> bool:
+        """Whether s = c n with c above zero, up to a share of the length of s."""
+        return self.ratio > 0 and self.rest <= tolerance**2 * self.seen
+
+    def reduction(self, count: float) -> float:
+        """The nearer of a sum (1) and a mean (1 / count)."""
+        return 1.0 if self.ratio * count**0.5 > 1 else 1 / count
+
+
+def tells(power: float, terms: float) -> bool:
+    """Whether the likelihood's derivatives are more than rounding errors of a perfect fit."""
+    return power > 1e-6 * terms
+
+
+def compared(loss: Tensor, nll: Tensor, outputs: Any) -> Tensor:
+    """[4], the numbers of a ``Comparison``; both scalars are functions of the outputs."""
+    wrt = [output for output in output_tensors(outputs) if output.requires_grad]
+    s, n = (
+        torch.autograd.grad(
+            scalar, wrt, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        for scalar in (loss, nll)
+    )
+    return _products(_flat(s), _flat(n))
+
+
+def scale_of(numbers: Tensor) -> float | None:
+    """The factor c with loss = c * summed negative log-likelihood, from ``compared``.
+
+    None where it is not seen: the loss has parts of its own, or both are rounding errors.
+    """
+    comparison = Comparison(*numbers.tolist())
+    return comparison.ratio if comparison.proportional(1e-3) else None
+
+
+class _Expected(NamedTuple):
+    """The derivative of the summed negative log-likelihood in some cases, and their terms."""
+
+    cases: slice
+    derivative: Tensor
+    terms: float
+
+    @property
+    def tells(self) -> bool:
+        """See ``tells``."""
+        return tells(float(self.derivative.square().sum()), self.terms)
+
+
+class LossScale:
+    """Compares the loss's derivatives in the outputs with those of the likelihood.
+
+    Args:
+        count: number of likelihood terms, or the sum of their weights.
+    """
+
+    def __init__(
+        self, likelihood: Likelihood | Sum, outputs: Any, targets: Any, count: float
+    ) -> None:
+        self._likelihood, self._outputs, self._targets = likelihood, outputs, targets
+        self._count = count
+        self._expected = self._derivative(self._some_cases())
+
+    def __call__(self, seen: Mapping[int, Tensor | None]) -> float:
+        """The factor, from the loss's derivatives by place of the output.
+
+        Near a perfect fit both are rounding errors, and either reduction may be meant.
+        """
+        comparison, terms = self._compare(seen)
+        if comparison.proportional(0.01):
+            return comparison.ratio
+        if tells(comparison.power, terms):
+            difference = (comparison.rest / max(comparison.seen, 1e-300)) ** 0.5
+            log.warning(
+                "the factors are of derivatives of the loss, which is not proportional to the "
+                "negative log-likelihood (relative difference of derivatives %.2g)",
+                difference,
+            )
+        return comparison.reduction(self._count)
+
+    def _compare(self, seen: Mapping[int, Tensor | None]) -> tuple[Comparison, float]:
+        """The comparison, and the terms in it."""
+        expected = self._expected
+        if expected.cases.step and not expected.tells:  # ignored targets, say
+            expected = self._derivative(slice(None))
+        outputs = enumerate(output_tensors(self._outputs))
+        found = [torch.zeros_like(o) if (g := seen.get(i)) is None else g for i, o in outputs]
+        s = _flat(_some(found, expected.cases)).double()
+        products = _products(s, expected.derivative)
+        return Comparison(*products.tolist()), expected.terms
+
+    def _some_cases(self) -> slice:
+        """Cases that tell the reduction; all where terms may depend on other cases."""
+        tensors = pytree.tree_leaves((self._outputs, self._targets))
+        sizes = {t.shape[0] if isinstance(t, Tensor) and t.dim() else 0 for t in tensors}
+        (cases,) = sizes if len(sizes) == 1 else (0,)
+        outputs = sum(tensor.numel() for tensor in output_tensors(self._outputs))
+        step = min(cases // 4, outputs // COMPARED)
+        known = isinstance(self._likelihood, (Categorical, Bernoulli, Normal))
+        return slice(None, None, step if known and step > 1 else None)
+
+    def _derivative(self, cases: slice) -> _Expected:
+        """Of the likelihood, in the outputs of some cases."""
+
+        def leaf(output: Any) -> Any:
+            differentiable = isinstance(output, Tensor) and output.is_floating_point()
+            return output.detach().requires_grad_() if differentiable else output
+
+        outputs, targets = _some((self._outputs, self._targets), cases)
+        outputs = pytree.tree_map(leaf, wide(outputs))
+        made = predictive(self._likelihood, outputs, targets)
+        wrt = output_tensors(outputs)
+        found = torch.autograd.grad(made.nll(), wrt, allow_unused=True, materialize_grads=True)
+        return _Expected(cases, _flat(found).double(), made.count)
+
+
+def _some(tree: Any, cases: slice) -> Any:
+    """The cases of every tensor in a tree."""
+    return pytree.tree_map(lambda leaf: leaf[cases], tree) if cases.step else tree
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    """In float32 at least."""
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    return flat.to(torch.promote_types(flat.dtype, torch.float32))
+
+
+def _products(s: Tensor, n: Tensor) -> Tensor:
+    """[4], the numbers of a ``Comparison``."""
+    power, dot = n @ n, s @ n
+    ratio = torch.where(power > 0, dot / power, 0.0)
+    return torch.stack([power, dot, s @ s, (s - ratio * n).square().sum()])

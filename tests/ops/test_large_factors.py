@@ -1,0 +1,141 @@
+"""Sides above ``max_factor_dim``: a diagonal vector, or sub-blocks along the diagonal."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import oracles
+from support.oracles import Categorical, Measure, Normal, close
+from test_factors_by_derivative import Tied
+from torch import Tensor, nn
+
+import kfac_fx
+
+pytestmark = pytest.mark.usefixtures("float64")
+# Sides of the head below are 6 + 1 and 9: whole, in equal parts, or filled up.
+LIMITS = {3: ((3, 3, 3), (3, 3, 3)), 4: ((2, 4, 4), (3, 3, 3)), 7: ((7, 7), (2, 5, 5))}
+
+
+def head(bias: bool = True) -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 9, bias=bias))
+
+
+def kept(factor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The part of a whole factor that sub-blocks keep, as a whole matrix."""
+    if len(shape) == 2:
+        return factor
+    mask = torch.block_diag(*torch.ones(shape))[: len(factor), : len(factor)]
+    return factor * mask
+
+
+def joined(blocks: Tensor, side: int) -> Tensor:
+    """Sub-blocks as a whole matrix; what fills them up must be zero."""
+    whole = torch.block_diag(*blocks) if blocks.dim() == 3 else blocks
+    assert not whole[side:].any() and not whole[:, side:].any()
+    return whole[:side, :side]
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("limit", LIMITS)
+def test_sub_blocks(measure: Measure, limit: int, bias: bool, sharing: str) -> None:
+    model, x, likelihood = head(bias), torch.randn(5, 2, 4), Categorical()
+    net = kfac_fx.transform(
+        model, max_factor_dim=limit, large_factors="blocks", weight_sharing=sharing
+    )
+    y = likelihood.draw(model(x))
+    found = measure(net, x, y, likelihood)
+    whole = oracles.kronecker(model, ["2"], x, y, likelihood, "exact", sharing)
+    shapes = net.curvature.blocks["2"].dimensions
+    if bias:
+        assert shapes == LIMITS[limit]
+    sides = [len(factor) for factor in whole]
+    want = [kept(factor, shape) for factor, shape in zip(whole, shapes, strict=True)]
+    close([joined(f, d) for f, d in zip(found.factors["2"], sides, strict=True)], want)
+
+    names = ["2.weight", "2.bias"][: 1 + bias]
+    gradients = torch.autograd.grad(
+        likelihood.nll(model(x), y), [model.get_parameter(n) for n in names]
+    )
+    V = torch.cat([gradients[0], *(g[:, None] for g in gradients[1:])], 1)
+    update = found.preconditioner.apply(dict(zip(names, gradients, strict=True)))
+    U = torch.cat([update["2.weight"], *(update[n][:, None] for n in names[1:])], 1)
+    close((U,), (oracles.solve_kronecker(*want, V, 1e-2),))
+
+
+def test_groups_stay_diagonal_and_say_so() -> None:
+    """Only dense uses are cut; every other kind names what it got."""
+    model = nn.Sequential(nn.Conv1d(4, 6, 3), nn.Flatten(), nn.Linear(12, 3))
+    net = kfac_fx.transform(model, max_factor_dim=6, large_factors="blocks")
+    assert net.curvature.blocks["0"].dimensions == ((13,), (6, 6))
+    assert "kept as a diagonal" in str(net.curvature.blocks["0"].reason)
+    assert net.curvature.blocks["2"].dimensions == ((3, 5, 5), (3, 3))
+
+
+def test_report_and_memory() -> None:
+    net = kfac_fx.transform(head(), max_factor_dim=4, large_factors="blocks")
+    report = str(net.curvature)
+    assert "A of side 7 above max_factor_dim=4, cut into 2 sub-blocks of 4" in report
+    assert "G of side 9 above max_factor_dim=4, cut into 3 sub-blocks of 3" in report
+    preconditioner = kfac_fx.Preconditioner(net, "normal")
+    factors = [f for fs in preconditioner.factors.values() for f in fs]
+    assert sum(f.numel() for f in factors) == net.curvature.factor_elements
+    assert net.curvature.factor_elements == (2 * 9 + 2 * 9) + (2 * 16 + 3 * 9)
+    with pytest.raises(kfac_fx.errors.CoverageError, match="cut into 3 sub-blocks"):
+        kfac_fx.transform(head(), max_factor_dim=4, large_factors="blocks", strict=True)
+    with pytest.raises(kfac_fx.errors.UnknownOptionError, match="blocks"):
+        kfac_fx.transform(head(), large_factors="block")
+
+
+def test_diagonal_is_the_default(measure: Measure) -> None:
+    model, x = head(), torch.randn(5, 4)
+    net = kfac_fx.transform(model, max_factor_dim=4)
+    A, G = oracles.kronecker(model, ["2"], x, None, Normal())
+    close(measure(net, x, None, Normal()).factors["2"], (A.diag(), G.diag()))
+
+
+def test_uses_of_a_shared_layer_add_up(measure: Measure) -> None:
+    layer = nn.Linear(6, 6)
+    model, x = nn.Sequential(layer, nn.Tanh(), layer), torch.randn(5, 6)
+    net = kfac_fx.transform(model, max_factor_dim=4, large_factors="blocks")
+    A, G = oracles.kronecker(model, ["0"], x, None, Normal())
+    found = measure(net, x, None, Normal()).factors["0"]
+    close(
+        [joined(f, d) for f, d in zip(found, (7, 6), strict=True)],
+        [kept(A, (2, 4, 4)), kept(G, (2, 3, 3))],
+    )
+
+
+@pytest.mark.parametrize("limit", [5, 6, 7])
+def test_tied_head(limit: int) -> None:
+    """Token counts and the head's own sub-blocks meet on the side of the vocabulary."""
+    model, ids = Tied(bias=False), torch.randint(7, (5, 3))
+    net = kfac_fx.transform(model, max_factor_dim=limit, large_factors="blocks")
+    preconditioner = kfac_fx.Preconditioner(net, fisher="exact", damping=1e-2)
+    outputs = net(ids)
+    preconditioner.observe(outputs)
+    outputs.square().sum().backward()
+    V = model.head.weight.grad.clone()
+    preconditioner.step()
+    counts, G_look, second_A, second_G = preconditioner.factors["embedding"]
+    second_A = joined(second_A, 7) if limit < 7 else second_A
+    damped = torch.kron(*oracles.tikhonov(second_A, second_G, 1e-2))
+    dense = damped + torch.kron(torch.diag(counts), G_look)
+    want = torch.linalg.solve(dense, V.flatten()).reshape(V.shape)
+    close((model.head.weight.grad,), (want,))
+
+
+def test_compiled_program_and_eager_capture(measure: Measure) -> None:
+    model, x = head(), torch.randn(5, 4)
+    options = {"max_factor_dim": 4, "large_factors": "blocks"}
+    want = measure(kfac_fx.transform(model, **options), x, None, Normal())
+    eager = kfac_fx.transform(model, x, capture="eager", **options)
+    close(measure(eager, x, None, Normal()).factors["2"], want.factors["2"])
+    program = want.preconditioner.program
+    inverses = program.refresh(torch.tensor(1e-2), [f for fs in want.factors.values() for f in fs])
+    compiled = torch.compile(program.apply_module, backend="eager", fullgraph=True)
+    gradients = [torch.randn_like(p) for p in model.parameters()]
+    given = [inverses[name] for name in program.inverse_names]
+    expected = program.apply(inverses, gradients)
+    for name, value in compiled(*given, *gradients).items():
+        close((value,), (expected[name],))

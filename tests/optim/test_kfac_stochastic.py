@@ -1,0 +1,81 @@
+"""KFAC with a learning rate against its formula (Grosse & Martens 2016, section 5), written out."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.oracles import close
+from torch import Tensor, nn
+
+import kfac_fx
+from kfac_fx.errors import LikelihoodError
+
+pytestmark = pytest.mark.usefixtures("float64")
+DAMPING, ETA = 0.3, 0.02
+RATES, MOMENTA, DECAYS = (0.1, 0.05), (0.9, 0.5), (ETA, 0.0)
+
+
+def damped_solution(A: Tensor, G: Tensor, V: Tensor) -> Tensor:
+    """((A + pi gamma I) (x) (G + gamma / pi I))^-1 vec(V)."""
+    gamma = (DAMPING + ETA) ** 0.5
+    pi = ((A.trace() / len(A)) / (G.trace() / len(G))) ** 0.5
+    left = torch.linalg.inv(G + gamma / pi * torch.eye(len(G)))
+    return left @ V @ torch.linalg.inv(A + pi * gamma * torch.eye(len(A)))
+
+
+@pytest.mark.parametrize("trust_region", [None, 1e-4, 1e4])
+def test_steps_are_those_of_the_formula(trust_region: float | None) -> None:
+    """Two groups with options of their own, five batches, rates that a scheduler changes."""
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    layers = [model[0], model[2]]
+    groups = [
+        {"params": [*layer.parameters()], "lr": lr, "momentum": mu, "weight_decay": decay}
+        for layer, lr, mu, decay in zip(layers, RATES, MOMENTA, DECAYS, strict=True)
+    ]
+    net = kfac_fx.transform(model, structure="block_diagonal")
+    options = {"weight_decay": ETA, "damping": DAMPING, "trust_region": trust_region}
+    optimizer = kfac_fx.KFAC(net, params=groups, lr=1.0, refresh_every=1, **options)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.7)
+    previous, shortened = [torch.zeros(5, 5), torch.zeros(3, 6)], []
+    for step in range(5):
+        x, y = torch.randn(16, 4), torch.randint(3, (16,))
+        before, plain = [whole(layer) for layer in layers], copy.deepcopy(model)
+        F.cross_entropy(plain(x), y).backward()
+        optimizer.step(x, y)
+        gradients = [
+            whole(layer, gradient=True) + decay * w
+            for layer, w, decay in zip((plain[0], plain[2]), before, DECAYS, strict=True)
+        ]
+        rates = [rate * 0.7**step for rate in RATES]
+        pairs = zip(optimizer.factors.values(), gradients, strict=True)
+        proposals = [damped_solution(*factors, g) for factors, g in pairs]
+        lengths = zip(rates, gradients, proposals, strict=True)
+        length = float(sum(rate**2 * (g * p).sum() for rate, g, p in lengths))
+        scale = 1.0 if trust_region is None else min(1.0, (trust_region / length) ** 0.5)
+        assert optimizer.diagnostics["trust"] == pytest.approx(scale)
+        shortened.append(scale < 1)
+        terms = zip(MOMENTA, previous, rates, proposals, strict=True)
+        previous = [mu * last - scale * rate * p for mu, last, rate, p in terms]
+        moved = [whole(layer) - w for layer, w in zip(layers, before, strict=True)]
+        close(moved, previous)
+        assert all(value.norm() > 0 for value in moved)
+        schedule.step()
+    assert any(shortened) == (trust_region == 1e-4)
+
+
+def test_a_batch_that_is_refused_leaves_the_draws_as_they_were() -> None:
+    model = nn.Linear(4, 3)
+    optimizer = kfac_fx.KFAC(kfac_fx.transform(model), lr=0.1)
+    before = optimizer.generator.get_state()
+    with pytest.raises(LikelihoodError):
+        optimizer.step(torch.randn(16, 4), torch.randint(3, (15,)))
+    assert torch.equal(optimizer.generator.get_state(), before)
+
+
+def whole(layer: nn.Linear, gradient: bool = False) -> Tensor:
+    """[W b], or its gradient."""
+    weight, bias = (p.grad if gradient else p.detach() for p in (layer.weight, layer.bias))
+    return torch.cat([weight, bias[:, None]], 1)

@@ -1,0 +1,181 @@
+"""Which backward pass the empirical Fisher is of, where several come through one forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.oracles import close
+from torch import Tensor, nn
+
+import kfac_fx
+from kfac_fx.errors import ObservationError
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+class Untapped(nn.Module):
+    """A parameter that gets a diagonal from its whole gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.p = nn.Parameter(0.1 * torch.randn(3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ torch.linalg.matrix_exp(self.p)
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def losses(outputs: Tensor, y: Tensor) -> Tensor:
+    """Neither a sum nor a mean, so that their scale must be seen."""
+    return 3.0 * F.cross_entropy(outputs, y, reduction="none") / len(y)
+
+
+Train = Callable[[Tensor, Tensor, list[nn.Parameter]], None]
+
+
+def plainly(outputs: Tensor, y: Tensor, _: list[nn.Parameter]) -> None:
+    losses(outputs, y).sum().backward()
+
+
+def logged_before(outputs: Tensor, y: Tensor, parameters: list[nn.Parameter]) -> None:
+    torch.autograd.grad(losses(outputs, y)[0], parameters, retain_graph=True)
+    plainly(outputs, y, parameters)
+
+
+def logged_after(outputs: Tensor, y: Tensor, parameters: list[nn.Parameter]) -> None:
+    losses(outputs, y).sum().backward(retain_graph=True)
+    torch.autograd.grad(losses(outputs, y)[0], parameters)
+
+
+def by_halves(outputs: Tensor, y: Tensor, _: list[nn.Parameter]) -> None:
+    found = losses(outputs, y)
+    found[:4].sum().backward(retain_graph=True)
+    found[4:].sum().backward()
+
+
+def by_terms(outputs: Tensor, y: Tensor, _: list[nn.Parameter]) -> None:
+    loss = losses(outputs, y).sum()
+    (0.3 * loss).backward(retain_graph=True)
+    (0.7 * loss).backward()
+
+
+Recorded = tuple[Callable[[Tensor], Tensor], kfac_fx.Preconditioner]
+
+
+def recorder(model: nn.Module, compiled: bool = False) -> Recorded:
+    net = kfac_fx.transform(model)
+    run = torch.compile(net, backend="aot_eager") if compiled else net
+    return run, kfac_fx.Preconditioner(run, fisher="empirical")
+
+
+def recorded(one: Recorded, train: Train) -> list[Tensor]:
+    """The factors after a step on one batch."""
+    net, pre = one
+    torch.manual_seed(3)
+    x, y = torch.randn(8, 3), torch.randint(3, (8,))
+    outputs = net(x)
+    pre.observe(outputs, y)
+    train(outputs, y, [*net.parameters()])
+    pre.step()
+    return [factor.clone() for factors in pre.factors.values() for factor in factors]
+
+
+@pytest.fixture(params=[False, True], ids=["eager", "compiled"])
+def compiled(request: pytest.FixtureRequest) -> Iterator[bool]:
+    with torch._functorch.config.patch(donated_buffer=False):
+        yield request.param
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("build", [mlp, Untapped])
+@pytest.mark.parametrize("train", [logged_before, logged_after])
+def test_gradients_for_a_log_are_no_statistics(
+    build: type[nn.Module], train: Train, compiled: bool
+) -> None:
+    model = build()
+    want = recorded(recorder(model), plainly)
+    close(recorded(recorder(model, compiled), train), want)
+
+
+@pytest.mark.parametrize("build", [mlp, Untapped])
+@pytest.mark.parametrize("train", [by_halves, by_terms])
+def test_several_that_train_are_refused(
+    build: type[nn.Module], train: Train, compiled: bool
+) -> None:
+    """Nothing is recorded, of an earlier micro-batch neither; the next step is as if at first."""
+    model = build()
+    want = recorded(recorder(model), plainly)
+    net, pre = one = recorder(model, compiled)
+    x, y = torch.randn(8, 3), torch.randint(3, (8,))
+    outputs = net(x)
+    pre.observe(outputs, y)
+    losses(outputs, y).sum().backward()
+    with pytest.raises(ObservationError, match="2 backward passes"):
+        recorded(one, train)
+    close(recorded(one, plainly), want)
+
+
+class Aside(nn.Module):
+    """A head beside the outputs, which is computed later, so that its backward comes first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.head, self.other = nn.Linear(3, 5), nn.Linear(5, 3), nn.Linear(5, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        z = torch.tanh(self.trunk(x))
+        return self.head(z), self.other(z)
+
+
+def test_a_log_before_a_backward_that_comes_to_other_taps_first() -> None:
+    def factors(log: bool) -> list[Tensor]:
+        torch.manual_seed(2)
+        net, pre = recorder(Aside())
+        y = torch.randint(3, (8,))
+        outputs, other = net(torch.randn(8, 3))
+        pre.observe(outputs, y)
+        loss = losses(outputs, y).sum()
+        if log:
+            torch.autograd.grad(loss, [*net.parameters()], retain_graph=True, allow_unused=True)
+        (loss + other.square().mean()).backward()
+        pre.step()
+        return [factor for factors in pre.factors.values() for factor in factors]
+
+    close(factors(log=True), factors(log=False))
+
+
+class Twice(nn.Module):
+    """Calls a layer twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(torch.tanh(self.layer(x)))
+
+
+@pytest.mark.parametrize("build", [mlp, Twice])
+@pytest.mark.parametrize("second", ["none", "evaluated", "observed", "not observed"])
+def test_a_forward_that_was_not_observed_is_named(
+    build: type[nn.Module], second: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    net, pre = recorder(build())
+    outputs, y = net(torch.randn(8, 3)), torch.randint(3, (8,))
+    with torch.set_grad_enabled(second != "evaluated"):
+        other = outputs if second == "none" else net(torch.randn(8, 3))
+    if second == "observed":
+        outputs, y = torch.cat([outputs, other]), torch.cat([y, y])
+    pre.observe(outputs, y)
+    loss = losses(outputs, y).sum()
+    if second == "not observed":
+        loss = loss + other.square().sum()
+    loss.backward()
+    pre.step()
+    assert ("not observed" in caplog.text) == (second == "not observed")

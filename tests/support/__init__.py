@@ -1,0 +1,1 @@
+"""What the tests share: networks, dense oracles, processes."""
