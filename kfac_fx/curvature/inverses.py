@@ -18,7 +18,6 @@ from kfac_fx.curvature.ekfac import Moments
 from kfac_fx.curvature.factor_storage import Storage
 from kfac_fx.curvature.outliers import fit
 from kfac_fx.curvature.parameters import CoveredParameters
-from kfac_fx.curvature.rounding import Rounding
 from kfac_fx.errors import (
     GradientError,
     ParameterChangedError,
@@ -26,7 +25,7 @@ from kfac_fx.errors import (
     UnknownOptionError,
 )
 from kfac_fx.ir import Coupling, CurvatureGraph
-from kfac_fx.ops import Statistic, all_buffers, round_products, switch
+from kfac_fx.ops import Statistic, all_buffers, switch
 from kfac_fx.parallel import Engine, Workers
 
 log = logging.getLogger("kfac_fx")
@@ -41,20 +40,16 @@ class InverseFisher:
         tikhonov: how Kronecker blocks are damped, "factored", "exact" or "ekfac".
         workers: the processes that share the refresh.
         storage: keeps the averages.
-        bfloat16_error: tolerance of ``rounding``.
-        compile: run the program through torch.compile; a name is that of its backend. Not where
-            blocks may be rounded: another choice of them would be another program to compile.
+        compile: run the program through torch.compile; a name is that of its backend.
 
     Attributes:
         averages: of the factors and cross factors.
         program: for the couplings in use.
-        rounding: which blocks multiply in bfloat16.
         inverses: what the last refresh made; empty before.
         clamped: entries of conditionals that rounding had pushed to one, over all refreshes.
 
     Raises:
-        UnknownOptionError: tikhonov is unknown, or not factored and there are couplings; or what is
-            asked for does not go with bfloat16_error.
+        UnknownOptionError: tikhonov is unknown, or not factored and there are couplings.
     """
 
     def __init__(
@@ -65,7 +60,6 @@ class InverseFisher:
         tikhonov: str,
         workers: Workers,
         storage: Storage,
-        bfloat16_error: float = 0.0,
         *,
         compile: bool | str,
     ) -> None:
@@ -75,20 +69,12 @@ class InverseFisher:
         self.guard = CoveredParameters(net, curvature.covered)
         self.clamped = 0
         switch(net, all_buffers(net), False)  # another program may have wanted more of them
-        round_products(all_buffers(net), False)
         for buffer in all_buffers(net):
             buffer.grad = None
         pairs = curvature.pairs if coupled else ()
         moments = curvature.moments if tikhonov == "ekfac" else ()
         self.averages = Averages(net, curvature, self.guard.parameters, pairs, moments, storage)
         self.moments = Moments(net, curvature, self.averages)
-        several = workers.size > 1 or workers.staleness
-        if bfloat16_error and (tikhonov != "factored" or several):
-            raise UnknownOptionError("bfloat16_error is for tikhonov='factored' and one process")
-        if bfloat16_error and compile:
-            log.info("bfloat16_error: passes are compiled, the program is not")
-            compile = False
-        self.rounding = Rounding(curvature.blocks, self.averages, bfloat16_error)
         self._compile, self._workers, self._plain = compile, workers, storage.plain
         self._refreshes = self._folds = 0
         self._present: tuple[float, int] | None = None
@@ -99,7 +85,6 @@ class InverseFisher:
     def _made(self, couplings: Sequence[Coupling]) -> tuple[Program, Engine]:
         low = (torch.float16, torch.bfloat16)
         cast = [name for name, p in self.guard.parameters.items() if p.dtype in low]
-        cast += self.rounding.parameters
         options: Any = {"tikhonov": self.tikhonov, "compile": self._compile}
         # Each call costs a GPU a launch and a compiler a kernel; processes divide single blocks.
         on_gpu = any(p.is_cuda for p in self.guard.parameters.values())
@@ -180,7 +165,6 @@ class InverseFisher:
             raise StatisticsError("no statistics yet: nothing to invert")
         self._choose_couplings(damping)
         amount = self.amount(damping)
-        self.rounding.before_refresh(amount)
         factors = self.refresh_factors(self.program.couplings)
         # A process may keep no inverse at all, but it knows that there was a refresh.
         self.inverses = self._engine.refresh(amount, factors, self.inverses) | {"damping": amount}
@@ -188,7 +172,6 @@ class InverseFisher:
         if self.moments.blocks:
             self.moments.rebase(self.inverses)
             self.inverses |= self.moments.scales(amount)
-        self.inverses = self.rounding.of_refresh(self.inverses, self._refreshes)
         self._present = damping, self._folds
 
     def _choose_couplings(self, damping: float) -> None:
@@ -232,7 +215,6 @@ class InverseFisher:
             n: gradients[n] if n in gradients else torch.zeros_like(p)
             for n, p in parameters.items()
         }
-        self.inverses = self.rounding.of_apply(self.inverses, filled)
         updates = dict(self._engine.apply(self.inverses, list(filled.values())))
         for name, entry in self.averages.blocks.items():
             if entry.recorded == 0:  # nothing is known of its curvature
@@ -249,7 +231,6 @@ class InverseFisher:
             "inverses": {name: value.clone() for name, value in self.inverses.items()},
             "pending": self._engine.pending(),
             "refreshes": self._refreshes,
-            "rounding": self.rounding.state(),
             "clamped": self.clamped,
         }
 
@@ -273,13 +254,11 @@ class InverseFisher:
             )
         self.averages.load(state["averages"])
         self._present = None
-        self.rounding.load(state.get("rounding", {}))
         self.program, self._engine = program, engine
         device = next(iter(self.guard.parameters.values())).device
         others = set(program.inverse_names) - missing
         self.inverses = {n: v.to(device).clone() for n, v in inverses.items() if n not in others}
         engine.resume(state.get("pending", ()) if inverses else ())
-        self.inverses = self.rounding.of_state(self.inverses)
         self.moments.restore(self.inverses)
         self._refreshes = int(state["refreshes"])
         self.clamped = int(state["clamped"])

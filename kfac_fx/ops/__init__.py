@@ -25,13 +25,11 @@ from kfac_fx.ops.rows import Rows, Statistic, multiplied
 from kfac_fx.ops.same_input import forget_input
 from kfac_fx.ops.tap import (
     forget_passes,
-    is_rounded,
     noted_statistics,
     only,
     passes,
     pause,
     resume,
-    round_products,
 )
 
 STORE = "_kfac_fx"
@@ -104,7 +102,6 @@ __all__ = [
     "forget_input",
     "forget_passes",
     "grouped",
-    "is_rounded",
     "linear",
     "moment",
     "moment_buffers",
@@ -116,7 +113,6 @@ __all__ = [
     "pause",
     "recurrent",
     "resume",
-    "round_products",
     "row_scale",
     "scale_shift",
     "switch",

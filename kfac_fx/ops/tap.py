@@ -30,7 +30,6 @@ from kfac_fx.ops.rows import Statistic, kept_rows, multiplied
 
 _paused: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _passes: WeakIdKeyDictionary = WeakIdKeyDictionary()
-_rounded: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 class Statistics(Protocol):
@@ -49,7 +48,7 @@ class Statistics(Protocol):
             g: derivative with respect to the tapped tensor.
             tensors: what the tap saved of the forward pass.
             wanted: per factor buffer, whether its statistic is asked for.
-            dtype: products are formed in it, the factors' or bfloat16.
+            dtype: of the factors; products are formed in it.
         """
 
 
@@ -68,20 +67,6 @@ def resume(factors: Iterable[Tensor]) -> None:
 def is_paused(factor: Tensor) -> bool:
     """Whether backward passes skip the factor."""
     return bool(_paused) and factor in _paused  # mostly none is, and a weak key costs
-
-
-def round_products(factors: Iterable[Tensor], on: bool) -> None:
-    """Lets the statistics of these factors be products in bfloat16 from now on, or not."""
-    for factor in factors:
-        if on:
-            _rounded[factor] = True
-        else:
-            _rounded.pop(factor, None)
-
-
-def is_rounded(factor: Tensor) -> bool:
-    """Whether the factor's statistics are products in bfloat16."""
-    return bool(_rounded) and factor in _rounded
 
 
 def passes(factor: Tensor) -> int:
@@ -154,11 +139,9 @@ class _Source(_Unbatched):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         nothing = (None,) * (3 + ctx.saved)
         needed = ctx.needs_input_grad[len(nothing) :]
-        own = ctx.factors[0].dtype
-        dtype = torch.bfloat16 if is_rounded(ctx.factors[0]) else own
         saved = partial(getattr, ctx, "saved_tensors")
-        found = _delivered(ctx.statistics, g, saved, ctx.factors, needed, dtype)
-        return (*nothing, *(None if v is None else multiplied(v).to(own) for v in found))
+        found = _delivered(ctx.statistics, g, saved, ctx.factors, needed)
+        return (*nothing, *(multiplied(value) for value in found))
 
 
 def _delivered(
@@ -167,7 +150,6 @@ def _delivered(
     saved: Callable[[], Sequence[Tensor | None]],
     factors: Sequence[Tensor],
     needed: Sequence[bool],
-    dtype: torch.dtype,
 ) -> Sequence[Statistic | None]:
     """What a tap leaves for its factors, from the derivative that has arrived."""
     wanted = [n and not is_paused(f) for n, f in zip(needed, factors, strict=True)]
@@ -175,7 +157,7 @@ def _delivered(
         return [None] * len(wanted)
     if wanted[0]:
         _passes[factors[0]] = _passes.get(factors[0], 0) + 1
-    return statistics(g, saved(), wanted, dtype)
+    return statistics(g, saved(), wanted, factors[0].dtype)
 
 
 @torch.no_grad()
@@ -183,8 +165,6 @@ def noted_statistics(
     notes: Sequence[Note], derivatives: Sequence[Tensor | None]
 ) -> dict[int, Statistic]:
     """The sums of the statistics of noted taps, by id of factor buffer.
-
-    None is rounded: small products in bfloat16 save less than their casts take.
 
     Args:
         derivatives: at the notes' edges; None where none came.
@@ -197,9 +177,8 @@ def noted_statistics(
         if g is None:
             continue
         needed = [factor.requires_grad for factor in note.factors]
-        own = note.factors[0].dtype
         with kept_rows():
-            values = _delivered(note.statistics, g, note.seen, note.factors, needed, own)
+            values = _delivered(note.statistics, g, note.seen, note.factors, needed)
         for key, value in zip(map(id, note.factors), values, strict=True):
             if value is not None:
                 found[key] = multiplied(found[key]) + multiplied(value) if key in found else value

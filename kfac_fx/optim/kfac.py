@@ -66,8 +66,8 @@ class KFAC(HasCurvature, Optimizer):
         outlier: a batch whose loss is this many times the running average (gradient, statistics:
             a hundred times as many), or not finite, is not trusted: if its loss was fine before
             the last step, that step is undone exactly and lambda grows; else it is skipped.
-        tikhonov, structure, fisher, generator, workers, forward, factor_storage, bfloat16_error,
-            compile: as for ``Preconditioner``; the Fisher is not the empirical one, the gradients
+        tikhonov, structure, fisher, generator, workers, forward, factor_storage, compile:
+            as for ``Preconditioner``; the Fisher is not the empirical one, the gradients
             are averaged over the workers here, and their pass is compiled unless they are sharded.
 
     Attributes:
@@ -106,7 +106,6 @@ class KFAC(HasCurvature, Optimizer):
         forward: Forward = run_network,
         workers: Workers = ALONE,
         factor_storage: str | None = None,
-        bfloat16_error: float = 0.0,
         compile: bool | str = False,
     ) -> None:
         net = workers.unwrapped(net)
@@ -115,7 +114,7 @@ class KFAC(HasCurvature, Optimizer):
         products_fraction = share("products_fraction", products_fraction)
         self.generator = generator or fresh_generator()
         storage = storage_of(factor_storage, self.generator)
-        how = tikhonov, workers, storage, bfloat16_error
+        how = tikhonov, workers, storage
         self._inverse = InverseFisher(net, self.curvature, self.structure, *how, compile=compile)
         parameters = self._inverse.guard.parameters
         defaults = {"lr": 1.0 if lr is None else lr, "momentum": momentum}

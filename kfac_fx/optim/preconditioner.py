@@ -66,11 +66,6 @@ class Preconditioner(HasCurvature):
         factor_storage: of the averages between folds. None: as they are computed, in float32 at
             least. "bfloat16": half of that, rounded stochastically with draws of ``generator``; not
             for float64. "host": in CPU memory, pinned; without CUDA as None.
-        bfloat16_error: blocks multiply in bfloat16, statistics as well as inverses and gradients,
-            where that changes the block's update by this share at most: in the norm of the damped
-            block, to first order, measured at refreshes 1, 2, 4, 8 and every 16th. 0: none. For
-            Kronecker blocks without recorded couplings, of float32; needs tikhonov="factored" and
-            one process. With it ``compile`` is for passes, whose statistics stay in float32.
         compile: run the program, and passes for ``observe(inputs=...)``, through torch.compile; a
             name is that of its backend. On a GPU such a pass is a CUDA graph. ``net`` may be
             compiled whatever this says.
@@ -100,7 +95,6 @@ class Preconditioner(HasCurvature):
         workers: Workers = ALONE,
         forward: Forward = run_network,
         factor_storage: str | None = None,
-        bfloat16_error: float = 0.0,
         compile: bool | str = False,
     ) -> None:
         inner = workers.unwrapped(net)
@@ -120,7 +114,7 @@ class Preconditioner(HasCurvature):
         self.skipped_statistics = 0
         self.skipped_gradients = 0
         storage = storage_of(factor_storage, self.generator)
-        how = tikhonov, workers, storage, bfloat16_error
+        how = tikhonov, workers, storage
         self._inverse = InverseFisher(net, self.curvature, self.structure, *how, compile=compile)
         self._steps, self._workers = 0, workers
         workers.begin("Preconditioner", self._inverse.guard.parameters, self.generator)

@@ -94,13 +94,11 @@ class CurvatureReport:
 
     Attributes:
         gamma: of factored Tikhonov damping, the square root of what other blocks are damped with.
-        rounded: blocks that multiply in bfloat16, with the error of their updates by it.
     """
 
     gamma: float
     blocks: Mapping[str, BlockReport]
     couplings: Mapping[tuple[str, str], CouplingReport]
-    rounded: Mapping[str, float]
 
     def plain(self) -> dict[str, Any]:
         """Plain values only, for JSON."""
@@ -109,16 +107,13 @@ class CurvatureReport:
             for (child, parent), found in self.couplings.items()
         ]
         blocks = {name: asdict(found) for name, found in self.blocks.items()}
-        rounded = dict(self.rounded)
-        return {"gamma": self.gamma, "blocks": blocks, "couplings": couplings, "rounded": rounded}
+        return {"gamma": self.gamma, "blocks": blocks, "couplings": couplings}
 
     def __str__(self) -> str:
         lines = _table(self.blocks)
         lines += ["", f"gamma {self.gamma:.3g}"]
         silent = [name for name, block in self.blocks.items() if not block.recorded]
         lines += [f"no statistics: {', '.join(silent)}"] if silent else []
-        errors = ", ".join(f"{name} ({error:.2g})" for name, error in self.rounded.items())
-        lines += [f"products in bfloat16 (error of the update): {errors}"] if errors else []
         for (child, parent), c in self.couplings.items():
             lines.append(
                 f"{child} given {parent}: strength {c.strength:.3f} "
@@ -170,9 +165,7 @@ def report_of(inverse: InverseFisher, gamma: float) -> CurvatureReport:
             cross = averages.cross(coupling)
             sides = [averages.blocks[name].factors for name in pair]
             couplings[pair] = _coupling(sides, cross, gamma)
-    errors = inverse.rounding.errors
-    rounded = {name: errors[name] for name in blocks if name in inverse.rounding.blocks}
-    return CurvatureReport(gamma, blocks, couplings, rounded)
+    return CurvatureReport(gamma, blocks, couplings)
 
 
 @torch.no_grad()

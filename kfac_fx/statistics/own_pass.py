@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from kfac_fx.codegen.functional import no_autocast
 from kfac_fx.likelihoods.batch import BatchLikelihood, output_tensors
 from kfac_fx.likelihoods.builtin import Likelihood, Sum
-from kfac_fx.ops import STORE, Note, is_rounded, multiplied, noting, round_products, traced
+from kfac_fx.ops import STORE, Note, multiplied, noting
 from kfac_fx.parallel import Workers
 from kfac_fx.statistics.buffers import Sources, Statistics, by_calls
 from kfac_fx.statistics.forward import Forward, outputs_of
@@ -156,8 +156,6 @@ class PurePass:
                 zeros[kind] = torch.zeros((), dtype=factor.dtype, device=factor.device)
             zero = zeros[kind].expand(factor.shape)
             given[names[id(factor)]] = zero.requires_grad_(self.statistics)
-            if is_rounded(factor) and not traced():  # a program outlives the choice of blocks
-                round_products([zero], True)
 
         def of(tensors: Sequence[Tensor]) -> list[Tensor]:
             return [given[names[id(t)]] for t in tensors]

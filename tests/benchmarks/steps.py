@@ -12,10 +12,6 @@ With --compile, SGD's forward and loss are one graph (on a GPU, a CUDA graph); o
 ``observe`` wants the outputs in between, and the programs are compiled too. In a ``TrainingStep``,
 forward, loss, gradients and statistics are one.
 
-With --bfloat16 0.1, blocks multiply in bfloat16 where that changes their updates by 10 % at most
-(``bfloat16_error``); SGD stays in float32. Then (a) and (b) are timed behind the eighth refresh, as
-the first ones measure the error oftener than the one in sixteen that later do.
-
 ``off / plain`` is forward and backward of the transformed network with nothing to record, over
 those of the model.
 """
@@ -219,8 +215,7 @@ def measured(
     """The ratio of a setting, and the limit if there is one."""
     period = OPTIONS[setting]["refresh_every"]
     calls = {"ours": way(work, setting, compiled), "sgd": sgd(work, compiled)}
-    settled = min(8 * period, 160) if OPTIONS[setting].get("bfloat16_error") else 0
-    found = Interleaved(calls, warmup=max(12, settled), counts=dict.fromkeys(calls, period))
+    found = Interleaved(calls, warmup=12, counts=dict.fromkeys(calls, period))
     found.run(rounds)
     on_gpu = work.batches[0][0].is_cuda  # where processor time says nothing
     clock = "wall" if on_gpu else "cpu"
@@ -241,19 +236,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--precision", type=float, default=0.01, help="of off / plain; 0 to skip")
     parser.add_argument("--compile", action="store_true", help="SGD's network and all of ours")
-    parser.add_argument("--bfloat16", type=float, default=0.0, help="bfloat16_error of ours")
     parser.add_argument("--device", default="cpu", help="cuda: by wall time")
     parser.add_argument("--workloads", nargs="+", default=list(SMALL), choices=list(WORKLOADS))
     parser.add_argument("--only", nargs="+", default=list(OPTIONS), choices=list(OPTIONS))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     kind = "compiled" if options.compile else "eager"
-    for chosen in OPTIONS.values():
-        chosen["bfloat16_error"] = options.bfloat16
-    print(
-        f"torch {torch.__version__}, {options.device}, {torch.get_num_threads()} threads, {kind}, "
-        f"bfloat16_error {options.bfloat16:g}"
-    )
+    print(f"torch {torch.__version__}, {options.device}, {torch.get_num_threads()} threads, {kind}")
     for name in options.workloads:
         work = make(name, options.device)
         print(f"{name}: {of_device(options.device)[name].__doc__}", flush=True)
