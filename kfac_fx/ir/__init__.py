@@ -4,7 +4,16 @@ from kfac_fx.ir.coupling import Coupling, Edge, Pair, couplings_of, parents
 from kfac_fx.ir.curvature_graph import Coverage, CurvatureBlock, CurvatureGraph
 from kfac_fx.ir.layout import Layout
 from kfac_fx.ir.moment import Moment
-from kfac_fx.ir.use import Approximation, FactorSpec, NodeRef, ParameterUse, Role, Scale, Tap
+from kfac_fx.ir.use import (
+    Approximation,
+    FactorSpec,
+    NodeRef,
+    ParameterUse,
+    Role,
+    Scale,
+    StatisticKey,
+    Tap,
+)
 
 __all__ = [
     "Approximation",
@@ -21,6 +30,7 @@ __all__ = [
     "ParameterUse",
     "Role",
     "Scale",
+    "StatisticKey",
     "Tap",
     "couplings_of",
     "parents",

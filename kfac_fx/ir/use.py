@@ -34,6 +34,22 @@ class FactorSpec:
         return self.name.partition("_")[2]
 
 
+class StatisticKey(NamedTuple):
+    """Names one statistic from the tap that delivers it to the average that takes it.
+
+    The factor buffer of a tapped statistic is ``<store>.<slot>.<factor>`` in the instrumented
+    module, so the key is also the buffer's path. A block without a tap has one statistic, the
+    squared gradient of its parameters, under the name of its only factor.
+
+    Attributes:
+        slot: of the block, pair or moment, as an identifier.
+        factor: name of one of its factors ("A", "G", "C", ...).
+    """
+
+    slot: str
+    factor: str
+
+
 class NodeRef(NamedTuple):
     """A node of the graph, by name."""
 
