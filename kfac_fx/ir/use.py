@@ -16,9 +16,9 @@ class FactorSpec:
     """One factor of a block.
 
     ``role`` says how a new statistic is scaled: an ``input`` factor does not depend on the loss,
-    a ``gradient`` factor is quadratic in its derivative (curvature.md section 2), a ``count`` is a
-    number of positions by which the block's gradient factors are divided. A ``diagonal`` factor is
-    kept as a vector. A factor of a side of length ``cut`` is kept as k sub-blocks [k, b, b] along
+    a ``gradient`` factor is quadratic in its derivative
+    (docs/explanation/mathematics.md, section 2), a ``count`` is a number of positions by which
+    the block's gradient factors are divided. A ``diagonal`` factor is kept as a vector. A factor of a side of length ``cut`` is kept as k sub-blocks [k, b, b] along
     its diagonal; where k b exceeds ``cut``, the last one ends in zeros.
     """
 
