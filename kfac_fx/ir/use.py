@@ -18,8 +18,9 @@ class FactorSpec:
     ``role`` says how a new statistic is scaled: an ``input`` factor does not depend on the loss,
     a ``gradient`` factor is quadratic in its derivative
     (docs/explanation/mathematics.md, section 2), a ``count`` is a number of positions by which
-    the block's gradient factors are divided. A ``diagonal`` factor is kept as a vector. A factor of a side of length ``cut`` is kept as k sub-blocks [k, b, b] along
-    its diagonal; where k b exceeds ``cut``, the last one ends in zeros.
+    the block's gradient factors are divided. A ``diagonal`` factor is kept as a vector. A factor
+    of a side of length ``cut`` is kept as k sub-blocks [k, b, b] along its diagonal; where k b
+    exceeds ``cut``, the last one ends in zeros.
     """
 
     name: str
