@@ -108,21 +108,6 @@ class Entry:
         ]
 
 
-def all_finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether no entry is NaN, infinite or so large that its square is; one synchronisation."""
-    by_dtype: dict[torch.dtype, list[Tensor]] = {}
-    for tensor in tensors:
-        if tensor.numel():
-            by_dtype.setdefault(tensor.dtype, []).append(tensor)
-    finite = [
-        torch.stack(
-            torch._foreach_norm(group, 2, torch.promote_types(dtype, torch.float32))
-        ).isfinite()
-        for dtype, group in by_dtype.items()
-    ]
-    return not finite or bool(torch.cat(finite).all())
-
-
 def sizes(block: CurvatureBlock | Pair | Moment, values: Sequence[Statistic]) -> list[Tensor]:
     """Parts of statistics that show their size, and whether they are finite.
 
