@@ -19,7 +19,7 @@ from kfac_fx.ir import CurvatureGraph
 log = logging.getLogger("kfac_fx")
 
 KEY = "kfac_fx"
-VERSION = 1
+VERSION = 2
 """Of what is written; other versions are not read."""
 
 KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "custom")

@@ -1,4 +1,7 @@
-"""Online statistics: epsilon_k = min(1 - 1/k, decay) (curvature.md section 8)."""
+"""Online statistics: epsilon_k = min(1 - 1/k, decay).
+
+See docs/explanation/mathematics.md, section 8.
+"""
 
 from __future__ import annotations
 
@@ -93,7 +96,8 @@ class Entry:
         if any(value is None for value in new):
             return None
         result = [value for value in new if value is not None]
-        # Several uses of one form: their positions are counted together (section 4).
+        # Positions of several uses of one form are counted together
+        # (docs/explanation/mathematics.md, section 4).
         specs = self.block.factors
         positions = {s.form: v for s, v in zip(specs, result, strict=True) if s.role == "count"}
         return [
@@ -102,21 +106,6 @@ class Entry:
             else value
             for spec, value in zip(specs, result, strict=True)
         ]
-
-
-def all_finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether no entry is NaN, infinite or so large that its square is; one synchronisation."""
-    by_dtype: dict[torch.dtype, list[Tensor]] = {}
-    for tensor in tensors:
-        if tensor.numel():
-            by_dtype.setdefault(tensor.dtype, []).append(tensor)
-    finite = [
-        torch.stack(
-            torch._foreach_norm(group, 2, torch.promote_types(dtype, torch.float32))
-        ).isfinite()
-        for dtype, group in by_dtype.items()
-    ]
-    return not finite or bool(torch.cat(finite).all())
 
 
 def sizes(block: CurvatureBlock | Pair | Moment, values: Sequence[Statistic]) -> list[Tensor]:

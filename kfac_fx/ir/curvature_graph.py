@@ -7,19 +7,17 @@ from dataclasses import dataclass, field, fields
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 import networkx as nx
 
+from kfac_fx.config import Couplings
 from kfac_fx.errors import FormatError
 from kfac_fx.ir.coupling import Coupling, Edge, parents
 from kfac_fx.ir.faces import face
 from kfac_fx.ir.layout import Layout, ViewStep
 from kfac_fx.ir.plain import Plain, PlainCodec
 from kfac_fx.ir.use import Approximation, FactorSpec, NodeRef, ParameterUse, Scale, Tap
-
-CouplingSource = Literal["topology", "data"]
-"""What chooses the couplings: the graph alone, or the statistics among the recorded pairs."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +167,7 @@ class CurvatureGraph:
     pairs: tuple[Pair, ...] = ()
     couplings: tuple[Coupling, ...] = ()
     uncoupled: Mapping[str, str] = field(default_factory=dict)
-    selection: CouplingSource = "topology"
+    selection: Couplings = "topology"
     moments: tuple[Moment, ...] = ()
 
     def __post_init__(self) -> None:

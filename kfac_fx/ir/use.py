@@ -10,6 +10,9 @@ from kfac_fx.ir.layout import Layout
 Role = Literal["input", "gradient", "count"]
 """How a new statistic of a factor is scaled, see ``FactorSpec``."""
 
+FactorSide = Literal["A", "G", "C", "S", "positions"]
+"""What of a use a factor is the second moment (or the number) of, see ``FactorSpec``."""
+
 Approximation = Literal["kronecker", "kronecker_sum", "full", "pairs", "diagonal"]
 """The structure of a block: A (x) G; the sum of two such products; a full covariance; one small
 matrix for each entry, over the parameters that share it (scale and shift); a diagonal.
@@ -18,30 +21,34 @@ matrix for each entry, over the parameters that share it (scale and shift); a di
 
 @dataclass(frozen=True)
 class FactorSpec:
-    """One factor of a block.
+    """One factor of a block: the running average of one statistic.
 
     Attributes:
-        name: "A", "G", "C" or "positions"; with "_2" for the second product of a sum.
-        shape: of the buffer that the statistic is the gradient of, and of its average.
-        role: how a new statistic is scaled (docs/explanation/mathematics.md, section 2). An
-            "input" factor does not depend on the loss. A "gradient" factor is quadratic in the
-            derivative of the loss, so a mean over cases must be undone. A "count" is a number of
-            positions, by which the block's gradient factors are divided.
-        diagonal: whether the factor is kept as a vector.
-        cut: length of a side that is kept as k sub-blocks [k, b, b] along its diagonal; 0 for a
-            whole one. Where k b exceeds ``cut``, the last sub-block ends in zeros.
+        side: which side of the block it belongs to: "A" of the inputs and "G" of the derivatives
+            of a Kronecker product, "C" for the covariance of a whole gradient, "S" for second
+            moments in known bases, "positions" for a count.
+        shape: of the factor as it is kept.
+        role: how a new statistic is scaled. An "input" factor does not depend on the loss, a
+            "gradient" factor is quadratic in its derivative (docs/explanation/mathematics.md,
+            section 2), a "count" is a number of positions by which the gradient factors of the
+            same form are divided.
+        diagonal: whether the factor is a diagonal, kept as a vector.
+        cut: length of a side that is kept as k sub-blocks [k, b, b] along its diagonal, 0 for one
+            that is whole. Where k b exceeds ``cut``, the last sub-block ends in zeros.
+        form: which of the Kronecker products of a sum the factor belongs to, counted from 1.
     """
 
-    name: str
+    side: FactorSide
     shape: tuple[int, ...]
     role: Role
     diagonal: bool = False
     cut: int = 0
+    form: int = 1
 
     @property
-    def form(self) -> str:
-        """Return which product of a sum it belongs to: "" for the first, "2" for the second."""
-        return self.name.partition("_")[2]
+    def name(self) -> str:
+        """Return the factor's name: its side, and its form unless that is the first."""
+        return self.side if self.form == 1 else f"{self.side}_{self.form}"
 
 
 class StatisticKey(NamedTuple):
