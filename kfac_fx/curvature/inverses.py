@@ -26,7 +26,7 @@ from kfac_fx.errors import (
 )
 from kfac_fx.ir import Coupling, CurvatureGraph
 from kfac_fx.ir.use import StatisticKey
-from kfac_fx.linalg.finite import all_finite
+from kfac_fx.linalg.precision import all_finite
 from kfac_fx.ops import Statistic, all_buffers, switch
 from kfac_fx.parallel import Engine, Workers
 

@@ -24,7 +24,7 @@ from kfac_fx.errors import (
 )
 from kfac_fx.likelihoods.builtin import Given, fresh_generator, likelihood_of
 from kfac_fx.likelihoods.sampling import forked
-from kfac_fx.linalg.finite import all_finite
+from kfac_fx.linalg.precision import all_finite
 from kfac_fx.optim.quadratic import shorten
 from kfac_fx.parallel import ALONE, Workers
 from kfac_fx.passes import recorded_module
