@@ -1,4 +1,6 @@
-"""Programs of coupled Kronecker blocks: what a pair of them adds to each by itself (section 7).
+"""Programs of coupled Kronecker blocks: what a pair of them adds to each by itself.
+
+The mathematics is that of docs/explanation/mathematics.md, section 7.
 
 Fhat^-1 is the sum of the inverses of all pairs, less those of the blocks that pairs share: either
 end of a pair may be the child. The smaller one has canonical coordinates that are complete.

@@ -1,4 +1,4 @@
-"""Programs of Kronecker blocks with exact Tikhonov damping (curvature.md section 5)."""
+"""Programs of Kronecker blocks with exact damping (docs/explanation/mathematics.md, section 5)."""
 
 from __future__ import annotations
 

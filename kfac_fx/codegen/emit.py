@@ -1,7 +1,8 @@
 """The programs of both structures.
 
-Without couplings Fbreve^-1 = blockdiag(F_ii^-1) (curvature.md section 6); with a forest of them
-Fhat^-1 = Xi^T Lambda Xi (section 7), where all layers are independent of each other.
+Without couplings Fbreve^-1 = blockdiag(F_ii^-1) (docs/explanation/mathematics.md, section 6).
+With a forest of them Fhat^-1 = Xi^T Lambda Xi (docs/explanation/mathematics.md, section 7),
+where all layers are independent of each other.
 """
 
 from __future__ import annotations

@@ -19,7 +19,10 @@ ADVANTAGE = 1.01
 
 @torch.no_grad()
 def mutual_informations(averages: Averages, damping: float) -> dict[tuple[str, str], float]:
-    """Of each recorded pair (earlier, later), with factored Tikhonov damping (section 7)."""
+    """Of each recorded pair (earlier, later), with factored Tikhonov damping.
+
+    The formula is in docs/explanation/mathematics.md, section 7.
+    """
     names = {name for pair in averages.pairs for name in pair}
     white = {name: whiteners(averages.blocks[name].factors, damping) for name in names}
     found = {

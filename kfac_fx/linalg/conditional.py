@@ -1,9 +1,9 @@
 """Conditionals of block-tridiagonal K-FAC (Martens & Grosse 2015, section 4.3 and appendix B).
 
 A child i with the parent p has Psi = F_ip F_pp^-1 and Sigma = F_ii - Psi F_pp Psi^T, both of
-Kronecker form (curvature.md section 7). In the canonical coordinates of a side (A or G), both
-blocks are white and their correlation Q = U diag(sqrt(s)) T^T is diagonal: every pair of
-coordinates is a 2 x 2 problem, and Sigma has the entries 1 - s_G s_A.
+Kronecker form (docs/explanation/mathematics.md, section 7). In the canonical coordinates of a
+side (A or G), both blocks are white and their correlation Q = U diag(sqrt(s)) T^T is diagonal:
+every pair of coordinates is a 2 x 2 problem, and Sigma has the entries 1 - s_G s_A.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Tikhonov damping (Martens & Grosse 2015, sections 6.3 and 6.6; curvature.md section 5)."""
+"""Tikhonov damping (docs/explanation/mathematics.md, section 5).
+
+Its sources are sections 6.3 and 6.6 of Martens & Grosse (2015).
+"""
 
 from __future__ import annotations
 

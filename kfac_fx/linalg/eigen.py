@@ -1,4 +1,4 @@
-"""A (x) G + lambda I in the eigenbases of A and G (curvature.md section 5)."""
+"""A (x) G + lambda I in the eigenbases of A and G (docs/explanation/mathematics.md, section 5)."""
 
 from __future__ import annotations
 

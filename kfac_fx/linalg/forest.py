@@ -1,4 +1,6 @@
-"""Products with Xi = I - Psi of a forest of blocks, and with its inverse (curvature.md section 7).
+"""Products with Xi = I - Psi of a forest of blocks, and with its inverse.
+
+The mathematics is that of docs/explanation/mathematics.md, section 7.
 
 (Psi v)_i = Psi_i v_p for a child i with the parent p, and zero for a root. Fhat^-1 = Xi^T Lambda Xi
 gives Fhat = Xi^-1 Lambda^-1 Xi^-T: Xi^-1 goes from the roots to the leaves, Xi^-T back.

@@ -1,7 +1,7 @@
 """Products and inverses with A (x) G, vec() stacking the columns of [W b].
 
-curvature.md section 1. Either side may be a diagonal, kept as a vector, or cut into sub-blocks
-along its diagonal.
+See docs/explanation/mathematics.md, section 1. Either side may be a diagonal, kept as a
+vector, or cut into sub-blocks along its diagonal.
 """
 
 from __future__ import annotations

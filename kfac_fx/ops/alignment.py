@@ -2,7 +2,7 @@
 
 Each side is averaged over the cells of the coarser grid and scaled so that the averaging does not
 lengthen any vector: the pooled Gram matrix is then dominated by the whole one (Jensen), and
-[[A_ii, A_ij], [A_ji, A_jj]] stays positive (curvature.md section 7).
+[[A_ii, A_ij], [A_ji, A_jj]] stays positive (docs/explanation/mathematics.md, section 7).
 """
 
 from __future__ import annotations

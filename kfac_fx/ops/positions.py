@@ -41,7 +41,7 @@ def input_factor(
     cut: int = 1,
     one: float = 1.0,
 ) -> Statistic:
-    """A of curvature.md section 2, from inputs [..., N, S, d].
+    """A of docs/explanation/mathematics.md, section 2, from inputs [..., N, S, d].
 
     expand: sum over cases and positions of abar abar^T / N; reduce: of the mean over positions.
 
@@ -70,7 +70,9 @@ def input_factor(
 def gradient_factor(
     rows: Tensor, *, reduce: bool, divide: bool, diagonal: bool = False, cut: int = 1
 ) -> Statistic:
-    """G of curvature.md section 2 times the number of likelihood terms, from g [..., N, S, d].
+    """G of docs/explanation/mathematics.md, section 2, times the number of terms.
+
+    g is [..., N, S, d].
 
     expand: sum over cases and positions of g g^T, divided by S unless the positions of several
     uses are counted together; reduce: of the sum over positions.

@@ -113,7 +113,10 @@ class Conditional(NamedTuple):
 
 
 def conditional(child: Pair, parent: Pair, cross: Sequence[Tensor]) -> Conditional | None:
-    """Section 7, or None where Sigma is not positive and the program leaves the coupling out."""
+    """Return Sigma and Psi of docs/explanation/mathematics.md, section 7.
+
+    It is None where Sigma is not positive; the program leaves the coupling out there.
+    """
     found = []
     for own, above, between in zip(child, parent, cross, strict=True):
         (matrix,), (other,) = own.parts, above.parts

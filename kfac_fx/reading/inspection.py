@@ -26,7 +26,9 @@ class HasCurvature:
 
     @property
     def factors(self) -> Mapping[str, tuple[Tensor, ...]]:
-        """Block name -> running averages, undamped, in the scale of curvature.md section 2.
+        """Block name -> running averages, undamped.
+
+        Their scale is that of docs/explanation/mathematics.md, section 2.
 
         As they are now: what was read before a step must be read again behind it.
 
