@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from kfac_fx.errors import UnknownOptionError
-from kfac_fx.parallel import Held
+from kfac_fx.parallel import WholeParameters
 
 
 class Groups:
@@ -23,7 +23,9 @@ class Groups:
         UnknownOptionError: a group has another parameter.
     """
 
-    def __init__(self, optimizer: Optimizer, names: Mapping[str, Tensor], held: Held) -> None:
+    def __init__(
+        self, optimizer: Optimizer, names: Mapping[str, Tensor], held: WholeParameters
+    ) -> None:
         self._optimizer, self._held = optimizer, held
         self._names = {id(p): name for name, p in names.items()}
         if any(id(p) not in self._names for g in optimizer.param_groups for p in g["params"]):

@@ -17,7 +17,7 @@ from kfac_fx.likelihoods.batch import BatchLikelihood, predictive
 from kfac_fx.likelihoods.builtin import Likelihood, Sum
 from kfac_fx.likelihoods.sampling import seeded
 from kfac_fx.ops import STORE
-from kfac_fx.parallel import Held, Workers, drawn_seed, share_of
+from kfac_fx.parallel import WholeParameters, Workers, drawn_seed, share_of
 from kfac_fx.statistics.forward import Forward, outputs_of
 
 
@@ -36,7 +36,7 @@ class Task:
 
     def __init__(
         self,
-        held: Held,
+        held: WholeParameters,
         likelihood: Likelihood | Sum,
         forward: Forward,
         seed: torch.Generator,
