@@ -22,7 +22,6 @@ from kfac_fx.config import (
     positive,
     within,
 )
-from kfac_fx.curvature.averages import all_finite
 from kfac_fx.curvature.inverses import InverseFisher
 from kfac_fx.curvature.parameters import transformed
 from kfac_fx.errors import (
@@ -34,6 +33,7 @@ from kfac_fx.errors import (
 )
 from kfac_fx.likelihoods.builtin import Given, fresh_generator, likelihood_of
 from kfac_fx.likelihoods.sampling import forked
+from kfac_fx.linalg.precision import all_finite
 from kfac_fx.optim.quadratic import shorten
 from kfac_fx.optim.tap_owner import TapOwner
 from kfac_fx.parallel import ALONE, Workers
