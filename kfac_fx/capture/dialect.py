@@ -9,10 +9,14 @@ from __future__ import annotations
 import builtins
 import operator
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import fx
+
+from kfac_fx.torch_internals.operators import ASSERTION, is_overload, qualified_name
 
 aten = torch.ops.aten
 
@@ -22,6 +26,24 @@ class Row(NamedTuple):
 
     operation: str
     arguments: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Call:
+    """An operation of the vocabulary with its arguments by name."""
+
+    operation: str
+    node: fx.Node
+    arguments: dict[str, Any]
+
+    @property
+    def aten(self) -> bool:
+        """Whether the target is an ATen operator rather than a function of torch's surface."""
+        return is_overload(self.node.target)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The argument, or the default where it was not given."""
+        return self.arguments.get(name, default)
 
 
 FUNCTIONS: dict[Any, Row] = {}
@@ -187,7 +209,7 @@ def add_operation(target: Any, words: str) -> None:
 SHAPE_READERS: frozenset[Any] = frozenset(
     {"size", "dim", "numel", "stride", "new_zeros", "new_ones", "new_empty", "new_full"}
     | {aten.sym_size.int, aten.sym_numel.default, torch.zeros_like, torch.ones_like}
-    | {aten._assert_tensor_metadata.default, torch._assert}
+    | {aten._assert_tensor_metadata.default, ASSERTION}
     | {torch.empty_like, aten.zeros_like.default, aten.ones_like.default}
 )
 LIKE_READERS: frozenset[Any] = frozenset(
@@ -195,6 +217,11 @@ LIKE_READERS: frozenset[Any] = frozenset(
     | {aten.type_as.default, aten.reshape_as.default}
 )
 """Take only the shape or the type of their second tensor."""
+
+
+def reads_shape_of(node: fx.Node, value: fx.Node) -> bool:
+    """Tell whether a node takes no more than the shape or type from ``value``."""
+    return node.target in LIKE_READERS and value is not node.args[0] and value in node.args
 
 
 def bind(row: Row, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -225,8 +252,7 @@ def row_of(op: str, target: Any) -> Row | None:
         return METHODS.get(target)
     if op != "call_function" or not _hashable(target):
         return None
-    schema = getattr(target, "_schema", None)
-    return FUNCTIONS.get(target) or FUNCTIONS.get(getattr(schema, "name", None))
+    return FUNCTIONS.get(target) or FUNCTIONS.get(qualified_name(target))
 
 
 def _hashable(target: Callable[..., Any]) -> bool:

@@ -15,6 +15,7 @@ from kfac_fx.curvature.averages import all_finite
 from kfac_fx.curvature.factor_storage import storage_of
 from kfac_fx.curvature.inverses import InverseFisher
 from kfac_fx.curvature.parameters import transformed
+from kfac_fx.dynamo.compiled_model import recorded_module
 from kfac_fx.errors import (
     DampingError,
     GradientError,
@@ -27,7 +28,6 @@ from kfac_fx.likelihoods.builtin import Given, fresh_generator, likelihood_of
 from kfac_fx.likelihoods.sampling import forked
 from kfac_fx.optim.quadratic import shorten
 from kfac_fx.parallel import ALONE, Workers
-from kfac_fx.passes import recorded_module
 from kfac_fx.reading.inspection import HasCurvature
 from kfac_fx.statistics.forward import Forward, run_network
 from kfac_fx.statistics.recorder import Recorder
