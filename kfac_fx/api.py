@@ -17,20 +17,23 @@ from kfac_fx.capture.self_check import SelfCheck
 from kfac_fx.capture.symbolic_trace import opaque_calls, trace
 from kfac_fx.capture.train_and_eval import capture_both
 from kfac_fx.capture.undisturbed import undisturbed
-from kfac_fx.config import CAPTURES, MAX_FACTOR_DIM, choice
+from kfac_fx.config import (
+    CAPTURES,
+    MAX_FACTOR_DIM,
+    Capture,
+    Couplings,
+    LargeFactors,
+    Structure,
+    WeightSharing,
+    choice,
+)
 from kfac_fx.eager.eager_module import EagerModule, eager_module
 from kfac_fx.eager.record_example import record
 from kfac_fx.errors import CaptureError
 from kfac_fx.export.export_model import fixes_batch, from_export, of_program
 from kfac_fx.passes.covered_parameters import Covered
 from kfac_fx.passes.kfac_transform import KFACTransform
-from kfac_fx.passes.options import (
-    Couplings,
-    LargeFactors,
-    Structure,
-    TransformOptions,
-    WeightSharing,
-)
+from kfac_fx.passes.options import TransformOptions
 from kfac_fx.passes.strip_taps import StripTaps
 
 log = logging.getLogger("kfac_fx")
@@ -56,7 +59,7 @@ def transform(
     max_factor_dim: int = MAX_FACTOR_DIM,
     large_factors: LargeFactors = "diagonal",
     ekfac: bool = False,
-    capture: str = "auto",
+    capture: Capture = "auto",
     check: bool = True,
 ) -> CapturedModule:
     """Return the model as a GraphModule whose taps can record Kronecker-factor statistics.

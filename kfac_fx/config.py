@@ -1,20 +1,32 @@
-"""Names of the options and the sizes at which an approximation changes."""
+"""The options' valid values as types, their checks, and the sizes at which blocks change."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Final
+from dataclasses import dataclass
+from typing import Final, Literal, TypeVar, get_args
 
 from kfac_fx.errors import UnknownOptionError
 
-STRUCTURES: Final = ("block_diagonal", "block_tridiagonal")
-COUPLINGS: Final = ("topology", "data")
-FISHERS: Final = ("sampled", "exact", "empirical")
-TIKHONOV: Final = ("factored", "exact", "ekfac")
-FACTOR_STORAGES: Final = ("bfloat16", "host")
-WEIGHT_SHARING: Final = ("expand", "reduce")
-LARGE_FACTORS: Final = ("diagonal", "blocks")
-CAPTURES: Final = ("auto", "symbolic_trace", "export", "eager")
+# Each option is written once, as a type that mypy checks in every signature; the tuple that error
+# messages and the command line show is read off the type, so the two cannot differ.
+Structure = Literal["block_diagonal", "block_tridiagonal"]
+Couplings = Literal["topology", "data"]
+Fisher = Literal["sampled", "exact", "empirical"]
+Tikhonov = Literal["factored", "exact", "ekfac"]
+FactorStorage = Literal["bfloat16", "host"]
+WeightSharing = Literal["expand", "reduce"]
+LargeFactors = Literal["diagonal", "blocks"]
+Capture = Literal["auto", "symbolic_trace", "export", "eager"]
+
+STRUCTURES: Final = get_args(Structure)
+COUPLINGS: Final = get_args(Couplings)
+FISHERS: Final = get_args(Fisher)
+TIKHONOV: Final = get_args(Tikhonov)
+FACTOR_STORAGES: Final = get_args(FactorStorage)
+WEIGHT_SHARING: Final = get_args(WeightSharing)
+LARGE_FACTORS: Final = get_args(LargeFactors)
+CAPTURES: Final = get_args(Capture)
 
 MAX_FACTOR_DIM: Final = 8192
 """Default of the largest side of a Kronecker factor that is kept as a matrix."""
@@ -22,9 +34,50 @@ MAX_FACTOR_DIM: Final = 8192
 MAX_FULL_DIM: Final = 1024
 """Largest side of a full covariance block; above it the block becomes 2x2 blocks or a diagonal."""
 
+Option = TypeVar("Option", bound=str)
 
-def choice(option: str, value: str, valid: Iterable[str]) -> str:
-    """``value`` if it is valid.
+
+@dataclass(frozen=True)
+class CurvatureOptions:
+    """How the inverse of the approximate Fisher is made; ``Preconditioner`` and ``KFAC`` fill it.
+
+    Both optimizers hand these four on unchanged, and only curvature/ reads them. As one value they
+    cannot be passed in another order, and a new one does not run through every signature.
+
+    Args:
+        structure: "block_tridiagonal" records and uses the couplings, "block_diagonal" leaves them
+            out. Here it is never None: the module's own structure is filled in before.
+        tikhonov: how Kronecker blocks are damped (docs/explanation/mathematics.md, section 7).
+        factor_storage: how running averages are kept between folds; None as they are computed.
+        compile: whether the generated program runs through torch.compile; a name is that of a
+            backend of torch.compile.
+
+    Raises:
+        UnknownOptionError: a value is none of the valid ones.
+    """
+
+    structure: Structure
+    tikhonov: Tikhonov = "factored"
+    factor_storage: FactorStorage | None = None
+    compile: bool | str = False
+
+    def __post_init__(self) -> None:
+        choice("structure", self.structure, STRUCTURES)
+        choice("tikhonov", self.tikhonov, TIKHONOV)
+        if self.factor_storage is not None:
+            choice("factor_storage", self.factor_storage, FACTOR_STORAGES)
+
+
+def choice(option: str, value: Option, valid: Iterable[str]) -> Option:
+    """Return ``value`` if it is among the valid ones.
+
+    The type is not enough: most callers are not checked by mypy, and a misspelt option that is
+    taken for "anything else" would train with another approximation and say nothing.
+
+    Args:
+        option: name of the option, for the message.
+        value: what was given.
+        valid: what may be given; the message lists it.
 
     Raises:
         UnknownOptionError: it is not; the message lists the valid ones.
@@ -37,21 +90,28 @@ def choice(option: str, value: str, valid: Iterable[str]) -> str:
 
 
 def period(option: str, value: int) -> int:
-    """``value`` if it is a whole number of at least 1; else UnknownOptionError."""
+    """Return ``value`` if it is a whole number of at least 1; else raise UnknownOptionError."""
     if not isinstance(value, int) or value < 1:
         raise UnknownOptionError(f"{option} must be an integer of at least 1, got {value!r}")
     return value
 
 
 def within(option: str, value: float, low: float, high: float) -> float:
-    """``value`` if it lies in [low, high); else UnknownOptionError."""
+    """Return ``value`` if it lies in [low, high); else raise UnknownOptionError."""
     if not low <= value < high:
         raise UnknownOptionError(f"{option} must lie in [{low}, {high}), got {value!r}")
     return value
 
 
 def share(option: str, value: float) -> float:
-    """``value`` if it lies in (0, 1]; else UnknownOptionError."""
+    """Return ``value`` if it lies in (0, 1]; else raise UnknownOptionError."""
     if not 0 < value <= 1:
         raise UnknownOptionError(f"{option} must lie in (0, 1], got {value!r}")
+    return value
+
+
+def positive(option: str, value: float | None) -> float | None:
+    """Return ``value`` if it is above zero or None; else raise UnknownOptionError."""
+    if value is not None and not value > 0:
+        raise UnknownOptionError(f"{option} must be positive or None, got {value}")
     return value

@@ -11,8 +11,8 @@ from torch import fx, nn
 
 from kfac_fx.capture.graph_view import GraphView
 from kfac_fx.config import COUPLINGS, choice
-from kfac_fx.ir.coupling import Edge, Pair, couplings_of
-from kfac_fx.ir.curvature_graph import CurvatureBlock, CurvatureGraph
+from kfac_fx.ir.coupling import Edge, couplings_of
+from kfac_fx.ir.curvature_graph import CurvatureBlock, CurvatureGraph, Pair
 from kfac_fx.ir.use import FactorSpec
 from kfac_fx.passes.annotations import graphs_of
 from kfac_fx.passes.base import Analysis, curvature_of

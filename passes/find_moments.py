@@ -9,8 +9,7 @@ from torch import fx, nn
 
 from kfac_fx.capture.captured_module import CapturedModule
 from kfac_fx.errors import UnknownOptionError
-from kfac_fx.ir.curvature_graph import CurvatureBlock, CurvatureGraph
-from kfac_fx.ir.moment import Moment
+from kfac_fx.ir.curvature_graph import CurvatureBlock, CurvatureGraph, Moment
 from kfac_fx.ir.use import FactorSpec
 from kfac_fx.ops.sides import side_of
 from kfac_fx.passes.base import Analysis, curvature_of

@@ -124,19 +124,20 @@ def _block(
 ) -> CurvatureBlock:
     groups = forms(uses)
     first = groups[0][0]
-    gathered = _counted(groups[0], "", counted)
+    gathered = _counted(groups[0], 1, counted)
     if len(groups) == 2:
         swap = _same_sides(first, groups[1][0]) is False
-        gathered += _counted([_second(use, swap) for use in groups[1]], "_2", counted)
-    factors = {factor.name: factor for use in gathered for factor in use.factors}
-    order = sorted(factors, key=lambda key: (key.startswith("positions"), key[-2:] == "_2", key))
+        gathered += _counted([_second(use, swap) for use in groups[1]], 2, counted)
+    factors = {factor for use in gathered for factor in use.factors}
+    # Programs and checkpoints rely on this order: A and G of each form, then the counts.
+    order = sorted(factors, key=lambda f: (f.role == "count", f.form, f.side))
     return CurvatureBlock(
         name=name,
         slot=slot,
         kind=first.kind,
         parameters=first.parameters,
         layouts=first.layouts,
-        factors=tuple(factors[key] for key in order),
+        factors=tuple(order),
         approximation="kronecker_sum" if len(groups) == 2 else first.approximation,
         uses=tuple(gathered),
         source=source,
@@ -146,16 +147,19 @@ def _block(
 
 def _second(use: ParameterUse, swap: bool) -> ParameterUse:
     """A use of the second form: its factors on the sides that the first form calls A and G."""
-    names = ("G_2", "A_2") if swap else ("A_2", "G_2")
-    renamed = (replace(f, name=name) for f, name in zip(use.factors, names, strict=True))
-    return replace(use, factors=tuple(renamed))
+    A, G = use.factors
+    renamed = (
+        replace(A, side="G" if swap else "A", form=2),
+        replace(G, side="A" if swap else "G", form=2),
+    )
+    return replace(use, factors=renamed)
 
 
-def _counted(uses: Sequence[ParameterUse], suffix: str, single: bool = False) -> list[ParameterUse]:
+def _counted(uses: Sequence[ParameterUse], form: int, single: bool = False) -> list[ParameterUse]:
     """Several Kronecker uses also record their positions, which are counted together."""
     if (len(uses) == 1 and not single) or uses[0].approximation != "kronecker":
         return list(uses)
-    count = FactorSpec("positions" + suffix, (), "count")
+    count = FactorSpec("positions", (), "count", form=form)
     return [replace(use, factors=(*use.factors, count)) for use in uses]
 
 

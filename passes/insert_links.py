@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from kfac_fx.ir.coupling import Pair
-from kfac_fx.ir.curvature_graph import CurvatureBlock, CurvatureGraph
+from kfac_fx.ir.curvature_graph import CurvatureBlock, CurvatureGraph, Pair
 from kfac_fx.ops import STORE
 from kfac_fx.passes.annotations import take_over
 from kfac_fx.passes.find_couplings import side_text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Literal, TypedDict
+from typing import TypedDict
 
 from kfac_fx.config import (
     COUPLINGS,
@@ -12,13 +12,12 @@ from kfac_fx.config import (
     MAX_FACTOR_DIM,
     STRUCTURES,
     WEIGHT_SHARING,
+    Couplings,
+    LargeFactors,
+    Structure,
+    WeightSharing,
     choice,
 )
-
-Structure = Literal["block_diagonal", "block_tridiagonal"]
-Couplings = Literal["topology", "data"]
-WeightSharing = Literal["expand", "reduce"]
-LargeFactors = Literal["diagonal", "blocks"]
 
 
 class TransformKeywords(TypedDict, total=False):

@@ -16,9 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from kfac_fx.torch_internals.operators import ASSERTION, is_overload, qualified_name
-
 aten = torch.ops.aten
+_OVERLOAD = type(aten.mm.default)
 
 
 class Row(NamedTuple):
@@ -39,7 +38,7 @@ class Call:
     @property
     def aten(self) -> bool:
         """Whether the target is an ATen operator rather than a function of torch's surface."""
-        return is_overload(self.node.target)
+        return isinstance(self.node.target, _OVERLOAD)
 
     def get(self, name: str, default: Any = None) -> Any:
         """The argument, or the default where it was not given."""
@@ -209,7 +208,7 @@ def add_operation(target: Any, words: str) -> None:
 SHAPE_READERS: frozenset[Any] = frozenset(
     {"size", "dim", "numel", "stride", "new_zeros", "new_ones", "new_empty", "new_full"}
     | {aten.sym_size.int, aten.sym_numel.default, torch.zeros_like, torch.ones_like}
-    | {aten._assert_tensor_metadata.default, ASSERTION}
+    | {aten._assert_tensor_metadata.default, torch._assert}
     | {torch.empty_like, aten.zeros_like.default, aten.ones_like.default}
 )
 LIKE_READERS: frozenset[Any] = frozenset(
@@ -252,7 +251,8 @@ def row_of(op: str, target: Any) -> Row | None:
         return METHODS.get(target)
     if op != "call_function" or not _hashable(target):
         return None
-    return FUNCTIONS.get(target) or FUNCTIONS.get(qualified_name(target))
+    schema = getattr(target, "_schema", None)
+    return FUNCTIONS.get(target) or FUNCTIONS.get(getattr(schema, "name", None))
 
 
 def _hashable(target: Callable[..., Any]) -> bool:

@@ -8,10 +8,15 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from kfac_fx.capture.computed_weights import ComputedWeights, Reference, ancestors
 from kfac_fx.capture.dialect import SHAPE_READERS, Call, bind, reads_shape_of, row_of
 from kfac_fx.capture.layer_calls import Member, translate
-from kfac_fx.capture.parameter_views import seen_through, split_layouts
+from kfac_fx.capture.parameter_paths import (
+    ComputedWeights,
+    Reference,
+    ancestors,
+    seen_through,
+    split_layouts,
+)
 from kfac_fx.ir.layout import Layout
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from kfac_fx.codegen import Program
 from kfac_fx.config import TIKHONOV, choice
-from kfac_fx.curvature.averages import Averages, all_finite, fold, sizes
+from kfac_fx.curvature.averages import Averages, fold, sizes
 from kfac_fx.curvature.choose_couplings import chosen_couplings, mutual_informations, total
 from kfac_fx.curvature.ekfac import Moments
 from kfac_fx.curvature.factor_storage import Storage
@@ -25,6 +25,8 @@ from kfac_fx.errors import (
     UnknownOptionError,
 )
 from kfac_fx.ir import Coupling, CurvatureGraph
+from kfac_fx.ir.use import StatisticKey
+from kfac_fx.linalg.precision import all_finite
 from kfac_fx.ops import Statistic, all_buffers, switch
 from kfac_fx.parallel import Engine, Workers
 
@@ -117,7 +119,9 @@ class InverseFisher:
         """(child, parent) -> running averages (A, G), child by parent."""
         return {(c.child, c.parent): self.averages.cross(c) for c in self.program.couplings}
 
-    def fold(self, found: Mapping[int, Statistic], decay: float, outlier: float = math.inf) -> bool:
+    def fold(
+        self, found: Mapping[StatisticKey, Statistic], decay: float, outlier: float = math.inf
+    ) -> bool:
         """Takes new statistics into the averages; False, and nothing is, if they are no good.
 
         Args:

@@ -13,7 +13,7 @@ from math import prod
 
 from torch import fx
 
-from kfac_fx.capture.computed_weights import ancestors
+from kfac_fx.capture.parameter_paths import ancestors
 from kfac_fx.ir.layout import Layout
 from kfac_fx.ir.use import FactorSpec, NodeRef, ParameterUse, Tap
 from kfac_fx.passes.rules.embedding import as_table

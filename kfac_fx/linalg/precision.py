@@ -1,33 +1,71 @@
-"""Float32 products as precise as float32."""
+"""Limits of floating point: products that are rounded to TF32, and values that are not finite."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
-_SETTINGS: Any = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
+
+class _Setting(Protocol):
+    """One of torch's switches for the precision of float32 products."""
+
+    fp32_precision: str
+
+
+_SETTINGS: tuple[_Setting, _Setting] = (
+    torch.backends.cuda.matmul,
+    torch.backends.cudnn.conv,  # type: ignore[attr-defined]
+)
 
 
 @contextmanager
 def unrounded() -> Iterator[None]:
-    """No product or convolution of float32 inside is rounded to TF32, whatever is allowed outside.
+    """Run what is inside without rounding float32 products and convolutions to TF32.
+
+    TF32 keeps 10 bits of the mantissa. A second moment that is rounded so need not be positive, and
+    its small eigenvalues, which decide the longest steps, are noise. So statistics and refreshes
+    are exempt from what the user allows for the training.
 
     The settings are those of the whole process: threads must not differ in them. Programs of
-    torch.compile take those of their call.
+    torch.compile take those that hold when they are called.
     """
-    held = [setting.fp32_precision for setting in _SETTINGS]
+    before = [setting.fp32_precision for setting in _SETTINGS]
     for setting in _SETTINGS:
         setting.fp32_precision = "ieee"
     try:
         yield
     finally:
-        for setting, precision in zip(_SETTINGS, held, strict=True):
+        for setting, precision in zip(_SETTINGS, before, strict=True):
             setting.fp32_precision = precision
 
 
 def products_are_rounded() -> bool:
-    """Whether a GPU rounds float32 products to TF32."""
+    """Return whether a GPU rounds float32 products to TF32 under the present settings."""
     return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+
+
+def all_finite(tensors: Sequence[Tensor]) -> bool:
+    """Return whether no entry is NaN, infinite or so large that its square is.
+
+    Entries whose square overflows would make the next second moment infinite, so they count as
+    infinite already. The answer is computed on the device and read once: one synchronisation.
+
+    Args:
+        tensors: of any shapes, dtypes and devices; empty ones are finite.
+    """
+    # torch._foreach_norm takes one dtype a call, and reads low precisions as float32.
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor.numel():
+            by_dtype.setdefault(tensor.dtype, []).append(tensor)
+    finite = [
+        torch.stack(
+            torch._foreach_norm(group, 2, torch.promote_types(dtype, torch.float32))
+        ).isfinite()
+        for dtype, group in by_dtype.items()
+    ]
+    return not finite or bool(torch.cat(finite).all())

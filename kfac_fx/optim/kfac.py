@@ -12,12 +12,13 @@ from torch import Tensor, fx
 from torch.optim import Optimizer
 
 from kfac_fx.config import choice, period, share, within
-from kfac_fx.curvature.averages import all_finite, terms_needed
+from kfac_fx.curvature.averages import terms_needed
 from kfac_fx.curvature.factor_storage import storage_of
 from kfac_fx.curvature.inverses import InverseFisher
 from kfac_fx.curvature.parameters import transformed
 from kfac_fx.errors import ParameterChangedError, UnknownOptionError
 from kfac_fx.likelihoods.builtin import Given, fresh_generator, likelihood_of
+from kfac_fx.linalg.precision import all_finite
 from kfac_fx.optim.adapt_damping import DampingRule
 from kfac_fx.optim.batch_trust import BatchTrust
 from kfac_fx.optim.diagnostics import Diagnostics

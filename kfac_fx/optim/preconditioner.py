@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, fx
 
 from kfac_fx.config import FISHERS, choice, period, within
-from kfac_fx.curvature.averages import all_finite
 from kfac_fx.curvature.factor_storage import storage_of
 from kfac_fx.curvature.inverses import InverseFisher
 from kfac_fx.curvature.parameters import transformed
@@ -26,6 +25,7 @@ from kfac_fx.errors import (
 )
 from kfac_fx.likelihoods.builtin import Given, fresh_generator, likelihood_of
 from kfac_fx.likelihoods.sampling import forked
+from kfac_fx.linalg.precision import all_finite
 from kfac_fx.optim.quadratic import shorten
 from kfac_fx.parallel import ALONE, Workers
 from kfac_fx.reading.inspection import HasCurvature

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from kfac_fx.curvature.averages import all_finite
 from kfac_fx.errors import ObservationError
 from kfac_fx.likelihoods.batch import output_tensors, predictive, wide
 from kfac_fx.likelihoods.builtin import Likelihood, Sum
+from kfac_fx.linalg.precision import all_finite
 from kfac_fx.ops import (
     Note,
     Rows,

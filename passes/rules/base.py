@@ -9,12 +9,13 @@ from typing import Any, Protocol
 
 from torch import fx
 
-from kfac_fx.capture.computed_weights import Reference
 from kfac_fx.capture.dialect import Call
 from kfac_fx.capture.graph_view import GraphView
 from kfac_fx.capture.layer_calls import Member
+from kfac_fx.capture.parameter_paths import Reference
 from kfac_fx.config import MAX_FACTOR_DIM, MAX_FULL_DIM
-from kfac_fx.ir import Approximation, FactorSpec, Layout, NodeRef, ParameterUse, Role, Tap
+from kfac_fx.ir.layout import Layout
+from kfac_fx.ir.use import Approximation, FactorSide, FactorSpec, NodeRef, ParameterUse, Role, Tap
 
 
 @dataclass(frozen=True)
@@ -76,15 +77,15 @@ class Rule(Protocol):
 
 
 def _side(
-    site: Site, name: str, role: Role, dim: int, lead: tuple[int, ...], cuttable: bool
+    site: Site, side: FactorSide, role: Role, dim: int, lead: tuple[int, ...], cuttable: bool
 ) -> FactorSpec:
     if dim > site.max_factor_dim:
         if cuttable and not lead and site.large_factors == "blocks":
             count = -(-dim // site.max_factor_dim)
             size = -(-dim // count)
-            return FactorSpec(name, (count, size, size), role, cut=dim)
-        return FactorSpec(name, (*lead, dim), role, diagonal=True)
-    return FactorSpec(name, (*lead, dim, dim), role)
+            return FactorSpec(side, (count, size, size), role, cut=dim)
+        return FactorSpec(side, (*lead, dim), role, diagonal=True)
+    return FactorSpec(side, (*lead, dim, dim), role)
 
 
 def gradient_side(site: Site, outputs: int, lead: tuple[int, ...] = ()) -> FactorSpec:
