@@ -60,9 +60,20 @@ _add("linear", "input weight bias", F.linear, aten.linear.default)
 _add(
     "matmul",
     "input other",
-    *(torch.matmul, operator.matmul, "matmul", "__matmul__", aten.matmul.default),
-    *(torch.mm, "mm", aten.mm.default, torch.mv, "mv", aten.mv.default),
-    *(torch.bmm, "bmm", aten.bmm.default),
+    torch.matmul,
+    operator.matmul,
+    "matmul",
+    "__matmul__",
+    aten.matmul.default,
+    torch.mm,
+    "mm",
+    aten.mm.default,
+    torch.mv,
+    "mv",
+    aten.mv.default,
+    torch.bmm,
+    "bmm",
+    aten.bmm.default,
 )
 _add("addmm", "bias input other", torch.addmm, "addmm", aten.addmm.default)
 _add("baddbmm", "bias input other", torch.baddbmm, "baddbmm", aten.baddbmm.default)
@@ -82,14 +93,17 @@ _add(
 _add(
     "embedding",
     "weight input padding_idx scale_grad_by_freq sparse",
-    *(torch.embedding, aten.embedding.default),
+    torch.embedding,
+    aten.embedding.default,
 )
 _BAGS = "scale_grad_by_freq mode sparse per_sample_weights include_last_offset padding_idx"
 _add("embedding_bag", f"input weight offsets max_norm norm_type {_BAGS}", F.embedding_bag)
 _add(
     "embedding_bag_tuple",
     f"weight input offsets {_BAGS}",
-    *(torch.embedding_bag, aten.embedding_bag.default, aten.embedding_bag.padding_idx),
+    torch.embedding_bag,
+    aten.embedding_bag.default,
+    aten.embedding_bag.padding_idx,
 )
 _add("index", "weight indices", aten.index.Tensor)
 # Operators that may not be there are known by their qualified names.
@@ -108,17 +122,23 @@ for _dims in (1, 2, 3):
 _add(
     "layer_norm",
     "input normalized_shape weight bias eps",
-    *(F.layer_norm, torch.layer_norm, aten.layer_norm.default),
+    F.layer_norm,
+    torch.layer_norm,
+    aten.layer_norm.default,
 )
 _add(
     "rms_norm",
     "input normalized_shape weight eps",
-    *(F.rms_norm, torch.rms_norm, aten.rms_norm.default),
+    F.rms_norm,
+    torch.rms_norm,
+    aten.rms_norm.default,
 )
 _add(
     "group_norm",
     "input num_groups weight bias eps",
-    *(F.group_norm, torch.group_norm, aten.group_norm.default),
+    F.group_norm,
+    torch.group_norm,
+    aten.group_norm.default,
 )
 _add(
     "batch_norm",
@@ -128,7 +148,8 @@ _add(
 _add(
     "batch_norm",
     "input weight bias running_mean running_var training momentum eps cudnn_enabled",
-    *(torch.batch_norm, aten.batch_norm.default),
+    torch.batch_norm,
+    aten.batch_norm.default,
 )
 _add(
     "instance_norm",
@@ -138,7 +159,8 @@ _add(
 _add(
     "instance_norm",
     "input weight bias running_mean running_var training momentum eps cudnn_enabled",
-    *(torch.instance_norm, aten.instance_norm.default),
+    torch.instance_norm,
+    aten.instance_norm.default,
 )
 
 _SEQUENCE = "hx params has_biases num_layers dropout train bidirectional"
@@ -158,7 +180,11 @@ _add("mT", "input", aten.mT.default)
 _add(
     "transpose",
     "input dim0 dim1",
-    *(torch.transpose, "transpose", torch.swapaxes, "swapaxes", aten.transpose.int),
+    torch.transpose,
+    "transpose",
+    torch.swapaxes,
+    "swapaxes",
+    aten.transpose.int,
 )
 _add("permute", "input *dims", "permute")
 _add("permute", "input dims", torch.permute, aten.permute.default)
@@ -178,9 +204,23 @@ _add("squeeze", "input dim", torch.squeeze, "squeeze", aten.squeeze.dim)
 _add(
     "cast",
     "input",
-    *("to", "type", "float", "double", "half", "bfloat16", "type_as", "contiguous", "cuda", "cpu"),
-    *(aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten.contiguous.default),
-    *(aten._to_copy.default, aten.alias.default),
+    "to",
+    "type",
+    "float",
+    "double",
+    "half",
+    "bfloat16",
+    "type_as",
+    "contiguous",
+    "cuda",
+    "cpu",
+    aten.to.dtype,
+    aten.to.device,
+    aten.to.dtype_layout,
+    aten.to.other,
+    aten.contiguous.default,
+    aten._to_copy.default,
+    aten.alias.default,
 )
 
 _add("add", "input other", operator.add, operator.iadd, torch.add, "add", "add_", "__add__")
