@@ -75,7 +75,7 @@ class InverseFisher:
             buffer.grad = None
         pairs = curvature.pairs if coupled else ()
         moments = curvature.moments if tikhonov == "ekfac" else ()
-        self.averages = Averages(net, curvature, self.guard.parameters, pairs, moments, storage)
+        self.averages = Averages(curvature, self.guard.parameters, pairs, moments, storage)
         self.moments = Moments(net, curvature, self.averages)
         self._compile, self._workers, self._plain = compile, workers, storage.plain
         self._refreshes = self._folds = 0

@@ -13,11 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kfac_fx.ops.autocorrelation import Axis, is_cheaper, patch_gram, suits
-from kfac_fx.ops.gram import bordered
+from kfac_fx.ops.gram import bordered, multiplied
 from kfac_fx.ops.library import LIBRARY
 from kfac_fx.ops.modes import functional, traced
 from kfac_fx.ops.positions import gradient_factor, input_factor
-from kfac_fx.ops.rows import multiplied
 from kfac_fx.ops.tap import define, recording, tapped
 
 AT_ONCE = {"cpu": 2**19, "cuda": 2**28}

@@ -22,7 +22,8 @@ from kfac_fx.ops.alignment import (
 )
 from kfac_fx.ops.cross_input import Input, cross_input
 from kfac_fx.ops.sides import Side, derivative_rows, row_shape, side_of
-from kfac_fx.ops.tap import buffer_of, constant, define, is_paused, joined, recording
+from kfac_fx.ops.state import is_paused
+from kfac_fx.ops.tap import buffer_of, constant, define, joined, recording
 
 
 class _Link(torch.autograd.Function):

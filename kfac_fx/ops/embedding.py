@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from kfac_fx.ops.cases import over_cases
+from kfac_fx.ops.gram import Statistic, multiplied
 from kfac_fx.ops.positions import gradient_factor
-from kfac_fx.ops.rows import Statistic, multiplied
 from kfac_fx.ops.tap import define, recording, tapped
 
 

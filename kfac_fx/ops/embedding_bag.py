@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kfac_fx.ops.gram import gram
+from kfac_fx.ops.gram import Statistic, gram
 from kfac_fx.ops.positions import gradient_factor
-from kfac_fx.ops.rows import Statistic
 from kfac_fx.ops.tap import define, recording, tapped
 
 

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kfac_fx.ops.gram import Statistic, formed_once
 from kfac_fx.ops.positions import case_rows, gradient_factor, input_factor
-from kfac_fx.ops.rows import Statistic
-from kfac_fx.ops.same_input import formed_once
 from kfac_fx.ops.tap import define, recording, tapped
 
 

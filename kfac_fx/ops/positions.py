@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kfac_fx.ops.gram import cut_gram, homogeneous_gram
-from kfac_fx.ops.rows import Rows, Statistic, second_moment, stay
+from kfac_fx.ops.gram import Rows, Statistic, cut_gram, homogeneous_gram, second_moment, stay
 
 
 def case_rows(t: Tensor, features: Sequence[int], groups: Sequence[int] = ()) -> Tensor:

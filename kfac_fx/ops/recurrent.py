@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kfac_fx.ops.gram import Statistic
 from kfac_fx.ops.linear import LinearStatistics
-from kfac_fx.ops.rows import Statistic
 from kfac_fx.ops.scale_shift import ScaleShiftStatistics
 from kfac_fx.ops.tap import Statistics, define, joined, recording, source, tapped
 

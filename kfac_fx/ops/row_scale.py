@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kfac_fx.ops.tap import define, is_paused
+from kfac_fx.ops.state import is_paused
+from kfac_fx.ops.tap import define
 
 
 def row_factors(result: Tensor, source: Tensor, rows: Sequence[int], entrywise: bool) -> Tensor:

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kfac_fx.ops.gram import Statistic
 from kfac_fx.ops.modes import functional
 from kfac_fx.ops.parts import case_parts
 from kfac_fx.ops.positions import case_covariance, case_rows
-from kfac_fx.ops.rows import Statistic
 from kfac_fx.ops.tap import define, recording, tapped
 
 

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, fx
 from torch.optim import Optimizer
 
-from kfac_fx.config import choice, period, share, within
+from kfac_fx.config import Fisher, choice, period, share, within
 from kfac_fx.curvature.averages import terms_needed
 from kfac_fx.curvature.factor_storage import storage_of
 from kfac_fx.curvature.inverses import InverseFisher
 from kfac_fx.curvature.parameters import transformed
 from kfac_fx.errors import ParameterChangedError, UnknownOptionError
-from kfac_fx.likelihoods.builtin import Given, fresh_generator, likelihood_of
+from kfac_fx.likelihoods.named import Given, likelihood_of
+from kfac_fx.likelihoods.sampling import fresh_generator
 from kfac_fx.linalg.precision import all_finite
 from kfac_fx.optim.adapt_damping import DampingRule
 from kfac_fx.optim.batch_trust import BatchTrust
@@ -102,7 +103,7 @@ class KFAC(HasCurvature, Optimizer):
         outlier: float = 5.0,
         tikhonov: str = "factored",
         structure: str | None = None,
-        fisher: str = "sampled",
+        fisher: Fisher = "sampled",
         generator: torch.Generator | None = None,
         forward: Forward = run_network,
         workers: Workers = ALONE,
@@ -126,11 +127,18 @@ class KFAC(HasCurvature, Optimizer):
         self._groups = Groups(self, parameters, self._held)
         known = likelihood_of(likelihood)
         self._task = Task(self._held, known, forward, self.generator, workers, compile)
-        entries = self._inverse.averages.entries
-        given = known, choice("fisher", fisher, ("sampled", "exact")), self.generator, workers
-        self._recorder = Recorder(net, entries, *given, forward=forward, compile=compile)
+        self._recorder = Recorder(
+            net,
+            [entry.block for entry in self._inverse.averages.entries],
+            known,
+            choice("fisher", fisher, ("sampled", "exact")),
+            self.generator,
+            workers,
+            forward=forward,
+            compile=compile,
+            by_inputs=self._held.given is None,
+        )
         self._recorder.switch(False)
-        self._recorder.by_inputs = self._held.given is None
         every = period("damping_every", damping_every), period("gamma_every", gamma_every)
         self._rule = DampingRule(damping, weight_decay, smallest_damping, gamma_limit, *every)
         refresh_every = period("refresh_every", refresh_every)

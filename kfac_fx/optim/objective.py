@@ -13,8 +13,9 @@ from torch.utils import _pytree as pytree
 
 from kfac_fx.codegen import compiled_network
 from kfac_fx.errors import LikelihoodError
-from kfac_fx.likelihoods.batch import BatchLikelihood, predictive
-from kfac_fx.likelihoods.builtin import Likelihood, Sum
+from kfac_fx.likelihoods.batch import BatchLikelihood, batch_likelihood
+from kfac_fx.likelihoods.builtin import Likelihood
+from kfac_fx.likelihoods.named import Sum
 from kfac_fx.likelihoods.sampling import seeded
 from kfac_fx.ops import STORE
 from kfac_fx.parallel import Held, Workers, drawn_seed, share_of
@@ -103,7 +104,7 @@ class Task:
 
     def predictive(self, outputs: Any, targets: Any) -> BatchLikelihood:
         """What the likelihood says; the number of terms is that of all processes."""
-        made = predictive(self.likelihood, outputs, targets)
+        made = batch_likelihood(self.likelihood, outputs, targets)
         return made.of_all(self._workers, "outputs")[1]
 
     def loss(self, outputs: Any, targets: Any) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from kfac_fx.config import FISHERS, choice, period, within
+from kfac_fx.config import FISHERS, Fisher, choice, period, within
 from kfac_fx.curvature.factor_storage import storage_of
 from kfac_fx.curvature.inverses import InverseFisher
 from kfac_fx.curvature.parameters import transformed
@@ -22,8 +22,8 @@ from kfac_fx.errors import (
     StatisticsError,
     UnknownOptionError,
 )
-from kfac_fx.likelihoods.builtin import Given, fresh_generator, likelihood_of
-from kfac_fx.likelihoods.sampling import forked
+from kfac_fx.likelihoods.named import Given, likelihood_of
+from kfac_fx.likelihoods.sampling import forked, fresh_generator
 from kfac_fx.linalg.precision import all_finite
 from kfac_fx.optim.quadratic import shorten
 from kfac_fx.parallel import ALONE, Workers
@@ -86,7 +86,7 @@ class Preconditioner(HasCurvature):
         damping: float = 1e-3,
         tikhonov: str = "factored",
         structure: str | None = None,
-        fisher: str = "sampled",
+        fisher: Fisher = "sampled",
         ema_decay: float = 0.95,
         statistics_every: int = 1,
         refresh_every: int = 10,
@@ -118,10 +118,18 @@ class Preconditioner(HasCurvature):
         self._inverse = InverseFisher(net, self.curvature, self.structure, *how, compile=compile)
         self._steps, self._workers = 0, workers
         workers.begin("Preconditioner", self._inverse.guard.parameters, self.generator)
-        entries = self._inverse.averages.entries
-        given = self.likelihood, self.fisher, self.generator, workers
-        self._recorder = Recorder(net, entries, *given, forward=forward, compile=compile)
-        self._recorder.by_inputs = net_is_compiled and self.fisher != "empirical"
+        self._compile = compile
+        self._recorder = Recorder(
+            net,
+            [entry.block for entry in self._inverse.averages.entries],
+            self.likelihood,
+            self.fisher,
+            self.generator,
+            workers,
+            forward=forward,
+            compile=compile,
+            by_inputs=net_is_compiled and self.fisher != "empirical",
+        )
         self._arm()
 
     @property
