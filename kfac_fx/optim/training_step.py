@@ -43,7 +43,7 @@ class TrainingStep:
         self._preconditioner = preconditioner
         self._recorder = preconditioner._recorder
         self._loss = loss
-        self._compile = preconditioner._compile
+        self._compile = self._recorder.compile
         own = replace(self._recorder.only_own_passes(), loss=LIKELIHOOD if loss is None else loss)
         self._plain = CompiledPass(replace(own, statistics=False), self._compile)
         self._recording = CompiledPass(own, self._compile)
@@ -64,6 +64,7 @@ class TrainingStep:
         """
         if targets is None and self._loss is None:
             raise LikelihoodError("the negative log-likelihood needs targets")
+        self._preconditioner._turn.take()
         if self._preconditioner.due:
             found = self._recorded(inputs, targets)
             if not self._recorder.add(found.collected):

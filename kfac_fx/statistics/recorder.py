@@ -16,7 +16,7 @@ from kfac_fx.likelihoods.named import Sum
 from kfac_fx.ops.gram import Rows
 from kfac_fx.ops.net_buffers import switch
 from kfac_fx.ops.tap import added
-from kfac_fx.parallel import Place, Values, Workers, drawn_seed
+from kfac_fx.parallel import StatisticSlot, Values, Workers, drawn_seed
 from kfac_fx.statistics.buffers import Block, Statistics, StatisticSources, sources_of
 from kfac_fx.statistics.empirical import EmpiricalStatistics
 from kfac_fx.statistics.forward import Forward, run_network
@@ -42,13 +42,13 @@ class StepStatistics:
         self._keys = [one.key for one in sources.names.tapped]
         self._inputs = set(self._keys[: sources.names.inputs])
         pairs = zip(sources.names.tapped, sources.factors, strict=True)
-        self._places = [Place(factor, one.symmetric) for one, factor in pairs]
+        self._places = [StatisticSlot(factor, one.symmetric) for one, factor in pairs]
         parameters = iter(sources.parameters)
         for block in sources.names.untapped:
             own = [next(parameters) for _ in block.names]
             flat = torch.zeros((), dtype=own[0].dtype, device=own[0].device)
             self._keys.append(block.key)
-            self._places.append(Place(flat.expand(sum(p.numel() for p in own)), False))
+            self._places.append(StatisticSlot(flat.expand(sum(p.numel() for p in own)), False))
         self._sums: list[tuple[Callable[[], Values], float]] = []
         self._count = 0.0
 
@@ -128,6 +128,7 @@ class Recorder:
         sources: the tensors that statistics are gradients of.
         by_inputs: whether statistics come from passes of its own: the taps stay off in others.
         own: such a pass, node by node.
+        compile: as given.
 
     Raises:
         UnknownOptionError: the empirical Fisher of a sum of likelihoods.
@@ -153,6 +154,7 @@ class Recorder:
             )
         self.net = net
         self.by_inputs = by_inputs
+        self.compile = compile
         self.sources = sources_of(net, blocks)
         self._generator = generator
         self._workers = workers
