@@ -23,7 +23,7 @@ from kfac_fx.ir import (
     Tap,
 )
 from kfac_fx.ops import STORE
-from kfac_fx.passes.rules import Refusal, Site, rules_for
+from kfac_fx.passes.rules import Refusal, Site, default_rules
 from kfac_fx.passes.rules.embedding import as_table
 from kfac_fx.passes.rules.generic import as_rows, case_tap
 
@@ -121,7 +121,7 @@ class EagerTaps:
     ) -> Iterator[tuple[ParameterUse, CurvatureBlock]]:
         call = view.call(node)
         site = Site(view, self._open, *self._options, self._alone, self._large_factors)
-        for rule in rules_for(call.operation) if call is not None else ():
+        for rule in default_rules().asked(call.operation) if call is not None else ():
             assert call is not None
             answer = rule.match(call, site)
             if answer is None or isinstance(answer, Refusal):

@@ -12,6 +12,7 @@ from kfac_fx.capture.view import GraphView
 from kfac_fx.ir.coupling import Edge, couplings_of
 from kfac_fx.ir.curvature_graph import CurvatureBlock, CurvatureGraph, Pair
 from kfac_fx.ir.use import FactorSpec
+from kfac_fx.ops.sides import coupling_operators, side_text
 from kfac_fx.passes.find_edges import find_edges
 
 NEAREST = 3
@@ -20,10 +21,6 @@ NEAREST = 3
 _REORDERING = frozenset(
     {"flip", "fold", "index", "movedim", "permute", "roll", "sort", "swapaxes", "t", "transpose"}
     | {"unfold", "window_partition", "window_reverse"}
-)
-
-_LAYERS = frozenset(
-    {"linear", "convolution", "transposed_convolution", "embedding", "bilinear", "recurrent"}
 )
 
 
@@ -41,7 +38,7 @@ def find_couplings(
     layers = {
         name
         for name, block in blocks.items()
-        if block.approximation.startswith("kronecker") or block.kind in _LAYERS
+        if block.approximation in ("kronecker", "kronecker_sum")
     }
     reasons = {name: why_alone(block) for name, block in blocks.items()}
     able = {name for name, reason in reasons.items() if reason is None}
@@ -88,7 +85,12 @@ def why_alone(block: CurvatureBlock) -> str | None:
         return "a side that is a diagonal, or cut, has no cross factors"
     if any(len(factor.shape) != 2 for factor in block.factors):
         return "it is a batch of blocks, one for each group"
-    if tap is None or tap.operator not in SIDES or tap.consumer is not None or tap.scale:
+    if (
+        tap is None
+        or tap.operator not in coupling_operators()
+        or tap.consumer is not None
+        or tap.scale
+    ):
         return "its statistics are not those of a plain layer"
     return None
 
@@ -134,37 +136,21 @@ def _pair(blocks: Mapping[str, CurvatureBlock], earlier: str, later: str, ordere
     return Pair(earlier, later, f"{one.slot}__{two.slot}", factors, ordered)
 
 
-def side_text(module: nn.Module, block: CurvatureBlock) -> str:
-    """The block's use as ``kfac_fx.ops.sides`` reads it."""
+def text_of_side(module: nn.Module, block: CurvatureBlock) -> str:
+    """Return the block's only use as the operators of couplings and moments read it.
+
+    Args:
+        module: whose block it is.
+        block: one that ``why_alone`` has nothing against.
+    """
     tap = block.uses[0].tap
     assert tap is not None
-    return SIDES[tap.operator](tap.options, _interleaved(module, block))
+    return side_text(tap.operator, tap.options, interleaved=_interleaved(module, block))
 
 
 def _interleaved(module: nn.Module, block: CurvatureBlock) -> bool:
-    """Whether it is the output projection of attention, which reads positions by cases."""
+    """Tell whether it is the output projection of attention, which reads positions by cases."""
     owner, _, leaf = block.parameters[0].rpartition(".")[0].rpartition(".")
     if leaf != "out_proj":
         return False
     return isinstance(module.get_submodule(owner), nn.MultiheadAttention)
-
-
-def _linear_side(options: tuple[object, ...], interleaved: bool) -> str:
-    x_dims, y_dims, _, _, bias, reduce = options
-    return repr(("linear", x_dims, y_dims, bias, reduce, interleaved))
-
-
-def _convolution_side(options: tuple[object, ...], interleaved: bool) -> str:
-    *window, _, bias, reduce = options
-    return repr(("convolution", *window, bias, reduce))
-
-
-def _projection_side(options: tuple[object, ...], interleaved: bool) -> str:
-    return repr(("projection", *options))
-
-
-SIDES = {
-    "linear": _linear_side,
-    "convolution": _convolution_side,
-    "projection": _projection_side,
-}

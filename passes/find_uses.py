@@ -12,7 +12,7 @@ from kfac_fx.capture.view import GraphView
 from kfac_fx.config import MAX_FACTOR_DIM
 from kfac_fx.ir import ParameterUse
 from kfac_fx.passes.gather_blocks import forms, pieces, summable
-from kfac_fx.passes.rules import Refusal, Site, generic_use, rules_for
+from kfac_fx.passes.rules import Refusal, Site, default_rules, generic_use
 
 log = logging.getLogger("kfac_fx")
 
@@ -97,7 +97,7 @@ def _match(site: Site) -> _Matches:
         if site.view.is_mapped(node):
             matches.refusals[node.name] = "it runs inside vmap, where a tap sees no cases"
             continue
-        for rule in rules_for(call.operation):
+        for rule in default_rules().asked(call.operation):
             answer = rule.match(call, site)
             if isinstance(answer, Refusal):
                 matches.refusals[node.name] = answer.reason

@@ -11,7 +11,7 @@ from kfac_fx.ir import CurvatureBlock, CurvatureGraph, FactorSpec, Moment
 from kfac_fx.ops import STORE
 from kfac_fx.ops.sides import side_of
 from kfac_fx.passes.annotations import take_over
-from kfac_fx.passes.find_couplings import side_text, why_alone
+from kfac_fx.passes.find_couplings import text_of_side, why_alone
 from kfac_fx.passes.store import add_slot, plain_taps, read_attribute
 
 _MOMENT = torch.ops.kfac_fx.moment.default
@@ -21,7 +21,7 @@ def find_moments(module: nn.Module, blocks: Mapping[str, CurvatureBlock]) -> tup
     """Of every Kronecker block of one plain use whose cases are told apart."""
     found = []
     for name, block in blocks.items():
-        if why_alone(block) is None and not side_of(side_text(module, block)).interleaved:
+        if why_alone(block) is None and not side_of(text_of_side(module, block)).interleaved:
             A, G = (factor.shape[0] for factor in block.factors)
             S = FactorSpec("S", (G, A), "gradient")
             found.append(Moment(name, f"{block.slot}__moment", (S,)))
@@ -65,7 +65,7 @@ def insert_moments(
                 place = read_attribute(graph, f"{STORE}.{moment.slot}.{name}")
             reads.append(place)
         with graph.inserting_after(place):
-            call = graph.call_function(_MOMENT, (y, y.args[1], *reads, side_text(module, block)))
+            call = graph.call_function(_MOMENT, (y, y.args[1], *reads, text_of_side(module, block)))
         take_over(call, y, same_value=True, moment=moment.block)
         for user in users:
             user.replace_input_with(y, call)
