@@ -13,9 +13,10 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 
 from torch import fx
 
-from kfac_fx.capture.dialect import add_operation
-from kfac_fx.capture.modules import Member
-from kfac_fx.capture.view import Call, GraphView, Reference
+from kfac_fx.capture.dialect import Call, add_operation
+from kfac_fx.capture.graph_view import GraphView
+from kfac_fx.capture.layer_calls import Member
+from kfac_fx.capture.parameter_paths import Reference
 from kfac_fx.config import MAX_FACTOR_DIM, MAX_FULL_DIM
 from kfac_fx.ir.layout import Layout
 from kfac_fx.ir.use import (

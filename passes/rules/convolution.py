@@ -7,7 +7,7 @@ from typing import NamedTuple, cast
 
 from torch import fx
 
-from kfac_fx.capture.view import Call
+from kfac_fx.capture.dialect import Call
 from kfac_fx.ir.use import NodeRef
 from kfac_fx.ops.convolution import ConvolutionOptions, PaddingMode
 from kfac_fx.passes.rules.base import (

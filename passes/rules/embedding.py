@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from torch import fx
 
-from kfac_fx.capture.view import Call, GraphView
+from kfac_fx.capture.dialect import Call
+from kfac_fx.capture.graph_view import GraphView
 from kfac_fx.config import MAX_FULL_DIM
 from kfac_fx.ir.use import FactorSpec, NodeRef, ParameterUse, Tap
 from kfac_fx.ops.embedding import NO_PADDING, EmbeddingOptions

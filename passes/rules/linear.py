@@ -8,7 +8,9 @@ from math import prod
 
 from torch import fx, nn
 
-from kfac_fx.capture.view import Call, GraphView, Reference
+from kfac_fx.capture.dialect import Call
+from kfac_fx.capture.graph_view import GraphView
+from kfac_fx.capture.parameter_paths import Reference
 from kfac_fx.ir.layout import Layout
 from kfac_fx.ir.use import NodeRef, ParameterUse, Tap
 from kfac_fx.ops.kronecker import LinearOptions

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import cast
 
-from kfac_fx.capture.view import Call
+from kfac_fx.capture.dialect import Call
 from kfac_fx.ir.use import Argument, ParameterUse, Tap
 from kfac_fx.ops.options import Flag
 from kfac_fx.ops.scale_shift import Family, ScaleShiftOptions

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kfac_fx.capture.derived import Derivation
+from kfac_fx.capture.parameter_paths import Derivation
 from kfac_fx.ir.layout import Layout
 from kfac_fx.ops.row_factors import row_factors
 
