@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from kfac_fx.curvature.factor_storage import Average, Storage
 from kfac_fx.errors import ParameterChangedError
 from kfac_fx.ir import Coupling, CurvatureBlock, CurvatureGraph, Moment, Pair
+from kfac_fx.ir.use import StatisticKey
 from kfac_fx.ops import Rows, Statistic, cross_buffers, factor_buffers, moment_buffers, multiplied
 
 
@@ -80,22 +81,21 @@ class Entry:
         """[], of the precision and device of the averages that are read."""
         return self.stored[0].like
 
-    def statistics(self, found: Mapping[int, Statistic]) -> list[Statistic] | None:
-        """New statistics in the scale of one likelihood term, or None where none came.
+    @property
+    def keys(self) -> tuple[StatisticKey, ...]:
+        """The names under which new statistics come, in the order of the block's factors."""
+        return tuple(StatisticKey(self.block.slot, spec.name) for spec in self.block.factors)
+
+    def statistics(self, found: Mapping[StatisticKey, Statistic]) -> list[Statistic] | None:
+        """Return the new statistics of the block's factors, or None where one did not come.
 
         Args:
-            found: the same by id of buffer or parameter.
+            found: statistics in the scale of one likelihood term. Counts come under their own
+                keys; a block without a tap has one, flat, over all its parameters.
         """
-        if not self.block.tapped:
-            squares = [found.get(id(p)) for p in self.parameters]
-            if any(square is None for square in squares):
-                return None
-            flat = torch.cat([multiplied(s).reshape(-1) for s in squares if s is not None])
-            return [flat.to(self.like.dtype)]
-        new = [found.get(id(buffer)) for buffer in self.buffers]
-        if any(value is None for value in new):
+        if any(key not in found for key in self.keys):
             return None
-        result = [value for value in new if value is not None]
+        result = [found[key] for key in self.keys]
         # Positions of several uses of one form are counted together
         # (docs/explanation/mathematics.md, section 4).
         specs = self.block.factors

@@ -25,6 +25,7 @@ from kfac_fx.errors import (
     UnknownOptionError,
 )
 from kfac_fx.ir import Coupling, CurvatureGraph
+from kfac_fx.ir.use import StatisticKey
 from kfac_fx.linalg.precision import all_finite
 from kfac_fx.ops import Statistic, all_buffers, switch
 from kfac_fx.parallel import Engine, Workers
@@ -118,7 +119,9 @@ class InverseFisher:
         """(child, parent) -> running averages (A, G), child by parent."""
         return {(c.child, c.parent): self.averages.cross(c) for c in self.program.couplings}
 
-    def fold(self, found: Mapping[int, Statistic], decay: float, outlier: float = math.inf) -> bool:
+    def fold(
+        self, found: Mapping[StatisticKey, Statistic], decay: float, outlier: float = math.inf
+    ) -> bool:
         """Takes new statistics into the averages; False, and nothing is, if they are no good.
 
         Args:
