@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 import logging
-import os
-import subprocess
 import sys
 import weakref
 from importlib.metadata import entry_points
@@ -16,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from support.networks import BY_NAME, NETWORKS, Network
+from support.processes import ROOT, run_python
 from torch import Tensor, fx, nn
 from torch._dynamo.utils import counters
 
@@ -23,7 +22,6 @@ import kfac_fx
 from kfac_fx import passes
 from kfac_fx.errors import CoverageError, KFACError, ObservationError, UnknownOptionError
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("float64", "fresh")
 
 
@@ -494,8 +492,7 @@ def test_nothing_is_kept_alive() -> None:
 
 
 RUN = """
-import sys, torch
-sys.path.insert(0, sys.argv[1])
+import torch
 torch.set_num_threads(1)
 from torch import nn
 torch.manual_seed(0)
@@ -542,8 +539,5 @@ def test_entry_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_by_name_with_inductor(tmp_path: Path) -> None:
     """Nothing of ours is imported before."""
     installed(tmp_path)
-    path = os.pathsep.join([str(tmp_path), str(ROOT)])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", "-c", RUN, str(ROOT / "tests")]
-    done = subprocess.run(command, check=True, env=environment, capture_output=True, text=True)
+    done = run_python("-c", RUN, path=(tmp_path, ROOT))
     assert done.stdout.split() == ["equal", "3"]
