@@ -225,7 +225,7 @@ def compiled_and_reference(
     return Runner(compiled, network, **options), Runner(net, network, **options)
 
 
-def assert_same(got: Runner, want: Runner) -> None:
+def assert_same_step(got: Runner, want: Runner) -> None:
     found, wanted = got.pre.factors, dict(want.pre.factors)
     if want.network.name == "ByValue":
         del wanted["other"]  # did not run
@@ -261,7 +261,7 @@ def test_factors_are_those_of_transform(network: Network) -> None:
     got, want = compiled_and_reference(network, "eager", dynamic)
     for n in (4, 6):
         torch.testing.assert_close(got.step(n), want.step(n), rtol=1e-9, atol=1e-12)
-    assert_same(got, want)
+    assert_same_step(got, want)
 
 
 @pytest.mark.parametrize(
@@ -276,7 +276,7 @@ def test_compiled_by_aot(name: str) -> None:
     got, want = compiled_and_reference(network, "aot_eager")
     for n in (4, 6, 3):
         torch.testing.assert_close(got.step(n), want.step(n), rtol=1e-9, atol=1e-12)
-    assert_same(got, want)
+    assert_same_step(got, want)
 
 
 # ------------------------------------------------------------------------------ its own behaviour
@@ -396,7 +396,7 @@ def test_second_backwards(fisher: str, donated: bool) -> None:
         except ObservationError as error:
             assert donated and "donated_buffer" in str(error)
         else:
-            assert_same(got, want)
+            assert_same_step(got, want)
 
 
 def test_passes_from_inputs_are_refused() -> None:
@@ -424,7 +424,7 @@ def test_models_that_share_graphs() -> None:
     for runner in (*runners, *wanted):
         runner.step(4)
     for got, want in zip(runners, wanted, strict=True):
-        assert_same(got, want)
+        assert_same_step(got, want)
     one, two = (runner.pre.factors["last.0"][0] for runner in runners)
     assert not torch.allclose(one, two)
 
@@ -476,7 +476,7 @@ def test_compiled_in_place_and_evaluated_between_steps() -> None:
             with torch.no_grad():
                 outputs_of(module, network, 5)
             module.train()
-    assert_same(got, want)
+    assert_same_step(got, want)
 
 
 def test_nothing_is_kept_alive() -> None:
