@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from torch.nn.parallel import DistributedDataParallel
 
 from kfac_fx.errors import UnknownOptionError
-from kfac_fx.ops.rows import Statistic
+from kfac_fx.ops.gram import Statistic
 
 Values = list[Statistic | None]
 """One statistic a slot; None where no case of this process reached the layer."""
