@@ -92,8 +92,8 @@ class Checkpoints:
         """
         target = self._folder / f"step-{step:09d}"
         unfinished = self._folder / f".{target.name}"
-        # All is written beside the place where a checkpoint is looked for, and moved there in one go:
-        # a process that ends half way leaves no half checkpoint.
+        # All is written beside the place where checkpoints are looked for, and moved there in one
+        # go: a process that ends half way leaves no half checkpoint.
         self._workers.agree(f"save {step}")
         if self._workers.rank == 0:
             shutil.rmtree(unfinished, ignore_errors=True)

@@ -6,8 +6,8 @@ processes moves 2 (W - 1) / W n bytes through every link (ring), a broadcast n; 
 log2 W messages (tree), a sum twice. Of gradients and statistics a share is hidden behind the
 backward, which is two thirds of the training.
 
-So a run on many machines can be planned before they are rented: which ``memory_fraction``, how often
-a refresh, from which size on a sum is what a step waits for. Measured values go in, not guesses:
+So a run on many machines can be planned before they are rented: which ``memory_fraction``, how
+often a refresh, in how many processes a step waits for its sums. Measured values go in:
 ``Compute`` and ``Network`` are taken on one machine and one link.
 """
 
