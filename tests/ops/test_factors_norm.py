@@ -61,6 +61,7 @@ def names_of(norm: nn.Module) -> list[str]:
 def test_independent_cases(
     measure: Measure, kind: str, likelihood: Likelihood, fisher: str
 ) -> None:
+    """Norms in which no case sees another."""
     build, shape = NORMS[kind]
     model, x = Net(build()), torch.randn(5, *shape)
     y = likelihood.draw(model(x))
@@ -122,6 +123,7 @@ class FunctionalNorms(nn.Module):
 
 @both_fishers
 def test_functional(measure: Measure, fisher: str) -> None:
+    """F.layer_norm and its like, and scales that are written out."""
     model, x, likelihood = FunctionalNorms(), torch.randn(5, 3, 4), Categorical()
     y = likelihood.draw(model(x))
     net = kfac_fx.transform(model)
@@ -134,6 +136,7 @@ def test_functional(measure: Measure, fisher: str) -> None:
 @pytest.mark.parametrize("frozen, trained", [("weight", "bias"), ("bias", "weight")])
 @pytest.mark.parametrize("kind", ["layer tokens", "group", "batch2d eval"])
 def test_half_frozen(measure: Measure, kind: str, frozen: str, trained: str) -> None:
+    """A frozen half leaves the covariance of the other half."""
     build, shape = NORMS[kind]
     model, x = Net(build()), torch.randn(5, *shape)
     model(x)
@@ -217,6 +220,7 @@ class FlattenedTokens(nn.Module):
     "name, names", [("norm", ["norm.weight", "norm.bias"]), ("scale", ["scale"])]
 )
 def test_flattened_tokens(measure: Measure, name: str, names: list[str]) -> None:
+    """Tokens that were flattened into cases before the norm."""
     model, x, likelihood = FlattenedTokens(), torch.randn(5, 3, 4), Normal()
     found = measure(kfac_fx.transform(model), x, None, likelihood).factors[name]
     close(found, (oracles.covariance(model, names, x, None, likelihood),))
