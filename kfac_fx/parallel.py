@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from torch.nn.parallel import DistributedDataParallel
 
 from kfac_fx.errors import UnknownOptionError
-from kfac_fx.ops.rows import Statistic
+from kfac_fx.ops.gram import Statistic
 
 Net = Any
 """A network as the user gives it: a module, wrapped or not, or something else by mistake."""
