@@ -295,6 +295,17 @@ class LinearStatistics(KroneckerStatistics):
 
 
 @dataclass(frozen=True)
+class ShiftOptions(TapOptions):
+    """Options of the tap of a bias alone.
+
+    Attributes:
+        channels: dimensions of the output that the bias is along.
+    """
+
+    channels: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class ShiftStatistics:
     """(C,) of a bias alone: the covariance of its per-case gradients, the sums of g over positions.
 

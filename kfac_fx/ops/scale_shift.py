@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kfac_fx.ops.gram import Statistic
-from kfac_fx.ops.kronecker import ShiftStatistics, case_covariance, case_rows
+from kfac_fx.ops.kronecker import ShiftOptions, ShiftStatistics, case_covariance, case_rows
 from kfac_fx.ops.modes import functional
 from kfac_fx.ops.options import Flag, TapOptions
 from kfac_fx.ops.parts import case_parts
@@ -46,17 +46,6 @@ class ScaleShiftOptions(TapOptions):
     training: Flag
     eps: float
     shift: bool
-
-
-@dataclass(frozen=True)
-class ShiftOptions(TapOptions):
-    """Options of the tap of a bias alone.
-
-    Attributes:
-        channels: dimensions of the output that the bias is along.
-    """
-
-    channels: tuple[int, ...]
 
 
 def _within_cases(x: Tensor, family: str, shape: Sequence[int], eps: float) -> Tensor:

@@ -30,8 +30,8 @@ from kfac_fx.ir.use import (
     Scale,
     Tap,
 )
+from kfac_fx.ops.kronecker import ShiftOptions
 from kfac_fx.ops.options import TapOptions
-from kfac_fx.ops.scale_shift import ShiftOptions
 from kfac_fx.passes.rules.row_scaling import counting_dims, measure_scaling
 
 GraphValue: TypeAlias = Any
