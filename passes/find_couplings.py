@@ -50,6 +50,7 @@ def find_couplings(
     able = {name for name, reason in reasons.items() if reason is None}
     edges = find_edges(view, blocks, layers, able)
     place = {name: index for index, name in enumerate(blocks)}
+    # Cross factors are one matrix from two blocks, so both must be of one precision and device.
     weights = {
         (edge.source, edge.target): edge.weight
         for edge in edges
@@ -58,6 +59,8 @@ def find_couplings(
     forest = couplings_of(weights, list(blocks))
     ordered = {(e.source, e.target) for e in edges if not _REORDERING & set(e.path)}
     chosen = {frozenset((c.child, c.parent)) for c in forest}
+    # The forest alone would do for the topology's own couplings; where the data choose, pairs must
+    # be recorded before it is known which of them matter.
     candidates = _nearest(weights) | _siblings(edges, weights) if by_data else set()
     found = sorted(
         {pair for pair in weights if frozenset(pair) in chosen} | candidates,
@@ -85,6 +88,7 @@ def why_alone(block: CurvatureBlock) -> str | None:
     tap = block.uses[0].tap
     if block.approximation != "kronecker":
         return f"a {block.kind} block ({block.approximation}) has no cross factors"
+    # A pair needs the rows of one run of one use on either side.
     if any(factor.role == "count" for factor in block.factors) or len(block.uses) > 1:
         return "its uses, or their positions, are counted at run time"
     if any(factor.diagonal or factor.cut for factor in block.factors):
@@ -157,6 +161,8 @@ def text_of_side(module: nn.Module, block: CurvatureBlock) -> str:
 def _interleaved(module: nn.Module, block: CurvatureBlock) -> bool:
     """Tell whether it is the output projection of attention, which reads positions by cases."""
     owner, _, leaf = block.parameters[0].rpartition(".")[0].rpartition(".")
+    # nn.MultiheadAttention flattens [positions, cases] before this layer, which nothing in the
+    # graph's shapes tells from cases by positions.
     if leaf != "out_proj":
         return False
     return isinstance(module.get_submodule(owner), nn.MultiheadAttention)

@@ -99,6 +99,8 @@ class ScaleShiftStatistics:
         given = self.options
         one_case = 0 in [dim % x.dim() for dim in given.channels]  # the first one is a feature
         found = []
+        # Some cases at a time: the normalised inputs of a whole batch would be fresh memory of the
+        # size of the activations.
         for by, some in [(g, x)] if one_case else case_parts(g, x):
             u = _within_cases(some.to(dtype), given.family, given.shape, given.eps)
             found.append(self._sums(_times(u, by), dtype))
