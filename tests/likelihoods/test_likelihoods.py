@@ -13,8 +13,8 @@ from torch import distributions as D
 
 import kfac_fx
 from kfac_fx import likelihoods
-from kfac_fx.likelihoods.builtin import Softmax
-from kfac_fx.likelihoods.sampling import draw, drawn
+from kfac_fx.likelihoods.batch import drawn
+from kfac_fx.likelihoods.builtin import Softmax, draw
 
 pytestmark = pytest.mark.usefixtures("float64")
 both_fishers = pytest.mark.parametrize("fisher", ["exact", "empirical"])

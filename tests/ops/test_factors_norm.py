@@ -13,7 +13,7 @@ from support.oracles import LIKELIHOODS, Bernoulli, Categorical, Likelihood, Mea
 from torch import Tensor, nn
 
 import kfac_fx
-from kfac_fx.ops import parts
+from kfac_fx.ops.thresholds import THRESHOLDS
 
 pytestmark = pytest.mark.usefixtures("float64")
 both_fishers = pytest.mark.parametrize("fisher", ["exact", "empirical"])
@@ -100,12 +100,12 @@ def test_batch_norm_in_training(
 
 
 @pytest.mark.parametrize("kind", [*NORMS, *BATCH_NORMS])
-def test_some_cases_at_once(measure: Measure, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_some_cases_at_once(measure: Measure, kind: str) -> None:
     """As large batches are read: parts of two cases, and a rest."""
     _, shape = (NORMS | BATCH_NORMS)[kind]
-    monkeypatch.setattr(parts, "AT_ONCE", 2 * math.prod(shape))
     check = test_independent_cases if kind in NORMS else test_batch_norm_in_training
-    check(measure, kind, likelihood=Categorical(), fisher="empirical")
+    with THRESHOLDS.changed(at_once=2 * math.prod(shape)):
+        check(measure, kind, likelihood=Categorical(), fisher="empirical")
 
 
 class FunctionalNorms(nn.Module):
