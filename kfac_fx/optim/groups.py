@@ -33,8 +33,8 @@ class Groups:
     ) -> None:
         self._optimizer = optimizer
         self._whole = whole
-        # A parameter outside of all blocks has no Fhat, and would take steps of gradient descent with
-        # K-FAC's sizes: it belongs to another optimizer.
+        # A parameter outside of all blocks has no Fhat, and would take steps of gradient descent
+        # with K-FAC's sizes: it belongs to another optimizer.
         self._names = {id(p): name for name, p in names.items()}
         if any(id(p) not in self._names for g in optimizer.param_groups for p in g["params"]):
             raise UnknownOptionError("params holds a parameter without a curvature block")

@@ -184,8 +184,8 @@ class Objective:
                 outputs = outputs_of(self.forward, self._compiled, batch.inputs)
             loss = self.loss(outputs, batch.targets)
             wrt = list(parameters.values())
-            # Not loss.backward(): the user's .grad stays as it is. A parameter that the batch did not
-            # reach has a gradient of zero, to which the l2 term is added.
+            # Not loss.backward(): the user's .grad stays as it is. A parameter that the batch does
+            # not reach has a gradient of zero, to which the l2 term is added.
             found = torch.autograd.grad(loss, wrt, allow_unused=True, materialize_grads=True)
         value = loss.detach()
         dense = [g.to_dense() if g.is_sparse else g for g in found]
