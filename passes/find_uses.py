@@ -13,7 +13,7 @@ from kfac_fx.capture.graph_view import GraphView
 from kfac_fx.ir.curvature_graph import CurvatureBlock, CurvatureGraph
 from kfac_fx.ir.use import ParameterUse
 from kfac_fx.passes.annotations import graphs_of
-from kfac_fx.passes.base import HERE, Analysis
+from kfac_fx.passes.base import OTHER_BLOCKS, Analysis
 from kfac_fx.passes.covered_parameters import Covered
 from kfac_fx.passes.gather_blocks import forms, gather_blocks, pieces, summable
 from kfac_fx.passes.options import TransformOptions
@@ -241,7 +241,7 @@ class FindUses(Analysis):
         blocks = self._blocks(module, first, given.names)
         # The graph of the evaluation may use parameters in another way. Its blocks are not part of
         # the curvature graph; InsertTaps needs them to tap those uses that have the same form.
-        module.meta[HERE] = [self._blocks(module, graph, given.names) for graph in others]
+        module.meta[OTHER_BLOCKS] = [self._blocks(module, graph, given.names) for graph in others]
         covered = {name for block in blocks.values() for name in block.parameters}
         unused = tuple(name for name in given.names if name not in covered)
         _log_blocks(blocks, unused)

@@ -1,15 +1,19 @@
-"""Calls of graphs within a graph become a part of it: of split modules, and behind checkpoints."""
+"""Inline the graphs that a graph calls: those of split modules and of activation checkpoints.
+
+A call of another GraphModule is opaque to the rules, and taps inside it would be hidden from edges
+and couplings.
+"""
 
 from __future__ import annotations
 
 import logging
 import operator
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import fx
 
+from kfac_fx.capture.dialect import Argument
 from kfac_fx.passes.annotations import graphs_of
 from kfac_fx.passes.base import GraphPass
 from kfac_fx.torch_internals.graph_code import unpacks_inputs
@@ -18,18 +22,18 @@ log = logging.getLogger("kfac_fx")
 
 _CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 _WRAPPED = "_checkpoint_wrapped_module"
-"""Where torch.distributed's checkpoint_wrapper keeps what it wraps."""
+"""Attribute in which torch.distributed's checkpoint_wrapper keeps what it wraps."""
 
 
 class InlineCalls(GraphPass):
-    """What other GraphModules do that the module calls is done by its own graph.
+    """Let the module's own graph do what GraphModules do that it calls.
 
     Names of parameters stay. Activation checkpoints within the graph are looked through: they save
-    no memory any more.
+    no memory any more, since a tap in a part that runs twice would record it twice.
     """
 
     def run(self, module: fx.GraphModule) -> bool:
-        """Whether there was such a call."""
+        """Tell whether there was such a call."""
         changed = False
         for graph in graphs_of(module):
             todo = list(graph.nodes)
@@ -44,7 +48,7 @@ class InlineCalls(GraphPass):
 
 
 def _open_module(module: fx.GraphModule, graph: fx.Graph, node: fx.Node) -> list[fx.Node]:
-    """The nodes that took the place of a call."""
+    """Return the nodes that took the place of a call, none where the call stays."""
     path = str(node.target)
     called = module.get_submodule(path)
     if hasattr(called, _WRAPPED):
@@ -57,12 +61,14 @@ def _open_module(module: fx.GraphModule, graph: fx.Graph, node: fx.Node) -> list
         return [plain]
     if not isinstance(called, fx.GraphModule) or unpacks_inputs(called.graph):
         return []
+    # Hooks would no longer run; a graph that unpacks nested inputs takes other arguments.
     if called._forward_hooks or called._forward_pre_hooks:
         return []
     return inline(graph, node, called.graph, path + ".", node.args, node.kwargs)
 
 
 def _open_checkpoint(module: fx.GraphModule, graph: fx.Graph, node: fx.Node) -> list[fx.Node]:
+    """Return the nodes that took the place of a checkpoint, none where it stays."""
     body, *args = node.args
     assert isinstance(body, fx.Node)
     called = module.get_submodule(str(body.target))
@@ -80,14 +86,23 @@ def inline(
     node: fx.Node,
     inner: fx.Graph,
     prefix: str,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
+    args: tuple[Argument, ...],
+    kwargs: Mapping[str, Argument],
 ) -> list[fx.Node]:
-    """Puts a copy of ``inner`` in the place of ``node``; ``args`` are its inputs."""
-    values: dict[fx.Node, Any] = {}
+    """Put a copy of ``inner`` in the place of ``node``, and return the nodes that were made.
+
+    Args:
+        graph: is changed in place.
+        node: is erased; its users read the result of the copy.
+        inner: the graph to copy; it is not changed.
+        prefix: is put in front of the paths that the copy reads or calls.
+        args: values of the placeholders of ``inner``, in order.
+        kwargs: values of those that are left, by name.
+    """
+    values: dict[fx.Node, Argument] = {}
     made = []
     given = iter(args)
-    result: Any = None
+    result: Argument = None
     for source in inner.nodes:
         if source.op == "placeholder":
             default = kwargs.get(str(source.target), source.args[0] if source.args else None)
@@ -105,11 +120,12 @@ def inline(
     return made
 
 
-def _replace(graph: fx.Graph, node: fx.Node, result: Any) -> None:
-    """Lets users read the result, which may be a structure of nodes."""
+def _replace(graph: fx.Graph, node: fx.Node, result: Argument) -> None:
+    """Let users read the result, which may be a structure of nodes."""
     if isinstance(result, fx.Node):
         node.replace_all_uses_with(result)
     for user in list(node.users):
+        # A tuple is no node: what takes an entry out of it reads that entry itself.
         if user.target is operator.getitem and isinstance(result, (tuple, list, dict)):
             part = result[user.args[1]]  # type: ignore[index]
             if isinstance(part, fx.Node):

@@ -1,4 +1,8 @@
-"""Inserts what records second moments in the bases of Kronecker blocks (EKFAC)."""
+"""Insert what records second moments in the bases of Kronecker blocks (EKFAC).
+
+The moment of a block is a second tap on the same output. It reads the eigenbases U_A and U_G of the
+block's factors, which a refresh writes into buffers (docs/explanation/mathematics.md, section 5).
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,14 @@ _MOMENT = torch.ops.kfac_fx.moment.default
 
 
 def add_moment_buffers(module: nn.Module, curvature: CurvatureGraph) -> None:
-    """Buffers of the bases, and of S, a zero without memory whose gradient is the statistic."""
+    """Add buffers of the bases, and of S, a zero without memory whose gradient is the statistic.
+
+    The bases are identities until the first refresh: S is then the plain second moment.
+
+    Args:
+        module: has the slots of the blocks' factors.
+        curvature: says which blocks have moments.
+    """
     store = module.get_submodule(STORE)
     for moment in curvature.moments:
         block = curvature.blocks[moment.block]
@@ -34,11 +45,13 @@ def insert_moments(
     blocks: Mapping[str, CurvatureBlock],
     curvature: CurvatureGraph,
 ) -> None:
-    """One more tap behind that of each block's factors.
+    """Insert one more tap after that of each block's factors.
 
     Args:
-        graph: with taps.
+        module: whose graph it is.
+        graph: with taps; is changed in place.
         blocks: as found in this graph; those of another form are left out.
+        curvature: the blocks that have buffers, and their moments.
     """
     taps = plain_taps(graph)
     for moment in curvature.moments:
