@@ -41,6 +41,10 @@ class ObservationError(KFACError, RuntimeError):
     """``observe`` was called at the wrong time or with outputs of another module."""
 
 
+class TapsTakenError(KFACError, RuntimeError):
+    """Another Preconditioner or KFAC on the same module used its taps within a step of this one."""
+
+
 class StatisticsError(KFACError, RuntimeError):
     """Statistics are needed that were never recorded."""
 

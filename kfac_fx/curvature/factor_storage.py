@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kfac_fx.config import FACTOR_STORAGES, choice
+from kfac_fx.config import FACTOR_STORAGES, FactorStorage, choice
 from kfac_fx.errors import UnknownOptionError
 from kfac_fx.linalg.packing import mirror, packed, unpacked
 from kfac_fx.ops import Rows, Statistic, multiplied
@@ -143,7 +143,7 @@ class Host(Storage):
         super().fold(averages, [multiplied(value).cpu() for value in new], weight)
 
 
-def storage_of(kind: str | None, seeds: torch.Generator) -> Storage:
+def storage_of(kind: FactorStorage | None, seeds: torch.Generator) -> Storage:
     """The option ``factor_storage``.
 
     Raises:

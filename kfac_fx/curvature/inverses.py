@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, fx
 
 from kfac_fx.codegen import Program
-from kfac_fx.config import TIKHONOV, choice
+from kfac_fx.config import TIKHONOV, CurvatureOptions, Tikhonov, choice
 from kfac_fx.curvature.averages import Averages, fold, sizes
 from kfac_fx.curvature.choose_couplings import chosen_couplings, mutual_informations, total
 from kfac_fx.curvature.ekfac import Moments
-from kfac_fx.curvature.factor_storage import Storage
+from kfac_fx.curvature.factor_storage import storage_of
 from kfac_fx.curvature.outliers import fit
 from kfac_fx.curvature.parameters import CoveredParameters
 from kfac_fx.errors import (
@@ -38,11 +38,9 @@ class InverseFisher:
 
     Args:
         net: carries the factor buffers.
-        structure: "block_tridiagonal" records and uses the couplings.
-        tikhonov: how Kronecker blocks are damped, "factored", "exact" or "ekfac".
+        options: structure, damping, storage of the averages and compilation.
+        generator: of the draws that round averages in bfloat16.
         workers: the processes that share the refresh.
-        storage: keeps the averages.
-        compile: run the program through torch.compile; a name is that of its backend.
 
     Attributes:
         averages: of the factors and cross factors.
@@ -58,26 +56,26 @@ class InverseFisher:
         self,
         net: fx.GraphModule,
         curvature: CurvatureGraph,
-        structure: str,
-        tikhonov: str,
+        options: CurvatureOptions,
+        generator: torch.Generator,
         workers: Workers,
-        storage: Storage,
-        *,
-        compile: bool | str,
     ) -> None:
-        coupled = structure == "block_tridiagonal"
+        coupled = options.structure == "block_tridiagonal"
         self.curvature = curvature
-        self.tikhonov = _tikhonov(tikhonov, curvature, coupled)
+        self.tikhonov = _tikhonov(options.tikhonov, curvature, coupled)
         self.guard = CoveredParameters(net, curvature.covered)
         self.clamped = 0
         switch(net, all_buffers(net), False)  # another program may have wanted more of them
         for buffer in all_buffers(net):
             buffer.grad = None
         pairs = curvature.pairs if coupled else ()
-        moments = curvature.moments if tikhonov == "ekfac" else ()
+        moments = curvature.moments if options.tikhonov == "ekfac" else ()
+        storage = storage_of(options.factor_storage, generator)
         self.averages = Averages(net, curvature, self.guard.parameters, pairs, moments, storage)
         self.moments = Moments(net, curvature, self.averages)
-        self._compile, self._workers, self._plain = compile, workers, storage.plain
+        self._compile = options.compile
+        self._workers = workers
+        self._plain = storage.plain
         self._refreshes = self._folds = 0
         self._present: tuple[float, int] | None = None
         self._silent: set[str] = set()
@@ -178,6 +176,10 @@ class InverseFisher:
             self.inverses |= self.moments.scales(amount)
         self._present = damping, self._folds
 
+    def use(self, inverses: dict[str, Tensor]) -> None:
+        """Go back to inverses that an earlier refresh made, of the same program."""
+        self.inverses = inverses
+
     def _choose_couplings(self, damping: float) -> None:
         """Takes the forest of most mutual information at refreshes 1, 2, 4, 8, ..."""
         self._refreshes += 1
@@ -268,7 +270,7 @@ class InverseFisher:
         self.clamped = int(state["clamped"])
 
 
-def _tikhonov(wanted: str, curvature: CurvatureGraph, coupled: bool) -> str:
+def _tikhonov(wanted: Tikhonov, curvature: CurvatureGraph, coupled: bool) -> Tikhonov:
     """The option, checked; blocks that it does not reach are named."""
     if choice("tikhonov", wanted, TIKHONOV) == "factored":
         return wanted

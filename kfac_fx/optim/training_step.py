@@ -54,6 +54,7 @@ class TrainingStep:
         """
         if targets is None and self._loss is None:
             raise LikelihoodError("the negative log-likelihood needs targets")
+        self._preconditioner._turn.take()
         due = self._preconditioner.due
         found, finite = self._run(inputs, targets, due)
         if not finite:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import kfac_fx
 from kfac_fx.curvature.factor_storage import Bfloat16, Host, Storage, rounded, storage_of
 from kfac_fx.distributed import DataParallel
+from kfac_fx.optim import KFACOptions
 
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -196,7 +197,8 @@ def test_a_compiled_refresh_is_the_same() -> None:
 def test_kfac_trains_with_bfloat16() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 3))
-    optimizer = kfac_fx.KFAC(kfac_fx.transform(model), factor_storage="bfloat16", damping=1.0)
+    options = KFACOptions(factor_storage="bfloat16")
+    optimizer = kfac_fx.KFAC(kfac_fx.transform(model), damping=1.0, options=options)
     x = torch.randn(256, 6)
     y = x[:, :3].argmax(1)
     losses = [float(optimizer.step(x, y)) for _ in range(20)]
@@ -234,9 +236,12 @@ def test_processes_round_alike() -> None:
 
 def test_other_options_are_refused() -> None:
     net = kfac_fx.transform(nn.Linear(3, 2))
-    for make in (kfac_fx.Preconditioner, kfac_fx.KFAC):
+    for make in (
+        lambda value: kfac_fx.Preconditioner(net, factor_storage=value),
+        lambda value: KFACOptions(factor_storage=value),
+    ):
         with pytest.raises(kfac_fx.errors.UnknownOptionError, match="factor_storage='float8'"):
-            make(net, factor_storage="float8")
+            make("float8")
     double = kfac_fx.transform(nn.Linear(3, 2).double())
     with pytest.raises(kfac_fx.errors.UnknownOptionError, match="float64"):
         kfac_fx.Preconditioner(double, factor_storage="bfloat16")
@@ -259,7 +264,7 @@ def test_host_without_cuda_is_as_none(
 def test_host_storage_on_the_cpu(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """What a GPU would run, of tensors that are on the host anyway."""
     want = trained(None, 12, **options)[1]
-    monkeypatch.setattr("kfac_fx.optim.preconditioner.storage_of", lambda kind, seeds: Host())
+    monkeypatch.setattr("kfac_fx.curvature.inverses.storage_of", lambda kind, seeds: Host())
     assert torch.equal(trained("host", 12, **options)[1], want)
 
 
