@@ -1,7 +1,7 @@
 """Gather parameter uses into curvature blocks: which uses are summed, and in what form.
 
-Uses of the same parameters add up to one block (docs/explanation/mathematics.md, section 4). Uses of
-different pieces of a parameter (gates that are packed into one matrix) make a block each.
+Uses of the same parameters add up to one block (docs/explanation/mathematics.md, section 4). Uses
+of different pieces of a parameter (gates that are packed into one matrix) make a block each.
 """
 
 from __future__ import annotations

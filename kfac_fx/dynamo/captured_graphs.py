@@ -24,6 +24,9 @@ from kfac_fx.torch_internals.dynamo_frames import find_backend, frame_being_comp
 Value = Any
 """An input or output of a compiled graph: a tensor, a size or None."""
 
+Group = tuple[int | None, tuple[int, ...]]
+"""A Python frame, and the identities of the tensors that it runs with."""
+
 _MEMBER = re.compile(r"\._(?:modules|parameters|buffers)\['([^']+)'\]")
 _STATE = re.compile(r"\._(?:parameters|buffers)\['[^']+'\]$")
 _SIZE = re.compile(r"(.+)\.size\(\)\[(\d+)\]")
@@ -125,7 +128,7 @@ class Binding:
     def __init__(self, graph: CompiledGraph, key: tuple[int, ...], tensors: list[Tensor]) -> None:
         self._graph = weakref.ref(graph)
         self.serial = next(_serial)
-        self.group = (graph.frame, key)
+        self.group: Group = (graph.frame, key)
         self.recorded: Callable[..., Value] | None = None
 
         def forget(_: object) -> None:
