@@ -55,8 +55,8 @@ def instrument_program(
     inputs = {node.name: node for node in placeholders(net.graph)}
     take_inputs(net.graph, {path: inputs[name] for name, path in paths.items()})
     buffers = {path: _tensor(net, path) for path in reads_below(net.graph, STORE)}
-    # The new inputs stand after all parameters and buffers and before the user's own: the order that
-    # torch.export keeps and its verifier checks.
+    # The new inputs stand after all parameters and buffers and before the user's own: the order
+    # that torch.export keeps and its verifier checks.
     specs = _renamed(signature.input_specs, placeholders(net.graph))
     place = sum(spec.kind != InputKind.USER_INPUT for spec in specs)
     made = _new_inputs(net.graph, place, buffers)
