@@ -18,7 +18,7 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from kfac_fx.capture.dialect import row_of
 from kfac_fx.capture.layer_calls import has_parameters, translate
 from kfac_fx.errors import CaptureError
-from kfac_fx.torch_internals.higher_order import runs_nested_graph
+from kfac_fx.torch_internals.operators import runs_nested_graph
 from kfac_fx.torch_internals.parametrizations import is_untraceable, is_weight_norm
 
 Value = Any
