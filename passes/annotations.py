@@ -44,6 +44,8 @@ def take_over(node: fx.Node, origin: fx.Node, *, same_value: bool, **facts: Fact
         same_value: whether it returns what its origin returns, so that shapes hold for both.
         facts: what the node says of itself.
     """
+    # Without "val" later passes and exports see a node of unknown shape; with the value of another
+    # tensor they would see a wrong one.
     kept = KEPT_META + VALUE_META if same_value else KEPT_META
     node.meta = {key: origin.meta[key] for key in kept if key in origin.meta}
     annotate(node, **facts)
@@ -99,6 +101,7 @@ def write_curvature(module: fx.GraphModule, curvature: CurvatureGraph) -> None:
     except FormatError as error:
         log.info("the taps do not carry the curvature graph: %s", error)
         return
+    # Every graph gets it: the training graph and that of the evaluation may be exported apart.
     for graph in graphs_of(module):
         first = next(filter(is_tap, graph.nodes), None)
         if first is not None:

@@ -17,6 +17,7 @@ from kfac_fx.capture.graph_view import GraphView
 from kfac_fx.ir.coupling import Edge
 from kfac_fx.ir.curvature_graph import CurvatureBlock
 
+# Words that show in the picture and decide on the kind of an edge.
 _FLATTENING = frozenset({"flatten", "reshape", "view"})
 _MIXING = frozenset({"scaled_dot_product_attention", "softmax", "matmul", "bmm", "einsum"})
 _AVERAGING = frozenset({"mean", "sum", "amax"})
@@ -78,6 +79,8 @@ def find_edges(
             places.setdefault(use.node, []).append(name)
     reach: dict[fx.Node, dict[str, _Reach]] = {}
     found: list[_Found] = []
+    # One walk in the graph's order: when a node is met, all that it reads has been reached, so the
+    # cost is that of the nodes times the blocks followed to each.
     for node in view.graph.nodes:
         before = _incoming(view, node, reach)
         here = places.get(node.name, [])
@@ -87,6 +90,8 @@ def find_edges(
             for source, step in before.items()
             if source not in here
         ]
+        # A layer that can be coupled ends all paths: what follows depends on earlier layers through
+        # it. Others (a norm, a bias of its own) are gone through.
         if here:
             before = {} if set(here) <= set(ends) else before
             before = before | dict.fromkeys(here, _Reach(0, None))
@@ -159,6 +164,7 @@ def _edges(
         several = {labels[node] for node in nodes if node in joins}
         kinds = _kinds(several, path, fork=fan[source] > 1, skip=gap > 1)
         shown = tuple(label for label in path if label not in _INTERNAL)
+        # The gap decides, for it is the number of layers skipped; the distance only breaks ties.
         weight = 1 / gap - 1e-3 * distance / (distance + 50)
         edges.append(Edge(source, target, shown, kinds, weight))
     return tuple(edges)

@@ -24,13 +24,22 @@ log = logging.getLogger("kfac_fx")
 
 @dataclass
 class _Matches:
-    """What the rules took, by parameter, and by node name why they refused."""
+    """What the rules took and refused in one round over the graph.
+
+    Attributes:
+        uses: by parameter; one use may stand under several (a weight and its bias).
+        refusals: by name of node, why a rule that looked at it did not take it.
+    """
 
     uses: dict[str, list[ParameterUse]] = field(default_factory=dict)
     refusals: dict[str, str] = field(default_factory=dict)
 
     def drop_inner(self, view: GraphView) -> None:
-        """Leaves out uses that are steps of computing a weight whose use is there as a whole."""
+        """Leave out uses that are steps of computing a weight whose use is there as a whole.
+
+        ``W = V * s / norm(V)`` multiplies V by a vector, which the rule for scales would claim; the
+        use that counts is that of W, from which V's factors are computed.
+        """
         for name, uses in self.uses.items():
             whole = {use.node for use in uses if use.tap is not None and use.tap.scale is not None}
             nodes = {node.name: node for node in view.graph.nodes} if whole else {}
@@ -45,6 +54,7 @@ class _Matches:
                 self.uses[name].remove(use)
 
     def add(self, use: ParameterUse) -> None:
+        """Take in a use, for all its parameters."""
         for name in use.parameters:
             self.uses.setdefault(name, []).append(use)
 
@@ -69,6 +79,7 @@ def find_uses(
     """
     options = options or TransformOptions()
     view = GraphView(module, graph)
+    # No rule knows the curvature of complex parameters: they fall to the generic rule.
     real = frozenset(name for name in names if not view.parameters[name].is_complex())
     site = _site(view, real, options)
     demoted: dict[str, str | None] = {}
@@ -83,6 +94,7 @@ def find_uses(
             break
         demoted |= misfits
         site = replace(site, open=site.open - demoted.keys(), alone=site.alone | alone.keys())
+    # A use of several parameters stands under each of them, and counts once.
     found = {id(use): use for uses in matches.uses.values() for use in uses}
     uses = list(found.values())
     for name in (name for name in names if name not in matches.uses):
@@ -147,6 +159,7 @@ def _match(site: Site) -> _Matches:
         call = site.view.call(node)
         if call is None:
             continue
+        # One tensor inside vmap stands for all cases: a tap would record a single one.
         if site.view.is_mapped(node):
             matches.refusals[node.name] = "it runs inside vmap, where a tap sees no cases"
             continue
@@ -166,7 +179,11 @@ def _match(site: Site) -> _Matches:
 
 
 def _unclaimed(site: Site, matches: _Matches) -> dict[str, str | None]:
-    """Parameters with a path that no rule took; the generic rule will say which."""
+    """Return parameters with a path that no rule took; the generic rule will say which.
+
+    One missing path is enough: a block that lacks a use has too small a curvature, and its step
+    would be too long without a word.
+    """
     result: dict[str, str | None] = {}
     for name, uses in matches.uses.items():
         claimed = {use.node for use in uses}
@@ -180,7 +197,7 @@ def _unclaimed(site: Site, matches: _Matches) -> dict[str, str | None]:
 
 
 def _different(matches: _Matches) -> dict[str, str | None]:
-    """Parameters whose uses cannot be summed, with the reason."""
+    """Return parameters whose uses cannot be summed into blocks, with the reason."""
     result: dict[str, str | None] = {}
     for name, uses in matches.uses.items():
         groups = pieces(name, uses)
@@ -197,7 +214,11 @@ def _different(matches: _Matches) -> dict[str, str | None]:
 
 
 def _with_and_without_bias(matches: _Matches) -> dict[str, None]:
-    """Weights that are used with one bias and with none or another: all uses go without."""
+    """Return weights that are used with one bias and with none or another: all go without.
+
+    A block has one set of parameters. The bias gets a block of its own, which costs the
+    correlation between the two and nothing else.
+    """
     return {
         name: None
         for name, uses in matches.uses.items()

@@ -34,6 +34,7 @@ def pieces(name: str, uses: Iterable[ParameterUse]) -> list[list[ParameterUse]] 
     if len(groups) == 1:
         return list(groups.values())
     layouts = [found[0].layouts[found[0].parameters.index(name)] for found in groups.values()]
+    # Pieces that overlap in part have no blocks: the entries that they share would have two.
     apart = _ranges_apart(layouts) if all(map(_range, layouts)) else _entries_apart(layouts)
     return list(groups.values()) if apart else None
 
@@ -66,11 +67,13 @@ def _entries(layout: Layout) -> torch.Tensor:
 
 
 def _ranges_apart(layouts: Sequence[Layout]) -> bool:
+    """Tell whether no two ranges of flat entries overlap."""
     ranges = sorted(found for layout in layouts if (found := _range(layout)) is not None)
     return all(end <= start for (_, end), (start, _) in pairwise(ranges))
 
 
 def _entries_apart(layouts: Sequence[Layout]) -> bool:
+    """Tell whether no entry is kept by two layouts; counts every entry of the parameter."""
     counts = torch.zeros(prod(layouts[0].start), dtype=torch.int32)
     for layout in layouts:
         counts[_entries(layout)] += 1
@@ -109,6 +112,7 @@ def _same_sides(first: ParameterUse, second: ParameterUse) -> bool | None:
     """Return True if both see the same matrix, False if one sees the transpose, else None."""
     if first.layouts == second.layouts:
         return True
+    # Tied weights: an embedding reads W, the output layer its transpose.
     return False if second.layouts[0].transpose(0, 1) == first.layouts[0] else None
 
 
@@ -132,6 +136,7 @@ def gather_blocks(
         parts = pieces(parameters[0], found) or [found]
         for index, part in enumerate(parts):
             name = names[parameters] + (f"[{index}]" if len(parts) > 1 else "")
+            # Buffers and programs need an identifier; two names may become the same one.
             slot = _unique(re.sub(r"\W", "_", name).strip("_"), {b.slot for b in blocks.values()})
             blocks[name] = _block(name, slot, part, _source(nodes[part[0].node]), counted)
     return blocks
@@ -230,6 +235,7 @@ def _block_names(groups: Collection[tuple[str, ...]]) -> dict[tuple[str, ...], s
 
 
 def _unique(slot: str, taken: Collection[str]) -> str:
+    """Return the identifier, with underscores after it where it is taken."""
     while slot in taken:
         slot += "_"
     return slot
@@ -239,5 +245,6 @@ def _source(node: fx.Node) -> str | None:
     """Return file and line of the user's code that made the node, None where that is not known."""
     trace = node.meta.get("stack_trace") or node.stack_trace
     places = re.findall(r'File "([^"]+)", line (\d+)', trace or "")
+    # The last line that is not torch's own; where all are (a model of torch.nn), the last one.
     own = [place for place in places if "/torch/" not in place[0]] or places
     return ":".join(own[-1]) if own else None

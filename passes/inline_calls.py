@@ -36,6 +36,7 @@ class InlineCalls(GraphPass):
         """Tell whether there was such a call."""
         changed = False
         for graph in graphs_of(module):
+            # What was inlined may call further graphs, so its nodes are looked at as well.
             todo = list(graph.nodes)
             while todo:
                 node = todo.pop()
@@ -51,6 +52,8 @@ def _open_module(module: fx.GraphModule, graph: fx.Graph, node: fx.Node) -> list
     """Return the nodes that took the place of a call, none where the call stays."""
     path = str(node.target)
     called = module.get_submodule(path)
+    # The wrapper's forward is a checkpoint, which no tracer follows; what it wraps is called as it
+    # stands, and its parameters keep their names.
     if hasattr(called, _WRAPPED):
         log.info("the activation checkpoint around %s is looked through", path)
         with graph.inserting_before(node):
@@ -76,6 +79,7 @@ def _open_checkpoint(module: fx.GraphModule, graph: fx.Graph, node: fx.Node) -> 
         return []
     log.info("the activation checkpoint %s is looked through", node.name)
     made = inline(graph, node, called.graph, f"{body.target}.", tuple(args), {})
+    # Several calls may share one body; the last one takes it away.
     if not body.users:
         graph.erase_node(body)
     return made
@@ -112,6 +116,7 @@ def inline(
         else:
             with graph.inserting_before(node):
                 copied = graph.node_copy(source, values.__getitem__)
+            # Paths in the inner graph are relative to the module that owns it.
             if source.op in ("get_attr", "call_module"):
                 copied.target = prefix + str(source.target)
             values[source] = copied

@@ -49,6 +49,8 @@ def insert_links(
     """
     names = plain_taps(graph)
     order = {node: index for index, node in enumerate(graph.nodes)}
+    # A block may have links and couples of several pairs: each goes after the one before, so that
+    # the last one is what the model's own nodes read.
     ends = dict(names)
     for pair in pairs:
         first, last = names.get(pair.earlier), names.get(pair.later)
@@ -57,6 +59,7 @@ def insert_links(
         sides = [side_text(module, blocks[name]) for name in (pair.earlier, pair.later)]
         passed, handed = _insert_link(graph, ends[pair.earlier], pair, sides[0])
         ends[pair.earlier] = passed
+        # The taps' own inputs: what the layers multiply, and not what they were tapped on.
         inputs = last.args[1], first.args[1], handed
         ends[pair.later] = _insert_couple(graph, ends[pair.later], inputs, pair, sides)
 
@@ -73,7 +76,9 @@ def _insert_link(graph: fx.Graph, y: fx.Node, pair: Pair, side: str) -> tuple[fx
     _take_over(y, passed, link, pair)
     handed.meta = {"custom": link.meta["custom"]}
     value = y.meta.get("val")
-    if isinstance(value, torch.Tensor):  # while nothing is recorded, as torch.export sees it
+    # Others read shapes from "val". What is handed on is empty while nothing is recorded, and that
+    # is what torch.export sees.
+    if isinstance(value, torch.Tensor):
         handed.meta["val"] = value.new_empty(0)
         link.meta["val"] = (value, handed.meta["val"])
     return passed, handed

@@ -55,6 +55,7 @@ def insert_taps(
     """
     nodes = {node.name: node for node in graph.nodes}
     for name, block in here.items():
+        # Factors of another form would have other shapes than the buffers have.
         recorded = blocks.get(name)
         if recorded is None or not set(block.factors) <= set(recorded.factors):
             continue
@@ -146,6 +147,7 @@ def add_buffers(module: nn.Module, curvature: CurvatureGraph) -> None:
     wanted = {block.slot for block in curvature.blocks.values() if block.tapped}
     wanted |= {pair.slot for pair in curvature.pairs} | {m.slot for m in curvature.moments}
     slots = module.get_submodule(STORE)._modules
+    # Another transform of the same module may have had other blocks.
     for name in slots.keys() - wanted:
         del slots[name]
     # DistributedDataParallel broadcasts buffers in every forward pass: it would write to those of

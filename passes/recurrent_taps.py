@@ -49,10 +49,13 @@ def fill(
     call = _operator(result)
     with graph.inserting_before(call):
         found = read_factors()
+    # The operator's arguments are tensors, factors, options: factors are one list, in which every
+    # use has its place.
     place = len(tap.tensors)
     factors: list[Argument] = list(call.args[place])  # type: ignore[arg-type]
     factors[tap.at : tap.at + len(found)] = found
     call.update_arg(place, factors)
+    # The operator records several blocks, and names them all.
     facts = dict(annotation(call))
     annotate(call, **facts | {"blocks": [*facts.get("blocks", ()), block]})
 
@@ -78,6 +81,7 @@ def _replace(
         no_factors = [None] * tap.slots
         call = graph.call_function(operator, (*tensors, no_factors, *tap.options))
         result = call
+        # The module returns (outputs, (h, c)) and the operator three tensors.
         if is_module and tap.operator == "lstm":
             result = graph.call_function(nested, (call,))
     take_over(call, node, same_value=False, **({"module": str(node.target)} if is_module else {}))
@@ -115,6 +119,8 @@ def restore(graph: fx.Graph, call: fx.Node, module: nn.Module | None) -> None:
     operation = _OPERATORS[call.target]
     users = [user for user in call.users if user.target is nested]
     result = users[0] if users else call
+    # A graph of layers gets its module back. In an exported graph, where the module is not there or
+    # is no recurrent layer, ATen's own operator does the same.
     path = annotation(call).get("module")
     if path is not None and module is not None:
         layer = dict(module.named_modules()).get(path)

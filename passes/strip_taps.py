@@ -24,6 +24,7 @@ def strip_taps(graph: fx.Graph, module: nn.Module | None = None) -> bool:
     taps = [node for node in graph.nodes if is_tap(node)]
     for tap in reversed(taps):  # readers of links before the links
         sources = tap.all_input_nodes
+        # A link returns y and what it hands on, each taken out of it by a node of its own.
         for part in list(tap.users) if tap.target is _LINK else ():
             part.replace_all_uses_with(sources[0])
             graph.erase_node(part)
@@ -32,6 +33,7 @@ def strip_taps(graph: fx.Graph, module: nn.Module | None = None) -> bool:
         else:
             tap.replace_all_uses_with(sources[0])
             graph.erase_node(tap)
+        # A buffer that only this tap read is read by nobody now.
         for source in sources:
             if source.op == "get_attr" and not source.users:
                 graph.erase_node(source)

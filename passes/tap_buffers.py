@@ -39,6 +39,8 @@ def add_slot(store: nn.Module, name: str, factors: Iterable[FactorSpec], like: T
             # Copies that fx makes of a module make all its buffers persistent.
             there._non_persistent_buffers_set.update(held)
             return there
+    # An expanded scalar has the shape of the factor and the memory of one number: autograd asks for
+    # the shape of the gradient, and nobody reads the value.
     slot = nn.Module()
     for factor in factors:
         zero = torch.zeros((), dtype=like.dtype, device=like.device)
