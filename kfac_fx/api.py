@@ -119,6 +119,7 @@ def transform(
         args = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else example_inputs
         kwargs = dict(example_kwargs or {})
         module, route = capture_model(model, args, kwargs, route=capture, check=check)
+    # A module that was transformed before, perhaps with other options, starts anew.
     StripTaps()(module)
     KFACTransform(options, route=route)(module)
     return module
@@ -153,6 +154,7 @@ def capture_model(
         route = "eager"
     if isinstance(model, fx.GraphModule) and route in ("auto", "symbolic_trace"):
         return from_graph_module(model), "graph_module"
+    # Without inputs there is nothing to compare, and no other route to take.
     have_inputs = args is not None or bool(kwargs)
     self_check = SelfCheck(model, args or (), kwargs) if check and have_inputs else None
     reasons: dict[str, CaptureError] = {}
@@ -168,7 +170,7 @@ def capture_model(
             reasons[name] = error
             log.info("%s cannot follow %s: %s", ROUTES[name], type(model).__name__, error)
             if not have_inputs:
-                break
+                break  # the other routes need inputs; the message says so
             continue
         whole = opaque_calls(model, module.graph)
         if name == "export" and fixes_batch(module.graph):

@@ -87,6 +87,7 @@ class CapturedModule(fx.GraphModule):
                 self.__dict__[_EVALUATION + name] = evaluated.__dict__.get(name)
             evaluation.owning_module = self
 
+            # The flag of the captured module chooses, as a model's own ``if self.training`` would.
             @functools.wraps(train)
             def forward(self: nn.Module, *args: Value, **kwargs: Value) -> Value:
                 return (train if self.training else evaluate)(self, *args, **kwargs)
@@ -173,10 +174,13 @@ def captured_module(
         evaluation: what it runs in evaluation; None for the same.
         constants: what the graphs read at the root and the model lacks.
     """
+    # fx copies only what a graph reads, and in the graph's order. An empty module that adopts the
+    # model's members has all of them, in the model's order and under the model's names.
     module = CapturedModule(nn.Module(), fx.Graph(), type(model).__name__)
     module.evaluation = None
     adopt(module, _members(model))
     for name, value in constants.items():
+        # A buffer moves with the module; it is no part of the model's state_dict.
         if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
             module.register_buffer(name, value, persistent=False)
         else:

@@ -53,6 +53,7 @@ class GraphView:
         self.module = module
         self.graph = graph
         self.parameters = dict(module.named_parameters())
+        # A tensor is known by identity: tied weights are one parameter with several paths.
         self._names = {id(p): name for name, p in self.parameters.items()}
         self._modules = dict(module.named_modules(remove_duplicate=False))
         self._consumers: dict[str, list[Consumer]] | None = None
@@ -62,6 +63,7 @@ class GraphView:
         self._data: set[fx.Node] = set()
         self._computed: set[fx.Node] = set()
         self._mapped: set[fx.Node] = set()
+        # It reads the tables above as they grow, and runs operations only when it is asked.
         self._computed_weights = ComputedWeights(module, self._calls, self._references, self._data)
         for node in graph.nodes:
             self.read(node)
@@ -190,6 +192,7 @@ class GraphView:
             reference = self._references[node]
             for user in node.users if reference is not None else ():
                 assert reference is not None
+                # A view is followed further; what only reads the shape takes no value at all.
                 viewed = self._references[user] is not None or user in self._pieces
                 if not viewed and not _reads_shape(user) and not reads_shape_of(user, node):
                     yield reference.name, Consumer(user, node, reference.path)

@@ -59,6 +59,7 @@ def _convolution(module: nn.Conv2d, member: FindMember) -> ModuleCall:
         "dilation": module.dilation,
         "groups": module.groups,
     }
+    # F.conv2d pads with zeros only; for another mode the layer pads before it, as the rule must.
     if module.padding_mode != "zeros":
         arguments["padding_mode"] = module.padding_mode
     return ModuleCall(f"conv{len(module.kernel_size)}d", arguments)
@@ -194,6 +195,7 @@ def translate(module: nn.Module, path: str) -> ModuleCall | None:
             return None
         return Member(f"{path}.{name}" if path else name)
 
+    # The first base in the table decides: a subclass that overrides forward runs something else.
     for base in type(module).__mro__:
         rule = TRANSLATIONS.get(base)
         if rule is not None and type(module).forward is getattr(base, "forward", None):

@@ -250,6 +250,8 @@ class ComputedWeights:
             chain = self._views_back_to(value, values, source)
             if chain is None or not self._all_ways_pass(source, reference.name, chain[-1]):
                 continue
+            # The weight may be used in another shape than the parameter's (a kernel made a matrix):
+            # the views at its end lead from the one layout to the other.
             layout = reference.layout
             for node in reversed(chain[:-1]):
                 call = self._calls[node]
@@ -285,6 +287,8 @@ class ComputedWeights:
             here = values[chain[-1]]
             if not isinstance(here, Tensor) or not here.is_floating_point():
                 return None
+            # A tensor of the parameter's shape has rows that can be compared with the parameter's;
+            # what follows it must be views, which keep the rows.
             if here.shape == values[source].shape:
                 return chain
             call = self._calls[chain[-1]]

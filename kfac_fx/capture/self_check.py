@@ -86,6 +86,8 @@ class SelfCheck:
     def _run(self, module: nn.Module) -> Behaviour:
         args, kwargs = fresh(self._inputs)
         with undisturbed(self._model):
+            # Dropout draws the same masks in the model and in its capture, if it is called in the
+            # same order; ``undisturbed`` puts the state of the generator back.
             torch.manual_seed(0)
             found = enumerate(tensors_in(module(*args, **kwargs)))
             outputs = {f"output {index}": tensor for index, tensor in found}
@@ -157,6 +159,7 @@ def _distance(got: Tensor, want: Tensor, floor: float) -> float | None:
         return None
     tolerance = TOLERANCE
     if want.is_floating_point() or want.is_complex():
+        # Eight units in the last place: sums in another order differ by about that.
         tolerance = max(TOLERANCE, 8 * torch.finfo(want.dtype).eps)
     kind = torch.complex128 if want.is_complex() else torch.float64
     got = got.cpu().to(kind)

@@ -47,11 +47,14 @@ class _Tracer(fx.Tracer):
     record_stack_traces = True
 
     def __init__(self) -> None:
+        # Code that branches on the shape of a weight takes its branch while it is traced.
         super().__init__(param_shapes_constant=True)
         self._buffers: dict[int, str] | None = None
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Look into a weight's parametrization, unless it tells modes and gradients apart."""
+        # fx would keep a parametrized nn.Linear whole, as it is a class of torch.nn; its weight is
+        # then computed out of sight. Some parametrizations cannot be traced and stay whole.
         if is_parametrized(m):
             found = m.parametrizations.modules()  # type: ignore[union-attr]
             return any(map(is_untraceable, found))
@@ -69,6 +72,8 @@ class _Tracer(fx.Tracer):
 
     def getattr(self, attr: str, attr_val: Value, parameter_proxy_cache: dict[str, Value]) -> Value:
         """Make a buffer a node too: an update of one would else run now and never again."""
+        # fx makes nodes of parameters only. The names are collected at the first buffer, for most
+        # models have none.
         if isinstance(attr_val, torch.Tensor) and not isinstance(attr_val, nn.Parameter):
             if self._buffers is None:
                 self._buffers = {id(b): name for name, b in self.root.named_buffers()}
@@ -116,6 +121,7 @@ def opaque_calls(model: nn.Module, graph: fx.Graph) -> list[str]:
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     found: dict[str, None] = {}
+    # The order is that of the graph, and a module that is called twice is named once.
     for node in graph.nodes:
         path = str(node.target)
         if node.op == "call_module" and path in modules:
@@ -147,6 +153,7 @@ def _is_parameter(model: nn.Module, node: fx.Node) -> bool:
 
 def user_line(error: BaseException) -> str:
     """Return the last line of the user's own code on an error's traceback, with file and number."""
+    # What torch and this library do in between is of no use to who reads the message.
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)

@@ -43,6 +43,7 @@ def capture_both(
         training = capture(model)
     with all_in_mode(model, False):
         evaluation = capture(model)
+    # Most models differ in the flags of dropout and of batch norm alone.
     flags = _differing_flags(training, evaluation)
     if flags is None:
         return training, evaluation

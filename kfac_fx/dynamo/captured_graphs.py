@@ -99,6 +99,7 @@ class CompiledGraph:
 
     def __call__(self, *inputs: Value) -> Value:
         """Run the graph: the form that records, while statistics are asked for."""
+        # This runs at every call of a compiled graph: identities of the parameters, and no names.
         key = tuple(id(inputs[place]) for place in self.places)
         binding = self.bindings.get(key)
         if binding is None:

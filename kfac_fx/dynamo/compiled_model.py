@@ -93,6 +93,7 @@ class _Part:
         read_members(self.module.graph, paths)
         InlineCalls()(self.module)
         OpenAttention()(self.module)
+        # A use is known by the name of its node, so names must differ between graphs.
         for node in self.module.graph.nodes:
             node._rename(f"g{binding.serial}_{node.name}")
         self.inputs = {path: inputs[name].name for name, path in self.paths.items()}
@@ -117,6 +118,7 @@ class _Part:
             values[node] = made = graph.node_copy(node, values.__getitem__)
             if node.op == "placeholder":
                 made.target = node.name
+            # Constants of a captured graph are called alike in every graph.
             elif node.op == "get_attr" and node.target not in model_paths:
                 made.target = f"_g{self.binding.serial}_{str(node.target).replace('.', '_')}"
                 constants[made.target] = _attribute(self.module, str(node.target))
@@ -259,6 +261,7 @@ class _Recorded:
         self._plain = graph.compiled
         read = reads_below(module.graph, STORE)
         self._factors: list[Tensor] = [_attribute(module, path) for path in read]
+        # "eager" runs graphs as they are, for debugging: so does the form with taps.
         inner = graph.settings.inner
         self._with_taps: Callable[..., Value] = module
         if inner != "eager":

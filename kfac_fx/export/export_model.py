@@ -77,6 +77,8 @@ def exported(model: nn.Module, args: tuple[Value, ...], kwargs: dict[str, Value]
     Raises:
         CaptureError: torch.export refuses the model; names the user's line and its reason.
     """
+    # An open length lets one transform serve all lengths; models that branch on it refuse, and an
+    # open batch alone is tried then.
     try:
         module = _export(model, args, kwargs, dynamic=2)
     except Exception as first:  # any code of the user's may run here
@@ -117,6 +119,7 @@ def _export(
             open_dims = [dim for dim, size in enumerate(leaf.shape[:dynamic]) if size > 1]
             if open_dims:
                 shapes[leaf] = dict.fromkeys(open_dims, torch.export.Dim.AUTO)
+    # Not strict: the model's own Python runs on fake tensors, which follows more code than Dynamo.
     with no_hooks_left():
         program = torch.export.export(
             model,
@@ -158,6 +161,7 @@ def fixes_batch(graph: fx.Graph) -> bool:
         getattr(node.target, "__name__", "").split(".")[0] in _RECURRENT for node in graph.nodes
     ):
         return False
+    # A size of 1 says nothing, for every export fixes it.
     inputs = [_fixed_sizes(node) for node in graph.nodes if node.op == "placeholder"]
     first = [sizes[0] for sizes in inputs if sizes]
     return any(size > 1 for size in first) and all(size != -1 for size in first)
@@ -198,6 +202,8 @@ def _lift_constants(
             continue
         if path not in names:
             value = _attribute(captured, path)
+            # The evaluation's capture numbers its constants anew; the same value gets the same
+            # name, so that one graph can still stand for both modes.
             name = f"_constant_{number}"
             while name in constants and not _same(constants[name], value):
                 name += "_"

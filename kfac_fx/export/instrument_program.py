@@ -49,6 +49,7 @@ def instrument_program(
     graph = copy.deepcopy(program.graph)
     signature = program.graph_signature
     paths = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    # The passes run on a module that owns the members; the program's graph itself takes inputs.
     net = captured_module(program.module(check_guards=False), graph, None)
     read_members(net.graph, paths)
     transform(net)
@@ -119,6 +120,7 @@ def _new_inputs(graph: fx.Graph, place: int, buffers: dict[str, Tensor]) -> dict
         Path -> placeholder.
     """
     found = placeholders(graph)
+    # A program's verifier wants a value for every input, made by the mode of its graph.
     mode = detect_fake_mode([node.meta.get("val") for node in found])
     following = found[place] if place < len(found) else found[-1].next
     made = {}
