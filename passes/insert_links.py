@@ -17,7 +17,7 @@ from kfac_fx.capture.dialect import Argument
 from kfac_fx.ir.curvature_graph import CurvatureBlock, CurvatureGraph, Pair
 from kfac_fx.ops import STORE
 from kfac_fx.passes.annotations import take_over
-from kfac_fx.passes.find_couplings import side_text
+from kfac_fx.passes.find_couplings import text_of_side
 from kfac_fx.passes.tap_buffers import add_slot, plain_taps, read_attribute
 
 _LINK = torch.ops.kfac_fx.link.default
@@ -56,7 +56,7 @@ def insert_links(
         first, last = names.get(pair.earlier), names.get(pair.later)
         if first is None or last is None or order[first] > order[last]:
             continue
-        sides = [side_text(module, blocks[name]) for name in (pair.earlier, pair.later)]
+        sides = [text_of_side(module, blocks[name]) for name in (pair.earlier, pair.later)]
         passed, handed = _insert_link(graph, ends[pair.earlier], pair, sides[0])
         ends[pair.earlier] = passed
         # The taps' own inputs: what the layers multiply, and not what they were tapped on.

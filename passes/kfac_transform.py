@@ -41,7 +41,7 @@ class KFACTransform(GraphPass):
         route: how the module was captured; ``curvature.route`` says it.
         on_pass: called with a ``PassReport`` after each of the passes.
         keywords: as for ``kfac_fx.transform``: structure, couplings, exclude, strict,
-            weight_sharing, max_factor_dim, large_factors, ekfac.
+            weight_sharing, max_factor_dim, large_factors, ekfac, rules.
 
     Raises:
         UnknownOptionError: an option is wrong.
@@ -84,10 +84,11 @@ class KFACTransform(GraphPass):
 
     def _run_on_running(self, module: CapturedModule) -> bool:
         """Tap a model that runs its own code: its graph is an example and serves the analysis."""
+        options = self.options.with_rules()
         for graph in module.graphs:
             strip_taps(graph, module)
         modified = self._passes(module).modified
-        module.taps_inserted(partial(uses_of_call, options=self.options))
+        module.taps_inserted(partial(uses_of_call, options=options))
         return bool(modified)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypedDict
 
 from kfac_fx.config import (
@@ -18,6 +18,7 @@ from kfac_fx.config import (
     WeightSharing,
     choice,
 )
+from kfac_fx.passes.rules import Rules, default_rules
 
 
 class TransformKeywords(TypedDict, total=False):
@@ -31,6 +32,7 @@ class TransformKeywords(TypedDict, total=False):
     max_factor_dim: int
     large_factors: LargeFactors
     ekfac: bool
+    rules: Rules | None
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ class TransformOptions:
         large_factors: "diagonal" keeps larger sides as vectors, "blocks" cuts those of dense uses
             into equal sub-blocks.
         ekfac: record the second moments that ``tikhonov="ekfac"`` needs.
+        rules: those that are asked about every call; None stands for the library's own and those
+            that ``register_rule`` has added when a model is analysed.
 
     Raises:
         UnknownOptionError: an option is none of the values that it may have.
@@ -63,6 +67,7 @@ class TransformOptions:
     max_factor_dim: int = MAX_FACTOR_DIM
     large_factors: LargeFactors = "diagonal"
     ekfac: bool = False
+    rules: Rules | None = None
 
     def __post_init__(self) -> None:
         # Callers without a type checker pass any string: it is refused here, before a model is
@@ -71,3 +76,11 @@ class TransformOptions:
         choice("couplings", self.couplings, COUPLINGS)
         choice("weight_sharing", self.weight_sharing, WEIGHT_SHARING)
         choice("large_factors", self.large_factors, LARGE_FACTORS)
+
+    def with_rules(self) -> TransformOptions:
+        """Return the options with the rules that are asked from now on.
+
+        A running model is matched with its blocks long after the analysis; the rules must then be
+        those that found the blocks, also where one of them is no longer registered.
+        """
+        return self if self.rules is not None else replace(self, rules=default_rules())

@@ -128,8 +128,9 @@ class Preconditioner(HasCurvature):
         compile: bool | str = False,
     ) -> None:
         inner = workers.unwrapped(net)
-        net_is_compiled = hasattr(net, "_orig_mod") and recorded_module(inner) is inner
-        net = recorded_module(inner)
+        owner = recorded_module(inner)
+        net_is_compiled = hasattr(net, "_orig_mod") and owner is inner
+        net = owner
         curvature, structure = transformed(net, structure)
         self.curvature = curvature
         self.structure = structure

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from dataclasses import replace
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kfac_fx
+from kfac_fx import passes
 from kfac_fx.capture import Call, dialect
 from kfac_fx.passes import rules
 from kfac_fx.passes.rules import Site, dense_use
@@ -42,14 +42,6 @@ class Model(nn.Module):
         return my_linear(x, self.weight)
 
 
-@pytest.fixture(autouse=True)
-def restored() -> Iterator[None]:
-    before = list(rules.RULES)
-    yield
-    rules.RULES[:] = before
-    dialect.FUNCTIONS.pop(my_linear, None)
-
-
 def test_an_unknown_function_is_generic_and_says_so() -> None:
     (block,) = kfac_fx.transform(Model()).curvature.blocks.values()
     assert block.kind == "generic"
@@ -62,10 +54,17 @@ def test_example_inputs_lead_into_it() -> None:
     assert net.curvature.blocks["weight"].approximation == "kronecker"
 
 
+WORDS = {my_linear: "my_linear input weight"}
+
+
+def kinds(net: nn.Module) -> list[str]:
+    return [block.approximation for block in net.curvature.blocks.values()]
+
+
 def test_a_registered_rule_takes_it() -> None:
-    kfac_fx.register_rule(MyLinearRule(), {my_linear: "my_linear input weight"})
     model, x = Model(), torch.randn(5, 4)
-    net = kfac_fx.transform(model)
+    with kfac_fx.register_rule(MyLinearRule(), WORDS):
+        net = kfac_fx.transform(model)
     (block,) = net.curvature.blocks.values()
     assert block.approximation == "kronecker" and block.reason is None
     preconditioner = kfac_fx.Preconditioner(net, "normal", fisher="exact")
@@ -74,3 +73,86 @@ def test_a_registered_rule_takes_it() -> None:
     outputs.sum().backward()
     preconditioner.step()
     torch.testing.assert_close(preconditioner.factors["weight"][0], x.T @ x / 5)
+
+
+def test_a_registration_is_undone() -> None:
+    before = rules.default_rules()
+    registered = kfac_fx.register_rule(MyLinearRule(), WORDS)
+    assert kinds(kfac_fx.transform(Model())) == ["kronecker"]
+    registered.remove()
+    registered.remove()
+    assert rules.default_rules() == before and my_linear not in dialect.FUNCTIONS
+    assert kinds(kfac_fx.transform(Model())) == ["diagonal"] or Model().weight.numel() < 64
+
+
+def test_words_that_were_there_come_back() -> None:
+    before = dialect.FUNCTIONS[F.linear]
+    with kfac_fx.register_rule(MyLinearRule(), {F.linear: "my_linear input weight"}):
+        assert dialect.FUNCTIONS[F.linear] != before
+    assert dialect.FUNCTIONS[F.linear] == before
+
+
+def test_the_last_registration_is_asked_first() -> None:
+    one, two = MyLinearRule(), MyLinearRule()
+    with rules.register_rule(one), rules.register_rule(two):
+        first, second, *_ = rules.default_rules().asked("my_linear")
+        assert first is two and second is one
+    assert not list(rules.default_rules().asked("my_linear"))
+    assert list(rules.default_rules().before(one).asked("my_linear")) == [one]
+
+
+class Refuser:
+    """Takes no dense layer, and says so."""
+
+    kind = "refuser"
+    operations = frozenset({"linear"})
+
+    def match(self, call: Call, site: Site) -> Answer:
+        return ()
+
+
+def test_rules_of_one_transform() -> None:
+    """They are asked for that model alone, by every route; others keep the library's."""
+    model, x = nn.Linear(4, 3), torch.randn(5, 4)
+    mine = rules.default_rules().before(Refuser())
+    for capture in ("symbolic_trace", "export", "eager"):
+        net = kfac_fx.transform(model, (x,), rules=mine, capture=capture)
+        assert {block.kind for block in net.curvature.blocks.values()} != {"linear"}, capture
+    assert passes.KFACTransform(rules=mine).options.rules is mine
+    traced = torch.fx.symbolic_trace(model)
+    passes.KFACTransform(rules=mine)(traced)
+    assert "weight" in traced.meta["kfac_fx"].blocks
+    compiled = torch.compile(model, backend=kfac_fx.backend("eager", rules=mine))
+    compiled(x)
+    curvature = kfac_fx.Preconditioner(compiled, "normal", fisher="empirical").curvature
+    assert {block.kind for block in curvature.blocks.values()} != {"linear"}
+    assert kinds(kfac_fx.transform(model)) == ["kronecker"]
+
+
+class RenamingRule:
+    """The library's dense use under another kind's name."""
+
+    kind = "mine"
+    operations = frozenset({"linear"})
+
+    def match(self, call: Call, site: Site) -> Answer:
+        weight = site.parameter(call.get("weight"))
+        if weight is None:
+            return None
+        found = dense_use(call, site, call.get("input"), weight, weight.layout, ((-1,), (-1,)))
+        return [replace(use, kind=self.kind) for use in found]
+
+
+def test_a_running_model_keeps_the_rules_of_its_blocks() -> None:
+    """Its calls are matched when it runs, and the registration may be over by then."""
+    x = torch.randn(5, 4)
+    with kfac_fx.register_rule(RenamingRule()):
+        net = kfac_fx.transform(nn.Linear(4, 3, bias=False), (x,), capture="eager")
+    assert [block.kind for block in net.curvature.blocks.values()] == ["mine"]
+    preconditioner = kfac_fx.Preconditioner(net, "normal", fisher="exact")
+    outputs = net(x)
+    preconditioner.observe(outputs)
+    outputs.sum().backward()
+    preconditioner.step()
+    (factors,) = preconditioner.factors.values()
+    torch.testing.assert_close(factors[0], x.T @ x / 5)
