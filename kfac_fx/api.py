@@ -34,7 +34,7 @@ from kfac_fx.export.export_model import fixes_batch, from_export, of_program
 from kfac_fx.passes.covered_parameters import Covered
 from kfac_fx.passes.kfac_transform import KFACTransform
 from kfac_fx.passes.options import TransformOptions
-from kfac_fx.passes.rules import Rules
+from kfac_fx.passes.rules.base import Rules
 from kfac_fx.passes.strip_taps import StripTaps
 
 log = logging.getLogger("kfac_fx")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypedDict
 
 from kfac_fx.config import (
@@ -18,7 +18,7 @@ from kfac_fx.config import (
     WeightSharing,
     choice,
 )
-from kfac_fx.passes.rules import Rules, default_rules
+from kfac_fx.passes.rules.base import Rules
 
 
 class TransformKeywords(TypedDict, total=False):
@@ -76,11 +76,3 @@ class TransformOptions:
         choice("couplings", self.couplings, COUPLINGS)
         choice("weight_sharing", self.weight_sharing, WEIGHT_SHARING)
         choice("large_factors", self.large_factors, LARGE_FACTORS)
-
-    def with_rules(self) -> TransformOptions:
-        """Return the options with the rules that are asked from now on.
-
-        A running model is matched with its blocks long after the analysis; the rules must then be
-        those that found the blocks, also where one of them is no longer registered.
-        """
-        return self if self.rules is not None else replace(self, rules=default_rules())
