@@ -14,11 +14,11 @@ import torch
 from torch import fx, nn
 
 from kfac_fx.capture.dialect import Argument
+from kfac_fx.config import STORE
 from kfac_fx.ir.curvature_graph import CurvatureBlock, CurvatureGraph, Pair
-from kfac_fx.ops import STORE
 from kfac_fx.passes.annotations import take_over
-from kfac_fx.passes.find_couplings import text_of_side
-from kfac_fx.passes.tap_buffers import add_slot, plain_taps, read_attribute
+from kfac_fx.passes.coupled_uses import taps_of_couplings, text_of_side
+from kfac_fx.passes.tap_buffers import add_slot, read_attribute
 
 _LINK = torch.ops.kfac_fx.link.default
 _COUPLE = torch.ops.kfac_fx.couple.default
@@ -47,7 +47,7 @@ def insert_links(
         blocks: as found in this graph; a pair that is not there, or in another order, is left out.
         pairs: those that have buffers.
     """
-    names = plain_taps(graph)
+    names = taps_of_couplings(graph)
     order = {node: index for index, node in enumerate(graph.nodes)}
     # A block may have links and couples of several pairs: each goes after the one before, so that
     # the last one is what the model's own nodes read.

@@ -11,11 +11,11 @@ from collections.abc import Mapping
 import torch
 from torch import fx, nn
 
+from kfac_fx.config import STORE
 from kfac_fx.ir.curvature_graph import CurvatureBlock, CurvatureGraph
-from kfac_fx.ops import STORE
 from kfac_fx.passes.annotations import take_over
-from kfac_fx.passes.find_couplings import text_of_side
-from kfac_fx.passes.tap_buffers import add_slot, plain_taps, read_attribute
+from kfac_fx.passes.coupled_uses import taps_of_couplings, text_of_side
+from kfac_fx.passes.tap_buffers import add_slot, read_attribute
 
 _MOMENT = torch.ops.kfac_fx.moment.default
 
@@ -53,7 +53,7 @@ def insert_moments(
         blocks: as found in this graph; those of another form are left out.
         curvature: the blocks that have buffers, and their moments.
     """
-    taps = plain_taps(graph)
+    taps = taps_of_couplings(graph)
     for moment in curvature.moments:
         y, block = taps.get(moment.block), blocks.get(moment.block)
         if y is None or block is None or block.factors != curvature.blocks[moment.block].factors:

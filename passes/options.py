@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 from kfac_fx.config import (
     COUPLINGS,
@@ -18,7 +18,9 @@ from kfac_fx.config import (
     WeightSharing,
     choice,
 )
-from kfac_fx.passes.rules.base import Rules
+
+if TYPE_CHECKING:
+    from kfac_fx.passes.rules.base import Rules
 
 
 class TransformKeywords(TypedDict, total=False):

@@ -12,8 +12,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from kfac_fx.ir.use import FactorSpec
-from kfac_fx.ops.sides import coupling_operators
-from kfac_fx.passes.annotations import annotation
 
 
 def add_slot(store: nn.Module, name: str, factors: Iterable[FactorSpec], like: Tensor) -> nn.Module:
@@ -50,10 +48,3 @@ def add_slot(store: nn.Module, name: str, factors: Iterable[FactorSpec], like: T
 def read_attribute(graph: fx.Graph, path: str) -> fx.Node:
     """Make a node that reads a buffer or a flag; ``graph.get_attr`` would warn of flags."""
     return graph.create_node("get_attr", path, name=path.replace(".", "_"))
-
-
-def plain_taps(graph: fx.Graph) -> dict[str, fx.Node]:
-    """Return block -> the tap of its use, for the kinds of use that can be coupled."""
-    plain = [getattr(torch.ops.kfac_fx, name).default for name in coupling_operators()]
-    taps = (node for node in graph.nodes if node.op == "call_function" and node.target in plain)
-    return {annotation(tap)["blocks"][0]: tap for tap in taps}

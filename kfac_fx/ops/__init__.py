@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from kfac_fx.config import STORE
 from kfac_fx.ops import (
     bilinear,
     cases,
@@ -31,9 +32,6 @@ from kfac_fx.ops.tap import (
     pause,
     resume,
 )
-
-STORE = "_kfac_fx"
-"""Name of the submodule that holds the factor buffers of an instrumented module."""
 
 
 def factor_buffers(net: Any) -> dict[str, tuple[Tensor, ...]]:

@@ -12,11 +12,11 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from kfac_fx.codegen import compiled_network
+from kfac_fx.config import STORE
 from kfac_fx.errors import LikelihoodError
 from kfac_fx.likelihoods.batch import BatchLikelihood, predictive
 from kfac_fx.likelihoods.builtin import Likelihood, Sum
 from kfac_fx.likelihoods.sampling import seeded
-from kfac_fx.ops import STORE
 from kfac_fx.parallel import WholeParameters, Workers, drawn_seed, share_of
 from kfac_fx.statistics.forward import Forward, outputs_of
 
