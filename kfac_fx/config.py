@@ -34,9 +34,6 @@ MAX_FACTOR_DIM: Final = 8192
 MAX_FULL_DIM: Final = 1024
 """Largest side of a full covariance block; above it the block becomes 2x2 blocks or a diagonal."""
 
-STORE: Final = "_kfac_fx"
-"""Name of the submodule that holds the factor buffers of an instrumented module."""
-
 Option = TypeVar("Option", bound=str)
 
 

@@ -14,8 +14,8 @@ import torch
 from torch import fx, nn
 
 from kfac_fx.capture.dialect import Argument
-from kfac_fx.config import STORE
 from kfac_fx.ir.curvature_graph import CurvatureBlock, CurvatureGraph, Pair
+from kfac_fx.ops.net_buffers import STORE
 from kfac_fx.passes.annotations import take_over
 from kfac_fx.passes.coupled_uses import taps_of_couplings, text_of_side
 from kfac_fx.passes.tap_buffers import add_slot, read_attribute

@@ -12,10 +12,10 @@ import torch
 from torch import fx, nn
 
 from kfac_fx.capture.dialect import Argument
-from kfac_fx.config import STORE
 from kfac_fx.errors import PassError
 from kfac_fx.ir.curvature_graph import CurvatureBlock, CurvatureGraph
 from kfac_fx.ir.use import NodeRef, ParameterUse
+from kfac_fx.ops.net_buffers import STORE
 from kfac_fx.passes.annotations import graphs_of, take_over, write_curvature
 from kfac_fx.passes.base import OTHER_BLOCKS, GraphPass, curvature_of, has_taps
 from kfac_fx.passes.insert_links import add_cross_buffers, insert_links

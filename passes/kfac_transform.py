@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from torch import fx
 
 from kfac_fx.capture.captured_module import CapturedModule, captured_module
-from kfac_fx.config import STORE
+from kfac_fx.ops.net_buffers import STORE
 from kfac_fx.passes.annotations import graphs_of
 from kfac_fx.passes.base import META, Analysis, GraphPass, has_taps, set_graphs
 from kfac_fx.passes.check_coverage import CheckCoverage

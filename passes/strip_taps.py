@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx, nn
 
-from kfac_fx.config import STORE
+from kfac_fx.ops.net_buffers import STORE
 from kfac_fx.passes.annotations import graphs_of, is_tap
 from kfac_fx.passes.base import META, OTHER_BLOCKS, GraphPass
 from kfac_fx.passes.recurrent_taps import replaces_node, restore

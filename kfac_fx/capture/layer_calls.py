@@ -121,10 +121,6 @@ def _transposed_convolution(module: nn.ConvTranspose2d, member: FindMember) -> M
     return ModuleCall(f"conv_transpose{len(module.kernel_size)}d", arguments)
 
 
-def _bilinear(module: nn.Bilinear, member: FindMember) -> ModuleCall:
-    return ModuleCall("bilinear", _affine(member), ("input", "other"))
-
-
 def _recurrent(module: nn.RNNBase, member: FindMember) -> ModuleCall:
     arguments = {
         "params": [member(name) for name in module._flat_weights_names],
@@ -157,7 +153,6 @@ TRANSLATIONS: dict[type[nn.Module], Callable[[Layer, FindMember], ModuleCall]] =
     nn.ConvTranspose3d: _transposed_convolution,
     nn.Embedding: _embedding,
     nn.EmbeddingBag: _embedding_bag,
-    nn.Bilinear: _bilinear,
     nn.LayerNorm: _layer_norm,
     nn.RMSNorm: _rms_norm,
     nn.GroupNorm: _group_norm,

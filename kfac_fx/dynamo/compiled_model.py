@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from kfac_fx.capture.captured_module import CapturedModule, captured_module
-from kfac_fx.config import STORE
 from kfac_fx.dynamo.captured_graphs import (
     Binding,
     CompiledGraph,
@@ -31,6 +30,7 @@ from kfac_fx.dynamo.captured_graphs import (
 from kfac_fx.dynamo.open_attention import OpenAttention
 from kfac_fx.errors import KFACError, ObservationError
 from kfac_fx.ir.curvature_graph import CurvatureBlock, CurvatureGraph
+from kfac_fx.ops.net_buffers import STORE
 from kfac_fx.ops.tap import recording
 from kfac_fx.passes.annotations import write_curvature
 from kfac_fx.passes.base import META

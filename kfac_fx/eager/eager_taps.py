@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, fx
 
 from kfac_fx.capture.graph_view import Consumer, GraphView
-from kfac_fx.config import STORE
 from kfac_fx.eager.recordable_uses import at_its_call
 from kfac_fx.ir.curvature_graph import CurvatureBlock, CurvatureGraph
 from kfac_fx.ir.use import FactorSpec, NodeRef, ParameterUse, Role, Tap
+from kfac_fx.ops.net_buffers import STORE
 from kfac_fx.passes.rules.generic import as_rows, case_tap
 
 if TYPE_CHECKING:

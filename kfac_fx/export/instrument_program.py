@@ -24,7 +24,7 @@ from torch.export.graph_signature import (
 
 from kfac_fx.capture.captured_module import captured_module
 from kfac_fx.capture.dialect import Argument
-from kfac_fx.config import STORE
+from kfac_fx.ops.net_buffers import STORE
 from kfac_fx.passes.graph_inputs import placeholders, read_members, reads_below, take_inputs
 from kfac_fx.passes.kfac_transform import KFACTransform
 from kfac_fx.torch_internals.fake_tensors import detect_fake_mode
