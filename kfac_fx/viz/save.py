@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kfac_fx.errors import FormatError, UnknownOptionError
-from kfac_fx.ir import CurvatureGraph
+from kfac_fx.ir.curvature_graph import CurvatureGraph
 from kfac_fx.reading.inspection import HasCurvature
 from kfac_fx.reading.report import CurvatureReport
 from kfac_fx.viz.draw_graphviz import MANY, clear_headings, dot_graph
