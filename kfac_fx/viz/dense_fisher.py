@@ -20,7 +20,7 @@ from kfac_fx.errors import UnknownOptionError
 from kfac_fx.viz.extras import Axes, new_figure
 
 if TYPE_CHECKING:
-    from kfac_fx.optim import Preconditioner
+    from kfac_fx.optim.preconditioner import Preconditioner
 
 LARGEST = 420
 """Pixels of a panel; larger matrices are averaged, so that nothing small is dropped."""
