@@ -41,6 +41,7 @@ from kfac_fx.parallel import ALONE, Workers
 from kfac_fx.reading.inspection import HasCurvature
 from kfac_fx.statistics.forward import Forward, run_network
 from kfac_fx.statistics.recorder import Recorder
+from kfac_fx.torch_internals import foreach
 
 log = logging.getLogger("kfac_fx")
 
@@ -331,7 +332,7 @@ class Preconditioner(HasCurvature):
         if not finite:
             self.skipped_gradients += 1
             log.warning("step %d: no finite preconditioned gradient; it is zero", self._steps)
-            torch._foreach_zero_(list(given.values()))
+            foreach.zero_(list(given.values()))
 
     # State.
 

@@ -25,6 +25,7 @@ from kfac_fx.statistics.pass_cache import CompiledPass
 from kfac_fx.statistics.sampled import Collected, SampledStatistics
 from kfac_fx.statistics.swap_tensors import Places
 from kfac_fx.statistics.user_graph import BackwardWatch
+from kfac_fx.torch_internals import foreach
 
 
 class StepStatistics:
@@ -75,7 +76,7 @@ class StepStatistics:
                 else:
                     tensors.append(value)
             if tensors:
-                torch._foreach_mul_(tensors, factor)
+                foreach.mul_(tensors, factor)
         values = [found.get(key) for key in self._keys]
         self._sums.append((self._workers.start_sum(self._places, values), collected.total))
         self._count += collected.total
