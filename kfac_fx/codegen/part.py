@@ -3,47 +3,45 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import fx, nn
 
+from kfac_fx.codegen.approximations.base import InverseKey, Value, matrices_of
 from kfac_fx.codegen.builder import ProgramBuilder
-from kfac_fx.codegen.emit import inverse_names, scatter, terms
-from kfac_fx.codegen.forms import FORMS, Forms
-from kfac_fx.codegen.refresher import FLAGS
-from kfac_fx.ir import Coupling, CurvatureGraph
-
-if TYPE_CHECKING:
-    from kfac_fx.codegen.program import Program
+from kfac_fx.codegen.emit import Recipe, RefreshModule, scatter, terms
 
 
-def part_of_refresh(refresh: fx.GraphModule, wanted: Collection[str]) -> fx.GraphModule:
-    """The program of some of the inverses, with the flags of all that it needs; same arguments."""
+def part_of_refresh(refresh: RefreshModule, wanted: Collection[InverseKey]) -> RefreshModule:
+    """Return the program of some of the inverses, with the flags of all that it needs.
+
+    Args:
+        refresh: the whole; the part has the same arguments.
+        wanted: keys of the inverses.
+    """
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
-    outputs: Any = graph.graph_copy(refresh.graph, copies)
+    outputs: Value = graph.graph_copy(refresh.module.graph, copies)
     needed: set[fx.Node] = set()
-    todo = [outputs[name] for name in wanted]
+    todo = [outputs[key.name] for key in wanted]
     while todo:
         node = todo.pop()
         if node not in needed:
             needed.add(node)
             todo += node.all_input_nodes
-    kept = {
-        name: node
-        for name, node in outputs.items()
-        if name in wanted or (name.startswith(FLAGS) and needed.issuperset(node.all_input_nodes))
-    }
-    graph.output(kept)
+    # A flag counts if all that it is computed from is computed anyway.
+    flags = [f for f in refresh.flags if needed.issuperset(outputs[f.name].all_input_nodes)]
+    inverses = [key for key in refresh.inverses if key in wanted]
+    graph.output({key.name: outputs[key.name] for key in (*inverses, *flags)})
     graph.eliminate_dead_code()
     graph.lint()
-    return fx.GraphModule(nn.Module(), graph, "RefreshPart")
+    module = fx.GraphModule(nn.Module(), graph, "RefreshPart")
+    return RefreshModule(module, tuple(inverses), tuple(flags))
 
 
 def converting(refresh: fx.GraphModule) -> fx.GraphModule:
-    """The program of factors in other precisions and places than its first argument, the damping.
+    """Return the program of factors in other precisions and places than the damping, its first.
 
     A factor becomes like the damping where it is first used, and is let go after its last use: all
     at once would take as much memory as the averages do.
@@ -61,81 +59,66 @@ def converting(refresh: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(nn.Module(), graph, "ConvertingRefresh")
 
 
-def emit_terms(
-    curvature: CurvatureGraph,
-    couplings: Collection[Coupling],
-    cast: Collection[str],
-    forms: Forms,
-    owned: Collection[str],
-) -> fx.GraphModule:
-    """What some blocks contribute to the update: inverses and gradients -> terms by block.
+def emit_terms(recipe: Recipe, owned: Collection[str]) -> fx.GraphModule:
+    """Emit what some blocks contribute to the update: inverses and gradients -> terms by block.
 
     A block's update is the sum of the terms for it: its own, and what the pairs that it
     is an end of add to it.
 
     Args:
+        recipe: of all blocks, not batched.
         owned: the blocks; the arguments are their inverses, and the gradients of all.
     """
     build = ProgramBuilder()
-    names = inverse_names(curvature, couplings, forms)
     inverses = {
-        block: [build.input(name) for name in names[block]]
-        for block in curvature.blocks
+        block: [build.input(key.name) for key in keys]
+        for block, keys in recipe.inverses().items()
         if block in owned
     }
-    gradients = {name: build.input(f"gradient_{name}") for name in curvature.covered}
-    made = dict(terms(build, curvature, couplings, cast, forms, inverses, gradients))
+    gradients = {name: build.input(f"gradient_{name}") for name in recipe.curvature.covered}
+    made = dict(terms(build, recipe, inverses, gradients))
     return build.finish(made, "Terms")
 
 
-def emit_sum(curvature: CurvatureGraph, cast: Collection[str]) -> fx.GraphModule:
-    """The updates of all blocks, in their order, and gradients -> updates by parameter name."""
+def emit_sum(recipe: Recipe) -> fx.GraphModule:
+    """Emit the sum: updates of all blocks, in their order, and gradients -> updates by name."""
     build = ProgramBuilder()
-    U = {block: build.input(f"U_{block}") for block in curvature.blocks}
-    gradients = {name: build.input(f"gradient_{name}") for name in curvature.covered}
-    outputs: dict[str, Any] = dict(gradients)
-    for name, block in curvature.blocks.items():
+    blocks = recipe.curvature.blocks
+    U = {block: build.input(f"U_{block}") for block in blocks}
+    gradients = {name: build.input(f"gradient_{name}") for name in recipe.curvature.covered}
+    outputs: dict[str, Value] = dict(gradients)
+    for name, block in blocks.items():
         with build.section(block.slot, name):
-            scatter(build, block, U[name], outputs, cast)
+            scatter(build, recipe, block, U[name], outputs)
     return build.finish(outputs, "Sum")
 
 
-def update_shapes(curvature: CurvatureGraph) -> dict[str, torch.Size]:
-    """The shape of each block's update, as the one array that its inverse acts on."""
-    unused = ProgramBuilder()
+def update_shapes(recipe: Recipe) -> dict[str, torch.Size]:
+    """Return the shape of each block's update, as the one array that its inverse acts on."""
     return {
-        name: FORMS[block.approximation]
-        .gather(unused, block, [torch.empty(each.shape, device="meta") for each in block.layouts])
+        name: recipe.of(block)
+        .gather(block, [torch.empty(each.shape, device="meta") for each in block.layouts])
         .shape
-        for name, block in curvature.blocks.items()
+        for name, block in recipe.curvature.blocks.items()
     }
 
 
-def symmetric_inverses(curvature: CurvatureGraph) -> Mapping[str, bool]:
-    """The inverses, by name, that are symmetric matrices."""
-    return {
-        f"{spec.name}_{block.slot}_inverse": True
-        for block in curvature.blocks.values()
-        if block.approximation in ("kronecker", "full", "pairs")
-        for spec in block.factors
-        if spec.role != "count" and not spec.diagonal
-    }
+def symmetric_inverses(recipe: Recipe) -> frozenset[InverseKey]:
+    """Return the inverses that are symmetric matrices."""
+    blocks = recipe.curvature.blocks.values()
+    return frozenset(key for block in blocks for key in recipe.of(block).symmetric(block))
 
 
-def inverse_shapes(program: Program) -> dict[str, torch.Size]:
-    """The shapes of all inverses, without computing them."""
-    shapes = [
-        factor.shape
-        for block in program.curvature.blocks.values()
-        for factor in block.factors
-        if factor.role != "count"
+def inverse_shapes(recipe: Recipe, refresh: RefreshModule) -> dict[InverseKey, torch.Size]:
+    """Return the shapes of all inverses, by running the refresh on tensors without values."""
+    blocks = recipe.curvature.blocks
+    shapes: list[Sequence[int]] = [
+        spec.shape for block in blocks.values() for spec in matrices_of(block)
     ]
-    for coupling in program.couplings:
-        sides = (
-            program.curvature.blocks[name].dimensions for name in (coupling.child, coupling.parent)
-        )
-        shapes += [(child[0], parent[0]) for child, parent in zip(*sides, strict=True)]
+    for coupling in recipe.couplings:
+        child, parent = blocks[coupling.child].dimensions, blocks[coupling.parent].dimensions
+        shapes += [(one[0], other[0]) for one, other in zip(child, parent, strict=True)]
     with torch.no_grad():
         factors = [torch.empty(shape, device="meta") for shape in shapes]
-        found = program.refresh_module(torch.empty((), device="meta"), *factors)
-    return {name: found[name].shape for name in program.inverse_names}
+        found = refresh.module(torch.empty((), device="meta"), *factors)
+    return {key: found[key.name].shape for key in refresh.inverses}

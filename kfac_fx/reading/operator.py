@@ -8,13 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kfac_fx.codegen.approximations.base import BlockSpectrum
 from kfac_fx.curvature.block_vectors import gathered, scattered
+from kfac_fx.curvature.ekfac import Moments
 from kfac_fx.curvature.inverses import InverseFisher
 from kfac_fx.errors import OperatorError, StatisticsError
-from kfac_fx.ir import CurvatureBlock, parents
+from kfac_fx.ir.coupling import parents
+from kfac_fx.ir.curvature_graph import CurvatureBlock
 from kfac_fx.linalg.forest import Forest
 from kfac_fx.linalg.spectral import Spectral
-from kfac_fx.reading.block_spectra import BlockSpectra, block_spectra, conditionals, in_bases
+from kfac_fx.reading.conditionals import conditionals
 
 Blocks = dict[str, Tensor]
 
@@ -49,20 +52,23 @@ class CurvatureOperator:
         self, inverse: InverseFisher, damping: float, dtype: torch.dtype = torch.float64
     ) -> None:
         self._blocks = inverse.curvature.blocks
-        self._parameters = {n: p.detach() for n, p in inverse.guard.in_module_order().items()}
+        self._recipe = inverse.program.recipe
+        self._parameters = {n: p.detach() for n, p in inverse.covered.in_module_order().items()}
         self._device = next(iter(self._parameters.values())).device
         self._dtype = dtype
         n = sum(p.numel() for p in self._parameters.values())
         self.shape = (n, n)
-        for name, entry in inverse.averages.blocks.items():
-            self._check(self._blocks[name], entry.recorded)
+        for name, averages in inverse.estimate.blocks.items():
+            self._check(self._blocks[name], averages.recorded)
         found = {
-            name: block_spectra(
-                self._blocks[name], [f.to(dtype) for f in factors], damping, inverse.tikhonov
+            name: self._recipe.of(block).spectrum(
+                block, [factor.to(dtype) for factor in inverse.factors[name]], damping
             )
-            for name, factors in inverse.factors.items()
+            for name, block in self._blocks.items()
         }
-        found |= {name: self._estimated(inverse, name, damping) for name in inverse.moments.blocks}
+        if inverse.moments is not None:
+            for name in inverse.moments.blocks:
+                found[name] = self._estimated(inverse.moments, name, damping)
         cross = {pair: [f.to(dtype) for f in fs] for pair, fs in inverse.cross_factors.items()}
         given = conditionals(parents(inverse.program.couplings), found, cross)
         parent = parents(c for c in inverse.program.couplings if c.child in given)
@@ -77,13 +83,12 @@ class CurvatureOperator:
         if any(self._parameters[name].is_complex() for name in block.parameters):
             raise OperatorError(f"block {block.name}: there is no operator of complex parameters")
 
-    def _estimated(self, inverse: InverseFisher, name: str, damping: float) -> BlockSpectra:
-        """A block of EKFAC, in the bases of the last refresh."""
-        spectrum = inverse.moments.spectrum(name)
-        if spectrum is None:
+    def _estimated(self, moments: Moments, name: str, damping: float) -> BlockSpectrum:
+        """Return a block of EKFAC, in the bases of the last refresh."""
+        basis = moments.eigenbasis(name)
+        if basis is None:
             raise StatisticsError(f"block {name}: no bases yet, step() or refresh() computes them")
-        U_A, U_G, S = (value.to(self._dtype, copy=True) for value in spectrum)
-        return in_bases(U_A, U_G, S + damping)
+        return basis.spectrum(damping, self._dtype)
 
     # The matrix.
 
@@ -211,7 +216,7 @@ class CurvatureOperator:
         """Each block's array [..., g, a]."""
         found = {name: gathered(block, given) for name, block in self._blocks.items()}
         return {
-            name: V.unsqueeze(-1) if _is_covariance(self._blocks[name]) else V
+            name: V if self._recipe.of(self._blocks[name]).two_sided else V.unsqueeze(-1)
             for name, V in found.items()
         }
 
@@ -219,10 +224,7 @@ class CurvatureOperator:
         """``into`` with the entries of all blocks replaced."""
         result = dict(into)
         for name, block in self._blocks.items():
-            U = blocks[name].squeeze(-1) if _is_covariance(block) else blocks[name]
+            U = blocks[name] if self._recipe.of(block).two_sided else blocks[name].squeeze(-1)
             result |= scattered(block, U, result)
         return result
 
-
-def _is_covariance(block: CurvatureBlock) -> bool:
-    return not block.approximation.startswith("kronecker")
