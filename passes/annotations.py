@@ -15,7 +15,6 @@ from torch import fx, nn
 from kfac_fx.capture.module import CapturedModule
 from kfac_fx.errors import FormatError
 from kfac_fx.ir import CurvatureGraph
-from kfac_fx.ir.plain import from_plain, to_plain
 
 log = logging.getLogger("kfac_fx")
 
@@ -79,7 +78,7 @@ def taps_of(module: nn.Module) -> Iterator[fx.Node]:
 def write_curvature(module: fx.GraphModule, curvature: CurvatureGraph) -> None:
     """Puts the curvature graph on the first tap of every graph."""
     try:
-        plain = {"version": VERSION, "graph": to_plain(curvature)}
+        plain = {"version": VERSION, "graph": curvature.to_plain()}
     except FormatError as error:
         log.info("the taps do not carry the curvature graph: %s", error)
         return
@@ -94,7 +93,8 @@ def read_curvature(module: nn.Module) -> CurvatureGraph | None:
     for tap in taps_of(module):
         plain = annotation(tap).get("curvature")
         if plain is not None and plain.get("version") == VERSION:
-            found = from_plain(plain["graph"])
-            if isinstance(found, CurvatureGraph):
-                return found
+            try:
+                return CurvatureGraph.from_plain(plain["graph"])
+            except FormatError:
+                continue  # somebody else's value under our key
     return None

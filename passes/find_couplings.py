@@ -9,14 +9,9 @@ from itertools import combinations
 from torch import fx, nn
 
 from kfac_fx.capture.view import GraphView
-from kfac_fx.ir import (
-    CurvatureBlock,
-    CurvatureGraph,
-    Edge,
-    FactorSpec,
-    Pair,
-    couplings_of,
-)
+from kfac_fx.ir.coupling import Edge, couplings_of
+from kfac_fx.ir.curvature_graph import CurvatureBlock, CurvatureGraph, Pair
+from kfac_fx.ir.use import FactorSpec
 from kfac_fx.passes.find_edges import find_edges
 
 NEAREST = 3

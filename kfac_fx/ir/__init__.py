@@ -1,9 +1,8 @@
 """What the analysis finds, as frozen dataclasses with nodes and parameters by name."""
 
-from kfac_fx.ir.coupling import Coupling, Edge, Pair, couplings_of, parents
-from kfac_fx.ir.curvature_graph import Coverage, CurvatureBlock, CurvatureGraph
+from kfac_fx.ir.coupling import Coupling, Edge, couplings_of, parents
+from kfac_fx.ir.curvature_graph import Coverage, CurvatureBlock, CurvatureGraph, Moment, Pair
 from kfac_fx.ir.layout import Layout
-from kfac_fx.ir.moment import Moment
 from kfac_fx.ir.use import (
     Approximation,
     FactorSpec,

@@ -7,19 +7,19 @@ from dataclasses import dataclass
 
 import networkx as nx
 
-from kfac_fx.ir.use import FactorSpec
-
 
 @dataclass(frozen=True)
 class Edge:
-    """A path in the graph from a block's use to the next.
+    """A path in the graph from a block's use to the next block's.
 
     Attributes:
-        source, target: names of blocks, in the order of the forward pass.
-        path: the operations between them.
-        kinds: what they do: "fork", "join", "skip", "pooling", "flatten", "sequence mixing".
-        weight: preference as a coupling while there are no statistics; a direct successor has
-            almost 1, a skip past k blocks 1 / (k + 1).
+        source: name of the block that comes first in the forward pass.
+        target: name of the block that reads what became of its output.
+        path: names of the operations between the two, in order.
+        kinds: what these operations do: "fork", "join", "skip", "pooling", "flatten",
+            "sequence mixing".
+        weight: preference as a coupling while there are no statistics, in (0, 1]: a direct
+            successor has almost 1, a skip past k blocks 1 / (k + 1).
     """
 
     source: str
@@ -35,61 +35,53 @@ class Edge:
 
 @dataclass(frozen=True)
 class Coupling:
-    """A child whose Gaussian conditional is taken given its parent's."""
+    """One edge of the forest: the child's Gaussian conditional is taken given its parent's.
+
+    See docs/explanation/mathematics.md, section 7: each child has one parent, and the
+    approximation depends on the undirected forest only.
+
+    Attributes:
+        child: name of the block whose Psi and Sigma are formed.
+        parent: name of the block that it is conditioned on.
+    """
 
     child: str
     parent: str
 
 
-@dataclass(frozen=True)
-class Pair:
-    """Two blocks whose cross factors are recorded.
-
-    Attributes:
-        earlier, later: names of blocks, in the order of the forward pass.
-        slot: the pair as an identifier.
-        factors: A [d_in of earlier, d_in of later] and G [d_out, d_out].
-        ordered: whether nothing on the way changes the order of positions.
-    """
-
-    earlier: str
-    later: str
-    slot: str
-    factors: tuple[FactorSpec, FactorSpec]
-    ordered: bool
-
-    tapped = True
-
-    @property
-    def name(self) -> str:
-        """Both blocks, for logs."""
-        return f"{self.earlier} -> {self.later}"
-
-
 def couplings_of(
     weights: Mapping[tuple[str, str], float], order: Sequence[str]
 ) -> tuple[Coupling, ...]:
-    """The maximum spanning forest of weighted pairs, each tree rooted at its last block.
+    """Return the maximum spanning forest of weighted pairs, each tree rooted at its last block.
 
-    For a chain that is the paper's: the parent of a layer is the next one.
+    With mutual information for weights this is the Chow-Liu forest, the closest one in
+    Kullback-Leibler divergence. For a chain of layers it is the paper's: the parent of a layer is
+    the next one. See docs/explanation/mathematics.md, section 7.
 
     Args:
-        weights: by (earlier, later).
-        order: blocks in the order of the forward pass.
+        weights: preference of each pair (earlier, later) of block names; larger is better.
+        order: all blocks' names in the order of the forward pass.
+
+    Returns:
+        One coupling for each block that is not a root, in the order of the children.
     """
     place = {name: index for index, name in enumerate(order)}
     graph = nx.Graph()
-    # Of equal weights the first counts: of attention's projections that is the values'.
+    # Kruskal's algorithm keeps the first of several equal weights. Later pairs go first, so that
+    # of attention's projections, which tie, the values' is chosen: it is the one that the output
+    # is linear in.
     for earlier, later in sorted(weights, key=lambda pair: place[pair[0]], reverse=True):
         graph.add_edge(earlier, later, weight=weights[earlier, later])
     forest = nx.maximum_spanning_tree(graph)  # of every component
     found: list[Coupling] = []
     for tree in nx.connected_components(forest):
+        # The root's conditional is its own block. The choice does not change the result; the last
+        # block of the forward pass makes a chain the paper's.
         root = max(tree, key=place.__getitem__)
         found += [Coupling(child, parent) for child, parent in nx.bfs_predecessors(forest, root)]
     return tuple(sorted(found, key=lambda coupling: place[coupling.child]))
 
 
 def parents(couplings: Iterable[Coupling]) -> dict[str, str]:
-    """Child -> parent."""
+    """Return the forest as a mapping from child to parent; roots are missing."""
     return {coupling.child: coupling.parent for coupling in couplings}

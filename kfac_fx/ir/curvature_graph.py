@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
@@ -11,28 +11,32 @@ from typing import Any
 
 import networkx as nx
 
-from kfac_fx.ir.coupling import Coupling, Edge, Pair, parents
+from kfac_fx.config import Couplings
+from kfac_fx.errors import FormatError
+from kfac_fx.ir.coupling import Coupling, Edge, parents
 from kfac_fx.ir.faces import face
-from kfac_fx.ir.layout import Layout
-from kfac_fx.ir.moment import Moment
-from kfac_fx.ir.use import Approximation, FactorSpec, ParameterUse
+from kfac_fx.ir.layout import Layout, ViewStep
+from kfac_fx.ir.plain import Plain, PlainCodec
+from kfac_fx.ir.use import Approximation, FactorSpec, NodeRef, ParameterUse, Scale, Tap
 
 
 @dataclass(frozen=True)
 class CurvatureBlock:
     """A diagonal block of the Fisher: the parameters it covers and the form it has.
 
+    See docs/explanation/mathematics.md, section 4, for the form of each kind of use.
+
     Attributes:
         name: the owning module's path, or the parameter's own name.
         slot: the same as an identifier, used for buffers and in programs.
-        kind: the kind of use ("linear", "convolution", ...).
-        parameters: canonical names, the weight first.
-        layouts: per parameter, from its own shape to the block's.
-        factors: names, shapes and roles of the block's factors.
-        approximation: "kronecker", "kronecker_sum", "full", "pairs" or "diagonal".
-        uses: every place where the parameters are used.
-        source: file and line of the first use, if known.
-        reason: why the block is weaker than its kind allows, if it is.
+        kind: the kind of use, which is the name of a rule ("linear", "convolution", ...).
+        parameters: canonical names of the parameters covered, the weight first.
+        layouts: for each parameter, the views from its own shape to the block's.
+        factors: what is recorded of the block: name, shape and role of each factor.
+        approximation: the structure of the block, see ``Approximation``.
+        uses: every place where the parameters are used; their statistics are added up.
+        source: file and line of the first use; None where the capture did not keep them.
+        reason: why the block is weaker than its kind allows; None where it is not.
     """
 
     name: str
@@ -63,8 +67,64 @@ class CurvatureBlock:
 
 
 @dataclass(frozen=True)
+class Pair:
+    """Two blocks whose cross factors are recorded (docs/explanation/mathematics.md, section 7).
+
+    Attributes:
+        earlier: name of the block that comes first in the forward pass.
+        later: name of the other block.
+        slot: the pair as an identifier, used for buffers.
+        factors: A [d_in of earlier, d_in of later] and G [d_out of earlier, d_out of later].
+        ordered: whether nothing between the two changes the order of positions, so that rows
+            which one side counts as cases can be matched with the other side's positions.
+    """
+
+    earlier: str
+    later: str
+    slot: str
+    factors: tuple[FactorSpec, FactorSpec]
+    ordered: bool
+
+    tapped = True
+
+    @property
+    def name(self) -> str:
+        """Both blocks' names, for logs and as a key beside the blocks' own names."""
+        return f"{self.earlier} -> {self.later}"
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A Kronecker block's second moments of the per-case gradient, in the bases of A and G.
+
+    They replace the eigenvalues of A (x) G in EKFAC (docs/explanation/mathematics.md, section 5).
+
+    Attributes:
+        block: name of the block.
+        slot: the moment as an identifier, used for buffers.
+        factors: S [d_out, d_in], one second moment for each pair of eigenvectors.
+    """
+
+    block: str
+    slot: str
+    factors: tuple[FactorSpec]
+
+    tapped = True
+
+    @property
+    def name(self) -> str:
+        """A name for logs, and as a key beside the blocks' own names."""
+        return f"moments of {self.block}"
+
+
+@dataclass(frozen=True)
 class Coverage:
-    """Parameters (tensors and scalars) by the kind of their block."""
+    """Parameters by the kind of their block; "frozen", "excluded" and "unused" are kinds too.
+
+    Attributes:
+        tensors: number of parameters (tensors) of each kind.
+        scalars: number of their entries.
+    """
 
     tensors: Mapping[str, int]
     scalars: Mapping[str, int]
@@ -80,12 +140,17 @@ class CurvatureGraph:
     """All curvature blocks of a model, in the order of the forward pass.
 
     Attributes:
-        frozen, excluded, unused: parameters that have no block: those that do not require a
-            gradient, those the user left out, and those that the outputs do not depend on.
+        blocks: by name, in the order of the forward pass.
+        frozen: parameters without a block, as they do not require a gradient.
+        excluded: parameters without a block, as the user left them out.
+        unused: parameters without a block, as the outputs do not depend on them.
+        sizes: number of entries of every parameter of the model.
+        structure: "block_diagonal" or "block_tridiagonal", as it was asked for.
+        route: how the model was captured.
         edges: how the blocks follow each other in the graph; of many sources, the 32 nearest.
         pairs: the blocks whose cross factors are recorded, candidates for couplings.
         couplings: the forest of block-tridiagonal K-FAC; ``parent`` is the same as a mapping.
-        uncoupled: block -> the reason why it is coupled with none.
+        uncoupled: for each block that is coupled with none, the reason.
         selection: whether the "topology" chose the couplings for good, or the "data" may choose
             others among the pairs.
         moments: blocks whose eigenvalues can be estimated (EKFAC).
@@ -102,7 +167,7 @@ class CurvatureGraph:
     pairs: tuple[Pair, ...] = ()
     couplings: tuple[Coupling, ...] = ()
     uncoupled: Mapping[str, str] = field(default_factory=dict)
-    selection: str = "topology"
+    selection: Couplings = "topology"
     moments: tuple[Moment, ...] = ()
 
     def __post_init__(self) -> None:
@@ -110,21 +175,10 @@ class CurvatureGraph:
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
 
     def __reduce__(self) -> tuple[type[CurvatureGraph], tuple[object, ...]]:
-        # Read-only mappings can be neither copied nor pickled.
-        return CurvatureGraph, (
-            dict(self.blocks),
-            self.frozen,
-            self.excluded,
-            self.unused,
-            dict(self.sizes),
-            self.structure,
-            self.route,
-            self.edges,
-            self.pairs,
-            self.couplings,
-            dict(self.uncoupled),
-            self.selection,
-            self.moments,
+        # Read-only mappings can be neither copied nor pickled, so plain ones travel.
+        values = (getattr(self, entry.name) for entry in fields(self))
+        return CurvatureGraph, tuple(
+            dict(value) if isinstance(value, MappingProxyType) else value for value in values
         )
 
     @property
@@ -210,6 +264,103 @@ class CurvatureGraph:
         face().save(self, path, preconditioner, fold=fold, direction=direction)
 
     def __str__(self) -> str:
-        from kfac_fx.ir.report import table
+        return _table(self)
 
-        return table(self)
+    def to_plain(self) -> Plain:
+        """Return the graph as nested dicts and lists that JSON holds.
+
+        Raises:
+            FormatError: a rule of the user's own put an object into a tap's options that is no
+                plain value.
+        """
+        return _CODEC.write(self)
+
+    @classmethod
+    def from_plain(cls, plain: object) -> CurvatureGraph:
+        """Return the graph that ``to_plain`` wrote, of this version or an earlier one.
+
+        Raises:
+            FormatError: the value is no curvature graph.
+        """
+        found = _CODEC.read(plain)
+        if not isinstance(found, cls):
+            raise FormatError("this is no JSON of a curvature graph")
+        return found
+
+
+_CODEC = PlainCodec(
+    [
+        CurvatureGraph,
+        CurvatureBlock,
+        Coupling,
+        Edge,
+        FactorSpec,
+        Layout,
+        Moment,
+        NodeRef,
+        Pair,
+        ParameterUse,
+        Scale,
+        Tap,
+        ViewStep,
+    ],
+    renamed={"Step": ViewStep},
+)
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    """Return a factor's shape as "20x20"; "1" for a number."""
+    return "x".join(map(str, shape)) or "1"
+
+
+def _row(block: CurvatureBlock) -> tuple[str, ...]:
+    """Return the cells of a block's line."""
+    factors = "  ".join(
+        f"{factor.name} {_shape(factor.shape)}"
+        for factor in block.factors
+        if factor.role != "count"
+    )
+    uses = f"{len(block.uses)} uses" if len(block.uses) > 1 else ""
+    approximation = ", ".join(filter(None, (block.approximation, uses)))
+    return block.name, block.kind, approximation, factors, f"{block.parameter_count:,}"
+
+
+def _table(curvature: CurvatureGraph) -> str:
+    """Return the graph for people: a line for each block, then what is weak or left alone."""
+    head = ("block", "kind", "approximation", "factors", "parameters")
+    rows = [head, *(_row(block) for block in curvature.blocks.values())]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if index == len(head) - 1 else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    coverage = curvature.coverage
+    parts = [
+        f"{kind} {count:,} ({100 * count / max(coverage.total, 1):.1f} %)"
+        for kind, count in coverage.scalars.items()
+    ]
+    lines += ["", f"coverage of {coverage.total:,} parameters: " + ", ".join(parts)]
+    lines.append(f"factors and inverses in float32: {curvature.memory() / 2**20:,.2f} MiB")
+    lines += _coupling_lines(curvature)
+    lines += [f"weaker than it could be: {b.name}: {b.reason}" for b in curvature.fallbacks]
+    for label in ("frozen", "excluded", "unused"):
+        names = getattr(curvature, label)
+        if names:
+            lines.append(f"{label}: " + ", ".join(names))
+    return "\n".join(lines)
+
+
+def _coupling_lines(curvature: CurvatureGraph) -> list[str]:
+    """Return the forest, and for each block outside of it the reason."""
+    if curvature.structure != "block_tridiagonal":
+        return []
+    lines = [f"couplings ({curvature.selection}): {len(curvature.couplings)}"]
+    lines += [f"  {c.child} given {c.parent}" for c in curvature.couplings]
+    reasons: dict[str, list[str]] = {}
+    for name, reason in curvature.uncoupled.items():
+        reasons.setdefault(reason, []).append(name)
+    return lines + [f"not coupled: {', '.join(ns)}: {reason}" for reason, ns in reasons.items()]

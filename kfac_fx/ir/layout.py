@@ -5,15 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 
+Value: TypeAlias = Any
+"""A tensor or a torch.fx proxy: both have the methods of views."""
 
-class Step(NamedTuple):
-    """One view of a tensor: its kind, the argument of the view, and the shape it starts from.
 
-    ``narrow`` has the argument (dimension, start, length).
+class ViewStep(NamedTuple):
+    """One view of a tensor.
+
+    Attributes:
+        view: its kind.
+        argument: of a "permute", the dimensions; of a "reshape", the new shape; of a "narrow",
+            (dimension, start, length).
+        start: the shape that the view starts from.
     """
 
     view: Literal["permute", "reshape", "narrow"]
@@ -23,17 +30,23 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """A chain of views from ``start`` (the parameter's shape) to ``shape`` (the block's).
+    """A chain of views from a parameter's shape to the shape of a curvature block's matrix.
 
-    ``apply`` and ``embed`` work on tensors and on ``torch.fx`` proxies.
+    Equal chains are equal values, whatever the code that they were found in wrote: neighbouring
+    views of one kind are merged as they are added. That is how two uses of one weight are seen to
+    have the same matrix.
+
+    Attributes:
+        start: the parameter's shape.
+        steps: the views, in the order in which they are taken.
     """
 
     start: tuple[int, ...]
-    steps: tuple[Step, ...] = ()
+    steps: tuple[ViewStep, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape at the end of the chain."""
+        """Return the shape at the end of the chain, which is that of the block's matrix."""
         if not self.steps:
             return self.start
         last = self.steps[-1]
@@ -45,7 +58,7 @@ class Layout:
         return tuple(last.start[dim] for dim in last.argument)
 
     def permute(self, *dims: int) -> Layout:
-        """This chain followed by a permutation; negative dimensions count from the end."""
+        """Return this chain followed by a permutation; negative dimensions count from the end."""
         shape = self.shape
         dims = tuple(dim % len(shape) for dim in dims)
         steps = self.steps
@@ -54,16 +67,23 @@ class Layout:
             steps = steps[:-1]
         if dims == tuple(range(len(shape))):
             return Layout(self.start, steps)
-        return Layout(self.start, (*steps, Step("permute", dims, shape)))
+        return Layout(self.start, (*steps, ViewStep("permute", dims, shape)))
 
     def transpose(self, first: int, second: int) -> Layout:
-        """This chain followed by an exchange of two dimensions."""
+        """Return this chain followed by an exchange of two dimensions."""
         dims = list(range(len(self.shape)))
         dims[first], dims[second] = dims[second], dims[first]
         return self.permute(*dims)
 
     def reshape(self, shape: Sequence[int]) -> Layout:
-        """This chain followed by a reshape; one entry may be -1."""
+        """Return this chain followed by a reshape.
+
+        Args:
+            shape: as many entries as the chain keeps; one number may be -1, for the rest.
+
+        Raises:
+            ValueError: the shape has another number of entries.
+        """
         here = self.shape
         known = math.prod(size for size in shape if size != -1)
         full = tuple(math.prod(here) // max(known, 1) if size == -1 else size for size in shape)
@@ -74,10 +94,19 @@ class Layout:
             here, steps = steps[-1].start, steps[:-1]
         if full == here:
             return Layout(self.start, steps)
-        return Layout(self.start, (*steps, Step("reshape", full, here)))
+        return Layout(self.start, (*steps, ViewStep("reshape", full, here)))
 
     def narrow(self, dim: int, start: int, length: int) -> Layout:
-        """This chain followed by a slice of one dimension."""
+        """Return this chain followed by a slice of one dimension.
+
+        Args:
+            dim: counted from the end where it is negative.
+            start: first entry that is kept, counted from the end where it is negative.
+            length: number of entries that are kept.
+
+        Raises:
+            ValueError: the slice goes beyond the dimension.
+        """
         shape = self.shape
         dim = dim % len(shape)
         start = start + shape[dim] if start < 0 else start
@@ -89,30 +118,34 @@ class Layout:
         if steps and steps[-1].view == "narrow" and steps[-1].argument[0] == dim:  # two are one
             shape, start = steps[-1].start, steps[-1].argument[1] + start
             steps = steps[:-1]
-        return Layout(self.start, (*steps, Step("narrow", (dim, start, length), shape)))
+        return Layout(self.start, (*steps, ViewStep("narrow", (dim, start, length), shape)))
 
     def select(self, dim: int, index: int) -> Layout:
-        """This chain followed by the choice of one entry of a dimension, which goes."""
+        """Return this chain followed by the choice of one entry of a dimension, which goes."""
         dim = dim % len(self.shape)
         piece = self.narrow(dim, index, 1)
         return piece.reshape((*piece.shape[:dim], *piece.shape[dim + 1 :]))
 
     @property
     def whole(self) -> bool:
-        """Whether the chain keeps every entry."""
+        """Tell whether the chain keeps every entry of the parameter."""
         return all(step.view != "narrow" for step in self.steps)
 
-    def apply(self, value: Any) -> Any:
-        """``value`` of shape ``start``, viewed along the chain."""
+    def apply(self, value: Value) -> Value:
+        """Return ``value`` of shape ``start`` (a tensor or a proxy), viewed along the chain."""
         for step in self.steps:
             value = _view(step, value)
         return value
 
-    def embed(self, value: Any, into: Any) -> Any:
-        """``into`` of shape ``start`` with the entries that the chain keeps replaced by ``value``.
+    def embed(self, value: Value, into: Value) -> Value:
+        """Return ``into`` with the entries that the chain keeps replaced by ``value``.
 
-        ``into`` is not read where the chain keeps every entry.
+        Args:
+            value: a tensor or proxy of the block's shape.
+            into: one of the parameter's shape; not read where the chain keeps every entry.
         """
+        # A narrow step can only be undone into the tensor that it was taken from, so the
+        # intermediate views of ``into`` are formed first, down to the last step's start.
         bases = [into]
         for step in self.steps[:-1] if not self.whole else ():
             bases.append(_view(step, bases[-1]))
@@ -129,7 +162,8 @@ class Layout:
         return value
 
 
-def _view(step: Step, value: Any) -> Any:
+def _view(step: ViewStep, value: Value) -> Value:
+    """Return one view of a value."""
     if step.view == "narrow":
         return value.narrow(*step.argument)
     return getattr(value, step.view)(step.argument)

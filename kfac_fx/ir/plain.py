@@ -1,56 +1,68 @@
-"""The records of the analysis as plain values (dict, list, str, numbers) and back."""
+"""Records (frozen dataclasses, named tuples) as plain values that JSON holds, and back."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import fields
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, is_dataclass
+from typing import TypeAlias
 
 from kfac_fx.errors import FormatError
-from kfac_fx.ir.coupling import Coupling, Edge, Pair
-from kfac_fx.ir.curvature_graph import CurvatureBlock, CurvatureGraph
-from kfac_fx.ir.layout import Layout, Step
-from kfac_fx.ir.moment import Moment
-from kfac_fx.ir.use import FactorSpec, NodeRef, ParameterUse, Scale, Tap
 
-_RECORDS: dict[str, Any] = {
-    record.__name__: record
-    for record in (
-        *(CurvatureGraph, CurvatureBlock, Coupling, Edge, FactorSpec, Layout, Moment, NodeRef),
-        *(Pair, ParameterUse, Scale, Step, Tap),
-    )
-}
+Plain: TypeAlias = "bool | int | float | str | list[Plain] | dict[str, Plain] | None"
+
 _TYPE = "type"
 
 
-def to_plain(value: Any) -> Any:
-    """Records as mappings with their type's name, tuples as lists.
+class PlainCodec:
+    """Writes records of known types as mappings that name their type, and reads them back.
 
-    Raises:
-        FormatError: a rule of one's own put an object into a tap's options that is no plain value.
+    A mapping that happens to have a key "type" of its own is told from a record by the name under
+    it, so records' names must not be used as values there.
+
+    Args:
+        records: the types that may occur; any other object is an error when it is written.
+        renamed: names that older files use, and the types that they stand for today.
     """
-    name = type(value).__name__
-    if _RECORDS.get(name) is type(value):
-        keys = getattr(value, "_fields", None) or [field.name for field in fields(value)]
-        return {_TYPE: name} | {key: to_plain(getattr(value, key)) for key in keys}
-    if isinstance(value, tuple):
-        return [to_plain(item) for item in value]
-    if isinstance(value, Mapping):
-        return {key: to_plain(item) for key, item in value.items()}
-    if value is None or type(value) in (str, int, float, bool):
-        return value
-    raise FormatError(f"a curvature graph with {value!r} cannot be written as plain values")
+
+    def __init__(self, records: Iterable[type], renamed: Mapping[str, type] | None = None) -> None:
+        self._types = {record.__name__: record for record in records}
+        self._names = {record: name for name, record in self._types.items()}
+        self._types |= renamed or {}
+
+    def write(self, value: object) -> Plain:
+        """Return a value with records as mappings and tuples as lists.
+
+        Raises:
+            FormatError: an object inside is neither plain nor of a known type, as the options that
+                a rule of the user's own gives to its tap may be.
+        """
+        name = self._names.get(type(value))
+        if name is not None:
+            return {_TYPE: name} | {key: self.write(getattr(value, key)) for key in _keys(value)}
+        if isinstance(value, tuple):
+            return [self.write(item) for item in value]
+        if isinstance(value, Mapping):
+            return {key: self.write(item) for key, item in value.items()}
+        if value is None or type(value) in (str, int, float, bool):
+            return value  # type: ignore[return-value]  # mypy does not narrow by `type(x) in`
+        raise FormatError(f"a curvature graph with {value!r} cannot be written as plain values")
+
+    def read(self, value: object) -> object:
+        """Return what ``write`` was given: records, and tuples in place of lists."""
+        if isinstance(value, (list, tuple)):
+            return tuple(self.read(item) for item in value)
+        if not isinstance(value, Mapping):
+            return value
+        content = {key: self.read(item) for key, item in value.items() if key != _TYPE}
+        name = value.get(_TYPE)
+        if isinstance(name, str) and name in self._types:
+            return self._types[name](**content)
+        return content if name is None else content | {_TYPE: self.read(name)}
 
 
-def from_plain(value: Any) -> Any:
-    """The inverse of ``to_plain``."""
-    if isinstance(value, (list, tuple)):
-        return tuple(from_plain(item) for item in value)
-    if not isinstance(value, Mapping):
-        return value
-    content = {key: from_plain(item) for key, item in value.items() if key != _TYPE}
-    # A mapping may have a key "type": only a record has one that names a record.
-    name = value.get(_TYPE)
-    if isinstance(name, str) and name in _RECORDS:
-        return _RECORDS[name](**content)
-    return content if name is None else content | {_TYPE: from_plain(name)}
+def _keys(record: object) -> tuple[str, ...]:
+    """The names of a record's fields."""
+    if is_dataclass(record):
+        return tuple(field.name for field in fields(record))
+    names: tuple[str, ...] = getattr(record, "_fields")  # noqa: B009  # of a named tuple
+    return names

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 from kfac_fx.ir.layout import Layout
 
 Role = Literal["input", "gradient", "count"]
+"""How a new statistic of a factor is scaled, see ``FactorSpec``."""
+
 FactorSide = Literal["A", "G", "C", "S", "positions"]
+"""What of a use a factor is the second moment (or the number) of, see ``FactorSpec``."""
+
 Approximation = Literal["kronecker", "kronecker_sum", "full", "pairs", "diagonal"]
+"""The structure of a block: A (x) G; the sum of two such products; a full covariance; one small
+matrix for each entry, over the parameters that share it (scale and shift); a diagonal.
+"""
 
 
 @dataclass(frozen=True)
@@ -61,9 +68,17 @@ class StatisticKey(NamedTuple):
 
 
 class NodeRef(NamedTuple):
-    """A node of the graph, by name."""
+    """Names a value of the graph, in place of the value, in what a tap is called with.
+
+    Attributes:
+        name: of a node; with a dot in front, the path of a buffer or flag of the module.
+    """
 
     name: str
+
+
+Argument: TypeAlias = "bool | int | float | str | NodeRef | tuple[Argument, ...] | None"
+"""What a tap is called with: plain values, and names that are resolved when it is inserted."""
 
 
 class Scale(NamedTuple):
@@ -90,17 +105,24 @@ class Tap:
 
     Its result takes the place of ``node`` in ``consumer``, or in all users when that is None.
 
-    With ``slots`` the operator runs in the node's place instead, for all the uses at that node:
-    ``operator(*tensors, factors, *options)``, where ``factors`` has ``slots`` entries, and those of
-    this use begin at ``at``.
-
-    With ``scale`` the statistics of G are those of the derivative times the factors of its rows.
+    Attributes:
+        operator: name of an operator of ``torch.ops.kfac_fx``.
+        node: name of the node whose derivative is recorded.
+        tensors: what else the statistics are formed of: nodes, or None for what is not there.
+        options: plain values in the order of the operator's schema, as the operator's options
+            class writes them (``kfac_fx.ops.options.TapOptions.to_args``) and reads them.
+        consumer: name of the one node that reads the tapped value; None for all users.
+        slots: 0, or the number of factors of an operator that runs in the node's place for all
+            the uses at that node: ``operator(*tensors, factors, *options)``.
+        at: where the factors of this use begin among those ``slots``.
+        scale: for a weight that is computed from a parameter. The statistics of G are then those
+            of the derivative times the factors of its rows.
     """
 
     operator: str
     node: str
-    tensors: tuple[NodeRef | None, ...] = ()
-    options: tuple[Any, ...] = ()
+    tensors: tuple[Argument, ...] = ()
+    options: tuple[Argument, ...] = ()
     consumer: str | None = None
     slots: int = 0
     at: int = 0
@@ -115,12 +137,12 @@ class ParameterUse:
         kind: the rule that recognised the use.
         node: the consuming node, by name.
         parameters: canonical names, the weight first.
-        layouts: per parameter, from its own shape to the block's.
+        layouts: for each parameter, the views from its own shape to the block's.
         factors: what the tap records, in the order of the tap's arguments.
         approximation: the structure of the block's Fisher.
         tap: how it is recorded; None if only the summed gradient is available.
         path: the operations between the parameter and the node, for reports.
-        reason: why the approximation is weaker than the kind allows, if it is.
+        reason: why the approximation is weaker than the kind allows; None where it is not.
     """
 
     kind: str

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from kfac_fx.curvature.averages import Entry
 from kfac_fx.ir import CurvatureBlock, Pair
-from kfac_fx.ops import Statistic, passes
+from kfac_fx.ir.use import StatisticKey
+from kfac_fx.ops import Statistic, multiplied, passes
 from kfac_fx.parallel import Place
 
 Gradients = dict[int, Tensor]
@@ -33,6 +35,8 @@ class Sources:
         parameters: those without a tap, whose summed gradient is squared.
         symmetric: ids of the factor buffers that hold symmetric matrices.
         shared: the G that several calls of a layer share.
+        keys: names of the factor buffers' statistics, by their ids.
+        untapped: blocks without a tap: the name of their statistic, and their parameters.
     """
 
     inputs: list[Tensor]
@@ -40,6 +44,8 @@ class Sources:
     parameters: list[Tensor]
     symmetric: set[int]
     shared: Shared
+    keys: dict[int, StatisticKey] = field(default_factory=dict)
+    untapped: list[tuple[StatisticKey, tuple[nn.Parameter, ...]]] = field(default_factory=list)
 
     @property
     def places(self) -> list[Place]:
@@ -51,6 +57,18 @@ class Sources:
         """All factor buffers."""
         return self.inputs + self.gradients
 
+    def keyed(self, found: Statistics) -> dict[StatisticKey, Statistic]:
+        """Return statistics by name; those of a block without a tap as one flat vector."""
+        result = {self.keys[key]: value for key, value in found.items() if key in self.keys}
+        for name, parameters in self.untapped:
+            squares = [found.get(id(p)) for p in parameters]
+            if any(square is None for square in squares):
+                continue
+            flat = torch.cat([multiplied(s).reshape(-1) for s in squares if s is not None])
+            dtype = torch.promote_types(parameters[0].dtype, torch.float32).to_real()
+            result[name] = flat.to(dtype)
+        return result
+
 
 def sources_of(entries: Sequence[Entry]) -> Sources:
     """Of blocks, pairs and moments."""
@@ -58,7 +76,9 @@ def sources_of(entries: Sequence[Entry]) -> Sources:
     for entry in entries:
         if not entry.block.tapped:
             sources.parameters.extend(entry.parameters)
+            sources.untapped.append((entry.keys[0], entry.parameters))
             continue
+        sources.keys |= {id(b): key for b, key in zip(entry.buffers, entry.keys, strict=True)}
         for spec, buffer in zip(entry.block.factors, entry.buffers, strict=True):
             (sources.gradients if spec.role == "gradient" else sources.inputs).append(buffer)
             if isinstance(entry.block, CurvatureBlock) and spec.role != "count":

@@ -12,12 +12,13 @@ from torch import nn
 
 from kfac_fx.curvature.averages import Entry
 from kfac_fx.errors import ObservationError, UnknownOptionError
+from kfac_fx.ir.use import StatisticKey
 from kfac_fx.likelihoods.batch import output_tensors
 from kfac_fx.likelihoods.builtin import Likelihood, Sum
 from kfac_fx.likelihoods.sampling import forked
-from kfac_fx.ops import forget_input, forget_passes, pause, resume, switch
+from kfac_fx.ops import Statistic, forget_input, forget_passes, pause, resume, switch
 from kfac_fx.parallel import Workers, drawn_seed
-from kfac_fx.statistics.buffers import Statistics, by_calls, sources_of
+from kfac_fx.statistics.buffers import by_calls, sources_of
 from kfac_fx.statistics.forward import Forward, run_network
 from kfac_fx.statistics.observation import Observation, StepStatistics, squared
 from kfac_fx.statistics.own_pass import Loss, PurePass, Result
@@ -178,13 +179,13 @@ class Recorder:
         draws = self._fisher == "sampled" or (self._fisher == "exact" and self._sources.parameters)
         return drawn_seed(self._generator, self._workers) if draws else 0
 
-    def take(self) -> Statistics:
+    def take(self) -> dict[StatisticKey, Statistic]:
         """The step's statistics in the scale of one likelihood term; empty if there are none.
 
         They are the caller's alone: a refresh that follows has their memory.
         """
         self._harvest()
-        found = self._statistics.mean()
+        found = self._sources.keyed(self._statistics.mean())
         self._statistics = StepStatistics(self._sources, self._workers)
         self._clear()
         return found

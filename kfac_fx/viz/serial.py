@@ -9,7 +9,6 @@ import networkx as nx
 
 from kfac_fx import ir
 from kfac_fx.errors import FormatError
-from kfac_fx.ir.plain import from_plain, to_plain
 from kfac_fx.viz.networks import to_networkx
 
 FORMAT = "kfac_fx.CurvatureGraph"
@@ -25,7 +24,7 @@ def to_json(curvature: ir.CurvatureGraph) -> str:
     content = {
         "format": FORMAT,
         "version": VERSION,
-        "curvature": to_plain(curvature),
+        "curvature": curvature.to_plain(),
         "graph": nx.node_link_data(to_networkx(curvature), edges="edges"),
     }
     return json.dumps(content, indent=1, ensure_ascii=False)
@@ -41,12 +40,9 @@ def from_json(text: str) -> ir.CurvatureGraph:
         content = json.loads(text)
         if content["format"] != FORMAT or content["version"] != VERSION:
             raise FormatError(f"this is no {FORMAT} of version {VERSION}")
-        found = from_plain(content["curvature"])
+        return ir.CurvatureGraph.from_plain(content["curvature"])
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise FormatError(f"this is no JSON of a curvature graph ({error!r})") from error
-    if not isinstance(found, ir.CurvatureGraph):
-        raise FormatError("this is no JSON of a curvature graph")
-    return found
 
 
 def load(path: str | Path) -> ir.CurvatureGraph:

@@ -14,7 +14,8 @@ from dataclasses import replace
 from torch import nn
 
 from kfac_fx.capture.view import GraphView
-from kfac_fx.ir import Layout, ParameterUse, Tap
+from kfac_fx.ir.layout import Layout
+from kfac_fx.ir.use import ParameterUse, Tap
 from kfac_fx.passes.rules.base import Refusal, Site, kronecker_factors, too_wide
 
 PROJECTIONS = frozenset({"in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"})

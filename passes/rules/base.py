@@ -12,8 +12,8 @@ from torch import fx
 from kfac_fx.capture.modules import Member
 from kfac_fx.capture.view import Call, GraphView, Reference
 from kfac_fx.config import MAX_FACTOR_DIM, MAX_FULL_DIM
-from kfac_fx.ir import Approximation, FactorSpec, Layout, NodeRef, ParameterUse, Role, Tap
-from kfac_fx.ir.use import FactorSide
+from kfac_fx.ir.layout import Layout
+from kfac_fx.ir.use import Approximation, FactorSide, FactorSpec, NodeRef, ParameterUse, Role, Tap
 
 
 @dataclass(frozen=True)

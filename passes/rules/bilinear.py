@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kfac_fx.capture.view import Call
-from kfac_fx.ir import NodeRef, ParameterUse, Tap
+from kfac_fx.ir.use import NodeRef, ParameterUse, Tap
 from kfac_fx.passes.rules.base import (
     Answer,
     Refusal,

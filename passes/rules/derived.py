@@ -17,8 +17,8 @@ from torch import Tensor
 
 from kfac_fx.capture.derived import Derivation
 from kfac_fx.capture.view import Reference
-from kfac_fx.ir import Layout, NodeRef, ParameterUse
-from kfac_fx.ir.use import Scale
+from kfac_fx.ir.layout import Layout
+from kfac_fx.ir.use import NodeRef, ParameterUse, Scale
 from kfac_fx.ops.row_scale import row_factors
 from kfac_fx.passes.rules.base import Refusal, Site, joined
 

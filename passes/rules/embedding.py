@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 
 from kfac_fx.capture.view import Call, GraphView
-from kfac_fx.ir import FactorSpec, NodeRef, ParameterUse, Tap
+from kfac_fx.ir.use import FactorSpec, NodeRef, ParameterUse, Tap
 from kfac_fx.passes.rules.base import (
     ONE_CASE,
     Answer,

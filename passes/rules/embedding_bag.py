@@ -6,7 +6,7 @@ from torch import fx
 
 from kfac_fx.capture.view import Call
 from kfac_fx.config import MAX_FULL_DIM
-from kfac_fx.ir import FactorSpec, ParameterUse, Tap
+from kfac_fx.ir.use import FactorSpec, ParameterUse, Tap
 from kfac_fx.passes.rules.base import (
     Answer,
     Refusal,

@@ -13,7 +13,8 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from kfac_fx.capture.derived import ancestors
 from kfac_fx.capture.view import Consumer, GraphView
-from kfac_fx.ir import FactorSpec, Layout, NodeRef, ParameterUse, Tap
+from kfac_fx.ir.layout import Layout
+from kfac_fx.ir.use import FactorSpec, NodeRef, ParameterUse, Tap
 from kfac_fx.passes.rules.base import (
     BROADCASTING,
     Site,

@@ -8,7 +8,8 @@ from typing import Any
 from torch import fx
 
 from kfac_fx.capture.view import Call, Reference
-from kfac_fx.ir import Layout, NodeRef, ParameterUse, Tap
+from kfac_fx.ir.layout import Layout
+from kfac_fx.ir.use import NodeRef, ParameterUse, Tap
 from kfac_fx.passes.rules.attention import attention_uses
 from kfac_fx.passes.rules.base import (
     ONE_CASE,

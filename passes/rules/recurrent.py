@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from kfac_fx.capture.view import Call, Reference
-from kfac_fx.ir import ParameterUse, Tap
+from kfac_fx.ir.use import ParameterUse, Tap
 from kfac_fx.ops.recurrent import CELLS, SLOTS, STEPS
 from kfac_fx.passes.rules.base import (
     Answer,

@@ -7,7 +7,7 @@ from math import prod
 from torch import fx
 
 from kfac_fx.capture.view import Call
-from kfac_fx.ir import NodeRef, ParameterUse, Tap
+from kfac_fx.ir.use import NodeRef, ParameterUse, Tap
 from kfac_fx.ops.convolution import TRANSPOSED
 from kfac_fx.passes.rules.base import (
     ONE_CASE,

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from support.asserts import assert_same
 from support.networks import BY_NAME, NETWORKS, Network
 from torch import Tensor, nn
 
 import kfac_fx
 
+assert_equal = functools.partial(assert_same, rtol=1e-6, atol=1e-9)
 pytestmark = pytest.mark.usefixtures("float64")
 every_network = pytest.mark.parametrize("network", NETWORKS, ids=str)
 with_modes = pytest.mark.parametrize(
@@ -46,29 +49,20 @@ def gradients(module: nn.Module, network: Network, n: int = 5) -> dict[str, Tens
     return {name: parameter.grad for name, parameter in module.named_parameters()}
 
 
-def assert_same(got: dict[str, Tensor | None], want: dict[str, Tensor | None]) -> None:
-    assert got.keys() == want.keys()
-    for name, value in want.items():
-        if value is None:
-            assert got[name] is None, name
-        else:
-            torch.testing.assert_close(got[name], value, rtol=1e-6, atol=1e-9, msg=name)
-
-
 @both_recordings
 @every_network
 def test_outputs_and_gradients(network: Network, recording: bool) -> None:
     model, net = pair(network)
     arm(net, recording)
-    assert_same({"out": forward(net, network)}, {"out": forward(model, network)})
-    assert_same(gradients(net, network), gradients(model, network))
+    assert_equal({"out": forward(net, network)}, {"out": forward(model, network)})
+    assert_equal(gradients(net, network), gradients(model, network))
 
 
 @every_network
 def test_other_batch_size(network: Network) -> None:
     model, net = pair(network)
-    assert_same(gradients(net, network, 3), gradients(model, network, 3))
-    assert_same(gradients(net, network, 8), gradients(model, network, 8))
+    assert_equal(gradients(net, network, 3), gradients(model, network, 3))
+    assert_equal(gradients(net, network, 8), gradients(model, network, 8))
 
 
 @every_network
@@ -106,8 +100,8 @@ def test_modes_follow_train_and_eval(name: str, recording: bool) -> None:
     for training in (True, False, True, True, False, True):
         model.train(training), net.train(training)
         assert net.training == training
-        assert_same({"out": forward(net, network)}, {"out": forward(model, network)})
-        assert_same(dict(net.state_dict()), dict(model.state_dict()))
+        assert_equal({"out": forward(net, network)}, {"out": forward(model, network)})
+        assert_equal(dict(net.state_dict()), dict(model.state_dict()))
 
 
 @with_modes
@@ -118,7 +112,7 @@ def test_captured_in_eval(name: str) -> None:
     model = copy.deepcopy(model)
     for training in (False, True, False):
         model.train(training), net.train(training)
-        assert_same({"out": forward(net, network)}, {"out": forward(model, network)})
+        assert_equal({"out": forward(net, network)}, {"out": forward(model, network)})
 
 
 def test_capture_keeps_mode_statistics_and_generator() -> None:
@@ -132,7 +126,7 @@ def test_capture_keeps_mode_statistics_and_generator() -> None:
         net = kfac_fx.transform(model, **arguments)
         assert torch.equal(state, torch.get_rng_state())
         assert model.training == net.training == training
-        assert_same(dict(model.state_dict()), dict(before))
+        assert_equal(dict(model.state_dict()), dict(before))
         assert all(parameter.grad is None for parameter in model.parameters())
 
 
@@ -156,7 +150,7 @@ def test_deepcopy(network: Network, recording: bool) -> None:
     own = {id(parameter) for parameter in net.parameters()}
     assert not any(id(parameter) in own for parameter in twin.parameters())
     assert twin.curvature.blocks.keys() == net.curvature.blocks.keys()
-    assert_same(gradients(twin, network), gradients(net, network))
+    assert_equal(gradients(twin, network), gradients(net, network))
 
 
 def shared_module() -> nn.Module:
@@ -200,8 +194,8 @@ def test_hooks_of_the_user(hook: Callable[..., Any], where: str, with_inputs: bo
         module.register_forward_hook(hook)
     reference = copy.deepcopy(model)
     net = kfac_fx.transform(model, *(network.inputs(4) if with_inputs else ()))
-    assert_same({"out": forward(net, network)}, {"out": forward(reference, network)})
-    assert_same(gradients(net, network), gradients(reference, network))
+    assert_equal({"out": forward(net, network)}, {"out": forward(reference, network)})
+    assert_equal(gradients(net, network), gradients(reference, network))
 
 
 def test_weight_norm_by_hooks() -> None:
@@ -212,7 +206,7 @@ def test_weight_norm_by_hooks() -> None:
         reference, network = copy.deepcopy(model), BY_NAME["mlp"]
         net = kfac_fx.transform(model)
         for _ in range(2):
-            assert_same(gradients(net, network), gradients(reference, network))
+            assert_equal(gradients(net, network), gradients(reference, network))
 
 
 def test_transform_leaves_the_model_alone() -> None:

@@ -7,11 +7,11 @@ import logging
 import pytest
 import torch
 from support import oracles
+from support.dense_updates import MODELS, Gradients
 from support.networks import Conv1D
 from support.oracles import Categorical, Measure, Normal
-from test_apply import MODELS, Gradients
-from test_factors_by_derivative import Tied
-from test_large_factors import LIMITS, head, joined
+from support.shared_weights import Tied
+from support.sub_blocks import LIMITS, head, joined
 from torch import Tensor, nn
 
 import kfac_fx

@@ -7,8 +7,9 @@ import logging
 import pytest
 import torch
 from support import oracles
+from support.asserts import assert_near
+from support.dense_blocks import assembled, indices, matrices
 from support.oracles import Categorical, Likelihood, Normal
-from test_operator import assembled, close, indices, matrices
 from torch import Tensor, nn
 
 import kfac_fx
@@ -97,7 +98,7 @@ def test_against_dense_covariance(kind: str, fisher: str, sharing: str) -> None:
         C = dense_moments(model, name, x, y, Normal(), fisher)
         S = (U.T @ C @ U).diagonal()
         found = pre._inverse.moments.spectrum(name)[2]
-        close(oracles.column_stacked(found), S, 1e-9)
+        assert_near(oracles.column_stacked(found), S, 1e-9)
         kronecker = (U.T @ torch.kron(A, G) @ U).diagonal()
         differ |= not torch.allclose(S, kronecker, rtol=0.05)
         index = oracles.column_stacked(matrices(model, name, at)[0])
@@ -109,10 +110,10 @@ def test_against_dense_covariance(kind: str, fisher: str, sharing: str) -> None:
     dense = assembled(placed, sum(p.numel() for p in model.parameters()))
     operator = pre.curvature_operator()
     v = torch.randn(len(dense))
-    close(operator.flat(pre.apply(operator.split(v))), torch.linalg.solve(dense, v))
-    close(operator.dense(), dense)
-    close(operator.diagonal(), dense.diagonal())
-    close(operator.logdet(), torch.linalg.slogdet(dense)[1])
+    assert_near(operator.flat(pre.apply(operator.split(v))), torch.linalg.solve(dense, v))
+    assert_near(operator.dense(), dense)
+    assert_near(operator.diagonal(), dense.diagonal())
+    assert_near(operator.logdet(), torch.linalg.slogdet(dense)[1])
 
 
 class Attention(nn.Module):
@@ -142,7 +143,7 @@ def test_attention() -> None:
         U_A, U_G, S = pre._inverse.moments.spectrum(name)
         U = torch.kron(U_A, U_G)
         want = (U.T @ C[index[:, None], index] @ U).diagonal()
-        close(oracles.column_stacked(S), want)
+        assert_near(oracles.column_stacked(S), want)
 
 
 def test_sampled_fisher_is_unbiased() -> None:
@@ -179,14 +180,14 @@ def test_starts_with_kronecker_eigenvalues_and_follows_between_refreshes() -> No
     cycle(net, pre, x)
     U_A, U_G, S = (value.clone() for value in pre._inverse.moments.spectrum("0"))
     A, G = pre.factors["0"]
-    close(S, (U_G.T @ G @ U_G).diagonal().outer((U_A.T @ A @ U_A).diagonal()))
+    assert_near(S, (U_G.T @ G @ U_G).diagonal().outer((U_A.T @ A @ U_A).diagonal()))
     before = pre._inverse.inverses["scale_0"]
     cycle(net, pre, 3 * x)
     bases = pre._inverse.moments.spectrum("0")[:2]
     assert torch.equal(bases[0], U_A) and torch.equal(bases[1], U_G)
     after = pre._inverse.inverses["scale_0"]
     assert not torch.allclose(before, after)
-    close(after, 1 / (pre._inverse.moments.spectrum("0")[2] + DAMPING))
+    assert_near(after, 1 / (pre._inverse.moments.spectrum("0")[2] + DAMPING))
 
 
 def test_new_bases_keep_the_diagonal() -> None:
@@ -204,7 +205,7 @@ def test_new_bases_keep_the_diagonal() -> None:
     U_A, U_G, found = pre._inverse.moments.spectrum("0")
     new = torch.kron(U_A, U_G)
     whole = old @ torch.diag(oracles.column_stacked(S)) @ old.T
-    close(oracles.column_stacked(found), (new.T @ whole @ new).diagonal())
+    assert_near(oracles.column_stacked(found), (new.T @ whole @ new).diagonal())
 
 
 def test_state_survives() -> None:
@@ -250,7 +251,7 @@ def test_taps_cost_nothing_else() -> None:
         assert not pre._inverse.averages.moments
         results.append([p.grad.clone() for p in model.parameters()])
     for one, two in zip(*results, strict=True):
-        close(one, two, 1e-12)
+        assert_near(one, two, 1e-12)
 
 
 def test_errors() -> None:
@@ -276,9 +277,9 @@ def test_kfac_takes_it(lr: float | None) -> None:
     assert losses[-1] < 0.9 * losses[0]
     inverses, gamma = optimizer._inverse.inverses, optimizer._rule.gamma
     if lr is None:
-        close(inverses["damping"], torch.tensor(gamma**2))
+        assert_near(inverses["damping"], torch.tensor(gamma**2))
     S = optimizer._inverse.moments.spectrum("0")[2]
-    close(inverses["scale_0"], 1 / (S + inverses["damping"]))
+    assert_near(inverses["scale_0"], 1 / (S + inverses["damping"]))
 
 
 def test_compiled_network() -> None:
@@ -299,4 +300,4 @@ def test_compiled_network() -> None:
             pre.step()
         found.append([p.grad.clone() for p in model.parameters()])
     for one, two in zip(*found, strict=True):
-        close(one, two)
+        assert_near(one, two)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import subprocess
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from support.asserts import assert_same
 from support.networks import BY_NAME, Network
+from support.steps import step_on_fixed_data as step
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
@@ -20,6 +22,7 @@ import kfac_fx
 from kfac_fx import passes
 from kfac_fx.errors import CaptureError, KFACError, NoParametersError, ObservationError
 
+assert_equal = functools.partial(assert_same, rtol=1e-9, atol=1e-12)
 pytestmark = [
     pytest.mark.usefixtures("float64"),
     pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning"),
@@ -28,8 +31,6 @@ pytestmark = [
 NAMES = ["mlp", "mlp_tokens", "conv2d", "batch_norm", "layer_norm", "embedded", "tied", "keywords"]
 NAMES += ["residual", "unused", "class_token"]
 several = pytest.mark.parametrize("name", NAMES)
-
-Found = dict[str, tuple[Tensor, ...]]
 
 
 def lstm() -> nn.Module:
@@ -54,28 +55,6 @@ def exported(module: nn.Module, network: Network) -> ExportedProgram:
     return torch.export.export(module, inputs, kwargs, dynamic_shapes=dynamic)
 
 
-def step(net: Any, network: Network) -> Found:
-    """Outputs, factors, cross factors and updates of one step on fixed data, batch size 5."""
-    pre = kfac_fx.Preconditioner(net, "normal", damping=1e-2, fisher="exact")
-    torch.manual_seed(7)
-    outputs = network.pick(net(*network.inputs(5), **network.kwargs(5)))
-    pre.observe(outputs)
-    net.zero_grad()
-    outputs.sin().sum().backward()
-    pre.step()
-    found = dict(pre.factors)
-    found |= {str(pair): group for pair, group in pre.cross_factors.items()}
-    updates = {n: (p.grad.clone(),) for n, p in net.named_parameters() if p.grad is not None}
-    return found | updates | {"outputs": (outputs.detach(),)}
-
-
-def assert_same(got: Found, want: Found) -> None:
-    assert got.keys() == want.keys()
-    for name, group in want.items():
-        for one, other in zip(got[name], group, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12, msg=name)
-
-
 def tap_count(graph: torch.fx.Graph) -> int:
     return sum(map(passes.is_tap, graph.nodes))
 
@@ -87,7 +66,7 @@ def test_export_keeps_the_taps(name: str) -> None:
     program = exported(net, network)
     assert tap_count(program.graph) == tap_count(net.graph) > 0
     assert passes.read_curvature(program.module()) == net.curvature
-    assert_same(step(program.module(), network), step(copy.deepcopy(net), network))
+    assert_equal(step(program.module(), network), step(copy.deepcopy(net), network))
 
 
 @several
@@ -103,7 +82,7 @@ def test_a_pass_inserts_taps_into_a_program(name: str) -> None:
     shared = dict(instrumented.module().named_parameters())
     assert all(shared[n] is p for n, p in program.module().named_parameters())
     want = step(kfac_fx.transform(copy.deepcopy(model), **network.captured_with()), network)
-    assert_same(step(instrumented.module(), network), want)
+    assert_equal(step(instrumented.module(), network), want)
 
 
 @several
@@ -116,7 +95,7 @@ def test_transform_takes_programs(name: str) -> None:
     assert net.curvature.route == "export"
     assert all(p is model.get_parameter(n) for n, p in net.named_parameters())
     want = step(twin, network)
-    assert_same(step(net, network), want)
+    assert_equal(step(net, network), want)
     again = kfac_fx.transform(passes.instrument_program(program))
     assert tap_count(again.graph) == tap_count(net.graph)
 
@@ -157,7 +136,7 @@ def test_decompositions_that_leave_the_taps(name: str) -> None:
         del table[operator]
     program = exported(net, network).run_decompositions(table)
     assert tap_count(program.graph) == tap_count(net.graph)
-    assert_same(step(program.module(), network), step(net, network))
+    assert_equal(step(program.module(), network), step(net, network))
 
 
 def test_reestablished_after_all_decompositions() -> None:
@@ -168,7 +147,7 @@ def test_reestablished_after_all_decompositions() -> None:
     assert tap_count(decomposed.graph) == 0
     with pytest.raises(ObservationError, match="not computed by the transformed module"):
         step(decomposed.module(), network)
-    assert_same(step(kfac_fx.transform(decomposed), network), step(net, network))
+    assert_equal(step(kfac_fx.transform(decomposed), network), step(net, network))
 
 
 def test_strip_after_export_leaves_aten() -> None:
@@ -177,7 +156,7 @@ def test_strip_after_export_leaves_aten() -> None:
     net = kfac_fx.transform(network.build())
     program = exported(net, network)
     again = kfac_fx.transform(program)
-    assert_same(step(again, network), step(net, network))
+    assert_equal(step(again, network), step(net, network))
     passes.StripTaps()(again)
     assert not [node for node in again.graph.nodes if node.op == "call_module"]
     inputs = network.inputs(5)
@@ -186,15 +165,15 @@ def test_strip_after_export_leaves_aten() -> None:
 
 RUN = """
 import sys, torch
-sys.path.insert(0, sys.argv[1])
 torch.set_default_dtype(torch.float64)
 torch.set_num_threads(1)
-from test_exported_programs import BY_NAME, step
+from support.networks import BY_NAME
+from support.steps import step_on_fixed_data
 found = {}
-for name in sys.argv[3:]:
-    program = torch.export.load(f"{sys.argv[2]}/{name}.pt2")
-    found[name] = step(program.module(), BY_NAME[name])
-torch.save(found, f"{sys.argv[2]}/found.pt")
+for name in sys.argv[2:]:
+    program = torch.export.load(f"{sys.argv[1]}/{name}.pt2")
+    found[name] = step_on_fixed_data(program.module(), BY_NAME[name])
+torch.save(found, f"{sys.argv[1]}/found.pt")
 """
 
 
@@ -213,11 +192,11 @@ def test_saved_loaded_and_recorded_in_another_process(tmp_path: Path) -> None:
             warnings.simplefilter("ignore")
             torch.export.save(program, tmp_path / f"{name}.pt2")
         want[name] = step(net, network)
-    here = Path(__file__).parent
-    paths = os.pathsep.join(map(str, here.parents[:2]))
+    tests = Path(__file__).resolve().parents[1]
+    paths = os.pathsep.join([str(tests), str(tests.parent)])
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", "-c", RUN, str(here), str(tmp_path), *names]
+    command = [sys.executable, "-W", "ignore", "-c", RUN, str(tmp_path), *names]
     subprocess.run(command, check=True, env=environment)
     found = torch.load(tmp_path / "found.pt")
     for name in names:
-        assert_same(found[name], want[name])
+        assert_equal(found[name], want[name])

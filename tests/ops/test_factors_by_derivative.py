@@ -6,71 +6,14 @@ its outer products over cases and positions, and G that of the derivatives in th
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 import torch.nn.functional as F
+from support.derivative_oracle import Wrapped, WrappedPair, measured, oracle
+from support.shared_weights import Packed, Tied, Unpacked
 from torch import Tensor, nn
 
 import kfac_fx
-
-
-class Wrapped(nn.Module):
-    """A layer, a nonlinearity and a head, with the layer's output kept."""
-
-    def __init__(self, layer: nn.Module, features: int) -> None:
-        super().__init__()
-        self.layer, self.head = layer, nn.Linear(features, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.tanh(self.layer(x)).flatten(1))
-
-
-class WrappedPair(Wrapped):
-    """The same for a layer of two inputs."""
-
-    def forward(self, x: Tensor, z: Tensor) -> Tensor:
-        return self.head(torch.tanh(self.layer(x, z)).flatten(1))
-
-
-def oracle(
-    model: Wrapped, inputs: tuple[Tensor, ...], rows: Callable[[Tensor], Tensor], channel: int
-) -> tuple[Tensor, Tensor]:
-    """(A, G) for a unit-variance normal likelihood, exactly; one position at a time.
-
-    Args:
-        rows: the weight as [out, in]; the first row is the one of output channel 0.
-        channel: the dimension of the layer's output that holds the channels.
-    """
-    s = model.layer(*inputs)
-    outputs = model.head(torch.tanh(s).flatten(1))
-    places = s.movedim(channel, -1).flatten(1, -2) if s.dim() > 2 else s.unsqueeze(1)
-    cases, positions, width = places.shape
-    A = 0
-    for n in range(cases):
-        for t in range(positions):
-            parameters = list(model.layer.parameters())
-            found = torch.autograd.grad(places[n, t, 0], parameters, retain_graph=True)
-            abar = torch.cat([rows(found[0])[0], *(bias[:1] for bias in found[1:])])
-            A = A + torch.outer(abar, abar)
-    G = torch.zeros(width, width)
-    for n in range(cases):
-        for o in range(outputs.shape[1]):
-            (g,) = torch.autograd.grad(outputs[n, o], s, retain_graph=True)
-            g = (g.movedim(channel, -1).flatten(1, -2) if g.dim() > 2 else g.unsqueeze(1))[n]
-            G = G + g.T @ g
-    return A / cases, G / (cases * positions)
-
-
-def measured(model: nn.Module, inputs: tuple[Tensor, ...], block: str) -> tuple[Tensor, ...]:
-    net = kfac_fx.transform(model)
-    preconditioner = kfac_fx.Preconditioner(net, "normal", fisher="exact")
-    outputs = net(*inputs)
-    preconditioner.observe(outputs)
-    outputs.sum().backward()
-    preconditioner.step()
-    return preconditioner.factors[block]
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -162,20 +105,6 @@ def test_batched_matrices_are_one_block_a_matrix(call: str) -> None:
         torch.testing.assert_close(model.weight.grad[group], left @ gradient[group] @ right)
 
 
-class Tied(nn.Module):
-    """An embedding whose table is the output head."""
-
-    def __init__(self, bias: bool) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(7, 4, padding_idx=2)
-        self.mid = nn.Linear(4, 4)
-        self.head = nn.Linear(4, 7, bias=bias)
-        self.head.weight = self.embedding.weight
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.head(torch.tanh(self.mid(self.embedding(ids))))
-
-
 def _embedding_oracle(model: Tied, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Counts and G of the look-up, A and G of the head, for a categorical likelihood."""
     cases, tokens = ids.shape
@@ -230,38 +159,6 @@ def test_tied_embedding_and_head_sum_both_curvatures(bias: bool) -> None:
     # vec of [d, V] stacks columns: the d entries of a word's row lie together.
     want = torch.linalg.solve(dense, V.flatten()).reshape(7, 4)
     torch.testing.assert_close(model.embedding.weight.grad, want, rtol=1e-9, atol=1e-12)
-
-
-class Packed(nn.Module):
-    """Three projections whose weights are slices of one parameter."""
-
-    def __init__(self, split: str) -> None:
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.randn(12, 4)), nn.Parameter(torch.randn(12))
-        self.split = split
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.split == "chunk":
-            q, k, v = self.weight.chunk(3)
-        else:
-            q, k, v = self.weight[:4], self.weight[4:8], self.weight[8:]
-        b = self.bias.view(3, 4)
-        return F.linear(x, q, b[0]) * F.linear(x, k, b[1]) + F.linear(x, v, b[2])
-
-
-class Unpacked(nn.Module):
-    def __init__(self, packed: Packed) -> None:
-        super().__init__()
-        self.parts = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
-        with torch.no_grad():
-            for part, w, b in zip(
-                self.parts, packed.weight.chunk(3), packed.bias.chunk(3), strict=True
-            ):
-                part.weight.copy_(w)
-                part.bias.copy_(b)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.parts[0](x) * self.parts[1](x) + self.parts[2](x)
 
 
 @pytest.mark.parametrize("split", ["chunk", "slices"])

@@ -14,9 +14,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import oracles
+from support.derivative_oracle import Wrapped, measured, oracle
 from support.oracles import Categorical, Measure, close
-from test_factors_by_derivative import Wrapped, measured, oracle
-from test_recurrent import Tagger, expected
+from support.recurrent_oracle import Tagger, expected
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

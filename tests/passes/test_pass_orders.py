@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import logging
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from support.asserts import assert_same
 from torch import Tensor, fx, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.fx.experimental import optimization
@@ -23,6 +25,7 @@ import kfac_fx
 from kfac_fx import passes
 from kfac_fx.errors import KFACError
 
+assert_equal = functools.partial(assert_same, rtol=1e-8, atol=1e-11)
 pytestmark = pytest.mark.usefixtures("float64")
 
 Pass = Callable[[fx.GraphModule], fx.GraphModule]
@@ -155,13 +158,6 @@ def results(net: nn.Module, model: Network, run: nn.Module | None = None) -> dic
     return found | {"outputs": (outputs.detach(),)}
 
 
-def assert_same(got: dict[Any, Any], want: dict[Any, Any]) -> None:
-    assert got.keys() == want.keys()
-    for name, group in want.items():
-        for one, other in zip(got[name], group, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-11, msg=str(name))
-
-
 def expected(quantised: bool) -> tuple[Network, dict[Any, Any]]:
     """A model, and the results of a copy of it that is written with or without quantisation."""
     model = Network()
@@ -185,7 +181,7 @@ def test_five_passes_in_many_orders(order: tuple[Pass, ...]) -> None:
     model, want = expected(quantised=True)
     manager = PassManager([pass_result_wrapper(one) for one in (*order, ours)])
     net = manager(fx.symbolic_trace(model)).graph_module
-    assert_same(results(net, model), want)
+    assert_equal(results(net, model), want)
     assert not passes.KFACTransform()(net).modified
     assert not [key for key in net.state_dict() if "_kfac_fx" in key]
 
@@ -204,10 +200,10 @@ def test_split_and_checkpointed(at: int) -> None:
             whole = module = ours(module)
     if at <= len(OTHERS):
         assert whole is not None
-        assert_same(results(whole, model, run=module), want)
+        assert_equal(results(whole, model, run=module), want)
         with pytest.raises(KFACError, match="that was transformed"):
             kfac_fx.Preconditioner(module)
-    assert_same(results(ours(module), model), want)
+    assert_equal(results(ours(module), model), want)
 
 
 @pytest.mark.parametrize("one", [shapes, fold_constants, remove_dead_code])
@@ -215,7 +211,7 @@ def test_taps_survive(one: Pass) -> None:
     """Passes that leave layers alone need no second run of ours."""
     model, want = expected(quantised=False)
     net = one(ours(fx.symbolic_trace(model)))
-    assert_same(results(net, model), want)
+    assert_equal(results(net, model), want)
     taps = [node for node in net.graph.nodes if passes.is_tap(node)]
     assert len(taps) == 8 and all("kfac_fx" in node.meta["custom"] for node in taps)
     if one is shapes:
@@ -228,9 +224,9 @@ def test_rewriting_behind_ours_is_noticed() -> None:
     net = quantise(ours(fx.symbolic_trace(model)))
     stale = results(net, model)
     with pytest.raises(AssertionError):
-        assert_same(stale, want)
+        assert_equal(stale, want)
     assert passes.KFACTransform()(net).modified
-    assert_same(results(net, model), want)
+    assert_equal(results(net, model), want)
 
 
 def test_convolution_and_norm_fused() -> None:
@@ -250,7 +246,7 @@ def test_checkpoints_are_looked_through(caplog: pytest.LogCaptureFixture) -> Non
     with caplog.at_level(logging.INFO, "kfac_fx"):
         net = kfac_fx.transform(checkpoint(fx.symbolic_trace(model)))
     assert "checkpoint around fc is looked through" in caplog.text
-    assert_same(results(net, model), want)
+    assert_equal(results(net, model), want)
 
 
 def test_nested_results_of_split_parts() -> None:

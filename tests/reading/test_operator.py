@@ -8,12 +8,13 @@ from collections.abc import Callable
 import pytest
 import torch
 from support import oracles
-from support.networks import Conv1D
+from support.asserts import assert_near
+from support.coupled_networks import Branches, RandomGraph, Residual, chain
+from support.dense_blocks import assembled, dense_blocks, indices, matrices, product
+from support.dense_updates import MODELS
 from support.oracles import Categorical, Measure, Normal
-from test_apply import MODELS
-from test_factors_by_derivative import Packed, Tied
-from test_large_factors import LIMITS, head, joined
-from test_tridiagonal import Branches, RandomGraph, Residual, chain
+from support.shared_weights import Packed, Tied
+from support.sub_blocks import LIMITS, head, joined
 from torch import Tensor, nn
 
 import kfac_fx
@@ -21,67 +22,6 @@ from kfac_fx.errors import OperatorError, StatisticsError
 
 pytestmark = pytest.mark.usefixtures("float64")
 DAMPING = 1e-2
-Placed = list[tuple[Tensor, Tensor]]  # flat indices and the dense matrix of their block
-
-
-def close(got: Tensor, want: Tensor, rtol: float = 1e-8) -> None:
-    torch.testing.assert_close(got, want, rtol=rtol, atol=rtol * want.abs().max().item())
-
-
-def indices(model: nn.Module) -> dict[str, Tensor]:
-    """The place of every entry of every parameter in the flat vector."""
-    found, start = {}, 0
-    for name, p in model.named_parameters():
-        found[name] = torch.arange(start, start + p.numel()).reshape(p.shape)
-        start += p.numel()
-    return found
-
-
-def matrices(model: nn.Module, name: str, at: dict[str, Tensor]) -> Tensor:
-    """Flat indices of a Kronecker block as [groups, out, in + 1]."""
-    if name in at:  # rows of a bare parameter, as an embedding's
-        return at[name].T[None]
-    layer, weight, bias = model.get_submodule(name), at[f"{name}.weight"], at.get(f"{name}.bias")
-    if isinstance(layer, (Conv1D, nn.Embedding)):
-        weight = weight.T
-    groups = getattr(layer, "groups", 1)
-    rows = weight.reshape(groups, len(weight) // groups, -1)
-    return rows if bias is None else torch.cat([rows, bias.reshape(groups, -1, 1)], 2)
-
-
-def dense_blocks(pre: object, model: nn.Module, damping: float, tikhonov: str) -> Placed:
-    """Blocks of the block-diagonal structure."""
-    at, placed = indices(model), []
-    for name, block in pre.curvature.blocks.items():
-        factors = pre.factors[name]
-        if block.approximation == "kronecker":
-            index = matrices(model, name, at)
-            batched = [f if len(index) > 1 else f[None] for f in factors]
-            for i, A, G in zip(index, *batched, strict=True):
-                placed.append((oracles.column_stacked(i), product(A, G, damping, tikhonov)))
-        elif block.approximation == "pairs":
-            both = torch.stack([at[p] for p in block.parameters], 1)
-            eye = damping * torch.eye(2)
-            placed += [(i, C + eye) for i, C in zip(both, factors[0], strict=True)]
-        else:
-            C = torch.diag(factors[0]) if factors[0].dim() == 1 else factors[0]
-            index = torch.cat([at[p].flatten() for p in block.parameters])
-            placed.append((index, C + damping * torch.eye(len(C))))
-    return placed
-
-
-def product(A: Tensor, G: Tensor, damping: float, tikhonov: str) -> Tensor:
-    A, G = (torch.diag(f) if f.dim() == 1 else f for f in (A, G))
-    if tikhonov == "factored":
-        return torch.kron(*oracles.tikhonov(A, G, damping))
-    return torch.kron(A, G) + damping * torch.eye(len(A) * len(G))
-
-
-def assembled(placed: Placed, size: int) -> Tensor:
-    whole = torch.eye(size)
-    for index, block in placed:
-        whole[index[:, None], index] = block
-    return whole
 
 
 def assert_operator(pre: object, dense: Tensor) -> None:
@@ -89,28 +29,28 @@ def assert_operator(pre: object, dense: Tensor) -> None:
     operator, n = pre.curvature_operator(), len(dense)
     assert operator.shape == (n, n) and operator.dtype == "float64"
     eye = torch.eye(n)
-    close(operator.dense(), dense)
+    assert_near(operator.dense(), dense)
     inverse = torch.linalg.inv(dense)
     x = torch.randn(n, 3)
-    close(operator @ x, dense @ x)
-    close(operator @ x[:, 0], dense @ x[:, 0])
-    close(operator.rmatvec(x[:, 0]), dense.T @ x[:, 0])
-    close(operator.rmatmat(x), dense.T @ x)
+    assert_near(operator @ x, dense @ x)
+    assert_near(operator @ x[:, 0], dense @ x[:, 0])
+    assert_near(operator.rmatvec(x[:, 0]), dense.T @ x[:, 0])
+    assert_near(operator.rmatmat(x), dense.T @ x)
     solved = operator.solve(x[:, 0])
-    close(solved, inverse @ x[:, 0])
+    assert_near(solved, inverse @ x[:, 0])
     named = operator.split(x[:, 0])
-    close(operator.flat(operator.solve(named)), solved)
-    close(operator.flat(operator @ named), dense @ x[:, 0])
+    assert_near(operator.flat(operator.solve(named)), solved)
+    assert_near(operator.flat(operator @ named), dense @ x[:, 0])
     pre.refresh()
-    close(operator.flat(pre.apply(named)), solved)
+    assert_near(operator.flat(pre.apply(named)), solved)
     S = torch.stack([operator.sqrt_solve(column) for column in eye], 1)
-    close(S @ S.T, inverse)
-    close(operator.logdet(), torch.linalg.slogdet(dense)[1])
-    close(operator.trace(), dense.trace())
-    close(operator.diagonal(), dense.diagonal())
+    assert_near(S @ S.T, inverse)
+    assert_near(operator.logdet(), torch.linalg.slogdet(dense)[1])
+    assert_near(operator.trace(), dense.trace())
+    assert_near(operator.diagonal(), dense.diagonal())
     z = torch.randn(n, generator=torch.Generator().manual_seed(3))
     drawn = operator.sample(torch.Generator().manual_seed(3))
-    close(operator.flat(drawn), S @ z)
+    assert_near(operator.flat(drawn), S @ z)
 
 
 @pytest.mark.parametrize("tikhonov", ["factored", "exact"])
@@ -202,8 +142,8 @@ def test_float32(measure: Measure) -> None:
     v = torch.randn(double.shape[0])
     assert (double @ v).dtype == torch.float64 and double.dtype == "float64"
     assert (single @ v).dtype == torch.float32 and single.dtype == "float32"
-    close((single @ v).double(), double @ v, 1e-4)
-    close(double @ double.solve(v), v)
+    assert_near((single @ v).double(), double @ v, 1e-4)
+    assert_near(double @ double.solve(v), v)
 
 
 class Mixed(nn.Module):
@@ -245,8 +185,8 @@ def test_conditional_that_is_left_out(measure: Measure) -> None:
     operator = pre.curvature_operator()
     pre.refresh()
     x = operator.split(torch.randn(operator.shape[0]))
-    close(operator.flat(operator.solve(x)), operator.flat(pre.apply(x)))
-    close(operator.flat(operator @ operator.solve(x)), operator.flat(x))
+    assert_near(operator.flat(operator.solve(x)), operator.flat(pre.apply(x)))
+    assert_near(operator.flat(operator @ operator.solve(x)), operator.flat(x))
 
 
 @pytest.mark.parametrize("tikhonov", ["factored", "exact"])
@@ -319,11 +259,11 @@ def test_slices_of_one_parameter(measure: Measure) -> None:
     operator = pre.curvature_operator()
     assert len(pre.curvature.blocks) == 3 and operator.shape == (60, 60)
     dense = operator.dense()
-    close(dense, dense.T)
+    assert_near(dense, dense.T)
     x = torch.randn(60)
-    close(operator.flat(pre.apply(operator.split(x))), torch.linalg.solve(dense, x))
-    close(operator.logdet(), torch.linalg.slogdet(dense)[1])
-    close(operator.trace(), dense.trace())
+    assert_near(operator.flat(pre.apply(operator.split(x))), torch.linalg.solve(dense, x))
+    assert_near(operator.logdet(), torch.linalg.slogdet(dense)[1])
+    assert_near(operator.trace(), dense.trace())
 
 
 def test_samples_have_the_covariance(measure: Measure) -> None:
@@ -347,14 +287,14 @@ def test_scipy_takes_it(measure: Measure) -> None:
     dense, n = operator.dense(), operator.shape[0]
     wrapped = linalg.aslinearoperator(operator)
     x = torch.randn(n, 2)
-    close(torch.as_tensor(wrapped @ x.numpy()), dense @ x)
-    close(torch.as_tensor(wrapped @ x[:, 0].numpy()), dense @ x[:, 0])
-    close(torch.as_tensor(wrapped.rmatvec(x[:, 0].numpy())), dense @ x[:, 0])
+    assert_near(torch.as_tensor(wrapped @ x.numpy()), dense @ x)
+    assert_near(torch.as_tensor(wrapped @ x[:, 0].numpy()), dense @ x[:, 0])
+    assert_near(torch.as_tensor(wrapped.rmatvec(x[:, 0].numpy())), dense @ x[:, 0])
     largest = linalg.eigsh(operator, k=3, return_eigenvectors=False)
-    close(torch.as_tensor(largest).sort()[0], torch.linalg.eigvalsh(dense)[-3:])
+    assert_near(torch.as_tensor(largest).sort()[0], torch.linalg.eigvalsh(dense)[-3:])
     solution, failed = linalg.cg(operator, x[:, 0].numpy(), rtol=1e-10, maxiter=10 * n)
     assert not failed
-    close(torch.as_tensor(solution), torch.linalg.solve(dense, x[:, 0]), 1e-5)
+    assert_near(torch.as_tensor(solution), torch.linalg.solve(dense, x[:, 0]), 1e-5)
 
 
 def test_errors(measure: Measure) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-MAXIMUM_LINES = 350
+MAXIMUM_LINES = 500
 
 # For each room, the rooms below that it may import. Its own files it may always import.
 GROUND = {"errors", "config"}
@@ -250,4 +250,4 @@ def test_checker_counts_lines(tmp_path: Path) -> None:
         "passes/fits.py": "x = 0\n" * MAXIMUM_LINES,
     }
     (message,) = too_long(build(tmp_path, files))
-    assert message.startswith("passes/long.py: 351 lines")
+    assert message.startswith("passes/long.py: 501 lines")

@@ -12,7 +12,7 @@ from pathlib import Path
 import networkx as nx
 import pytest
 import torch
-from test_viz_pictures import Tower
+from support.towers import Tower
 from torch import nn
 
 import kfac_fx

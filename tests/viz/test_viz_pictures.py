@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from support.towers import Tower
+from torch import nn
 
 import kfac_fx
 from kfac_fx.errors import MissingExtraError, UnknownOptionError
@@ -23,34 +24,6 @@ from kfac_fx.viz.plain import plain_figure
 from kfac_fx.viz.tree import Group, Item, leaves, module_tree
 
 needs_dot = pytest.mark.skipif(shutil.which("dot") is None, reason="needs Graphviz's dot")
-
-
-class Branch(nn.Module):
-    """A residual branch of two layers after a norm."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(torch.relu(self.up(self.norm(x))))
-
-
-class Tower(nn.Module):
-    """Equal branches between a stem and a head."""
-
-    def __init__(self, depth: int, width: int = 4) -> None:
-        super().__init__()
-        self.stem, self.head = nn.Linear(3, width), nn.Linear(width, 2)
-        self.branches = nn.ModuleList(Branch(width) for _ in range(depth))
-        self.gain = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        for branch in self.branches:
-            x = branch(x)
-        return self.head(x * torch.cumsum(self.gain, 0))
 
 
 @pytest.fixture(scope="module")
