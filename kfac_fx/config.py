@@ -47,7 +47,7 @@ class CurvatureOptions:
     Args:
         structure: "block_tridiagonal" records and uses the couplings, "block_diagonal" leaves them
             out. Here it is never None: the module's own structure is filled in before.
-        tikhonov: how Kronecker blocks are damped (docs/explanation/mathematics.md, section 7).
+        tikhonov: how Kronecker blocks are damped (docs/explanation/mathematics.md, section 5).
         factor_storage: how running averages are kept between folds; None as they are computed.
         compile: whether the generated program runs through torch.compile; a name is that of a
             backend of torch.compile.

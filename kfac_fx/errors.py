@@ -41,6 +41,10 @@ class ObservationError(KFACError, RuntimeError):
     """``observe`` was called at the wrong time or with outputs of another module."""
 
 
+class TapsTakenError(KFACError, RuntimeError):
+    """A Preconditioner or KFAC is used after another one was made on the same module."""
+
+
 class StatisticsError(KFACError, RuntimeError):
     """Statistics are needed that were never recorded."""
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from kfac_fx.config import STRUCTURES, choice
+from kfac_fx.config import STRUCTURES, Structure, choice
 from kfac_fx.errors import KFACError, ParameterChangedError, UnknownOptionError
 from kfac_fx.ir import CurvatureGraph
 from kfac_fx.ops import STORE
@@ -96,7 +96,7 @@ def _curvature(net: Any) -> CurvatureGraph:
     return found
 
 
-def transformed(net: Any, structure: str | None) -> tuple[CurvatureGraph, str]:
+def transformed(net: Any, structure: Structure | None) -> tuple[CurvatureGraph, Structure]:
     """The curvature graph of what ``transform`` returned, and the structure that is wanted.
 
     Raises:
@@ -105,9 +105,11 @@ def transformed(net: Any, structure: str | None) -> tuple[CurvatureGraph, str]:
     """
     curvature = _curvature(net)
     wanted = choice("structure", structure or curvature.structure, STRUCTURES)
-    if wanted == "block_tridiagonal" != curvature.structure:
+    if wanted == "block_diagonal":
+        return curvature, "block_diagonal"
+    if curvature.structure != "block_tridiagonal":
         raise UnknownOptionError(
             "structure='block_tridiagonal', but the module was transformed with "
             f"structure={curvature.structure!r}, so it records no cross factors"
         )
-    return curvature, wanted
+    return curvature, "block_tridiagonal"

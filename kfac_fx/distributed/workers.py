@@ -20,7 +20,15 @@ from kfac_fx.distributed.control import Control
 from kfac_fx.distributed.engine import Divided
 from kfac_fx.errors import UnknownOptionError
 from kfac_fx.ops import multiplied
-from kfac_fx.parallel import ALONE, Engine, Held, Place, Values, unwrapped
+from kfac_fx.parallel import (
+    ALONE,
+    Engine,
+    RunnableProgram,
+    StatisticSlot,
+    Values,
+    WholeParameters,
+    unwrapped,
+)
 
 BUCKET_BYTES = 25 * 2**20
 """Of a message; what DistributedDataParallel takes."""
@@ -108,10 +116,10 @@ class DataParallel:
     def agree(self, call: str, good: bool = True, amount: float = 0.0) -> tuple[bool, float]:
         return self.control.agree(call, good, amount)
 
-    def start_sum(self, places: Sequence[Place], values: Values) -> Callable[[], Values]:
+    def start_sum(self, slots: Sequence[StatisticSlot], values: Values) -> Callable[[], Values]:
         if self.size == 1:
             return lambda: values
-        forms = [_form_of(place) for place in places]
+        forms = [_form_of(slot) for slot in slots]
         present = torch.tensor([float(value is not None) for value in values])
         # In float64 the flags would have a message of their own.
         flags = Form(present.shape, forms[0].dtype, forms[0].device)
@@ -137,9 +145,10 @@ class DataParallel:
             assert total is not None
             tensor.copy_(total)
 
-    def engine(self, program: Program, factors: Sequence[Tensor], tikhonov: str) -> Engine:
+    def engine(self, program: RunnableProgram, factors: Sequence[Tensor], tikhonov: str) -> Engine:
         if self.size == 1 and not self.staleness:
             return ALONE.engine(program, factors, tikhonov)
+        assert isinstance(program, Program)  # only a generated program can be cut into parts
         return Divided(self, program, factors, tikhonov)
 
     def whole(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -154,7 +163,7 @@ class DataParallel:
     def put(self, value: Tensor, into: Tensor) -> None:
         sharded.put(value, into)
 
-    def hold(self, net: fx.GraphModule, parameters: Mapping[str, Tensor]) -> Held:
+    def hold(self, net: fx.GraphModule, parameters: Mapping[str, Tensor]) -> WholeParameters:
         if not any(_sharded(p) for p in net.parameters()):
             return ALONE.hold(net, parameters)
         return sharded.Gathered(net, parameters)
@@ -214,6 +223,6 @@ def _sharded(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor)
 
 
-def _form_of(place: Place) -> Form:
-    dtype = torch.promote_types(place.like.dtype, torch.float32).to_real()
-    return Form(place.like.shape, dtype, place.like.device, place.symmetric)
+def _form_of(slot: StatisticSlot) -> Form:
+    dtype = torch.promote_types(slot.like.dtype, torch.float32).to_real()
+    return Form(slot.like.shape, dtype, slot.like.device, slot.symmetric)

@@ -1,29 +1,38 @@
-"""How lambda and gamma adapt (Martens & Grosse 2015, sections 6.5 and 6.6)."""
+"""How lambda and gamma adapt (Martens & Grosse 2015, sections 6.5 and 6.6).
+
+The formulas are in docs/explanation/mathematics.md, section 9.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Mapping
 
 from kfac_fx.errors import DampingError
 
 LARGEST = 1e4
-"""How many times lambda_0 lambda can become."""
+"""How many times its first value lambda can become."""
 
 
 class DampingRule:
     """lambda by the reduction ratio, gamma by greedy search.
 
+    Two numbers, because they serve two purposes: lambda says how far the quadratic model is
+    believed, gamma what keeps the factors invertible. The paper found that a gamma tied to lambda
+    is often too large.
+
     Args:
-        damping: lambda_0.
-        weight_decay: eta.
+        damping: lambda_0, above zero, in the units of the Fisher of one likelihood term.
+        weight_decay: eta, which the model adds to lambda.
         smallest: floor of lambda; gamma stays above sqrt(smallest + eta).
         gamma_limit: gamma stays below this multiple of sqrt(lambda + eta).
-        damping_every, gamma_every: T1 and T2; omega1 = (19/20)^T1, omega2 = (19/20)^(T2 / 2).
+        damping_every: T1; a judgement changes lambda by omega1 = (19/20)^T1, so that its speed does
+            not depend on T1.
+        gamma_every: T2; neighbours of gamma lie omega2 = (19/20)^(T2 / 2) away.
 
     Attributes:
-        damping: lambda.
-        gamma: of factored Tikhonov damping; starts as sqrt(lambda_0 + eta).
+        damping: lambda now.
+        gamma: gamma of factored Tikhonov damping now; starts as sqrt(lambda_0 + eta).
 
     Raises:
         DampingError: damping is not a finite number above zero.
@@ -40,8 +49,11 @@ class DampingRule:
     ) -> None:
         if not (math.isfinite(damping) and damping > 0):
             raise DampingError(f"damping must be a finite number above zero, got {damping!r}")
-        self.damping, self.weight_decay, self.smallest = damping, weight_decay, smallest
-        self.damping_every, self.gamma_every = damping_every, gamma_every
+        self.damping = damping
+        self.weight_decay = weight_decay
+        self.smallest = smallest
+        self.damping_every = damping_every
+        self.gamma_every = gamma_every
         self.gamma_limit = gamma_limit
         self.gamma: float = self.total**0.5
         self._largest = LARGEST * damping
@@ -50,20 +62,30 @@ class DampingRule:
 
     @property
     def total(self) -> float:
-        """lambda + eta."""
+        """lambda + eta: what the quadratic model adds to the diagonal of F."""
         return self.damping + self.weight_decay
 
     def candidates(self, iteration: int) -> list[float]:
-        """gamma, and every T2 iterations its neighbours; all within the limits."""
+        """Return gamma, and every T2 iterations its neighbours too; all within the limits."""
         floor = (self.smallest + self.weight_decay) ** 0.5
         ceiling = max(self.gamma_limit * self.total**0.5, floor)
         found = [self.gamma]
         if iteration % self.gamma_every == 0:
             found += [self.gamma * self._omega2, self.gamma / self._omega2]
+        # At a limit two candidates become one, which is not worth a second refresh.
         return list(dict.fromkeys(min(max(gamma, floor), ceiling) for gamma in found))
 
+    def choose(self, gamma: float) -> None:
+        """Take the candidate whose model was lowest."""
+        self.gamma = gamma
+
     def judge(self, change: float, predicted: float) -> float:
-        """rho = change of the objective over the model's; lambda follows. Returns rho."""
+        """Return rho, the change of the objective over the model's; lambda follows it.
+
+        Args:
+            change: objective after the step less before, on the same cases.
+            predicted: the model's value at the step, not positive.
+        """
         rho = change / predicted if predicted else 1.0
         if rho > 3 / 4:
             self.damping = max(self.damping * self._omega1, self.smallest)
@@ -72,14 +94,15 @@ class DampingRule:
         return rho
 
     def rejected(self) -> None:
-        """lambda and gamma grow after a step that was undone."""
+        """Raise lambda and gamma after a step that was undone."""
         self.damping = min(self.damping / self._omega1, self._largest)
         self.gamma = min(self.gamma / self._omega2, self._largest**0.5)
 
-    def state(self) -> dict[str, Any]:
-        """Plain values."""
+    def state(self) -> dict[str, float]:
+        """Return lambda and gamma."""
         return {"damping": self.damping, "gamma": self.gamma}
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Restores ``state``."""
-        self.damping, self.gamma = float(state["damping"]), float(state["gamma"])
+    def load(self, state: Mapping[str, float]) -> None:
+        """Restore ``state``."""
+        self.damping = float(state["damping"])
+        self.gamma = float(state["gamma"])

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -25,8 +24,11 @@ PATIENCE = 10
 class BatchTrust:
     """Compares a batch's loss and gradient with the running averages of those that were believed.
 
+    One mislabelled or broken batch, or a last batch of three cases, would otherwise spoil averages
+    that took hundreds of batches to become good.
+
     Args:
-        outlier: the factor above which a loss is not believed.
+        outlier: a loss is not believed above this many times the average loss.
     """
 
     def __init__(self, outlier: float) -> None:
@@ -34,35 +36,45 @@ class BatchTrust:
         self._loss: float | None = None
         self._norm: float | None = None
         self._cases: float | None = None
-        self._streak = self._unfit = 0
-        self._last = (math.nan, math.nan)
+        self._outliers_in_row = 0
+        self._unfit_in_row = 0
+        self._last_loss = math.nan
+        self._last_norm = math.nan
 
     @property
     def widest(self) -> float:
         """How many times longer than their averages statistics may be.
 
-        After many in a row that were no good the next are taken as they are.
+        After many batches in a row whose statistics were refused, the next are taken as they are:
+        the network has changed, not the batches.
         """
-        return WIDER * self.outlier if self._unfit < PATIENCE else math.inf
+        return WIDER * self.outlier if self._unfit_in_row < PATIENCE else math.inf
 
     def fitted(self, well: bool) -> None:
-        """Notes whether a batch's statistics were taken."""
-        self._unfit = 0 if well else self._unfit + 1
+        """Note whether a batch's statistics were taken."""
+        self._unfit_in_row = 0 if well else self._unfit_in_row + 1
 
     def share(self, cases: int) -> float:
-        """How much of a step a batch is worth: less than one where it has far fewer cases.
+        """Return how much of a step a batch is worth: below 1 where it has far fewer cases.
 
-        What few cases do not see looks flat to the quadratic model.
+        What few cases do not see looks flat to the quadratic model, which then asks for a long
+        step. Batches that differ a little (the last one of an epoch) count as whole ones.
         """
         share = 1.0 if self._cases is None else cases / self._cases
         return 1.0 if share > SMALL else share
 
     def believes(self, loss: Tensor, gradient: Collection[Tensor]) -> bool:
-        """Whether both are finite and no outliers.
+        """Say whether loss and gradient are finite and no outliers.
 
         Many finite outliers in a row are no outliers: what is usual is then learnt anew.
+
+        Args:
+            loss: [], the mean over likelihood terms.
+            gradient: of every parameter.
         """
-        value, norm = self._last = _numbers(loss, gradient)
+        value, norm = _numbers(loss, gradient)
+        self._last_loss = value
+        self._last_norm = norm
         if not (math.isfinite(value) and math.isfinite(norm)):
             return False
         if self._loss is None or self._norm is None:
@@ -70,41 +82,46 @@ class BatchTrust:
         usual = value <= self.outlier * max(abs(self._loss), FLOOR) and (
             norm <= WIDER * self.outlier * max(self._norm, FLOOR)
         )
-        self._streak = 0 if usual else self._streak + 1
-        if self._streak >= PATIENCE:
-            self._loss = self._norm = None
+        self._outliers_in_row = 0 if usual else self._outliers_in_row + 1
+        if self._outliers_in_row >= PATIENCE:
+            self._loss = None
+            self._norm = None
             return True
         return usual
 
     def grew(self, before: float, after: float) -> bool:
-        """Whether a step made the same batch's loss an outlier, or not finite."""
+        """Say whether a step made the same batch's loss an outlier, or not finite."""
         limit = (self.outlier - 1) * max(abs(before), FLOOR)
         return math.isfinite(before) and not after - before < limit
 
     def accept(self, cases: int) -> None:
-        """Takes the last batch that was believed into the averages."""
-        value, norm = self._last
-        self._streak = 0
-        self._loss = _mixed(self._loss, value)
-        self._norm = _mixed(self._norm, norm)
+        """Take the last batch that was believed into the averages; it had so many cases."""
+        self._outliers_in_row = 0
+        self._loss = _mixed(self._loss, self._last_loss)
+        self._norm = _mixed(self._norm, self._last_norm)
         self._cases = _mixed(self._cases, float(cases))
 
-    def state(self) -> list[Any]:
-        """Plain values."""
-        return [self._loss, self._norm, self._cases, self._streak, self._unfit]
+    def state(self) -> list[float | None]:
+        """Return the averages and counts as plain values."""
+        return [self._loss, self._norm, self._cases, self._outliers_in_row, self._unfit_in_row]
 
-    def load(self, state: list[Any]) -> None:
-        """Restores ``state``."""
-        self._loss, self._norm, self._cases, self._streak, self._unfit = state
+    def load(self, state: Sequence[float | None]) -> None:
+        """Restore ``state``."""
+        loss, norm, cases, outliers, unfit = state
+        self._loss = loss
+        self._norm = norm
+        self._cases = cases
+        self._outliers_in_row = int(outliers or 0)
+        self._unfit_in_row = int(unfit or 0)
 
 
 def _mixed(old: float | None, new: float) -> float:
-    """A running average in which no single batch counts as more than twice the usual."""
+    """Return a running average in which no batch counts as more than twice the usual."""
     return new if old is None else 0.9 * old + 0.1 * min(new, 2 * abs(old))
 
 
 def _numbers(loss: Tensor, gradient: Collection[Tensor]) -> tuple[float, float]:
-    """The loss and the norm of the gradient, with one synchronisation."""
+    """Return the loss and the norm of the gradient; a GPU is waited for once, not twice."""
     norms = torch.stack([norm.double() for norm in torch._foreach_norm(list(gradient))])
     value, norm = torch.stack([loss.double(), norms.square().sum().sqrt()]).tolist()
     return value, norm

@@ -7,19 +7,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 SHOWN = ("loss", "damping", "gamma", "rho", "alpha", "mu")
+"""What a progress bar has room for."""
 
 
 class Diagnostics(dict[str, float]):
-    """Numbers by name; seconds are those of a stage of the step."""
+    """Numbers by name; ``seconds_<stage>`` are those of a stage of the step.
+
+    A dict of plain numbers, so that a list of them is a record that can be saved and drawn.
+    """
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Adds the time inside to ``seconds_<name>``."""
+        """Add the seconds that pass inside to ``seconds_<name>``."""
         start = time.perf_counter()
         yield
         key = f"seconds_{name}"
         self[key] = self.get(key, 0.0) + time.perf_counter() - start
 
     def summary(self) -> str:
-        """A line for progress bars."""
+        """Return the numbers that matter most in one line."""
         return ", ".join(f"{key} {self[key]:.3g}" for key in SHOWN if key in self)

@@ -3,43 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from kfac_fx.errors import UnknownOptionError
-from kfac_fx.parallel import Held
+from kfac_fx.optim.quadratic import Direction
+from kfac_fx.parallel import WholeParameters
+
+GroupOption = Literal["lr", "momentum", "weight_decay"]
 
 
 class Groups:
-    """The parameter groups of an optimizer.
+    """The parameter groups of an optimizer, read anew each time: schedulers change them.
 
     Args:
-        names: of the parameters that groups may have.
-        held: the parameters as a whole.
+        optimizer: has ``param_groups``.
+        names: of the parameters that groups may have, with the parameters.
+        whole: the same parameters with all their entries.
 
     Raises:
         UnknownOptionError: a group has another parameter.
     """
 
-    def __init__(self, optimizer: Optimizer, names: Mapping[str, Tensor], held: Held) -> None:
-        self._optimizer, self._held = optimizer, held
+    def __init__(
+        self, optimizer: Optimizer, names: Mapping[str, Tensor], whole: WholeParameters
+    ) -> None:
+        self._optimizer = optimizer
+        self._whole = whole
         self._names = {id(p): name for name, p in names.items()}
         if any(id(p) not in self._names for g in optimizer.param_groups for p in g["params"]):
             raise UnknownOptionError("params holds a parameter without a curvature block")
 
-    def parameters(self) -> dict[str, Tensor]:
-        """Name -> parameter."""
-        return {name: self._held[name] for name in self.options("params")}
+    def parameters(self) -> Direction:
+        """Return the parameters of all groups by name, as tensors that may be changed."""
+        groups = self._optimizer.param_groups
+        names = [self._names[id(p)] for group in groups for p in group["params"]]
+        return {name: self._whole[name] for name in names}
 
-    def options(self, key: str) -> dict[str, float]:
-        """Name -> what the parameter's group has."""
+    def options(self, key: GroupOption) -> dict[str, float]:
+        """Return what each parameter's group has for an option, by parameter name."""
         groups = self._optimizer.param_groups
         return {self._names[id(p)]: group[key] for group in groups for p in group["params"]}
 
     def l2(self) -> float:
-        """The sum of eta / 2 ||theta||^2 over the groups."""
+        """Return the l2 term: the sum of eta / 2 ||theta||^2 over the groups."""
         decay = self.options("weight_decay")
         terms = [0.5 * decay[n] * p.double().square().sum() for n, p in self.parameters().items()]
         return float(torch.stack(terms).sum())

@@ -14,15 +14,16 @@ from kfac_fx.errors import UnknownOptionError
 class GrowingBatches(Sampler[list[int]]):
     """Batches of m_k = min(m_1 exp((k - 1) / b), cases) random cases; for ``batch_sampler=``.
 
-    One pass is ``iterations`` batches. ``first_iteration`` says where a resumed run goes on.
+    Early steps are long and need no exact gradient; late ones are short, and the noise of a small
+    batch would be most of them. One pass over the sampler is ``iterations`` batches.
 
     Args:
         cases: size of the data set |S|.
         iterations: number of batches of a pass.
         first: m_1.
         full_at: the iteration k with m_k = |S|, which fixes b.
-        first_iteration: k of the first batch.
-        generator: of the draws; torch's global one by default.
+        first_iteration: k of the first batch; where a resumed run goes on.
+        generator: of the draws; None for torch's global one.
 
     Raises:
         UnknownOptionError: a number is not positive.
@@ -40,12 +41,16 @@ class GrowingBatches(Sampler[list[int]]):
     ) -> None:
         if min(cases, iterations, first, first_iteration) < 1 or full_at < 2:
             raise UnknownOptionError("cases, iterations, first and full_at must be positive")
-        self.cases, self.iterations, self.first = cases, iterations, min(first, cases)
-        self.first_iteration, self.generator = first_iteration, generator
+        self.cases = cases
+        self.iterations = iterations
+        self.first = min(first, cases)
+        self.first_iteration = first_iteration
+        self.generator = generator
         self._rate = math.log(cases / self.first) / (full_at - 1)
 
     def size(self, k: int) -> int:
-        """m_k."""
+        """Return m_k, the number of cases of batch k (from 1)."""
+        # The exponent is bounded, so that a very late k overflows no float before the minimum.
         return min(round(self.first * math.exp(min((k - 1) * self._rate, 50.0))), self.cases)
 
     def __len__(self) -> int:

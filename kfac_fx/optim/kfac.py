@@ -1,4 +1,8 @@
-"""K-FAC as a whole optimizer: Algorithm 2 of Martens & Grosse (2015), and KFC's stochastic form."""
+"""K-FAC as a whole optimizer: Algorithm 2 of Martens & Grosse (2015), and KFC's stochastic form.
+
+An iteration is read here; its parts are in objective.py (passes of the network), updates.py (from
+gradient to update), batch_trust.py (which batches are believed) and last_step.py (undoing).
+"""
 
 from __future__ import annotations
 
@@ -11,9 +15,8 @@ import torch
 from torch import Tensor, fx
 from torch.optim import Optimizer
 
-from kfac_fx.config import choice, period, share, within
+from kfac_fx.config import CurvatureOptions, Fisher, Structure, Tikhonov, choice, period
 from kfac_fx.curvature.averages import terms_needed
-from kfac_fx.curvature.factor_storage import storage_of
 from kfac_fx.curvature.inverses import InverseFisher
 from kfac_fx.curvature.parameters import transformed
 from kfac_fx.errors import ParameterChangedError, UnknownOptionError
@@ -23,19 +26,20 @@ from kfac_fx.optim.adapt_damping import DampingRule
 from kfac_fx.optim.batch_trust import BatchTrust
 from kfac_fx.optim.diagnostics import Diagnostics
 from kfac_fx.optim.groups import Groups
-from kfac_fx.optim.last_step import LastStep
-from kfac_fx.optim.objective import Task
+from kfac_fx.optim.kfac_options import KFACOptions
+from kfac_fx.optim.last_step import Buffers, LastStep
+from kfac_fx.optim.objective import Batch, Objective, Tree
+from kfac_fx.optim.quadratic import Direction
+from kfac_fx.optim.tap_owner import TapOwner
 from kfac_fx.optim.updates import AdaptiveUpdate, Rule, ScheduledUpdate, Situation
 from kfac_fx.parallel import ALONE, Workers
 from kfac_fx.reading.inspection import HasCurvature
-from kfac_fx.statistics.forward import Forward, run_network
 from kfac_fx.statistics.recorder import Recorder
 
 log = logging.getLogger("kfac_fx")
 
-Direction = dict[str, Tensor]
-
-COUNTERS = ("skipped_batches", "rejected_steps", "skipped_statistics")
+VERSION = 1
+"""Of the layout of ``state_dict``; raised when an older one can no longer be read."""
 
 
 class KFAC(HasCurvature, Optimizer):
@@ -44,39 +48,41 @@ class KFAC(HasCurvature, Optimizer):
     With ``lr=None`` the step length and the momentum minimise the quadratic model with the exact
     Fisher, and lambda and gamma adapt themselves; nothing needs tuning. With an ``lr`` (which any
     scheduler of torch may change) the form is KFC's: update = momentum * previous - lr * proposal,
-    shortened to the trust region, with a fixed lambda.
+    shortened to the trust region, with a fixed lambda. Both are derived in
+    docs/explanation/mathematics.md, section 9.
 
     Args:
         net: what ``kfac_fx.transform`` returned. Parameters that it left alone are not updated.
-        likelihood: as for ``Preconditioner``.
+        likelihood: what the outputs mean, and so the objective; as for ``Preconditioner``.
         params: groups of covered parameters with options of their own (``lr``, ``momentum``,
             ``weight_decay``); by default one group of all.
-        lr, momentum: None, or the stochastic form's.
-        weight_decay: eta, of the l2 term eta / 2 ||theta||^2.
-        damping: lambda_0.
-        damping_every, gamma_every, refresh_every: T1, T2 and T3.
-        statistics_every: period of the statistics.
-        statistics_fraction, products_fraction: tau1 and tau2, the first cases of a batch for
-            statistics (enough for averages over 64 likelihood terms) and for products with the
-            exact Fisher (at least 512).
-        smallest_damping: floor of lambda, which the paper's rule lacks.
-        gamma_limit: gamma is at most this multiple of sqrt(lambda + eta), infinite in the paper:
-            while lambda is large, its search prefers gradient descent and stays with it.
-        ema_decay: largest weight of old statistics.
-        trust_region: KFC's largest squared length of a step in Fhat (stochastic form).
-        outlier: a batch whose loss is this many times the running average (gradient, statistics:
-            a hundred times as many), or not finite, is not trusted: if its loss was fine before
-            the last step, that step is undone exactly and lambda grows; else it is skipped.
-        tikhonov, structure, fisher, generator, workers, forward, factor_storage, compile:
-            as for ``Preconditioner``; the Fisher is not the empirical one, the gradients
-            are averaged over the workers here, and their pass is compiled unless they are sharded.
+        lr: learning rate of the stochastic form; None for the adaptive one.
+        momentum: of the stochastic form, in units of the previous update.
+        weight_decay: eta, of the l2 term eta / 2 ||theta||^2 of the objective.
+        damping: lambda_0 > 0, in the units of the Fisher of one likelihood term. The paper's 150 is
+            safe for an adaptive lambda, which shrinks; a fixed one should be far smaller.
+        statistics_every: period of the statistics, in iterations.
+        refresh_every: T3, the period of the inverses, in iterations; besides, the first three.
+        tikhonov: how Kronecker blocks are damped; as for ``Preconditioner``.
+        structure: "block_diagonal" leaves the couplings out; None for the transform's own.
+        fisher: "sampled" or "exact"; the gradient's pass gives no empirical statistics here.
+        generator: of sampled targets and of masks; its state is part of ``state_dict``.
+        workers: the processes that share a batch; gradients are averaged over them here.
+        compile: run the program and the passes of statistics and gradient through torch.compile
+            (the gradient's unless parameters are sharded); a name is that of a backend.
+        options: the paper's other constants, and guards against bad batches.
 
     Attributes:
+        curvature: the blocks and couplings of ``net``.
+        structure: the one in use.
         diagnostics: of the last step, plain numbers by name.
-        skipped_batches, rejected_steps, skipped_statistics: how often that happened.
+        skipped_batches: how many batches were left out.
+        rejected_steps: how many steps were undone, or not made.
+        skipped_statistics: how many batches gave statistics that were not finite, or outliers.
 
     Raises:
         UnknownOptionError, DampingError: an argument is wrong.
+        KFACError: ``net`` carries no annotations.
     """
 
     def __init__(
@@ -89,71 +95,104 @@ class KFAC(HasCurvature, Optimizer):
         momentum: float = 0.9,
         weight_decay: float = 1e-5,
         damping: float = 150.0,
-        damping_every: int = 5,
-        gamma_every: int = 20,
-        refresh_every: int = 20,
         statistics_every: int = 1,
-        statistics_fraction: float = 1 / 8,
-        products_fraction: float = 1 / 4,
-        smallest_damping: float = 1e-3,
-        gamma_limit: float = 1.0,
-        ema_decay: float = 0.95,
-        trust_region: float | None = None,
-        outlier: float = 5.0,
-        tikhonov: str = "factored",
-        structure: str | None = None,
-        fisher: str = "sampled",
+        refresh_every: int = 20,
+        tikhonov: Tikhonov = "factored",
+        structure: Structure | None = None,
+        fisher: Fisher = "sampled",
         generator: torch.Generator | None = None,
-        forward: Forward = run_network,
         workers: Workers = ALONE,
-        factor_storage: str | None = None,
         compile: bool | str = False,
+        options: KFACOptions | None = None,
     ) -> None:
         net = workers.unwrapped(net)
-        self.curvature, self.structure = transformed(net, structure)
-        self._fraction = share("statistics_fraction", statistics_fraction)
-        products_fraction = share("products_fraction", products_fraction)
+        curvature, structure = transformed(net, structure)
+        self.curvature = curvature
+        self.structure = structure
         self.generator = generator or fresh_generator()
-        storage = storage_of(factor_storage, self.generator)
-        how = tikhonov, workers, storage
-        self._inverse = InverseFisher(net, self.curvature, self.structure, *how, compile=compile)
+        self._options = options = options or KFACOptions()
+        self._workers = workers
+        self._statistics_every = period("statistics_every", statistics_every)
+        refresh_every = period("refresh_every", refresh_every)
+        choice("fisher", fisher, ("sampled", "exact"))
+        known = likelihood_of(likelihood)
+
+        # Which inverse Fisher, of which parameters.
+        how = CurvatureOptions(
+            structure=structure,
+            tikhonov=tikhonov,
+            factor_storage=options.factor_storage,
+            compile=compile,
+        )
+        self._inverse = InverseFisher(net, curvature, how, self.generator, workers)
         parameters = self._inverse.guard.parameters
-        defaults = {"lr": 1.0 if lr is None else lr, "momentum": momentum}
-        defaults["weight_decay"] = weight_decay
+        defaults = {
+            "lr": 1.0 if lr is None else lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+        }
         super().__init__(list(parameters.values()) if params is None else params, defaults)
         workers.begin("KFAC", parameters, self.generator)
-        self._workers, self._held = workers, workers.hold(net, parameters)
-        self._groups = Groups(self, parameters, self._held)
-        known = likelihood_of(likelihood)
-        self._task = Task(self._held, known, forward, self.generator, workers, compile)
-        entries = self._inverse.averages.entries
-        given = known, choice("fisher", fisher, ("sampled", "exact")), self.generator, workers
-        self._recorder = Recorder(net, entries, *given, forward=forward, compile=compile)
+        self._whole = workers.hold(net, parameters)
+        self._groups = Groups(self, parameters, self._whole)
+
+        # Passes of the network: of the objective, and of the statistics.
+        self._objective = Objective(
+            self._whole, known, options.forward, self.generator, workers, compile
+        )
+        self._recorder = Recorder(
+            net,
+            self._inverse.averages.entries,
+            known,
+            fisher,
+            self.generator,
+            workers,
+            forward=options.forward,
+            compile=compile,
+        )
         self._recorder.switch(False)
-        self._recorder.by_inputs = self._held.given is None
-        every = period("damping_every", damping_every), period("gamma_every", gamma_every)
-        self._rule = DampingRule(damping, weight_decay, smallest_damping, gamma_limit, *every)
-        refresh_every = period("refresh_every", refresh_every)
-        self._make: Rule = ScheduledUpdate(self._inverse, self._rule, refresh_every, trust_region)
-        if lr is None:
-            if workers.staleness:
-                raise UnknownOptionError("stale inverses need an lr: without, gamma is searched")
-            self._make = AdaptiveUpdate(
-                self._task, self._inverse, self._rule, products_fraction, refresh_every, workers
-            )
-        self._statistics_every = period("statistics_every", statistics_every)
-        self._trust = BatchTrust(outlier)
-        self._decay = within("ema_decay", ema_decay, 0.0, 1.0)
-        self._iteration = 0
+        self._recorder.by_inputs = self._whole.given is None
+
+        # From gradient to update.
+        self._rule = DampingRule(
+            damping,
+            weight_decay,
+            options.smallest_damping,
+            options.gamma_limit,
+            options.damping_every,
+            options.gamma_every,
+        )
+        self._make = self._update_rule(adaptive=lr is None, refresh_every=refresh_every)
+        self._trust = BatchTrust(options.outlier)
         self._last = LastStep()
+        self._iteration = 0
         self.diagnostics = Diagnostics()
-        self.skipped_batches = self.rejected_steps = self.skipped_statistics = 0
+        self.skipped_batches = 0
+        self.rejected_steps = 0
+        self.skipped_statistics = 0
+        self._taps = TapOwner(net, "KFAC")
+
+    def _update_rule(self, *, adaptive: bool, refresh_every: int) -> Rule:
+        if not adaptive:
+            return ScheduledUpdate(
+                self._inverse, self._rule, refresh_every, self._options.trust_region
+            )
+        if self._workers.staleness:
+            raise UnknownOptionError("stale inverses need an lr: without, gamma is searched")
+        return AdaptiveUpdate(
+            self._objective,
+            self._inverse,
+            self._rule,
+            self._options.products_fraction,
+            refresh_every,
+            self._workers,
+        )
 
     # One iteration.
 
     @torch.no_grad()
-    def step(self, inputs: Any, targets: Any = None) -> Tensor:  # type: ignore[override]
-        """One iteration on a batch; returns its loss before the update.
+    def step(self, inputs: Tree, targets: Tree = None) -> Tensor:  # type: ignore[override]
+        """Do one iteration on a batch; return its loss before the update.
 
         Args:
             inputs: as ``observe`` of ``Preconditioner`` takes them. A closure is called several
@@ -161,82 +200,97 @@ class KFAC(HasCurvature, Optimizer):
             targets: as the likelihood takes them.
 
         Returns:
-            The mean negative log-likelihood of a term, without the l2 term.
+            The mean negative log-likelihood of a term, [], without the l2 term.
 
         Raises:
             LikelihoodError, ObservationError: the outputs do not fit, or cannot be recorded;
                 nothing has changed.
+            ParameterChangedError: a parameter was replaced, reshaped, cast or moved.
+            TapsTakenError: another object was made on the module since.
         """
+        self._taps.check()
         self._inverse.guard.check()
-        running, iteration = self._task.snapshot(), self._iteration
+        buffers = self._objective.snapshot()
+        iteration = self._iteration
         draws = self.generator.get_state()
-        with self._held.open():
+        with self._whole.open():
             try:
-                return self._iterate(inputs, targets, running)
+                return self._iterate(Batch(inputs, targets), buffers)
             except BaseException:
+                # Also an interrupt from the keyboard: the next step repeats this one bit by bit.
                 self._recorder.switch(False)
-                self._task.restore(running)
+                self._objective.restore(buffers)
                 self._iteration = iteration
                 self.generator.set_state(draws)
                 raise
 
-    def _iterate(self, inputs: Any, targets: Any, running: Direction) -> Tensor:
+    def _iterate(self, batch: Batch, buffers: Buffers) -> Tensor:
+        """Do one iteration; ``buffers`` are copies from before it."""
         self.diagnostics = Diagnostics()
-        self._task.begin((inputs, targets))
-        loss, gradient = self._gradient(inputs, targets)
+        self._objective.begin(batch)
+        loss, gradient = self._gradient(batch)
         trusted = self._trust.believes(loss, gradient.values())
-        if not trusted and self._undo_if_worse(inputs, targets, float(loss)):
-            running = self._task.snapshot()
-            loss, gradient = self._gradient(inputs, targets)
+        if not trusted and self._undo_if_worse(batch, float(loss)):
+            # Not the batch was bad, but the step before it; the batch gets a second chance.
+            buffers = self._objective.snapshot()
+            loss, gradient = self._gradient(batch)
             trusted = self._trust.believes(loss, gradient.values())
         if not trusted:
-            self._task.restore(running)
-            self._count("skipped_batches", "the batch's loss or gradient is no use")
+            self._skip(buffers, "loss or gradient")
             return loss
         self._iteration += 1
-        if not self._record(inputs, targets):
+        if not self._record(batch):
             self._iteration -= 1
-            self._task.restore(running)
-            self._count("skipped_batches", "the batch's statistics are no use")
+            self._skip(buffers, "statistics")
             return loss
         if self._inverse.averages.recorded:
-            self._advance((inputs, targets), float(loss), gradient, running)
-        self._trust.accept(self._task.cases)
-        numbers = {"iteration": self._iteration, "loss": float(loss), **self._rule.state()}
-        counters = {name: getattr(self, name) for name in COUNTERS}
-        self.diagnostics.update(numbers, clamped=self._inverse.clamped, **counters)
+            self._advance(batch, float(loss), gradient, buffers)
+        self._trust.accept(self._objective.cases)
+        self.diagnostics |= {
+            "iteration": self._iteration,
+            "loss": float(loss),
+            **self._rule.state(),
+            "clamped": self._inverse.clamped,
+            **self._counters(),
+        }
         return loss
 
-    def _advance(
-        self, batch: tuple[Any, Any], loss: float, gradient: Direction, running: Direction
-    ) -> None:
+    def _advance(self, batch: Batch, loss: float, gradient: Direction, buffers: Buffers) -> None:
+        """Make the step, and judge it where that is due."""
         parameters = self._groups.parameters()
-        options = {key: self._groups.options(key) for key in ("lr", "momentum")}
+        situation = Situation(
+            self._iteration,
+            batch,
+            parameters,
+            gradient,
+            self._last.update,
+            self._groups.options("lr"),
+            self._groups.options("momentum"),
+        )
         with self.diagnostics.stage("update"):
-            made = self._make(
-                Situation(self._iteration, batch, parameters, gradient, self._last.update, options)
-            )
+            made = self._make(situation)
         self.diagnostics.update(made.numbers)
         if not all_finite(list(made.step.values())):
-            self._last.update = {}
-            self._count("rejected_steps", "the update is not finite")
+            self._last.forget_update()
+            self._reject("the update is not finite")
             return
-        worth = self._trust.share(self._task.cases)
+        worth = self._trust.share(self._objective.cases)
         if worth < 1:
             torch._foreach_mul_(list(made.step.values()), worth)
             self.diagnostics["share"] = worth
-        adaptive = isinstance(self._make, AdaptiveUpdate)
-        judged = adaptive and self._iteration % self._rule.damping_every == 0
-        objective = loss + self._groups.l2() if judged else loss
-        self._last.take(parameters, running, made.step)
-        if judged:
-            self._judge(batch, objective, made.predicted)
+        before = loss + self._groups.l2() if made.judged else loss
+        self._last.take(parameters, buffers, made.step)
+        if made.judged:
+            self._judge(batch, before, made.predicted)
 
-    def _judge(self, batch: tuple[Any, Any], before: float, predicted: float) -> None:
-        """The reduction ratio on the same batch and masks; a step that is no good is undone."""
-        inputs, targets = batch
-        with self.diagnostics.stage("ratio"), self._task.aside():
-            after = self._task.value(inputs, targets) + self._groups.l2()
+    def _judge(self, batch: Batch, before: float, predicted: float) -> None:
+        """Compare the change of the objective with the model's; undo a step that is no good.
+
+        Batch and masks are those of the model. On other cases the ratio would say how much the
+        cases differ, not how far the model can be believed.
+        """
+        with self.diagnostics.stage("ratio"), self._objective.aside():
+            after = self._objective.value(batch) + self._groups.l2()
         if self._trust.grew(before, after):
             self._undo()
         else:
@@ -244,104 +298,128 @@ class KFAC(HasCurvature, Optimizer):
 
     # The parts of an iteration.
 
-    def _gradient(self, inputs: Any, targets: Any) -> tuple[Tensor, Direction]:
-        """The loss, and the gradient of the loss with its l2 term."""
-        parameters, decay = self._groups.parameters(), self._groups.options("weight_decay")
+    def _gradient(self, batch: Batch) -> tuple[Tensor, Direction]:
+        """Return the loss, and the gradient of the loss with its l2 term."""
+        parameters = self._groups.parameters()
+        decay = self._groups.options("weight_decay")
         with self.diagnostics.stage("gradient"):
-            loss, dense = self._task.gradient(inputs, targets, parameters)
+            loss, dense = self._objective.gradient(batch, parameters)
         pairs = zip(parameters.items(), dense, strict=True)
         return loss, {n: g.add(p, alpha=decay[n]) if decay[n] else g for (n, p), g in pairs}
 
-    def _record(self, inputs: Any, targets: Any) -> bool:
-        """Records where that is due; False if the statistics are not finite, or outliers."""
-        if (self._iteration - 1) % self._statistics_every and self._inverse.averages.recorded:
+    def _record(self, batch: Batch) -> bool:
+        """Record where that is due; return False if the statistics are no good."""
+        recorded = self._inverse.averages.recorded
+        if (self._iteration - 1) % self._statistics_every and recorded:
             return True
-        terms = terms_needed(self._inverse.averages.recorded, self._decay)
-        least = math.ceil(terms * self._task.cases / self._task.terms)
-        part = self._task.first((inputs, targets), self._fraction, least)
+        # tau1 of a small batch is a few cases, whose averages have no inverse to speak of.
+        terms = terms_needed(recorded, self._options.ema_decay)
+        least = math.ceil(terms * self._objective.cases / self._objective.terms)
+        part = self._objective.first(batch, self._options.statistics_fraction, least)
         with self.diagnostics.stage("statistics"):
             if self._recorder.by_inputs:
-                with self._task.same_masks():
-                    finite = self._recorder.observe_inputs(*part)
+                with self._objective.same_masks():
+                    finite = self._recorder.observe_inputs(part.inputs, part.targets)
             else:  # sharded parameters, which a pass of the recorder's own does not see whole
                 self._recorder.switch(True)
-                with torch.enable_grad(), self._task.aside():
-                    finite = self._recorder.observe(self._task.outputs(part[0]), part[1])
+                with torch.enable_grad(), self._objective.aside():
+                    outputs = self._objective.outputs(part.inputs)
+                    finite = self._recorder.observe(outputs, part.targets)
             found = self._recorder.take()
         self._recorder.switch(False)
-        worth = self._trust.share(self._task.cases)
-        if finite and self._inverse.fold(found, self._decay**worth, self._trust.widest):
-            self._trust.fitted(True)
-            return True
-        self._trust.fitted(False)
-        self.skipped_statistics += 1
-        return False
+        # A batch with few cases moves the averages as little as its step moves the parameters.
+        decay = self._options.ema_decay ** self._trust.share(self._objective.cases)
+        taken = finite and self._inverse.fold(found, decay, self._trust.widest)
+        self._trust.fitted(taken)
+        self.skipped_statistics += not taken
+        return taken
 
     # Batches and steps that are no good.
 
-    def _undo_if_worse(self, inputs: Any, targets: Any, loss: float) -> bool:
-        """Undoes the last step if it made this batch's loss what it is."""
+    def _undo_if_worse(self, batch: Batch, loss: float) -> bool:
+        """Undo the last step if it made this batch's loss what it is; return whether it did."""
         if not self._last.parameters:
             return False
-        with self._task.aside():
-            before = self._task.value(inputs, targets, self._last.parameters)
+        with self._objective.aside():
+            before = self._objective.value(batch, self._last.parameters)
         if not self._trust.grew(before, loss):
             return False
         self._undo()
         return True
 
     def _undo(self) -> None:
-        """Parameters and buffers as they were before the last step; lambda grows."""
-        self._task.restore(self._last.undo(self._groups.parameters()))
+        """Put parameters and buffers back to before the last step; lambda grows."""
+        self._objective.restore(self._last.undo(self._groups.parameters()))
         self._rule.rejected()
-        self._count("rejected_steps", "the loss grew too much, the last step is undone")
+        self._reject("the loss grew too much, the last step is undone")
 
-    def _count(self, counter: str, why: str) -> None:
-        setattr(self, counter, getattr(self, counter) + 1)
+    def _reject(self, why: str) -> None:
+        """Count a step that was undone or not made."""
+        self.rejected_steps += 1
         log.warning("iteration %d: %s", self._iteration, why)
+
+    def _skip(self, buffers: Buffers, what: str) -> None:
+        """Put the buffers back to before a batch of which nothing is used, and count it."""
+        self._objective.restore(buffers)
+        self.skipped_batches += 1
+        verb = "are" if what == "statistics" else "is"
+        log.warning("iteration %d: the batch's %s %s no use", self._iteration, what, verb)
 
     # What a step was like, and state.
 
     def _in_force(self) -> float:
         return self._make.damping
 
+    def _counters(self) -> dict[str, int]:
+        return {
+            "skipped_batches": self.skipped_batches,
+            "rejected_steps": self.rejected_steps,
+            "skipped_statistics": self.skipped_statistics,
+        }
+
     def summary(self) -> str:
-        """The last step in a line, for progress bars."""
+        """Return the last step in a line, for progress bars."""
         return self.diagnostics.summary()
 
     def state_dict(self) -> dict[str, Any]:
-        """Groups as torch has them, and all else as tensors and plain values under "kfac"."""
+        """Return groups as torch has them, and all else under "kfac".
+
+        Tensors and plain values only, so that ``torch.load(weights_only=True)`` reads it.
+        """
         groups = super().state_dict()["param_groups"]
         return {
             "state": {},
             "param_groups": groups,
             "kfac": {
-                "version": 1,
+                "version": VERSION,
                 "iteration": self._iteration,
                 "trust": self._trust.state(),
                 "rule": self._rule.state(),
-                **self._last.state(),
+                "previous": self._last.update_copy(),
+                "before": self._last.before(),
                 "inverse": self._inverse.state(),
                 "generator": self.generator.get_state(),
-                "counters": {name: getattr(self, name) for name in COUNTERS},
+                "counters": self._counters(),
             },
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores ``state_dict``, random generator included; nothing changes if it does not fit.
+        """Restore ``state_dict``, random generator included; nothing changes if it does not fit.
 
         Raises:
             ParameterChangedError: the state belongs to other blocks, or to another optimizer.
         """
         own = state_dict.get("kfac", {})
-        if own.get("version") != 1:
+        if own.get("version") != VERSION:
             raise ParameterChangedError("this is no state_dict of a KFAC of this version")
         self._inverse.load(own["inverse"])
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
         self._rule.load(own["rule"])
         self._iteration = own["iteration"]
         self._trust.load(own["trust"])
-        self._last.load(own)
+        self._last.load(own["previous"], own["before"])
         self.generator.set_state(own["generator"])
-        for name, value in own["counters"].items():
-            setattr(self, name, value)
+        counters = own["counters"]
+        self.skipped_batches = counters["skipped_batches"]
+        self.rejected_steps = counters["rejected_steps"]
+        self.skipped_statistics = counters["skipped_statistics"]

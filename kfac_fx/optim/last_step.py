@@ -2,33 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from kfac_fx.optim.quadratic import cloned
+from kfac_fx.optim.quadratic import Direction, Parameters, cloned
 
-Direction = dict[str, Tensor]
+Buffers = dict[str, Tensor]
+"""The network's buffers by name: running statistics of normalisation layers."""
 
 
 class LastStep:
     """The last update, and what was before it.
 
+    Copies are kept rather than the update subtracted: in floating point, a difference does not
+    give back what was there.
+
     Attributes:
         update: by parameter name; empty at first, and after a step that was no good.
-        parameters, buffers: before the step; empty where there is none to undo.
+        parameters: before the step; empty where there is none to undo.
+        buffers: before the step; empty where there is none to undo.
     """
 
     def __init__(self) -> None:
         self.update: Direction = {}
         self.parameters: Direction = {}
-        self.buffers: Direction = {}
+        self.buffers: Buffers = {}
 
-    def take(self, parameters: Mapping[str, Tensor], buffers: Direction, update: Direction) -> None:
-        """Makes the step, from buffers that were kept."""
-        if self.parameters.keys() == parameters.keys():
+    def take(self, parameters: Parameters, buffers: Buffers, update: Direction) -> None:
+        """Make the step.
+
+        Args:
+            parameters: the optimizer's own; the update is added to them.
+            buffers: copies from before the forward of this step.
+            update: by the names of ``parameters``; it is kept, not copied.
+        """
+        if self.parameters.keys() == parameters.keys():  # the memory is there from earlier steps
             kept = [self.parameters[name] for name in parameters]
             torch._foreach_copy_(kept, list(parameters.values()))
         else:
@@ -37,19 +47,31 @@ class LastStep:
         torch._foreach_add_(list(parameters.values()), [update[name] for name in parameters])
         self.update = update
 
-    def undo(self, parameters: Mapping[str, Tensor]) -> Direction:
-        """Puts the parameters back; returns the buffers that were before."""
+    def undo(self, parameters: Parameters) -> Buffers:
+        """Put the parameters back; return the buffers from before, and forget the step."""
         for name, parameter in parameters.items():
             parameter.copy_(self.parameters[name])
-        buffers, self.parameters, self.buffers, self.update = self.buffers, {}, {}, {}
+        buffers = self.buffers
+        self.forget_update()
+        self.parameters = {}
+        self.buffers = {}
         return buffers
 
-    def state(self) -> dict[str, Any]:
-        """Tensors by name."""
-        before = [cloned(self.parameters), cloned(self.buffers)]
-        return {"previous": cloned(self.update), "before": before}
+    def forget_update(self) -> None:
+        """Let the next step start without momentum."""
+        self.update = {}
 
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Restores ``state``."""
-        self.update = cloned(state["previous"])
-        self.parameters, self.buffers = (cloned(part) for part in state["before"])
+    def update_copy(self) -> Direction:
+        """Return a copy of the update."""
+        return cloned(self.update)
+
+    def before(self) -> list[dict[str, Tensor]]:
+        """Return copies of the parameters and the buffers from before the step."""
+        return [cloned(self.parameters), cloned(self.buffers)]
+
+    def load(self, update: Parameters, before: Sequence[Mapping[str, Tensor]]) -> None:
+        """Restore an update, and what ``before`` returned."""
+        parameters, buffers = before
+        self.update = cloned(update)
+        self.parameters = cloned(parameters)
+        self.buffers = cloned(buffers)

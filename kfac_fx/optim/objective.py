@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,71 +17,110 @@ from kfac_fx.likelihoods.batch import BatchLikelihood, predictive
 from kfac_fx.likelihoods.builtin import Likelihood, Sum
 from kfac_fx.likelihoods.sampling import seeded
 from kfac_fx.ops import STORE
-from kfac_fx.parallel import Held, Workers, drawn_seed, share_of
+from kfac_fx.parallel import WholeParameters, Workers, drawn_seed, share_of
 from kfac_fx.statistics.forward import Forward, outputs_of
 
+Tree = Any
+"""Whatever the user's network takes or returns: tensors in tuples, lists, mappings; None."""
 
-class Task:
-    """The network with its likelihood.
 
-    Args:
-        seed: of the masks (dropout); torch's global random stream is left alone.
-        workers: the processes that share a batch.
-        compile: the pass of the gradient, unless parameters are sharded.
+class Batch(NamedTuple):
+    """What ``KFAC.step`` is given.
 
     Attributes:
-        cases: of the batch, in all processes.
-        terms: of the last loss: a term a case, or one a position, each with its weight.
+        inputs: what the network is called with, or a closure from the network to its outputs.
+        targets: as the likelihood takes them.
+    """
+
+    inputs: Tree
+    targets: Tree
+
+
+class Objective:
+    """The mean negative log-likelihood of a network, and what else a step needs of its passes.
+
+    A step runs the network several times: for the gradient, the statistics, products with the
+    Fisher, the reduction ratio. Dropout has to drop the same units in all of them, else they would
+    be of different functions; and only the gradient's pass may move running statistics.
+
+    Args:
+        whole: the parameters with all their entries, and the network to run with them.
+        likelihood: what the outputs mean.
+        forward: from (network, inputs) to the likelihood's outputs.
+        generator: of the masks' seeds; torch's global random stream is left alone.
+        workers: the processes that share a batch.
+        compile: run the pass of the gradient through torch.compile, unless parameters are sharded;
+            a name is that of a backend.
+
+    Attributes:
+        cases: number of cases of the batch, in all processes.
+        terms: sum of the weights of the terms of the last loss: a case is one, or one a position.
     """
 
     def __init__(
         self,
-        held: Held,
+        whole: WholeParameters,
         likelihood: Likelihood | Sum,
         forward: Forward,
-        seed: torch.Generator,
+        generator: torch.Generator,
         workers: Workers,
         compile: bool | str,
     ) -> None:
-        self.net, self.likelihood, self.forward = held.net, likelihood, forward
-        self._held, self._workers = held, workers
-        self._generator, self._seed, self.cases, self.terms = seed, 0, 0, 0.0
-        net = held.net
-        whole = held.given is None
-        self._compiled = compiled_network(net, compile) if compile and whole else None
+        self.net = whole.net
+        self.likelihood = likelihood
+        self.forward = forward
+        self.cases = 0
+        self.terms = 0.0
+        self._whole = whole
+        self._workers = workers
+        self._generator = generator
+        self._seed = 0
+        net = whole.net
+        # Parameters that are gathered are given by functional_call, which a compiled network lacks.
+        own = whole.given is None
+        self._compiled = compiled_network(net, compile) if compile and own else None
         names = [name for name, _ in net.named_buffers() if not name.startswith(STORE)]
         self._buffers = {name: net.get_buffer(name) for name in names}
 
-    def begin(self, batch: Any) -> None:
-        """New masks for the passes on a batch that follow."""
+    def begin(self, batch: Batch) -> None:
+        """Draw new masks for the passes that follow, and count the batch's cases."""
         self._seed = drawn_seed(self._generator, self._workers)
         self.cases = int(self._workers.agree("a batch", amount=case_count(batch))[1])
 
-    def first(self, batch: Any, fraction: float, least: int) -> Any:
-        """This process's share of the first cases; ``least`` of all are kept where there are."""
+    def first(self, batch: Batch, fraction: float, least: int) -> Batch:
+        """Return this process's share of the first cases.
+
+        Args:
+            batch: of this process.
+            fraction: of the cases of all processes; (0, 1].
+            least: so many cases are kept at least, where there are as many.
+        """
         kept = min(self.cases, max(least, round(fraction * self.cases)))
-        whole = kept == self.cases or callable(batch[0])  # a closure has its batch inside
-        return batch if whole else first_cases(batch, share_of(kept, self._workers))
+        whole = kept == self.cases or callable(batch.inputs)  # a closure has its batch inside
+        if whole:
+            return batch
+        cut: Batch = first_cases(batch, share_of(kept, self._workers))
+        return cut
 
     @contextmanager
     def same_masks(self) -> Iterator[None]:
-        """Random numbers inside are those of every pass of the step."""
+        """Draw inside the random numbers that every pass of the step draws."""
         with seeded(self._seed, self.net.parameters()):
             yield
 
     def snapshot(self) -> dict[str, Tensor]:
-        """Copies of the buffers (running statistics)."""
+        """Return copies of the buffers (running statistics)."""
         return {name: buffer.clone() for name, buffer in self._buffers.items()}
 
     @torch.no_grad()
     def restore(self, snapshot: Mapping[str, Tensor]) -> None:
-        """Puts the buffers back."""
+        """Put the buffers back."""
         for name, value in snapshot.items():
             self._buffers[name].copy_(value)
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """A pass that leaves no trace in buffers and random streams."""
+        """Run passes inside that leave no trace in buffers and random streams."""
         kept = self.snapshot()
         try:
             with self.same_masks():
@@ -89,65 +128,92 @@ class Task:
         finally:
             self.restore(kept)
 
-    def outputs(self, inputs: Any, parameters: Mapping[str, Tensor] | None = None) -> Any:
-        """Outputs, with the module's own parameters or the given ones."""
-        net: Callable[..., Any] = self.net
-        parameters = self._held.given if parameters is None else parameters
+    def outputs(self, inputs: Tree, parameters: Mapping[str, Tensor] | None = None) -> Tree:
+        """Return the likelihood's outputs.
+
+        Args:
+            inputs: as in ``Batch``.
+            parameters: by name, in place of the module's own; None for those.
+        """
+        net: Callable[..., Tree] = self.net
+        parameters = self._whole.given if parameters is None else parameters
         if parameters is not None:
             given = dict(parameters)
 
-            def net(*args: Any, **kwargs: Any) -> Any:
+            def net(*args: Tree, **kwargs: Tree) -> Tree:
                 return functional_call(self.net, given, args, kwargs)
 
         return outputs_of(self.forward, net, inputs)
 
-    def predictive(self, outputs: Any, targets: Any) -> BatchLikelihood:
-        """What the likelihood says; the number of terms is that of all processes."""
+    def likelihood_of_all(self, outputs: Tree, targets: Tree) -> BatchLikelihood:
+        """Return the likelihood of this process's outputs; its terms are counted in all processes.
+
+        Every process divides by the same count, so that the sum of their losses is the mean.
+        """
         made = predictive(self.likelihood, outputs, targets)
         return made.of_all(self._workers, "outputs")[1]
 
-    def loss(self, outputs: Any, targets: Any) -> Tensor:
-        """This process's share of the mean negative log-likelihood of a term."""
-        made = self.predictive(outputs, targets)
+    def loss(self, outputs: Tree, targets: Tree) -> Tensor:
+        """Return this process's share of the mean negative log-likelihood of a term, [].
+
+        Raises:
+            LikelihoodError: targets are missing, or do not fit the outputs.
+        """
+        made = self.likelihood_of_all(outputs, targets)
         if not made.has_targets:
             raise LikelihoodError("step() needs the targets of the batch")
         self.terms = made.count
         return made.nll() / made.count
 
     def gradient(
-        self, inputs: Any, targets: Any, parameters: Mapping[str, Tensor]
+        self, batch: Batch, parameters: Mapping[str, Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
-        """The loss and its gradients by the module's own parameters, dense, of all processes."""
+        """Return the loss and its gradients, dense, of all processes.
+
+        Args:
+            batch: of this process.
+            parameters: the module's own, or those that it is run with; a gradient each, in order.
+        """
         with torch.enable_grad(), self.same_masks():
             if self._compiled is None:
-                outputs = self.outputs(inputs)
+                outputs = self.outputs(batch.inputs)
             else:
-                outputs = outputs_of(self.forward, self._compiled, inputs)
-            loss = self.loss(outputs, targets)
+                outputs = outputs_of(self.forward, self._compiled, batch.inputs)
+            loss = self.loss(outputs, batch.targets)
             wrt = list(parameters.values())
             found = torch.autograd.grad(loss, wrt, allow_unused=True, materialize_grads=True)
-        loss, dense = loss.detach(), [g.to_dense() if g.is_sparse else g for g in found]
-        self._workers.sum_([loss, *dense])
-        return loss, dense
+        value = loss.detach()
+        dense = [g.to_dense() if g.is_sparse else g for g in found]
+        self._workers.sum_([value, *dense])
+        return value, dense
 
-    def value(self, inputs: Any, targets: Any, parameters: Any = None) -> float:
-        """The mean negative log-likelihood of a term, of all processes."""
-        total = self.loss(self.outputs(inputs, parameters), targets).detach()
+    def value(self, batch: Batch, parameters: Mapping[str, Tensor] | None = None) -> float:
+        """Return the mean negative log-likelihood of a term, of all processes.
+
+        Args:
+            batch: of this process.
+            parameters: by name, in place of the module's own; None for those.
+        """
+        total = self.loss(self.outputs(batch.inputs, parameters), batch.targets).detach()
         self._workers.sum_([total])
         return float(total)
 
 
-def case_count(batch: Any) -> int:
-    """The first dimension of the batch's first tensor that has any."""
+def case_count(batch: Tree) -> int:
+    """Return the first dimension of the batch's first tensor that has any."""
     sized = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()]
     return sized[0].shape[0] if sized else 1
 
 
-def first_cases(batch: Any, kept: int) -> Any:
-    """The first part of every tensor of a batch whose first dimension counts the cases."""
+def first_cases(batch: Tree, kept: int) -> Tree:
+    """Return a batch of the first ``kept`` cases.
+
+    Every tensor is cut whose first dimension counts the cases; masks and tables of another length
+    stay whole.
+    """
     cases = case_count(batch)
 
-    def cut(leaf: Any) -> Any:
+    def cut(leaf: Tree) -> Tree:
         counted = isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == cases
         return leaf[:kept] if counted else leaf
 

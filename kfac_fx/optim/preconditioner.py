@@ -10,8 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from kfac_fx.config import FISHERS, choice, period, within
-from kfac_fx.curvature.factor_storage import storage_of
+from kfac_fx.config import (
+    FISHERS,
+    CurvatureOptions,
+    FactorStorage,
+    Fisher,
+    Structure,
+    Tikhonov,
+    choice,
+    period,
+    positive,
+    within,
+)
 from kfac_fx.curvature.inverses import InverseFisher
 from kfac_fx.curvature.parameters import transformed
 from kfac_fx.errors import (
@@ -20,12 +30,12 @@ from kfac_fx.errors import (
     ObservationError,
     ParameterChangedError,
     StatisticsError,
-    UnknownOptionError,
 )
 from kfac_fx.likelihoods.builtin import Given, fresh_generator, likelihood_of
 from kfac_fx.likelihoods.sampling import forked
 from kfac_fx.linalg.precision import all_finite
 from kfac_fx.optim.quadratic import shorten
+from kfac_fx.optim.tap_owner import TapOwner
 from kfac_fx.parallel import ALONE, Workers
 from kfac_fx.passes import recorded_module
 from kfac_fx.reading.inspection import HasCurvature
@@ -34,31 +44,47 @@ from kfac_fx.statistics.recorder import Recorder
 
 log = logging.getLogger("kfac_fx")
 
+VERSION = 2
+"""Of the layout of ``state_dict``; raised when an older one can no longer be read."""
+
 
 class Preconditioner(HasCurvature):
-    """Replaces gradients by Fhat^-1 gradient, with Fhat from statistics of the taps.
+    """Replaces gradients by Fhat^-1 gradient, with Fhat from the statistics of the taps.
 
     A step of training: ``outputs = net(x)``, ``observe(outputs)``, ``loss.backward()``, ``step()``,
-    then the optimizer's own step.
+    then the optimizer's own step. The mathematics is in docs/explanation/mathematics.md.
+
+    One object at a time records with the taps of a module. Making another one on it is allowed,
+    as notebooks do; the old one can then be read from, and raises where it would record.
 
     Args:
         net: what ``kfac_fx.transform`` returned, any GraphModule that carries its annotations, or a
             model compiled with ``kfac_fx.backend`` that has run once.
-        likelihood: "categorical", "bernoulli", "normal", an object of ``kfac_fx.likelihoods``, or a
-            callable from outputs to a ``torch.distributions.Distribution``.
-        damping: lambda; factored Tikhonov uses gamma = sqrt(lambda).
+        likelihood: what the outputs mean, and so which Fisher it is: "categorical" (logits),
+            "bernoulli" (logits), "normal" (means), "residual", an object of
+            ``kfac_fx.likelihoods``, or a callable from outputs to a
+            ``torch.distributions.Distribution``.
+        damping: lambda > 0, in the units of the Fisher of one likelihood term; factored Tikhonov
+            uses gamma = sqrt(lambda). Too small a value makes long steps in directions that few
+            cases have shown; a large one gives the gradient, scaled by 1 / lambda.
         tikhonov: "factored", (A + pi gamma I) (x) (G + gamma / pi I); "exact", A (x) G + lambda I
             (sums of two Kronecker products stay factored); or "ekfac", the same with estimated
             eigenvalues. The last two need structure="block_diagonal".
-        structure: None for the transform's own; "block_diagonal" leaves the couplings out.
+        structure: "block_diagonal" leaves the couplings out; None for the transform's own.
         fisher: "sampled" draws targets from the model (one more backward), "exact" takes every
             column of the output Fisher's square root (one backward each), "empirical" reuses the
             training backward and needs targets.
-        ema_decay: largest weight of the old average.
-        statistics_every, refresh_every: periods, counted in calls of ``step``.
+        ema_decay: in [0, 1), the largest weight of the old average. Early averages weigh every
+            batch alike.
+        statistics_every: period of the statistics, counted in calls of ``step``; the first call
+            always has some.
+        refresh_every: period of the inverses, counted in calls of ``step``. Between two refreshes
+            inverses are older than the averages, which costs accuracy and saves time.
         trust_region: largest squared length (in Fhat) of a preconditioned gradient; longer ones are
-            shortened: the step sqrt(trust_region / (grad^T Fhat^-1 grad)) of KFC.
-        generator: of the draws; its state is part of ``state_dict``.
+            shortened: the step sqrt(trust_region / (grad^T Fhat^-1 grad)) of KFC. None for no
+            limit.
+        generator: of the draws, on the CPU; its state is part of ``state_dict``. None for one that
+            torch's global stream seeds.
         workers: the processes that share a batch (``kfac_fx.distributed.DataParallel``). The
             gradients are averaged over them before ``step()``, as DistributedDataParallel does.
         forward: for ``observe(inputs=...)``: from (network, inputs) to the likelihood's outputs,
@@ -71,11 +97,15 @@ class Preconditioner(HasCurvature):
             compiled whatever this says.
 
     Attributes:
-        skipped_statistics, skipped_gradients: how often a non-finite value kept a step's statistics
-            out of the averages, or zeroed its gradients.
+        curvature: the blocks and couplings of ``net``.
+        structure: the one in use.
+        skipped_statistics: how often a non-finite value kept a step's statistics out of the
+            averages.
+        skipped_gradients: how often a non-finite value made all gradients of a step zero.
 
     Raises:
         UnknownOptionError, DampingError: an argument is wrong.
+        KFACError: ``net`` carries no annotations.
     """
 
     def __init__(
@@ -84,9 +114,9 @@ class Preconditioner(HasCurvature):
         likelihood: Given = "categorical",
         *,
         damping: float = 1e-3,
-        tikhonov: str = "factored",
-        structure: str | None = None,
-        fisher: str = "sampled",
+        tikhonov: Tikhonov = "factored",
+        structure: Structure | None = None,
+        fisher: Fisher = "sampled",
         ema_decay: float = 0.95,
         statistics_every: int = 1,
         refresh_every: int = 10,
@@ -94,39 +124,51 @@ class Preconditioner(HasCurvature):
         generator: torch.Generator | None = None,
         workers: Workers = ALONE,
         forward: Forward = run_network,
-        factor_storage: str | None = None,
+        factor_storage: FactorStorage | None = None,
         compile: bool | str = False,
     ) -> None:
         inner = workers.unwrapped(net)
-        owner = recorded_module(inner)
-        net_is_compiled, net = hasattr(net, "_orig_mod") and owner is inner, owner
-        self.curvature, self.structure = transformed(net, structure)
+        net_is_compiled = hasattr(net, "_orig_mod") and recorded_module(inner) is inner
+        net = recorded_module(inner)
+        curvature, structure = transformed(net, structure)
+        self.curvature = curvature
+        self.structure = structure
         self.likelihood = likelihood_of(likelihood)
         self.fisher = choice("fisher", fisher, FISHERS)
         self.damping = damping
         self.ema_decay = within("ema_decay", ema_decay, 0.0, 1.0)
         self.statistics_every = period("statistics_every", statistics_every)
         self.refresh_every = period("refresh_every", refresh_every)
-        if trust_region is not None and not trust_region > 0:
-            raise UnknownOptionError(f"trust_region must be positive or None, got {trust_region}")
-        self.trust_region = trust_region
+        self.trust_region = positive("trust_region", trust_region)
         self.generator = generator or fresh_generator()
         self.skipped_statistics = 0
         self.skipped_gradients = 0
-        storage = storage_of(factor_storage, self.generator)
-        how = tikhonov, workers, storage
-        self._inverse = InverseFisher(net, self.curvature, self.structure, *how, compile=compile)
-        self._steps, self._workers = 0, workers
+        self._steps = 0
+        self._workers = workers
+        options = CurvatureOptions(
+            structure=structure, tikhonov=tikhonov, factor_storage=factor_storage, compile=compile
+        )
+        self._inverse = InverseFisher(net, curvature, options, self.generator, workers)
         workers.begin("Preconditioner", self._inverse.guard.parameters, self.generator)
-        entries = self._inverse.averages.entries
-        given = self.likelihood, self.fisher, self.generator, workers
-        self._recorder = Recorder(net, entries, *given, forward=forward, compile=compile)
+        self._recorder = Recorder(
+            net,
+            self._inverse.averages.entries,
+            self.likelihood,
+            self.fisher,
+            self.generator,
+            workers,
+            forward=forward,
+            compile=compile,
+        )
+        # Hooks of a compiled network's taps are not reliable; the empirical Fisher alone has to
+        # take its statistics from the user's own backward, wherever that runs.
         self._recorder.by_inputs = net_is_compiled and self.fisher != "empirical"
+        self._taps = TapOwner(net, "Preconditioner")
         self._arm()
 
     @property
     def damping(self) -> float:
-        """lambda; takes effect at the next refresh."""
+        """lambda; a new value takes effect at the next refresh."""
         return self._damping
 
     @damping.setter
@@ -141,9 +183,9 @@ class Preconditioner(HasCurvature):
     # One step of training.
 
     def observe(self, outputs: Any = None, targets: Any = None, *, inputs: Any = None) -> None:
-        """After the forward, before loss.backward(): records when this step is due.
+        """Record statistics if this step is due; after the forward, before loss.backward().
 
-        With several micro-batches a step (accumulated gradients), once for each.
+        Where a step has several micro-batches (accumulated gradients), it is called for each.
 
         With ``inputs``, the statistics come from a pass of their own, in one compiled graph if
         ``compile``, and the forward need not be recorded. So the forward may be compiled, a part
@@ -163,7 +205,9 @@ class Preconditioner(HasCurvature):
             ObservationError: called twice a forward, after the backward, or with other outputs; or
                 without inputs after a call with them or where ``net`` is compiled; or the last
                 micro-batch's backward is no use, see ``step``.
+            TapsTakenError: another object was made on the module since.
         """
+        self._taps.check()
         if outputs is None and inputs is None:
             raise ObservationError("observe() needs the outputs, or the inputs, of a forward")
         if not self.due:
@@ -177,18 +221,20 @@ class Preconditioner(HasCurvature):
             self._skip_statistics("outputs")
 
     def step(self) -> None:
-        """After loss.backward(): folds statistics, refreshes when due, preconditions ``.grad``.
+        """Fold statistics, refresh when due, and precondition ``.grad``; after loss.backward().
 
-        Non-finite statistics stay out of the averages; non-finite gradients are replaced by zeros.
-        Both are counted and logged.
+        Non-finite statistics stay out of the averages; non-finite gradients are replaced by zeros,
+        so that the optimizer's step changes nothing but its momentum. Both are counted and logged.
 
         Raises:
             GradientError: no covered parameter has a gradient.
             StatisticsError: nothing was ever observed.
             ObservationError: of empirical statistics, no backward has come to the outputs, or
                 several have.
-            ParameterChangedError: see there.
+            ParameterChangedError: a parameter was replaced, reshaped, cast or moved.
+            TapsTakenError: another object was made on the module since.
         """
+        self._taps.check()
         guard = self._inverse.guard
         guard.check()
         given = guard.gradients()
@@ -199,10 +245,12 @@ class Preconditioner(HasCurvature):
         if self._recorder.observing:
             self._fold()
         elif not recorded.recorded and self.skipped_statistics == 0:
-            self._arm()
+            # A skipped batch is a reason to have none; a missing call is a mistake to be told of.
+            self._arm()  # so that the next forward is recorded once the call is there
             raise StatisticsError(
                 "no statistics yet: call observe(outputs) between the forward and loss.backward()"
             )
+        # Inverses are missing after the first fold, and where a block got its first statistic.
         if recorded.recorded and (self._due(self.refresh_every) or not self._inverse.inverses):
             self._inverse.keep_up(self.damping)
         self._precondition(given)
@@ -210,7 +258,7 @@ class Preconditioner(HasCurvature):
         self._arm()
 
     def refresh(self) -> None:
-        """Computes the inverses from the present factors and damping.
+        """Compute the inverses from the present factors and damping.
 
         Raises:
             StatisticsError: there are no factors yet.
@@ -218,10 +266,12 @@ class Preconditioner(HasCurvature):
         self._inverse.refresh(self.damping)
 
     def apply(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Fhat^-1 times the given gradients, by parameter name, with the inverses at hand.
+        """Return Fhat^-1 times the given gradients, by parameter name, with the inverses at hand.
 
-        Covered parameters that are not given count as zero; the result has the names given. A block
-        without statistics (code that never ran) leaves its gradients as they are.
+        Args:
+            gradients: of the parameters' shapes. Covered parameters that are not given count as
+                zero, and do not appear in the result. A block without statistics (code that never
+                ran) leaves its gradients as they are.
 
         Raises:
             GradientError: a name is not covered, or a shape is not its parameter's.
@@ -233,17 +283,18 @@ class Preconditioner(HasCurvature):
 
     @property
     def due(self) -> bool:
-        """Whether the statistics of this step are wanted."""
+        """Say whether the statistics of this step are wanted."""
         return self._due(self.statistics_every)
 
     def _due(self, period: int) -> bool:
         return self._steps % period == 0
 
     def _arm(self) -> None:
-        """Lets the next forward record if its step is due."""
+        """Let the next forward record if its step is due."""
         self._recorder.switch(self.due)
 
     def _fold(self) -> None:
+        """Take the recorded statistics into the averages, unless they are not finite."""
         found = self._recorder.take()
         if found and not self._inverse.fold(found, self.ema_decay):
             self._skip_statistics("statistics")
@@ -254,6 +305,7 @@ class Preconditioner(HasCurvature):
 
     @torch.no_grad()
     def _precondition(self, given: Mapping[str, Tensor]) -> None:
+        """Replace gradients in their place by the preconditioned ones, or by zeros."""
         whole = self._workers.whole(given)
         finite = bool(self._inverse.inverses)
         if finite:
@@ -262,7 +314,8 @@ class Preconditioner(HasCurvature):
                 shorten(updates, whole, self.trust_region)
             for name, gradient in given.items():
                 self._workers.put(updates[name], gradient)
-            # What is not finite in a gradient is not in its update. Of shards all see the whole.
+            # A gradient that is not finite gives no finite update, so one check serves for both.
+            # Shards are checked as a whole: one process must not zero what the others keep.
             finite = all_finite(list((given if whole is given else updates).values()))
         if not finite:
             self.skipped_gradients += 1
@@ -272,9 +325,12 @@ class Preconditioner(HasCurvature):
     # State.
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values only, so that ``torch.load(weights_only=True)`` reads it."""
+        """Return averages, inverses, counters and the generator, to go on from.
+
+        Tensors and plain values only, so that ``torch.load(weights_only=True)`` reads it.
+        """
         return {
-            "version": 2,
+            "version": VERSION,
             "steps": self._steps,
             "damping": self.damping,
             "skipped_statistics": self.skipped_statistics,
@@ -284,12 +340,14 @@ class Preconditioner(HasCurvature):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores ``state_dict``; nothing changes if the blocks do not fit.
+        """Restore ``state_dict``; nothing changes if the blocks do not fit.
 
         Raises:
             ParameterChangedError: the state belongs to other blocks.
+            TapsTakenError: another object was made on the module since.
         """
-        if state.get("version") != 2:
+        self._taps.check()
+        if state.get("version") != VERSION:
             raise ParameterChangedError("this is no state_dict of a Preconditioner of this version")
         self._inverse.load(state["inverse"])
         self._steps = int(state["steps"])

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,12 +17,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kfac_fx.likelihoods.batch import BatchLikelihood
 
-Direction = Mapping[str, Tensor]
+Direction = dict[str, Tensor]
+"""A tensor of the shape of each parameter, by name: a gradient, a proposal, an update."""
+
+Parameters = Mapping[str, Tensor]
+"""Parameters by name, which nobody here writes to."""
 
 
 @contextmanager
 def _differentiable_forward() -> Iterator[None]:
-    """Kernels that have a forward-mode derivative: fused attention and oneDNN's LSTM have none."""
+    """Take kernels with a forward-mode derivative: fused attention and oneDNN's LSTM have none."""
     enabled = torch.backends.mkldnn.set_flags(_enabled=False)[0]
     try:
         with sdpa_kernel(SDPBackend.MATH):
@@ -34,18 +37,24 @@ def _differentiable_forward() -> Iterator[None]:
 
 @torch.no_grad()
 def fisher_gram(
-    run: Callable[[Mapping[str, Tensor]], BatchLikelihood],
-    parameters: Direction,
+    run: Callable[[Parameters], BatchLikelihood],
+    parameters: Parameters,
     directions: Sequence[Direction],
 ) -> Tensor:
-    """v_i^T F v_j for all pairs of directions, [n, n] in float64.
+    """Return v_i^T F v_j for all pairs of directions: [n, n] in float64, F of one likelihood term.
+
+    With B the derivative of the output Fisher's root, F = J^T B^T B J. One derivative in forward
+    mode gives B J v for a direction, and the products of those are all that is asked for: F itself
+    has parameters squared many entries.
 
     Args:
-        run: from parameters by name to what the likelihood says about the outputs; called once a
-            direction.
+        run: from parameters by name to what the likelihood says about the outputs; it is called
+            once a direction, and its outputs must not depend on random numbers that change.
+        parameters: where the derivatives are taken.
+        directions: v_1 to v_n.
     """
     rows: list[Tensor] = []
-    count = 1.0
+    count = 1.0  # of likelihood terms: the same for all directions
     for direction in directions:
         tangents = {name: direction[name].to(p.dtype) for name, p in parameters.items()}
         with _differentiable_forward():
@@ -56,40 +65,43 @@ def fisher_gram(
 
 
 def _derivative(
-    run: Callable[[Mapping[str, Tensor]], BatchLikelihood],
-    parameters: Direction,
+    run: Callable[[Parameters], BatchLikelihood],
+    parameters: Parameters,
     tangents: Direction,
 ) -> tuple[float, Tensor]:
-    """The number of terms, and the derivative of the root of the output Fisher in a direction."""
+    """Return the number of terms, and the derivative of the output Fisher's root in a direction."""
     try:
         with forward_ad.dual_level():
             made = run({n: forward_ad.make_dual(p, tangents[n]) for n, p in parameters.items()})
             terms = made.root()
-            tangent: Any = forward_ad.unpack_dual(terms).tangent
+            tangent: Tensor | None = forward_ad.unpack_dual(terms).tangent
         return made.count, torch.zeros_like(terms) if tangent is None else tangent
     except RuntimeError as error:
         if "Nested forward mode" not in str(error):
             raise
-    # The outputs hold forward-mode derivatives themselves, which torch.func can nest.
-
+    # The outputs hold forward-mode derivatives themselves (residuals of differential equations).
+    # torch.func nests its levels, dual_level does not; it is tried second, as it costs more.
     counts: list[float] = []
 
-    def terms_of(given: Direction) -> Tensor:
+    def terms_of(given: Parameters) -> Tensor:
         made = run(given)
         counts.append(made.count)
         return made.root()
 
-    found: Any = torch.func.jvp(terms_of, (dict(parameters),), (dict(tangents),))
-    return counts[-1], found[1]
+    derivative: Tensor = torch.func.jvp(terms_of, (dict(parameters),), (tangents,))[1]
+    return counts[-1], derivative
 
 
 @dataclass(frozen=True)
 class QuadraticModel:
-    """M along two directions: the proposal Delta and the previous update delta_0.
+    """M along the proposal Delta and, if there is one, the previous update delta_0.
 
-    Attributes:
-        B: v_i^T (F + (lambda + eta) I) v_j, [n, n].
-        b: grad^T v_i, [n].
+    Restricted to their span, M is a quadratic function of one or two numbers, whose minimum is the
+    learning rate alpha and the momentum mu: nothing has to be tuned.
+
+    Args:
+        B: v_i^T (F + (lambda + eta) I) v_j, [n, n] in float64.
+        b: grad^T v_i, [n] in float64.
     """
 
     B: Tensor
@@ -103,22 +115,35 @@ class QuadraticModel:
         gradient: Direction,
         damping: float,
     ) -> QuadraticModel:
-        """The model from products with F, with ``damping`` = lambda + eta."""
+        """Return the model along directions.
+
+        Args:
+            directions: v_1 to v_n.
+            gram: v_i^T F v_j, [n, n].
+            gradient: of the objective with its l2 term.
+            damping: lambda + eta. Too little of it makes steps that the model is wrong about.
+        """
         dots = inner_products([*directions, gradient])
         return cls(gram + damping * dots[:-1, :-1], dots[-1, :-1])
 
     def minimum(self) -> tuple[Tensor, float]:
-        """(alpha, mu) that minimise M, and its value there."""
+        """Return (alpha, mu) that minimise M, [n], and its value there, which is not positive."""
+        # The previous update is often nearly parallel to the proposal. A pseudo-inverse then takes
+        # the shortest solution, where a solve would give huge steps of opposite signs.
         coefficients = -(torch.linalg.pinv(self.B, hermitian=True) @ self.b)
         return coefficients, self.at(coefficients)
 
     def at(self, coefficients: Tensor) -> float:
-        """M of a combination of the directions."""
+        """Return M of a combination of the directions, whose coefficients are [n]."""
         return float(0.5 * coefficients @ self.B @ coefficients + self.b @ coefficients)
 
 
 def inner_products(directions: Sequence[Direction]) -> Tensor:
-    """Sums of the products of all entries, for all pairs: [n, n] in float64."""
+    """Return the sums of the products of all entries, for all pairs: [n, n] in float64.
+
+    Entries of complex tensors count as two real ones. In float32 the sums over millions of entries
+    would lose the differences that (alpha, mu) are computed from.
+    """
     result = torch.zeros(len(directions), len(directions), dtype=torch.float64)
     for name, like in directions[0].items():
         rows = torch.stack([_wide(d[name]) for d in directions])
@@ -131,25 +156,34 @@ def _wide(value: Tensor) -> Tensor:
     return real.reshape(-1).to(torch.float64)
 
 
-def combination(
-    coefficients: Sequence[float], directions: Sequence[Direction]
-) -> dict[str, Tensor]:
-    """sum_i c_i v_i, by parameter."""
+def combination(coefficients: Sequence[float], directions: Sequence[Direction]) -> Direction:
+    """Return sum_i c_i v_i; the directions stay as they are."""
     result = {name: value * coefficients[0] for name, value in directions[0].items()}
     for c, direction in zip(coefficients[1:], directions[1:], strict=True):
         torch._foreach_add_(list(result.values()), [direction[n] for n in result], alpha=c)
     return result
 
 
-def cloned(direction: Direction) -> dict[str, Tensor]:
-    """A copy."""
+def cloned(direction: Parameters) -> Direction:
+    """Return a copy with memory of its own."""
     return {name: value.clone() for name, value in direction.items()}
 
 
-def shorten(updates: Direction, gradient: Direction, largest: float) -> None:
-    """Scales F^-1 gradient to a squared length gradient^T F^-1 gradient of at most ``largest``."""
+def shorten(updates: Direction, gradient: Parameters, largest: float) -> None:
+    """Scale Fhat^-1 gradient in place to a squared length of at most ``largest``.
+
+    The squared length in Fhat is gradient^T Fhat^-1 gradient, so that no product with Fhat is
+    needed (docs/explanation/mathematics.md, section 9).
+
+    Args:
+        updates: Fhat^-1 times the gradient; other names in it are left alone.
+        gradient: by the names that are scaled.
+        largest: above zero.
+    """
     lengths = [(gradient[n] * updates[n].conj()).sum().real.double() for n in gradient]
     length = torch.stack(lengths).sum().clamp_min(1e-300)
-    length = torch.where(length.isfinite(), length, torch.nan)  # zero would be taken for an update
+    # An infinite length would scale the update to zero, which passes for a finite one; not a number
+    # makes it not finite, and the caller skips the step.
+    length = torch.where(length.isfinite(), length, torch.nan)
     scale = float((largest / length).sqrt().clamp_max(1.0))
     torch._foreach_mul_([updates[n] for n in gradient], scale)

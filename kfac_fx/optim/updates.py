@@ -4,75 +4,110 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
 from kfac_fx.curvature.inverses import InverseFisher
 from kfac_fx.likelihoods.batch import BatchLikelihood
 from kfac_fx.optim.adapt_damping import DampingRule
-from kfac_fx.optim.objective import Task
-from kfac_fx.optim.quadratic import QuadraticModel, combination, fisher_gram, inner_products
+from kfac_fx.optim.objective import Batch, Objective
+from kfac_fx.optim.quadratic import (
+    Direction,
+    Parameters,
+    QuadraticModel,
+    combination,
+    fisher_gram,
+    inner_products,
+)
 from kfac_fx.parallel import Workers
-
-Direction = dict[str, Tensor]
 
 LEAST_PRODUCTS = 512
 """Cases for products with the exact Fisher: directions that few cases do not see look flat."""
 
 
-class Situation(NamedTuple):
+@dataclass(frozen=True)
+class Situation:
     """What an update is made from.
 
     Attributes:
-        batch: (inputs, targets).
+        iteration: from 1.
+        batch: the inputs and targets of the iteration.
+        parameters: by name, where the update starts.
         gradient: of the objective with its l2 term.
         previous: the last update, empty at first; the new one may be written into it.
-        options: of each parameter's group, by option and name.
+        rates: learning rate of each parameter's group; only where the user gave one.
+        momenta: momentum of each parameter's group; only where the user gave a learning rate.
     """
 
     iteration: int
-    batch: tuple[Any, Any]
-    parameters: Mapping[str, Tensor]
+    batch: Batch
+    parameters: Parameters
     gradient: Direction
     previous: Direction
-    options: Mapping[str, Mapping[str, float]]
+    rates: Mapping[str, float]
+    momenta: Mapping[str, float]
 
 
-class Update(NamedTuple):
-    """An update, the change of the objective that the model predicts, and numbers to show."""
+@dataclass(frozen=True)
+class Update:
+    """What an iteration is going to do, and what was decided on the way.
+
+    Attributes:
+        step: added to the parameters.
+        numbers: for the diagnostics.
+        judged: whether the change of the objective is to be compared with ``predicted`` after the
+            step, for lambda to follow the reduction ratio.
+        predicted: the model's change of the objective, not positive; 0 where there is no model.
+    """
 
     step: Direction
-    predicted: float
     numbers: dict[str, float]
+    judged: bool = False
+    predicted: float = 0.0
 
 
 class Rule(Protocol):
-    """Makes updates."""
+    """Makes the update of one iteration."""
 
     @property
     def damping(self) -> float:
-        """gamma^2 of factored Tikhonov damping."""
+        """gamma^2 of factored Tikhonov damping, as the next refresh takes it."""
 
     def __call__(self, at: Situation) -> Update:
-        """The update of one iteration."""
+        """Return the update."""
 
 
 def due(iteration: int, every: int) -> bool:
-    """In the first three iterations, and every so many (T3)."""
+    """Say whether a refresh is due: in the first three iterations, and every so many (T3)."""
     return iteration <= 3 or iteration % every == 0
 
 
-@dataclass
+@dataclass(frozen=True)
+class _Candidate:
+    """A gamma with its proposal, and the inverses that made it."""
+
+    gamma: float
+    proposal: Direction
+    inverses: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
 class AdaptiveUpdate:
-    """Algorithm 2: the gamma of the lowest model, and the model's own alpha and mu.
+    """Algorithm 2 of the paper: the gamma of the lowest model, and the model's own alpha and mu.
+
+    See docs/explanation/mathematics.md, section 9.
 
     Attributes:
-        fraction: tau2, of the batch for products with the exact Fisher.
+        objective: gives products with the exact Fisher.
+        inverse: gives proposals.
+        rule: has lambda and gamma; it is told which gamma was best.
+        fraction: tau2, the share of the batch for products with the exact Fisher.
         refresh_every: T3.
+        workers: the processes over which those products are added up.
     """
 
-    task: Task
+    objective: Objective
     inverse: InverseFisher
     rule: DampingRule
     fraction: float
@@ -84,58 +119,71 @@ class AdaptiveUpdate:
         return self.rule.gamma * self.rule.gamma
 
     def __call__(self, at: Situation) -> Update:
-        made = [
-            (gamma, self._proposal(at, gamma), self.inverse.inverses)
-            for gamma in self._refreshed(at)
-        ]
+        candidates = self._candidates(at)
         previous = [at.previous] if at.previous else []
-        directions = [proposal for _, proposal, _ in made] + previous
-        gram = self._gram(at, directions)
-        answers = []
-        for index, (gamma, proposal, inverses) in enumerate(made):
-            chosen = [index, *range(len(made), len(directions))]
-            pair = [proposal, *previous]
-            B = gram[chosen][:, chosen]
-            model = QuadraticModel.along(pair, B, at.gradient, self.rule.total)
+        # All products with F in one go: candidates share those of the previous update.
+        gram = self._gram(at, [c.proposal for c in candidates] + previous)
+        at_previous = list(range(len(candidates), len(candidates) + len(previous)))
+        best, lowest, weights = candidates[0], float("inf"), [1.0]
+        for index, candidate in enumerate(candidates):
+            chosen = [index, *at_previous]
+            directions = [candidate.proposal, *previous]
+            model = QuadraticModel.along(
+                directions, gram[chosen][:, chosen], at.gradient, self.rule.total
+            )
             coefficients, value = model.minimum()
-            answers.append((value, coefficients.tolist(), pair, gamma, inverses))
-        best = min(answers, key=lambda answer: answer[0])
-        value, (alpha, *mu), pair, self.rule.gamma, self.inverse.inverses = best
-        numbers = {"alpha": alpha, "mu": sum(mu), "model": value}
-        return Update(combination([alpha, *mu], pair), value, numbers)
+            if index == 0 or value < lowest:
+                best, lowest, weights = candidate, value, coefficients.tolist()
+        self.rule.choose(best.gamma)
+        self.inverse.use(best.inverses)
+        return Update(
+            combination(weights, [best.proposal, *previous]),
+            {"alpha": weights[0], "mu": sum(weights[1:]), "model": lowest},
+            judged=at.iteration % self.rule.damping_every == 0,
+            predicted=lowest,
+        )
 
-    def _refreshed(self, at: Situation) -> list[float]:
-        """The candidates for gamma; several, or a refresh that is due, need new inverses."""
+    def _candidates(self, at: Situation) -> list[_Candidate]:
+        """Return a proposal Delta = -Fhat^-1 grad for every gamma that is to be tried."""
         gammas = self.rule.candidates(at.iteration)
-        fresh = len(gammas) == 1 and not due(at.iteration, self.refresh_every)
-        self._reuse = fresh and bool(self.inverse.inverses)
-        return gammas
-
-    def _proposal(self, at: Situation, gamma: float) -> Direction:
-        """Delta = -Fhat^-1 grad."""
-        if not self._reuse:
-            self.inverse.refresh(gamma**2)
-        return {name: -value for name, value in self.inverse.apply(at.gradient).items()}
+        # One gamma may use inverses as they are between refreshes. Several need their own, all of
+        # the same averages, else older inverses would be compared with newer ones.
+        refresh = (
+            len(gammas) > 1 or due(at.iteration, self.refresh_every) or not self.inverse.inverses
+        )
+        found = []
+        for gamma in gammas:
+            if refresh:
+                self.inverse.refresh(gamma**2)
+            applied = self.inverse.apply(at.gradient)
+            proposal = {name: -value for name, value in applied.items()}
+            found.append(_Candidate(gamma, proposal, self.inverse.inverses))
+        return found
 
     def _gram(self, at: Situation, directions: list[Direction]) -> Tensor:
-        inputs, targets = self.task.first(at.batch, self.fraction, LEAST_PRODUCTS)
+        """Return the products of directions with the exact Fisher, [n, n], of all processes."""
+        part = self.objective.first(at.batch, self.fraction, LEAST_PRODUCTS)
 
-        def run(parameters: Mapping[str, Tensor]) -> BatchLikelihood:
-            with self.task.aside():
-                outputs = self.task.outputs(inputs, parameters)
-            return self.task.predictive(outputs, targets)
+        def run(parameters: Parameters) -> BatchLikelihood:
+            with self.objective.aside():
+                outputs = self.objective.outputs(part.inputs, parameters)
+            return self.objective.likelihood_of_all(outputs, part.targets)
 
         gram = fisher_gram(run, at.parameters, directions)
         self.workers.sum_([gram])
         return gram
 
 
-@dataclass
+@dataclass(frozen=True)
 class ScheduledUpdate:
     """KFC's stochastic form: momentum * previous - lr * proposal, within a trust region.
 
     Attributes:
-        trust_region: largest squared length lr^2 grad^T Fhat^-1 grad of the new part.
+        inverse: gives proposals.
+        rule: has lambda, which stays as it is.
+        refresh_every: T3.
+        trust_region: largest squared length lr^2 grad^T Fhat^-1 grad of the new part; None for no
+            limit.
     """
 
     inverse: InverseFisher
@@ -150,19 +198,21 @@ class ScheduledUpdate:
     def __call__(self, at: Situation) -> Update:
         if due(at.iteration, self.refresh_every) or not self.inverse.inverses:
             self.inverse.keep_up(self.rule.total)
-        rates, momenta = at.options["lr"], at.options["momentum"]
         proposal = self.inverse.apply(at.gradient)
         scale = 1.0
         if self.trust_region is not None:
-            scaled = {name: at.gradient[name] * rates[name] ** 2 for name in proposal}
+            # The length is of the step that the learning rates of all groups make, not of the
+            # proposal: a small rate needs no shortening.
+            scaled = {name: at.gradient[name] * at.rates[name] ** 2 for name in proposal}
             length = float(inner_products([scaled, proposal])[0, 1])
             scale = min(1.0, (self.trust_region / max(length, 1e-300)) ** 0.5)
         step = {}
         for name, value in proposal.items():
-            rate, previous = -rates[name] * scale, at.previous.get(name)
+            rate = -at.rates[name] * scale
+            previous = at.previous.get(name)
             step[name] = (
                 value * rate
                 if previous is None
-                else previous.mul_(momenta[name]).add_(value, alpha=rate)
+                else previous.mul_(at.momenta[name]).add_(value, alpha=rate)
             )
-        return Update(step, 0.0, {"trust": scale})
+        return Update(step, {"trust": scale})

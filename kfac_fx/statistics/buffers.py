@@ -13,7 +13,7 @@ from kfac_fx.curvature.averages import Entry
 from kfac_fx.ir import CurvatureBlock, Pair
 from kfac_fx.ir.use import StatisticKey
 from kfac_fx.ops import Statistic, multiplied, passes
-from kfac_fx.parallel import Place
+from kfac_fx.parallel import StatisticSlot
 
 Gradients = dict[int, Tensor]
 """id of a factor buffer or parameter -> what a backward pass returned for it."""
@@ -48,9 +48,11 @@ class Sources:
     untapped: list[tuple[StatisticKey, tuple[nn.Parameter, ...]]] = field(default_factory=list)
 
     @property
-    def places(self) -> list[Place]:
+    def places(self) -> list[StatisticSlot]:
         """Where all statistics go."""
-        return [Place(t, id(t) in self.symmetric) for t in (*self.factors, *self.parameters)]
+        return [
+            StatisticSlot(t, id(t) in self.symmetric) for t in (*self.factors, *self.parameters)
+        ]
 
     @property
     def factors(self) -> list[Tensor]:

@@ -145,10 +145,16 @@ def fused(work: Workload, setting: str, compiled: bool = True) -> Call:
 def kfac(work: Workload, setting: str, compiled: bool = False) -> Call:
     """``KFAC`` with a learning rate."""
     work = own(work)
-    options = {**OPTIONS[setting], "statistics_fraction": 1 / 8 if setting == "a" else 1.0}
+    options = kfac_fx.optim.KFACOptions(statistics_fraction=1 / 8 if setting == "a" else 1.0)
     net = transformed(work)
     optimizer = kfac_fx.KFAC(
-        net, work.likelihood, lr=work.lr, damping=1e-1, compile=compiled, **options
+        net,
+        work.likelihood,
+        lr=work.lr,
+        damping=1e-1,
+        compile=compiled,
+        options=options,
+        **OPTIONS[setting],
     )
     return lambda: optimizer.step(*work.next())
 

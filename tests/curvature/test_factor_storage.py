@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import kfac_fx
 from kfac_fx.curvature.factor_storage import Bfloat16, Host, Storage, rounded, storage_of
 from kfac_fx.distributed import DataParallel
+from kfac_fx.optim import KFACOptions
 
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -196,7 +197,8 @@ def test_a_compiled_refresh_is_the_same() -> None:
 def test_kfac_trains_with_bfloat16() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 3))
-    optimizer = kfac_fx.KFAC(kfac_fx.transform(model), factor_storage="bfloat16", damping=1.0)
+    options = KFACOptions(factor_storage="bfloat16")
+    optimizer = kfac_fx.KFAC(kfac_fx.transform(model), damping=1.0, options=options)
     x = torch.randn(256, 6)
     y = x[:, :3].argmax(1)
     losses = [float(optimizer.step(x, y)) for _ in range(20)]

@@ -19,6 +19,7 @@ import kfac_fx
 from kfac_fx import errors
 from kfac_fx.distributed import DataParallel
 from kfac_fx.linalg.packing import packed, packed_size, unpacked
+from kfac_fx.optim import KFACOptions
 from kfac_fx.parallel import ALONE
 
 STRUCTURES = ("block_diagonal", "block_tridiagonal")
@@ -103,14 +104,16 @@ def with_kfac(kind: str, structure: str, lr: float | None, size: int) -> dict[st
     if kind == "fsdp":
         fully_shard(net, mesh=init_device_mesh("cpu", (size,)))
     workers = ALONE if kind == "alone" else DataParallel(memory_fraction=0.5)
-    options = {
-        "fisher": "exact",
-        "damping": 1.0,
-        "refresh_every": 3,
-        "gamma_every": 4,
-        "outlier": 1.5,
-    }
-    optimizer = kfac_fx.KFAC(run, workers=workers, lr=lr, momentum=0.5, **options)
+    optimizer = kfac_fx.KFAC(
+        run,
+        workers=workers,
+        lr=lr,
+        momentum=0.5,
+        fisher="exact",
+        damping=1.0,
+        refresh_every=3,
+        options=KFACOptions(gamma_every=4, outlier=1.5),
+    )
     decisions = []
     for step, (x, y) in enumerate(batches()):
         x = x.index_fill(0, torch.tensor([1]), float("nan")) if step == 20 else x

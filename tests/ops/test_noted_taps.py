@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -15,11 +16,13 @@ from torch import distributions as D
 from torch.utils.checkpoint import checkpoint
 
 import kfac_fx
+from kfac_fx.config import FactorStorage
 from kfac_fx.curvature.factor_storage import Storage
 from kfac_fx.distributed import DataParallel
 from kfac_fx.linalg.packing import mirror
 from kfac_fx.ops import Rows, notes, rows, tap
 from kfac_fx.ops.gram import gram
+from kfac_fx.optim import KFACOptions
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -187,8 +190,8 @@ def test_not_finite(bad: float) -> None:
 @pytest.mark.usefixtures("all_stay")
 def test_state_is_whole() -> None:
     """Averages of which one half is up to date are not seen from outside."""
-    net = kfac_fx.transform(nn.Linear(6, 9))
-    pre, other = made(net), made(net)
+    layer = nn.Linear(6, 9)
+    pre, other = (made(kfac_fx.transform(copy.deepcopy(layer))) for _ in range(2))
     for _ in range(3):
         pre.observe(inputs=torch.randn(4, 6))
         pre._fold()
@@ -198,13 +201,23 @@ def test_state_is_whole() -> None:
     assert_close(factors(other), factors(pre))
 
 
-def trained(width: int, monkeypatch: pytest.MonkeyPatch, **options: Any) -> list[Tensor]:
+def trained(
+    width: int,
+    monkeypatch: pytest.MonkeyPatch,
+    lr: float | None,
+    factor_storage: FactorStorage | None,
+) -> list[Tensor]:
     """Parameters behind three steps of KFAC, which compares statistics with their averages."""
     monkeypatch.setattr(rows, "WIDTH", width)
     torch.manual_seed(0)
     net = kfac_fx.transform(nn.Sequential(nn.Linear(80, 90), nn.Tanh(), nn.Linear(90, 9)))
-    options["generator"] = torch.Generator().manual_seed(0)
-    optimizer = kfac_fx.KFAC(net, "normal", statistics_fraction=0.5, **options)
+    optimizer = kfac_fx.KFAC(
+        net,
+        "normal",
+        lr=lr,
+        generator=torch.Generator().manual_seed(0),
+        options=KFACOptions(statistics_fraction=0.5, factor_storage=factor_storage),
+    )
     for _ in range(3):
         optimizer.step(torch.randn(128, 80), torch.randn(128, 9))
     return [p.detach() for p in net.parameters()]
@@ -213,14 +226,14 @@ def trained(width: int, monkeypatch: pytest.MonkeyPatch, **options: Any) -> list
 @pytest.mark.parametrize("factor_storage", [None, "bfloat16"])
 @pytest.mark.parametrize("lr", [None, 0.1])
 def test_optimizer(
-    lr: float | None, factor_storage: str | None, monkeypatch: pytest.MonkeyPatch
+    lr: float | None, factor_storage: FactorStorage | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if factor_storage:
         torch.set_default_dtype(torch.float32)
-    options = {"lr": lr, "factor_storage": factor_storage}
     rough = {"rtol": 1e-3, "atol": 1e-4} if factor_storage else {"rtol": 1e-9, "atol": 1e-11}
-    found = trained(1, monkeypatch, **options)
-    torch.testing.assert_close(found, trained(10**6, monkeypatch, **options), **rough)
+    found = trained(1, monkeypatch, lr, factor_storage)
+    other = trained(10**6, monkeypatch, lr, factor_storage)
+    torch.testing.assert_close(found, other, **rough)
 
 
 def test_swollen_averages_start_anew(all_stay: None, caplog: pytest.LogCaptureFixture) -> None:

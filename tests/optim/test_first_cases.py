@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import kfac_fx
+from kfac_fx.optim import KFACOptions
 from kfac_fx.optim.objective import case_count, first_cases
 
 
@@ -35,6 +36,7 @@ def test_of_how_many_cases_statistics_are(closure: bool, expected: int) -> None:
         return net(inputs)
 
     net = kfac_fx.transform(nn.Linear(3, 2))
-    optimizer = kfac_fx.KFAC(net, lr=1e-3, statistics_fraction=1 / 4, forward=forward)
+    options = KFACOptions(statistics_fraction=1 / 4, forward=forward)
+    optimizer = kfac_fx.KFAC(net, lr=1e-3, options=options)
     optimizer.step((lambda given: forward(given, x)) if closure else x, y)
     assert seen == [64, expected]

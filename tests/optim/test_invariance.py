@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import kfac_fx
+from kfac_fx.optim import KFACOptions
 
 pytestmark = pytest.mark.usefixtures("float64")
 Twins = tuple[nn.Module, nn.Module]
@@ -114,7 +115,7 @@ def by_kfac(structure: str) -> Callable[[nn.Module, Tensor, Tensor], None]:
             weight_decay=0.0,
             damping=1e-30,
             fisher="exact",
-            statistics_fraction=1.0,
+            options=KFACOptions(statistics_fraction=1.0),
         )
         for _ in range(5):
             optimizer.step(x, y)

@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import kfac_fx
 from kfac_fx import errors
+from kfac_fx.optim import KFACOptions
 
 
 def mlp() -> nn.Module:
@@ -52,7 +53,7 @@ def test_batch_norm_and_dropout() -> None:
     optimizer.step(x, y)
     assert torch.equal(torch.get_rng_state(), before)
     with torch.random.fork_rng():
-        torch.manual_seed(optimizer._task._seed)
+        torch.manual_seed(optimizer._objective._seed)
         plain(x)
     for (name, one), other in zip(model.named_buffers(), plain.buffers(), strict=True):
         torch.testing.assert_close(one, other, msg=name)
@@ -74,8 +75,8 @@ def test_every_pass_of_a_step_sees_one_mask(monkeypatch: pytest.MonkeyPatch) -> 
             return self.layer(x * mask)
 
     net = kfac_fx.transform(Noisy(), torch.randn(2, 4), capture="eager", check=False)
-    options = {"statistics_fraction": 1.0, "products_fraction": 1.0, "damping_every": 1}
-    optimizer = kfac_fx.KFAC(net, damping=1.0, **options)
+    options = KFACOptions(statistics_fraction=1.0, products_fraction=1.0, damping_every=1)
+    optimizer = kfac_fx.KFAC(net, damping=1.0, options=options)
     x, y = torch.randn(8, 4), torch.randint(3, (8,))
     masks = []
     for _ in range(2):
@@ -228,7 +229,8 @@ def test_positions_count_where_statistics_are_of_few_cases(length: int, expected
 
     x = torch.randn(128, length, 4)
     net = kfac_fx.transform(nn.Linear(4, 3))
-    optimizer = kfac_fx.KFAC(net, lr=1e-3, statistics_fraction=1 / 32, forward=forward)
+    options = KFACOptions(statistics_fraction=1 / 32, forward=forward)
+    optimizer = kfac_fx.KFAC(net, lr=1e-3, options=options)
     optimizer.step(x, torch.randint(3, (128, length)))
     assert seen == [128, expected]
 
@@ -266,7 +268,7 @@ def test_outputs_of_ones_own_making() -> None:
         kfac_fx.transform(model),
         kfac_fx.likelihoods.Normal(),
         damping=1e-2,
-        forward=lambda net, inputs: torch.tanh(net(inputs)) + inputs[:, :1],
+        options=KFACOptions(forward=lambda net, inputs: torch.tanh(net(inputs)) + inputs[:, :1]),
     )
     x = torch.rand(128, 2)
     y = torch.sin(3 * x[:, :1])
@@ -324,7 +326,7 @@ def test_report_and_operator_are_of_the_inverses_in_use(lr: float | None) -> Non
 def test_wrong_arguments() -> None:
     net = kfac_fx.transform(mlp(), exclude=("0.*",))
     with pytest.raises(errors.UnknownOptionError, match="statistics_fraction"):
-        kfac_fx.KFAC(net, statistics_fraction=0.0)
+        kfac_fx.KFAC(net, options=KFACOptions(statistics_fraction=0.0))
     with pytest.raises(errors.UnknownOptionError, match="fisher"):
         kfac_fx.KFAC(net, fisher="empirical")
     with pytest.raises(errors.DampingError):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import kfac_fx
 from kfac_fx.errors import LikelihoodError
+from kfac_fx.optim import KFACOptions
 
 pytestmark = pytest.mark.usefixtures("float64")
 DAMPING, ETA = 0.3, 0.02
@@ -36,8 +37,15 @@ def test_steps_are_those_of_the_formula(trust_region: float | None) -> None:
         for layer, lr, mu, decay in zip(layers, RATES, MOMENTA, DECAYS, strict=True)
     ]
     net = kfac_fx.transform(model, structure="block_diagonal")
-    options = {"weight_decay": ETA, "damping": DAMPING, "trust_region": trust_region}
-    optimizer = kfac_fx.KFAC(net, params=groups, lr=1.0, refresh_every=1, **options)
+    optimizer = kfac_fx.KFAC(
+        net,
+        params=groups,
+        lr=1.0,
+        refresh_every=1,
+        weight_decay=ETA,
+        damping=DAMPING,
+        options=KFACOptions(trust_region=trust_region),
+    )
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.7)
     previous, shortened = [torch.zeros(5, 5), torch.zeros(3, 6)], []
     for step in range(5):

@@ -13,6 +13,7 @@ from support.oracles import Bernoulli, Categorical, Joint, Likelihood, Normal
 from torch import Tensor, nn
 
 import kfac_fx
+from kfac_fx.optim import KFACOptions
 
 pytestmark = pytest.mark.usefixtures("float64")
 ETA, T1, T2, T3, DECAY = 1e-3, 2, 3, 4, 0.9
@@ -155,22 +156,24 @@ def test_trajectory(likelihood: Likelihood, structure: str) -> None:
     joint = likelihood is JOINT
     ours, theirs = (network(4 if joint else 2) for _ in range(2))
     theirs.load_state_dict(ours.state_dict())
-    options = {"forward": lambda net, x: JOINT.split(net(x))} if joint else {}
+    forward = {"forward": lambda net, x: JOINT.split(net(x))} if joint else {}
     optimizer = kfac_fx.KFAC(
         kfac_fx.transform(ours, structure=structure),
         SUM if joint else likelihood.name,
         damping=2.0,
         weight_decay=ETA,
-        damping_every=T1,
-        gamma_every=T2,
         refresh_every=T3,
-        ema_decay=DECAY,
-        statistics_fraction=1.0,
-        products_fraction=1.0,
         fisher="exact",
-        smallest_damping=1e-6,
-        gamma_limit=math.inf,
-        **options,
+        options=KFACOptions(
+            damping_every=T1,
+            gamma_every=T2,
+            ema_decay=DECAY,
+            statistics_fraction=1.0,
+            products_fraction=1.0,
+            smallest_damping=1e-6,
+            gamma_limit=math.inf,
+            **forward,
+        ),
     )
     dense = Dense(theirs, likelihood, structure == "block_tridiagonal", 2.0)
     lambdas = set()

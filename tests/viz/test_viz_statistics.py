@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import kfac_fx
 from kfac_fx import viz
 from kfac_fx.errors import MissingExtraError, StatisticsError, UnknownOptionError
+from kfac_fx.optim import KFACOptions
 from kfac_fx.viz.picture import Picture, picture
 
 DAMPING = 1e-2
@@ -226,7 +227,7 @@ def test_matrices_are_drawn(tmp_path: Path) -> None:
 def record() -> list[dict[str, float]]:
     """Of five iterations of the optimizer itself."""
     net = kfac_fx.transform(network())
-    optimizer = kfac_fx.KFAC(net, "categorical", damping=1.0, damping_every=2)
+    optimizer = kfac_fx.KFAC(net, "categorical", damping=1.0, options=KFACOptions(damping_every=2))
     x, y = torch.randn(16, 5), torch.randint(0, 3, (16,))
     made = []
     for _ in range(5):
