@@ -24,7 +24,7 @@ from kfac_fx.codegen.emit import (
     emit_scales,
 )
 from kfac_fx.codegen.leaf import own_functions, texts
-from kfac_fx.codegen.part import converting, part_of_refresh
+from kfac_fx.codegen.part import converting, inverse_shapes, part_of_refresh
 from kfac_fx.codegen.stacks import Stacks, given_stacks
 from kfac_fx.linalg.precision import unrounded
 
@@ -120,7 +120,9 @@ class Refresher:
         robust: Callable[[], RefreshModule],
         given: Mapping[str, str],
     ) -> None:
-        self._module = module
+        # Names are composed here, once, not at every refresh.
+        self._inverses = [(key, key.name) for key in module.inverses]
+        self._flags = [(flag, flag.name) for flag in module.flags]
         self._run = run
         self._robust = robust
         self._given = given
@@ -138,7 +140,7 @@ class Refresher:
             flags = self._read(found)
         failed = [
             f"{flag.factor}_{flag.block}"
-            for flag, count in zip(self._module.flags, flags, strict=True)
+            for (flag, _), count in zip(self._flags, flags, strict=True)
             if count and flag.kind == "failed"
         ]
         if failed:
@@ -146,7 +148,7 @@ class Refresher:
             found = self._raised(damping, factors)
             flags = self._read(found)
         clamped = 0
-        for flag, count in zip(self._module.flags, flags, strict=True):
+        for (flag, _), count in zip(self._flags, flags, strict=True):
             if flag.kind == "clamped":
                 clamped += count
             elif flag.kind == "indefinite" and count:
@@ -154,12 +156,12 @@ class Refresher:
                     "%s is not positive: the coupling is left out until the next refresh",
                     self._given[flag.block],
                 )
-        inverses = {key: found[key.name] for key in self._module.inverses}
+        inverses = {key: found[name] for key, name in self._inverses}
         return Refreshed(inverses, damping, clamped)
 
     def _read(self, outputs: Mapping[str, Tensor]) -> list[int]:
         """Return the flags in the module's order; one synchronisation for all."""
-        counts = [outputs[flag.name].long().abs().sum() for flag in self._module.flags]
+        counts = [outputs[name].long().abs().sum() for _, name in self._flags]
         return torch.stack(counts).tolist() if counts else []
 
     def _raised(self, damping: Tensor, factors: Sequence[Tensor]) -> Mapping[str, Tensor]:
@@ -200,6 +202,7 @@ class Program:
         recipe: what the programs are emitted from.
         refresh_module, apply_module: the generated ``fx.GraphModule`` objects; names of their
             arguments and outputs are those of the keys.
+        couplings: the forest in use.
         inverses: keys of all inverses, in the order in which ``apply_module`` takes them.
     """
 
@@ -216,6 +219,7 @@ class Program:
     ) -> None:
         table = TABLES[tikhonov]
         self.recipe = Recipe(curvature, tuple(couplings), table, frozenset(cast), batched)
+        self.couplings = self.recipe.couplings
         self._has_scales = tikhonov == "ekfac"
         self._compile = compile
         self._plain = plain
@@ -236,11 +240,6 @@ class Program:
     def curvature(self) -> CurvatureGraph:
         """Return the blocks that the program is for."""
         return self.recipe.curvature
-
-    @property
-    def couplings(self) -> tuple[Coupling, ...]:
-        """Return the forest of couplings that the program uses."""
-        return self.recipe.couplings
 
     @property
     def inverse_names(self) -> tuple[str, ...]:
@@ -323,6 +322,10 @@ class Program:
         return tuple(
             key for block in self._inverses if block in blocks for key in self._inverses[block]
         )
+
+    def inverse_shapes(self) -> dict[InverseKey, torch.Size]:
+        """Return the shapes of all inverses, without computing them."""
+        return inverse_shapes(self.recipe, self._emitted)
 
     def part(self, blocks: Collection[str]) -> Refresher:
         """Return the refresh of some blocks; its arguments are those of ``refresh``."""

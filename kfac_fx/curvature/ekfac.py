@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from kfac_fx.codegen.approximations.base import BlockSpectrum, InverseKey
 from kfac_fx.codegen.program import Refreshed
 from kfac_fx.curvature.estimate import Average, Averages, Estimate
-from kfac_fx.ir.curvature_graph import CurvatureBlock
-from kfac_fx.ir.moment import Moment
+from kfac_fx.ir.curvature_graph import CurvatureBlock, Moment
 from kfac_fx.linalg.kronecker import moment_scale
 from kfac_fx.linalg.spectral import Side, Spectral
 from kfac_fx.ops import moment_buffers

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 from kfac_fx.curvature.outliers import SETTLED, Compared, fit
 from kfac_fx.errors import ParameterChangedError
-from kfac_fx.ir.coupling import Coupling, Pair
-from kfac_fx.ir.curvature_graph import CurvatureBlock, CurvatureGraph
-from kfac_fx.ir.moment import Moment
+from kfac_fx.ir.coupling import Coupling
+from kfac_fx.ir.curvature_graph import CurvatureBlock, CurvatureGraph, Moment, Pair
 from kfac_fx.ir.use import StatisticKey
 from kfac_fx.linalg.packing import mirror
 from kfac_fx.linalg.precision import all_finite
@@ -112,6 +111,7 @@ class Averages:
         storage: how they are kept between folds; None as they are read.
 
     Attributes:
+        keys: names of its statistics, one a factor.
         all: one average a factor.
         factors: those that are second moments, without the counts of positions.
         recorded: number of statistics in the averages.
@@ -135,7 +135,7 @@ class Averages:
         )
         both = zip(specs, self.all, strict=True)
         self.factors = tuple(average for spec, average in both if spec.role != "count")
-        self._keys = tuple(StatisticKey(holder.slot, spec.name) for spec in specs)
+        self.keys = tuple(StatisticKey(holder.slot, spec.name) for spec in specs)
         # Several uses of one form: their positions are counted together, and G is their mean
         # (docs/explanation/mathematics.md, section 4). Pairs of places: of G, of its count.
         counts = {spec.form: place for place, spec in enumerate(specs) if spec.role == "count"}
@@ -151,7 +151,7 @@ class Averages:
 
     def taken(self, found: Mapping[StatisticKey, Statistic]) -> list[Statistic] | None:
         """Return the holder's new statistics, one a factor, or None where one did not come."""
-        new = [found.get(key) for key in self._keys]
+        new = [found.get(key) for key in self.keys]
         taken = [value for value in new if value is not None]
         if len(taken) < len(new):
             return None
@@ -213,6 +213,8 @@ class Estimate:
         blocks: by name.
         pairs: by the names of the earlier and the later block.
         moments: by the block's name.
+        all: those of all three, in this order.
+        like: a tensor [] of the precision and on the device that averages are read in.
         folds: how often statistics were folded.
     """
 
@@ -237,24 +239,20 @@ class Estimate:
             for moment in moments
         }
         self.folds = 0
-        self._all = [*self.blocks.values(), *self.pairs.values(), *self.moments.values()]
+        self.like = next(iter(self.blocks.values())).like
+        self.all = [*self.blocks.values(), *self.pairs.values(), *self.moments.values()]
         self._storage = storage
         self._silent: set[str] = set()
 
     @property
     def holders(self) -> list[Holder]:
         """Return the blocks, pairs and moments whose statistics are wanted, in this order."""
-        return [averages.holder for averages in self._all]
-
-    @property
-    def like(self) -> Tensor:
-        """Return a tensor [] of the precision and on the device that averages are read in."""
-        return next(iter(self.blocks.values())).like
+        return [averages.holder for averages in self.all]
 
     @property
     def recorded(self) -> int:
         """Return the number of statistics in the averages: the largest of all holders."""
-        return max((averages.recorded for averages in self._all), default=0)
+        return max((averages.recorded for averages in self.all), default=0)
 
     # Folding.
 
@@ -276,13 +274,14 @@ class Estimate:
             whether they were folded, and whether a holder got its first statistic.
         """
         came: list[Came] = []
-        for averages in self._all:
+        for averages in self.all:
             new = averages.taken(found)
             if new is not None:
                 came.append(Came(averages, new))
         swollen = False
         if outlier < math.inf:  # the comparison costs a synchronisation
-            fitted = fit([pair for each in came for pair in each.averages.compared(each.new)], outlier)
+            pairs = [pair for each in came for pair in each.averages.compared(each.new)]
+            fitted = fit(pairs, outlier)
             if fitted.outlier:
                 return Folded(good=False)
             swollen = fitted.swollen
@@ -290,9 +289,9 @@ class Estimate:
             return Folded(good=False)
         if swollen:
             log.warning("statistics are far shorter than the first ones: the averages start anew")
-            for averages in self._all:  # all at once, as pairs share the cases of their blocks
+            for averages in self.all:  # all at once, as pairs share the cases of their blocks
                 averages.recorded = 0
-        if len(came) < len(self._all):
+        if len(came) < len(self.all):
             self._say_silent(came)
         self.folds += 1
         return Folded(good=True, first=self._fold(came, decay))
@@ -316,7 +315,7 @@ class Estimate:
 
     def _say_silent(self, came: Sequence[Came]) -> None:
         """Warn of holders that got no statistics, each of them once."""
-        silent = {averages.holder.name for averages in self._all}
+        silent = {averages.holder.name for averages in self.all}
         silent -= {averages.holder.name for averages, _ in came}
         if silent - self._silent:
             log.warning("no statistics came for %s", ", ".join(sorted(silent - self._silent)))
@@ -360,9 +359,9 @@ class Estimate:
         return {
             "factors": {
                 of.holder.name: [average.whole().clone() for average in of.factors]
-                for of in self._all
+                for of in self.all
             },
-            "recorded": {of.holder.name: of.recorded for of in self._all},
+            "recorded": {of.holder.name: of.recorded for of in self.all},
         }
 
     def check(self, state: EstimateState) -> None:
@@ -372,13 +371,13 @@ class Estimate:
             ParameterChangedError: names or shapes are others than here.
         """
         given = {name: [f.shape for f in fs] for name, fs in state["factors"].items()}
-        own = {of.holder.name: [average.stored.shape for average in of.factors] for of in self._all}
+        own = {of.holder.name: [average.stored.shape for average in of.factors] for of in self.all}
         if given != own:
             raise ParameterChangedError("the state_dict belongs to other blocks than this module's")
 
     def load(self, state: EstimateState) -> None:
         """Restore a ``state`` that fits; see ``check``."""
-        for of in self._all:
+        for of in self.all:
             for average, value in zip(of.factors, state["factors"][of.holder.name], strict=True):
                 average.write(value)
             of.recorded = int(state["recorded"][of.holder.name])

@@ -262,6 +262,10 @@ class InverseFisher:
 
     # State.
 
+    def kept_elsewhere(self) -> frozenset[InverseKey]:
+        """Return the keys of inverses that other processes keep, and this one does not."""
+        return frozenset(self.program.inverses) - frozenset(self._engine.needed())
+
     def state(self) -> InverseState:
         """Return tensors and plain values that ``load`` restores."""
         inverses: dict[str, Tensor] = {}

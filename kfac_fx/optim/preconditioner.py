@@ -149,10 +149,10 @@ class Preconditioner(HasCurvature):
             structure=structure, tikhonov=tikhonov, factor_storage=factor_storage, compile=compile
         )
         self._inverse = InverseFisher(net, curvature, options, self.generator, workers)
-        workers.begin("Preconditioner", self._inverse.guard.parameters, self.generator)
+        workers.begin("Preconditioner", self._inverse.covered.parameters, self.generator)
         self._recorder = Recorder(
             net,
-            self._inverse.averages.entries,
+            self._inverse.estimate.holders,
             self.likelihood,
             self.fisher,
             self.generator,
@@ -215,7 +215,7 @@ class Preconditioner(HasCurvature):
         if inputs is None:
             finite = self._recorder.observe(outputs, targets)
         else:
-            with forked(self._inverse.guard.parameters.values()):
+            with forked(self._inverse.covered.parameters.values()):
                 finite = self._recorder.observe_inputs(inputs, targets)
         if not finite:
             self._skip_statistics("outputs")
@@ -235,13 +235,13 @@ class Preconditioner(HasCurvature):
             TapsTakenError: another object was made on the module since.
         """
         self._taps.check()
-        guard = self._inverse.guard
+        guard = self._inverse.covered
         guard.check()
         given = guard.gradients()
         self._workers.agree("step")
         if not given:
             raise GradientError("no parameter has a gradient: call loss.backward() before step()")
-        recorded = self._inverse.averages
+        recorded = self._inverse.estimate
         if self._recorder.observing:
             self._fold()
         elif not recorded.recorded and self.skipped_statistics == 0:
@@ -251,7 +251,7 @@ class Preconditioner(HasCurvature):
                 "no statistics yet: call observe(outputs) between the forward and loss.backward()"
             )
         # Inverses are missing after the first fold, and where a block got its first statistic.
-        if recorded.recorded and (self._due(self.refresh_every) or not self._inverse.inverses):
+        if recorded.recorded and (self._due(self.refresh_every) or self._inverse.refreshed is None):
             self._inverse.keep_up(self.damping)
         self._precondition(given)
         self._steps += 1
@@ -307,9 +307,9 @@ class Preconditioner(HasCurvature):
     def _precondition(self, given: Mapping[str, Tensor]) -> None:
         """Replace gradients in their place by the preconditioned ones, or by zeros."""
         whole = self._workers.whole(given)
-        finite = bool(self._inverse.inverses)
+        finite = self._inverse.refreshed is not None
         if finite:
-            updates = self.apply(whole)
+            updates = self._inverse.precondition(whole)
             if self.trust_region is not None:
                 shorten(updates, whole, self.trust_region)
             for name, gradient in given.items():

@@ -227,4 +227,3 @@ class CurvatureOperator:
             U = blocks[name] if self._recipe.of(block).two_sided else blocks[name].squeeze(-1)
             result |= scattered(block, U, result)
         return result
-

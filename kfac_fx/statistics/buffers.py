@@ -9,10 +9,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from kfac_fx.curvature.averages import Entry
-from kfac_fx.ir import CurvatureBlock, Pair
+from kfac_fx.ir import CurvatureBlock, Moment, Pair
 from kfac_fx.ir.use import StatisticKey
-from kfac_fx.ops import Statistic, multiplied, passes
+from kfac_fx.ops import STORE, Statistic, multiplied, passes
 from kfac_fx.parallel import StatisticSlot
 
 Gradients = dict[int, Tensor]
@@ -72,23 +71,33 @@ class Sources:
         return result
 
 
-def sources_of(entries: Sequence[Entry]) -> Sources:
-    """Of blocks, pairs and moments."""
-    sources = Sources([], [], [], set(), _shared_uses(entries))
-    for entry in entries:
-        if not entry.block.tapped:
-            sources.parameters.extend(entry.parameters)
-            sources.untapped.append((entry.keys[0], entry.parameters))
+Holder = CurvatureBlock | Pair | Moment
+"""What has statistics of its own."""
+
+
+def sources_of(net: nn.Module, holders: Sequence[Holder]) -> Sources:
+    """Return the sources of blocks, pairs and moments; a pair comes after its blocks."""
+    sources = Sources([], [], [], set(), _shared_uses(holders))
+    store = getattr(net, STORE)
+    for holder in holders:
+        keys = [StatisticKey(holder.slot, spec.name) for spec in holder.factors]
+        if isinstance(holder, CurvatureBlock) and not holder.tapped:
+            modules = dict(net.named_modules(remove_duplicate=False))
+            owners = (name.rpartition(".") for name in holder.parameters)
+            parameters = tuple(modules[owner].get_parameter(leaf) for owner, _, leaf in owners)
+            sources.parameters.extend(parameters)
+            sources.untapped.append((keys[0], parameters))
             continue
-        sources.keys |= {id(b): key for b, key in zip(entry.buffers, entry.keys, strict=True)}
-        for spec, buffer in zip(entry.block.factors, entry.buffers, strict=True):
+        for spec, key in zip(holder.factors, keys, strict=True):
+            buffer = getattr(getattr(store, key.slot), key.factor)
+            sources.keys[id(buffer)] = key
             (sources.gradients if spec.role == "gradient" else sources.inputs).append(buffer)
-            if isinstance(entry.block, CurvatureBlock) and spec.role != "count":
+            if isinstance(holder, CurvatureBlock) and spec.role != "count":
                 sources.symmetric |= set() if spec.diagonal else {id(buffer)}
     return sources
 
 
-def _shared_uses(entries: Sequence[Entry]) -> Shared:
+def _shared_uses(holders: Sequence[Holder]) -> Shared:
     """The G that are divided by the number of calls that were recorded; of pairs, its mean.
 
     As for shared positions A (x) G then stands for a sum of uncorrelated terms, one a call
@@ -98,8 +107,7 @@ def _shared_uses(entries: Sequence[Entry]) -> Shared:
     inputs: dict[str, int] = {}
     found: list[tuple[int, tuple[int, ...]]] = []
     place = {"input": 0, "gradient": 0}
-    for entry in entries:
-        block = entry.block
+    for block in holders:
         roles = [spec.role for spec in block.factors] if block.tapped else []
         if roles == ["input", "gradient"]:
             ends = (block.earlier, block.later) if isinstance(block, Pair) else (block.name,)

@@ -10,15 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from kfac_fx.curvature.averages import Entry
 from kfac_fx.errors import ObservationError, UnknownOptionError
 from kfac_fx.ir.use import StatisticKey
 from kfac_fx.likelihoods.batch import output_tensors
 from kfac_fx.likelihoods.builtin import Likelihood, Sum
 from kfac_fx.likelihoods.sampling import forked
-from kfac_fx.ops import Statistic, forget_input, forget_passes, pause, resume, switch
+from kfac_fx.ops import Statistic, all_buffers, forget_input, forget_passes, pause, resume, switch
 from kfac_fx.parallel import Workers, drawn_seed
-from kfac_fx.statistics.buffers import by_calls, sources_of
+from kfac_fx.statistics.buffers import Holder, by_calls, sources_of
 from kfac_fx.statistics.forward import Forward, run_network
 from kfac_fx.statistics.observation import Observation, StepStatistics, squared
 from kfac_fx.statistics.own_pass import Loss, PurePass, Result
@@ -33,7 +32,7 @@ class Recorder:
 
     Args:
         net: carries the taps.
-        entries: blocks with their buffers and parameters.
+        holders: blocks, pairs and moments whose statistics are wanted.
         fisher: "sampled", "exact" or "empirical".
         generator: of the draws.
         workers: the processes whose statistics are added up.
@@ -50,7 +49,7 @@ class Recorder:
     def __init__(
         self,
         net: nn.Module,
-        entries: Sequence[Entry],
+        holders: Sequence[Holder],
         likelihood: Likelihood | Sum,
         fisher: str,
         generator: torch.Generator,
@@ -66,8 +65,12 @@ class Recorder:
             )
         self._likelihood, self._fisher, self._generator = likelihood, fisher, generator
         self._workers = workers
-        self._sources = sources_of(entries)
+        self._sources = sources_of(net, holders)
         self._observation: Observation | None = None
+        # What recorded with these taps before may have wanted more of them.
+        switch(net, all_buffers(net), False)
+        for buffer in all_buffers(net):
+            buffer.grad = None
         self._compared = False
         self._statistics = StepStatistics(self._sources, workers)
         self._make: Callable[..., CompiledPass] = lambda **wanted: CompiledPass(

@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 import kfac_fx
 from kfac_fx.config import FactorStorage
-from kfac_fx.curvature.factor_storage import Storage
+from kfac_fx.curvature import estimate
+from kfac_fx.curvature.estimate import Average, fold_in_place
 from kfac_fx.distributed import DataParallel
 from kfac_fx.linalg.packing import mirror
 from kfac_fx.ops import Rows, notes, rows, tap
@@ -289,21 +290,20 @@ def test_rows_are_the_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_folds_of_both_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows write one half, whatever the slabs; a matrix does not make a half whole."""
-    storage = Storage()
-    average = storage.make((11, 11), torch.zeros(()), True)
-    average.held.fill_(float("nan"))
+    average = Average((11, 11), torch.zeros(()), True)
+    average.stored.fill_(float("nan"))
     want = torch.zeros(11, 11)
     for step, width in enumerate((4, 2, 4, 3, 4)):
         monkeypatch.setattr(rows, "WIDTH", width)
         found, matrix = gram_of(11)
         found.shared = step == 4
         weight = 1 / (step + 1)
-        storage.fold([average], [matrix if step == 2 else found], weight)
+        fold_in_place([average], [matrix if step == 2 else found], weight)
         want = (1 - weight) * want + weight * matrix
-        torch.testing.assert_close(storage.half(average).triu(), want.triu())
-    assert average.halved
-    torch.testing.assert_close(storage.read(average), want)
-    assert not average.halved
+        torch.testing.assert_close(average.upper().triu(), want.triu())
+    assert average.upper_only
+    torch.testing.assert_close(average.read(), want)
+    assert not average.upper_only
 
 
 @pytest.mark.usefixtures("all_stay")
@@ -389,10 +389,10 @@ def test_failed_folds_count_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None
     def fail(*_: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(Storage, "fold", fail)
+    monkeypatch.setattr(estimate, "fold_in_place", fail)
     with pytest.raises(MemoryError):
         pre._fold()
-    assert pre._inverse.averages.recorded == 0
+    assert pre._inverse.estimate.recorded == 0
 
 
 def test_taps_of_other_networks_are_not_noted() -> None:

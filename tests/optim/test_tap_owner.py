@@ -39,7 +39,7 @@ def test_a_preconditioner_made_again_works() -> None:
         preconditioner = kfac_fx.Preconditioner(net)
         for _ in range(2):
             train(net, preconditioner)
-        assert preconditioner._inverse.averages.recorded == 2
+        assert preconditioner._inverse.estimate.recorded == 2
 
 
 @pytest.mark.parametrize("newer", [kfac_fx.Preconditioner, kfac_fx.KFAC])
@@ -100,7 +100,7 @@ def test_the_older_one_goes_on_when_the_newer_one_is_gone() -> None:
     for parameter in net.parameters():
         parameter.grad = torch.ones_like(parameter)
     old.step()
-    assert old._inverse.averages.recorded == 2
+    assert old._inverse.estimate.recorded == 2
 
 
 def test_copies_have_taps_of_their_own() -> None:
@@ -110,4 +110,4 @@ def test_copies_have_taps_of_their_own() -> None:
     new = kfac_fx.Preconditioner(twin)
     train(net, old)
     train(twin, new)
-    assert old._inverse.averages.recorded == new._inverse.averages.recorded == 1
+    assert old._inverse.estimate.recorded == new._inverse.estimate.recorded == 1

@@ -83,10 +83,9 @@ def damp(
     options = {"diagonal": diagonals(A, G), "cut": (A.cut, G.cut)}
     # A program reads better without the options that say nothing.
     given: dict[str, Value] = {name: both for name, both in options.items() if any(both)}
-    found = damped_factors(pair[0], pair[1], gamma, **given)
-    for spec, value in zip(specs, found, strict=True):
-        build.name(value, f"{spec.name}_{slot}_damped")
-    first, second = found
+    first, second = damped_factors(pair[0], pair[1], gamma, **given)
+    build.name(first, f"{A.name}_{slot}_damped")
+    build.name(second, f"{G.name}_{slot}_damped")
     return first, second
 
 
