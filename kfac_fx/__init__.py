@@ -8,6 +8,10 @@ from kfac_fx.ir.faces import register
 from kfac_fx.optim import KFAC, GrowingBatches, Preconditioner, TrainingStep
 from kfac_fx.passes.rules import register_rule
 
+# The same number is in pyproject.toml and CITATION.cff; a test compares them. It is written here
+# rather than asked of the installed package, because a plain checkout has none.
+__version__ = "0.1.0"
+
 __all__ = [
     "KFAC",
     "Coupling",

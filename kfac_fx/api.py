@@ -1,18 +1,49 @@
-"""``transform``: from a model to its instrumented drop-in."""
+"""``transform``: capture a model by the first route that follows it, and insert taps."""
 
 from __future__ import annotations
 
+import inspect
+import logging
 from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.export import ExportedProgram
 
-from kfac_fx.capture import CapturedModule, of_program
-from kfac_fx.capture import capture as capture_model
-from kfac_fx.config import CAPTURES, MAX_FACTOR_DIM, choice
-from kfac_fx.passes import Covered, KFACTransform, StripTaps
+from kfac_fx.capture.captured_module import CapturedModule, captured_module, share_hooks
+from kfac_fx.capture.graph_modules import from_graph_module
+from kfac_fx.capture.self_check import SelfCheck
+from kfac_fx.capture.symbolic_trace import opaque_calls, trace
+from kfac_fx.capture.train_and_eval import capture_both
+from kfac_fx.capture.undisturbed import undisturbed
+from kfac_fx.config import (
+    CAPTURES,
+    MAX_FACTOR_DIM,
+    Capture,
+    Couplings,
+    LargeFactors,
+    Structure,
+    WeightSharing,
+    choice,
+)
+from kfac_fx.eager.eager_module import EagerModule, eager_module
+from kfac_fx.eager.record_example import record
+from kfac_fx.errors import CaptureError
+from kfac_fx.export.export_model import fixes_batch, from_export, of_program
+from kfac_fx.passes.covered_parameters import Covered
+from kfac_fx.passes.kfac_transform import KFACTransform
+from kfac_fx.passes.options import TransformOptions
+from kfac_fx.passes.strip_taps import StripTaps
+
+log = logging.getLogger("kfac_fx")
+
+ROUTES: dict[str, str] = {
+    "symbolic_trace": "symbolic tracing",
+    "export": "torch.export",
+    "eager": "running the model",
+}
+"""The routes in the order in which they are tried, in words for messages."""
 
 
 def transform(
@@ -20,18 +51,18 @@ def transform(
     example_inputs: Any = None,
     *,
     example_kwargs: Mapping[str, Any] | None = None,
-    structure: str = "block_tridiagonal",
-    couplings: str = "topology",
+    structure: Structure = "block_tridiagonal",
+    couplings: Couplings = "topology",
     exclude: Collection[str] = (),
     strict: bool = False,
-    weight_sharing: str = "expand",
+    weight_sharing: WeightSharing = "expand",
     max_factor_dim: int = MAX_FACTOR_DIM,
-    large_factors: str = "diagonal",
+    large_factors: LargeFactors = "diagonal",
     ekfac: bool = False,
-    capture: str = "auto",
+    capture: Capture = "auto",
     check: bool = True,
 ) -> CapturedModule:
-    """The model as a GraphModule whose taps can record Kronecker-factor statistics.
+    """Return the model as a GraphModule whose taps can record Kronecker-factor statistics.
 
     A drop-in: same outputs, gradients, Parameter objects and state_dict keys; train() and eval()
     work. ``result.curvature`` says which block every parameter got.
@@ -70,7 +101,7 @@ def transform(
         UnknownOptionError: an option is wrong.
     """
     choice("capture", capture, CAPTURES)
-    chain = KFACTransform(
+    options = TransformOptions(
         structure=structure,
         couplings=couplings,
         exclude=exclude,
@@ -81,12 +112,120 @@ def transform(
         ekfac=ekfac,
     )
     if isinstance(model, ExportedProgram):
-        module, chain.uses.route = of_program(model), "export"
+        module = of_program(model)
+        route = "export"
     else:
-        Covered(model, exclude)  # before any work is done
+        Covered(model, exclude)  # a model without parameters is refused before any work is done
         args = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else example_inputs
         kwargs = dict(example_kwargs or {})
-        module, chain.uses.route = capture_model(model, args, kwargs, route=capture, check=check)
+        module, route = capture_model(model, args, kwargs, route=capture, check=check)
     StripTaps()(module)
-    chain(module)
+    KFACTransform(options, route=route)(module)
     return module
+
+
+def capture_model(
+    model: nn.Module,
+    args: tuple[Any, ...] | None,
+    kwargs: dict[str, Any],
+    *,
+    route: str = "auto",
+    check: bool = True,
+) -> tuple[CapturedModule, str]:
+    """Return the captured module and its route: "graph_module" or one of ROUTES.
+
+    Symbolic tracing comes first: it needs no inputs and keeps layers and modes. With example
+    inputs, torch.export takes over where tracing fails or would keep a module with parameters whole
+    that no rule can look into, and the model's own code where export fails or fixes the batch size.
+
+    Args:
+        model: is not changed.
+        args: positional example inputs; None without any.
+        kwargs: keyword example inputs.
+        route: "auto", or the only one to try.
+        check: compare with the model on the example inputs; a route that differs has failed.
+
+    Raises:
+        CaptureError: no route follows the model; gives each one's reason.
+    """
+    if isinstance(model, EagerModule):
+        model = model.source
+        route = "eager"
+    if isinstance(model, fx.GraphModule) and route in ("auto", "symbolic_trace"):
+        return from_graph_module(model), "graph_module"
+    have_inputs = args is not None or bool(kwargs)
+    self_check = SelfCheck(model, args or (), kwargs) if check and have_inputs else None
+    reasons: dict[str, CaptureError] = {}
+    # A capture that keeps something whole works, but the whole part gets a weak block. It is kept
+    # aside while later routes are tried, and the last one is taken if none does better.
+    opaque: list[tuple[CapturedModule, str, list[str]]] = []
+    for name in ROUTES if route == "auto" else (route,):
+        try:
+            module = _captured(name, model, args, kwargs)
+            if self_check is not None:
+                self_check.compare(module)
+        except CaptureError as error:
+            reasons[name] = error
+            log.info("%s cannot follow %s: %s", ROUTES[name], type(model).__name__, error)
+            if not have_inputs:
+                break
+            continue
+        whole = opaque_calls(model, module.graph)
+        if name == "export" and fixes_batch(module.graph):
+            whole.append("batches of another size")
+        if not whole or not have_inputs or route != "auto":
+            return module, name
+        opaque.append((module, name, whole))
+    if opaque:
+        module, name, whole = opaque[-1]
+        log.warning("%s does not follow %s", ROUTES[name], ", ".join(whole))
+        return module, name
+    raise _failure(model, reasons, have_inputs)
+
+
+def _captured(
+    route: str, model: nn.Module, args: tuple[Any, ...] | None, kwargs: dict[str, Any]
+) -> CapturedModule:
+    """Return the model as one route captures it."""
+    if route == "symbolic_trace":
+        given = _arguments_given(model, args, kwargs)
+        with undisturbed(model):
+            graphs = capture_both(model, lambda m: trace(m, given))
+        module = captured_module(model, *graphs)
+        share_hooks(module, model)
+        return module
+    if args is None and not kwargs:
+        raise CaptureError("it needs example_inputs=(...)")
+    if route == "export":
+        return from_export(model, args or (), kwargs)
+    running = eager_module(model, record(model, args or (), kwargs))
+    log.warning(
+        "%s runs as it is written and is recorded while it does: there is no graph of it that can "
+        "be compiled as a whole or transformed further",
+        type(model).__name__,
+    )
+    return running
+
+
+def _arguments_given(
+    model: nn.Module, args: tuple[Any, ...] | None, kwargs: dict[str, Any]
+) -> frozenset[str]:
+    """Return the names of the arguments of ``forward`` that the example inputs fill."""
+    names = list(inspect.signature(model.forward).parameters)
+    return frozenset(names[: len(args or ())]) | frozenset(kwargs)
+
+
+def _failure(model: nn.Module, reasons: dict[str, CaptureError], have_inputs: bool) -> CaptureError:
+    """Return the error that tells why each route stopped, and what would help."""
+    name = type(model).__name__
+    last = list(reasons.values())[-1]
+    if not have_inputs and "symbolic_trace" in reasons:
+        error = CaptureError(
+            f"symbolic tracing cannot follow {name} at {last}. "
+            "Pass example_inputs=(...) so that torch.export can."
+        )
+    else:
+        stops = "; ".join(f"{ROUTES[route]} stops at {why}" for route, why in reasons.items())
+        error = CaptureError(f"{name}: {stops}")
+    error.__cause__ = last
+    return error

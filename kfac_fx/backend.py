@@ -1,53 +1,26 @@
-"""The backend of torch.compile: graphs are handed on to another backend, and can record."""
+"""The public side of the backend of torch.compile: ``kfac_fx.backend`` and its entry point."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, fx
+from torch import fx
 
-from kfac_fx.capture.dynamo import CompiledGraph
-from kfac_fx.passes import KFACTransform
-from kfac_fx.passes.open_attention import note_facts
+from kfac_fx.dynamo.backend import Backend
+from kfac_fx.dynamo.captured_graphs import BackendSettings, CompiledGraph
+from kfac_fx.passes.options import TransformKeywords, TransformOptions
 
-log = logging.getLogger("kfac_fx")
-
-
-class Backend:
-    """A backend for torch.compile; see ``backend``."""
-
-    def __init__(
-        self,
-        inner: str | Callable[..., Any],
-        on_graph: Callable[[fx.GraphModule], Any] | None,
-        transform: KFACTransform,
-    ) -> None:
-        self.inner, self.on_graph, self.transform = inner, on_graph, transform
-
-    def __call__(self, module: fx.GraphModule, inputs: Sequence[Any]) -> CompiledGraph:
-        """What runs in the place of a graph that Dynamo has captured."""
-        from torch._dynamo import lookup_backend
-
-        log.debug("a graph of %d nodes goes to %s", len(module.graph.nodes), self.inner)
-        note_facts(module.graph, "example_value")
-        graph = CompiledGraph(module, _not_compiled, self)
-        inner = lookup_backend(self.inner) if isinstance(self.inner, str) else self.inner
-        graph.compiled = inner(module, list(inputs))
-        return graph
-
-
-def _not_compiled(*inputs: Tensor) -> Any:
-    raise AssertionError("a graph runs before it is compiled")
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def backend(
     inner: str | Callable[..., Any] = "inductor",
-    on_graph: Callable[[fx.GraphModule], Any] | None = None,
-    **options: Any,
+    on_graph: Callable[[fx.GraphModule], object] | None = None,
+    **options: Unpack[TransformKeywords],
 ) -> Backend:
-    """A backend for ``torch.compile(model, backend=kfac_fx.backend(...))``.
+    """Return a backend for ``torch.compile(model, backend=kfac_fx.backend(...))``.
 
     Every graph that Dynamo captures goes to the inner backend as it is. Once the model has run,
     ``Preconditioner(compiled)`` finds the blocks of the whole model in all its graphs and puts taps
@@ -65,11 +38,14 @@ def backend(
     Raises:
         UnknownOptionError: an option is wrong.
     """
-    return Backend(inner, on_graph, KFACTransform(**options))
+    return Backend(BackendSettings(inner, on_graph, TransformOptions(**options)))
 
 
 def default(module: fx.GraphModule, inputs: Sequence[Any]) -> CompiledGraph:
-    """``torch.compile(model, backend="kfac_fx")``: the entry point, with inductor behind it."""
+    """Compile a graph for ``torch.compile(model, backend="kfac_fx")``, by inductor.
+
+    This is the entry point of the package, so its arguments are those of every backend.
+    """
     return _DEFAULT(module, inputs)
 
 

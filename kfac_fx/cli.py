@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from kfac_fx.api import transform
-from kfac_fx.capture import CapturedModule
+from kfac_fx.capture.captured_module import CapturedModule
 from kfac_fx.codegen import Program
 from kfac_fx.config import STRUCTURES
 from kfac_fx.errors import KFACError

@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import fx, nn
 
-from kfac_fx.capture.module import CapturedModule
+from kfac_fx.capture.captured_module import CapturedModule
 from kfac_fx.errors import FormatError
-from kfac_fx.ir import CurvatureGraph
+from kfac_fx.ir.curvature_graph import CurvatureGraph
 
 log = logging.getLogger("kfac_fx")
 

@@ -7,9 +7,9 @@ from abc import abstractmethod
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from kfac_fx.capture.module import CapturedModule
+from kfac_fx.capture.captured_module import CapturedModule
 from kfac_fx.errors import PassError
-from kfac_fx.ir import CurvatureGraph
+from kfac_fx.ir.curvature_graph import CurvatureGraph
 from kfac_fx.passes.annotations import graphs_of, is_tap
 
 META = "kfac_fx"

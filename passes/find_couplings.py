@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import combinations
 
 from torch import fx, nn
 
-from kfac_fx.capture.view import GraphView
+from kfac_fx.capture.graph_view import GraphView
+from kfac_fx.config import COUPLINGS, choice
 from kfac_fx.ir.coupling import Edge, couplings_of
 from kfac_fx.ir.curvature_graph import CurvatureBlock, CurvatureGraph, Pair
 from kfac_fx.ir.use import FactorSpec
+from kfac_fx.passes.annotations import graphs_of
+from kfac_fx.passes.base import Analysis, curvature_of
 from kfac_fx.passes.find_edges import find_edges
+
+log = logging.getLogger("kfac_fx")
 
 NEAREST = 3
 """Candidates a block and direction where the data choose: more are rarely better."""
@@ -168,3 +174,27 @@ SIDES = {
     "convolution": _convolution_side,
     "projection": _projection_side,
 }
+
+
+class FindCouplings(Analysis):
+    """Find which blocks follow each other, and which of them are coupled.
+
+    Args:
+        couplings: "topology" or "data", as for ``kfac_fx.transform``.
+
+    Raises:
+        UnknownOptionError: it is another.
+    """
+
+    def __init__(self, *, couplings: str = "topology") -> None:
+        self.by_data = choice("couplings", couplings, COUPLINGS) == "data"
+
+    def analyse(self, module: fx.GraphModule) -> CurvatureGraph:
+        """Return the curvature graph with edges, pairs and the forest."""
+        curvature = curvature_of(module, "FindCouplings")
+        found = find_couplings(module, graphs_of(module)[0], curvature, by_data=self.by_data)
+        for coupling in found.couplings:
+            log.debug("%s is coupled with %s", coupling.child, coupling.parent)
+        for name, reason in found.uncoupled.items():
+            log.debug("%s is coupled with none: %s", name, reason)
+        return found

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 from torch import fx
 
-from kfac_fx.capture.view import GraphView
-from kfac_fx.ir import CurvatureBlock, Edge
+from kfac_fx.capture.graph_view import GraphView
+from kfac_fx.ir.coupling import Edge
+from kfac_fx.ir.curvature_graph import CurvatureBlock
 
 _FLATTENING = frozenset({"flatten", "reshape", "view"})
 _MIXING = frozenset({"scaled_dot_product_attention", "softmax", "matmul", "bmm", "einsum"})

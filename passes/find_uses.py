@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import fx, nn
 
-from kfac_fx.capture.view import GraphView
-from kfac_fx.config import MAX_FACTOR_DIM
-from kfac_fx.ir import ParameterUse
-from kfac_fx.passes.gather_blocks import forms, pieces, summable
+from kfac_fx.capture.captured_module import CapturedModule
+from kfac_fx.capture.graph_view import GraphView
+from kfac_fx.ir.curvature_graph import CurvatureBlock, CurvatureGraph
+from kfac_fx.ir.use import ParameterUse
+from kfac_fx.passes.annotations import graphs_of
+from kfac_fx.passes.base import HERE, Analysis
+from kfac_fx.passes.covered_parameters import Covered
+from kfac_fx.passes.gather_blocks import forms, gather_blocks, pieces, summable
+from kfac_fx.passes.options import TransformOptions
 from kfac_fx.passes.rules import Refusal, Site, generic_use, rules_for
 
 log = logging.getLogger("kfac_fx")
@@ -48,26 +53,28 @@ def find_uses(
     module: nn.Module,
     graph: fx.Graph,
     names: Collection[str],
-    *,
-    reduce: bool = False,
-    max_factor_dim: int = MAX_FACTOR_DIM,
-    large_factors: str = "diagonal",
+    options: TransformOptions | None = None,
 ) -> list[ParameterUse]:
-    """The uses of the named parameters, in the graph's order.
+    """Return the uses of the named parameters, in the graph's order.
 
     A parameter with a path that no rule claims, or whose uses do not fit together, falls to the
     generic rule as a whole. Parameters that the outputs do not depend on have no use.
 
     Args:
+        module: owns the members that the graph reads.
+        graph: without taps; it is not changed.
         names: parameters to cover (canonical names).
-        reduce: positions that share a weight are reduced rather than expanded.
-        max_factor_dim: larger sides of Kronecker factors become diagonals, or are cut.
-        large_factors: "diagonal" or "blocks".
+        options: ``weight_sharing``, ``max_factor_dim`` and ``large_factors`` decide on the form of
+            the uses; None stands for the defaults.
     """
+    options = options or TransformOptions()
     view = GraphView(module, graph)
     real = frozenset(name for name in names if not view.parameters[name].is_complex())
-    site = Site(view, real, reduce, max_factor_dim, large_factors=large_factors)
+    site = _site(view, real, options)
     demoted: dict[str, str | None] = {}
+    # A parameter that the rules disagree about is taken from them and the graph is matched again:
+    # its bias, say, may then be claimed by a rule that came later. Every round takes at least one
+    # parameter away, so this ends.
     while True:
         matches = _match(site)
         misfits = _unclaimed(site, matches) or _different(matches)
@@ -87,8 +94,54 @@ def find_uses(
     return sorted(uses, key=lambda use: order[use.node])
 
 
+def uses_of_call(
+    view: GraphView,
+    node: fx.Node,
+    parameters: frozenset[str],
+    alone: frozenset[str],
+    options: TransformOptions,
+) -> list[ParameterUse] | None:
+    """Return the uses that the first rule finds in one call, None where no rule takes it.
+
+    This is for a model that runs and shows one call at a time; ``find_uses`` sees the whole graph.
+
+    Args:
+        view: reads the graph of the calls so far.
+        node: the call.
+        parameters: names of those that rules may claim.
+        alone: weights that have a block without their bias, so that no use may take both.
+        options: those that the blocks were found with.
+    """
+    call = view.call(node)
+    site = _site(view, parameters, options, alone)
+    for rule in rules_for(call.operation) if call is not None else ():
+        assert call is not None
+        answer = rule.match(call, site)
+        if answer is None or isinstance(answer, Refusal):
+            continue
+        found = answer if isinstance(answer, Sequence) else [answer]
+        return [use for use in found if not isinstance(use, Refusal)]
+    return None
+
+
+def _site(
+    view: GraphView,
+    parameters: frozenset[str],
+    options: TransformOptions,
+    alone: frozenset[str] = frozenset(),
+) -> Site:
+    return Site(
+        view,
+        parameters,
+        reduce=options.weight_sharing == "reduce",
+        max_factor_dim=options.max_factor_dim,
+        alone=alone,
+        large_factors=options.large_factors,
+    )
+
+
 def _match(site: Site) -> _Matches:
-    """Asks the rules about every call of the vocabulary; the first that takes it has it."""
+    """Ask the rules about every call of the vocabulary; the first that takes it has it."""
     matches = _Matches()
     for node in site.view.graph.nodes:
         call = site.view.call(node)
@@ -155,3 +208,75 @@ def _with_and_without_bias(matches: _Matches) -> dict[str, None]:
 
 def _places(uses: Iterable[ParameterUse] | Sequence[ParameterUse]) -> str:
     return ", ".join(use.node for use in uses)
+
+
+class FindUses(Analysis):
+    """Find every use of every parameter, and gather the uses into blocks.
+
+    Args:
+        options: which parameters get blocks, and of which form; None stands for the defaults.
+        route: how the module was captured; the curvature graph carries it.
+        counted: record the number of positions of single uses too, for graphs whose uses may run
+            any number of times in a forward pass.
+
+    Raises:
+        NoParametersError: there is nothing to precondition.
+    """
+
+    def __init__(
+        self,
+        options: TransformOptions | None = None,
+        *,
+        route: str = "graph_module",
+        counted: bool = False,
+    ) -> None:
+        self.options = options or TransformOptions()
+        self.route = route
+        self.counted = counted
+
+    def analyse(self, module: fx.GraphModule) -> CurvatureGraph:
+        """Return a new curvature graph: the blocks, and the parameters that have none."""
+        given = Covered(module, self.options.exclude)
+        first, *others = graphs_of(module)
+        blocks = self._blocks(module, first, given.names)
+        # The graph of the evaluation may use parameters in another way. Its blocks are not part of
+        # the curvature graph; InsertTaps needs them to tap those uses that have the same form.
+        module.meta[HERE] = [self._blocks(module, graph, given.names) for graph in others]
+        covered = {name for block in blocks.values() for name in block.parameters}
+        unused = tuple(name for name in given.names if name not in covered)
+        _log_blocks(blocks, unused)
+        return CurvatureGraph(
+            blocks,
+            frozen=given.frozen,
+            excluded=given.excluded,
+            unused=unused,
+            sizes=given.sizes,
+            structure=self.options.structure,
+            route=self.route,
+        )
+
+    def _blocks(
+        self, module: fx.GraphModule, graph: fx.Graph, names: Collection[str]
+    ) -> dict[str, CurvatureBlock]:
+        """Return the blocks that one graph's own uses make."""
+        uses = find_uses(module, graph, names, self.options)
+        counted = self.counted
+        if isinstance(module, CapturedModule):
+            uses = module.recordable(uses, graph)
+            # A model that runs its own code may call a layer any number of times.
+            counted |= module.runs_model
+        return gather_blocks(uses, graph, counted=counted)
+
+
+def _log_blocks(blocks: Mapping[str, CurvatureBlock], unused: Collection[str]) -> None:
+    for block in blocks.values():
+        log.debug(
+            "%s: %s block of %s, used in %s%s",
+            block.name,
+            f"{block.kind} ({block.approximation})",
+            ", ".join(block.parameters),
+            ", ".join(use.node for use in block.uses),
+            f"; {block.reason}" if block.reason else "",
+        )
+    for name in unused:
+        log.debug("%s: no block, the outputs do not depend on it", name)

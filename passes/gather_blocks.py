@@ -11,7 +11,9 @@ from math import prod
 import torch
 from torch import fx
 
-from kfac_fx.ir import CurvatureBlock, FactorSpec, Layout, ParameterUse
+from kfac_fx.ir.curvature_graph import CurvatureBlock
+from kfac_fx.ir.layout import Layout
+from kfac_fx.ir.use import FactorSpec, ParameterUse
 
 
 def pieces(name: str, uses: Iterable[ParameterUse]) -> list[list[ParameterUse]] | None:

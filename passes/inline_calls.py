@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.graph import _PyTreeCodeGen
 
 from kfac_fx.passes.annotations import graphs_of
 from kfac_fx.passes.base import GraphPass
+from kfac_fx.torch_internals.graph_code import unpacks_inputs
 
 log = logging.getLogger("kfac_fx")
 
@@ -55,7 +55,7 @@ def _open_module(module: fx.GraphModule, graph: fx.Graph, node: fx.Node) -> list
         node.replace_all_uses_with(plain)
         graph.erase_node(node)
         return [plain]
-    if not isinstance(called, fx.GraphModule) or isinstance(called.graph._codegen, _PyTreeCodeGen):
+    if not isinstance(called, fx.GraphModule) or unpacks_inputs(called.graph):
         return []
     if called._forward_hooks or called._forward_pre_hooks:
         return []

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from kfac_fx.ir import CurvatureBlock, CurvatureGraph, Pair
+from kfac_fx.ir.curvature_graph import CurvatureBlock, CurvatureGraph, Pair
 from kfac_fx.ops import STORE
 from kfac_fx.passes.annotations import take_over
 from kfac_fx.passes.find_couplings import side_text
-from kfac_fx.passes.store import add_slot, plain_taps, read_attribute
+from kfac_fx.passes.tap_buffers import add_slot, plain_taps, read_attribute
 
 _LINK = torch.ops.kfac_fx.link.default
 _COUPLE = torch.ops.kfac_fx.couple.default

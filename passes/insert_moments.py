@@ -7,25 +7,13 @@ from collections.abc import Mapping
 import torch
 from torch import fx, nn
 
-from kfac_fx.ir import CurvatureBlock, CurvatureGraph, FactorSpec, Moment
+from kfac_fx.ir.curvature_graph import CurvatureBlock, CurvatureGraph
 from kfac_fx.ops import STORE
-from kfac_fx.ops.sides import side_of
 from kfac_fx.passes.annotations import take_over
-from kfac_fx.passes.find_couplings import side_text, why_alone
-from kfac_fx.passes.store import add_slot, plain_taps, read_attribute
+from kfac_fx.passes.find_couplings import side_text
+from kfac_fx.passes.tap_buffers import add_slot, plain_taps, read_attribute
 
 _MOMENT = torch.ops.kfac_fx.moment.default
-
-
-def find_moments(module: nn.Module, blocks: Mapping[str, CurvatureBlock]) -> tuple[Moment, ...]:
-    """Of every Kronecker block of one plain use whose cases are told apart."""
-    found = []
-    for name, block in blocks.items():
-        if why_alone(block) is None and not side_of(side_text(module, block)).interleaved:
-            A, G = (factor.shape[0] for factor in block.factors)
-            S = FactorSpec("S", (G, A), "gradient")
-            found.append(Moment(name, f"{block.slot}__moment", (S,)))
-    return tuple(found)
 
 
 def add_moment_buffers(module: nn.Module, curvature: CurvatureGraph) -> None:

@@ -9,14 +9,15 @@ import torch
 from torch import fx, nn
 
 from kfac_fx.errors import PassError
-from kfac_fx.ir import CurvatureBlock, CurvatureGraph, NodeRef, ParameterUse
+from kfac_fx.ir.curvature_graph import CurvatureBlock, CurvatureGraph
+from kfac_fx.ir.use import NodeRef, ParameterUse
 from kfac_fx.ops import STORE
 from kfac_fx.passes.annotations import graphs_of, take_over, write_curvature
 from kfac_fx.passes.base import HERE, GraphPass, curvature_of, has_taps
 from kfac_fx.passes.insert_links import add_cross_buffers, insert_links
 from kfac_fx.passes.insert_moments import add_moment_buffers, insert_moments
-from kfac_fx.passes.replace_node import fill
-from kfac_fx.passes.store import add_slot, read_attribute
+from kfac_fx.passes.recurrent_taps import fill
+from kfac_fx.passes.tap_buffers import add_slot, read_attribute
 
 
 def add_factor_buffers(module: nn.Module, blocks: Mapping[str, CurvatureBlock]) -> None:

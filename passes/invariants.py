@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, fx
 
 from kfac_fx.errors import PassError
-from kfac_fx.ir import CurvatureGraph
+from kfac_fx.ir.curvature_graph import CurvatureGraph
 from kfac_fx.ops import STORE
 from kfac_fx.passes.annotations import annotation, graphs_of, is_tap
 from kfac_fx.passes.base import META

@@ -8,7 +8,7 @@ from torch import fx, nn
 from kfac_fx.ops import STORE
 from kfac_fx.passes.annotations import graphs_of, is_tap
 from kfac_fx.passes.base import HERE, META, GraphPass
-from kfac_fx.passes.replace_node import replaces_node, restore
+from kfac_fx.passes.recurrent_taps import replaces_node, restore
 
 _LINK = torch.ops.kfac_fx.link.default
 

@@ -1,8 +1,7 @@
-"""From an nn.Module to a graph, and one view over the dialects of graphs."""
+"""From an nn.Module to a graph by symbolic tracing, and one view over the dialects of graphs."""
 
-from kfac_fx.capture.capture import capture, of_program
-from kfac_fx.capture.eager import EagerModule
-from kfac_fx.capture.module import CapturedModule
-from kfac_fx.capture.view import Call, GraphView
+from kfac_fx.capture.captured_module import CapturedModule
+from kfac_fx.capture.dialect import Call
+from kfac_fx.capture.graph_view import GraphView
 
-__all__ = ["Call", "CapturedModule", "EagerModule", "GraphView", "capture", "of_program"]
+__all__ = ["Call", "CapturedModule", "GraphView"]

@@ -9,12 +9,15 @@ from __future__ import annotations
 import builtins
 import operator
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import fx
 
 aten = torch.ops.aten
+_OVERLOAD = type(aten.mm.default)
 
 
 class Row(NamedTuple):
@@ -22,6 +25,24 @@ class Row(NamedTuple):
 
     operation: str
     arguments: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Call:
+    """An operation of the vocabulary with its arguments by name."""
+
+    operation: str
+    node: fx.Node
+    arguments: dict[str, Any]
+
+    @property
+    def aten(self) -> bool:
+        """Whether the target is an ATen operator rather than a function of torch's surface."""
+        return isinstance(self.node.target, _OVERLOAD)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The argument, or the default where it was not given."""
+        return self.arguments.get(name, default)
 
 
 FUNCTIONS: dict[Any, Row] = {}
@@ -39,9 +60,20 @@ _add("linear", "input weight bias", F.linear, aten.linear.default)
 _add(
     "matmul",
     "input other",
-    *(torch.matmul, operator.matmul, "matmul", "__matmul__", aten.matmul.default),
-    *(torch.mm, "mm", aten.mm.default, torch.mv, "mv", aten.mv.default),
-    *(torch.bmm, "bmm", aten.bmm.default),
+    torch.matmul,
+    operator.matmul,
+    "matmul",
+    "__matmul__",
+    aten.matmul.default,
+    torch.mm,
+    "mm",
+    aten.mm.default,
+    torch.mv,
+    "mv",
+    aten.mv.default,
+    torch.bmm,
+    "bmm",
+    aten.bmm.default,
 )
 _add("addmm", "bias input other", torch.addmm, "addmm", aten.addmm.default)
 _add("baddbmm", "bias input other", torch.baddbmm, "baddbmm", aten.baddbmm.default)
@@ -61,14 +93,17 @@ _add(
 _add(
     "embedding",
     "weight input padding_idx scale_grad_by_freq sparse",
-    *(torch.embedding, aten.embedding.default),
+    torch.embedding,
+    aten.embedding.default,
 )
 _BAGS = "scale_grad_by_freq mode sparse per_sample_weights include_last_offset padding_idx"
 _add("embedding_bag", f"input weight offsets max_norm norm_type {_BAGS}", F.embedding_bag)
 _add(
     "embedding_bag_tuple",
     f"weight input offsets {_BAGS}",
-    *(torch.embedding_bag, aten.embedding_bag.default, aten.embedding_bag.padding_idx),
+    torch.embedding_bag,
+    aten.embedding_bag.default,
+    aten.embedding_bag.padding_idx,
 )
 _add("index", "weight indices", aten.index.Tensor)
 # Operators that may not be there are known by their qualified names.
@@ -87,17 +122,23 @@ for _dims in (1, 2, 3):
 _add(
     "layer_norm",
     "input normalized_shape weight bias eps",
-    *(F.layer_norm, torch.layer_norm, aten.layer_norm.default),
+    F.layer_norm,
+    torch.layer_norm,
+    aten.layer_norm.default,
 )
 _add(
     "rms_norm",
     "input normalized_shape weight eps",
-    *(F.rms_norm, torch.rms_norm, aten.rms_norm.default),
+    F.rms_norm,
+    torch.rms_norm,
+    aten.rms_norm.default,
 )
 _add(
     "group_norm",
     "input num_groups weight bias eps",
-    *(F.group_norm, torch.group_norm, aten.group_norm.default),
+    F.group_norm,
+    torch.group_norm,
+    aten.group_norm.default,
 )
 _add(
     "batch_norm",
@@ -107,7 +148,8 @@ _add(
 _add(
     "batch_norm",
     "input weight bias running_mean running_var training momentum eps cudnn_enabled",
-    *(torch.batch_norm, aten.batch_norm.default),
+    torch.batch_norm,
+    aten.batch_norm.default,
 )
 _add(
     "instance_norm",
@@ -117,7 +159,8 @@ _add(
 _add(
     "instance_norm",
     "input weight bias running_mean running_var training momentum eps cudnn_enabled",
-    *(torch.instance_norm, aten.instance_norm.default),
+    torch.instance_norm,
+    aten.instance_norm.default,
 )
 
 _SEQUENCE = "hx params has_biases num_layers dropout train bidirectional"
@@ -137,7 +180,11 @@ _add("mT", "input", aten.mT.default)
 _add(
     "transpose",
     "input dim0 dim1",
-    *(torch.transpose, "transpose", torch.swapaxes, "swapaxes", aten.transpose.int),
+    torch.transpose,
+    "transpose",
+    torch.swapaxes,
+    "swapaxes",
+    aten.transpose.int,
 )
 _add("permute", "input *dims", "permute")
 _add("permute", "input dims", torch.permute, aten.permute.default)
@@ -157,9 +204,23 @@ _add("squeeze", "input dim", torch.squeeze, "squeeze", aten.squeeze.dim)
 _add(
     "cast",
     "input",
-    *("to", "type", "float", "double", "half", "bfloat16", "type_as", "contiguous", "cuda", "cpu"),
-    *(aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten.contiguous.default),
-    *(aten._to_copy.default, aten.alias.default),
+    "to",
+    "type",
+    "float",
+    "double",
+    "half",
+    "bfloat16",
+    "type_as",
+    "contiguous",
+    "cuda",
+    "cpu",
+    aten.to.dtype,
+    aten.to.device,
+    aten.to.dtype_layout,
+    aten.to.other,
+    aten.contiguous.default,
+    aten._to_copy.default,
+    aten.alias.default,
 )
 
 _add("add", "input other", operator.add, operator.iadd, torch.add, "add", "add_", "__add__")
@@ -195,6 +256,11 @@ LIKE_READERS: frozenset[Any] = frozenset(
     | {aten.type_as.default, aten.reshape_as.default}
 )
 """Take only the shape or the type of their second tensor."""
+
+
+def reads_shape_of(node: fx.Node, value: fx.Node) -> bool:
+    """Tell whether a node takes no more than the shape or type from ``value``."""
+    return node.target in LIKE_READERS and value is not node.args[0] and value in node.args
 
 
 def bind(row: Row, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+
+from kfac_fx.torch_internals.pytree import tree_leaves, tree_map_only
 
 
 @contextmanager
@@ -37,14 +38,14 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 def fresh(inputs: Any) -> Any:
     """The inputs with tensors of their own, since a model may write to what it is given."""
-    return pytree.tree_map_only(
+    return tree_map_only(
         Tensor, lambda t: t.detach().clone().requires_grad_(t.requires_grad), inputs
     )
 
 
 def tensors_in(outputs: Any) -> Iterator[Tensor]:
     """All tensors of a model's outputs, in data classes and plain objects too."""
-    for leaf in pytree.tree_leaves(outputs):
+    for leaf in tree_leaves(outputs):
         if isinstance(leaf, Tensor):
             yield leaf
         elif type(leaf).__module__ != "builtins" and hasattr(leaf, "__dict__"):

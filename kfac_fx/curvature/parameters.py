@@ -12,7 +12,7 @@ from kfac_fx.config import STRUCTURES, Structure, choice
 from kfac_fx.errors import KFACError, ParameterChangedError, UnknownOptionError
 from kfac_fx.ir import CurvatureGraph
 from kfac_fx.ops import STORE
-from kfac_fx.passes import read_curvature
+from kfac_fx.passes.annotations import read_curvature
 
 
 class CoveredParameters:

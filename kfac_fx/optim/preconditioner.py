@@ -24,6 +24,7 @@ from kfac_fx.config import (
 )
 from kfac_fx.curvature.inverses import InverseFisher
 from kfac_fx.curvature.parameters import transformed
+from kfac_fx.dynamo.compiled_model import recorded_module
 from kfac_fx.errors import (
     DampingError,
     GradientError,
@@ -37,7 +38,6 @@ from kfac_fx.linalg.precision import all_finite
 from kfac_fx.optim.quadratic import shorten
 from kfac_fx.optim.tap_owner import TapOwner
 from kfac_fx.parallel import ALONE, Workers
-from kfac_fx.passes import recorded_module
 from kfac_fx.reading.inspection import HasCurvature
 from kfac_fx.statistics.forward import Forward, run_network
 from kfac_fx.statistics.recorder import Recorder

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from kfac_fx.capture.view import GraphView
+from kfac_fx.capture.graph_view import GraphView
 from kfac_fx.ir.layout import Layout
 from kfac_fx.ir.use import ParameterUse, Tap
 from kfac_fx.passes.rules.base import Refusal, Site, kronecker_factors, too_wide

@@ -9,8 +9,10 @@ from typing import Any, Protocol
 
 from torch import fx
 
-from kfac_fx.capture.modules import Member
-from kfac_fx.capture.view import Call, GraphView, Reference
+from kfac_fx.capture.dialect import Call
+from kfac_fx.capture.graph_view import GraphView
+from kfac_fx.capture.layer_calls import Member
+from kfac_fx.capture.parameter_paths import Reference
 from kfac_fx.config import MAX_FACTOR_DIM, MAX_FULL_DIM
 from kfac_fx.ir.layout import Layout
 from kfac_fx.ir.use import Approximation, FactorSide, FactorSpec, NodeRef, ParameterUse, Role, Tap

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kfac_fx.capture.view import Call
+from kfac_fx.capture.dialect import Call
 from kfac_fx.ir.use import NodeRef, ParameterUse, Tap
 from kfac_fx.passes.rules.base import (
     Answer,

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx
 
-from kfac_fx.capture.view import Call
+from kfac_fx.capture.dialect import Call
 from kfac_fx.ir.use import NodeRef, ParameterUse, Tap
 from kfac_fx.passes.rules.base import (
     ONE_CASE,

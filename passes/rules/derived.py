@@ -15,8 +15,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from kfac_fx.capture.derived import Derivation
-from kfac_fx.capture.view import Reference
+from kfac_fx.capture.parameter_paths import Derivation, Reference
 from kfac_fx.ir.layout import Layout
 from kfac_fx.ir.use import NodeRef, ParameterUse, Scale
 from kfac_fx.ops.row_scale import row_factors

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import fx
 
-from kfac_fx.capture.view import Call, GraphView
+from kfac_fx.capture.dialect import Call
+from kfac_fx.capture.graph_view import GraphView
 from kfac_fx.ir.use import FactorSpec, NodeRef, ParameterUse, Tap
 from kfac_fx.passes.rules.base import (
     ONE_CASE,

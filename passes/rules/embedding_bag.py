@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from kfac_fx.capture.view import Call
+from kfac_fx.capture.dialect import Call
 from kfac_fx.config import MAX_FULL_DIM
 from kfac_fx.ir.use import FactorSpec, ParameterUse, Tap
 from kfac_fx.passes.rules.base import (

@@ -11,8 +11,8 @@ from math import prod
 from torch import fx
 from torch.nn.utils.parametrize import is_parametrized
 
-from kfac_fx.capture.derived import ancestors
-from kfac_fx.capture.view import Consumer, GraphView
+from kfac_fx.capture.graph_view import Consumer, GraphView
+from kfac_fx.capture.parameter_paths import ancestors
 from kfac_fx.ir.layout import Layout
 from kfac_fx.ir.use import FactorSpec, NodeRef, ParameterUse, Tap
 from kfac_fx.passes.rules.base import (

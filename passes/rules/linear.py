@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import fx
 
-from kfac_fx.capture.view import Call, Reference
+from kfac_fx.capture.dialect import Call
+from kfac_fx.capture.parameter_paths import Reference
 from kfac_fx.ir.layout import Layout
 from kfac_fx.ir.use import NodeRef, ParameterUse, Tap
 from kfac_fx.passes.rules.attention import attention_uses

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kfac_fx.capture.view import Call
+from kfac_fx.capture.dialect import Call
 from kfac_fx.ir.use import ParameterUse, Tap
 from kfac_fx.passes.rules.base import (
     ROWS_AS_CASES,

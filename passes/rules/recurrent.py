@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from kfac_fx.capture.view import Call, Reference
+from kfac_fx.capture.dialect import Call
+from kfac_fx.capture.parameter_paths import Reference
 from kfac_fx.ir.use import ParameterUse, Tap
 from kfac_fx.ops.recurrent import CELLS, SLOTS, STEPS
 from kfac_fx.passes.rules.base import (

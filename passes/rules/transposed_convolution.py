@@ -6,7 +6,7 @@ from math import prod
 
 from torch import fx
 
-from kfac_fx.capture.view import Call
+from kfac_fx.capture.dialect import Call
 from kfac_fx.ir.use import NodeRef, ParameterUse, Tap
 from kfac_fx.ops.convolution import TRANSPOSED
 from kfac_fx.passes.rules.base import (

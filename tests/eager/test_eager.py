@@ -175,9 +175,9 @@ def batch(sign: int = 1, n: int = 6) -> Tensor:
     return x if sign * x.sum() > 0 and sign * x[:, 0].sum() > 0 else batch(sign, n)
 
 
-def transformed(model: nn.Module, capture: str = "eager") -> kfac_fx.capture.EagerModule:
+def transformed(model: nn.Module, capture: str = "eager") -> kfac_fx.eager.EagerModule:
     net = kfac_fx.transform(model, batch(), capture=capture)
-    assert isinstance(net, kfac_fx.capture.EagerModule)
+    assert isinstance(net, kfac_fx.eager.EagerModule)
     assert net.curvature.route == "eager"
     return net
 
@@ -535,7 +535,7 @@ def test_nothing_is_watched_without_need(monkeypatch: pytest.MonkeyPatch) -> Non
     def refuse(*_: Any) -> None:
         raise AssertionError
 
-    monkeypatch.setattr(kfac_fx.capture.eager.Runner, "recorded", refuse)
+    monkeypatch.setattr(kfac_fx.eager.eager_module.Runner, "recorded", refuse)
     net(x)
     arm(net, True)
     with torch.no_grad():

@@ -135,6 +135,16 @@ def test_paths_in_pages_exist() -> None:
     assert not found
 
 
+def test_files_in_drawings_exist_and_are_drawn() -> None:
+    drawings = list((ROOT / "docs/drawings").glob("*.dot"))
+    assert drawings
+    for drawing in drawings:
+        named = re.findall(r"\b((?:kfac_fx|passes)/[\w./]+?)(?=<|\s|$)", text_of(drawing))
+        assert named and all((ROOT / path).exists() for path in named)
+        shown = text_of(drawing.with_suffix(".svg"))
+        assert all(path in shown for path in named)
+
+
 def test_relative_links_lead_somewhere() -> None:
     assert not [line for page in tracked(".md") for line in dead_links(page)]
 

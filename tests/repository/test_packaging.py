@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+import kfac_fx
+
 ROOT = Path(__file__).resolve().parents[2]
 # Paths of somebody's machine, which mean nothing to a reader of the repository.
 MACHINE_PATH = re.compile(r"(?<![\w.~>})])/(?:work|root|home/\w+|Users/\w+)/")
@@ -123,3 +125,9 @@ def test_machine_paths_are_recognised(path: str) -> None:
     assert MACHINE_PATH.search(f'open("/{path}/model.py")')
     assert not MACHINE_PATH.search(f"https://example.org/{path}/model.py")
     assert not MACHINE_PATH.search(f"./{path}/model.py")
+
+
+def test_the_version_is_the_same_everywhere(pyproject: dict[str, Any]) -> None:
+    cited = re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert cited is not None
+    assert kfac_fx.__version__ == pyproject["project"]["version"] == cited[1]

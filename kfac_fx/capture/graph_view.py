@@ -1,0 +1,237 @@
+"""A graph as the rules see it: calls in one vocabulary, parameters behind views, data flow."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from kfac_fx.capture.dialect import SHAPE_READERS, Call, bind, reads_shape_of, row_of
+from kfac_fx.capture.layer_calls import Member, translate
+from kfac_fx.capture.parameter_paths import (
+    ComputedWeights,
+    Reference,
+    ancestors,
+    seen_through,
+    split_layouts,
+)
+from kfac_fx.ir.layout import Layout
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """A place where a parameter's path ends: the node, and the value that it reads there."""
+
+    node: fx.Node
+    value: fx.Node | None
+    path: tuple[str, ...]
+
+
+class GraphView:
+    """Reads one graph of a module; nothing is changed."""
+
+    def __init__(self, module: nn.Module, graph: fx.Graph) -> None:
+        self.module = module
+        self.graph = graph
+        self.parameters = dict(module.named_parameters())
+        self._names = {id(p): name for name, p in self.parameters.items()}
+        self._modules = dict(module.named_modules(remove_duplicate=False))
+        self._consumers: dict[str, list[Consumer]] | None = None
+        self._references: dict[fx.Node, Reference | None] = {}
+        self._pieces: dict[fx.Node, tuple[Reference, ...]] = {}
+        self._calls: dict[fx.Node, Call | None] = {}
+        self._data: set[fx.Node] = set()
+        self._computed: set[fx.Node] = set()
+        self._mapped: set[fx.Node] = set()
+        self._computed_weights = ComputedWeights(module, self._calls, self._references, self._data)
+        for node in graph.nodes:
+            self.read(node)
+
+    def read(self, node: fx.Node) -> None:
+        """Takes in a node that is new or changed."""
+        self._calls[node] = self._read_call(node)
+        self._references[node] = self._read_reference(node)
+        self._consumers = None
+        if self._carries_data(node):
+            self._data.add(node)
+        elif self._references[node] or any(a in self._computed for a in node.all_input_nodes):
+            self._computed.add(node)
+        if _is_mapped(node, self._mapped):
+            self._mapped.add(node)
+
+    def is_mapped(self, node: fx.Node) -> bool:
+        """Whether the node's value is inside torch.vmap, whose cases it does not show."""
+        return node in self._mapped
+
+    def call(self, node: fx.Node) -> Call | None:
+        """The node in the common vocabulary, or None where it has no word for it."""
+        return self._calls[node]
+
+    def depends_on_data(self, value: Any) -> bool:
+        """Whether the value of a node is computed from the model's inputs."""
+        return isinstance(value, fx.Node) and value in self._data
+
+    def is_computed(self, node: fx.Node) -> bool:
+        """Whether a value is that of a parameter, or computed from some and from no data."""
+        return node in self._computed
+
+    def is_per_case(self, value: Any) -> bool:
+        """Whether a node's value depends on the data, or is a copy for each case of what does not.
+
+        Copies are known by an expansion to the first size of an input.
+        """
+        if not isinstance(value, fx.Node):
+            return False
+        return value in self._data or any(map(self._copies, ancestors(value)))
+
+    def _copies(self, node: fx.Node) -> bool:
+        call = self._calls[node]
+        if call is None or call.operation not in ("expand", "repeat"):
+            return False
+        sizes = call.get("shape")
+        return bool(sizes) and self._counts_cases(sizes[0])
+
+    def _counts_cases(self, size: Any) -> bool:
+        """Whether a node is the first size of what depends on the data."""
+        if not isinstance(size, fx.Node) or len(size.args) != 2 or size.args[1] != 0:
+            return False
+        shape: Any = size.args[0]
+        return any(arg in self._data for arg in (shape, *getattr(shape, "all_input_nodes", ())))
+
+    def tensor(self, member: Any) -> Tensor | None:
+        """The tensor of the module that a member or ``get_attr`` node stands for."""
+        path = member.path if isinstance(member, Member) else None
+        if isinstance(member, fx.Node) and member.op == "get_attr":
+            path = str(member.target)
+        if path is None:
+            return None
+        owner, _, name = path.rpartition(".")
+        value = getattr(self._modules.get(owner), name, None)
+        return value if isinstance(value, Tensor) else None
+
+    def reference(self, value: Any) -> Reference | None:
+        """The parameter behind a node or module member, if there is exactly one seen whole."""
+        if isinstance(value, fx.Node):
+            return self._references[value]
+        return self._parameter(value)
+
+    def derived(self, value: Any, names: Collection[str]) -> Reference | None:
+        """The first of the named parameters that a node's value is computed from, by no data."""
+        if not isinstance(value, fx.Node):
+            return None
+        return self._computed_weights.reference(value, frozenset(names))
+
+    def ends(self, node: fx.Node) -> set[fx.Node]:
+        """Where what is computed from a node, and from no data, meets the data or goes out."""
+        found: set[fx.Node] = set()
+        seen, todo = {node}, [node]
+        while todo:
+            here = todo.pop()
+            if here in self._data or not here.users:
+                found.add(here)
+                continue
+            new = set(here.users) - seen
+            seen |= new
+            todo += new
+        return found
+
+    def is_split(self, node: fx.Node) -> bool:
+        """Whether the node cuts a parameter into pieces."""
+        return node in self._pieces
+
+    def consumers(self, name: str) -> tuple[Consumer, ...]:
+        """Where the paths of a parameter end, one for each node that is no view of it."""
+        if self._consumers is None:
+            self._consumers = {}
+            for owner, consumer in self._all_consumers():
+                self._consumers.setdefault(owner, []).append(consumer)
+        return tuple(self._consumers.get(name, ()))
+
+    def _all_consumers(self) -> Iterator[tuple[str, Consumer]]:
+        for node in self.graph.nodes:
+            if node.op == "call_module":
+                for parameter in self._modules[str(node.target)].parameters():
+                    name = self._names[id(parameter)]
+                    yield name, Consumer(node, None, (name,))
+            reference = self._references[node]
+            for user in node.users if reference is not None else ():
+                assert reference is not None
+                viewed = self._references[user] is not None or user in self._pieces
+                if not viewed and not _reads_shape(user) and not reads_shape_of(user, node):
+                    yield reference.name, Consumer(user, node, reference.path)
+
+    def _parameter(self, value: Any) -> Reference | None:
+        tensor = self.tensor(value)
+        name = self._names.get(id(tensor)) if tensor is not None else None
+        if tensor is None or name is None:
+            return None
+        return Reference(name, Layout(tuple(tensor.shape)), (name,))
+
+    def _read_call(self, node: fx.Node) -> Call | None:
+        if node.op == "call_module":
+            path = str(node.target)
+            module = self._modules.get(path)
+            translated = None if module is None else translate(module, path)
+            if translated is None:
+                return None
+            inputs = _inputs(translated.inputs, node)
+            if inputs is None:
+                return None
+            return Call(translated.operation, node, inputs | translated.arguments)
+        row = row_of(node.op, node.target)
+        if row is None:
+            return None
+        return Call(row.operation, node, bind(row, node.args, dict(node.kwargs)))
+
+    def _read_reference(self, node: fx.Node) -> Reference | None:
+        if node.op == "get_attr":
+            return self._parameter(node)
+        call = self._calls[node]
+        viewed = None if call is None else call.get("input")
+        if call is not None and isinstance(viewed, (int, float)):
+            viewed = call.get("other")  # c + p
+        if call is None or not isinstance(viewed, fx.Node):
+            return None
+        pieces = self._pieces.get(viewed)
+        if pieces is not None:
+            index = call.get("index")
+            return pieces[index] if isinstance(index, int) else None
+        source = self._references.get(viewed)
+        if source is None:
+            return None
+        path = (*source.path, call.operation)
+        layouts = split_layouts(call, source.layout)
+        if layouts is not None:
+            self._pieces[node] = tuple(Reference(source.name, piece, path) for piece in layouts)
+            return None
+        layout = seen_through(call, source.layout)
+        return None if layout is None else Reference(source.name, layout, path)
+
+    def _carries_data(self, node: fx.Node) -> bool:
+        if node.op == "placeholder":
+            return True
+        return not _reads_shape(node) and any(arg in self._data for arg in node.all_input_nodes)
+
+
+def _inputs(names: tuple[str, ...], node: fx.Node) -> dict[str, Any] | None:
+    """What a module is called with, by our names; a single input may have any name there."""
+    inputs: dict[str, Any] = dict(zip(names, node.args, strict=False))
+    for index, (key, value) in enumerate(node.kwargs.items(), start=len(node.args)):
+        positional = names[min(index, len(names) - 1)]
+        inputs[key if key in names else positional] = value
+    return inputs if inputs and len(inputs) == len(node.args) + len(node.kwargs) else None
+
+
+def _is_mapped(node: fx.Node, mapped: set[fx.Node]) -> bool:
+    name = getattr(node.target, "__name__", "")
+    if name == "_remove_batch_dim":
+        return False
+    return name == "_add_batch_dim" or any(given in mapped for given in node.all_input_nodes)
+
+
+def _reads_shape(node: fx.Node) -> bool:
+    if node.op == "call_function" and node.target is getattr:
+        return node.args[1] in ("shape", "ndim", "device", "dtype", "is_cuda", "requires_grad")
+    return node.op in ("call_function", "call_method") and node.target in SHAPE_READERS

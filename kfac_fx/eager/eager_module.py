@@ -1,0 +1,146 @@
+"""The captured module of a model that no tracer follows: the model itself runs and is recorded.
+
+A data-dependent branch, ``.item()``, a round trip through numpy: the Python code is run every time,
+so the module is right on every path. While statistics are asked for, each torch function that reads
+a parameter is matched with the blocks and tapped on the spot; at other times nothing is watched.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx, nn
+
+from kfac_fx.capture.captured_module import CapturedModule, adopt
+from kfac_fx.eager.eager_taps import EagerTaps
+from kfac_fx.eager.recordable_uses import every_piece, placeable
+from kfac_fx.eager.tape import Tape, compilers_off
+from kfac_fx.errors import CaptureError
+from kfac_fx.torch_internals.generated_forward import set_signature
+
+if TYPE_CHECKING:
+    from kfac_fx.capture.captured_module import UsesOfCall
+    from kfac_fx.ir.use import ParameterUse
+
+RUNNER = "_kfac_fx_model"
+"""Name of the submodule that runs the model."""
+
+Value = Any
+"""An argument or output of the user's model."""
+
+
+class Runner(nn.Module):
+    """Call the model; it is held out of sight, since its members are the captured module's.
+
+    Args:
+        model: the user's model. It is kept in a tuple, so that it is no submodule of this one and
+            its parameters do not appear twice in the state_dict.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.held = (model,)
+        self.taps: EagerTaps | None = None
+        self.training = model.training
+
+    def train(self, mode: bool = True) -> Runner:
+        """Set the mode of this module and of the model, whose submodules are set by others."""
+        self.held[0].training = mode
+        return super().train(mode)
+
+    def forward(self, args: tuple[Value, ...], kwargs: dict[str, Value]) -> Value:
+        if self.taps is not None and torch.is_grad_enabled() and self.taps.recording():
+            if torch.compiler.is_compiling():
+                # Dynamo cannot trace a TorchFunctionMode that builds a graph as it goes.
+                return torch.compiler.disable(self.recorded)(args, kwargs)
+            return self.recorded(args, kwargs)
+        return self.held[0](*args, **kwargs)
+
+    def recorded(self, args: tuple[Value, ...], kwargs: dict[str, Value]) -> Value:
+        """Run one forward pass of the model with taps and return its outputs."""
+        with compilers_off(), Tape(self.held[0], self.taps):
+            return self.held[0](*args, **kwargs)
+
+
+class EagerModule(CapturedModule):
+    """A captured module whose graph is one call of the model.
+
+    Attributes:
+        example: what the model did with the example inputs, as a graph. It is the ground of the
+            analysis and is not run.
+    """
+
+    example: fx.Graph
+    runs_model = True
+
+    @property
+    def graphs(self) -> tuple[fx.Graph, ...]:
+        """Return the graph that tells the uses: that of the example inputs."""
+        return (self.example,)
+
+    @property
+    def runner(self) -> Runner:
+        """Return the submodule that calls the model."""
+        runner = self._modules[RUNNER]
+        assert isinstance(runner, Runner)
+        return runner
+
+    @property
+    def source(self) -> nn.Module:
+        """Return the model itself."""
+        return self.runner.held[0]
+
+    def recordable(self, uses: Sequence[ParameterUse], graph: fx.Graph) -> list[ParameterUse]:
+        """Return the uses in the forms that taps at single calls can record, for every piece."""
+        return every_piece(placeable(uses, graph), graph)
+
+    def taps_inserted(self, uses_of_call: UsesOfCall) -> None:
+        """Let the model be recorded from now on, while statistics are asked for."""
+        self.runner.taps = EagerTaps(self, uses_of_call)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EagerModule:
+        copied = eager_module(copy.deepcopy(self.source, memo), self.example)
+        memo[id(self)] = copied
+        copied.meta.update(self.meta)
+        copied.training = self.training
+        for name, child in self._modules.items():
+            if name not in copied._modules:
+                copied.add_module(name, copy.deepcopy(child, memo))
+        if self.runner.taps is not None:
+            copied.runner.taps = self.runner.taps.of_copy(copied)
+        return copied
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise CaptureError(
+            f"{type(self).__name__} runs the model's own code and cannot be pickled: save "
+            "state_dict() and transform the model again"
+        )
+
+
+def eager_module(model: nn.Module, example: fx.Graph) -> EagerModule:
+    """Return an EagerModule with the members of ``model``.
+
+    Args:
+        model: is run by the result; parameters, buffers and submodules are shared with it.
+        example: what it did with example inputs.
+    """
+    graph = fx.Graph()
+    inputs = graph.placeholder("*args"), graph.placeholder("**kwargs")
+    graph.output(graph.create_node("call_module", RUNNER, inputs))
+    module = EagerModule(nn.Module(), fx.Graph(), type(model).__name__)
+    module.__dict__["example"] = example
+    module.__dict__["evaluation"] = None
+    adopt(module, {"_modules": model._modules})
+    for name in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
+        # The very dictionaries of the model: a buffer that its code sets anew is so for both.
+        module.__dict__[name] = model.__dict__[name]
+    module.add_module(RUNNER, Runner(model))
+    module.graph = graph
+    module.training = model.training
+    module.recompile()
+    set_signature(module, inspect.signature(type(model).forward))
+    return module

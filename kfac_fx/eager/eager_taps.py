@@ -1,0 +1,205 @@
+"""Taps for a model that runs as it is written: calls are matched with known blocks on the spot."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+from kfac_fx.capture.graph_view import Consumer, GraphView
+from kfac_fx.eager.recordable_uses import at_its_call
+from kfac_fx.ir.curvature_graph import CurvatureBlock, CurvatureGraph
+from kfac_fx.ir.use import FactorSpec, NodeRef, ParameterUse, Role, Tap
+from kfac_fx.ops import STORE
+from kfac_fx.passes.rules.generic import as_rows, case_tap
+
+if TYPE_CHECKING:
+    from kfac_fx.capture.captured_module import UsesOfCall
+
+log = logging.getLogger("kfac_fx")
+
+Argument = Any
+"""An argument of an operator: a tensor, a name that stands for one, a number, a tuple of those."""
+
+
+class Placement(NamedTuple):
+    """A tap of a call that is about to run.
+
+    Attributes:
+        tap: says which tensor is tapped.
+        record: from that tensor, and all tensors of the call by node, to the tensor in its place.
+        parameters: whose use is recorded.
+        factors: what an operator that runs instead of the call is to fill.
+    """
+
+    tap: Tap
+    record: Callable[[Tensor, Mapping[str, Tensor]], Tensor]
+    parameters: tuple[str, ...]
+    factors: Sequence[Tensor] = ()
+
+
+class EagerTaps:
+    """Find the taps of one call at a time, for blocks that were found before.
+
+    A call that does not fit the block of its parameters is left out and logged once.
+
+    Args:
+        module: owns the factor buffers and, in its meta, the curvature graph.
+        uses_of_call: finds the uses in a call by the rules and options that made the blocks.
+
+    Attributes:
+        computed: parameters that are recorded where a weight computed from them is used.
+    """
+
+    def __init__(self, module: fx.GraphModule, uses_of_call: UsesOfCall) -> None:
+        self._store = module.get_submodule(STORE)
+        self._uses_of_call = uses_of_call
+        curvature: CurvatureGraph = module.meta["kfac_fx"]
+        blocks = curvature.blocks.values()
+        self._blocks: dict[str, list[CurvatureBlock]] = {}
+        for block in blocks:
+            for name in block.parameters:
+                self._blocks.setdefault(name, []).append(block)
+        self._without_tap = {n for n, bs in self._blocks.items() if not all(b.tapped for b in bs)}
+        self._uncovered = frozenset(curvature.unused)
+        self._open = frozenset(self._blocks) - self._without_tap
+        self._alone = frozenset(b.parameters[0] for b in blocks if len(b.parameters) == 1)
+        self._told: set[str] = set()
+        self._parameters = dict(module.named_parameters())
+        scaled = (b for b in blocks if any(u.tap and u.tap.scale for u in b.uses))
+        self.computed = frozenset(name for block in scaled for name in block.parameters)
+
+    def of_copy(self, module: fx.GraphModule) -> EagerTaps:
+        """Return the taps of a deep copy of the module, which has buffers of its own."""
+        return EagerTaps(module, self._uses_of_call)
+
+    def recording(self) -> bool:
+        """Tell whether any buffer asks for statistics."""
+        return any(buffer.requires_grad for buffer in self._store.buffers())
+
+    def place(self, view: GraphView, node: fx.Node) -> list[Placement]:
+        """Return the taps of a call that is about to run.
+
+        Args:
+            view: reads the graph of the calls so far.
+            node: the call.
+        """
+        if view.reference(node) is not None or view.is_split(node):
+            return []
+        found: list[Placement] = []
+        for use, block in self._uses(view, node):
+            inner = use.parameters[0] in self.computed and not view.depends_on_data(node)
+            if inner and use.tap is not None and use.tap.scale is None:
+                continue  # a step of computing a weight that is recorded where it is used
+            known = next((known for known in block.uses if _same_form(known, use)), None)
+            if known is not None and use.tap is not None and at_its_call(use, use.tap, node):
+                record = self._record(use.tap, known, block)
+                factors = self._factors(known, block) if use.tap.slots else ()
+                found.append(Placement(use.tap, record, use.parameters, factors))
+        return found
+
+    def instead(self, plans: Sequence[Placement], values: Mapping[str, Tensor]) -> Any:
+        """Run the operator that takes the place of a call, with the factors of all its taps.
+
+        Args:
+            plans: the taps of one call, all of one operator.
+            values: the tensors of the call by name of node.
+        """
+        tap = plans[0].tap
+        factors: list[Tensor | None] = [None] * tap.slots
+        for plan in plans:
+            at = plan.tap.at
+            factors[at : at + len(plan.factors)] = plan.factors
+        operator = getattr(torch.ops.kfac_fx, tap.operator).default
+        return operator(*_resolved(tap.tensors, values), factors, *tap.options)
+
+    def missed(self, names: set[str], node: fx.Node) -> None:
+        """Log uses of parameters that a call has and no tap records, once a parameter."""
+        for name in sorted(names - self._without_tap - self._told):
+            self._told.add(name)
+            if name in self._uncovered:
+                log.warning("%s has no block: the example inputs did not lead to its use", name)
+            elif name in self._blocks:
+                log.warning("%s: its use in %s is not in its block, left out", name, node.target)
+
+    def _factors(self, use: ParameterUse, block: CurvatureBlock) -> list[Tensor]:
+        slot = self._store.get_submodule(block.slot)
+        return [getattr(slot, factor.name) for factor in use.factors]
+
+    def _uses(
+        self, view: GraphView, node: fx.Node
+    ) -> Iterator[tuple[ParameterUse, CurvatureBlock]]:
+        """Yield the uses in a call with the blocks of the same parameters."""
+        uses = self._uses_of_call(view, node, self._open, self._alone)
+        if uses is None:
+            yield from self._elementwise(view, node)
+            return
+        for use in uses:
+            for block in self._blocks[use.parameters[0]]:
+                if block.parameters == use.parameters:
+                    yield use, block
+
+    def _elementwise(
+        self, view: GraphView, node: fx.Node
+    ) -> Iterator[tuple[ParameterUse, CurvatureBlock]]:
+        """Yield uses of parameters that meet the data entry by entry, which no rule claims."""
+        for value in node.all_input_nodes:
+            reference = view.reference(value)
+            for block in self._blocks.get(reference.name, ()) if reference is not None else ():
+                if block.kind == "elementwise" and reference is not None:
+                    tap = case_tap(view, Consumer(node, value, reference.path))
+                    if tap is not None:
+                        rows = block.approximation == "kronecker"
+                        tap = as_rows(tap) if rows else tap
+                        yield replace(block.uses[0], node=node.name, tap=tap), block
+
+    def _record(
+        self, tap: Tap, use: ParameterUse, block: CurvatureBlock
+    ) -> Callable[[Tensor, Mapping[str, Tensor]], Tensor]:
+        """Return the function that puts a tensor's tap in its place."""
+        operator = getattr(torch.ops.kfac_fx, tap.operator).default
+
+        def record(y: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+            factors: list[Tensor | None] = [*self._factors(use, block)]
+            if tap.scale is not None:
+                factors[1] = torch.ops.kfac_fx.row_scaled.default(
+                    factors[1],
+                    values[tap.scale.result.name],
+                    self._parameters[use.parameters[0]],
+                    tap.scale.rows,
+                    tap.scale.entrywise,
+                )
+            if use.approximation == "kronecker" and len(factors) == 2:
+                factors.append(None)  # no positions to count
+            tensors = _resolved(tap.tensors, values)
+            options = _resolved(tap.options, values)
+            tapped: Tensor = operator(y, *tensors, *factors, *options)
+            return tapped
+
+        return record
+
+
+def _resolved(value: Argument, values: Mapping[str, Tensor]) -> Argument:
+    """Return an argument of a tap with the tensors that its names stand for."""
+    if isinstance(value, NodeRef):
+        return values[value.name]
+    return [_resolved(entry, values) for entry in value] if isinstance(value, tuple) else value
+
+
+def _same_form(known: ParameterUse, use: ParameterUse) -> bool:
+    """Tell whether factors of one use take the statistics of the other; names aside."""
+    return (
+        known.kind == use.kind
+        and known.layouts == use.layouts
+        and known.approximation == use.approximation
+        and _shapes(known.factors) == _shapes(use.factors)
+    )
+
+
+def _shapes(factors: Sequence[FactorSpec]) -> list[tuple[tuple[int, ...], Role, bool]]:
+    """Return what tells factors apart; counts are left out, as only blocks of graphs have them."""
+    return [(f.shape, f.role, f.diagonal) for f in factors if f.role != "count"]

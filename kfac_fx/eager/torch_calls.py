@@ -1,0 +1,116 @@
+"""Read calls as torch.overrides reports them: their tensors, and the nodes that they would be."""
+
+from __future__ import annotations
+
+import operator
+import traceback
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor
+from torch.utils.checkpoint import CheckpointFunction
+
+from kfac_fx.capture.dialect import row_of
+from kfac_fx.torch_internals.function_transforms import inside_transform
+from kfac_fx.torch_internals.saved_tensor_hooks import packed_by_checkpoint
+
+Value = Any
+"""An argument or result of the user's: a tensor, a number, or any nesting of those."""
+
+Function = Any
+"""A torch function: of Python or C++, a method, or the getter of a property."""
+
+_VIEWS = ("T", "mT", "H", "mH")
+_REFLECTED: dict[str, Callable[..., Value]] = {
+    "__radd__": operator.add,
+    "__rsub__": operator.sub,
+    "__rmul__": operator.mul,
+    "__rdiv__": operator.truediv,
+    "__rtruediv__": operator.truediv,
+    "__rmatmul__": operator.matmul,
+}
+
+
+def tensors_of(value: Value) -> Iterator[Tensor]:
+    """Yield the tensors in nested tuples, lists and dicts; pytree takes ten times as long."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors_of(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_of(item)
+
+
+def mapped(change: Callable[[Value], Value], value: Value) -> Value:
+    """Return the same nesting of tuples, lists and dicts with changed leaves."""
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(mapped(change, item) for item in value))
+    if isinstance(value, (tuple, list)):
+        return (list if isinstance(value, list) else tuple)(mapped(change, i) for i in value)
+    if isinstance(value, dict):
+        return {key: mapped(change, item) for key, item in value.items()}
+    return change(value)
+
+
+def made_by(func: Function, args: tuple[Value, ...], result: Value) -> list[Tensor]:
+    """Return the tensors that a call returned, or the one that it wrote to."""
+    if getattr(func, "__name__", "") == "__setitem__":
+        result = args[0]
+    return list(tensors_of(result))
+
+
+def spelled(func: Function, args: tuple[Value, ...]) -> tuple[str, Function, tuple[Value, ...]]:
+    """Return operation, target and arguments of the node that symbolic tracing would make."""
+    name = getattr(func, "__name__", "")
+    if name == "__get__":
+        return "call_function", getattr, (args[0], func.__self__.__name__)
+    if name in _REFLECTED:
+        return "call_function", _REFLECTED[name], (args[1], args[0])
+    if getattr(Tensor, name, None) is func:
+        return "call_method", name, args
+    return "call_function", func, args
+
+
+def reads_property(func: Function) -> bool:
+    """Tell whether a call reads a property that is no view, such as ``shape`` or ``grad``."""
+    return getattr(func, "__name__", "") == "__get__" and func.__self__.__name__ not in _VIEWS
+
+
+def is_composed(func: Function) -> bool:
+    """Tell whether the function is written in Python and no word of the vocabulary."""
+    return (
+        isinstance(func, types.FunctionType)
+        and func.__module__ == "torch.nn.functional"
+        and row_of("call_function", func) is None
+    )
+
+
+def activation_checkpoint() -> None:
+    """Stand in a recorded graph for uses that the backward pass computes again."""
+
+
+def function_transform() -> None:
+    """Stand in a recorded graph for uses inside torch.vmap and its like, which hide the cases."""
+
+
+def hidden_by() -> Callable[[], None] | None:
+    """Return why a tap would not see what a call does, as the function that stands for the call.
+
+    A checkpointed call runs twice, and what its first run records belongs to no backward pass; in
+    torch.vmap one tensor stands for all cases. None for all other calls.
+    """
+    if inside_transform():
+        return function_transform
+    return activation_checkpoint if packed_by_checkpoint() else None
+
+
+def in_reentrant_checkpoint() -> bool:
+    """Tell whether the call is in a checkpoint whose backward runs it again with gradients.
+
+    Such a checkpoint switches gradients off and leaves no other sign than its frame.
+    """
+    forward = CheckpointFunction.forward.__code__
+    return any(frame.f_code is forward for frame, _ in traceback.walk_stack(None))

@@ -1,0 +1,1 @@
+"""Models and programs of torch.export: capture with example inputs, and taps in a program."""

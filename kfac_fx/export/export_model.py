@@ -1,0 +1,199 @@
+"""Capture by torch.export with example inputs: follows Python code that tracing cannot."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export import ExportedProgram
+
+from kfac_fx.capture.captured_module import CapturedModule, captured_module
+from kfac_fx.capture.graph_modules import from_graph_module
+from kfac_fx.capture.symbolic_trace import user_line
+from kfac_fx.capture.train_and_eval import capture_both
+from kfac_fx.capture.undisturbed import undisturbed
+from kfac_fx.errors import CaptureError
+from kfac_fx.torch_internals.buffer_registration_hooks import no_hooks_left
+from kfac_fx.torch_internals.pytree import tree_leaves
+
+log = logging.getLogger("kfac_fx")
+_RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
+
+
+def from_export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CapturedModule:
+    """Return the model as torch.export sees it with the example inputs, in both modes.
+
+    Args:
+        model: is exported in training and in evaluation; its buffers and random state are put back.
+        args: positional example inputs.
+        kwargs: keyword example inputs.
+
+    Raises:
+        CaptureError: torch.export refuses the model; names the user's line and its reason.
+    """
+    constants: dict[str, Any] = {}
+
+    def graph_of(model: nn.Module) -> fx.Graph:
+        module = exported(model, args, kwargs)
+        _lift_constants(model, module, constants)
+        return module.graph
+
+    with undisturbed(model):
+        training, evaluation = capture_both(model, graph_of)
+    return captured_module(model, training, evaluation, constants)
+
+
+def of_program(program: ExportedProgram) -> CapturedModule:
+    """Return what an exported program runs; it shares the program's parameters.
+
+    Its mode is that of the export: train() and eval() raise, as those of ``program.module()``.
+    """
+    model = program.module(check_guards=False)
+    assert isinstance(model, fx.GraphModule)
+    check_sizes(model.graph)
+    module = from_graph_module(model)
+    module.__dict__.update({name: model.__dict__[name] for name in ("train", "eval")})
+    return module
+
+
+def exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
+    """The model in its present mode, at ATen level; batch and length dynamic where it allows it.
+
+    The first two dimensions of every input are tried, then the first alone. A dimension that the
+    graph has fixed is checked when it runs: another size could be broadcast without a word.
+
+    Raises:
+        CaptureError: torch.export refuses the model; names the user's line and its reason.
+    """
+    try:
+        module = _export(model, args, kwargs, dynamic=2)
+    except Exception as first:  # any code of the user's may run here
+        log.info("export with a dynamic length: %s", first)
+        try:
+            module = _export(model, args, kwargs, dynamic=1)
+        except Exception as error:
+            reason = str(error).strip().splitlines()
+            raise CaptureError(f"{user_line(error)}: {reason[0] if reason else error!r}") from error
+    check_sizes(module.graph)
+    return module
+
+
+def check_sizes(graph: fx.Graph) -> None:
+    """Lets an exported graph check its inputs' sizes, and no longer the dtypes on its way.
+
+    Those checks, behind every cast, would count as uses of what they look at.
+    """
+    _expect_fixed_sizes(graph)
+    for node in list(graph.nodes):
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            graph.erase_node(node)
+
+
+def _export(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: int
+) -> fx.GraphModule:
+    """Exported with the first ``dynamic`` dimensions of the inputs left open."""
+    shapes = torch.export.ShapesCollection()
+    seen: set[int] = set()
+    for leaf in tree_leaves((args, kwargs)):
+        if isinstance(leaf, torch.Tensor) and leaf.dim() and id(leaf) not in seen:
+            seen.add(id(leaf))
+            # A size of 1 is fixed in any case; asking for it draws a warning.
+            open_dims = [dim for dim, size in enumerate(leaf.shape[:dynamic]) if size > 1]
+            if open_dims:
+                shapes[leaf] = dict.fromkeys(open_dims, torch.export.Dim.AUTO)
+    with no_hooks_left():
+        program = torch.export.export(
+            model,
+            args,
+            kwargs,
+            dynamic_shapes=shapes.dynamic_shapes(model, args, kwargs),
+            strict=False,
+        )
+    module = program.module(check_guards=False)
+    assert isinstance(module, fx.GraphModule)
+    return module
+
+
+def expect_sizes(value: torch.Tensor, sizes: tuple[int, ...], name: str) -> None:
+    """Refuses an input whose leading sizes are not those of the capture; -1 is any.
+
+    Raises:
+        CaptureError: names the input and both shapes.
+    """
+    for dim, size in enumerate(sizes):
+        if size != -1 and value.shape[dim] != size:
+            raise CaptureError(
+                f"input {name} has shape {tuple(value.shape)}, but dimension {dim} was fixed to "
+                f"{size} by torch.export: transform the model with example inputs of this shape"
+            )
+
+
+def fixes_batch(graph: fx.Graph) -> bool:
+    """Whether an exported graph takes the batch size of its example only.
+
+    With recurrent layers the first dimension may be the steps, whose number torch.export fixes.
+    """
+    if any(
+        getattr(node.target, "__name__", "").split(".")[0] in _RECURRENT for node in graph.nodes
+    ):
+        return False
+    inputs = [_fixed_sizes(node) for node in graph.nodes if node.op == "placeholder"]
+    first = [sizes[0] for sizes in inputs if sizes]
+    return any(size > 1 for size in first) and all(size != -1 for size in first)
+
+
+def _fixed_sizes(node: fx.Node) -> tuple[int, ...]:
+    """The sizes of an input, -1 where they are open."""
+    shape = getattr(node.meta.get("val"), "shape", ())
+    known = (s.node.maybe_as_int() if isinstance(s, torch.SymInt) else s for s in shape)
+    return tuple(-1 if size is None else size for size in known)
+
+
+def _expect_fixed_sizes(graph: fx.Graph) -> None:
+    """Lets the graph check the first two sizes of its inputs that it has fixed.
+
+    A size of 1 is fixed by every export, also of models that take others: it is let through.
+    """
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    for node in inputs:
+        sizes = tuple(size if size > 1 else -1 for size in _fixed_sizes(node)[:2])
+        if any(size != -1 for size in sizes):
+            with graph.inserting_after(inputs[-1]):
+                graph.call_function(expect_sizes, (node, sizes, node.name))
+
+
+def _lift_constants(model: nn.Module, captured: fx.GraphModule, constants: dict[str, Any]) -> None:
+    """Moves to ``constants`` what a capture owns and the model lacks, under names of its own.
+
+    A constant of the same place and value in an earlier capture of the model is shared.
+    """
+    number = 0
+    names: dict[str, str] = {}
+    for node in captured.graph.nodes:
+        path = str(node.target)
+        if node.op != "get_attr" or _attribute(model, path) is not None:
+            continue
+        if path not in names:
+            value = _attribute(captured, path)
+            name = f"_constant_{number}"
+            while name in constants and not _same(constants[name], value):
+                name += "_"
+            constants[name] = value
+            names[path], number = name, number + 1
+        node.target = names[path]
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    return one is other
+
+
+def _attribute(module: nn.Module, path: str) -> Any:
+    value: Any = module
+    for part in path.split("."):
+        value = getattr(value, part, None)
+    return value

@@ -1,0 +1,65 @@
+"""Rebuild functions of torch's Python source with other names in their scope.
+
+Why: ``F.multi_head_attention_forward`` and other composed functions ask whether somebody overrides
+them, check shapes that were checked before, and call ``float`` and ``math.sqrt`` on sizes. Symbolic
+values cannot answer that; the same body with other answers in its scope can be traced. No public
+way: fx traces a function as it is, or keeps it whole. Copying torch's source would need a copy for
+every version. Seen on torch 2.11 and 2.13.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+
+_OVERRIDE_QUESTIONS = (
+    "has_torch_function",
+    "has_torch_function_unary",
+    "has_torch_function_variadic",
+)
+
+
+def with_globals(function: Callable[..., Any], scope: dict[str, Any]) -> Callable[..., Any]:
+    """Return a function with the body of another, whose global names are looked up in ``scope``.
+
+    Args:
+        function: written in Python; a function of C++ has no body to take.
+        scope: replaces single global names, the others stay those of the function's module.
+    """
+    assert isinstance(function, types.FunctionType)
+    rebuilt = types.FunctionType(
+        function.__code__,
+        {**function.__globals__, **scope},
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    rebuilt.__kwdefaults__ = function.__kwdefaults__
+    return rebuilt
+
+
+def without_override_question(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function of torch.nn.functional that does not ask whether somebody overrides it.
+
+    Its body runs instead, so that a ``TorchFunctionMode`` sees the calls that it consists of.
+    """
+    return with_globals(function, dict.fromkeys(_OVERRIDE_QUESTIONS, lambda *_: False))
+
+
+def traceable_attention() -> Callable[..., Any]:
+    """Return ``F.multi_head_attention_forward`` in a form that symbolic values can go through.
+
+    Checks that need values answer as they would for inputs that are right; what divides by the
+    square root of a size does so on symbolic sizes.
+    """
+    scope = {
+        "has_torch_function": lambda tensors: False,
+        "_check_key_padding_mask": lambda mask, length, cases: None,
+        "_none_or_dtype": lambda mask: None if mask is None else mask.dtype,
+        "float": lambda value: value,
+        "math": types.SimpleNamespace(sqrt=lambda value: value**0.5),
+    }
+    return with_globals(F.multi_head_attention_forward, scope)

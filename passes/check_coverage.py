@@ -1,0 +1,40 @@
+"""The pass that tells which blocks are weaker than their kind of use allows."""
+
+from __future__ import annotations
+
+import logging
+
+from torch import fx
+
+from kfac_fx.errors import CoverageError
+from kfac_fx.ir.curvature_graph import CurvatureGraph
+from kfac_fx.passes.base import Analysis, curvature_of
+
+log = logging.getLogger("kfac_fx")
+
+
+class CheckCoverage(Analysis):
+    """Log the blocks that are weaker than their kind allows, as warnings.
+
+    Args:
+        strict: raise instead of logging, so that no model trains with less than was expected.
+
+    Raises:
+        CoverageError: ``strict`` and at least one such block; names the parameters and reasons.
+    """
+
+    def __init__(self, *, strict: bool = False) -> None:
+        self.strict = strict
+
+    def analyse(self, module: fx.GraphModule) -> CurvatureGraph:
+        """Return the curvature graph as it is."""
+        curvature = curvature_of(module, "CheckCoverage")
+        lines = [f"{', '.join(b.parameters)}: {b.reason}" for b in curvature.fallbacks]
+        if lines and self.strict:
+            raise CoverageError(
+                "strict=True, but these parameters would get a weaker block than their kind allows "
+                "(exclude them or pass strict=False):\n  " + "\n  ".join(lines)
+            )
+        for line in lines:
+            log.warning("weaker block: %s", line)
+        return curvature

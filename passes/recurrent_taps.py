@@ -1,0 +1,138 @@
+"""Taps that run in a node's place: one operator call for all the uses at that node."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from kfac_fx.ir.use import Tap
+from kfac_fx.ops.recurrent import CELLS, STEPS, nested
+from kfac_fx.passes.annotations import annotate, annotation, take_over, without_annotation
+
+_OPERATORS = {getattr(torch.ops.kfac_fx, name).default: name for name in (*STEPS, *CELLS)}
+
+
+def replaces_node(node: fx.Node) -> bool:
+    """Whether the node is an operator that took another one's place."""
+    return node.op == "call_function" and node.target in _OPERATORS
+
+
+def fill(
+    graph: fx.Graph,
+    nodes: dict[str, fx.Node],
+    tap: Tap,
+    block: str,
+    read_factors: Callable[[], list[fx.Node]],
+    resolve: Callable[[Any], Any],
+) -> None:
+    """Puts a use's factors into the operator at its node, which the first use puts there.
+
+    Args:
+        nodes: by name; the node's entry becomes what took its place.
+        block: name of the use's block.
+        read_factors: makes the nodes that read the block's factors.
+        resolve: from an argument of the tap to a node or value of the graph.
+    """
+    result = nodes[tap.node]
+    if not replaces_node(_operator(result)):
+        result = nodes[tap.node] = _replace(graph, result, tap, resolve)
+    call = _operator(result)
+    with graph.inserting_before(call):
+        found = read_factors()
+    place = len(tap.tensors)
+    factors: list[Any] = list(call.args[place])  # type: ignore[arg-type]
+    factors[tap.at : tap.at + len(found)] = found
+    call.update_arg(place, factors)
+    facts = dict(annotation(call))
+    annotate(call, **facts | {"blocks": [*facts.get("blocks", ()), block]})
+
+
+def _operator(result: fx.Node) -> fx.Node:
+    return result.all_input_nodes[0] if result.target is nested else result
+
+
+def _replace(graph: fx.Graph, node: fx.Node, tap: Tap, resolve: Callable[[Any], Any]) -> fx.Node:
+    """The operator without factors; what its users read takes over the node's name."""
+    name, is_module = node.name, node.op == "call_module"
+    read = _read_by(node)
+    with graph.inserting_before(node):
+        tensors = fx.node.map_arg([resolve(t) for t in tap.tensors], lambda n: read.get(n, n))
+        arguments = (tensors, [None] * tap.slots, tap.options)
+        operator = getattr(torch.ops.kfac_fx, tap.operator).default
+        call = graph.call_function(operator, (*arguments[0], arguments[1], *arguments[2]))
+        result = call
+        if is_module and tap.operator == "lstm":
+            result = graph.call_function(nested, (call,))
+    take_over(call, node, same_value=False, **({"module": str(node.target)} if is_module else {}))
+    kept = {k: v for k, v in node.meta.items() if k != "is_wrapped"}
+    result.meta = kept | ({"custom": call.meta["custom"]} if result is call else {})
+    node.replace_all_uses_with(result)
+    graph.erase_node(node)
+    result._rename(name)
+    return result
+
+
+def _read_by(node: fx.Node) -> dict[fx.Node, fx.Node]:
+    """What a node reads, by the node behind its taps."""
+    result: dict[fx.Node, fx.Node] = {}
+    for given in node.all_input_nodes:
+        source = given
+        while getattr(source.target, "namespace", None) == "kfac_fx" and not replaces_node(source):
+            source = source.all_input_nodes[0]
+        result[source] = given
+    return result
+
+
+def restore(graph: fx.Graph, call: fx.Node, module: nn.Module | None) -> None:
+    """Puts the module's or ATen's own call back in the operator's place.
+
+    Args:
+        module: whose graph it is; torch.export keeps annotations, but not the layers' modules.
+    """
+    assert call.op == "call_function"
+    operation = _OPERATORS[call.target]
+    users = [user for user in call.users if user.target is nested]
+    result = users[0] if users else call
+    path = annotation(call).get("module")
+    if path is not None and module is not None:
+        layer = dict(module.named_modules()).get(path)
+        path = path if isinstance(layer, (nn.RNNBase, nn.RNNCellBase)) else None
+    with graph.inserting_before(call):
+        if path is not None:
+            given = call.args[:1] if call.args[1] is None else call.args[:2]
+            node = graph.create_node("call_module", path, given)
+        else:
+            overloads = getattr(torch.ops.aten, operation)
+            target = overloads.default if operation in CELLS else overloads.input
+            arguments = list(call.args[:-2])
+            if arguments[1] is None:
+                arguments[1] = _zero_states(graph, operation, arguments)
+            node = graph.create_node("call_function", target, tuple(arguments))
+    node.meta = without_annotation(result.meta)
+    name = result.name
+    result.replace_all_uses_with(node)
+    for made in (result, call) if users else (call,):
+        graph.erase_node(made)
+    node._rename(name)
+
+
+def _zero_states(graph: fx.Graph, operation: str, arguments: list[Any]) -> Any:
+    """The states that a layer's module starts from by itself, and ATen's operator does not.
+
+    Args:
+        arguments: of the operator for batches of inputs.
+    """
+    cell = operation in CELLS
+    x, weight = arguments[0], arguments[3] if cell else arguments[2][1]
+
+    def size(node: Any, dim: int) -> fx.Node:
+        return graph.call_function(torch.ops.aten.sym_size.int, (node, dim))
+
+    shape = [size(x, 0 if cell or arguments[8] else 1), size(weight, 1)]
+    if not cell:
+        shape.insert(0, arguments[4] * (2 if arguments[7] else 1))
+    zeros = graph.call_function(torch.ops.aten.new_zeros.default, (x, shape))
+    return [zeros, zeros] if operation.startswith("lstm") else zeros

@@ -1,0 +1,227 @@
+"""Private parts of torch that the library relies on are there and do what each file says."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
+
+from kfac_fx.torch_internals import (
+    buffer_registration_hooks,
+    dynamo_frames,
+    fake_tensors,
+    function_transforms,
+    generated_forward,
+    graph_code,
+    higher_order,
+    parametrizations,
+    pytree,
+    rebuilt_functions,
+    saved_tensor_hooks,
+)
+
+
+def test_function_transforms() -> None:
+    seen: list[tuple[bool, bool]] = []
+
+    def function(x: Tensor) -> Tensor:
+        seen.append(
+            (function_transforms.inside_transform(), function_transforms.transforms_active())
+        )
+        assert function_transforms.unwrapped(x) is rows
+        return x * 2
+
+    rows = torch.ones(3)
+    torch.func.vmap(function)(rows)
+    assert seen == [(True, True)]
+    assert not function_transforms.inside_transform()
+    assert not function_transforms.transforms_active()
+    assert function_transforms.unwrapped(rows) is rows
+    assert function_transforms.unwrap_dead_wrappers((rows, 1)) == (rows, 1)
+    assert function_transforms.forward_level() == -1
+    with torch.autograd.forward_ad.dual_level():
+        assert function_transforms.forward_level() == 0
+
+
+def test_saved_tensor_hooks() -> None:
+    seen: list[bool] = []
+
+    def function(x: Tensor) -> Tensor:
+        seen.append(saved_tensor_hooks.packed_by_checkpoint())
+        return x.sin()
+
+    x = torch.ones(3, requires_grad=True)
+    checkpoint(function, x, use_reentrant=False)
+    function(x)
+    assert seen == [True, False]
+    assert saved_tensor_hooks.pack_hook() is None
+
+    def pack(t: Tensor) -> Tensor:
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        assert saved_tensor_hooks.pack_hook() is pack
+        assert not saved_tensor_hooks.packed_by_checkpoint()
+
+
+class Calls(TorchFunctionMode):
+    """Names of the torch functions that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_functions_that_do_not_ask_for_overrides() -> None:
+    x, target = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+    with Calls() as whole:
+        want = F.cross_entropy(x, target) + F.gaussian_nll_loss(x, x, x.exp())
+    opened = rebuilt_functions.without_override_question(F.gaussian_nll_loss)
+    with Calls() as inner:
+        got = opened(x, x, x.exp())
+    assert "gaussian_nll_loss" in whole.names and "gaussian_nll_loss" not in inner.names
+    assert {"log", "clone"} & set(inner.names), inner.names
+    assert torch.isfinite(want) and torch.equal(got, F.gaussian_nll_loss(x, x, x.exp()))
+
+
+def test_attention_that_symbolic_values_go_through() -> None:
+    layer = nn.MultiheadAttention(6, 2, bias=True)
+    x = torch.randn(5, 3, 6)
+    arguments = {
+        "embed_dim_to_check": 6,
+        "num_heads": 2,
+        "in_proj_weight": layer.in_proj_weight,
+        "in_proj_bias": layer.in_proj_bias,
+        "bias_k": None,
+        "bias_v": None,
+        "add_zero_attn": False,
+        "dropout_p": 0.0,
+        "out_proj_weight": layer.out_proj.weight,
+        "out_proj_bias": layer.out_proj.bias,
+        "training": False,
+        "need_weights": False,
+    }
+    ours = rebuilt_functions.traceable_attention()
+    names = [list(inspect.signature(f).parameters) for f in (ours, F.multi_head_attention_forward)]
+    assert names[0] == names[1]
+    want = F.multi_head_attention_forward(x, x, x, **arguments)[0]
+    torch.testing.assert_close(ours(x, x, x, **arguments)[0], want)
+    # The names that are answered otherwise are still names of torch's own module.
+    for name in ("has_torch_function", "_check_key_padding_mask", "_none_or_dtype", "math"):
+        assert hasattr(F, name), name
+
+
+def test_forward_of_one_graph_module() -> None:
+    one, other = (fx.symbolic_trace(nn.Sequential(nn.ReLU())) for _ in range(2))
+    generated_forward.set_forward(one, lambda self, x: x + 1)
+    x = -torch.ones(2)
+    assert torch.equal(one(x), torch.zeros(2)) and torch.equal(other(x), torch.zeros(2))
+    assert torch.equal(other(torch.ones(2)), torch.ones(2))
+    signature = inspect.signature(lambda self, image: None)
+    generated_forward.set_signature(other, signature)
+    assert list(inspect.signature(other.forward).parameters) in (["image"], ["self", "image"])
+
+
+class Nested(nn.Module):
+    def forward(self, pair: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"sum": pair["a"] + pair["b"]}
+
+
+def test_structures_that_generated_code_reads() -> None:
+    program = torch.export.export(Nested(), ({"a": torch.ones(2), "b": torch.ones(2)},))
+    module = program.module(check_guards=False)
+    assert isinstance(module, fx.GraphModule)
+    assert graph_code.unpacks_inputs(module.graph)
+    assert not graph_code.unpacks_inputs(fx.symbolic_trace(nn.ReLU()).graph)
+    forward = type(module).forward
+    assert set(generated_forward.SPECS) <= set(forward.__code__.co_names)
+    renamed = generated_forward.with_renamed_specs(forward, "_other")
+    for name in generated_forward.SPECS:
+        module.__dict__["_other" + name] = module.__dict__.pop(name)
+    pair = {"a": torch.ones(2), "b": torch.ones(2)}
+    assert torch.equal(renamed(module, pair)["sum"], torch.full((2,), 2.0))
+
+
+def test_buffer_registration_hooks() -> None:
+    seen: list[str] = []
+
+    def note(module: nn.Module, name: str, buffer: Tensor | None) -> None:
+        seen.append(name)
+
+    with buffer_registration_hooks.no_hooks_left():
+        torch.nn.modules.module.register_module_buffer_registration_hook(note)
+        nn.Module().register_buffer("one", torch.ones(1))
+    nn.Module().register_buffer("two", torch.ones(1))
+    assert seen == ["one"]
+
+
+def test_dynamo_frames() -> None:
+    frames: list[int | None] = []
+    sources: list[list[str]] = []
+
+    def compiler(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        frames.append(dynamo_frames.frame_being_compiled())
+        found = [node for node in module.graph.nodes if node.op == "placeholder"]
+        sources.append([dynamo_frames.input_source(node) for node in found])
+        return dynamo_frames.find_backend("eager")(module, inputs)
+
+    torch.compiler.reset()
+    layer = nn.Linear(3, 2)
+    compiled = torch.compile(layer, backend=compiler)
+    compiled(torch.ones(4, 3))
+    compiled(torch.ones(5, 3))  # the same frame again, with an open size
+    assert frames[0] is not None and set(frames) == {frames[0]}
+    assert dynamo_frames.frame_being_compiled() is None
+    assert any("_parameters['weight']" in source for source in sources[0])
+    torch.compiler.reset()
+
+
+def test_donated_buffers_can_be_switched_off() -> None:
+    import torch._functorch.config
+
+    assert isinstance(torch._functorch.config.donated_buffer, bool)
+    assert "torch._functorch.config.donated_buffer" in dynamo_frames.DONATED_BUFFER_ADVICE
+
+
+def test_fake_tensors() -> None:
+    program = torch.export.export(nn.Linear(3, 2), (torch.ones(4, 3),))
+    values = [node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"]
+    mode = fake_tensors.detect_fake_mode(values)
+    assert isinstance(mode, fake_tensors.FakeTensorMode)
+    with mode:
+        assert type(torch.empty(2)) is not Tensor
+
+
+def test_higher_order() -> None:
+    assert higher_order.runs_nested_graph(torch.ops.higher_order.cond)
+    assert not higher_order.runs_nested_graph(torch.ops.aten.mm.default)
+
+
+@pytest.mark.parametrize("name", ["spectral_norm", "orthogonal", "weight_norm"])
+def test_parametrizations(name: str) -> None:
+    layer = getattr(nn.utils.parametrizations, name)(nn.Linear(3, 3))
+    (found,) = layer.parametrizations.weight
+    assert parametrizations.is_weight_norm(found) == (name == "weight_norm")
+    assert parametrizations.is_untraceable(found) == (name != "weight_norm")
+
+
+def test_pytree() -> None:
+    nested = {"a": [torch.ones(1), 2], "b": (3,)}
+    leaves, spec = pytree.tree_flatten(nested)
+    assert leaves == pytree.tree_leaves(nested) and leaves[1:] == [2, 3]
+    assert pytree.tree_unflatten(leaves, spec) == nested
+    assert pytree.tree_map_only(Tensor, lambda t: 0, nested) == {"a": [0, 2], "b": (3,)}
+    assert pytree.tree_map(type, nested) == {"a": [Tensor, int], "b": (int,)}
