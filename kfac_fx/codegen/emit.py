@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from torch import fx
@@ -23,7 +22,6 @@ from kfac_fx.codegen.approximations.base import (
     BlockApproximation,
     Damping,
     Emitted,
-    FlagKey,
     InverseKey,
     Value,
     matrices_of,
@@ -31,6 +29,7 @@ from kfac_fx.codegen.approximations.base import (
 from kfac_fx.codegen.approximations.table import SHAPES, Table
 from kfac_fx.codegen.builder import ProgramBuilder
 from kfac_fx.codegen.leaf import leaf
+from kfac_fx.codegen.refresh_module import RefreshModule
 from kfac_fx.ir.coupling import Coupling, parents
 from kfac_fx.ir.curvature_graph import CurvatureBlock, CurvatureGraph
 from kfac_fx.linalg import kronecker, positive
@@ -86,21 +85,6 @@ class Recipe:
             key = (block.approximation, shapes) if self.batched and not alone else name
             found.setdefault(key, []).append(block)
         return list(found.values())
-
-
-class RefreshModule(NamedTuple):
-    """An emitted refresh: damping, factors -> inverses and flags, as a dict by their names.
-
-    Attributes:
-        module: its arguments are the damping, the factors in the order of the blocks, and A and G
-            of every coupling, child by parent.
-        inverses: keys of what it makes.
-        flags: keys of what it says about itself.
-    """
-
-    module: fx.GraphModule
-    inverses: tuple[InverseKey, ...]
-    flags: tuple[FlagKey, ...]
 
 
 def _title(block: CurvatureBlock) -> str:

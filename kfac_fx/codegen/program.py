@@ -11,20 +11,19 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, fx
 
-from kfac_fx.codegen.approximations.base import InverseKey
+from kfac_fx.codegen.approximations.base import InverseKey, matrices_of
 from kfac_fx.codegen.approximations.table import TABLES
 from kfac_fx.codegen.builder import source
 from kfac_fx.codegen.compile import compiled
 from kfac_fx.codegen.emit import (
     FLOORED,
     Recipe,
-    RefreshModule,
     emit_apply,
     emit_refresh,
     emit_scales,
 )
 from kfac_fx.codegen.leaf import own_functions, texts
-from kfac_fx.codegen.part import converting, inverse_shapes, part_of_refresh
+from kfac_fx.codegen.refresh_module import RefreshModule, converting, part_of_refresh
 from kfac_fx.codegen.stacks import Stacks, given_stacks
 from kfac_fx.linalg.precision import unrounded
 
@@ -325,7 +324,12 @@ class Program:
 
     def inverse_shapes(self) -> dict[InverseKey, torch.Size]:
         """Return the shapes of all inverses, without computing them."""
-        return inverse_shapes(self.recipe, self._emitted)
+        blocks = self.curvature.blocks
+        shapes = [spec.shape for block in blocks.values() for spec in matrices_of(block)]
+        for c in self.couplings:
+            child, parent = blocks[c.child].dimensions, blocks[c.parent].dimensions
+            shapes += [(one[0], other[0]) for one, other in zip(child, parent, strict=True)]
+        return self._emitted.shapes(shapes)
 
     def part(self, blocks: Collection[str]) -> Refresher:
         """Return the refresh of some blocks; its arguments are those of ``refresh``."""

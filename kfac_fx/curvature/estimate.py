@@ -303,14 +303,15 @@ class Estimate:
         by_weight: dict[float, tuple[list[Average], list[Statistic]]] = {}
         for averages, new in came:
             first |= averages.recorded == 0
-            averages.recorded += 1
-            weight = new_weight(averages.recorded, decay)
+            weight = new_weight(averages.recorded + 1, decay)
             group = by_weight.setdefault(weight, ([], []))
             group[0].extend(averages.all)
             group[1].extend(new)
         fold = fold_in_place if self._storage is None else self._storage.fold
         for weight, (old, values) in by_weight.items():
             fold(old, values, weight)
+        for averages, _ in came:  # not before: a fold that fails must not count
+            averages.recorded += 1
         return first
 
     def _say_silent(self, came: Sequence[Came]) -> None:

@@ -12,8 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, fx
 
+from kfac_fx.codegen.apply_parts import emit_sum, emit_terms, symmetric_inverses, update_shapes
 from kfac_fx.codegen.approximations.base import InverseKey
-from kfac_fx.codegen.part import emit_sum, emit_terms, symmetric_inverses, update_shapes
 from kfac_fx.codegen.program import Program, Refreshed
 from kfac_fx.distributed.buckets import Form
 from kfac_fx.distributed.control import Control

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from math import ceil, log2, prod
 from typing import NamedTuple
 
-from kfac_fx.codegen.part import symmetric_inverses
+from kfac_fx.codegen.apply_parts import symmetric_inverses
 from kfac_fx.codegen.program import Program
 from kfac_fx.distributed.costs import apply_operations, refresh_costs
 from kfac_fx.distributed.division import Division, divide

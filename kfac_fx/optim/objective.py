@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from kfac_fx.codegen import compiled_network
+from kfac_fx.codegen.compile import compiled_network
 from kfac_fx.errors import LikelihoodError
 from kfac_fx.likelihoods.batch import BatchLikelihood, predictive
 from kfac_fx.likelihoods.builtin import Likelihood, Sum

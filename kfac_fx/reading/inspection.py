@@ -8,7 +8,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from kfac_fx.codegen import Program
+from kfac_fx.codegen.program import Program
 from kfac_fx.curvature.inverses import InverseFisher
 from kfac_fx.ir import Coupling
 from kfac_fx.reading.operator import CurvatureOperator

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kfac_fx.codegen import compiled, graphed
+from kfac_fx.codegen.compile import compiled, graphed
 from kfac_fx.codegen.functional import (
     Lifted,
     NotFunctionalError,

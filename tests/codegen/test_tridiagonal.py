@@ -13,7 +13,7 @@ from support.oracles import Categorical, Measure
 from torch import Tensor, nn
 
 import kfac_fx
-from kfac_fx.codegen import Program
+from kfac_fx.codegen.program import Program
 from kfac_fx.curvature.choose_couplings import mutual_informations, total
 from kfac_fx.ir import Coupling
 
