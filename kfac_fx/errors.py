@@ -42,7 +42,7 @@ class ObservationError(KFACError, RuntimeError):
 
 
 class TapsTakenError(KFACError, RuntimeError):
-    """A Preconditioner or KFAC is used after another one was made on the same module."""
+    """Another Preconditioner or KFAC on the same module used its taps within a step of this one."""
 
 
 class StatisticsError(KFACError, RuntimeError):

@@ -30,7 +30,7 @@ from kfac_fx.optim.kfac_options import KFACOptions
 from kfac_fx.optim.last_step import Buffers, LastStep
 from kfac_fx.optim.objective import Batch, Objective, Tree
 from kfac_fx.optim.quadratic import Direction
-from kfac_fx.optim.tap_owner import TapOwner
+from kfac_fx.optim.tap_turns import TapTurn
 from kfac_fx.optim.updates import AdaptiveUpdate, Rule, ScheduledUpdate, Situation
 from kfac_fx.parallel import ALONE, Workers
 from kfac_fx.reading.inspection import HasCurvature
@@ -170,7 +170,7 @@ class KFAC(HasCurvature, Optimizer):
         self.skipped_batches = 0
         self.rejected_steps = 0
         self.skipped_statistics = 0
-        self._taps = TapOwner(net, "KFAC")
+        self._turn = TapTurn(net, "KFAC", self._recorder.buffers)
 
     def _update_rule(self, *, adaptive: bool, refresh_every: int) -> Rule:
         if not adaptive:
@@ -206,9 +206,8 @@ class KFAC(HasCurvature, Optimizer):
             LikelihoodError, ObservationError: the outputs do not fit, or cannot be recorded;
                 nothing has changed.
             ParameterChangedError: a parameter was replaced, reshaped, cast or moved.
-            TapsTakenError: another object was made on the module since.
         """
-        self._taps.check()
+        self._turn.take()
         self._inverse.covered.check()
         buffers = self._objective.snapshot()
         iteration = self._iteration

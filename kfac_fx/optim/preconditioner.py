@@ -36,7 +36,7 @@ from kfac_fx.likelihoods.builtin import Given, fresh_generator, likelihood_of
 from kfac_fx.likelihoods.sampling import forked
 from kfac_fx.linalg.precision import all_finite
 from kfac_fx.optim.quadratic import shorten
-from kfac_fx.optim.tap_owner import TapOwner
+from kfac_fx.optim.tap_turns import TapTurn
 from kfac_fx.parallel import ALONE, Workers
 from kfac_fx.reading.inspection import HasCurvature
 from kfac_fx.statistics.forward import Forward, run_network
@@ -54,8 +54,8 @@ class Preconditioner(HasCurvature):
     A step of training: ``outputs = net(x)``, ``observe(outputs)``, ``loss.backward()``, ``step()``,
     then the optimizer's own step. The mathematics is in docs/explanation/mathematics.md.
 
-    One object at a time records with the taps of a module. Making another one on it is allowed,
-    as notebooks do; the old one can then be read from, and raises where it would record.
+    Several of them on one module may take turns, whole step by whole step: a module's taps serve
+    one step at a time. Where another one has come between, the error says so.
 
     Args:
         net: what ``kfac_fx.transform`` returned, any GraphModule that carries its annotations, or a
@@ -163,7 +163,7 @@ class Preconditioner(HasCurvature):
         # Hooks of a compiled network's taps are not reliable; the empirical Fisher alone has to
         # take its statistics from the user's own backward, wherever that runs.
         self._recorder.by_inputs = net_is_compiled and self.fisher != "empirical"
-        self._taps = TapOwner(net, "Preconditioner")
+        self._turn = TapTurn(net, "Preconditioner", self._recorder.buffers)
         self._arm()
 
     @property
@@ -205,16 +205,18 @@ class Preconditioner(HasCurvature):
             ObservationError: called twice a forward, after the backward, or with other outputs; or
                 without inputs after a call with them or where ``net`` is compiled; or the last
                 micro-batch's backward is no use, see ``step``.
-            TapsTakenError: another object was made on the module since.
+            TapsTakenError: another object on the module is in the middle of a step, or has switched
+                off taps that this one needs.
         """
-        self._taps.check()
         if outputs is None and inputs is None:
             raise ObservationError("observe() needs the outputs, or the inputs, of a forward")
         if not self.due:
             return
         if inputs is None:
+            self._turn.observe()
             finite = self._recorder.observe(outputs, targets)
         else:
+            self._turn.take()
             with forked(self._inverse.covered.parameters.values()):
                 finite = self._recorder.observe_inputs(inputs, targets)
         if not finite:
@@ -232,26 +234,29 @@ class Preconditioner(HasCurvature):
             ObservationError: of empirical statistics, no backward has come to the outputs, or
                 several have.
             ParameterChangedError: a parameter was replaced, reshaped, cast or moved.
-            TapsTakenError: another object was made on the module since.
+            TapsTakenError: another object was made or used on the module since ``observe``.
         """
-        self._taps.check()
-        guard = self._inverse.covered
-        guard.check()
-        given = guard.gradients()
+        if lost := self._turn.lost:
+            self._arm()  # forgets what was observed: the next step is whole again
+            raise lost
+        covered = self._inverse.covered
+        covered.check()
+        given = covered.gradients()
         self._workers.agree("step")
         if not given:
             raise GradientError("no parameter has a gradient: call loss.backward() before step()")
-        recorded = self._inverse.estimate
+        recorded = self._inverse.estimate.recorded
         if self._recorder.observing:
             self._fold()
-        elif not recorded.recorded and self.skipped_statistics == 0:
+        elif not recorded and self.skipped_statistics == 0:
             # A skipped batch is a reason to have none; a missing call is a mistake to be told of.
             self._arm()  # so that the next forward is recorded once the call is there
             raise StatisticsError(
                 "no statistics yet: call observe(outputs) between the forward and loss.backward()"
             )
         # Inverses are missing after the first fold, and where a block got its first statistic.
-        if recorded.recorded and (self._due(self.refresh_every) or self._inverse.refreshed is None):
+        missing = self._inverse.refreshed is None
+        if self._inverse.estimate.recorded and (missing or self._steps % self.refresh_every == 0):
             self._inverse.keep_up(self.damping)
         self._precondition(given)
         self._steps += 1
@@ -284,13 +289,11 @@ class Preconditioner(HasCurvature):
     @property
     def due(self) -> bool:
         """Say whether the statistics of this step are wanted."""
-        return self._due(self.statistics_every)
-
-    def _due(self, period: int) -> bool:
-        return self._steps % period == 0
+        return self._steps % self.statistics_every == 0
 
     def _arm(self) -> None:
         """Let the next forward record if its step is due."""
+        self._turn.take()
         self._recorder.switch(self.due)
 
     def _fold(self) -> None:
@@ -344,9 +347,7 @@ class Preconditioner(HasCurvature):
 
         Raises:
             ParameterChangedError: the state belongs to other blocks.
-            TapsTakenError: another object was made on the module since.
         """
-        self._taps.check()
         if state.get("version") != VERSION:
             raise ParameterChangedError("this is no state_dict of a Preconditioner of this version")
         self._inverse.load(state["inverse"])

@@ -51,11 +51,10 @@ class TrainingStep:
         Raises:
             LikelihoodError: outputs or targets do not fit the likelihood, or targets are missing.
             ObservationError: the empirical Fisher needs targets.
-            TapsTakenError: another object was made on the module since.
         """
         if targets is None and self._loss is None:
             raise LikelihoodError("the negative log-likelihood needs targets")
-        self._preconditioner._taps.check()
+        self._preconditioner._turn.take()
         due = self._preconditioner.due
         found, finite = self._run(inputs, targets, due)
         if not finite:

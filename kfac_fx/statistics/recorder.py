@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kfac_fx.errors import ObservationError, UnknownOptionError
 from kfac_fx.ir.use import StatisticKey
@@ -78,6 +78,11 @@ class Recorder:
         )
         self._pass = self._make()
         self.net, self.by_inputs = net, False
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        """Return the factor buffers that it records into."""
+        return self._sources.factors
 
     @property
     def observing(self) -> bool:

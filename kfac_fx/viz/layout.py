@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from kfac_fx.viz.module_tree import Group, Item, Leaf, leaves
 from kfac_fx.viz.picture import Line, Picture
-from kfac_fx.viz.tree import Group, Item, Leaf, leaves
 
 GAP, ROW_GAP, PAD, HEAD = 0.35, 0.55, 0.18, 0.26
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from kfac_fx.ir import CurvatureBlock, CurvatureGraph
 from kfac_fx.reading.report import CurvatureReport
 from kfac_fx.viz.facts import count, shapes
-from kfac_fx.viz.tree import Group, Leaf, Tree, leaves, module_tree
+from kfac_fx.viz.module_tree import Group, Leaf, Tree, leaves, module_tree
 
 COLOURS: Mapping[str, str] = {
     "linear": "#9ecae1",

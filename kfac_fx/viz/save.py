@@ -8,19 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import networkx as nx
-
 from kfac_fx.errors import FormatError, UnknownOptionError
 from kfac_fx.ir import CurvatureGraph
 from kfac_fx.reading.report import CurvatureReport
-from kfac_fx.viz.dot import MANY, dot_graph
+from kfac_fx.viz.draw_graphviz import MANY, clear_headings, dot_graph
+from kfac_fx.viz.draw_matplotlib import plain_figure
 from kfac_fx.viz.extras import INSTALL_DOT, has_dot
-from kfac_fx.viz.headings import clear_headings
-from kfac_fx.viz.networks import to_networkx
+from kfac_fx.viz.facts import to_networkx
+from kfac_fx.viz.json_format import to_json
 from kfac_fx.viz.page import page
 from kfac_fx.viz.picture import Picture, picture
-from kfac_fx.viz.plain import plain_figure
-from kfac_fx.viz.serial import to_json
 
 log = logging.getLogger("kfac_fx")
 
@@ -103,6 +100,8 @@ def rendered(shown: Picture, suffix: str, direction: str) -> bytes:
 
 
 def _graphml(curvature: CurvatureGraph) -> bytes:
+    import networkx as nx  # late, as in facts.py
+
     buffer = io.BytesIO()
     nx.write_graphml(to_networkx(curvature), buffer)
     return buffer.getvalue()

@@ -168,7 +168,7 @@ def test_inputs_that_do_not_fit_the_model(capsys: pytest.CaptureFixture[str]) ->
 
 def test_quiet_is_quiet(capfd: pytest.CaptureFixture[str]) -> None:
     # torch.export gives up on this model, and says much while it does.
-    assert main(["inspect", "hard_models:DataBranch", "--input", "float32[N,4]", "-q"]) == 0
+    assert main(["inspect", "support.hard_models:DataBranch", "--input", "float32[N,4]", "-q"]) == 0
     out, err = capfd.readouterr()
     assert out.startswith("block") and err == ""
 

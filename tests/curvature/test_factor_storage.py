@@ -234,9 +234,12 @@ def test_processes_round_alike() -> None:
 
 def test_other_options_are_refused() -> None:
     net = kfac_fx.transform(nn.Linear(3, 2))
-    for make in (kfac_fx.Preconditioner, kfac_fx.KFAC):
+    for make in (
+        lambda value: kfac_fx.Preconditioner(net, factor_storage=value),
+        lambda value: KFACOptions(factor_storage=value),
+    ):
         with pytest.raises(kfac_fx.errors.UnknownOptionError, match="factor_storage='float8'"):
-            make(net, factor_storage="float8")
+            make("float8")
     double = kfac_fx.transform(nn.Linear(3, 2).double())
     with pytest.raises(kfac_fx.errors.UnknownOptionError, match="float64"):
         kfac_fx.Preconditioner(double, factor_storage="bfloat16")

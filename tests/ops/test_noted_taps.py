@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -191,8 +190,8 @@ def test_not_finite(bad: float) -> None:
 @pytest.mark.usefixtures("all_stay")
 def test_state_is_whole() -> None:
     """Averages of which one half is up to date are not seen from outside."""
-    layer = nn.Linear(6, 9)
-    pre, other = (made(kfac_fx.transform(copy.deepcopy(layer))) for _ in range(2))
+    net = kfac_fx.transform(nn.Linear(6, 9))
+    pre, other = made(net), made(net)
     for _ in range(3):
         pre.observe(inputs=torch.randn(4, 6))
         pre._fold()

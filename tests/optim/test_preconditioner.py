@@ -98,10 +98,9 @@ def test_refresh_period() -> None:
 
 def test_refresh_uses_the_average(measure: Measure) -> None:
     net, xs = kfac_fx.transform(model()), batches(3)
-    stale = make(net, statistics_every=1, refresh_every=10)
+    stale, eager = make(net, statistics_every=1, refresh_every=10), make(net, statistics_every=1)
     for x in xs:
         step(stale, net, x)
-    eager = make(net, statistics_every=1)
     eager.load_state_dict(stale.state_dict())
     probe = {name: torch.randn_like(p) for name, p in net.named_parameters()}
     stale.refresh()
@@ -140,12 +139,11 @@ def test_state_dict_is_a_copy() -> None:
 
 
 def test_two_preconditioners_of_one_net() -> None:
-    """Each keeps its own averages; the taps are the second one's (test_tap_owner.py)."""
+    """Each keeps its own averages."""
     net, xs = kfac_fx.transform(model()), batches(2)
-    first = make(net)
+    first, second = make(net), make(net)
     step(first, net, xs[0])
     before = flat(first)
-    second = make(net)
     step(second, net, xs[1])
     assert torch.equal(flat(first), before)
     assert not torch.equal(flat(second), before)

@@ -16,12 +16,11 @@ from torch import nn
 
 import kfac_fx
 from kfac_fx.errors import MissingExtraError, UnknownOptionError
-from kfac_fx.viz.dot import dot_graph
-from kfac_fx.viz.headings import clear_headings
+from kfac_fx.viz.draw_graphviz import clear_headings, dot_graph
+from kfac_fx.viz.draw_matplotlib import plain_figure
 from kfac_fx.viz.layout import Box, arranged
+from kfac_fx.viz.module_tree import Group, Item, leaves, module_tree
 from kfac_fx.viz.picture import FALLBACK, picture
-from kfac_fx.viz.plain import plain_figure
-from kfac_fx.viz.tree import Group, Item, leaves, module_tree
 
 needs_dot = pytest.mark.skipif(shutil.which("dot") is None, reason="needs Graphviz's dot")
 

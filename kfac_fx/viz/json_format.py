@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import networkx as nx
-
 from kfac_fx import ir
 from kfac_fx.errors import FormatError
-from kfac_fx.viz.networks import to_networkx
+from kfac_fx.viz.facts import to_networkx
 
 FORMAT = "kfac_fx.CurvatureGraph"
 VERSION = 1
@@ -21,6 +19,8 @@ def to_json(curvature: ir.CurvatureGraph) -> str:
     Raises:
         FormatError: a rule of one's own put an object into a tap's options that JSON cannot hold.
     """
+    import networkx as nx  # late, as in facts.py
+
     content = {
         "format": FORMAT,
         "version": VERSION,
