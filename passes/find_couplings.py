@@ -44,11 +44,7 @@ def find_couplings(
     """
     blocks = curvature.blocks
     view = GraphView(module, graph)
-    layers = {
-        name
-        for name, block in blocks.items()
-        if block.approximation.startswith("kronecker") or block.kind in _LAYERS
-    }
+    layers = {name for name, block in blocks.items() if block.products > 0 or block.kind in _LAYERS}
     reasons = {name: why_alone(block) for name, block in blocks.items()}
     able = {name for name, reason in reasons.items() if reason is None}
     edges = find_edges(view, blocks, layers, able)
@@ -86,7 +82,7 @@ def find_couplings(
 def why_alone(block: CurvatureBlock) -> str | None:
     """Why a block has no cross factors with any other; None if it can have some."""
     tap = block.uses[0].tap
-    if block.approximation != "kronecker":
+    if block.products != 1:
         return f"a {block.kind} block ({block.approximation}) has no cross factors"
     if any(factor.role == "count" for factor in block.factors) or len(block.uses) > 1:
         return "its uses, or their positions, are counted at run time"

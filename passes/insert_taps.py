@@ -87,7 +87,7 @@ def _insert(
             result, source, rows, entrywise, _ = tap.scale
             scaled = (factors[1], resolve(result), resolve(source), rows, entrywise)
             factors[1] = graph.call_function(torch.ops.kfac_fx.row_scaled.default, scaled)
-        if use.approximation == "kronecker" and len(factors) == 2:
+        if use.products == 1 and len(factors) == 2:
             factors.append(None)  # no positions to count for a single use
         options = [resolve(option) for option in tap.options]
         operator = getattr(torch.ops.kfac_fx, tap.operator).default

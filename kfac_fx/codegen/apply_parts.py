@@ -7,9 +7,10 @@ from collections.abc import Collection
 import torch
 from torch import fx
 
-from kfac_fx.codegen.approximations.base import InverseKey, Value
+from kfac_fx.codegen.approximations.base import InverseKey
 from kfac_fx.codegen.builder import ProgramBuilder
 from kfac_fx.codegen.emit import Recipe, scatter, terms
+from kfac_fx.codegen.leaf import Value
 
 
 def emit_terms(recipe: Recipe, owned: Collection[str]) -> fx.GraphModule:

@@ -20,12 +20,11 @@ from kfac_fx.codegen.approximations.base import (
     Emitted,
     FlagKey,
     InverseKey,
-    Value,
     cubes,
     matrices_of,
 )
 from kfac_fx.codegen.approximations.two_sided import damp
-from kfac_fx.codegen.leaf import leaf
+from kfac_fx.codegen.leaf import Value, leaf
 from kfac_fx.linalg import conditional, positive
 
 if TYPE_CHECKING:

@@ -23,12 +23,11 @@ from kfac_fx.codegen.approximations.base import (
     Damping,
     Emitted,
     InverseKey,
-    Value,
     matrices_of,
 )
 from kfac_fx.codegen.approximations.table import SHAPES, Table
 from kfac_fx.codegen.builder import ProgramBuilder
-from kfac_fx.codegen.leaf import leaf
+from kfac_fx.codegen.leaf import Value, leaf
 from kfac_fx.codegen.refresh_module import RefreshModule
 from kfac_fx.ir.coupling import Coupling, parents
 from kfac_fx.ir.curvature_graph import CurvatureBlock, CurvatureGraph

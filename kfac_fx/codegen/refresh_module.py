@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import fx, nn
 
-from kfac_fx.codegen.approximations.base import FlagKey, InverseKey, Value
+from kfac_fx.codegen.approximations.base import FlagKey, InverseKey
+from kfac_fx.codegen.leaf import Value
 
 
 class RefreshModule(NamedTuple):

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
@@ -22,6 +23,7 @@ from kfac_fx.torch_internals import (
     graph_code,
     higher_order,
     parametrizations,
+    python_dispatch,
     pytree,
     rebuilt_functions,
     saved_tensor_hooks,
@@ -48,6 +50,17 @@ def test_function_transforms() -> None:
     assert function_transforms.forward_level() == -1
     with torch.autograd.forward_ad.dual_level():
         assert function_transforms.forward_level() == 0
+
+
+def test_python_dispatch() -> None:
+    def slope(x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(F.linear(x, x).sin().sum(), x)[0]
+
+    with python_dispatch.enable_python_dispatcher():
+        module = make_fx(slope, tracing_mode="fake")(torch.ones(2, 3))
+    x = torch.randn(2, 3)
+    torch.testing.assert_close(module(x), slope(x))
 
 
 def test_saved_tensor_hooks() -> None:

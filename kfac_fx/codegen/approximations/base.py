@@ -10,22 +10,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from kfac_fx.codegen.builder import ProgramBuilder
+    from kfac_fx.codegen.leaf import Value
     from kfac_fx.ir.curvature_graph import CurvatureBlock
     from kfac_fx.ir.use import FactorSpec
     from kfac_fx.linalg.spectral import Side, Spectral
 
-# An fx.Proxy while a program is emitted, a tensor where the same method is called on values. No
-# type has both, as a Proxy takes whatever attributes its value has.
-Value = Any
-
-Invert = Callable[[Value], tuple[Value, Value]]
+Invert: TypeAlias = "Callable[[Value], tuple[Value, Value]]"
 """A positive definite matrix -> its inverse, and a flag that is not zero where that failed."""
 
 InverseKind = Literal["inverse", "basis", "scale", "L", "R", "s"]

@@ -16,9 +16,8 @@ from kfac_fx.codegen.approximations.base import (
     FlagKey,
     InverseKey,
     Invert,
-    Value,
 )
-from kfac_fx.codegen.leaf import leaf
+from kfac_fx.codegen.leaf import Value, leaf
 from kfac_fx.linalg import positive
 from kfac_fx.linalg.spectral import Side, diagonalised
 

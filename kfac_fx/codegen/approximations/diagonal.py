@@ -15,8 +15,8 @@ from kfac_fx.codegen.approximations.base import (
     Emitted,
     InverseKey,
     Invert,
-    Value,
 )
+from kfac_fx.codegen.leaf import Value
 from kfac_fx.linalg.spectral import Side, diagonalised
 
 if TYPE_CHECKING:

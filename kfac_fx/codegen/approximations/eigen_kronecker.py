@@ -16,11 +16,10 @@ from kfac_fx.codegen.approximations.base import (
     Emitted,
     InverseKey,
     Invert,
-    Value,
     matrices_of,
 )
 from kfac_fx.codegen.approximations.two_sided import TwoSided, cut_of, diagonals
-from kfac_fx.codegen.leaf import leaf
+from kfac_fx.codegen.leaf import Value, leaf
 from kfac_fx.linalg import kronecker
 from kfac_fx.linalg.kronecker import filled_up, without_filling
 from kfac_fx.linalg.spectral import diagonalised, kept_pair, outer_diagonal

@@ -15,10 +15,10 @@ from kfac_fx.codegen.approximations.base import (
     FlagKey,
     InverseKey,
     Invert,
-    Value,
     matrices_of,
 )
 from kfac_fx.codegen.approximations.two_sided import TwoSided, cut_of, damp, diagonals
+from kfac_fx.codegen.leaf import Value
 from kfac_fx.linalg.kronecker import filled_up, kronecker_product, without_filling
 from kfac_fx.linalg.positive import damped_factors
 from kfac_fx.linalg.spectral import diagonalised, kept_pair, outer_diagonal

@@ -16,7 +16,6 @@ from kfac_fx.codegen.approximations.base import (
     Emitted,
     InverseKey,
     Invert,
-    Value,
     matrices_of,
 )
 from kfac_fx.codegen.approximations.two_sided import (
@@ -26,7 +25,7 @@ from kfac_fx.codegen.approximations.two_sided import (
     diagonals,
     on_sides,
 )
-from kfac_fx.codegen.leaf import leaf
+from kfac_fx.codegen.leaf import Value, leaf
 from kfac_fx.linalg import kronecker
 from kfac_fx.linalg.kronecker import filled_up, without_filling
 from kfac_fx.linalg.positive import damped_factors

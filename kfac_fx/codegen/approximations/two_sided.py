@@ -11,10 +11,9 @@ from torch import Tensor
 from kfac_fx.codegen.approximations.base import (
     BlockApproximation,
     DampingReport,
-    Value,
     matrices_of,
 )
-from kfac_fx.codegen.leaf import leaf
+from kfac_fx.codegen.leaf import Value, leaf
 from kfac_fx.linalg import positive
 
 if TYPE_CHECKING:
