@@ -30,8 +30,8 @@ def compiled(
     if not compile:
         return module
     if compile is True or compile == "inductor":
-        given = None if options is None else {**options}
-        return torch.compile(module, fullgraph=True, dynamic=False, options=given)
+        given: dict[str, str | int | bool | Callable[..., Value]] = {**(options or {})}
+        return torch.compile(module, fullgraph=True, dynamic=False, options=given or None)
     return torch.compile(module, fullgraph=True, dynamic=False, backend=compile)
 
 

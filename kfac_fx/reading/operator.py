@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,6 +20,14 @@ from kfac_fx.linalg.spectral import Spectral
 from kfac_fx.reading.conditionals import conditionals
 
 Blocks = dict[str, Tensor]
+"""The arrays [..., g, a] that the blocks act on, by the blocks' names."""
+
+# NumPy and SciPy are no dependencies, and their arrays have no base class that mypy knows here.
+Vector: TypeAlias = Any
+"""A mapping from parameter names to tensors, a tensor [n], or a NumPy array [n]."""
+
+Matrix: TypeAlias = Any
+"""A tensor or a NumPy array [n, k]."""
 
 
 class CurvatureOperator:
@@ -92,32 +100,32 @@ class CurvatureOperator:
 
     # The matrix.
 
-    def matvec(self, vector: Any) -> Any:
-        """Fhat times a vector."""
+    def matvec(self, vector: Vector) -> Vector:
+        """Return Fhat times a vector."""
         return self._on(vector, self._product)
 
-    def solve(self, vector: Any) -> Any:
-        """Fhat^-1 times a vector."""
+    def solve(self, vector: Vector) -> Vector:
+        """Return Fhat^-1 times a vector."""
         return self._on(vector, self._solution)
 
-    def sqrt_solve(self, vector: Any) -> Any:
-        """S times a vector, for an S [n, n] with S S^T = Fhat^-1; S is not symmetric."""
+    def sqrt_solve(self, vector: Vector) -> Vector:
+        """Return S times a vector, for an S [n, n] with S S^T = Fhat^-1; S is not symmetric."""
         return self._on(vector, self._root_solution)
 
-    def matmat(self, matrix: Any) -> Any:
-        """Fhat times the columns of a tensor or array [n, k]."""
+    def matmat(self, matrix: Matrix) -> Matrix:
+        """Return Fhat times the columns of a tensor or array [n, k]."""
         return self._on_columns(matrix, self._product)
 
     rmatvec, rmatmat = matvec, matmat  # Fhat is symmetric
 
-    def __matmul__(self, other: Any) -> Any:
-        """``matvec`` or ``matmat``, by the dimensions of ``other``."""
+    def __matmul__(self, other: Matrix) -> Matrix:
+        """Return ``matvec`` or ``matmat``, by the dimensions of ``other``."""
         if isinstance(other, Mapping) or other.ndim == 1:
             return self.matvec(other)
         return self.matmat(other)
 
     def sample(self, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """A draw of N(0, Fhat^-1), by parameter name.
+        """Return a draw of N(0, Fhat^-1), by parameter name.
 
         Args:
             generator: on the CPU; torch's own by default.
@@ -126,20 +134,20 @@ class CurvatureOperator:
         return self.split(self.sqrt_solve(z.to(self._device)))
 
     def logdet(self) -> Tensor:
-        """log det Fhat; Xi has the determinant one."""
+        """Return log det Fhat; Xi has the determinant one."""
         return torch.stack([s.log_determinant() for s in self._spectra.values()]).sum()
 
     def trace(self) -> Tensor:
-        """The sum of ``diagonal``."""
+        """Return the trace of Fhat."""
         return self.diagonal().sum()
 
     def diagonal(self) -> Tensor:
-        """The diagonal of Fhat, [n]."""
+        """Return the diagonal of Fhat, [n]."""
         ones = {n: torch.ones_like(p, dtype=self._dtype) for n, p in self._parameters.items()}
         return self.flat(self._scattered(self._diagonals, ones))
 
     def dense(self) -> Tensor:
-        """Fhat as a matrix [n, n], for small networks."""
+        """Return Fhat as a matrix [n, n], for small networks."""
         eye = torch.eye(self.shape[0], dtype=self._dtype, device=self._device)
         result: Tensor = self.matmat(eye)
         return result
@@ -148,11 +156,11 @@ class CurvatureOperator:
 
     @property
     def dtype(self) -> Any:
-        """NumPy's, which SciPy asks for."""
+        """Return the precision as NumPy's dtype, which SciPy asks for."""
         return torch.empty(0, dtype=self._dtype).numpy().dtype
 
     def flat(self, vector: Mapping[str, Tensor]) -> Tensor:
-        """A mapping as one tensor [n]; missing parameters are zero.
+        """Return a mapping as one tensor [n]; missing parameters are zero.
 
         Raises:
             OperatorError: a name is not covered, or a shape is not its parameter's.
@@ -166,12 +174,12 @@ class CurvatureOperator:
         return torch.cat([value.to(self._device, self._dtype).reshape(-1) for value in given])
 
     def split(self, vector: Tensor) -> dict[str, Tensor]:
-        """The inverse of ``flat``."""
+        """Return the mapping that ``flat`` was given, with all parameters."""
         own = self._parameters
         parts = vector.split([p.numel() for p in own.values()])
         return {n: v.reshape(p.shape) for (n, p), v in zip(own.items(), parts, strict=True)}
 
-    # How.
+    # Fhat = Xi^-1 Lambda^-1 Xi^-T: each method is one reading of it, from right to left.
 
     def _product(self, v: Blocks) -> Blocks:
         v = self._forest.transposed_solution(v)
@@ -188,7 +196,7 @@ class CurvatureOperator:
         return {name: function(self._spectra[name], value) for name, value in v.items()}
 
     @torch.no_grad()
-    def _on(self, vector: Any, function: Callable[[Blocks], Blocks]) -> Any:
+    def _on(self, vector: Vector, function: Callable[[Blocks], Blocks]) -> Vector:
         if isinstance(vector, Mapping):
             return self.split(self._flat_result(self.flat(vector), function))
         if vector.ndim == 2 and vector.shape[1] == 1:  # SciPy's columns
@@ -198,12 +206,12 @@ class CurvatureOperator:
         return result if isinstance(vector, Tensor) else result.cpu().numpy()
 
     @torch.no_grad()
-    def _on_columns(self, matrix: Any, function: Callable[[Blocks], Blocks]) -> Any:
+    def _on_columns(self, matrix: Matrix, function: Callable[[Blocks], Blocks]) -> Matrix:
         given = self._tensor(matrix, (self.shape[0], *matrix.shape[1:2]))
         result = torch.vmap(self._flat_result, (1, None), 1)(given, function)
         return result if isinstance(matrix, Tensor) else result.cpu().numpy()
 
-    def _tensor(self, value: Any, shape: tuple[int, ...]) -> Tensor:
+    def _tensor(self, value: Matrix, shape: tuple[int, ...]) -> Tensor:
         if tuple(value.shape) != shape:
             raise OperatorError(f"the operator takes shape {shape}, not {tuple(value.shape)}")
         return torch.as_tensor(value).to(self._device, self._dtype)
@@ -213,7 +221,7 @@ class CurvatureOperator:
         return self.flat(self._scattered(function(self._gathered(given)), given))
 
     def _gathered(self, given: Mapping[str, Tensor]) -> Blocks:
-        """Each block's array [..., g, a]."""
+        """Return each block's array [..., g, a]; vectors of covariances become columns."""
         found = {name: gathered(block, given) for name, block in self._blocks.items()}
         return {
             name: V if self._recipe.of(self._blocks[name]).two_sided else V.unsqueeze(-1)
@@ -221,7 +229,7 @@ class CurvatureOperator:
         }
 
     def _scattered(self, blocks: Blocks, into: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """``into`` with the entries of all blocks replaced."""
+        """Return ``into`` with the entries of all blocks replaced."""
         result = dict(into)
         for name, block in self._blocks.items():
             U = blocks[name] if self._recipe.of(block).two_sided else blocks[name].squeeze(-1)

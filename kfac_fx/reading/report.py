@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,7 +60,7 @@ class BlockReport:
     condition: float | None
 
     def lines(self) -> list[str]:
-        """In short, for pictures."""
+        """Return the numbers in short, for pictures."""
         if not self.recorded:
             return ["no statistics"]
         condition = "" if self.condition is None else f"κ {self.condition:.2g}   "
@@ -101,8 +100,8 @@ class CurvatureReport:
     blocks: Mapping[str, BlockReport]
     couplings: Mapping[tuple[str, str], CouplingReport]
 
-    def plain(self) -> dict[str, Any]:
-        """Plain values only, for JSON."""
+    def plain(self) -> dict[str, object]:
+        """Return plain values only, for JSON."""
         couplings = [
             {"child": child, "parent": parent} | asdict(found)
             for (child, parent), found in self.couplings.items()
@@ -147,7 +146,12 @@ def _table(blocks: Mapping[str, BlockReport]) -> list[str]:
 
 @torch.no_grad()
 def report_of(inverse: InverseFisher, gamma: float) -> CurvatureReport:
-    """The present averages with this gamma; eigenvalues in float64."""
+    """Return a report of the present averages, as the next refresh would damp them.
+
+    Args:
+        inverse: has the averages, and a program whose approximations say how they are damped.
+        gamma: the square root of lambda.
+    """
     estimate = inverse.estimate
     blocks = {
         name: _block(
@@ -171,7 +175,13 @@ def report_of(inverse: InverseFisher, gamma: float) -> CurvatureReport:
 
 @torch.no_grad()
 def spectra(block: CurvatureBlock, factors: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Factor name -> eigenvalues in float64, undamped, the largest first; groups are rows."""
+    """Return eigenvalues by factor name, undamped, in float64, the largest first.
+
+    Args:
+        block: of the factors.
+        factors: as ``Preconditioner.factors`` has them; the groups of a grouped layer are rows of
+            the result.
+    """
     specs = matrices_of(block)
     return {s.name: _eigenvalues(s, f) for s, f in zip(specs, factors, strict=True)}
 
