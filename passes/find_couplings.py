@@ -14,6 +14,7 @@ from kfac_fx.config import COUPLINGS, choice
 from kfac_fx.ir.coupling import Edge, couplings_of
 from kfac_fx.ir.curvature_graph import CurvatureBlock, CurvatureGraph, Pair
 from kfac_fx.ir.use import FactorSpec
+from kfac_fx.ops.sides import coupling_operators, side_text
 from kfac_fx.passes.annotations import graphs_of
 from kfac_fx.passes.base import Analysis, curvature_of
 from kfac_fx.passes.find_edges import find_edges
@@ -28,10 +29,6 @@ _REORDERING = frozenset(
     | {"unfold", "window_partition", "window_reverse"}
 )
 
-_LAYERS = frozenset(
-    {"linear", "convolution", "transposed_convolution", "embedding", "bilinear", "recurrent"}
-)
-
 
 def find_couplings(
     module: nn.Module, graph: fx.Graph, curvature: CurvatureGraph, *, by_data: bool = False
@@ -44,7 +41,7 @@ def find_couplings(
     """
     blocks = curvature.blocks
     view = GraphView(module, graph)
-    layers = {name for name, block in blocks.items() if block.products > 0 or block.kind in _LAYERS}
+    layers = {name for name, block in blocks.items() if block.products}
     reasons = {name: why_alone(block) for name, block in blocks.items()}
     able = {name for name, reason in reasons.items() if reason is None}
     edges = find_edges(view, blocks, layers, able)
@@ -90,7 +87,12 @@ def why_alone(block: CurvatureBlock) -> str | None:
         return "a side that is a diagonal, or cut, has no cross factors"
     if any(len(factor.shape) != 2 for factor in block.factors):
         return "it is a batch of blocks, one for each group"
-    if tap is None or tap.operator not in SIDES or tap.consumer is not None or tap.scale:
+    if (
+        tap is None
+        or tap.operator not in coupling_operators()
+        or tap.consumer is not None
+        or tap.scale
+    ):
         return "its statistics are not those of a plain layer"
     return None
 
@@ -136,15 +138,20 @@ def _pair(blocks: Mapping[str, CurvatureBlock], earlier: str, later: str, ordere
     return Pair(earlier, later, f"{one.slot}__{two.slot}", factors, ordered)
 
 
-def side_text(module: nn.Module, block: CurvatureBlock) -> str:
-    """The block's use as ``kfac_fx.ops.sides`` reads it."""
+def text_of_side(module: nn.Module, block: CurvatureBlock) -> str:
+    """Return the block's only use as the operators of couplings and moments read it.
+
+    Args:
+        module: whose block it is.
+        block: one that ``why_alone`` has nothing against.
+    """
     tap = block.uses[0].tap
     assert tap is not None
-    return SIDES[tap.operator](tap.options, _interleaved(module, block))
+    return side_text(tap.operator, tap.options, interleaved=_interleaved(module, block))
 
 
 def _interleaved(module: nn.Module, block: CurvatureBlock) -> bool:
-    """Whether it is the output projection of attention, which reads positions by cases."""
+    """Tell whether it is the output projection of attention, which reads positions by cases."""
     owner, _, leaf = block.parameters[0].rpartition(".")[0].rpartition(".")
     if leaf != "out_proj":
         return False

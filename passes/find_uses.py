@@ -17,7 +17,7 @@ from kfac_fx.passes.base import HERE, Analysis
 from kfac_fx.passes.covered_parameters import Covered
 from kfac_fx.passes.gather_blocks import forms, gather_blocks, pieces, summable
 from kfac_fx.passes.options import TransformOptions
-from kfac_fx.passes.rules import Refusal, Site, generic_use, rules_for
+from kfac_fx.passes.rules import Refusal, Site, default_rules, generic_use
 
 log = logging.getLogger("kfac_fx")
 
@@ -114,7 +114,7 @@ def uses_of_call(
     """
     call = view.call(node)
     site = _site(view, parameters, options, alone)
-    for rule in rules_for(call.operation) if call is not None else ():
+    for rule in default_rules().asked(call.operation) if call is not None else ():
         assert call is not None
         answer = rule.match(call, site)
         if answer is None or isinstance(answer, Refusal):
@@ -150,7 +150,7 @@ def _match(site: Site) -> _Matches:
         if site.view.is_mapped(node):
             matches.refusals[node.name] = "it runs inside vmap, where a tap sees no cases"
             continue
-        for rule in rules_for(call.operation):
+        for rule in default_rules().asked(call.operation):
             answer = rule.match(call, site)
             if isinstance(answer, Refusal):
                 matches.refusals[node.name] = answer.reason

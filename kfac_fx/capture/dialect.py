@@ -238,10 +238,35 @@ _add("neg", "input", operator.neg, torch.neg, "neg", aten.neg.default)
 _add("repeat", "input *shape", "repeat", aten.repeat.default)
 
 
-def add_operation(target: Any, words: str) -> None:
-    """Teaches the vocabulary a target: its operation and the names of its arguments, in order."""
+def add_operation(target: Any, words: str) -> Row | None:
+    """Teach the vocabulary a target: its operation and the names of its arguments, in order.
+
+    Args:
+        target: a function, an operator, or a method's name.
+        words: "operation argument argument ...".
+
+    Returns:
+        What the target stood for before, for ``remove_operation``; None if it was unknown.
+    """
     operation, _, arguments = words.partition(" ")
+    table: dict[Any, Row] = METHODS if isinstance(target, str) else FUNCTIONS
+    before = table.get(target)
     _add(operation, arguments, target)
+    return before
+
+
+def remove_operation(target: Any, before: Row | None) -> None:
+    """Undo ``add_operation``.
+
+    Args:
+        target: what the vocabulary was taught.
+        before: what ``add_operation`` returned.
+    """
+    table: dict[Any, Row] = METHODS if isinstance(target, str) else FUNCTIONS
+    if before is None:
+        table.pop(target, None)
+    else:
+        table[target] = before
 
 
 # Reading a shape carries no data from the input to the result.

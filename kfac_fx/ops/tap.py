@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from kfac_fx.errors import ObservationError
 from kfac_fx.ops.library import LIBRARY
 from kfac_fx.ops.modes import forward_mode
 from kfac_fx.ops.notes import Note, noted, open_notes
+from kfac_fx.ops.options import TapOptions
 from kfac_fx.ops.rows import Statistic, kept_rows, multiplied
 
 _paused: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -314,3 +315,43 @@ def define(schema: str, body: Any) -> None:
     LIBRARY.impl(name, body, "CompositeImplicitAutograd")
     # Transforms of torch.func would else run the body beneath them, where no Function can be.
     LIBRARY.impl(name, body, "FuncTorchDynamicLayerFrontMode")
+
+
+Options = TypeVar("Options", bound=TapOptions)
+Record = Callable[[Tensor, Sequence[Tensor | None], Sequence[Tensor], Options], Tensor]
+"""(y, saved tensors, factor buffers, options) -> y, recorded; usually one call of ``tapped``."""
+
+
+def define_tap(
+    name: str,
+    options: type[Options],
+    record: Record[Options],
+    *,
+    tensors: Sequence[str] = ("x",),
+    factors: Sequence[str] = ("A", "G", "positions?"),
+) -> None:
+    """Register the tap operator of one kind of use: ``name(y, *tensors, *factors, *options) -> y``.
+
+    Args:
+        name: under which graphs call it, as ``torch.ops.kfac_fx.<name>``.
+        options: the class of its options, whose fields end the operator's schema.
+        record: called while at least one factor buffer asks for statistics, with the buffers that
+            are there; otherwise the operator returns y as it is.
+        tensors: names of what else the statistics are formed of; one that ends in "?" may be None.
+        factors: names of the factor buffers, with the same mark. "positions?" is a buffer only
+            where the positions of several uses are counted together.
+    """
+    arguments = ("y", *tensors, *factors)
+    schema = ", ".join(
+        [f"Tensor{'?' * word.endswith('?')} {word.rstrip('?')}" for word in arguments]
+        + [options.schema()] * bool(options.schema())
+    )
+    first, last = len(tensors), len(tensors) + len(factors)
+
+    def body(y: Tensor, *given: Any) -> Tensor:
+        buffers = [factor for factor in given[first:last] if factor is not None]
+        if not recording(buffers):
+            return y
+        return record(y, given[:first], buffers, options.from_args(given[last:]))
+
+    define(f"{name}({schema}) -> Tensor", body)

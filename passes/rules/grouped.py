@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from kfac_fx.capture.dialect import Call
 from kfac_fx.ir.use import NodeRef, ParameterUse, Tap
-from kfac_fx.passes.rules.base import Answer, Refusal, Site, kronecker_factors
+from kfac_fx.ops.grouped import GroupedOptions
+from kfac_fx.passes.rules.base import Answer, Refusal, Site, kronecker_factors, layer_kind
 
 
+@layer_kind()
 class GroupedRule:
     """grouped_mm(x [rows, in], W [experts, in, out], offsets [experts])."""
 
@@ -14,6 +16,7 @@ class GroupedRule:
     operations = frozenset({"grouped_mm"})
 
     def match(self, call: Call, site: Site) -> Answer:
+        """Return the use of the experts' matrices; rows that belong to none are not looked at."""
         weight = site.parameter(call.get("weight"))
         if weight is None:
             return None
@@ -34,6 +37,7 @@ class GroupedRule:
                 "grouped",
                 call.node.name,
                 (NodeRef(call.get("input").name), NodeRef(call.get("offsets").name)),
+                GroupedOptions().to_args(),
             ),
             path=(*weight.path, call.operation),
         )

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import kfac_fx
-from kfac_fx.ops.convolution import ConvolutionStatistics, TransposedWindow, Window
+from kfac_fx.ops.convolution import ConvolutionOptions, ConvolutionStatistics, PaddingMode
+from kfac_fx.ops.kronecker import FactorForm
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -213,20 +214,27 @@ def test_duplicated_batch_and_reduction(measure: Measure, fisher: str, groups: i
     close(mean["conv"], want)
 
 
-WINDOW = Window([3, 3], [1, 1], [1, 1], [1] * 4, "zeros")
-SHRUNK = Window([3, 3], [2, 2], [1, 1], [1] * 4, "reflect")
-GROWN = TransposedWindow([3, 3], [2, 2], [1, 1], [1, 1])
+def options(
+    stride: int, mode: PaddingMode, groups: int, bias: bool, reduce: bool
+) -> ConvolutionOptions:
+    """Of a 3x3 convolution with one position around it."""
+    padding = (1,) * (2 if mode == "transposed" else 4)
+    strides = (stride, stride)
+    return ConvolutionOptions((3, 3), strides, (1, 1), padding, mode, groups, bias, reduce)
+
+
+DIAGONAL = FactorForm(diagonal=True)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize(
     ("statistics", "side"),
     [
-        (ConvolutionStatistics(WINDOW, 1, True, False), 9),
-        (ConvolutionStatistics(WINDOW, 2, True, False, (False, True)), 9),
-        (ConvolutionStatistics(SHRUNK, 1, False, True), 5),
-        (ConvolutionStatistics(SHRUNK, 2, True, False, (True, False), 0.0), 5),
-        (ConvolutionStatistics(GROWN, 1, True, False), 17),
+        (ConvolutionStatistics(options(1, "zeros", 1, True, False)), 9),
+        (ConvolutionStatistics(options(1, "zeros", 2, True, False), G=DIAGONAL), 9),
+        (ConvolutionStatistics(options(2, "reflect", 1, False, True)), 5),
+        (ConvolutionStatistics(options(2, "reflect", 2, True, False), A=DIAGONAL, one=0.0), 5),
+        (ConvolutionStatistics(options(2, "transposed", 1, True, False)), 17),
     ],
 )
 def test_traced_a_is_one_operator(

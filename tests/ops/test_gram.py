@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import kfac_fx
-from kfac_fx.ops import convolution, linear, same_input
+from kfac_fx.ops import convolution, kronecker, same_input
 from kfac_fx.ops.gram import gram, homogeneous_gram
 from kfac_fx.ops.same_input import formed_once
 
@@ -100,8 +100,8 @@ def test_layers_that_share_an_input_form_its_factor_once(monkeypatch: pytest.Mon
         formed.append(rows.shape)
         return whole(rows, **options)
 
-    whole = linear.input_factor
-    monkeypatch.setattr(linear, "input_factor", counted)
+    whole = kronecker.input_factor
+    monkeypatch.setattr(kronecker, "input_factor", counted)
     net = kfac_fx.transform(Attention().double(), (x := torch.randn(4, 5, 24).double(),))
     pre = kfac_fx.Preconditioner(net, "normal", structure="block_diagonal", fisher="empirical")
     for _ in range(2):  # the averages of both passes
@@ -150,8 +150,10 @@ def test_what_is_formed_once_is_formed_again_when_it_must_be() -> None:
 def test_patches_of_some_cases_at_a_time(
     monkeypatch: pytest.MonkeyPatch, bias: bool, groups: int
 ) -> None:
-    window = convolution.Window([3, 3], [2, 2], [1, 1], [1, 1, 1, 1], "zeros")
-    statistics = convolution.ConvolutionStatistics(window, groups, bias, reduce=False)
+    options = convolution.ConvolutionOptions(
+        (3, 3), (2, 2), (1, 1), (1, 1, 1, 1), "zeros", groups, bias, False
+    )
+    statistics = convolution.ConvolutionStatistics(options)
     x = torch.randn(7, 2, 16, 16, dtype=torch.float64)
     monkeypatch.setitem(convolution.AT_ONCE, "cpu", 1)
     counts: list[int] = []
@@ -162,7 +164,7 @@ def test_patches_of_some_cases_at_a_time(
         return patches(self, x, groups)
 
     monkeypatch.setattr(convolution.Window, "patches", counted)
-    found = statistics._input_factor(x, [8, 8])
+    found = statistics.formed(x, [8, 8])
     assert counts == [1] * 7
     rows = torch.nn.functional.unfold(x, 3, padding=1, stride=2).mT.flatten(0, 1)
     for group, part in zip(found, rows.chunk(groups, 1), strict=True):

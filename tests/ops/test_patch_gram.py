@@ -15,14 +15,13 @@ from kfac_fx.ops import convolution, parts
 from kfac_fx.ops import cross_input as crossed
 from kfac_fx.ops.alignment import pooled
 from kfac_fx.ops.autocorrelation import (
-    Axis,
     cross_patch_gram,
     is_cheaper,
     is_cheaper_crossed,
     patch_gram,
 )
-from kfac_fx.ops.convolution import Window
-from kfac_fx.ops.sides import ConvolutionSide
+from kfac_fx.ops.convolution import ConvolutionOptions, ConvolutionSide, PaddingMode
+from kfac_fx.ops.patches import Axis, Window
 
 
 def oracle(x: Tensor, axes: list[Axis], groups: int) -> Tensor:
@@ -187,10 +186,12 @@ def test_coupled_layers_take_it(bias: bool, kernel: int, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("stride", [(1, 1), (2, 3)])
 @pytest.mark.parametrize("dilation", [(1, 1), (2, 1)])
 def test_averages_of_patches_are_patches_of_averages(
-    mode: str, stride: tuple[int, int], dilation: tuple[int, int]
+    mode: PaddingMode, stride: tuple[int, int], dilation: tuple[int, int]
 ) -> None:
-    window = Window((3, 2), stride, dilation, (1, 0, 2, 1), mode)
-    side = ConvolutionSide(window, True, False)
+    padding = (1, 0, 2, 1)
+    side = ConvolutionSide(
+        ConvolutionOptions((3, 2), stride, dilation, padding, mode, 1, bias=True, reduce=False)
+    )
     x = torch.randn(2, 3, 20, 25, dtype=torch.float64)
     *_, height, width = torch.nn.functional.conv2d(
         F.pad(x, (1, 0, 2, 1)), torch.ones(1, 3, 3, 2).double(), None, stride, 0, dilation
