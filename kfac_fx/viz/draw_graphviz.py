@@ -6,9 +6,9 @@ import html
 import itertools
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import NamedTuple
 
-from kfac_fx.viz.extras import extra
+from kfac_fx.viz.extras import DotGraph, Module, extra
 from kfac_fx.viz.module_tree import Group, Leaf
 from kfac_fx.viz.picture import COUPLED, FALLBACK, THIN, Line, Node, Picture
 
@@ -17,11 +17,26 @@ MANY = 400
 """Boxes from which on curved lines would take minutes."""
 
 
-def dot_graph(picture: Picture, *, direction: str = "TB") -> Any:
-    """The picture as a ``pydot.Dot``.
+MARGIN = 8.0
+"""Points between a heading and the frame, as Graphviz has it."""
+
+
+class Point(NamedTuple):
+    """Where something is, in points from the lower left."""
+
+    x: float
+    y: float
+
+
+def dot_graph(picture: Picture, *, direction: str = "TB") -> DotGraph:
+    """Return the picture as a ``pydot.Dot``.
 
     Args:
-        direction: of the forward pass, as Graphviz has it: "TB" or "LR".
+        picture: the boxes and lines.
+        direction: of the forward pass, as Graphviz has it: "TB", downwards, or "LR", to the right.
+
+    Raises:
+        MissingExtraError: pydot is not installed.
     """
     pydot = extra("pydot")
     graph = pydot.Dot(
@@ -36,6 +51,8 @@ def dot_graph(picture: Picture, *, direction: str = "TB") -> Any:
         labelloc="b",
         bgcolor="white",
     )
+    # Beyond some hundred boxes Graphviz's search for few crossings takes minutes, for a picture
+    # that nobody reads line by line.
     if len(picture.nodes) > MANY:
         for key, value in {"splines": "line", "nslimit": "1", "mclimit": "0.1"}.items():
             graph.set(key, value)
@@ -51,11 +68,12 @@ def dot_graph(picture: Picture, *, direction: str = "TB") -> Any:
 
 
 def quoted(text: str) -> str:
-    """An identifier that Graphviz and pydot read back."""
+    """Return an identifier that Graphviz and pydot read back."""
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
-def _fill(pydot: Any, graph: Any, group: Group, picture: Picture, path: str) -> None:
+def _fill(pydot: Module, graph: DotGraph, group: Group, picture: Picture, path: str) -> None:
+    """Add a group's blocks, and its inner groups as clusters; ``path`` makes their names unique."""
     for index, child in enumerate(group.children):
         if isinstance(child, Leaf):
             graph.add_node(_node(pydot, picture.nodes[child.block], child.copies))
@@ -66,7 +84,7 @@ def _fill(pydot: Any, graph: Any, group: Group, picture: Picture, path: str) -> 
             f"m{name}",
             label=quoted(label),
             style="rounded,filled" if child.copies == 1 else "rounded,filled,bold",
-            fillcolor="#00000008",
+            fillcolor="#00000008",  # nearly transparent: deeper modules become darker by themselves
             color="#b6bec8" if child.copies == 1 else "#475569",
             fontname=FONT,
             fontsize="11",
@@ -78,7 +96,8 @@ def _fill(pydot: Any, graph: Any, group: Group, picture: Picture, path: str) -> 
         graph.add_subgraph(cluster)
 
 
-def _node(pydot: Any, node: Node, copies: int) -> Any:
+def _node(pydot: Module, node: Node, copies: int) -> DotGraph:
+    """Return a box; thick where it stands for several blocks, dashed for a fallback."""
     small = "".join(f'<BR/><FONT POINT-SIZE="9">{html.escape(line)}</FONT>' for line in node.lines)
     look = {"color": "#475569", "penwidth": "1" if copies == 1 else "2"}
     if node.fallback is not None:
@@ -89,13 +108,14 @@ def _node(pydot: Any, node: Node, copies: int) -> Any:
         fillcolor=node.colour,
         width=f"{1.1 + 1.5 * node.size:.2f}",
         height=f"{0.45 + 0.6 * node.size:.2f}",
-        id=quoted(f"block:{node.block}"),
+        id=quoted(f"block:{node.block}"),  # by which the HTML page finds the box
         tooltip=quoted(node.fallback or node.block),
         **look,
     )
 
 
-def _edge(pydot: Any, line: Line, backwards: bool) -> Any:
+def _edge(pydot: Module, line: Line, backwards: bool) -> DotGraph:
+    """Return a line; ``backwards`` where its target stands before its source."""
     look = {"color": THIN, "penwidth": "0.7", "arrowsize": "0.45"}
     if line.coupled:
         look = {"color": COUPLED, "penwidth": "2.6", "label": quoted(f"  {line.label}  ")}
@@ -103,14 +123,19 @@ def _edge(pydot: Any, line: Line, backwards: bool) -> Any:
     source, target = line.source, line.target
     if line.onward:
         look |= {"style": "dashed", "weight": "0"}
-        if backwards:  # drawn from the lower box, it would turn the order of the ranks around
+        # Drawn from the lower box, it would turn the order of the ranks around: it is drawn from
+        # the upper one, with the arrow at the other end.
+        if backwards:
             source, target = target, source
             look["dir"] = {"back": "forward"}.get(look.get("dir", "forward"), "back")
     return pydot.Edge(quoted(source), quoted(target), **look)
 
 
-def _keep_order(pydot: Any, graph: Any, names: list[str], linked: set[str]) -> None:
-    """A block without lines stands beside the block before it, where that has some, or below."""
+def _keep_order(pydot: Module, graph: DotGraph, names: list[str], linked: set[str]) -> None:
+    """Place a block without lines beside the block before it, where that has some, or below.
+
+    Graphviz would put such blocks into the first rank, far from the layers that they belong to.
+    """
     for before, name in itertools.pairwise(names):
         if name in linked:
             if before not in linked:
@@ -127,7 +152,7 @@ def _keep_order(pydot: Any, graph: Any, names: list[str], linked: set[str]) -> N
 
 
 def _legend(picture: Picture) -> str:
-    """An HTML-like table: kinds, lines, marks, totals."""
+    """Return a table in Graphviz's HTML: kinds, lines, marks, totals; only what is drawn."""
     cells = [
         f'<TD BGCOLOR="{colour}" WIDTH="18" HEIGHT="12" FIXEDSIZE="TRUE"></TD>'
         f'<TD ALIGN="LEFT">{html.escape(kind.replace("_", " "))}</TD>'
@@ -155,6 +180,7 @@ def _legend(picture: Picture) -> str:
 
 
 def _stroke(sign: str, colour: str, text: str) -> str:
+    """Return two cells of the legend: a sign and what it stands for."""
     return (
         f'<TD><FONT COLOR="{colour}"><B>{sign}</B></FONT></TD>'
         f'<TD ALIGN="LEFT">{html.escape(text)}</TD>'
@@ -163,13 +189,12 @@ def _stroke(sign: str, colour: str, text: str) -> str:
 
 # Headings of modules, where no line crosses them.
 
-Point = tuple[float, float]
-MARGIN = 8.0
-"""Points between a heading and the frame, as Graphviz has it."""
 
+def clear_headings(graph: DotGraph) -> None:
+    """Move headings of clusters to where no line is; some go below, or their cluster grows.
 
-def clear_headings(graph: Any) -> None:
-    """Moves headings of clusters to where no line is; some go below, or their cluster grows.
+    Graphviz places headings without regard to lines, which then run through the names. Its layout
+    is read, the best of three places taken, and where none is free the next attempt made.
 
     Args:
         graph: a ``pydot.Dot``; its clusters' attributes change.
@@ -181,8 +206,8 @@ def clear_headings(graph: Any) -> None:
     _place_headings(graph)
 
 
-def _place_headings(graph: Any) -> list[Any]:
-    """Chooses the side, which leaves all else in its place; returns clusters without a free one."""
+def _place_headings(graph: DotGraph) -> list[DotGraph]:
+    """Choose the side, which leaves all else in its place; return clusters without a free one."""
     layout = json.loads(graph.create(prog="dot", format="json", encoding="utf-8"))
     points = [
         point
@@ -204,11 +229,12 @@ def _place_headings(graph: Any) -> list[Any]:
 
 
 def _hits(item: dict[str, str], points: list[Point]) -> dict[str, int]:
-    """How many points of lines are in the heading on the left, in the middle, on the right."""
+    """Return how many points of lines would be in a heading on the left, in the middle, right."""
+    # Graphviz gives corners in points, but widths and heights of labels in inches.
     left, _, right, _ = (float(part) for part in item["bb"].split(","))
     width, height = (72 * float(item[key]) for key in ("lwidth", "lheight"))
     y = float(item["lp"].split(",")[1])
-    across = [p[0] for p in points if abs(p[1] - y) < height / 2 + 2]
+    across = [point.x for point in points if abs(point.y - y) < height / 2 + 2]
     starts = {"l": left + MARGIN, "c": (left + right - width) / 2, "r": right - MARGIN - width}
     return {
         side: sum(start - 3 < x < start + width + 3 for x in across)
@@ -216,7 +242,8 @@ def _hits(item: dict[str, str], points: list[Point]) -> dict[str, int]:
     }
 
 
-def _clusters(graph: Any) -> Iterator[Any]:
+def _clusters(graph: DotGraph) -> Iterator[DotGraph]:
+    """Yield clusters, outer ones first; other subgraphs only hold ranks."""
     for part in graph.get_subgraphs():
         if part.get_name().startswith("cluster"):
             yield part
@@ -224,21 +251,18 @@ def _clusters(graph: Any) -> Iterator[Any]:
 
 
 def _curve(position: str) -> Iterator[Point]:
-    """Points on Graphviz's cubic splines, closer than a heading is high."""
+    """Yield points on Graphviz's cubic splines, closer together than a heading is high."""
+    # "s,x,y e,x,y x,y x,y ...;...": arrow heads first, then control points, three a segment.
     for spline in position.split(";"):
         pairs = [part.split(",") for part in spline.split() if part[0] not in "es"]
-        ends = [(float(x), float(y)) for x, y in pairs]
+        ends = [Point(float(x), float(y)) for x, y in pairs]
         for at in range(0, len(ends) - 3, 3):
             part = ends[at : at + 4]
-            steps = (
-                int(
-                    sum(abs(a[0] - b[0]) + abs(a[1] - b[1]) for a, b in itertools.pairwise(part))
-                    / 4
-                )
-                + 2
-            )
+            length = sum(abs(a.x - b.x) + abs(a.y - b.y) for a, b in itertools.pairwise(part))
+            steps = int(length / 4) + 2
             for step in range(steps + 1):
                 t = step / steps
                 weights = ((1 - t) ** 3, 3 * t * (1 - t) ** 2, 3 * t * t * (1 - t), t**3)
-                x, y = (sum(w * p[i] for w, p in zip(weights, part, strict=True)) for i in (0, 1))
-                yield x, y
+                x = sum(w * p.x for w, p in zip(weights, part, strict=True))
+                y = sum(w * p.y for w, p in zip(weights, part, strict=True))
+                yield Point(x, y)

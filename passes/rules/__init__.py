@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from types import MappingProxyType, TracebackType
 
 from kfac_fx.capture.dialect import add_operation, remove_operation
-from kfac_fx.passes.rules.base import BUILT_IN, Refusal, Rule, Site, Target
+from kfac_fx.passes.rules.base import BUILT_IN, Refusal, Rule, Rules, Site, Target
 from kfac_fx.passes.rules.generic import generic_use
 from kfac_fx.passes.rules.linear import dense_use
 
@@ -20,25 +19,6 @@ from kfac_fx.passes.rules.linear import dense_use
 # the same operation, so the order of the files does not matter.
 for _file in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_file.name}")
-
-
-@dataclass(frozen=True)
-class Rules:
-    """A table of rules, for ``rules=`` of an analysis.
-
-    Attributes:
-        table: in the order in which they are asked; the first that takes a call has it.
-    """
-
-    table: tuple[Rule, ...]
-
-    def asked(self, operation: str) -> Iterator[Rule]:
-        """Yield the rules that look at an operation, in the order in which they are asked."""
-        return (rule for rule in self.table if operation in rule.operations)
-
-    def before(self, rule: Rule) -> Rules:
-        """Return the same rules with one more, which is asked before the others."""
-        return Rules((rule, *self.table))
 
 
 _registered: list[Rule] = []

@@ -5,7 +5,7 @@ The steps for a new kind of layer are in docs/guides/add_a_layer_kind.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from types import MappingProxyType
@@ -118,6 +118,25 @@ class Rule(Protocol):
 
     def match(self, call: Call, site: Site) -> Answer:
         """Return the uses, the reason why they are refused, or None where it has no part."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """A table of rules, for ``rules=`` of ``kfac_fx.transform``.
+
+    Attributes:
+        table: in the order in which they are asked; the first that takes a call has it.
+    """
+
+    table: tuple[Rule, ...]
+
+    def asked(self, operation: str) -> Iterator[Rule]:
+        """Yield the rules that look at an operation, in the order in which they are asked."""
+        return (rule for rule in self.table if operation in rule.operations)
+
+    def before(self, rule: Rule) -> Rules:
+        """Return the same rules with one more, which is asked before the others."""
+        return Rules((rule, *self.table))
 
 
 BUILT_IN: list[Rule] = []

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 
 import pytest
 import torch
+from support.steps import one_step
 from torch import Tensor, nn
 
 import kfac_fx
@@ -50,10 +51,8 @@ def recorded(depth: int, **options: object) -> kfac_fx.Preconditioner:
         damping=1e-2,
         **options,  # type: ignore[arg-type]
     )
-    outputs = net(torch.randn(5, 2, 4, 4, dtype=torch.float64))
-    pre.observe(outputs)
-    outputs.square().mean().backward()
-    pre.step()
+    x = torch.randn(5, 2, 4, 4, dtype=torch.float64)
+    one_step(pre, net, x, lambda outputs: outputs.square().mean())
     return pre
 
 

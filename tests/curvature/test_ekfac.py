@@ -10,6 +10,7 @@ from support import oracles
 from support.asserts import assert_near
 from support.dense_blocks import assembled, indices, matrices
 from support.oracles import Categorical, Likelihood, Normal
+from support.steps import one_step
 from torch import Tensor, nn
 
 import kfac_fx
@@ -58,11 +59,10 @@ def prepared(model: nn.Module, inputs: Tensor | None = None, **options: object) 
 
 
 def cycle(net: nn.Module, pre: object, x: Tensor, y: Tensor | None = None) -> None:
-    net.zero_grad()
-    outputs = net(x)
-    pre.observe(outputs, y)
-    Normal().nll(outputs, torch.zeros_like(outputs) if y is None else y).backward()
-    pre.step()
+    def loss(outputs: Tensor) -> Tensor:
+        return Normal().nll(outputs, torch.zeros_like(outputs) if y is None else y)
+
+    one_step(pre, net, x, loss, y)
 
 
 def dense_moments(

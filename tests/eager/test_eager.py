@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from support import oracles
 from support.networks import NETWORKS, Network
 from support.oracles import Categorical, Measure, Normal, close
+from support.steps import cloned_factors
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -293,7 +294,7 @@ def recorded(
     preconditioner.observe(outputs)
     outputs.square().sum().backward()
     preconditioner.step()
-    return {name: tuple(f.clone() for f in fs) for name, fs in preconditioner.factors.items()}
+    return cloned_factors(preconditioner)
 
 
 # ------------------------------------------------------------------------------------- modes

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from support import oracles
 from support.oracles import Categorical, Joint, Normal, close
+from support.steps import cloned_factors, one_step
 from torch import Tensor, nn
 
 import kfac_fx
@@ -50,12 +51,13 @@ def factors(
     net: nn.Module, likelihood: likelihoods.Sum, x: Tensor, fisher: str, **options: Any
 ) -> dict[str, tuple[Tensor, ...]]:
     preconditioner = kfac_fx.Preconditioner(net, likelihood, damping=1e-2, fisher=fisher, **options)
-    outputs = net(x)
-    preconditioner.observe(outputs)
-    tensors = outputs.values() if isinstance(outputs, dict) else outputs
-    sum(tensor.sum() for tensor in tensors).backward()
-    preconditioner.step()
-    return {name: tuple(f.clone() for f in group) for name, group in preconditioner.factors.items()}
+
+    def total(outputs: Any) -> Tensor:
+        tensors = outputs.values() if isinstance(outputs, dict) else outputs
+        return sum(tensor.sum() for tensor in tensors)
+
+    one_step(preconditioner, net, x, total)
+    return cloned_factors(preconditioner)
 
 
 @pytest.mark.parametrize(("form", "likelihood"), [("tuple", TUPLE), ("dict", NAMED)])

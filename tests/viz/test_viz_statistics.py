@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.steps import one_step
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -26,10 +27,7 @@ def recorded(
     """A preconditioner after one step on these inputs."""
     net = kfac_fx.transform(model, **options)
     pre = kfac_fx.Preconditioner(net, fisher="exact", damping=DAMPING, tikhonov=tikhonov)
-    outputs = net(*inputs)
-    pre.observe(outputs)
-    outputs.square().sum().backward()
-    pre.step()
+    one_step(pre, net, inputs, lambda outputs: outputs.square().sum())
     return pre
 
 
