@@ -1,8 +1,8 @@
 """Emits the programs of both structures as fx graphs.
 
-Without couplings Fbreve^-1 = blockdiag(F_ii^-1) (docs/explanation/mathematics.md, section 6); with
-a forest of them Fhat^-1 = Xi^T Lambda Xi (section 7), where all layers are independent of each
-other.
+Without couplings Fbreve^-1 = blockdiag(F_ii^-1) (docs/explanation/mathematics.md, section 6).
+With a forest of them Fhat^-1 = Xi^T Lambda Xi (docs/explanation/mathematics.md, section 7), where
+all layers are independent of each other.
 
 Blocks of equal shapes can be served by one call of every operation, with a stack in front of each
 factor: a compiled program of a deep network of equal layers has as many kernels then as one of a
