@@ -19,7 +19,7 @@ from kfac_fx.curvature.estimate import Average, Averages, Estimate
 from kfac_fx.ir.curvature_graph import CurvatureBlock, Moment
 from kfac_fx.linalg.kronecker import moment_scale
 from kfac_fx.linalg.spectral import Side, Spectral
-from kfac_fx.ops import moment_buffers
+from kfac_fx.ops.net_buffers import moment_buffers
 
 
 class Eigenbasis(NamedTuple):

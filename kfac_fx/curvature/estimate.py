@@ -21,7 +21,7 @@ from kfac_fx.ir.curvature_graph import CurvatureBlock, CurvatureGraph, Moment, P
 from kfac_fx.ir.use import StatisticKey
 from kfac_fx.linalg.packing import mirror
 from kfac_fx.linalg.precision import all_finite
-from kfac_fx.ops.rows import Rows, Statistic, multiplied
+from kfac_fx.ops.gram import Rows, Statistic, multiplied
 
 log = logging.getLogger("kfac_fx")
 

@@ -15,7 +15,7 @@ from kfac_fx.config import FactorStorage
 from kfac_fx.curvature.estimate import Average, Storage, fold_in_place
 from kfac_fx.errors import UnknownOptionError
 from kfac_fx.linalg.packing import packed, unpacked
-from kfac_fx.ops.rows import Statistic, multiplied
+from kfac_fx.ops.gram import Statistic, multiplied
 
 log = logging.getLogger("kfac_fx")
 

@@ -28,7 +28,7 @@ from kfac_fx.errors import (
 from kfac_fx.ir.coupling import Coupling
 from kfac_fx.ir.curvature_graph import CurvatureGraph
 from kfac_fx.ir.use import StatisticKey
-from kfac_fx.ops.rows import Statistic
+from kfac_fx.ops.gram import Statistic
 from kfac_fx.parallel import Workers
 
 log = logging.getLogger("kfac_fx")

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kfac_fx.ops.gram import Statistic
 from kfac_fx.ops.kronecker import (
     WHOLE,
     FactorForm,
@@ -23,7 +24,6 @@ from kfac_fx.ops.kronecker import (
     over_cases,
 )
 from kfac_fx.ops.options import TapOptions
-from kfac_fx.ops.rows import Statistic
 from kfac_fx.ops.tap import define_tap, tapped
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kfac_fx.ops.autocorrelation import is_cheaper, patch_gram, suits
-from kfac_fx.ops.gram import bordered
+from kfac_fx.ops.gram import Statistic, bordered, multiplied
 from kfac_fx.ops.kronecker import (
     WHOLE,
     FactorForm,
@@ -25,7 +25,6 @@ from kfac_fx.ops.library import LIBRARY
 from kfac_fx.ops.modes import functional, traced
 from kfac_fx.ops.options import TapOptions
 from kfac_fx.ops.patches import Axis, TransposedWindow, Window
-from kfac_fx.ops.rows import Statistic, multiplied
 from kfac_fx.ops.sides import Side, register_side
 from kfac_fx.ops.tap import define_tap, tapped
 

@@ -27,7 +27,8 @@ from kfac_fx.ops.alignment import (
 )
 from kfac_fx.ops.cross_input import Input, cross_input
 from kfac_fx.ops.sides import Side, derivative_rows, row_shape, side_of
-from kfac_fx.ops.tap import buffer_of, constant, define, is_paused, joined, recording
+from kfac_fx.ops.state import is_paused
+from kfac_fx.ops.tap import buffer_of, constant, define, joined, recording
 
 Context: TypeAlias = Any
 """What autograd hands from a forward to its backward; attributes are set on it freely."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kfac_fx.ops.gram import Statistic, multiplied
 from kfac_fx.ops.kronecker import (
     WHOLE,
     FactorForm,
@@ -17,7 +18,6 @@ from kfac_fx.ops.kronecker import (
     over_cases,
 )
 from kfac_fx.ops.options import TapOptions
-from kfac_fx.ops.rows import Statistic, multiplied
 from kfac_fx.ops.tap import define_tap, tapped
 
 NO_PADDING = -(2**31)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kfac_fx.ops.gram import gram
+from kfac_fx.ops.gram import Statistic, gram
 from kfac_fx.ops.kronecker import (
     WHOLE,
     FactorForm,
@@ -17,7 +17,6 @@ from kfac_fx.ops.kronecker import (
     gradient_factor,
 )
 from kfac_fx.ops.options import TapOptions
-from kfac_fx.ops.rows import Statistic
 from kfac_fx.ops.tap import define_tap, tapped
 
 

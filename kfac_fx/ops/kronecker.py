@@ -15,10 +15,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kfac_fx.ops.gram import cut_gram, homogeneous_gram
+from kfac_fx.ops.gram import (
+    Rows,
+    Statistic,
+    cut_gram,
+    formed_once,
+    homogeneous_gram,
+    second_moment,
+    stay,
+)
 from kfac_fx.ops.options import TapOptions
-from kfac_fx.ops.rows import Rows, Statistic, second_moment, stay
-from kfac_fx.ops.same_input import formed_once
 
 
 def case_rows(t: Tensor, features: Sequence[int], groups: Sequence[int] = ()) -> Tensor:

@@ -25,9 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kfac_fx.ops.gram import Statistic
 from kfac_fx.ops.kronecker import LinearOptions, LinearStatistics, ShiftStatistics, form_of
 from kfac_fx.ops.options import TapOptions
-from kfac_fx.ops.rows import Statistic
 from kfac_fx.ops.tap import Statistics, define, joined, recording, source, tapped
 
 State = tuple[Tensor, ...]

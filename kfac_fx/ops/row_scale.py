@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kfac_fx.ops.row_factors import row_factors
-from kfac_fx.ops.tap import define, is_paused
+from kfac_fx.ops.state import is_paused
+from kfac_fx.ops.tap import define
 
 Context: TypeAlias = Any
 """What autograd hands from a forward to its backward; attributes are set on it freely."""

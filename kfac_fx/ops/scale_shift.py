@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kfac_fx.ops.gram import Statistic
 from kfac_fx.ops.kronecker import ShiftStatistics, case_covariance, case_rows
 from kfac_fx.ops.modes import functional
 from kfac_fx.ops.options import Flag, TapOptions
 from kfac_fx.ops.parts import case_parts
-from kfac_fx.ops.rows import Statistic
 from kfac_fx.ops.tap import define_tap, tapped
 
 Family = Literal["batch", "layer", "group", "instance", "rms"]

@@ -11,11 +11,11 @@ from math import prod
 from types import MappingProxyType
 from typing import Any, Protocol, TypeAlias, TypeVar
 
-from torch import fx
+from torch import fx, nn
 
 from kfac_fx.capture.dialect import Call, add_operation
 from kfac_fx.capture.graph_view import GraphView
-from kfac_fx.capture.layer_calls import Member
+from kfac_fx.capture.layer_calls import TRANSLATIONS, Member, ModuleCall
 from kfac_fx.capture.parameter_paths import Reference
 from kfac_fx.config import MAX_FACTOR_DIM, MAX_FULL_DIM
 from kfac_fx.ir.layout import Layout
@@ -142,23 +142,33 @@ class Rules:
 BUILT_IN: list[Rule] = []
 """One instance of every class that ``layer_kind`` decorates; importing its file adds it."""
 
+LayerCall: TypeAlias = Callable[[Any, Callable[[str], Any]], ModuleCall]
+"""(layer, member's name -> member or None) -> the operation that the layer runs."""
+
 _RuleClass = TypeVar("_RuleClass", bound=Callable[[], Rule])
 
 
 def layer_kind(
     functions: Mapping[Target, str] = MappingProxyType({}),
+    modules: Mapping[type[nn.Module], LayerCall] = MappingProxyType({}),
 ) -> Callable[[_RuleClass], _RuleClass]:
     """Return a decorator that makes a class of this folder one of the library's rules.
+
+    Most functions and layers of torch are known to ``kfac_fx.capture`` already. A kind brings the
+    words for what is its own alone, so that it is one file here and one of ``kfac_fx.ops``.
 
     Args:
         functions: what the vocabulary does not know yet: a function, operator or method's name, and
             the operation that it stands for with the names of its arguments in order:
             ``{F.bilinear: "bilinear input other weight bias"}``.
+        modules: layers of torch.nn that a trace keeps as one call, and what makes that call an
+            operation: given the layer, and what names one of its members (None where it has none).
     """
 
     def decorate(made: _RuleClass) -> _RuleClass:
         for target, words in functions.items():
             add_operation(target, words)
+        TRANSLATIONS.update(modules)
         BUILT_IN.append(made())
         return made
 

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
 from kfac_fx.capture.dialect import Call
+from kfac_fx.capture.layer_calls import Member, ModuleCall
 from kfac_fx.ir.use import NodeRef
 from kfac_fx.ops.bilinear import BilinearOptions
 from kfac_fx.passes.rules.base import (
@@ -14,8 +21,19 @@ from kfac_fx.passes.rules.base import (
     shift_use,
 )
 
+_WORDS = "bilinear input other weight bias"
 
-@layer_kind()
+
+def _layer_call(layer: nn.Bilinear, member: Callable[[str], Member | None]) -> ModuleCall:
+    """Return what nn.Bilinear runs, which takes two inputs."""
+    held = {"weight": member("weight"), "bias": member("bias")}
+    return ModuleCall("bilinear", held, inputs=("input", "other"))
+
+
+@layer_kind(
+    {F.bilinear: _WORDS, torch.bilinear: _WORDS, torch.ops.aten.bilinear.default: _WORDS},
+    modules={nn.Bilinear: _layer_call},
+)
 class BilinearRule:
     """F.bilinear and nn.Bilinear; weight [out, in1, in2]."""
 

@@ -118,6 +118,7 @@ def test_depth_adds_no_calls() -> None:
 
 
 def test_compiling_batches() -> None:
+    """Only a compiled program stacks blocks of equal shapes; both give the same updates."""
     pre = recorded(2, compile="eager")
     plain = recorded(2)
     assert "stack" in pre.program.apply_module.code
@@ -174,6 +175,7 @@ def test_stacks_of_a_refresh_take_no_memory() -> None:
 
 
 def test_joined() -> None:
+    """Slices of one tensor are joined without a copy, everything else is stacked."""
     whole = torch.randn(4, 2, 3)
     pieces = list(whole.unbind())
     assert joined(pieces).data_ptr() == whole.data_ptr() and torch.equal(joined(pieces), whole)

@@ -90,6 +90,7 @@ def test_other_blocks_do_not_change(measure: Measure, damping: float) -> None:
 @pytest.mark.parametrize("limit", LIMITS)
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 def test_cut_sides(measure: Measure, limit: int, bias: bool, damping: float) -> None:
+    """Sides in sub-blocks: the blocks that are left out count as zero."""
     net = kfac_fx.transform(
         head(bias), max_factor_dim=limit, large_factors="blocks", structure="block_diagonal"
     )
@@ -120,6 +121,7 @@ def test_diagonal_sides(measure: Measure, limit: int) -> None:
 
 
 def test_embedding(measure: Measure) -> None:
+    """A diagonal A with words that never came: damping alone is inverted there."""
     model = nn.Sequential(nn.Embedding(7, 3), nn.Flatten(), nn.Linear(12, 2))
     net = kfac_fx.transform(model, structure="block_diagonal")
     found = measure(net, torch.randint(6, (5, 4)), None, Categorical(), tikhonov="exact")

@@ -211,6 +211,7 @@ def test_new_bases_keep_the_diagonal() -> None:
 
 
 def test_state_survives() -> None:
+    """Training goes on bitwise from a state: bases, eigenvalues and averages are in it."""
     model, x = vectors(), torch.randn(8, 4)
     net, pre = prepared(model, ema_decay=0.9)
     for _ in range(3):
@@ -256,7 +257,8 @@ def test_taps_cost_nothing_else() -> None:
         assert_near(one, two, 1e-12)
 
 
-def test_errors() -> None:
+def test_what_ekfac_cannot_do_is_an_error() -> None:
+    """Taps without moments, couplings, running models, and operators without statistics."""
     net = kfac_fx.transform(vectors())
     with pytest.raises(UnknownOptionError, match=r"transform\(..., ekfac=True\)"):
         kfac_fx.Preconditioner(net, structure="block_diagonal", tikhonov="ekfac")

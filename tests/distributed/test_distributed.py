@@ -228,6 +228,7 @@ def world(request: pytest.FixtureRequest) -> list[dict[Any, Any]]:
 
 @pytest.mark.parametrize(("kind", "structure", "fisher"), PRECONDITIONED)
 def test_preconditioner(world: Any, kind: str, structure: str, fisher: str) -> None:
+    """Parameters are those of one process with the whole batch, and equal everywhere."""
     if (kind, structure, fisher) not in world[0]:
         pytest.skip("in the slow tests")
     alone = with_preconditioner("alone", structure, fisher, 1)

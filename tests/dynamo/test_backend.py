@@ -334,6 +334,7 @@ def test_graphs_are_shown() -> None:
 
 
 def test_options() -> None:
+    """Options of the backend are those of transform()."""
     compiled = compiled_mlp(structure="block_diagonal", exclude=("2",))
     compiled(*six(4))
     curvature = kfac_fx.Preconditioner(compiled, "normal").curvature
@@ -528,6 +529,7 @@ def installed(folder: Path) -> None:
 
 
 def test_entry_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch finds the backend by the name in the package metadata."""
     installed(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     found = entry_points(group="torch_dynamo_backends", name="kfac_fx")

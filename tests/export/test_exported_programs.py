@@ -116,6 +116,7 @@ def test_programs_keep_their_mode() -> None:
 
 
 def test_without_annotations() -> None:
+    """A program without taps names the pass that inserts them."""
     program = exported(BY_NAME["mlp"].build(), BY_NAME["mlp"])
     with pytest.raises(KFACError, match="KFACTransform"):
         kfac_fx.Preconditioner(program.module())

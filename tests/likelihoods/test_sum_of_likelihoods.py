@@ -62,6 +62,7 @@ def factors(
 
 @pytest.mark.parametrize(("form", "likelihood"), [("tuple", TUPLE), ("dict", NAMED)])
 def test_exact_factors(form: str, likelihood: likelihoods.Sum) -> None:
+    """Those of the weighted sum of the mean NLLs, outputs in tuples and in dictionaries."""
     flat, model = twins(form)
     x = torch.randn(6, 4)
     found = factors(kfac_fx.transform(model), likelihood, x, "exact")
@@ -69,7 +70,7 @@ def test_exact_factors(form: str, likelihood: likelihoods.Sum) -> None:
         close(found[name], oracles.kronecker(flat, [name], x, None, JOINT))
 
 
-def test_sampled_is_unbiased() -> None:
+def test_sampled_factors_of_a_sum_have_the_exact_mean() -> None:
     """The mean of 32 independent estimates, each of 200 draws a case, within 5 standard errors."""
     flat, model = twins("tuple")
     x, net = torch.randn(2, 4), kfac_fx.transform(model)
@@ -143,6 +144,7 @@ def test_outputs_that_do_not_fit(kind: str) -> None:
 
 
 def test_wrong_sums() -> None:
+    """No part, a weight that is not positive, an unknown name, and the empirical Fisher."""
     for parts in (
         [],
         [("normal", 0.0)],

@@ -43,12 +43,14 @@ def test_parts_cover_all_columns() -> None:
 @pytest.mark.parametrize("d", SIZES)
 @pytest.mark.parametrize("transposed", [False, True])
 def test_product(d: int, transposed: bool) -> None:
+    """A triangle times a matrix."""
     T, X = torch.randn(d, d).tril(), torch.randn(d, 7)
     assert_close(triangular_product(T, X, transposed=transposed), (T.mT if transposed else T) @ X)
 
 
 @pytest.mark.parametrize("d", SIZES)
 def test_symmetric_product(d: int) -> None:
+    """X^T X, of a matrix and of a triangle."""
     X, T = torch.randn(d + 3, d), torch.randn(d, d).tril()
     assert_close(symmetric_product(X), X.mT @ X)
     assert_close(symmetric_product(T, triangular=True), T.mT @ T)
@@ -70,6 +72,7 @@ def test_levels(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("d", SIZES)
 def test_inverse(d: int) -> None:
+    """Of a triangle; what stands on its other side is not read."""
     L = torch.linalg.cholesky(positive(d))
     for given in (L, L.contiguous(), L + torch.randn(d, d).triu(1)):  # what lies above is not read
         found = triangular_inverse(given)
@@ -85,6 +88,7 @@ def test_inverse_of_a_batch() -> None:
 @pytest.mark.parametrize("factorise", [CHOLESKY, FLOORED])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 40, 40), (300, 300)])
 def test_whitener(factorise: object, shape: tuple[int, ...]) -> None:
+    """W with W M W^T = I and W^T W = M^-1, triangular."""
     matrix = positive(shape[-1]).expand(shape)
     W, failed = factorise.whitener(matrix)
     assert not failed.any() and failed.shape == shape[:-2]
@@ -124,6 +128,7 @@ def test_conditional_side(n: int, m: int, from_child: bool) -> None:
 
 
 def test_conditional_scale() -> None:
+    """1 / (1 - s_G s_A); a product that reaches one is clamped and counted."""
     s_A, s_G = torch.tensor([0.0, 0.5, 1.0]), torch.tensor([0.9, 1.0])
     scale, clamped, indefinite = conditional_scale(s_A, s_G)
     want = 1 / (1 - s_G[:, None] * s_A)

@@ -28,6 +28,7 @@ def two_layers() -> nn.Module:
 @every_likelihood
 @pytest.mark.parametrize("shape", [(6, 4), (5, 3, 4)], ids=["vectors", "tokens"])
 def test_mlp(measure: Measure, shape: tuple[int, ...], likelihood: Likelihood, fisher: str) -> None:
+    """Both layers, on vectors and on tokens."""
     model, x = two_layers(), torch.randn(shape)
     y = likelihood.draw(model(x))
     factors = measure(kfac_fx.transform(model), x, y, likelihood, fisher).factors
@@ -38,6 +39,7 @@ def test_mlp(measure: Measure, shape: tuple[int, ...], likelihood: Likelihood, f
 @both_fishers
 @every_likelihood
 def test_reduce(measure: Measure, likelihood: Likelihood, fisher: str) -> None:
+    """Positions of a case are summed before the outer product."""
     model, x = two_layers(), torch.randn(5, 3, 4)
     y = likelihood.draw(model(x))
     net = kfac_fx.transform(model, weight_sharing="reduce")
@@ -147,6 +149,7 @@ def check_functional(
 @both_fishers
 @pytest.mark.parametrize("way", WAYS)
 def test_ways(measure: Measure, way: str, fisher: str) -> None:
+    """Every way to write x W^T."""
     check_functional(
         measure, Functional(WAYS[way], False), torch.randn(6, 4), fisher, Categorical()
     )
@@ -155,6 +158,7 @@ def test_ways(measure: Measure, way: str, fisher: str) -> None:
 @both_fishers
 @pytest.mark.parametrize("way", TRANSPOSED_WAYS)
 def test_transposed_ways(measure: Measure, way: str, fisher: str) -> None:
+    """Every way to write x W."""
     model = Functional(TRANSPOSED_WAYS[way], True)
     check_functional(measure, model, torch.randn(6, 4), fisher, Bernoulli())
 

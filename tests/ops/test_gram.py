@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import kfac_fx
-from kfac_fx.ops import convolution, kronecker, same_input
-from kfac_fx.ops.gram import gram, homogeneous_gram
-from kfac_fx.ops.same_input import formed_once
+from kfac_fx.ops import convolution, kronecker
+from kfac_fx.ops import gram as second_moments
+from kfac_fx.ops.gram import formed_once, gram, homogeneous_gram
 
 assert_close = functools.partial(assert_near, rtol=1e-12)
 
@@ -112,7 +112,7 @@ def test_layers_that_share_an_input_form_its_factor_once(monkeypatch: pytest.Mon
         outputs.square().sum(-1).mean().backward()
         pre.step()
         assert len(formed) == 2
-        assert same_input._last is None  # nothing is kept alive between steps
+        assert second_moments._last is None  # nothing is kept alive between steps
     flat = bordered_rows(x.flatten(0, 1), 1.0)
     for name in "qkv":
         assert_close(pre.factors[name][0], flat.T @ flat / 4)

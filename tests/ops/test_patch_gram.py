@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kfac_fx
-from kfac_fx.ops import convolution, parts
+from kfac_fx.ops import convolution
 from kfac_fx.ops import cross_input as crossed
 from kfac_fx.ops.alignment import pooled
 from kfac_fx.ops.autocorrelation import (
@@ -22,6 +22,7 @@ from kfac_fx.ops.autocorrelation import (
 )
 from kfac_fx.ops.convolution import ConvolutionOptions, ConvolutionSide, PaddingMode
 from kfac_fx.ops.patches import Axis, Window
+from kfac_fx.ops.thresholds import THRESHOLDS
 
 
 def oracle(x: Tensor, axes: list[Axis], groups: int) -> Tensor:
@@ -210,13 +211,13 @@ def test_averages_of_patches_are_patches_of_averages(
     assert side.pooled_inputs(x, positions, (height - 1, width)) is None
 
 
-def test_many_cases_are_correlated_some_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_cases_are_correlated_some_at_once() -> None:
     """In float32 at least, where the parts are added up."""
     x, axes = torch.randn(7, 4, 5, 6), [Axis(5, 3, 1, 1, 1), Axis(6, 3, 1, 1, 1)]
     whole = patch_gram(x, axes, 2)
-    monkeypatch.setattr(parts, "AT_ONCE", 2 * x[0].numel())
-    found = patch_gram(x, axes, 2)
+    with THRESHOLDS.changed(at_once=2 * x[0].numel()):
+        found = patch_gram(x, axes, 2)
+        low = patch_gram(x.bfloat16(), axes, 2)
     torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-4)
-    low = patch_gram(x.bfloat16(), axes, 2)
     assert low.dtype == torch.float32
     torch.testing.assert_close(low, whole, rtol=2e-2, atol=0.5)

@@ -96,6 +96,7 @@ def test_no_trainable_parameters(build: Callable[[], nn.Module]) -> None:
 
 
 def test_everything_excluded() -> None:
+    """Nothing is left to precondition."""
     with pytest.raises(errors.NoParametersError):
         kfac_fx.transform(mlp(4, 5, 3), exclude=("*",))
 
@@ -152,6 +153,7 @@ def test_couplings_that_were_not_recorded() -> None:
     ids=["likelihood", "fisher"],
 )
 def test_unknown_option(net: nn.Module, options: dict[str, Any], valid: tuple[str, ...]) -> None:
+    """The message lists what is valid."""
     with pytest.raises(errors.UnknownOptionError) as caught:
         make(net, **options)
     assert all(name in str(caught.value) for name in valid)
@@ -159,6 +161,7 @@ def test_unknown_option(net: nn.Module, options: dict[str, Any], valid: tuple[st
 
 @pytest.mark.parametrize("damping", [-1.0, float("nan"), float("inf")])
 def test_bad_damping(net: nn.Module, damping: float) -> None:
+    """Damping that is not positive and finite."""
     with pytest.raises(errors.DampingError) as caught:
         make(net, damping=damping)
     assert isinstance(caught.value, ValueError)
@@ -175,6 +178,7 @@ def test_bad_damping(net: nn.Module, damping: float) -> None:
     ids=str,
 )
 def test_bad_numbers(net: nn.Module, options: dict[str, Any]) -> None:
+    """Periods, decays and limits out of their range."""
     with pytest.raises((errors.KFACError, ValueError)):
         make(net, **options)
 
@@ -256,6 +260,7 @@ def test_observe_after_backward(net: nn.Module, x: Tensor, y: Tensor, fisher: st
 
 @pytest.mark.parametrize("fisher", ["sampled", "exact", "empirical"])
 def test_observe_twice(net: nn.Module, x: Tensor, y: Tensor, fisher: str) -> None:
+    """A forward is observed once; the step goes on as if the second call had not been."""
     preconditioner = make(net, fisher=fisher)
     outputs = net(x)
     preconditioner.observe(outputs, y)

@@ -132,6 +132,7 @@ def by_sgd(model: nn.Module, x: Tensor, y: Tensor) -> None:
 @pytest.mark.parametrize("structure", ["block_diagonal", "block_tridiagonal"])
 @pytest.mark.parametrize("name", TWINS)
 def test_functions_agree(name: str, structure: str) -> None:
+    """After K-FAC's updates the twins are the same function; after SGD's they are not."""
     build, twins = TWINS[name]
     model = build()
     shape = (2, 5, 5) if isinstance(model[0], nn.Conv2d) else (4,)

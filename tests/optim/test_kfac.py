@@ -321,6 +321,7 @@ def test_report_and_operator_are_of_the_inverses_in_use(lr: float | None) -> Non
 
 
 def test_wrong_arguments() -> None:
+    """Options, parameters without blocks, modules without taps, and steps without targets."""
     net = kfac_fx.transform(mlp(6, 8, 5, 3), exclude=("0.*",))
     with pytest.raises(errors.UnknownOptionError, match="statistics_fraction"):
         kfac_fx.KFAC(net, options=KFACOptions(statistics_fraction=0.0))

@@ -208,6 +208,7 @@ def test_reestablished_where_another_pass_lost_taps() -> None:
 
 # ------------------------------------------------------------------------------------- the manager
 def test_reports() -> None:
+    """One for each pass, those inside another before it."""
     found: list[passes.PassReport] = []
 
     def untouched(module: fx.GraphModule) -> fx.GraphModule:

@@ -158,6 +158,7 @@ def takes_autocast(model: nn.Module, x: Tensor, dtype: torch.dtype) -> bool:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 @kinds
 def test_autocast(kind: str, dtype: torch.dtype, fisher: str) -> None:
+    """Near the factors of the same model in float64."""
     known(kind, fisher)
     model, x, y = prepared(kind)
     if not takes_autocast(model, x, dtype):

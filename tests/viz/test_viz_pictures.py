@@ -155,6 +155,7 @@ def test_without_dot_matplotlib_draws(
 
 @needs_dot
 def test_graphviz_draws(tower: kfac_fx.CurvatureGraph, tmp_path: Path) -> None:
+    """PNG, SVG and PDF; copies that are folded are there unfolded."""
     pytest.importorskip("pydot")
     for suffix, start in (("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")):
         tower.save(tmp_path / f"tower.{suffix}")
