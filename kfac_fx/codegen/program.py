@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -23,7 +23,12 @@ from kfac_fx.codegen.emit import (
     emit_scales,
 )
 from kfac_fx.codegen.leaf import own_functions, texts
-from kfac_fx.codegen.refresh_module import RefreshModule, converting, part_of_refresh
+from kfac_fx.codegen.refresh_module import (
+    Refreshed,
+    RefreshModule,
+    converting,
+    part_of_refresh,
+)
 from kfac_fx.codegen.stacks import Stacks, given_stacks
 from kfac_fx.linalg.precision import unrounded
 
@@ -49,21 +54,6 @@ _PRECONDITION = """
 def precondition(inverses: dict[str, Tensor], gradients: dict[str, Tensor]) -> dict[str, Tensor]:
     return apply(*(inverses[name] for name in INVERSES), *(gradients[name] for name in PARAMETERS))
 """
-
-
-@dataclass(frozen=True)
-class Refreshed:
-    """What one refresh made.
-
-    Attributes:
-        inverses: by key; of several processes those that this one keeps, which may be none.
-        damping: lambda, [], in the precision and on the device of the inverses.
-        clamped: entries of conditionals that rounding had pushed to one.
-    """
-
-    inverses: Mapping[InverseKey, Tensor]
-    damping: Tensor
-    clamped: int = 0
 
 
 class Engine(Protocol):

@@ -1,16 +1,32 @@
-"""Emitted refreshes: parts of them, and what they make of averages in other precisions."""
+"""Refreshes as they are emitted, parts of them, and the record of what one made."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from kfac_fx.codegen.approximations.base import FlagKey, InverseKey
 from kfac_fx.codegen.leaf import Value
+
+
+@dataclass(frozen=True)
+class Refreshed:
+    """What one refresh made.
+
+    Attributes:
+        inverses: by key; of several processes those that this one keeps, which may be none.
+        damping: lambda, [], in the precision and on the device of the inverses.
+        clamped: entries of conditionals that rounding had pushed to one.
+    """
+
+    inverses: Mapping[InverseKey, Tensor]
+    damping: Tensor
+    clamped: int = 0
 
 
 class RefreshModule(NamedTuple):

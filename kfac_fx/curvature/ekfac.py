@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kfac_fx.codegen.approximations.base import BlockSpectrum, InverseKey
-from kfac_fx.codegen.program import Refreshed
+from kfac_fx.codegen.refresh_module import Refreshed
 from kfac_fx.curvature.estimate import Average, Averages, Estimate
 from kfac_fx.ir.curvature_graph import CurvatureBlock, Moment
 from kfac_fx.linalg.kronecker import moment_scale

@@ -12,7 +12,8 @@ from torch import Tensor, fx
 
 from kfac_fx.codegen.approximations.base import InverseKey
 from kfac_fx.codegen.approximations.table import TABLES
-from kfac_fx.codegen.program import Engine, Program, Refreshed
+from kfac_fx.codegen.program import Engine, Program
+from kfac_fx.codegen.refresh_module import Refreshed
 from kfac_fx.config import CurvatureOptions
 from kfac_fx.curvature.choose_couplings import chosen_couplings, mutual_informations, total
 from kfac_fx.curvature.ekfac import Moments

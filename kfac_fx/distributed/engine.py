@@ -14,7 +14,8 @@ from torch import Tensor, fx
 
 from kfac_fx.codegen.apply_parts import emit_sum, emit_terms, symmetric_inverses, update_shapes
 from kfac_fx.codegen.approximations.base import InverseKey
-from kfac_fx.codegen.program import Program, Refreshed
+from kfac_fx.codegen.program import Program
+from kfac_fx.codegen.refresh_module import Refreshed
 from kfac_fx.distributed.buckets import Form
 from kfac_fx.distributed.control import Control
 from kfac_fx.distributed.costs import refresh_costs

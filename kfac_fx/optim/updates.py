@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from kfac_fx.codegen.program import Refreshed
+from kfac_fx.codegen.refresh_module import Refreshed
 from kfac_fx.curvature.inverses import InverseFisher
 from kfac_fx.likelihoods.batch import BatchLikelihood
 from kfac_fx.optim.adapt_damping import DampingRule

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import kfac_fx
 from kfac_fx import errors
-from kfac_fx.codegen.program import Program, Refreshed
+from kfac_fx.codegen.program import Program
+from kfac_fx.codegen.refresh_module import Refreshed
 from kfac_fx.distributed import Compute, DataParallel, Network, Plan, measured_costs, simulate
 from kfac_fx.distributed.costs import apply_operations, refresh_costs
 from kfac_fx.distributed.division import divide
