@@ -166,6 +166,9 @@ class Alone:
             )
         return net
 
+    # One process agrees with itself: each of these is one call that does nothing, so that the code
+    # of a step is the same for one process and for many.
+
     def begin(self, what: str, parameters: Mapping[str, Tensor], seed: torch.Generator) -> None:
         pass
 
