@@ -14,7 +14,7 @@ from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from kfac_fx.errors import KFACError
-from kfac_fx.torch_internals.python_dispatch import enable_python_dispatcher
+from kfac_fx.torch_internals.dispatch_modes import enable_python_dispatcher
 from kfac_fx.torch_internals.pytree import tree_leaves
 
 Argument: TypeAlias = Any
