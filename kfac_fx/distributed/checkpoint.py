@@ -26,7 +26,8 @@ from torch.optim import Optimizer
 
 from kfac_fx.distributed.workers import DataParallel
 from kfac_fx.errors import CheckpointError
-from kfac_fx.optim import KFAC, Preconditioner
+from kfac_fx.optim.kfac import KFAC
+from kfac_fx.optim.preconditioner import Preconditioner
 from kfac_fx.parallel import ALONE, Workers
 
 PLAIN = "plain.json"

@@ -19,7 +19,7 @@ from kfac_fx.distributed.buckets import Bucket, Form, cut
 from kfac_fx.distributed.control import Control
 from kfac_fx.distributed.engine import Divided
 from kfac_fx.errors import UnknownOptionError
-from kfac_fx.ops import multiplied
+from kfac_fx.ops.gram import multiplied
 from kfac_fx.parallel import (
     ALONE,
     Net,

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from kfac_fx.config import Couplings
+from kfac_fx.config import Couplings, FlowDirection
 from kfac_fx.errors import FormatError
 from kfac_fx.ir.coupling import Coupling, Edge, parents
 from kfac_fx.ir.layout import Layout, ViewStep
@@ -253,7 +253,7 @@ class CurvatureGraph:
         return to_networkx(self)
 
     def to_pydot(
-        self, preconditioner: Any = None, *, fold: bool = True, direction: str = "TB"
+        self, preconditioner: Any = None, *, fold: bool = True, direction: FlowDirection = "TB"
     ) -> Any:
         """Return the picture as a ``pydot.Dot``; arguments and errors as for ``save``."""
         from kfac_fx.viz.save import to_pydot
@@ -266,7 +266,7 @@ class CurvatureGraph:
         preconditioner: Any = None,
         *,
         fold: bool = True,
-        direction: str = "TB",
+        direction: FlowDirection = "TB",
     ) -> None:
         """Write svg, png, pdf, dot, graphml, json or html, as the suffix of ``path`` says.
 

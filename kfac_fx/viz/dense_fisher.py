@@ -21,7 +21,7 @@ from kfac_fx.linalg.positive import damped_factors
 from kfac_fx.viz.extras import Axes, new_figure
 
 if TYPE_CHECKING:
-    from kfac_fx.optim import Preconditioner
+    from kfac_fx.optim.preconditioner import Preconditioner
 
 LARGEST = 420
 """Pixels of a panel; larger matrices are averaged, so that nothing small is dropped."""
