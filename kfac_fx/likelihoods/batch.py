@@ -17,7 +17,7 @@ from torch.distributions import Distribution, Independent
 from torch.utils import _pytree as pytree
 
 from kfac_fx.errors import LikelihoodError
-from kfac_fx.likelihoods.builtin import FAMILIES, Likelihood, draw, noise_of
+from kfac_fx.likelihoods.builtin import FAMILIES, Likelihood, Noise, drawing_family
 from kfac_fx.likelihoods.named import Sum
 from kfac_fx.likelihoods.sampling import seeded
 
@@ -111,16 +111,9 @@ class BatchLikelihood:
         pairs = zip(self.distributions, self.terms.parts, strict=True)
         return [(distribution, terms) for distribution, terms in pairs if terms is not None]
 
-    def of_all(
-        self, workers: Workers, call: str, good: bool = True
-    ) -> tuple[bool, BatchLikelihood]:
-        """Return whether all processes say good, and the same with the terms of all counted.
-
-        Raises:
-            LikelihoodError: no process has a likelihood term.
-        """
-        good, terms = self.terms.agreed(workers, call, good)
-        return good, replace(self, terms=terms)
+    def of_all(self, workers: Workers, call: str) -> BatchLikelihood:
+        """Return the same with the terms of all processes counted; see ``BatchTerms.agreed``."""
+        return replace(self, terms=self.terms.agreed(workers, call)[1])
 
     @property
     def has_targets(self) -> bool:
@@ -133,7 +126,7 @@ class BatchLikelihood:
         for distribution, terms in self.parts:
             nll = -distribution.log_prob(terms.targets)
             nll = nll if terms.weights is None else nll * terms.weights
-            total = total + _times(nll.sum(), terms.share)
+            total = total + self._shared(nll.sum(), terms.share)
         assert isinstance(total, Tensor)
         return total
 
@@ -154,11 +147,8 @@ class BatchLikelihood:
         """
         if isinstance(noise, int):
             return [drawn(d, noise + k) for k, (d, _) in enumerate(self.parts)]
-        with torch.no_grad():
-            return [
-                distribution.sample() if given is None else draw(distribution, given)
-                for (distribution, _), given in zip(self.parts, noise, strict=False)
-            ]
+        pairs = zip(self.parts, noise, strict=False)
+        return [drawn(distribution, given) for (distribution, _), given in pairs]
 
     def sampled(self, draws: Sequence[Tensor]) -> Tensor:
         """Return a scalar whose derivatives are those of the NLL of targets from the model.
@@ -170,7 +160,8 @@ class BatchLikelihood:
         for (distribution, terms), targets in zip(self.parts, draws, strict=True):
             nll = -distribution.log_prob(targets)
             nll = nll if terms.weights is None else nll * terms.weights.sqrt()
-            scalars.append(_times(nll.sum(), terms.share**0.5))
+            nll = nll.sum()
+            scalars.append(nll * terms.share**0.5 if self.terms.weighted else nll)
         return torch.stack(scalars).sum() if len(scalars) > 1 else scalars[0]
 
     def exact(self, select: Tensor | None = None) -> Iterator[Tensor]:
@@ -190,7 +181,7 @@ class BatchLikelihood:
                 end = start + rows.shape[1]
                 columns = rows.unbind(-1) if select is None else [rows * select[start:end]]
                 for column in columns:
-                    yield _times(column.sum(), terms.share**0.5)
+                    yield self._shared(column.sum(), terms.share**0.5)
                 start = end
 
     def root(self) -> Tensor:
@@ -200,30 +191,52 @@ class BatchLikelihood:
             columns = torch.cat(list(root_columns(distribution)), -1)
             if terms.weights is not None:
                 columns = columns * terms.weights.sqrt().unsqueeze(-1)
-            found.append(_times(columns.flatten(), terms.share**0.5))
+            found.append(self._shared(columns.flatten(), terms.share**0.5))
         return torch.cat(found) if len(found) > 1 else found[0]
 
-
-def _times(value: Tensor, factor: float | Tensor) -> Tensor:
-    plain = isinstance(factor, float) and factor == 1.0
-    return value if plain else value * factor
+    def _shared(self, value: Tensor, factor: float | Tensor) -> Tensor:
+        """Return a part's value times its share; without a sum of likelihoods that is one."""
+        return value * factor if self.terms.weighted else value
 
 
 # Draws and roots of any distribution.
 
 
 @torch.no_grad()
-def drawn(distribution: Distribution, seed: int) -> Tensor:
-    """Return targets y ~ p of a seed; torch's own random stream is left as it was.
+def drawn(distribution: Distribution, noise: int | Tensor | None) -> Tensor:
+    """Return targets y ~ p; torch's own random stream is left as it was.
 
     Where the family is known, the draw is a function of noise, so that a pass that runs and one
     that was compiled draw the same; other distributions draw by themselves.
+
+    Args:
+        distribution: that is drawn from.
+        noise: a seed; or what ``noise_of`` asked for, None where it asked for nothing: then the
+            draw is from torch's stream as it stands.
     """
-    noise = noise_of(distribution)
-    if noise is not None:
-        return draw(distribution, noise.sample(seed))
-    with seeded(seed, _parameters(distribution)):
-        return distribution.sample()
+    base = base_of(distribution)
+    family = drawing_family(base)
+    if family is None:
+        if not isinstance(noise, int):
+            return distribution.sample()
+        with seeded(noise, _parameters(distribution)):
+            return distribution.sample()
+    assert noise is not None
+    return family.draw(base, family.noise(base).sample(noise) if isinstance(noise, int) else noise)
+
+
+def base_of(distribution: Distribution) -> Distribution:
+    """Return the distribution inside of Independent."""
+    while type(distribution) is Independent:
+        distribution = distribution.base_dist
+    return distribution
+
+
+def noise_of(distribution: Distribution) -> Noise | None:
+    """Return what a draw needs, or None where only the distribution itself knows how to draw."""
+    base = base_of(distribution)
+    family = drawing_family(base)
+    return None if family is None else family.noise(base)
 
 
 def _parameters(distribution: Distribution) -> list[Tensor]:
@@ -289,16 +302,19 @@ def batch_likelihood(
     Raises:
         LikelihoodError: outputs or targets do not fit.
     """
-    ones = singles(likelihood, outputs, targets)
+    if isinstance(likelihood, Sum):
+        ones: Sequence[Single] = singles(likelihood, outputs, targets)
+    else:
+        ones = [Single(likelihood, outputs, targets)]
     if terms is not None:
         present = zip(ones, terms.parts, strict=True)
         pairs = [(one, part) for one, part in present if part is not None]
         terms = replace(terms, parts=tuple(part for _, part in pairs))
-        ones = tuple(one for one, _ in pairs)
+        ones = [one for one, _ in pairs]
     distributions = tuple(one.likelihood.distribution(one.outputs) for one in ones)
     if terms is None:
-        weighted = isinstance(likelihood, Sum)
-        terms = batch_terms(ones, [d.batch_shape for d in distributions], weighted)
+        shapes = [distribution.batch_shape for distribution in distributions]
+        terms = batch_terms(ones, shapes, isinstance(likelihood, Sum))
     return BatchLikelihood(distributions, terms)
 
 

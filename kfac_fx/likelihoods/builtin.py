@@ -61,8 +61,11 @@ class Noise(NamedTuple):
     """A standard random tensor that a draw is a function of.
 
     Attributes:
-        kind: "exponential" and "normal" have mean one and variance one; "uniform" is on [0, 1).
-        shape, dtype, device: of the tensor.
+        kind: "exponential" and "normal" have variance one, "uniform" is on [0, 1).
+        shape: of the tensor.
+        dtype: of what is drawn. Noise is in float32 at least: in half precision, draws would
+            repeat each other.
+        device: of the tensor.
     """
 
     kind: Literal["exponential", "uniform", "normal"]
@@ -73,7 +76,8 @@ class Noise(NamedTuple):
     def sample(self, seed: int) -> Tensor:
         """Return the tensor of one seed; torch's own random stream is left alone."""
         generator = torch.Generator(self.device).manual_seed(seed)
-        result = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        result = torch.empty(self.shape, dtype=dtype, device=self.device)
         if self.kind == "exponential":
             return result.exponential_(generator=generator)
         fill = result.uniform_ if self.kind == "uniform" else result.normal_
@@ -101,35 +105,19 @@ FAMILIES: dict[type[Distribution], Family] = {}
 """By the distribution's class. Subclasses have the family of their nearest ancestor."""
 
 
-def base_of(distribution: Distribution) -> Distribution:
-    """Return the distribution inside of Independent, which only counts dimensions."""
-    while type(distribution) is Independent:
-        distribution = distribution.base_dist
-    return distribution
+def drawing_family(distribution: Distribution) -> Family | None:
+    """Return the family by which targets are drawn, or None where a distribution draws by itself.
 
+    A subclass with a ``sample`` of its own is another distribution for draws.
 
-def noise_of(distribution: Distribution) -> Noise | None:
-    """Return what a draw needs, or None where only the distribution itself knows how to draw."""
-    base = base_of(distribution)
-    for kind in type(base).__mro__:
-        family = FAMILIES.get(kind)
-        if family is not None:
-            # A subclass with a ``sample`` of its own is another distribution for draws.
+    Args:
+        distribution: without ``Independent`` around it, which only counts dimensions.
+    """
+    for kind in type(distribution).__mro__:
+        if kind in FAMILIES:
             own = getattr(kind, "sample", None)
-            return family.noise(base) if type(base).sample is own else None
+            return FAMILIES[kind] if type(distribution).sample is own else None
     return None
-
-
-def draw(distribution: Distribution, noise: Tensor) -> Tensor:
-    """Return targets y ~ p from the noise that ``noise_of`` asked for."""
-    base = base_of(distribution)
-    kind = next(kind for kind in type(base).__mro__ if kind in FAMILIES)
-    return FAMILIES[kind].draw(base, noise)
-
-
-def _wide(like: Tensor) -> torch.dtype:
-    """Return the precision of noise: in half precision, draws would repeat each other."""
-    return torch.promote_types(like.dtype, torch.float32)
 
 
 def check_outputs(outputs: Tensor, name: str) -> None:
@@ -232,8 +220,8 @@ def _class_noise(distribution: D.Categorical) -> Noise:
     """
     probs = distribution.probs
     if probs.device.type == "cpu":
-        return Noise("uniform", probs.shape[:-1], _wide(probs), probs.device)
-    return Noise("exponential", probs.shape, _wide(probs), probs.device)
+        return Noise("uniform", probs.shape[:-1], probs.dtype, probs.device)
+    return Noise("exponential", probs.shape, probs.dtype, probs.device)
 
 
 def _class_draw(distribution: D.Categorical, noise: Tensor) -> Tensor:
@@ -245,7 +233,7 @@ def _class_draw(distribution: D.Categorical, noise: Tensor) -> Tensor:
     probs = distribution.probs
     if noise.dim() == probs.dim():
         return (probs / noise).argmax(-1)
-    sums = probs.cumsum(-1, dtype=_wide(probs))
+    sums = probs.cumsum(-1, dtype=noise.dtype)
     # Numbers below one stay below the total, rounded too: a class follows that adds to the sum.
     reached = noise.unsqueeze(-1) * sums[..., -1:]
     found = torch.searchsorted(sums, reached, right=True).squeeze(-1)
@@ -283,7 +271,7 @@ def _bit_root(distribution: D.Bernoulli) -> Iterator[Tensor]:
 
 
 FAMILIES[D.Bernoulli] = Family(
-    noise=lambda bits: Noise("uniform", bits.probs.shape, _wide(bits.probs), bits.probs.device),
+    noise=lambda bits: Noise("uniform", bits.probs.shape, bits.probs.dtype, bits.probs.device),
     draw=lambda bits, noise: (noise < bits.probs).to(noise.dtype),
     root=_bit_root,
 )
@@ -333,7 +321,7 @@ def _normal_root(distribution: D.Normal) -> Iterator[Tensor]:
 
 
 FAMILIES[D.Normal] = Family(
-    noise=lambda normal: Noise("normal", normal.loc.shape, _wide(normal.loc), normal.loc.device),
+    noise=lambda normal: Noise("normal", normal.loc.shape, normal.loc.dtype, normal.loc.device),
     draw=lambda normal, noise: normal.loc + normal.scale * noise,
     root=_normal_root,
 )

@@ -40,7 +40,8 @@ def gram(rows: Tensor, scale: float = 1.0) -> Tensor:
     """Return ``scale`` times the sum over rows of the outer product: [..., S, d] -> [..., d, d]."""
     if rows.dim() == 3 and len(rows) == 1:
         return gram(rows[0], scale).unsqueeze(0)
-    ranges = _slabs(rows)
+    # Few entries are one slab, whatever their shape: that need not be found out.
+    ranges = _slabs(rows) if rows.numel() >= SMALL else ()
     if len(ranges) < 2:
         return _product(rows.mT, rows, scale)
     if _opaque(rows):

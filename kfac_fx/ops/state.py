@@ -55,15 +55,9 @@ def state_of(buffer: Tensor) -> FactorState:
     return found
 
 
-def known_state(tensor: Tensor) -> FactorState | None:
-    """Return the state of a factor buffer, or None for a tensor that no tap has seen."""
-    found: FactorState | None = _states.get(tensor)
-    return found
-
-
 def is_paused(buffer: Tensor) -> bool:
     """Return whether backward passes skip a factor buffer."""
-    state = known_state(buffer)
+    state: FactorState | None = _states.get(buffer)
     return state is not None and state.paused
 
 

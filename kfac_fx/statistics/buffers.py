@@ -82,7 +82,8 @@ class StatisticSources:
     Attributes:
         inputs: the factor buffers that do not depend on the derivative (A, counts).
         gradients: those that are quadratic in it (G, C).
-        states: what backward passes know of ``factors``.
+        wanted: all tensors that a backward pass is asked for, in its order.
+        states: factor buffer -> what backward passes know of it. Tensors are hashed by identity.
     """
 
     def __init__(
@@ -93,14 +94,10 @@ class StatisticSources:
         self.parameters = tuple(parameters)
         self.inputs = self.factors[: names.inputs]
         self.gradients = self.factors[names.inputs :]
-        self.states = tuple(state_of(factor) for factor in self.factors)
+        self.wanted = (*self.factors, *self.parameters)
+        self.states = {factor: state_of(factor) for factor in self.factors}
         keys = [one.key for one in names.tapped]
-        self._state_by_key = dict(zip(keys, self.states, strict=True))
-
-    @property
-    def wanted(self) -> list[Tensor]:
-        """All tensors that a backward pass is asked for, in its order."""
-        return [*self.factors, *self.parameters]
+        self._state_by_key = dict(zip(keys, self.states.values(), strict=True))
 
     def statistics(
         self, tapped: Sequence[Statistic | None], untapped: Sequence[Tensor | None]
@@ -131,7 +128,7 @@ class StatisticSources:
 
     def pause(self) -> None:
         """Let backward passes of graphs that are already built skip all factors."""
-        for state in self.states:
+        for state in self.states.values():
             state.paused = True
 
     @contextmanager
@@ -141,8 +138,8 @@ class StatisticSources:
         Args:
             wanted: ``inputs`` or ``gradients``.
         """
-        taken = {state_of(factor) for factor in wanted}
-        skipped = [state for state in self.states if state not in taken]
+        taken = set(wanted)
+        skipped = [state for factor, state in self.states.items() if factor not in taken]
         for state in skipped:
             state.paused = True
         try:
@@ -157,7 +154,7 @@ class StatisticSources:
         Recorded graphs deliver again, deliveries are counted anew, gradients and the last input
         factor are let go of.
         """
-        for factor, state in zip(self.factors, self.states, strict=True):
+        for factor, state in self.states.items():
             state.paused = False
             state.deliveries = 0
             factor.grad = None

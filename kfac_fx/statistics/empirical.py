@@ -72,7 +72,7 @@ class EmpiricalStatistics:
         tensors = output_tensors(outputs)
         check_recorded(tensors, sources.states)
         finite = all_finite([tensor.detach() for tensor in tensors])
-        finite, agreed = made.of_all(self._workers, "observe", finite)
+        finite, agreed = made.terms.agreed(self._workers, "observe", finite)
         if not finite:
             return None
         # Once: it takes a walk through the whole graph.
@@ -131,5 +131,5 @@ class EmpiricalStatistics:
         """
         if watched.taps is None or watched.backward.nested:
             return False
-        states = self._sources.states
+        states = self._sources.states.values()
         return any(state.deliveries > watched.taps[state] > 0 for state in states)

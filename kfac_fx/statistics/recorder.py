@@ -13,9 +13,8 @@ from kfac_fx.errors import ObservationError, UnknownOptionError
 from kfac_fx.likelihoods.batch import output_tensors
 from kfac_fx.likelihoods.builtin import Likelihood
 from kfac_fx.likelihoods.named import Sum
-from kfac_fx.ops.gram import Rows
+from kfac_fx.ops.gram import Rows, multiplied
 from kfac_fx.ops.net_buffers import switch
-from kfac_fx.ops.tap import added
 from kfac_fx.parallel import StatisticSlot, Values, Workers, drawn_seed
 from kfac_fx.statistics.buffers import Block, Statistics, StatisticSources, sources_of
 from kfac_fx.statistics.empirical import EmpiricalStatistics
@@ -85,20 +84,16 @@ class StepStatistics:
         """Whether nothing was added."""
         return not self._sums
 
-    def take(self) -> Statistics:
-        """Return the statistics in the scale of one likelihood term, and start anew.
-
-        It waits for the sums.
-        """
+    def mean(self) -> Statistics:
+        """Return the statistics in the scale of one likelihood term; it waits for the sums."""
         mean: Statistics = {}
         for finished, count in self._sums:
             weight = count / self._count
             for key, value in zip(self._keys, finished(), strict=True):
-                more = value if value is None or weight == 1.0 else value * weight
-                total = added(mean.get(key), more)
-                if total is not None:
-                    mean[key] = total
-        self.forget()
+                if value is None:
+                    continue
+                more = value if weight == 1.0 else value * weight
+                mean[key] = more if key not in mean else multiplied(mean[key]) + multiplied(more)
         return mean
 
     def forget(self) -> None:
@@ -160,8 +155,11 @@ class Recorder:
         self._workers = workers
         self.own = OwnPass(net, self.sources, likelihood, fisher, forward, workers, Places(net))
         self._pass = CompiledPass(self.own, compile)
+        self._draws = self.own.draws
         self._sampled = SampledStatistics(self.sources, likelihood, fisher, workers, self.seed)
-        self._empirical = EmpiricalStatistics(self.sources, likelihood, workers)
+        self._empirical = None
+        if fisher == "empirical":
+            self._empirical = EmpiricalStatistics(self.sources, likelihood, workers)
         self._backward: BackwardWatch | None = None
         self._step = StepStatistics(self.sources, workers)
 
@@ -190,10 +188,11 @@ class Recorder:
             )
         if self._backward is not None and not self._backward.passed:
             raise ObservationError("observe() was called twice before loss.backward()")
-        self._finish()
+        if self._backward is not None:
+            self._finish()  # another micro-batch of the step
         self.sources.forget()  # what backward passes left that nobody observed
-        self._check_targets(targets)
-        if self.own.fisher == "empirical":
+        if self._empirical is not None:
+            self._check_targets(targets)
             watch = self._empirical.watch(outputs, targets)
             self._backward = watch or BackwardWatch(output_tensors(outputs))
             return watch is not None
@@ -222,8 +221,9 @@ class Recorder:
             ObservationError: of empirical statistics, no backward has come to the outputs, or
                 several have.
         """
-        self._finish()
-        found = self._step.take()
+        if self._empirical is not None:
+            self._finish()
+        found = self._step.mean()
         self._end_step()
         return found
 
@@ -237,7 +237,7 @@ class Recorder:
 
     def seed(self) -> int:
         """Return the seed of the draws of the next pass; 0 if there are none."""
-        return drawn_seed(self._generator, self._workers) if self.own.draws else 0
+        return drawn_seed(self._generator, self._workers) if self._draws else 0
 
     def add(self, collected: Collected) -> bool:
         """Add the statistics of a pass of the recorder's own; False if it was not finite.
@@ -267,6 +267,8 @@ class Recorder:
         if self._backward is not None:
             self._backward.close()
             self._backward = None
+        if self._empirical is None:
+            return
         try:
             collected = self._empirical.finish()
         except ObservationError:
@@ -280,6 +282,7 @@ class Recorder:
         if self._backward is not None:
             self._backward.close()
             self._backward = None
-        self._empirical.stop()
+        if self._empirical is not None:
+            self._empirical.stop()
         self._step.forget()
         self.sources.forget()

@@ -8,7 +8,7 @@ recorder's own, as they are or while they are traced (``own_pass.py``).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -200,17 +200,18 @@ class SampledStatistics:
             ObservationError: the forward was not recorded, or its graph is gone.
         """
         made = batch_likelihood(self.likelihood, wide(outputs), targets)
-        count = made.count
+        count = made.terms.count
         tensors = output_tensors(outputs)
         check_recorded(tensors, self.sources.states)
         finite = all_finite([tensor.detach() for tensor in tensors])
-        finite, made = made.of_all(self.workers, "observe", finite)
+        finite, agreed = made.terms.agreed(self.workers, "observe", finite)
         if not finite:
-            return Collected(False, {}, count, made.count)
+            return Collected(False, {}, count, agreed.count)
         # Of a batch that is skipped nothing is drawn, so the next one has the same draws.
         seed = self.seed()
         found: Statistics = {}
         if count > 0:  # else the other processes have terms
+            made = replace(made, terms=agreed)
             found = fisher_statistics(self.sources, made, self.fisher, seed)
         self.sources.pause()
-        return Collected(True, found, count, made.count)
+        return Collected(True, found, count, agreed.count)

@@ -31,12 +31,13 @@ from kfac_fx.likelihoods.batch import (
     BatchTerms,
     Terms,
     batch_likelihood,
+    noise_of,
     output_tensors,
     root_rows,
     singles,
     wide,
 )
-from kfac_fx.likelihoods.builtin import Noise, noise_of
+from kfac_fx.likelihoods.builtin import Noise
 from kfac_fx.likelihoods.named import Sum
 from kfac_fx.likelihoods.sampling import seeded
 from kfac_fx.ops.gram import multiplied

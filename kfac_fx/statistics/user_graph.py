@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,17 +12,17 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from kfac_fx.errors import ObservationError
-from kfac_fx.ops.state import FactorState, known_state
+from kfac_fx.ops.state import FactorState
 
 AFTER_BACKWARD = "observe() must come before loss.backward(), which frees the graph it needs"
 
 
-def check_recorded(outputs: Sequence[Tensor], states: Sequence[FactorState]) -> None:
+def check_recorded(outputs: Sequence[Tensor], states: Mapping[Tensor, FactorState]) -> None:
     """Check that taps recorded the forward of the outputs, and that its graph is still there.
 
     Args:
         outputs: of the forward, with their graph.
-        states: of the factor buffers.
+        states: of the factor buffers that taps record into.
 
     Raises:
         ObservationError: the graph has no such tap, or a backward pass has freed it.
@@ -42,24 +42,25 @@ def check_recorded(outputs: Sequence[Tensor], states: Sequence[FactorState]) -> 
         )
 
 
-def tap_counts(outputs: Sequence[Tensor], states: Sequence[FactorState]) -> Counter[FactorState]:
+def tap_counts(
+    outputs: Sequence[Tensor], states: Mapping[Tensor, FactorState]
+) -> Counter[FactorState]:
     """Return how many taps of each factor are in the graph of the outputs."""
     return Counter(state for _, state in _taps(outputs, states))
 
 
 def _taps(
-    outputs: Sequence[Tensor], states: Sequence[FactorState]
+    outputs: Sequence[Tensor], states: Mapping[Tensor, FactorState]
 ) -> Iterator[tuple[Any, FactorState]]:
     """Yield the nodes of the graph that deliver statistics, with the factors' states."""
-    wanted = set(states)
     todo = [output.grad_fn for output in outputs]
     seen = set(todo)
-    while todo and wanted:
+    while todo and states:
         node = todo.pop()
         for following, _ in node.next_functions if node is not None else ():
             leaf = getattr(following, "variable", None)
-            state = None if leaf is None else known_state(leaf)
-            if state in wanted:
+            state = None if leaf is None else states.get(leaf)
+            if state is not None:
                 yield node, state
             elif following is not None and following not in seen:
                 seen.add(following)
