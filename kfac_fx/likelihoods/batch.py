@@ -7,9 +7,9 @@ the number of terms of the part and C that of all.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch.distributions import Distribution, Independent
 from torch.utils import _pytree as pytree
 
 from kfac_fx.errors import LikelihoodError
-from kfac_fx.likelihoods.builtin import FAMILIES, Likelihood, Noise, drawing_family
+from kfac_fx.likelihoods.builtin import FAMILIES, Likelihood, Noise, Tree, drawing_family
 from kfac_fx.likelihoods.named import Sum
 from kfac_fx.likelihoods.sampling import seeded
 
@@ -36,7 +36,7 @@ class Terms(NamedTuple):
         share: what all of the terms are multiplied with; a tensor in a traced pass.
     """
 
-    targets: Any
+    targets: Tree
     weights: Tensor | None
     amount: float
     share: float | Tensor = 1.0
@@ -67,6 +67,8 @@ class BatchTerms:
         Raises:
             LikelihoodError: no process has a likelihood term.
         """
+        # Part by part, in the same order everywhere: a process may have no term of one part, and
+        # must still count that of the others.
         counts = []
         for part in self.parts:
             every, count = workers.agree(call, good, 0.0 if part is None else part.amount)
@@ -77,6 +79,8 @@ class BatchTerms:
             raise LikelihoodError(
                 "no likelihood term counts: the batch is empty, or every target is ignored"
             )
+        # With one likelihood the division by ``count`` makes the mean. Of a sum each part has to
+        # be a mean of its own, whatever the sizes of the others.
         if not self.weighted:
             return good, replace(self, count=total)
         scaled = tuple(
@@ -175,6 +179,8 @@ class BatchLikelihood:
             select: [columns], one where a column is wanted and zero elsewhere, for a traced pass:
                 then the scalars add up to that column's.
         """
+        # A traced pass cannot have as many backwards as columns: its graph would grow with them.
+        # One column is selected at run time, and the program is run for each.
         start = 0
         for distribution, terms in self.parts:
             for rows in root_rows(distribution, terms.weights):
@@ -217,6 +223,7 @@ def drawn(distribution: Distribution, noise: int | Tensor | None) -> Tensor:
     base = base_of(distribution)
     family = drawing_family(base)
     if family is None:
+        # Of a traced pass the draw stays in the graph, which is run under the seed as a whole.
         if not isinstance(noise, int):
             return distribution.sample()
         with seeded(noise, _parameters(distribution)):
@@ -255,6 +262,7 @@ def root_columns(distribution: Distribution) -> Iterator[Tensor]:
     Raises:
         LikelihoodError: neither the family nor the support is known.
     """
+    # Columns of one event add up: its dimensions become columns, so that they do not mix.
     if isinstance(distribution, Independent):
         events = distribution.reinterpreted_batch_ndims
         for columns in root_columns(distribution.base_dist):
@@ -287,7 +295,10 @@ def root_rows(distribution: Distribution, weights: Tensor | None) -> Iterator[Te
 
 
 def batch_likelihood(
-    likelihood: Likelihood | Sum, outputs: Any, targets: Any = None, terms: BatchTerms | None = None
+    likelihood: Likelihood | Sum,
+    outputs: Tree,
+    targets: Tree = None,
+    terms: BatchTerms | None = None,
 ) -> BatchLikelihood:
     """Return what a likelihood says about the batch of this process.
 
@@ -311,6 +322,8 @@ def batch_likelihood(
         pairs = [(one, part) for one, part in present if part is not None]
         terms = replace(terms, parts=tuple(part for _, part in pairs))
         ones = [one for one, _ in pairs]
+    # Distributions first: most errors are of outputs that do not fit, and targets are compared with
+    # their shape.
     distributions = tuple(one.likelihood.distribution(one.outputs) for one in ones)
     if terms is None:
         shapes = [distribution.batch_shape for distribution in distributions]
@@ -322,8 +335,8 @@ class Single(NamedTuple):
     """One likelihood with its outputs and targets, and its weight in sums."""
 
     likelihood: Likelihood
-    outputs: Any
-    targets: Any
+    outputs: Tree
+    targets: Tree
     weight: float = 1.0
 
 
@@ -347,7 +360,7 @@ def batch_terms(ones: Sequence[Single], shapes: Sequence[torch.Size], weighted: 
 
 
 def singles(
-    likelihood: Likelihood | Sum, outputs: Any, targets: Any, path: str = ""
+    likelihood: Likelihood | Sum, outputs: Tree, targets: Tree, path: str = ""
 ) -> tuple[Single, ...]:
     """Return the likelihoods that are no sums, in order, with their outputs and targets.
 
@@ -365,7 +378,7 @@ def singles(
     return tuple(found)
 
 
-def _by_key(values: Any, likelihood: Sum, what: str) -> dict[Any, Any]:
+def _by_key(values: Tree, likelihood: Sum, what: str) -> dict[Hashable, Tree]:
     """Return the outputs or targets of the parts, by name or by place, as the parts are."""
     keys = [key for key, _ in likelihood.items()]
     if likelihood.named:
@@ -381,7 +394,7 @@ def _by_key(values: Any, likelihood: Sum, what: str) -> dict[Any, Any]:
     return {key: values[key] for key in keys}
 
 
-def _kind(values: Any) -> str:
+def _kind(values: Tree) -> str:
     if isinstance(values, Mapping):
         return f"a mapping with {', '.join(map(repr, values))}"
     many = isinstance(values, (tuple, list))
@@ -391,14 +404,14 @@ def _kind(values: Any) -> str:
 _LOW = (torch.float16, torch.bfloat16)
 
 
-def wide(outputs: Any) -> Any:
+def wide(outputs: Tree) -> Tree:
     """Return outputs in float32 where their own precision is too low for a likelihood."""
     if isinstance(outputs, Tensor):  # most often it is one tensor, and a walk costs as much as all
         return outputs.float() if outputs.dtype in _LOW else outputs
     return pytree.tree_map_only(Tensor, wide, outputs)
 
 
-def output_tensors(outputs: Any) -> list[Tensor]:
+def output_tensors(outputs: Tree) -> list[Tensor]:
     """Return the floating-point tensors among the outputs of the likelihood, in order."""
     leaves = [outputs] if isinstance(outputs, Tensor) else pytree.tree_leaves(outputs)
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]

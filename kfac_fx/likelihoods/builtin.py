@@ -12,7 +12,7 @@ returns it, so a callable that returns torch's own distributions has them too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -22,6 +22,12 @@ from torch import distributions as D
 from torch.distributions import Distribution, Independent
 
 from kfac_fx.errors import LikelihoodError
+
+Tree = Any
+"""What a network takes or returns: tensors, in tuples, lists and mappings; None for none at all.
+
+No type fits what users nest, so this alias stands for all of it, here and in statistics/.
+"""
 
 
 @runtime_checkable
@@ -75,6 +81,8 @@ class Noise(NamedTuple):
 
     def sample(self, seed: int) -> Tensor:
         """Return the tensor of one seed; torch's own random stream is left alone."""
+        # A generator a draw, as cheap as one that is kept: a seed gives the same noise wherever and
+        # whenever it is drawn, which lets compiled passes have it as an argument.
         generator = torch.Generator(self.device).manual_seed(seed)
         dtype = torch.promote_types(self.dtype, torch.float32)
         result = torch.empty(self.shape, dtype=dtype, device=self.device)
@@ -113,6 +121,8 @@ def drawing_family(distribution: Distribution) -> Family | None:
     Args:
         distribution: without ``Independent`` around it, which only counts dimensions.
     """
+    # By class rather than by what the likelihood says: a callable from outputs to a distribution
+    # says nothing else, and its draws must be repeatable, too.
     for kind in type(distribution).__mro__:
         if kind in FAMILIES:
             own = getattr(kind, "sample", None)
@@ -147,12 +157,16 @@ class Softmax(D.Categorical):
     """
 
     def __init__(self, logits: Tensor) -> None:
+        # Distribution.__init__ alone is called: Categorical's would normalise once more.
         self.logits = torch.log_softmax(logits, -1)
         self._param = self.logits
         self._num_events = logits.shape[-1]
         Distribution.__init__(self, logits.shape[:-1], validate_args=False)
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> D.Categorical:
+    def expand(
+        self, batch_shape: torch.Size | Sequence[int], _instance: D.Categorical | None = None
+    ) -> D.Categorical:
+        # torch's own expand builds its result past __init__, which here has more to do.
         plain = D.Categorical(logits=self.logits, validate_args=False)
         expanded: D.Categorical = plain.expand(batch_shape, _instance)
         return expanded
@@ -201,9 +215,12 @@ class Categorical:
             )
         check_targets(targets, shape, "categorical")
         classes = outputs.shape[self.dim]
+        # Checked here, as a draw or a log-probability of an impossible class is an index error on
+        # a CPU, and silence or a dead device on a GPU.
         counted = targets != self.ignore_index
         if bool(((targets < 0) | (targets >= classes)).logical_and(counted).any()):
             raise LikelihoodError(f"a target lies outside the {classes} classes of the outputs")
+        # An ignored term needs some class that exists; its weight takes it out of every sum.
         targets = targets.where(counted, 0)
         weights = counted.to(outputs.dtype)
         if self.weight is not None:
@@ -241,7 +258,8 @@ def _class_draw(distribution: D.Categorical, noise: Tensor) -> Tensor:
 
 
 def _class_root(distribution: D.Categorical) -> Iterator[Tensor]:
-    # diag(sqrt p) - p sqrt(p)^T: column c is sqrt(p_c) (e_c - p), the gradient of log p(c).
+    # S = diag(sqrt p) - p sqrt(p)^T has S S^T = diag(p) - p p^T. Its column c is
+    # sqrt(p_c) (e_c - p), which is sqrt(p_c) times the gradient of log p(c) in the logits.
     yield (0.5 * distribution.logits.detach()).exp() * distribution.logits
 
 
@@ -256,6 +274,8 @@ class Bernoulli:
 
     def distribution(self, outputs: Tensor) -> Distribution:
         check_outputs(outputs, "bernoulli")
+        # Unchecked: validation would wait for a GPU, and outputs that are not finite are found by
+        # the recorder, which counts them instead of raising.
         bits = D.Bernoulli(logits=outputs, validate_args=False)
         return Independent(bits, outputs.dim() - 1)
 
@@ -302,6 +322,7 @@ class Normal:
 
     def distribution(self, outputs: Tensor) -> Distribution:
         check_outputs(outputs, "normal")
+        # A constant without a gradient: then the root of the Fisher has no columns for it.
         scale = torch.full_like(outputs, self.variance**0.5)
         return Independent(_SquaredError(outputs, scale, validate_args=False), outputs.dim() - 1)
 

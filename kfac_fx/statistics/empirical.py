@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
 
 from kfac_fx.errors import ObservationError
 from kfac_fx.likelihoods.batch import batch_likelihood, output_tensors, wide
-from kfac_fx.likelihoods.builtin import Likelihood
+from kfac_fx.likelihoods.builtin import Likelihood, Tree
 from kfac_fx.likelihoods.named import Sum
 from kfac_fx.linalg.precision import all_finite
 from kfac_fx.ops.state import FactorState
@@ -60,7 +59,7 @@ class EmpiricalStatistics:
         self._watched: _Watched | None = None
         self._compared = False
 
-    def watch(self, outputs: Any, targets: Any) -> BackwardWatch | None:
+    def watch(self, outputs: Tree, targets: Tree) -> BackwardWatch | None:
         """Prepare for the backward pass of a forward; None if some outputs are not finite.
 
         Raises:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch import nn
@@ -11,7 +10,7 @@ from torch import nn
 from kfac_fx.config import Fisher
 from kfac_fx.errors import ObservationError, UnknownOptionError
 from kfac_fx.likelihoods.batch import output_tensors
-from kfac_fx.likelihoods.builtin import Likelihood
+from kfac_fx.likelihoods.builtin import Likelihood, Tree
 from kfac_fx.likelihoods.named import Sum
 from kfac_fx.ops.gram import Rows, multiplied
 from kfac_fx.ops.net_buffers import switch
@@ -175,7 +174,7 @@ class Recorder:
         if any(factor.requires_grad != on for factor in self.sources.factors):
             switch(self.net, self.sources.factors, on)
 
-    def observe(self, outputs: Any, targets: Any) -> bool:
+    def observe(self, outputs: Tree, targets: Tree) -> bool:
         """Record a forward pass, or prepare to; False if some outputs are not finite.
 
         Raises:
@@ -202,7 +201,7 @@ class Recorder:
         self._backward = BackwardWatch(output_tensors(outputs))
         return collected.finite
 
-    def observe_inputs(self, inputs: Any, targets: Any) -> bool:
+    def observe_inputs(self, inputs: Tree, targets: Tree) -> bool:
         """Record a pass of the recorder's own; False if some outputs are not finite.
 
         Raises:
@@ -258,7 +257,7 @@ class Recorder:
             self._step.add(collected)
         return collected.finite
 
-    def _check_targets(self, targets: Any) -> None:
+    def _check_targets(self, targets: Tree) -> None:
         if self.own.fisher == "empirical" and targets is None:
             raise ObservationError("fisher='empirical' needs observe(outputs, targets)")
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from torch.autograd.graph import GradientEdge
 from kfac_fx.config import Fisher
 from kfac_fx.errors import ObservationError
 from kfac_fx.likelihoods.batch import BatchLikelihood, batch_likelihood, output_tensors, wide
-from kfac_fx.likelihoods.builtin import Likelihood
+from kfac_fx.likelihoods.builtin import Likelihood, Tree
 from kfac_fx.likelihoods.named import Sum
 from kfac_fx.linalg.precision import all_finite
 from kfac_fx.ops.gram import Statistic
@@ -190,7 +189,7 @@ class SampledStatistics:
     workers: Workers
     seed: Callable[[], int]
 
-    def collect(self, outputs: Any, targets: Any) -> Collected:
+    def collect(self, outputs: Tree, targets: Tree) -> Collected:
         """Return the statistics of a forward, whose graph is kept for the training backward.
 
         That one does not record again: the factors are paused after this.
