@@ -43,6 +43,7 @@ def __getattr__(name: str) -> ModuleType | str:
     Raises:
         AttributeError: this module has no such name.
     """
+    # This runs only where a name is missing: after the first time, viz is there.
     if name == "viz":
         return import_module("kfac_fx.viz")
     if name == "__version__":

@@ -91,8 +91,9 @@ def transform(
             nothing else sees.
         ekfac: record what ``tikhonov="ekfac"`` needs: second moments of per-case gradients in the
             bases of the Kronecker blocks of plain layers (not of running models, capture="eager").
-        rules: recognise the uses of parameters; by default the library's own and those that
-            ``register_rule`` has added (``kfac_fx.passes.rules.default_rules``).
+        rules: the rules that recognise uses, in place of the library's own and those that
+            ``register_rule`` added: ``default_rules().before(rule)`` of ``kfac_fx.passes.rules``
+            asks one of your own first, for this model alone.
         capture: "symbolic_trace", "export" (needs example inputs), "eager" (the model's own Python
             code, recorded while it runs; needs example inputs), or "auto", the first that works.
         check: compare the captured module's outputs and gradients with the model's, once, on the
@@ -124,6 +125,7 @@ def transform(
         args = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else example_inputs
         kwargs = dict(example_kwargs or {})
         module, route = capture_model(model, args, kwargs, route=capture, check=check)
+    # A module that was transformed before, perhaps with other options, starts anew.
     StripTaps()(module)
     KFACTransform(options, route=route)(module)
     return module
@@ -158,6 +160,7 @@ def capture_model(
         route = "eager"
     if isinstance(model, fx.GraphModule) and route in ("auto", "symbolic_trace"):
         return from_graph_module(model), "graph_module"
+    # Without inputs there is nothing to compare, and no other route to take.
     have_inputs = args is not None or bool(kwargs)
     self_check = SelfCheck(model, args or (), kwargs) if check and have_inputs else None
     reasons: dict[str, CaptureError] = {}
@@ -173,7 +176,7 @@ def capture_model(
             reasons[name] = error
             log.info("%s cannot follow %s: %s", ROUTES[name], type(model).__name__, error)
             if not have_inputs:
-                break
+                break  # the other routes need inputs; the message says so
             continue
         whole = opaque_calls(model, module.graph)
         if name == "export" and fixes_batch(module.graph):

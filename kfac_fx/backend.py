@@ -33,7 +33,7 @@ def backend(
         on_graph: called with each instrumented GraphModule; its ``meta["kfac_fx"]`` is the
             curvature graph of the whole model.
         options: as for ``kfac_fx.transform``: structure, couplings, exclude, strict,
-            weight_sharing, max_factor_dim, large_factors, ekfac.
+            weight_sharing, max_factor_dim, large_factors, ekfac, rules.
 
     Raises:
         UnknownOptionError: an option is wrong.

@@ -28,8 +28,12 @@ from kfac_fx.errors import KFACError
 from kfac_fx.viz.facts import summary
 from kfac_fx.viz.save import SUFFIXES
 
-FAILED, WRONG = 1, 2
-BATCH, OTHER = 3, 8
+FAILED = 1
+WRONG = 2
+"""Exit codes: of a model that is not captured, and of arguments that are wrong."""
+
+BATCH = 3
+OTHER = 8
 """Sizes of dimensions that are given by name: of the first one in an input, and of others."""
 
 EXAMPLES = """examples:
@@ -44,12 +48,20 @@ as that keyword. A class with a `config_class` (transformers) gets --kwargs thro
 exit codes: 0 done; 1 the model cannot be captured or a package is missing; 2 wrong arguments"""
 
 
+Keywords = dict[str, Any]
+"""What JSON gave; the model's callable says what it takes."""
+
+
 class UsageError(Exception):
     """An argument is wrong; the message is one line."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit code; errors are one line on stderr."""
+    """Run a command and return its exit code; errors are one line on stderr.
+
+    Args:
+        arguments: without the program's name; None for those of this process.
+    """
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     if options.quiet:
@@ -70,6 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands; what ``--help`` prints is written here."""
     parser = argparse.ArgumentParser(
         prog="python -m kfac_fx",
         description=__doc__,
@@ -104,12 +117,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _fail(error: Exception, code: int) -> int:
+    """Print an error as one line, whatever breaks it has, and return the exit code."""
     print("kfac_fx: error: " + " ".join(str(error).split()), file=sys.stderr)
     return code
 
 
 def _check(options: argparse.Namespace) -> None:
-    """What needs no model, before one is built."""
+    """Check what needs no model before one is built, which may take minutes."""
     if options.command == "draw":
         options.output = options.output or _file_name(options.model)
         if Path(options.output).suffix.lower().removeprefix(".") not in SUFFIXES:
@@ -120,6 +134,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
+    """Build the model, transform it, and write what the command asks for."""
     torch.manual_seed(options.seed)
     inputs, keywords = _inputs(options.input)
     model = _model(options.model, _keywords(options.kwargs))
@@ -152,6 +167,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _text(options: argparse.Namespace, net: CapturedModule) -> str:
+    """Return what ``inspect`` or ``program`` prints."""
     curvature = net.curvature
     if options.command == "inspect":
         facts = summary(curvature)
@@ -161,10 +177,12 @@ def _text(options: argparse.Namespace, net: CapturedModule) -> str:
 
 
 def _file_name(model: str) -> str:
+    """Return the picture's file name: the last part of the callable's path."""
     return f"{model.rpartition(':')[2].rpartition('.')[2] or 'model'}.svg"
 
 
-def _keywords(text: str) -> dict[str, Any]:
+def _keywords(text: str) -> Keywords:
+    """Return the keywords of the model's callable from JSON."""
     try:
         found = json.loads(text)
     except json.JSONDecodeError as error:
@@ -174,8 +192,8 @@ def _keywords(text: str) -> dict[str, Any]:
     return found
 
 
-def _model(text: str, keywords: dict[str, Any]) -> nn.Module:
-    """The module that MODULE:CALLABLE makes, or is."""
+def _model(text: str, keywords: Keywords) -> nn.Module:
+    """Return the module that MODULE:CALLABLE makes, or is."""
     name, colon, path = text.partition(":")
     if not (name and colon and path):
         raise UsageError(f"{text!r} is not of the form MODULE:CALLABLE, like torch.nn:Linear")
@@ -203,7 +221,7 @@ def _model(text: str, keywords: dict[str, Any]) -> nn.Module:
 
 
 def _inputs(specs: Sequence[str]) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
-    """Positional inputs and those with a name."""
+    """Return positional inputs and those with a name, from specifications like float32[N,3]."""
     sizes: dict[str, int] = {}
     inputs, keywords = [], {}
     for spec in specs:
@@ -222,7 +240,13 @@ def _inputs(specs: Sequence[str]) -> tuple[tuple[torch.Tensor, ...], dict[str, t
 
 
 def _size(spec: str, part: str, sizes: dict[str, int]) -> int:
-    """A number, a name (the same size wherever it stands), or name=number."""
+    """Return the size that a part of a shape means: 3, N, or N=3.
+
+    Args:
+        spec: the whole specification, for messages.
+        part: a number, a name (the same size wherever it stands), or name=number.
+        sizes: of the names so far; a new one is added.
+    """
     name, _, given = part.partition("=")
     if given and name.isidentifier() and given.isdigit():
         if sizes.setdefault(name, int(given)) != int(given):
@@ -236,6 +260,7 @@ def _size(spec: str, part: str, sizes: dict[str, int]) -> int:
 
 
 def _tensor(spec: str, name: str, shape: Sequence[int]) -> torch.Tensor:
+    """Return random values of a dtype by name; integers are zeros and ones."""
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
         raise UsageError(f"input {spec!r}: {name!r} is no dtype of torch, like float32 or int64")

@@ -82,7 +82,7 @@ def choice(option: str, value: Option, valid: Iterable[str]) -> Option:
     Raises:
         UnknownOptionError: it is not; the message lists the valid ones.
     """
-    valid = tuple(valid)
+    valid = tuple(valid)  # it is gone through twice
     if value not in valid:
         names = ", ".join(repr(name) for name in valid)
         raise UnknownOptionError(f"{option}={value!r} is unknown; valid are {names}")

@@ -1,6 +1,13 @@
-"""Every error that kfac_fx raises on purpose. Each message says what to change."""
+"""Every error that kfac_fx raises on purpose. Each message says what to change.
+
+Whoever catches ``KFACError`` catches all of them; each is also the built-in error that it is a kind
+of, so that code that knows nothing of kfac_fx treats it as it treats others.
+"""
 
 from __future__ import annotations
+
+# There is one class for what a caller would handle in one way, not one for each place that raises;
+# why it was raised is in the message.
 
 
 class KFACError(Exception):

@@ -1,4 +1,4 @@
-"""What the passes of this library have in common: torch's PassBase, with a true ``modified``."""
+"""The base of the passes of this library: torch's PassBase, with a true ``modified``."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ from kfac_fx.ir.curvature_graph import CurvatureGraph
 from kfac_fx.passes.annotations import graphs_of, is_tap
 
 META = "kfac_fx"
-"""Key of the curvature graph in a module's meta."""
+"""Key in a module's meta: its curvature graph."""
 
-HERE = "kfac_fx_other_graphs"
-"""Key of the blocks that the uses of its other graphs make, until taps are inserted."""
+OTHER_BLOCKS = "kfac_fx_other_graphs"
+"""Key in a module's meta: the blocks of its other graphs' own uses, until taps are inserted."""
 
 
 class GraphPass(PassBase):
     """A pass over all graphs of a module, in place.
 
-    ``modified`` of its result says whether a graph became another.
+    ``modified`` of its result says whether a graph became another: torch's own PassManager repeats
+    passes until none says so, and ours takes a wrong answer for an error.
     """
 
     @abstractmethod
     def run(self, module: fx.GraphModule) -> bool:
-        """Whether a graph was changed."""
+        """Do the work, and tell whether a graph was changed."""
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Runs the pass, and generates the module's code again where a graph was changed."""
+        """Run the pass, and generate the module's code again where a graph was changed."""
         modified = self.run(graph_module)
         if modified:
             graph_module.recompile()
@@ -38,33 +39,38 @@ class GraphPass(PassBase):
 
 
 class Analysis(GraphPass):
-    """Writes what it finds to the curvature graph in ``meta["kfac_fx"]``; graphs stay as they are.
+    """Write what a pass finds to the curvature graph in ``meta["kfac_fx"]``; graphs stay.
 
-    It reads graphs without taps.
+    It reads graphs without taps: a tap between a layer and its reader would hide the one from the
+    other.
     """
 
     def requires(self, graph_module: fx.GraphModule) -> None:
-        """Raises PassError where there are taps."""
+        """Raise PassError where there are taps."""
         if has_taps(graph_module):
             raise PassError(f"{type(self).__name__} reads graphs without taps: run StripTaps first")
 
     @abstractmethod
     def analyse(self, module: fx.GraphModule) -> CurvatureGraph:
-        """The curvature graph with what was found."""
+        """Return the curvature graph with what was found."""
 
     def run(self, module: fx.GraphModule) -> bool:
-        """Never changes a graph."""
+        """Write the curvature graph, and return False, as no graph is changed."""
         module.meta[META] = self.analyse(module)
         return False
 
 
 def has_taps(module: fx.GraphModule) -> bool:
-    """Whether a graph of the module itself has taps."""
+    """Tell whether a graph of the module itself has taps."""
     return any(is_tap(node) for graph in graphs_of(module) for node in graph.nodes)
 
 
 def curvature_of(module: fx.GraphModule, reader: str) -> CurvatureGraph:
-    """The curvature graph that an earlier pass wrote.
+    """Return the curvature graph that an earlier pass wrote.
+
+    Args:
+        module: the module that the passes run on.
+        reader: name of the pass that needs it, for the message.
 
     Raises:
         PassError: none did.
@@ -76,7 +82,7 @@ def curvature_of(module: fx.GraphModule, reader: str) -> CurvatureGraph:
 
 
 def set_graphs(module: fx.GraphModule, graphs: tuple[fx.Graph, ...]) -> None:
-    """Gives a module other graphs, in the order of ``graphs_of``."""
+    """Give a module other graphs, in the order of ``graphs_of``."""
     if isinstance(module, CapturedModule):
         module.__dict__["evaluation"] = graphs[1] if len(graphs) > 1 else None
     module.graph = graphs[0]

@@ -30,6 +30,7 @@ class CheckCoverage(Analysis):
         """Return the curvature graph as it is."""
         curvature = curvature_of(module, "CheckCoverage")
         lines = [f"{', '.join(b.parameters)}: {b.reason}" for b in curvature.fallbacks]
+        # All of them at once: who excludes one parameter would meet the next error else.
         if lines and self.strict:
             raise CoverageError(
                 "strict=True, but these parameters would get a weaker block than their kind allows "

@@ -43,6 +43,7 @@ class Covered:
 def _matches(name: str, patterns: Collection[str]) -> bool:
     """Tell whether a parameter, or a module that holds it, matches one of the globs."""
     patterns = (patterns,) if isinstance(patterns, str) else patterns
+    # A glob of a module holds for all that is inside of it: "encoder.*" and "encoder" alike.
     parts = name.split(".")
     paths = [".".join(parts[: index + 1]) for index in range(len(parts))]
     return any(fnmatchcase(path, pattern) for path in paths for pattern in patterns)

@@ -14,9 +14,9 @@ from kfac_fx.config import COUPLINGS, choice
 from kfac_fx.ir.coupling import Edge, couplings_of
 from kfac_fx.ir.curvature_graph import CurvatureBlock, CurvatureGraph, Pair
 from kfac_fx.ir.use import FactorSpec
-from kfac_fx.ops.sides import coupling_operators, side_text
 from kfac_fx.passes.annotations import graphs_of
 from kfac_fx.passes.base import Analysis, curvature_of
+from kfac_fx.passes.coupled_uses import why_alone
 from kfac_fx.passes.find_edges import find_edges
 
 log = logging.getLogger("kfac_fx")
@@ -80,27 +80,6 @@ def find_couplings(
     )
 
 
-def why_alone(block: CurvatureBlock) -> str | None:
-    """Why a block has no cross factors with any other; None if it can have some."""
-    tap = block.uses[0].tap
-    if block.approximation != "kronecker":
-        return f"a {block.kind} block ({block.approximation}) has no cross factors"
-    if any(factor.role == "count" for factor in block.factors) or len(block.uses) > 1:
-        return "its uses, or their positions, are counted at run time"
-    if any(factor.diagonal or factor.cut for factor in block.factors):
-        return "a side that is a diagonal, or cut, has no cross factors"
-    if any(len(factor.shape) != 2 for factor in block.factors):
-        return "it is a batch of blocks, one for each group"
-    if (
-        tap is None
-        or tap.operator not in coupling_operators()
-        or tap.consumer is not None
-        or tap.scale
-    ):
-        return "its statistics are not those of a plain layer"
-    return None
-
-
 def _same_place(module: nn.Module, blocks: Mapping[str, CurvatureBlock], edge: Edge) -> bool:
     """Whether both blocks' factors have one dtype and device."""
     one, two = (
@@ -140,47 +119,6 @@ def _pair(blocks: Mapping[str, CurvatureBlock], earlier: str, later: str, ordere
     shapes = [(a.shape[0], b.shape[0]) for a, b in zip(one.factors, two.factors, strict=True)]
     factors = FactorSpec("A", shapes[0], "input"), FactorSpec("G", shapes[1], "gradient")
     return Pair(earlier, later, f"{one.slot}__{two.slot}", factors, ordered)
-
-
-def text_of_side(module: nn.Module, block: CurvatureBlock) -> str:
-    """Return the block's only use as the operators of couplings and moments read it.
-
-    Args:
-        module: whose block it is.
-        block: one that ``why_alone`` has nothing against.
-    """
-    tap = block.uses[0].tap
-    assert tap is not None
-    return side_text(tap.operator, tap.options, interleaved=_interleaved(module, block))
-
-
-def _interleaved(module: nn.Module, block: CurvatureBlock) -> bool:
-    """Tell whether it is the output projection of attention, which reads positions by cases."""
-    owner, _, leaf = block.parameters[0].rpartition(".")[0].rpartition(".")
-    if leaf != "out_proj":
-        return False
-    return isinstance(module.get_submodule(owner), nn.MultiheadAttention)
-
-
-def _linear_side(options: tuple[object, ...], interleaved: bool) -> str:
-    x_dims, y_dims, _, _, bias, reduce = options
-    return repr(("linear", x_dims, y_dims, bias, reduce, interleaved))
-
-
-def _convolution_side(options: tuple[object, ...], interleaved: bool) -> str:
-    *window, _, bias, reduce = options
-    return repr(("convolution", *window, bias, reduce))
-
-
-def _projection_side(options: tuple[object, ...], interleaved: bool) -> str:
-    return repr(("projection", *options))
-
-
-SIDES = {
-    "linear": _linear_side,
-    "convolution": _convolution_side,
-    "projection": _projection_side,
-}
 
 
 class FindCouplings(Analysis):

@@ -13,7 +13,7 @@ from kfac_fx.ir.curvature_graph import CurvatureBlock, CurvatureGraph, Moment
 from kfac_fx.ir.use import FactorSpec
 from kfac_fx.ops.sides import side_of
 from kfac_fx.passes.base import Analysis, curvature_of
-from kfac_fx.passes.find_couplings import text_of_side, why_alone
+from kfac_fx.passes.coupled_uses import text_of_side, why_alone
 
 
 def find_moments(module: nn.Module, blocks: Mapping[str, CurvatureBlock]) -> tuple[Moment, ...]:

@@ -13,24 +13,35 @@ from kfac_fx.capture.graph_view import GraphView
 from kfac_fx.ir.curvature_graph import CurvatureBlock, CurvatureGraph
 from kfac_fx.ir.use import ParameterUse
 from kfac_fx.passes.annotations import graphs_of
-from kfac_fx.passes.base import HERE, Analysis
+from kfac_fx.passes.base import OTHER_BLOCKS, Analysis
 from kfac_fx.passes.covered_parameters import Covered
 from kfac_fx.passes.gather_blocks import forms, gather_blocks, pieces, summable
 from kfac_fx.passes.options import TransformOptions
-from kfac_fx.passes.rules import Refusal, Rules, Site, default_rules, generic_use
+from kfac_fx.passes.rules import default_rules
+from kfac_fx.passes.rules.base import Refusal, Rules, Site
+from kfac_fx.passes.rules.generic import generic_use
 
 log = logging.getLogger("kfac_fx")
 
 
 @dataclass
 class _Matches:
-    """What the rules took, by parameter, and by node name why they refused."""
+    """What the rules took and refused in one round over the graph.
+
+    Attributes:
+        uses: by parameter; one use may stand under several (a weight and its bias).
+        refusals: by name of node, why a rule that looked at it did not take it.
+    """
 
     uses: dict[str, list[ParameterUse]] = field(default_factory=dict)
     refusals: dict[str, str] = field(default_factory=dict)
 
     def drop_inner(self, view: GraphView) -> None:
-        """Leaves out uses that are steps of computing a weight whose use is there as a whole."""
+        """Leave out uses that are steps of computing a weight whose use is there as a whole.
+
+        ``W = V * s / norm(V)`` multiplies V by a vector, which the rule for scales would claim; the
+        use that counts is that of W, from which V's factors are computed.
+        """
         for name, uses in self.uses.items():
             whole = {use.node for use in uses if use.tap is not None and use.tap.scale is not None}
             nodes = {node.name: node for node in view.graph.nodes} if whole else {}
@@ -45,6 +56,7 @@ class _Matches:
                 self.uses[name].remove(use)
 
     def add(self, use: ParameterUse) -> None:
+        """Take in a use, for all its parameters."""
         for name in use.parameters:
             self.uses.setdefault(name, []).append(use)
 
@@ -65,10 +77,12 @@ def find_uses(
         graph: without taps; it is not changed.
         names: parameters to cover (canonical names).
         options: ``weight_sharing``, ``max_factor_dim`` and ``large_factors`` decide on the form of
-            the uses; None stands for the defaults.
+            the uses, ``rules`` finds them; None stands for the defaults.
     """
     options = options or TransformOptions()
+    rules = options.rules or default_rules()
     view = GraphView(module, graph)
+    # No rule knows the curvature of complex parameters: they fall to the generic rule.
     real = frozenset(name for name in names if not view.parameters[name].is_complex())
     site = _site(view, real, options)
     demoted: dict[str, str | None] = {}
@@ -76,13 +90,14 @@ def find_uses(
     # its bias, say, may then be claimed by a rule that came later. Every round takes at least one
     # parameter away, so this ends.
     while True:
-        matches = _match(site, options.rules or default_rules())
+        matches = _match(site, rules)
         misfits = _unclaimed(site, matches) or _different(matches)
         alone = {} if misfits else _with_and_without_bias(matches)
         if not misfits and not alone:
             break
         demoted |= misfits
         site = replace(site, open=site.open - demoted.keys(), alone=site.alone | alone.keys())
+    # A use of several parameters stands under each of them, and counts once.
     found = {id(use): use for uses in matches.uses.values() for use in uses}
     uses = list(found.values())
     for name in (name for name in names if name not in matches.uses):
@@ -148,6 +163,7 @@ def _match(site: Site, rules: Rules) -> _Matches:
         call = site.view.call(node)
         if call is None:
             continue
+        # One tensor inside vmap stands for all cases: a tap would record a single one.
         if site.view.is_mapped(node):
             matches.refusals[node.name] = "it runs inside vmap, where a tap sees no cases"
             continue
@@ -167,7 +183,11 @@ def _match(site: Site, rules: Rules) -> _Matches:
 
 
 def _unclaimed(site: Site, matches: _Matches) -> dict[str, str | None]:
-    """Parameters with a path that no rule took; the generic rule will say which."""
+    """Return parameters with a path that no rule took; the generic rule will say which.
+
+    One missing path is enough: a block that lacks a use has too small a curvature, and its step
+    would be too long without a word.
+    """
     result: dict[str, str | None] = {}
     for name, uses in matches.uses.items():
         claimed = {use.node for use in uses}
@@ -181,7 +201,7 @@ def _unclaimed(site: Site, matches: _Matches) -> dict[str, str | None]:
 
 
 def _different(matches: _Matches) -> dict[str, str | None]:
-    """Parameters whose uses cannot be summed, with the reason."""
+    """Return parameters whose uses cannot be summed into blocks, with the reason."""
     result: dict[str, str | None] = {}
     for name, uses in matches.uses.items():
         groups = pieces(name, uses)
@@ -198,7 +218,11 @@ def _different(matches: _Matches) -> dict[str, str | None]:
 
 
 def _with_and_without_bias(matches: _Matches) -> dict[str, None]:
-    """Weights that are used with one bias and with none or another: all uses go without."""
+    """Return weights that are used with one bias and with none or another: all go without.
+
+    A block has one set of parameters. The bias gets a block of its own, which costs the
+    correlation between the two and nothing else.
+    """
     return {
         name: None
         for name, uses in matches.uses.items()
@@ -242,7 +266,7 @@ class FindUses(Analysis):
         blocks = self._blocks(module, first, given.names)
         # The graph of the evaluation may use parameters in another way. Its blocks are not part of
         # the curvature graph; InsertTaps needs them to tap those uses that have the same form.
-        module.meta[HERE] = [self._blocks(module, graph, given.names) for graph in others]
+        module.meta[OTHER_BLOCKS] = [self._blocks(module, graph, given.names) for graph in others]
         covered = {name for block in blocks.values() for name in block.parameters}
         unused = tuple(name for name in given.names if name not in covered)
         _log_blocks(blocks, unused)

@@ -1,4 +1,8 @@
-"""Gathers parameter uses into curvature blocks: which uses are summed, and in what form."""
+"""Gather parameter uses into curvature blocks: which uses are summed, and in what form.
+
+Uses of the same parameters add up to one block (docs/explanation/mathematics.md, section 4). Uses
+of different pieces of a parameter (gates that are packed into one matrix) make a block each.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,12 @@ from kfac_fx.ir.use import FactorSpec, ParameterUse
 
 
 def pieces(name: str, uses: Iterable[ParameterUse]) -> list[list[ParameterUse]] | None:
-    """The uses of a parameter by the piece of it that they use; None if pieces overlap."""
+    """Return the uses of a parameter by the piece of it that they use; None if pieces overlap.
+
+    Args:
+        name: the parameter.
+        uses: all of its uses; each has a layout for it.
+    """
     groups: dict[object, list[ParameterUse]] = {}
     for use in uses:
         layout = use.layouts[use.parameters.index(name)]
@@ -25,12 +34,16 @@ def pieces(name: str, uses: Iterable[ParameterUse]) -> list[list[ParameterUse]] 
     if len(groups) == 1:
         return list(groups.values())
     layouts = [found[0].layouts[found[0].parameters.index(name)] for found in groups.values()]
+    # Pieces that overlap in part have no blocks: the entries that they share would have two.
     apart = _ranges_apart(layouts) if all(map(_range, layouts)) else _entries_apart(layouts)
     return list(groups.values()) if apart else None
 
 
 def _range(layout: Layout) -> tuple[int, int] | None:
-    """The flat entries that a layout keeps, where it cuts along rows before anything moves them."""
+    """Return the flat entries that a layout keeps, where it cuts along rows before all else.
+
+    Ranges are compared without listing entries, of which a vocabulary's table has many millions.
+    """
     steps = layout.steps
     if steps and steps[0].view == "reshape":
         steps = steps[1:]
@@ -42,7 +55,7 @@ def _range(layout: Layout) -> tuple[int, int] | None:
 
 
 def _support(layout: Layout) -> object:
-    """What a layout keeps, as a key: None for all, a range, or the flat indices."""
+    """Return what a layout keeps, as a key: None for all, a range, or the flat indices."""
     if layout.whole:
         return None
     return _range(layout) or frozenset(_entries(layout).tolist())
@@ -54,11 +67,13 @@ def _entries(layout: Layout) -> torch.Tensor:
 
 
 def _ranges_apart(layouts: Sequence[Layout]) -> bool:
+    """Tell whether no two ranges of flat entries overlap."""
     ranges = sorted(found for layout in layouts if (found := _range(layout)) is not None)
     return all(end <= start for (_, end), (start, _) in pairwise(ranges))
 
 
 def _entries_apart(layouts: Sequence[Layout]) -> bool:
+    """Tell whether no entry is kept by two layouts; counts every entry of the parameter."""
     counts = torch.zeros(prod(layouts[0].start), dtype=torch.int32)
     for layout in layouts:
         counts[_entries(layout)] += 1
@@ -66,7 +81,7 @@ def _entries_apart(layouts: Sequence[Layout]) -> bool:
 
 
 def forms(uses: Iterable[ParameterUse]) -> list[list[ParameterUse]]:
-    """Uses of the same entries by the form of their factors."""
+    """Return uses of the same entries by the form of their factors."""
     groups: dict[object, list[ParameterUse]] = {}
     for use in uses:
         groups.setdefault((use.layouts, use.factors, use.approximation), []).append(use)
@@ -74,7 +89,11 @@ def forms(uses: Iterable[ParameterUse]) -> list[list[ParameterUse]]:
 
 
 def summable(groups: Sequence[Sequence[ParameterUse]]) -> bool:
-    """Whether uses of these forms have one block: one form, or two matrices on the same sides."""
+    """Tell whether uses of these forms have one block: one form, or two on the same sides.
+
+    Two Kronecker products on the same sides can be inverted together by a simultaneous
+    diagonalisation; of three no such form is known.
+    """
     if len(groups) == 1:
         return True
     uses = [group[0] for group in groups]
@@ -90,18 +109,21 @@ def _matrix(use: ParameterUse) -> tuple[int, ...]:
 
 
 def _same_sides(first: ParameterUse, second: ParameterUse) -> bool | None:
-    """True if both see the same matrix, False if one sees the transpose, None otherwise."""
+    """Return True if both see the same matrix, False if one sees the transpose, else None."""
     if first.layouts == second.layouts:
         return True
+    # Tied weights: an embedding reads W, the output layer its transpose.
     return False if second.layouts[0].transpose(0, 1) == first.layouts[0] else None
 
 
 def gather_blocks(
     uses: Iterable[ParameterUse], graph: fx.Graph, *, counted: bool = False
 ) -> dict[str, CurvatureBlock]:
-    """One block for each set of parameters, or for each piece of them.
+    """Return one block for each set of parameters, or for each piece of them, by name.
 
     Args:
+        uses: in the order of the graph, which becomes that of the blocks.
+        graph: the graph that the uses were found in; its nodes know the user's lines.
         counted: positions are recorded for single uses too (their number may vary from run to run).
     """
     by_parameters: dict[tuple[str, ...], list[ParameterUse]] = {}
@@ -114,6 +136,7 @@ def gather_blocks(
         parts = pieces(parameters[0], found) or [found]
         for index, part in enumerate(parts):
             name = names[parameters] + (f"[{index}]" if len(parts) > 1 else "")
+            # Buffers and programs need an identifier; two names may become the same one.
             slot = _unique(re.sub(r"\W", "_", name).strip("_"), {b.slot for b in blocks.values()})
             blocks[name] = _block(name, slot, part, _source(nodes[part[0].node]), counted)
     return blocks
@@ -122,6 +145,15 @@ def gather_blocks(
 def _block(
     name: str, slot: str, uses: Sequence[ParameterUse], source: str | None, counted: bool
 ) -> CurvatureBlock:
+    """Return the block of uses that are summed.
+
+    Args:
+        name: of the block.
+        slot: the same as an identifier.
+        uses: of one form, or of the two that ``summable`` lets pass.
+        source: file and line of the first use.
+        counted: whether positions of a single use are recorded too.
+    """
     groups = forms(uses)
     first = groups[0][0]
     gathered = _counted(groups[0], 1, counted)
@@ -146,7 +178,12 @@ def _block(
 
 
 def _second(use: ParameterUse, swap: bool) -> ParameterUse:
-    """A use of the second form: its factors on the sides that the first form calls A and G."""
+    """Return a use with its factors on the sides that the first form calls A and G.
+
+    Args:
+        use: of the second form.
+        swap: whether it sees the transposed matrix, so that its A is on the side of G.
+    """
     A, G = use.factors
     renamed = (
         replace(A, side="G" if swap else "A", form=2),
@@ -156,7 +193,11 @@ def _second(use: ParameterUse, swap: bool) -> ParameterUse:
 
 
 def _counted(uses: Sequence[ParameterUse], form: int, single: bool = False) -> list[ParameterUse]:
-    """Several Kronecker uses also record their positions, which are counted together."""
+    """Return the uses with a factor for their positions, where these are counted at run time.
+
+    Several uses share A and G, and G is divided by the positions of all of them together, which
+    only a run knows. A single use knows its own.
+    """
     if (len(uses) == 1 and not single) or uses[0].approximation != "kronecker":
         return list(uses)
     count = FactorSpec("positions", (), "count", form=form)
@@ -164,14 +205,21 @@ def _counted(uses: Sequence[ParameterUse], form: int, single: bool = False) -> l
 
 
 def _summed_reason(uses: Sequence[ParameterUse]) -> str | None:
-    """Kronecker factors of several uses add up by design; covariances lose what lies between."""
+    """Return why several uses make a weaker block, None where they do not.
+
+    Kronecker factors of several uses add up by design; covariances lose what lies between them.
+    """
     if len(uses) == 1 or uses[0].approximation == "kronecker":
         return None
     return f"its {len(uses)} uses are taken as uncorrelated"
 
 
 def _block_names(groups: Collection[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
-    """The module's path where the block is all that the module's weight and bias are."""
+    """Return the blocks' names by their parameters.
+
+    A block is named after the module where it is all that the module's weight and bias are, else
+    after its first parameter.
+    """
     names: dict[tuple[str, ...], str] = {}
     for parameters in groups:
         owners = {name.rpartition(".")[0] for name in parameters}
@@ -187,14 +235,16 @@ def _block_names(groups: Collection[tuple[str, ...]]) -> dict[tuple[str, ...], s
 
 
 def _unique(slot: str, taken: Collection[str]) -> str:
+    """Return the identifier, with underscores after it where it is taken."""
     while slot in taken:
         slot += "_"
     return slot
 
 
 def _source(node: fx.Node) -> str | None:
-    """File and line of the user's code that made the node."""
+    """Return file and line of the user's code that made the node, None where that is not known."""
     trace = node.meta.get("stack_trace") or node.stack_trace
     places = re.findall(r'File "([^"]+)", line (\d+)', trace or "")
+    # The last line that is not torch's own; where all are (a model of torch.nn), the last one.
     own = [place for place in places if "/torch/" not in place[0]] or places
     return ":".join(own[-1]) if own else None

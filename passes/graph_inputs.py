@@ -1,4 +1,8 @@
-"""Graphs that get parameters as inputs (exported programs, Dynamo's): read instead, and back."""
+"""Let graphs that get parameters as inputs read them from the module instead, and back.
+
+Exported programs and graphs of Dynamo take every parameter as an input. The passes know parameters
+by ``get_attr`` nodes with a path, so the inputs are read for the passes and taken again afterwards.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +12,15 @@ from torch import fx
 
 
 def placeholders(graph: fx.Graph) -> list[fx.Node]:
-    """The inputs of a graph, in order."""
+    """Return the inputs of a graph, in order."""
     return [node for node in graph.nodes if node.op == "placeholder"]
 
 
 def read_members(graph: fx.Graph, paths: Mapping[str, str]) -> None:
-    """Lets a graph read members of its module that it gets as inputs; the inputs stay, unused.
+    """Let a graph read members of its module that it gets as inputs; the inputs stay, unused.
 
     Args:
+        graph: is changed in place.
         paths: names of placeholders -> paths of what they stand for.
     """
     inputs = placeholders(graph)
@@ -29,9 +34,10 @@ def read_members(graph: fx.Graph, paths: Mapping[str, str]) -> None:
 
 
 def take_inputs(graph: fx.Graph, inputs: Mapping[str, fx.Node]) -> None:
-    """The inverse: members that a graph reads come from its inputs.
+    """Let members that a graph reads come from its inputs: the inverse of ``read_members``.
 
     Args:
+        graph: is changed in place.
         inputs: paths -> placeholders.
     """
     for node in list(graph.nodes):
@@ -41,6 +47,6 @@ def take_inputs(graph: fx.Graph, inputs: Mapping[str, fx.Node]) -> None:
 
 
 def reads_below(graph: fx.Graph, prefix: str) -> Iterable[str]:
-    """Paths of the members below ``prefix`` that a graph reads, each once."""
+    """Return the paths of the members below ``prefix`` that a graph reads, each once."""
     targets = (str(node.target) for node in graph.nodes if node.op == "get_attr")
     return dict.fromkeys(target for target in targets if target.startswith(prefix + "."))

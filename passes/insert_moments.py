@@ -1,4 +1,8 @@
-"""Inserts what records second moments in the bases of Kronecker blocks (EKFAC)."""
+"""Insert what records second moments in the bases of Kronecker blocks (EKFAC).
+
+The moment of a block is a second tap on the same output. It reads the eigenbases U_A and U_G of the
+block's factors, which a refresh writes into buffers (docs/explanation/mathematics.md, section 5).
+"""
 
 from __future__ import annotations
 
@@ -8,16 +12,23 @@ import torch
 from torch import fx, nn
 
 from kfac_fx.ir.curvature_graph import CurvatureBlock, CurvatureGraph
-from kfac_fx.ops import STORE
+from kfac_fx.ops.net_buffers import STORE
 from kfac_fx.passes.annotations import take_over
-from kfac_fx.passes.find_couplings import text_of_side
-from kfac_fx.passes.tap_buffers import add_slot, plain_taps, read_attribute
+from kfac_fx.passes.coupled_uses import taps_of_couplings, text_of_side
+from kfac_fx.passes.tap_buffers import add_slot, read_attribute
 
 _MOMENT = torch.ops.kfac_fx.moment.default
 
 
 def add_moment_buffers(module: nn.Module, curvature: CurvatureGraph) -> None:
-    """Buffers of the bases, and of S, a zero without memory whose gradient is the statistic."""
+    """Add buffers of the bases, and of S, a zero without memory whose gradient is the statistic.
+
+    The bases are identities until the first refresh: S is then the plain second moment.
+
+    Args:
+        module: has the slots of the blocks' factors.
+        curvature: says which blocks have moments.
+    """
     store = module.get_submodule(STORE)
     for moment in curvature.moments:
         block = curvature.blocks[moment.block]
@@ -34,13 +45,15 @@ def insert_moments(
     blocks: Mapping[str, CurvatureBlock],
     curvature: CurvatureGraph,
 ) -> None:
-    """One more tap behind that of each block's factors.
+    """Insert one more tap after that of each block's factors.
 
     Args:
-        graph: with taps.
+        module: whose graph it is.
+        graph: with taps; is changed in place.
         blocks: as found in this graph; those of another form are left out.
+        curvature: the blocks that have buffers, and their moments.
     """
-    taps = plain_taps(graph)
+    taps = taps_of_couplings(graph)
     for moment in curvature.moments:
         y, block = taps.get(moment.block), blocks.get(moment.block)
         if y is None or block is None or block.factors != curvature.blocks[moment.block].factors:

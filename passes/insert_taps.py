@@ -1,19 +1,23 @@
-"""Inserts the taps of a curvature graph and the buffers that they fill."""
+"""Insert the taps of a curvature graph, and the buffers that they fill.
+
+A tap is one operator on the tensor that a use reads or makes. It returns that tensor, and its
+backward forms the statistics of the use as gradients of its buffers.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import fx, nn
 
+from kfac_fx.capture.dialect import Argument
 from kfac_fx.errors import PassError
 from kfac_fx.ir.curvature_graph import CurvatureBlock, CurvatureGraph
 from kfac_fx.ir.use import NodeRef, ParameterUse
-from kfac_fx.ops import STORE
+from kfac_fx.ops.net_buffers import STORE
 from kfac_fx.passes.annotations import graphs_of, take_over, write_curvature
-from kfac_fx.passes.base import HERE, GraphPass, curvature_of, has_taps
+from kfac_fx.passes.base import OTHER_BLOCKS, GraphPass, curvature_of, has_taps
 from kfac_fx.passes.insert_links import add_cross_buffers, insert_links
 from kfac_fx.passes.insert_moments import add_moment_buffers, insert_moments
 from kfac_fx.passes.recurrent_taps import fill
@@ -21,7 +25,14 @@ from kfac_fx.passes.tap_buffers import add_slot, read_attribute
 
 
 def add_factor_buffers(module: nn.Module, blocks: Mapping[str, CurvatureBlock]) -> None:
-    """A slot for each block, in its parameters' precision but at least float32."""
+    """Add a slot for each block, in its parameters' precision but at least float32.
+
+    Statistics are sums over many cases, which half precisions cannot hold.
+
+    Args:
+        module: gets the submodule that holds the slots.
+        blocks: blocks without a tap get none.
+    """
     parameters = dict(module.named_parameters())
     store = module._modules.get(STORE) or nn.Module()
     for block in (block for block in blocks.values() if block.tapped):
@@ -34,15 +45,17 @@ def add_factor_buffers(module: nn.Module, blocks: Mapping[str, CurvatureBlock]) 
 def insert_taps(
     graph: fx.Graph, blocks: Mapping[str, CurvatureBlock], here: Mapping[str, CurvatureBlock]
 ) -> None:
-    """Rewrites ``graph`` so that every use with a tap is recorded.
+    """Rewrite ``graph`` so that every use with a tap is recorded.
 
     Args:
+        graph: is changed in place.
         blocks: those that have factor buffers.
         here: the blocks that this graph's own uses make. A block of another form is left out (a
             model whose evaluation differs from its training).
     """
     nodes = {node.name: node for node in graph.nodes}
     for name, block in here.items():
+        # Factors of another form would have other shapes than the buffers have.
         recorded = blocks.get(name)
         if recorded is None or not set(block.factors) <= set(recorded.factors):
             continue
@@ -54,13 +67,21 @@ def insert_taps(
 def _insert(
     graph: fx.Graph, nodes: dict[str, fx.Node], use: ParameterUse, block: CurvatureBlock
 ) -> None:
+    """Insert the tap of one use.
+
+    Args:
+        graph: is changed in place.
+        nodes: of the graph before any tap, by name.
+        use: has a tap.
+        block: owns the buffers.
+    """
     tap = use.tap
     assert tap is not None
     tapped = nodes[tap.node]
     place = tapped if tap.consumer is None else nodes[tap.consumer].prev
     users = list(tapped.users) if tap.consumer is None else [nodes[tap.consumer]]
 
-    def resolve(value: Any) -> Any:
+    def resolve(value: Argument) -> Argument:
         if isinstance(value, NodeRef):
             if value.name.startswith("."):
                 return read_attribute(graph, value.name[1:])
@@ -78,15 +99,26 @@ def _insert(
             resolve,
         )
         return
+    # What the tap reads is inserted in order before one anchor, so that reads of buffers come
+    # before the tap and the tap comes before every user.
     with graph.inserting_after(place):
         anchor = graph.create_node("call_function", _nothing)
     with graph.inserting_before(anchor):
         tensors = [resolve(tensor) for tensor in tap.tensors]
         factors: list[fx.Node | None] = [read_attribute(graph, path) for path in paths]
         if tap.scale is not None:
-            result, source, rows, entrywise, _ = tap.scale
-            scaled = (factors[1], resolve(result), resolve(source), rows, entrywise)
-            factors[1] = graph.call_function(torch.ops.kfac_fx.row_scaled.default, scaled)
+            # The weight W that meets the data is computed from the parameter V: the derivative of
+            # the output is scaled, row by row, before it enters G, which is that of V then.
+            factors[1] = graph.call_function(
+                torch.ops.kfac_fx.row_scaled.default,
+                (
+                    factors[1],
+                    resolve(tap.scale.result),
+                    resolve(tap.scale.source),
+                    tap.scale.rows,
+                    tap.scale.entrywise,
+                ),
+            )
         if use.approximation == "kronecker" and len(factors) == 2:
             factors.append(None)  # no positions to count for a single use
         options = [resolve(option) for option in tap.options]
@@ -99,20 +131,27 @@ def _insert(
 
 
 def _nothing() -> None:
-    """Marks a place in the graph while a tap is being built."""
+    """Mark a place in the graph while a tap is being built."""
 
 
 def add_buffers(module: nn.Module, curvature: CurvatureGraph) -> None:
-    """All buffers of a curvature graph, and no others; those that fit already stay."""
+    """Add all buffers of a curvature graph and remove others; those that fit already stay.
+
+    Args:
+        module: owns the parameters and gets the buffers.
+        curvature: says which there are.
+    """
     add_factor_buffers(module, curvature.blocks)
     add_cross_buffers(module, curvature)
     add_moment_buffers(module, curvature)
     wanted = {block.slot for block in curvature.blocks.values() if block.tapped}
     wanted |= {pair.slot for pair in curvature.pairs} | {m.slot for m in curvature.moments}
     slots = module.get_submodule(STORE)._modules
+    # Another transform of the same module may have had other blocks.
     for name in slots.keys() - wanted:
         del slots[name]
-    # DistributedDataParallel would write to the buffers of taps, which have no memory.
+    # DistributedDataParallel broadcasts buffers in every forward pass: it would write to those of
+    # taps, which have no memory. It reads this attribute, and has no public way to leave some out.
     names = [name for name, _ in module.named_buffers() if name.startswith(f"{STORE}.")]
     module._ddp_params_and_buffers_to_ignore = names  # type: ignore[assignment]
 
@@ -123,10 +162,13 @@ def instrument(
     here: Mapping[str, CurvatureBlock],
     curvature: CurvatureGraph,
 ) -> None:
-    """All that records, in one graph; the module has the buffers.
+    """Insert all that records into one graph; the module has the buffers.
 
     Args:
+        module: whose graph it is.
+        graph: is changed in place.
         here: the blocks that this graph's own uses make.
+        curvature: the blocks that have buffers, and their pairs and moments.
     """
     insert_taps(graph, curvature.blocks, here)
     insert_links(module, graph, here, curvature.pairs)
@@ -134,10 +176,10 @@ def instrument(
 
 
 class InsertTaps(GraphPass):
-    """Inserts the taps of the module's curvature graph, and buffers; taps that are there stay."""
+    """Insert the taps of the module's curvature graph, and buffers; taps that are there stay."""
 
     def requires(self, graph_module: fx.GraphModule) -> None:
-        """Raises PassError where uses were not found, or the graph is no longer the one read."""
+        """Raise PassError where uses were not found, or the graph is no longer the one read."""
         nodes = {node.name for node in graphs_of(graph_module)[0].nodes}
         curvature = curvature_of(graph_module, "InsertTaps")
         known = all(u.node in nodes for b in curvature.blocks.values() for u in b.uses)
@@ -146,18 +188,18 @@ class InsertTaps(GraphPass):
             raise PassError("InsertTaps: the graph has changed since FindUses; run that again")
 
     def run(self, module: fx.GraphModule) -> bool:
-        """Whether there is a tap to insert."""
+        """Tell whether there was a tap to insert."""
         if has_taps(module):
             return False
         curvature = curvature_of(module, "InsertTaps")
         add_buffers(module, curvature)
         for graph, here in zip(graphs_of(module), _here(module), strict=True):
             instrument(module, graph, here, curvature)
-        module.meta.pop(HERE, None)
+        module.meta.pop(OTHER_BLOCKS, None)
         write_curvature(module, curvature)
         return has_taps(module)
 
 
 def _here(module: fx.GraphModule) -> list[Mapping[str, CurvatureBlock]]:
-    """The blocks that each graph's own uses make."""
-    return [curvature_of(module, "InsertTaps").blocks, *module.meta.get(HERE, ())]
+    """Return the blocks that each graph's own uses make, in the order of ``graphs_of``."""
+    return [curvature_of(module, "InsertTaps").blocks, *module.meta.get(OTHER_BLOCKS, ())]

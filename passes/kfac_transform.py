@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from torch import fx
 
 from kfac_fx.capture.captured_module import CapturedModule, captured_module
-from kfac_fx.ops import STORE
+from kfac_fx.ops.net_buffers import STORE
 from kfac_fx.passes.annotations import graphs_of
 from kfac_fx.passes.base import META, Analysis, GraphPass, has_taps, set_graphs
 from kfac_fx.passes.check_coverage import CheckCoverage
@@ -22,6 +22,7 @@ from kfac_fx.passes.inline_calls import InlineCalls
 from kfac_fx.passes.insert_taps import InsertTaps
 from kfac_fx.passes.manager import PassManager, PassReport
 from kfac_fx.passes.options import TransformKeywords, TransformOptions
+from kfac_fx.passes.rules import default_rules
 from kfac_fx.passes.strip_taps import strip_taps
 
 if TYPE_CHECKING:
@@ -84,10 +85,14 @@ class KFACTransform(GraphPass):
 
     def _run_on_running(self, module: CapturedModule) -> bool:
         """Tap a model that runs its own code: its graph is an example and serves the analysis."""
+        # Its calls are matched with its blocks long after this: by the rules that find the blocks
+        # now, also where one of them is no longer registered by then.
+        rules = self.options.rules or default_rules()
+        options = replace(self.options, rules=rules)
         for graph in module.graphs:
             strip_taps(graph, module)
         modified = self._passes(module).modified
-        module.taps_inserted(partial(uses_of_call, options=self.options))
+        module.taps_inserted(partial(uses_of_call, options=options))
         return bool(modified)
 
 

@@ -1,4 +1,4 @@
-"""Runs passes in order and checks the module after each."""
+"""Run passes in order, and check the module after each."""
 
 from __future__ import annotations
 
@@ -13,15 +13,18 @@ from kfac_fx.errors import KFACError, PassError
 from kfac_fx.passes.annotations import graphs_of
 from kfac_fx.passes.invariants import check_module
 
+Pass = Callable[[fx.GraphModule], Any]
+"""A pass returns a PassResult, a GraphModule, or None where it changes the one given."""
+
 
 class PassReport(NamedTuple):
     """What a callback is told of a pass that has run.
 
     Attributes:
-        name: of the pass.
-        seconds: that it took, checks left out.
-        modified: what it said.
-        module: what it returned.
+        name: the class or function name of the pass.
+        seconds: the time that it took, checks left out.
+        modified: whether it said that it changed a graph.
+        module: the module that it returned.
     """
 
     name: str
@@ -36,7 +39,7 @@ class PassReport(NamedTuple):
 
 
 class PassManager:
-    """Passes of this library and of others, one after the other.
+    """Run passes of this library and of others, one after the other.
 
     After each the graphs are linted, taps must fit their buffers, and a pass that says that it
     changed nothing must not have.
@@ -49,15 +52,21 @@ class PassManager:
 
     def __init__(
         self,
-        passes: Sequence[Callable[[fx.GraphModule], Any]],
+        passes: Sequence[Pass],
         *,
-        on_pass: Callable[[PassReport], Any] | None = None,
+        on_pass: Callable[[PassReport], object] | None = None,
     ) -> None:
         self.passes = list(passes)
         self.on_pass = on_pass
 
     def __call__(self, module: fx.GraphModule) -> PassResult:
-        """Runs all passes.
+        """Run all passes.
+
+        Args:
+            module: is given to the first; each gets what the one before returned.
+
+        Returns:
+            The module that the last pass returned, and whether any pass changed a graph.
 
         Raises:
             PassError: a pass failed, or left the module in disorder; names the pass. Errors of this
@@ -70,9 +79,10 @@ class PassManager:
             changed |= modified
         return PassResult(module, changed)
 
-    def _run(
-        self, one: Callable[[fx.GraphModule], Any], name: str, module: fx.GraphModule
-    ) -> tuple[fx.GraphModule, bool]:
+    def _run(self, one: Pass, name: str, module: fx.GraphModule) -> tuple[fx.GraphModule, bool]:
+        """Run one pass and the checks, and return its module and whether it changed a graph."""
+        # Node objects are compared, not only their texts: a pass that replaces a node by an equal
+        # one has changed the graph for all who hold on to the node.
         before = _snapshot(module)
         start = time.perf_counter()
         try:
@@ -100,8 +110,8 @@ def _failed(name: str, what: str) -> PassError:
     return error
 
 
-def _result(given: Any, module: fx.GraphModule) -> tuple[fx.GraphModule, bool]:
-    """What a pass returned as a module and a flag."""
+def _result(given: object, module: fx.GraphModule) -> tuple[fx.GraphModule, bool]:
+    """Return what a pass returned as a module and a flag."""
     if given is None:
         return module, True
     if isinstance(given, fx.GraphModule):
@@ -111,8 +121,8 @@ def _result(given: Any, module: fx.GraphModule) -> tuple[fx.GraphModule, bool]:
     raise TypeError(f"it returned {type(given).__name__}, not a PassResult or GraphModule")
 
 
-def _snapshot(module: fx.GraphModule) -> list[tuple[Any, ...]]:
-    """The graphs as lists that are equal while nothing changes."""
+def _snapshot(module: fx.GraphModule) -> list[tuple[object, ...]]:
+    """Return the graphs as lists that are equal while nothing changes."""
     return [
         (node, node.name, node.op, node.target, node.args, node.kwargs)
         for graph in graphs_of(module)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 from kfac_fx.config import (
     COUPLINGS,
@@ -18,7 +18,9 @@ from kfac_fx.config import (
     WeightSharing,
     choice,
 )
-from kfac_fx.passes.rules.base import Rules
+
+if TYPE_CHECKING:
+    from kfac_fx.passes.rules.base import Rules
 
 
 class TransformKeywords(TypedDict, total=False):
@@ -52,7 +54,8 @@ class TransformOptions:
         large_factors: "diagonal" keeps larger sides as vectors, "blocks" cuts those of dense uses
             into equal sub-blocks.
         ekfac: record the second moments that ``tikhonov="ekfac"`` needs.
-        rules: recognise the uses; None stands for the library's and those of ``register_rule``.
+        rules: those that are asked about every call; None stands for the library's own and those
+            that ``register_rule`` has added when a model is analysed.
 
     Raises:
         UnknownOptionError: an option is none of the values that it may have.

@@ -1,13 +1,18 @@
-"""Taps that run in a node's place: one operator call for all the uses at that node."""
+"""Taps of recurrent layers: one operator runs in the layer's place and records all its uses.
+
+A recurrent layer is one call for all its steps, and the derivatives that its factors need arise
+inside of it. So the tap is no operator on its output, but one that computes the layer and whose
+backward forms the statistics of every weight.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import fx, nn
 
+from kfac_fx.capture.dialect import Argument
 from kfac_fx.ir.use import Tap
 from kfac_fx.ops.recurrent import CELLS, STEPS, nested
 from kfac_fx.passes.annotations import annotate, annotation, take_over, without_annotation
@@ -16,7 +21,7 @@ _OPERATORS = {getattr(torch.ops.kfac_fx, name).default: name for name in (*STEPS
 
 
 def replaces_node(node: fx.Node) -> bool:
-    """Whether the node is an operator that took another one's place."""
+    """Tell whether the node is an operator that took another one's place."""
     return node.op == "call_function" and node.target in _OPERATORS
 
 
@@ -26,12 +31,14 @@ def fill(
     tap: Tap,
     block: str,
     read_factors: Callable[[], list[fx.Node]],
-    resolve: Callable[[Any], Any],
+    resolve: Callable[[Argument], Argument],
 ) -> None:
-    """Puts a use's factors into the operator at its node, which the first use puts there.
+    """Put a use's factors into the operator at its node, which the first use puts there.
 
     Args:
+        graph: is changed in place.
         nodes: by name; the node's entry becomes what took its place.
+        tap: that of the use; says the operator, its arguments, and where its factors go.
         block: name of the use's block.
         read_factors: makes the nodes that read the block's factors.
         resolve: from an argument of the tap to a node or value of the graph.
@@ -42,28 +49,39 @@ def fill(
     call = _operator(result)
     with graph.inserting_before(call):
         found = read_factors()
+    # The operator's arguments are tensors, factors, options: factors are one list, in which every
+    # use has its place.
     place = len(tap.tensors)
-    factors: list[Any] = list(call.args[place])  # type: ignore[arg-type]
+    factors: list[Argument] = list(call.args[place])  # type: ignore[arg-type]
     factors[tap.at : tap.at + len(found)] = found
     call.update_arg(place, factors)
+    # The operator records several blocks, and names them all.
     facts = dict(annotation(call))
     annotate(call, **facts | {"blocks": [*facts.get("blocks", ()), block]})
 
 
 def _operator(result: fx.Node) -> fx.Node:
+    """Return the operator whose result a node hands on in the nesting that the layer returns."""
     return result.all_input_nodes[0] if result.target is nested else result
 
 
-def _replace(graph: fx.Graph, node: fx.Node, tap: Tap, resolve: Callable[[Any], Any]) -> fx.Node:
-    """The operator without factors; what its users read takes over the node's name."""
-    name, is_module = node.name, node.op == "call_module"
+def _replace(
+    graph: fx.Graph, node: fx.Node, tap: Tap, resolve: Callable[[Argument], Argument]
+) -> fx.Node:
+    """Put the operator without factors in a node's place, and return what its users read.
+
+    That takes over the node's name, since uses of other blocks refer to it by name.
+    """
+    name = node.name
+    is_module = node.op == "call_module"
     read = _read_by(node)
     with graph.inserting_before(node):
         tensors = fx.node.map_arg([resolve(t) for t in tap.tensors], lambda n: read.get(n, n))
-        arguments = (tensors, [None] * tap.slots, tap.options)
         operator = getattr(torch.ops.kfac_fx, tap.operator).default
-        call = graph.call_function(operator, (*arguments[0], arguments[1], *arguments[2]))
+        no_factors = [None] * tap.slots
+        call = graph.call_function(operator, (*tensors, no_factors, *tap.options))
         result = call
+        # The module returns (outputs, (h, c)) and the operator three tensors.
         if is_module and tap.operator == "lstm":
             result = graph.call_function(nested, (call,))
     take_over(call, node, same_value=False, **({"module": str(node.target)} if is_module else {}))
@@ -76,7 +94,10 @@ def _replace(graph: fx.Graph, node: fx.Node, tap: Tap, resolve: Callable[[Any], 
 
 
 def _read_by(node: fx.Node) -> dict[fx.Node, fx.Node]:
-    """What a node reads, by the node behind its taps."""
+    """Return what a node reads, by the model's own node in front of the taps.
+
+    The tap names the model's nodes; some of them may have taps already, which stay in between.
+    """
     result: dict[fx.Node, fx.Node] = {}
     for given in node.all_input_nodes:
         source = given
@@ -87,15 +108,19 @@ def _read_by(node: fx.Node) -> dict[fx.Node, fx.Node]:
 
 
 def restore(graph: fx.Graph, call: fx.Node, module: nn.Module | None) -> None:
-    """Puts the module's or ATen's own call back in the operator's place.
+    """Put the module's or ATen's own call back in the operator's place.
 
     Args:
+        graph: is changed in place.
+        call: the operator.
         module: whose graph it is; torch.export keeps annotations, but not the layers' modules.
     """
     assert call.op == "call_function"
     operation = _OPERATORS[call.target]
     users = [user for user in call.users if user.target is nested]
     result = users[0] if users else call
+    # A graph of layers gets its module back. In an exported graph, where the module is not there or
+    # is no recurrent layer, ATen's own operator does the same.
     path = annotation(call).get("module")
     if path is not None and module is not None:
         layer = dict(module.named_modules()).get(path)
@@ -119,16 +144,19 @@ def restore(graph: fx.Graph, call: fx.Node, module: nn.Module | None) -> None:
     node._rename(name)
 
 
-def _zero_states(graph: fx.Graph, operation: str, arguments: list[Any]) -> Any:
-    """The states that a layer's module starts from by itself, and ATen's operator does not.
+def _zero_states(graph: fx.Graph, operation: str, arguments: list[Argument]) -> Argument:
+    """Return the states that a layer's module starts from by itself, and ATen's operator does not.
 
     Args:
+        graph: gets the nodes that make zeros in the size of the batch.
+        operation: name of the layer's operation.
         arguments: of the operator for batches of inputs.
     """
     cell = operation in CELLS
-    x, weight = arguments[0], arguments[3] if cell else arguments[2][1]
+    x = arguments[0]
+    weight = arguments[3] if cell else arguments[2][1]
 
-    def size(node: Any, dim: int) -> fx.Node:
+    def size(node: Argument, dim: int) -> fx.Node:
         return graph.call_function(torch.ops.aten.sym_size.int, (node, dim))
 
     shape = [size(x, 0 if cell or arguments[8] else 1), size(weight, 1)]

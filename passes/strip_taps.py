@@ -1,28 +1,30 @@
-"""The inverse of insert_taps."""
+"""Remove taps: the inverse of insert_taps."""
 
 from __future__ import annotations
 
 import torch
 from torch import fx, nn
 
-from kfac_fx.ops import STORE
+from kfac_fx.ops.net_buffers import STORE
 from kfac_fx.passes.annotations import graphs_of, is_tap
-from kfac_fx.passes.base import HERE, META, GraphPass
+from kfac_fx.passes.base import META, OTHER_BLOCKS, GraphPass
 from kfac_fx.passes.recurrent_taps import replaces_node, restore
 
 _LINK = torch.ops.kfac_fx.link.default
 
 
 def strip_taps(graph: fx.Graph, module: nn.Module | None = None) -> bool:
-    """Removes all taps and the reads that only they used; whether there were any.
+    """Remove all taps and the reads that only they used, and tell whether there were any.
 
     Args:
+        graph: is changed in place.
         module: whose graph it is; None for the graph's owner.
     """
     module = graph.owning_module if module is None else module
     taps = [node for node in graph.nodes if is_tap(node)]
     for tap in reversed(taps):  # readers of links before the links
         sources = tap.all_input_nodes
+        # A link returns y and what it hands on, each taken out of it by a node of its own.
         for part in list(tap.users) if tap.target is _LINK else ():
             part.replace_all_uses_with(sources[0])
             graph.erase_node(part)
@@ -31,6 +33,7 @@ def strip_taps(graph: fx.Graph, module: nn.Module | None = None) -> bool:
         else:
             tap.replace_all_uses_with(sources[0])
             graph.erase_node(tap)
+        # A buffer that only this tap read is read by nobody now.
         for source in sources:
             if source.op == "get_attr" and not source.users:
                 graph.erase_node(source)
@@ -41,12 +44,15 @@ def strip_taps(graph: fx.Graph, module: nn.Module | None = None) -> bool:
 
 
 class StripTaps(GraphPass):
-    """The inverse of InsertTaps: the graph that it found; the curvature graph and buffers go."""
+    """Undo InsertTaps: graphs are again what it found, and the curvature graph and buffers go.
+
+    Code and meta of every node are the same as before, so that a graph can be handed on to others.
+    """
 
     def run(self, module: fx.GraphModule) -> bool:
-        """Whether there were taps."""
+        """Tell whether there were taps."""
         found = [strip_taps(graph, module) for graph in graphs_of(module)]
         module._modules.pop(STORE, None)
-        for key in (META, HERE):
+        for key in (META, OTHER_BLOCKS):
             module.meta.pop(key, None)
         return any(found)

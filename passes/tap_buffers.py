@@ -1,4 +1,8 @@
-"""The buffers that taps fill, and how a graph reads them."""
+"""Make the buffers that taps fill, and let a graph read them.
+
+A buffer holds no statistic: it is a zero without memory, and the gradient that a backward pass
+gives it is the statistic.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +12,19 @@ import torch
 from torch import Tensor, fx, nn
 
 from kfac_fx.ir.use import FactorSpec
-from kfac_fx.ops.sides import coupling_operators
-from kfac_fx.passes.annotations import annotation
 
 
 def add_slot(store: nn.Module, name: str, factors: Iterable[FactorSpec], like: Tensor) -> nn.Module:
-    """A submodule of zeros without memory in the dtype and on the device of ``like``.
+    """Return a submodule of zeros without memory, which is added where none fits yet.
 
-    Their gradients are the statistics; they are not in the state_dict. A slot of the same kind that
-    is there already stays.
+    The buffers are not in the state_dict, which stays the model's. A slot of the same factors that
+    is there already stays, so that a Preconditioner that holds its buffers goes on.
+
+    Args:
+        store: the submodule that holds all slots.
+        name: of the slot, an identifier.
+        factors: one buffer each.
+        like: its dtype and device are those of the buffers.
     """
     factors = tuple(factors)
     wanted = {f.name: (f.shape, like.dtype, like.device) for f in factors}
@@ -27,6 +35,8 @@ def add_slot(store: nn.Module, name: str, factors: Iterable[FactorSpec], like: T
             # Copies that fx makes of a module make all its buffers persistent.
             there._non_persistent_buffers_set.update(held)
             return there
+    # An expanded scalar has the shape of the factor and the memory of one number: autograd asks for
+    # the shape of the gradient, and nobody reads the value.
     slot = nn.Module()
     for factor in factors:
         zero = torch.zeros((), dtype=like.dtype, device=like.device)
@@ -36,12 +46,5 @@ def add_slot(store: nn.Module, name: str, factors: Iterable[FactorSpec], like: T
 
 
 def read_attribute(graph: fx.Graph, path: str) -> fx.Node:
-    """Reads a buffer or a flag; ``graph.get_attr`` would warn of flags."""
+    """Make a node that reads a buffer or a flag; ``graph.get_attr`` would warn of flags."""
     return graph.create_node("get_attr", path, name=path.replace(".", "_"))
-
-
-def plain_taps(graph: fx.Graph) -> dict[str, fx.Node]:
-    """Block -> the tap of its use, for the kinds of use that have sides."""
-    plain = [getattr(torch.ops.kfac_fx, name).default for name in coupling_operators()]
-    taps = (node for node in graph.nodes if node.op == "call_function" and node.target in plain)
-    return {annotation(tap)["blocks"][0]: tap for tap in taps}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import fx, nn
+from torch.fx.graph import PythonCode
 
 from kfac_fx.torch_internals.generated_forward import SPECS, set_forward, with_renamed_specs
 
@@ -25,12 +26,19 @@ if TYPE_CHECKING:
     have a block without their bias, to the uses in that call; None where no rule takes it."""
 
 
+Value = Any
+"""An input or output of the user's model, or what a module holds under a name."""
+
+
 class CapturedModule(fx.GraphModule):
     """The model as a graph; a drop-in with the same Parameter objects and state_dict keys.
 
     The model's children are this module's children, so train(), eval(), to() and hooks reach them
     through either. A model whose Python code takes different paths in training and in evaluation
     keeps two graphs: ``graph`` and ``evaluation``.
+
+    Attributes:
+        evaluation: the graph of the evaluation where it differs from that of the training.
     """
 
     evaluation: fx.Graph | None
@@ -62,10 +70,10 @@ class CapturedModule(fx.GraphModule):
 
     @property
     def graphs(self) -> tuple[fx.Graph, ...]:
-        """The training graph and, where it differs, the one for evaluation."""
+        """Return the training graph and, where it differs, the one for evaluation."""
         return (self.graph,) if self.evaluation is None else (self.graph, self.evaluation)
 
-    def recompile(self) -> Any:
+    def recompile(self) -> PythonCode:
         """Generate ``forward`` again after a change of a graph, and return the training code."""
         code = super().recompile()
         evaluation = self.__dict__.get("evaluation")
@@ -79,14 +87,17 @@ class CapturedModule(fx.GraphModule):
                 self.__dict__[_EVALUATION + name] = evaluated.__dict__.get(name)
             evaluation.owning_module = self
 
+            # The flag of the captured module chooses, as a model's own ``if self.training`` would.
             @functools.wraps(train)
-            def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            def forward(self: nn.Module, *args: Value, **kwargs: Value) -> Value:
                 return (train if self.training else evaluate)(self, *args, **kwargs)
 
             set_forward(self, forward)
         return code
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CapturedModule:
+        # fx copies parameters and submodules that the graph reads; the model's others, hooks and
+        # non-persistent buffers are copied here, with the same memo, so that shared ones stay so.
         copied: CapturedModule = super().__deepcopy__(memo)  # type: ignore[assignment]
         adopt(copied, copy.deepcopy(_members(self), memo))
         for name in (*HOOKS, "_ddp_params_and_buffers_to_ignore"):
@@ -102,11 +113,13 @@ _EVALUATION = "_evaluation"
 """Prefix of the attributes in which the evaluation graph's code finds its input structures."""
 
 
-def _members(module: nn.Module) -> dict[str, Any]:
+def _members(module: nn.Module) -> dict[str, Value]:
+    """Return the dictionaries in which a module keeps its members."""
     names = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
     return {name: module.__dict__[name] for name in names}
 
 
+# What nn.Module runs around forward. There is no public way to hand hooks on with their handles.
 HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -119,13 +132,24 @@ HOOKS = (
 
 
 def share_hooks(target: nn.Module, source: nn.Module) -> None:
-    """Lets ``target`` run the hooks of ``source``, for a capture of ``source.forward`` alone."""
+    """Let ``target`` run the hooks of ``source``, for a capture of ``source.forward`` alone.
+
+    The dictionaries are shared: a hook that is added to the model later runs in the capture too.
+    """
     for name in HOOKS:
         target.__dict__[name] = source.__dict__[name]
 
 
-def adopt(target: nn.Module, members: dict[str, Any]) -> None:
-    """Gives ``target`` the submodules, parameters and buffers of another module, in their order."""
+def adopt(target: nn.Module, members: dict[str, Value]) -> None:
+    """Give ``target`` the submodules, parameters and buffers of another module, in their order.
+
+    The order is that of ``state_dict()`` and of optimizers' parameter groups, so members that the
+    target has already come after the model's.
+
+    Args:
+        target: a captured module.
+        members: name of one of a module's dictionaries -> the model's own.
+    """
     for name, value in members.items():
         held = getattr(target, name)
         kept = type(held)(held)
@@ -140,17 +164,23 @@ def captured_module(
     model: nn.Module,
     graph: fx.Graph,
     evaluation: fx.Graph | None,
-    constants: Mapping[str, Any] = types.MappingProxyType({}),
+    constants: Mapping[str, Value] = types.MappingProxyType({}),
 ) -> CapturedModule:
-    """A CapturedModule with the members of ``model``.
+    """Return a CapturedModule with the members of ``model``.
 
     Args:
+        model: parameters, buffers and submodules are shared with it.
+        graph: what the result runs, in training at least.
+        evaluation: what it runs in evaluation; None for the same.
         constants: what the graphs read at the root and the model lacks.
     """
+    # fx copies only what a graph reads, and in the graph's order. An empty module that adopts the
+    # model's members has all of them, in the model's order and under the model's names.
     module = CapturedModule(nn.Module(), fx.Graph(), type(model).__name__)
     module.evaluation = None
     adopt(module, _members(model))
     for name, value in constants.items():
+        # A buffer moves with the module; it is no part of the model's state_dict.
         if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
             module.register_buffer(name, value, persistent=False)
         else:
@@ -168,6 +198,7 @@ def captured_module(
 
 
 def _reads(*graphs: fx.Graph | None) -> Iterator[str]:
+    """Yield the paths that the graphs read."""
     for graph in graphs:
         for node in graph.nodes if graph is not None else ():
             if node.op == "get_attr":

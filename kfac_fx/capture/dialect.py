@@ -8,20 +8,34 @@ from __future__ import annotations
 
 import builtins
 import operator
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import fx
 
 aten = torch.ops.aten
+
+Argument = Any
+"""An argument of a call: a node, a number, a dtype or a setting, a nesting of those, or None."""
+
+Target = Any
+"""What a node calls: a function, an overload of an operator, or the name of a method."""
+
+Default = TypeVar("Default")
+
 _OVERLOAD = type(aten.mm.default)
 
 
 class Row(NamedTuple):
-    """A canonical operation and the names of a target's arguments, in order."""
+    """A canonical operation and the names of a target's arguments.
+
+    Attributes:
+        operation: the word that rules ask for, the same for all targets that do it.
+        arguments: names in the order of the target's parameters; one that starts with a star takes
+            all arguments that remain.
+    """
 
     operation: str
     arguments: tuple[str, ...]
@@ -29,33 +43,43 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Call:
-    """An operation of the vocabulary with its arguments by name."""
+    """An operation of the vocabulary with its arguments by name.
+
+    Attributes:
+        operation: the word of the vocabulary.
+        node: the call in the graph.
+        arguments: those that were given, by the names of the vocabulary.
+    """
 
     operation: str
     node: fx.Node
-    arguments: dict[str, Any]
+    arguments: dict[str, Argument]
 
     @property
     def aten(self) -> bool:
-        """Whether the target is an ATen operator rather than a function of torch's surface."""
+        """Tell whether the target is an ATen operator rather than a function of torch's surface."""
         return isinstance(self.node.target, _OVERLOAD)
 
-    def get(self, name: str, default: Any = None) -> Any:
-        """The argument, or the default where it was not given."""
+    def get(self, name: str, default: Argument = None) -> Argument:
+        """Return the argument, or the default where it was not given."""
         return self.arguments.get(name, default)
 
 
-FUNCTIONS: dict[Any, Row] = {}
+FUNCTIONS: dict[Target, Row] = {}
+"""Rows by function, by overload, and by qualified name for operators that may not be there."""
+
 METHODS: dict[str, Row] = {}
+"""Rows by the name of a method of tensors."""
 
 
-def _add(operation: str, arguments: str, *targets: Any) -> None:
+def _add(operation: str, arguments: str, *targets: Target) -> None:
+    """Give targets a row; ``arguments`` are names separated by spaces."""
     row = Row(operation, tuple(arguments.split()))
     for target in targets:
         _table(target)[target] = row
 
 
-def _table(target: Any) -> dict[Any, Row]:
+def _table(target: Target) -> dict[Target, Row]:
     """Return the table that holds a target; an operator's qualified name has colons in it."""
     return METHODS if isinstance(target, str) and "::" not in target else FUNCTIONS
 
@@ -94,6 +118,7 @@ _add(
     "input weight padding_idx max_norm norm_type scale_grad_by_freq sparse",
     F.embedding,
 )
+# The functional form takes the indices first, torch's and ATen's operators take the table first.
 _add(
     "embedding",
     "weight input padding_idx scale_grad_by_freq sparse",
@@ -103,7 +128,7 @@ _add(
 _BAGS = "scale_grad_by_freq mode sparse per_sample_weights include_last_offset padding_idx"
 _add("embedding_bag", f"input weight offsets max_norm norm_type {_BAGS}", F.embedding_bag)
 _add(
-    "embedding_bag_tuple",
+    "embedding_bag_tuple",  # several results, of which the first is the bags' sums or means
     f"weight input offsets {_BAGS}",
     torch.embedding_bag,
     aten.embedding_bag.default,
@@ -113,6 +138,7 @@ _add("index", "weight indices", aten.index.Tensor)
 _TRANSPOSED = "input weight bias stride padding output_padding groups dilation"
 for _dims in (1, 2, 3):
     _name = f"conv_transpose{_dims}d"
+    # ATen names the overload of two and three dimensions after its first argument.
     _overload = getattr(aten, _name).default if _dims == 1 else getattr(aten, _name).input
     _add(_name, _TRANSPOSED, getattr(F, _name), getattr(torch, _name), _overload)
 
@@ -162,6 +188,7 @@ _add(
 
 _SEQUENCE = "hx params has_biases num_layers dropout train bidirectional"
 for _name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
+    # A packed sequence has other arguments and no batch dimension; the rules refuse it by name.
     _targets = getattr(aten, _name).input, getattr(torch, _name)
     _add(_name, f"input {_SEQUENCE} batch_first", *_targets)
     _add("packed_recurrent", f"input batch_sizes {_SEQUENCE}", getattr(aten, _name).data)
@@ -235,7 +262,7 @@ _add("neg", "input", operator.neg, torch.neg, "neg", aten.neg.default)
 _add("repeat", "input *shape", "repeat", aten.repeat.default)
 
 
-def add_operation(target: Any, words: str) -> Row | None:
+def add_operation(target: Target, words: str) -> Row | None:
     """Teach the vocabulary a target: its operation and the names of its arguments, in order.
 
     Args:
@@ -251,7 +278,7 @@ def add_operation(target: Any, words: str) -> Row | None:
     return before
 
 
-def remove_operation(target: Any, before: Row | None) -> None:
+def remove_operation(target: Target, before: Row | None) -> None:
     """Undo ``add_operation``.
 
     Args:
@@ -264,14 +291,16 @@ def remove_operation(target: Any, before: Row | None) -> None:
         _table(target)[target] = before
 
 
-# Reading a shape carries no data from the input to the result.
-SHAPE_READERS: frozenset[Any] = frozenset(
+# Reading a shape carries no data from the input to the result. Without this set, everything that
+# is made in the batch's size (masks, positions) would count as data, and a learned table that is
+# cut to the length of the input would have a use at the cut.
+SHAPE_READERS: frozenset[Target] = frozenset(
     {"size", "dim", "numel", "stride", "new_zeros", "new_ones", "new_empty", "new_full"}
     | {aten.sym_size.int, aten.sym_numel.default, torch.zeros_like, torch.ones_like}
     | {aten._assert_tensor_metadata.default, torch._assert}
     | {torch.empty_like, aten.zeros_like.default, aten.ones_like.default}
 )
-LIKE_READERS: frozenset[Any] = frozenset(
+LIKE_READERS: frozenset[Target] = frozenset(
     {"reshape_as", "view_as", "expand_as", "type_as", aten.expand_as.default, aten.view_as.default}
     | {aten.type_as.default, aten.reshape_as.default}
 )
@@ -283,9 +312,33 @@ def reads_shape_of(node: fx.Node, value: fx.Node) -> bool:
     return node.target in LIKE_READERS and value is not node.args[0] and value in node.args
 
 
-def bind(row: Row, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments by name; a starred name takes the remaining ones, as a sequence or spread."""
-    bound: dict[str, Any] = {}
+_ALIASES = {
+    "self": "input",
+    "tensor": "input",
+    "mat1": "input",
+    "batch1": "input",
+    "mat_a": "input",
+    "mat2": "other",
+    "batch2": "other",
+    "vec": "other",
+    "mat_b": "weight",
+    "size": "shape",
+    "offs": "offsets",
+    "use_input_stats": "training",
+}
+"""Names that single targets give their arguments -> names of the vocabulary."""
+
+
+def bind(row: Row, args: tuple[Argument, ...], kwargs: dict[str, Argument]) -> dict[str, Argument]:
+    """Return the arguments of a call by the names of the vocabulary.
+
+    Args:
+        row: that of the call's target.
+        args: positional arguments; a starred name takes those that remain, as one sequence or each
+            for itself (``x.view(2, 3)`` and ``x.view((2, 3))``).
+        kwargs: keyword arguments, by the target's own names.
+    """
+    bound: dict[str, Argument] = {}
     for index, name in enumerate(row.arguments):
         if name.startswith("*"):
             rest = args[index:]
@@ -294,19 +347,24 @@ def bind(row: Row, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, A
             bound[name[1:]] = tuple(rest)
         elif index < len(args):
             bound[name] = args[index]
-    aliases = {"self": "input", "tensor": "input", "size": "shape", "use_input_stats": "training"}
-    aliases |= {"indices": "input"} if row.operation.startswith("embedding") else {}
-    aliases |= {"mat1": "input", "batch1": "input", "mat2": "other", "batch2": "other"}
-    aliases |= {"vec": "other"}
+    aliases = dict(_ALIASES)
+    # Two families use names of the vocabulary in another sense: what ATen's embedding calls
+    # "indices" is its input, and torch.addmm's "input" is what is added to the product.
+    if row.operation.startswith("embedding"):
+        aliases["indices"] = "input"
     if row.operation in ("addmm", "baddbmm") and "input" in kwargs:
-        aliases |= {"input": "bias"}
-    aliases |= {"mat_a": "input", "mat_b": "weight", "offs": "offsets"}
+        aliases["input"] = "bias"
     bound.update({aliases.get(name, name): value for name, value in kwargs.items()})
     return bound
 
 
-def row_of(op: str, target: Any) -> Row | None:
-    """The row of an fx node's target, if the vocabulary has one."""
+def row_of(op: str, target: Target) -> Row | None:
+    """Return the row of a node's target, None where the vocabulary has none.
+
+    Args:
+        op: the node's kind of call, as fx names it.
+        target: the node's target.
+    """
     if op == "call_method":
         return METHODS.get(target)
     if op != "call_function" or not _hashable(target):
@@ -315,7 +373,8 @@ def row_of(op: str, target: Any) -> Row | None:
     return FUNCTIONS.get(target) or FUNCTIONS.get(getattr(schema, "name", None))
 
 
-def _hashable(target: Callable[..., Any]) -> bool:
+def _hashable(target: Target) -> bool:
+    """Tell whether a target can be looked up; bound methods of unhashable objects cannot."""
     try:
         hash(target)
     except TypeError:

@@ -1,14 +1,17 @@
-"""A graph as the rules see it: calls in one vocabulary, parameters behind views, data flow."""
+"""A graph as the rules see it: calls in one vocabulary, parameters seen through views, data flow.
+
+The view tells two kinds of nodes apart. What depends on the model's inputs is data; what is
+computed from parameters alone is a weight on its way to a use. A use is where the two meet.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, fx, nn
 
-from kfac_fx.capture.dialect import SHAPE_READERS, Call, bind, reads_shape_of, row_of
+from kfac_fx.capture.dialect import SHAPE_READERS, Argument, Call, bind, reads_shape_of, row_of
 from kfac_fx.capture.layer_calls import Member, translate
 from kfac_fx.capture.parameter_paths import (
     ComputedWeights,
@@ -22,7 +25,13 @@ from kfac_fx.ir.layout import Layout
 
 @dataclass(frozen=True)
 class Consumer:
-    """A place where a parameter's path ends: the node, and the value that it reads there."""
+    """A place where a parameter's path ends.
+
+    Attributes:
+        node: what reads the parameter and is no view of it.
+        value: the node that it reads there; None where a whole module is called.
+        path: the parameter's name and the operations that it went through, for messages.
+    """
 
     node: fx.Node
     value: fx.Node | None
@@ -30,12 +39,21 @@ class Consumer:
 
 
 class GraphView:
-    """Reads one graph of a module; nothing is changed."""
+    """Read one graph of a module; nothing is changed.
+
+    Args:
+        module: owns the parameters, submodules and buffers that the graph names.
+        graph: is read at once; nodes that come later are read by ``read``.
+
+    Attributes:
+        parameters: the module's parameters by their canonical names.
+    """
 
     def __init__(self, module: nn.Module, graph: fx.Graph) -> None:
         self.module = module
         self.graph = graph
         self.parameters = dict(module.named_parameters())
+        # A tensor is known by identity: tied weights are one parameter with several paths.
         self._names = {id(p): name for name, p in self.parameters.items()}
         self._modules = dict(module.named_modules(remove_duplicate=False))
         self._consumers: dict[str, list[Consumer]] | None = None
@@ -45,12 +63,16 @@ class GraphView:
         self._data: set[fx.Node] = set()
         self._computed: set[fx.Node] = set()
         self._mapped: set[fx.Node] = set()
+        # It reads the tables above as they grow, and runs operations only when it is asked.
         self._computed_weights = ComputedWeights(module, self._calls, self._references, self._data)
         for node in graph.nodes:
             self.read(node)
 
     def read(self, node: fx.Node) -> None:
-        """Takes in a node that is new or changed."""
+        """Take in a node that is new or changed.
+
+        Its inputs must have been read before, since a node's kind follows from theirs.
+        """
         self._calls[node] = self._read_call(node)
         self._references[node] = self._read_reference(node)
         self._consumers = None
@@ -62,25 +84,27 @@ class GraphView:
             self._mapped.add(node)
 
     def is_mapped(self, node: fx.Node) -> bool:
-        """Whether the node's value is inside torch.vmap, whose cases it does not show."""
+        """Tell whether the node's value is inside torch.vmap, whose cases it does not show."""
         return node in self._mapped
 
     def call(self, node: fx.Node) -> Call | None:
-        """The node in the common vocabulary, or None where it has no word for it."""
+        """Return the node in the common vocabulary, None where that has no word for it."""
         return self._calls[node]
 
-    def depends_on_data(self, value: Any) -> bool:
-        """Whether the value of a node is computed from the model's inputs."""
+    def depends_on_data(self, value: Argument) -> bool:
+        """Tell whether an argument is a node whose value is computed from the model's inputs."""
         return isinstance(value, fx.Node) and value in self._data
 
     def is_computed(self, node: fx.Node) -> bool:
-        """Whether a value is that of a parameter, or computed from some and from no data."""
+        """Tell whether a value is that of a parameter, or computed from some and from no data."""
         return node in self._computed
 
-    def is_per_case(self, value: Any) -> bool:
-        """Whether a node's value depends on the data, or is a copy for each case of what does not.
+    def is_per_case(self, value: Argument) -> bool:
+        """Tell whether a value depends on the data, or is a copy for each case of what does not.
 
-        Copies are known by an expansion to the first size of an input.
+        A learned vector that is expanded over the batch does not depend on the data, but its
+        derivatives come case by case all the same. Copies are known by an expansion to the first
+        size of an input.
         """
         if not isinstance(value, fx.Node):
             return False
@@ -93,15 +117,18 @@ class GraphView:
         sizes = call.get("shape")
         return bool(sizes) and self._counts_cases(sizes[0])
 
-    def _counts_cases(self, size: Any) -> bool:
-        """Whether a node is the first size of what depends on the data."""
+    def _counts_cases(self, size: Argument) -> bool:
+        """Tell whether a size is a node that reads the first size of what depends on the data."""
         if not isinstance(size, fx.Node) or len(size.args) != 2 or size.args[1] != 0:
             return False
-        shape: Any = size.args[0]
-        return any(arg in self._data for arg in (shape, *getattr(shape, "all_input_nodes", ())))
+        # Either x.size(0), or getattr(x, "shape")[0], where x is one node further back.
+        shape = size.args[0]
+        if not isinstance(shape, fx.Node):
+            return False
+        return any(arg in self._data for arg in (shape, *shape.all_input_nodes))
 
-    def tensor(self, member: Any) -> Tensor | None:
-        """The tensor of the module that a member or ``get_attr`` node stands for."""
+    def tensor(self, member: Argument) -> Tensor | None:
+        """Return the tensor of the module that a member or a ``get_attr`` node stands for."""
         path = member.path if isinstance(member, Member) else None
         if isinstance(member, fx.Node) and member.op == "get_attr":
             path = str(member.target)
@@ -111,22 +138,28 @@ class GraphView:
         value = getattr(self._modules.get(owner), name, None)
         return value if isinstance(value, Tensor) else None
 
-    def reference(self, value: Any) -> Reference | None:
-        """The parameter behind a node or module member, if there is exactly one seen whole."""
+    def reference(self, value: Argument) -> Reference | None:
+        """Return the parameter, or its one piece, that a node or member shows through views."""
         if isinstance(value, fx.Node):
             return self._references[value]
         return self._parameter(value)
 
-    def derived(self, value: Any, names: Collection[str]) -> Reference | None:
-        """The first of the named parameters that a node's value is computed from, by no data."""
+    def derived(self, value: Argument, names: Collection[str]) -> Reference | None:
+        """Return the first of the named parameters that a value is computed from, by no data.
+
+        Args:
+            value: an argument of a call; what is no node has no parameter.
+            names: the parameters to look for.
+        """
         if not isinstance(value, fx.Node):
             return None
         return self._computed_weights.reference(value, frozenset(names))
 
     def ends(self, node: fx.Node) -> set[fx.Node]:
-        """Where what is computed from a node, and from no data, meets the data or goes out."""
+        """Return the nodes at which what is computed from a node meets the data or goes out."""
         found: set[fx.Node] = set()
-        seen, todo = {node}, [node]
+        seen = {node}
+        todo = [node]
         while todo:
             here = todo.pop()
             if here in self._data or not here.users:
@@ -138,11 +171,11 @@ class GraphView:
         return found
 
     def is_split(self, node: fx.Node) -> bool:
-        """Whether the node cuts a parameter into pieces."""
+        """Tell whether the node cuts a parameter into pieces."""
         return node in self._pieces
 
     def consumers(self, name: str) -> tuple[Consumer, ...]:
-        """Where the paths of a parameter end, one for each node that is no view of it."""
+        """Return the places where the paths of a parameter end: its readers that are no views."""
         if self._consumers is None:
             self._consumers = {}
             for owner, consumer in self._all_consumers():
@@ -151,6 +184,7 @@ class GraphView:
 
     def _all_consumers(self) -> Iterator[tuple[str, Consumer]]:
         for node in self.graph.nodes:
+            # A module that is called whole reads all its parameters, whatever its code does.
             if node.op == "call_module":
                 for parameter in self._modules[str(node.target)].parameters():
                     name = self._names[id(parameter)]
@@ -158,11 +192,12 @@ class GraphView:
             reference = self._references[node]
             for user in node.users if reference is not None else ():
                 assert reference is not None
+                # A view is followed further; what only reads the shape takes no value at all.
                 viewed = self._references[user] is not None or user in self._pieces
                 if not viewed and not _reads_shape(user) and not reads_shape_of(user, node):
                     yield reference.name, Consumer(user, node, reference.path)
 
-    def _parameter(self, value: Any) -> Reference | None:
+    def _parameter(self, value: Argument) -> Reference | None:
         tensor = self.tensor(value)
         name = self._names.get(id(tensor)) if tensor is not None else None
         if tensor is None or name is None:
@@ -192,6 +227,8 @@ class GraphView:
         viewed = None if call is None else call.get("input")
         if call is not None and isinstance(viewed, (int, float)):
             viewed = call.get("other")  # c + p
+        # A split makes a tuple, which is no tensor: its pieces become references where they are
+        # taken out of it.
         if call is None or not isinstance(viewed, fx.Node):
             return None
         pieces = self._pieces.get(viewed)
@@ -215,9 +252,12 @@ class GraphView:
         return not _reads_shape(node) and any(arg in self._data for arg in node.all_input_nodes)
 
 
-def _inputs(names: tuple[str, ...], node: fx.Node) -> dict[str, Any] | None:
-    """What a module is called with, by our names; a single input may have any name there."""
-    inputs: dict[str, Any] = dict(zip(names, node.args, strict=False))
+def _inputs(names: tuple[str, ...], node: fx.Node) -> dict[str, Argument] | None:
+    """Return what a module is called with, by our names, None where the call does not fit.
+
+    A single input may have any name in the module's own ``forward``.
+    """
+    inputs: dict[str, Argument] = dict(zip(names, node.args, strict=False))
     for index, (key, value) in enumerate(node.kwargs.items(), start=len(node.args)):
         positional = names[min(index, len(names) - 1)]
         inputs[key if key in names else positional] = value
@@ -225,6 +265,7 @@ def _inputs(names: tuple[str, ...], node: fx.Node) -> dict[str, Any] | None:
 
 
 def _is_mapped(node: fx.Node, mapped: set[fx.Node]) -> bool:
+    """Tell whether a node is inside torch.vmap, which enters and leaves by functions of its own."""
     name = getattr(node.target, "__name__", "")
     if name == "_remove_batch_dim":
         return False
@@ -232,6 +273,7 @@ def _is_mapped(node: fx.Node, mapped: set[fx.Node]) -> bool:
 
 
 def _reads_shape(node: fx.Node) -> bool:
+    """Tell whether a node takes a shape, type or device from a tensor and none of its values."""
     if node.op == "call_function" and node.target is getattr:
         return node.args[1] in ("shape", "ndim", "device", "dtype", "is_cuda", "requires_grad")
     return node.op in ("call_function", "call_method") and node.target in SHAPE_READERS

@@ -1,4 +1,8 @@
-"""torch.nn modules that a capture keeps whole, as calls of the operation that they run."""
+"""Layers of torch.nn that a capture keeps whole, as calls of the operation that they run.
+
+Symbolic tracing keeps ``nn.Linear`` as one node that calls the module; the rules know "linear" with
+a weight and a bias. The table here says which operation a layer runs and where its arguments are.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 
 class Member(NamedTuple):
-    """A parameter, buffer or flag of the module at ``path``."""
+    """Names a parameter, buffer or flag by its path in the captured module."""
 
     path: str
 
@@ -19,21 +23,34 @@ class Member(NamedTuple):
 
 
 class ModuleCall(NamedTuple):
-    """An operation and its arguments besides the inputs; members stand for tensors.
+    """An operation of the vocabulary, as a layer runs it.
 
-    ``inputs`` names what the module is called with; all but the first may be left out.
+    Attributes:
+        operation: its name.
+        arguments: those besides the inputs; a ``Member`` stands for a tensor or flag of the layer.
+        inputs: names of what the layer is called with; all but the first may be left out.
     """
 
     operation: str
-    arguments: dict[str, Any]
+    arguments: dict[str, Argument]
     inputs: tuple[str, ...] = ("input",)
 
 
-def _linear(module: nn.Linear, member: Callable[[str], Any]) -> ModuleCall:
+Argument = Any
+"""An argument of a layer's operation: a ``Member``, a number, a name, a list of those, or None."""
+
+Layer = Any
+"""A module of torch.nn, whose class the table below names."""
+
+FindMember = Callable[[str], "Member | None"]
+"""From the name of an attribute of a layer to its member, None where the layer has it not."""
+
+
+def _linear(module: nn.Linear, member: FindMember) -> ModuleCall:
     return ModuleCall("linear", {"weight": member("weight"), "bias": member("bias")})
 
 
-def _convolution(module: nn.Conv2d, member: Callable[[str], Any]) -> ModuleCall:
+def _convolution(module: nn.Conv2d, member: FindMember) -> ModuleCall:
     arguments = {
         "weight": member("weight"),
         "bias": member("bias"),
@@ -42,66 +59,69 @@ def _convolution(module: nn.Conv2d, member: Callable[[str], Any]) -> ModuleCall:
         "dilation": module.dilation,
         "groups": module.groups,
     }
+    # F.conv2d pads with zeros only; for another mode the layer pads before it, as the rule must.
     if module.padding_mode != "zeros":
         arguments["padding_mode"] = module.padding_mode
     return ModuleCall(f"conv{len(module.kernel_size)}d", arguments)
 
 
-def _layer_norm(module: nn.LayerNorm, member: Callable[[str], Any]) -> ModuleCall:
+def _layer_norm(module: nn.LayerNorm, member: FindMember) -> ModuleCall:
     arguments = {"normalized_shape": module.normalized_shape, "eps": module.eps}
     return ModuleCall("layer_norm", arguments | _affine(member))
 
 
-def _rms_norm(module: nn.RMSNorm, member: Callable[[str], Any]) -> ModuleCall:
+def _rms_norm(module: nn.RMSNorm, member: FindMember) -> ModuleCall:
     arguments = {"normalized_shape": module.normalized_shape, "eps": module.eps}
     return ModuleCall("rms_norm", arguments | {"weight": member("weight")})
 
 
-def _group_norm(module: nn.GroupNorm, member: Callable[[str], Any]) -> ModuleCall:
+def _group_norm(module: nn.GroupNorm, member: FindMember) -> ModuleCall:
     arguments = {"num_groups": module.num_groups, "eps": module.eps}
     return ModuleCall("group_norm", arguments | _affine(member))
 
 
-def _batch_norm(module: nn.BatchNorm2d, member: Callable[[str], Any]) -> ModuleCall:
+def _batch_norm(module: nn.BatchNorm2d, member: FindMember) -> ModuleCall:
     return ModuleCall("batch_norm", _running(module, member))
 
 
-def _instance_norm(module: nn.InstanceNorm2d, member: Callable[[str], Any]) -> ModuleCall:
+def _instance_norm(module: nn.InstanceNorm2d, member: FindMember) -> ModuleCall:
     return ModuleCall("instance_norm", _running(module, member))
 
 
-def _affine(member: Callable[[str], Any]) -> dict[str, Any]:
+def _affine(member: FindMember) -> dict[str, Argument]:
     return {"weight": member("weight"), "bias": member("bias")}
 
 
-def _running(module: Any, member: Callable[[str], Any]) -> dict[str, Any]:
-    mean, var = member("running_mean"), member("running_var")
+def _running(module: Layer, member: FindMember) -> dict[str, Argument]:
+    mean = member("running_mean")
+    var = member("running_var")
+    # Without running statistics the batch's own are taken, also in evaluation.
     training = True if mean is None and var is None else member("training")
     moments = {"running_mean": mean, "running_var": var, "training": training}
     return _affine(member) | moments | {"eps": module.eps}
 
 
-def _embedding(module: nn.Embedding, member: Callable[[str], Any]) -> ModuleCall:
+def _embedding(module: nn.Embedding, member: FindMember) -> ModuleCall:
     names = ("padding_idx", "max_norm", "scale_grad_by_freq", "sparse")
     options = {name: getattr(module, name) for name in names}
     return ModuleCall("embedding", {"weight": member("weight"), **options})
 
 
-def _embedding_bag(module: nn.EmbeddingBag, member: Callable[[str], Any]) -> ModuleCall:
+def _embedding_bag(module: nn.EmbeddingBag, member: FindMember) -> ModuleCall:
     names = ("mode", "max_norm", "scale_grad_by_freq", "sparse")
     options = {name: getattr(module, name) for name in (*names, "include_last_offset")}
     arguments = {"weight": member("weight"), "padding_idx": module.padding_idx, **options}
     return ModuleCall("embedding_bag", arguments, ("input", "offsets", "per_sample_weights"))
 
 
-def _transposed_convolution(module: nn.ConvTranspose2d, member: Callable[[str], Any]) -> ModuleCall:
+def _transposed_convolution(module: nn.ConvTranspose2d, member: FindMember) -> ModuleCall:
     names = ("stride", "padding", "output_padding", "dilation", "groups")
     options = {name: getattr(module, name) for name in names}
     arguments = {"weight": member("weight"), "bias": member("bias"), **options}
     return ModuleCall(f"conv_transpose{len(module.kernel_size)}d", arguments)
 
 
-def _recurrent(module: nn.RNNBase, member: Callable[[str], Any]) -> ModuleCall:
+def _recurrent(module: nn.RNNBase, member: FindMember) -> ModuleCall:
     arguments = {
         "params": [member(name) for name in module._flat_weights_names],
         "has_biases": module.bias,
@@ -114,7 +134,7 @@ def _recurrent(module: nn.RNNBase, member: Callable[[str], Any]) -> ModuleCall:
     return ModuleCall(module.mode.lower(), arguments, ("input", "hx"))
 
 
-def _recurrent_cell(module: nn.RNNCellBase, member: Callable[[str], Any]) -> ModuleCall:
+def _recurrent_cell(module: nn.RNNCellBase, member: FindMember) -> ModuleCall:
     names = {"w_ih": "weight_ih", "w_hh": "weight_hh", "b_ih": "bias_ih", "b_hh": "bias_hh"}
     family = {nn.LSTMCell: "lstm", nn.GRUCell: "gru"}
     found = [name for base, name in family.items() if isinstance(module, base)]
@@ -123,7 +143,7 @@ def _recurrent_cell(module: nn.RNNCellBase, member: Callable[[str], Any]) -> Mod
     return ModuleCall(f"{operation}_cell", arguments, ("input", "hx"))
 
 
-TRANSLATIONS: dict[type[nn.Module], Callable[[Any, Callable[[str], Any]], ModuleCall]] = {
+TRANSLATIONS: dict[type[nn.Module], Callable[[Layer, FindMember], ModuleCall]] = {
     nn.Linear: _linear,
     nn.Conv1d: _convolution,
     nn.Conv2d: _convolution,
@@ -152,11 +172,15 @@ TRANSLATIONS: dict[type[nn.Module], Callable[[Any, Callable[[str], Any]], Module
 
 
 def translate(module: nn.Module, path: str) -> ModuleCall | None:
-    """The operation that a leaf module runs, or None where it is not known.
+    """Return the operation that a leaf module runs, None where it is not known.
 
-    A subclass counts while it keeps its base's ``forward``; a module with hooks does not, since
+    A subclass counts while it keeps its base's ``forward``. A module with hooks does not, since
     they may change what goes in and out, nor does one whose weight is computed by a
-    parametrization.
+    parametrization: the weight that meets the data is then none of its parameters.
+
+    Args:
+        module: the module that a node calls.
+        path: its path in the captured module; "" for that module itself.
     """
     if module._forward_hooks or module._forward_pre_hooks or is_parametrized(module):
         return None
@@ -166,6 +190,7 @@ def translate(module: nn.Module, path: str) -> ModuleCall | None:
             return None
         return Member(f"{path}.{name}" if path else name)
 
+    # The first base in the table decides: a subclass that overrides forward runs something else.
     for base in type(module).__mro__:
         rule = TRANSLATIONS.get(base)
         if rule is not None and type(module).forward is getattr(base, "forward", None):
@@ -174,5 +199,5 @@ def translate(module: nn.Module, path: str) -> ModuleCall | None:
 
 
 def has_parameters(module: nn.Module) -> bool:
-    """Whether the module or one inside it owns parameters."""
+    """Tell whether the module or one inside it owns parameters."""
     return next(module.parameters(), None) is not None

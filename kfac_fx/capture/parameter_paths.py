@@ -16,31 +16,44 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from kfac_fx.capture.dialect import Call, reads_shape_of
+from kfac_fx.capture.dialect import Argument, Call, reads_shape_of
 from kfac_fx.ir.layout import Layout
+
+_UNKNOWN_SIZES = (IndexError, KeyError, TypeError, ValueError)
+"""What a view raises whose sizes are nodes: they are known only at run time."""
 
 Value = Any
 """What a node of the graph evaluates to: a tensor, a size, a tuple of those or a nested graph."""
 
 
 _ATTRIBUTES = {"T": "numpy_T", "mT": "mT"}
-_UNKNOWN = (IndexError, KeyError, TypeError, ValueError)  # sizes known only at run time
+"""Attributes of tensors that are views -> the operation that they are."""
 
 
 def seen_through(call: Call, layout: Layout) -> Layout | None:
-    """The layout after a view with constant arguments, or None where the call is none."""
+    """Return the layout after a view with constant arguments, None where the call is none.
+
+    Args:
+        call: what reads the parameter.
+        layout: from the parameter's shape to what the call reads.
+    """
     operation = call.operation
     if operation == "attribute":
         operation = _ATTRIBUTES.get(call.get("name"), "")
     view = _VIEWS.get(operation)
     try:
         return None if view is None else view(layout, call.arguments)
-    except _UNKNOWN:
+    except _UNKNOWN_SIZES:
         return None
 
 
 def split_layouts(call: Call, layout: Layout) -> list[Layout] | None:
-    """The layouts of the pieces that chunk, split and unbind return."""
+    """Return the layouts of the pieces that chunk, split and unbind make; None for other calls.
+
+    Args:
+        call: what reads the parameter.
+        layout: from the parameter's shape to what the call reads.
+    """
     if call.operation not in ("chunk", "split", "unbind"):
         return None
     dim = call.get("dim", 0)
@@ -49,34 +62,39 @@ def split_layouts(call: Call, layout: Layout) -> list[Layout] | None:
         if call.operation == "unbind":
             return [layout.select(dim, index) for index in range(size)]
         if call.operation == "chunk":
-            sizes: Any = -(-size // call.arguments["chunks"])
+            # As torch does: pieces of ceil(size / chunks), the last one smaller.
+            sizes: Argument = -(-size // call.arguments["chunks"])
         else:
             sizes = call.get("sizes", call.get("split_size_or_sections"))
         if isinstance(sizes, int):
             sizes = [min(sizes, size - start) for start in range(0, size, sizes)]
         starts = [sum(sizes[:index]) for index in range(len(sizes))]
         return [layout.narrow(dim, start, n) for start, n in zip(starts, sizes, strict=True)]
-    except _UNKNOWN:
+    except _UNKNOWN_SIZES:
         return None
 
 
-def _transpose_matrix(layout: Layout, arguments: dict[str, Any]) -> Layout:
+def _transpose_matrix(layout: Layout, arguments: dict[str, Argument]) -> Layout:
+    """Return the layout of ``p.t()``, which leaves vectors as they are."""
     return layout if len(layout.shape) < 2 else layout.transpose(0, 1)
 
 
-def _unsqueeze(layout: Layout, arguments: dict[str, Any]) -> Layout:
+def _unsqueeze(layout: Layout, arguments: dict[str, Argument]) -> Layout:
+    """Return the layout with one more dimension of size 1."""
     shape = list(layout.shape)
     shape.insert(arguments["dim"] % (len(shape) + 1), 1)
     return layout.reshape(shape)
 
 
-def _squeeze(layout: Layout, arguments: dict[str, Any]) -> Layout:
+def _squeeze(layout: Layout, arguments: dict[str, Argument]) -> Layout:
+    """Return the layout without one, or all, dimensions of size 1."""
     shape, dim = layout.shape, arguments.get("dim")
     axes = range(len(shape)) if dim is None else [dim % len(shape)]
     return layout.reshape([s for i, s in enumerate(shape) if i not in axes or s != 1])
 
 
-def _flatten(layout: Layout, arguments: dict[str, Any]) -> Layout:
+def _flatten(layout: Layout, arguments: dict[str, Argument]) -> Layout:
+    """Return the layout with several dimensions made one."""
     shape = layout.shape
     start = arguments.get("start_dim", 0) % len(shape)
     end = arguments.get("end_dim", -1) % len(shape)
@@ -84,13 +102,18 @@ def _flatten(layout: Layout, arguments: dict[str, Any]) -> Layout:
 
 
 def _slice(layout: Layout, dim: int, index: slice) -> Layout:
+    """Return the layout of a slice; the curvature of rows that are steps apart is not kept."""
     if index.step not in (None, 1):
         raise ValueError("a slice with steps is no piece")
     start, stop, _ = index.indices(layout.shape[dim])
     return layout.narrow(dim, start, max(stop - start, 0))
 
 
-def _getitem(layout: Layout, arguments: dict[str, Any]) -> Layout:
+def _getitem(layout: Layout, arguments: dict[str, Argument]) -> Layout:
+    """Return the layout of ``p[index]`` for constant numbers, slices and None.
+
+    A tensor as an index chooses by the data: that is a use (a table), and no view.
+    """
     index = arguments["index"]
     dim = 0
     for entry in index if isinstance(index, tuple) else (index,):
@@ -107,13 +130,15 @@ def _getitem(layout: Layout, arguments: dict[str, Any]) -> Layout:
     return layout
 
 
-def _shifted(layout: Layout, arguments: dict[str, Any]) -> Layout | None:
-    """c + p and c - p have the curvature of p."""
+def _shifted(layout: Layout, arguments: dict[str, Argument]) -> Layout | None:
+    """Return the layout of c + p and c - p for a number c: they have the curvature of p."""
     numbers = [v for v in arguments.values() if isinstance(v, (int, float))]
     return layout if len(numbers) == len(arguments) - 1 else None
 
 
-_VIEWS: dict[str, Callable[[Layout, dict[str, Any]], Layout | None]] = {
+# "expand" is no entry: it copies a parameter, and the rules must see where, since that tells over
+# which cases the copies' derivatives are summed.
+_VIEWS: dict[str, Callable[[Layout, dict[str, Argument]], Layout | None]] = {
     "cast": lambda layout, _: layout,
     "t": _transpose_matrix,
     "numpy_T": lambda layout, _: layout.permute(*reversed(range(len(layout.shape)))),
@@ -225,6 +250,8 @@ class ComputedWeights:
             chain = self._views_back_to(value, values, source)
             if chain is None or not self._all_ways_pass(source, reference.name, chain[-1]):
                 continue
+            # The weight may be used in another shape than the parameter's (a kernel made a matrix):
+            # the views at its end lead from the one layout to the other.
             layout = reference.layout
             for node in reversed(chain[:-1]):
                 call = self._calls[node]
@@ -260,6 +287,8 @@ class ComputedWeights:
             here = values[chain[-1]]
             if not isinstance(here, Tensor) or not here.is_floating_point():
                 return None
+            # A tensor of the parameter's shape has rows that can be compared with the parameter's;
+            # what follows it must be views, which keep the rows.
             if here.shape == values[source].shape:
                 return chain
             call = self._calls[chain[-1]]

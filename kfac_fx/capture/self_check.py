@@ -1,4 +1,8 @@
-"""Whether a captured module does what the model does, tried once on the example inputs."""
+"""Compare a captured module with its model, once, on the example inputs.
+
+A route that is silently wrong would make everything that follows wrong: a graph that froze a branch
+still trains, and its factors are those of another model.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +23,25 @@ TOLERANCE = 1e-4
 
 
 class Behaviour(NamedTuple):
-    """Outputs, and the gradients of a fixed combination of them by parameter name, if known."""
+    """What one run did.
+
+    Attributes:
+        outputs: all tensors that were returned, in order.
+        gradients: those of a fixed combination of the outputs by parameter name; None where
+            autograd refuses.
+    """
 
     outputs: dict[str, Tensor]
     gradients: dict[str, Tensor] | None
 
 
 class SelfCheck:
-    """Knows what the model does with the example inputs, in the modes that it is in.
+    """Know what the model does with the example inputs, in the modes that it is in.
+
+    Args:
+        model: runs once here, and once more where a capture differs.
+        args: positional example inputs; each run gets copies.
+        kwargs: keyword example inputs, likewise.
 
     Raises:
         CaptureError: the model fails on them; its own error is the cause.
@@ -44,7 +59,10 @@ class SelfCheck:
             ) from error
 
     def compare(self, module: nn.Module) -> None:
-        """Runs the captured module.
+        """Run the captured module and compare.
+
+        Args:
+            module: the capture, with the model's own parameters.
 
         Raises:
             CaptureError: it fails, or its outputs or gradients are others.
@@ -58,6 +76,8 @@ class SelfCheck:
         found = _difference(got, self._expected)
         if found is None:
             return
+        # A model that differs from itself (random numbers outside of torch, atomics) says nothing
+        # about its capture.
         if _difference(self._run(self._model), self._expected) is not None:
             log.info("the model does not repeat itself: its capture cannot be checked")
             return
@@ -66,6 +86,8 @@ class SelfCheck:
     def _run(self, module: nn.Module) -> Behaviour:
         args, kwargs = fresh(self._inputs)
         with undisturbed(self._model):
+            # Dropout draws the same masks in the model and in its capture, if it is called in the
+            # same order; ``undisturbed`` puts the state of the generator back.
             torch.manual_seed(0)
             found = enumerate(tensors_in(module(*args, **kwargs)))
             outputs = {f"output {index}": tensor for index, tensor in found}
@@ -74,8 +96,9 @@ class SelfCheck:
 
 
 def _gradients(module: nn.Module, outputs: list[Tensor]) -> dict[str, Tensor] | None:
-    """Of a combination of the outputs with fixed weights (their sum may be a constant).
+    """Return the gradients of a combination of the outputs with fixed weights.
 
+    The weights differ from entry to entry, since the plain sum may be a constant (of a softmax).
     None where autograd refuses: reentrant checkpoints allow backward() only.
     """
     named = {f"gradient of {n}": p for n, p in module.named_parameters() if p.requires_grad}
@@ -97,7 +120,7 @@ def _gradients(module: nn.Module, outputs: list[Tensor]) -> dict[str, Tensor] | 
 
 
 def _difference(got: Behaviour, want: Behaviour) -> str | None:
-    """The first difference in words."""
+    """Return the first difference in words, None where there is none."""
     if got.outputs.keys() != want.outputs.keys():
         return f"it returns {len(got.outputs)} tensors, the model {len(want.outputs)}"
     for name, expected in want.outputs.items():
@@ -108,6 +131,8 @@ def _difference(got: Behaviour, want: Behaviour) -> str | None:
             return f"{name} differs from the model's by {found:.2g} of its size"
     if got.gradients is None or want.gradients is None:
         return None
+    # A gradient that is zero up to rounding is compared on the scale of the largest one: relative
+    # to its own size, any two such gradients differ.
     largest = max((float(g.abs().max()) for g in want.gradients.values() if g.numel()), default=0.0)
     for name in dict.fromkeys((*got.gradients, *want.gradients)):
         like = want.gradients.get(name, got.gradients.get(name))
@@ -123,14 +148,22 @@ def _difference(got: Behaviour, want: Behaviour) -> str | None:
 
 
 def _distance(got: Tensor, want: Tensor, floor: float) -> float | None:
-    """The largest difference relative to the largest entry, where that is too much."""
+    """Return the largest difference relative to the largest entry, None where it is tolerated.
+
+    Args:
+        got: what the capture made.
+        want: what the model made.
+        floor: the least value to which a difference is relative.
+    """
     if not want.numel():
         return None
     tolerance = TOLERANCE
     if want.is_floating_point() or want.is_complex():
+        # Eight units in the last place: sums in another order differ by about that.
         tolerance = max(TOLERANCE, 8 * torch.finfo(want.dtype).eps)
     kind = torch.complex128 if want.is_complex() else torch.float64
-    got, want = got.cpu().to(kind), want.cpu().to(kind)
+    got = got.cpu().to(kind)
+    want = want.cpu().to(kind)
     equal = (got == want) | (got.isnan() & want.isnan())
     if bool(equal.all()):
         return None

@@ -1,17 +1,22 @@
-"""Training and evaluation: flags that a capture froze are read from the modules again."""
+"""Capture a model in training and in evaluation, as one graph where that is possible.
+
+A tracer follows ``if self.training`` once, and dropout's flag becomes a constant. Two captures show
+what depends on the mode: where only flags differ, one graph reads them from the modules again.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from torch import fx, nn
+
+from kfac_fx.capture.dialect import Argument
 
 
 @contextmanager
 def all_in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Every submodule in one mode; each one's own mode comes back afterwards."""
+    """Within the context every submodule is in one mode; its own mode comes back afterwards."""
     before = {module: module.training for module in model.modules()}
     for module in before:
         module.training = training
@@ -25,11 +30,20 @@ def all_in_mode(model: nn.Module, training: bool) -> Iterator[None]:
 def capture_both(
     model: nn.Module, capture: Callable[[nn.Module], fx.Graph]
 ) -> tuple[fx.Graph, fx.Graph | None]:
-    """One graph that follows train() and eval(), or one for each mode where they differ."""
+    """Return one graph that follows train() and eval(), or one for each mode where they differ.
+
+    Args:
+        model: is captured twice, in training first.
+        capture: makes the graph of the model in its present mode.
+
+    Returns:
+        The graph of the training, and that of the evaluation or None where one graph does.
+    """
     with all_in_mode(model, True):
         training = capture(model)
     with all_in_mode(model, False):
         evaluation = capture(model)
+    # Most models differ in the flags of dropout and of batch norm alone.
     flags = _differing_flags(training, evaluation)
     if flags is None:
         return training, evaluation
@@ -41,10 +55,13 @@ def capture_both(
 def _differing_flags(
     training: fx.Graph, evaluation: fx.Graph
 ) -> list[tuple[fx.Node, int | str]] | None:
-    """Arguments that are True in one graph and False in the other; None for other differences."""
+    """Return the arguments that are True in training and False in evaluation, by node and key.
+
+    None where the graphs differ in anything else, so that neither can stand for both.
+    """
     if len(training.nodes) != len(evaluation.nodes):
         return None
-    matching: dict[Any, Any] = {}
+    matching: dict[fx.Node, fx.Node] = {}
     flags: list[tuple[fx.Node, int | str]] = []
     for here, there in zip(training.nodes, evaluation.nodes, strict=True):
         matching[there] = here
@@ -54,11 +71,10 @@ def _differing_flags(
             return None
         mapped = [fx.node.map_arg(arg, matching.__getitem__) for arg in there.args]
         named = {k: fx.node.map_arg(arg, matching.__getitem__) for k, arg in there.kwargs.items()}
-        pairs: list[tuple[int | str, Any, Any]] = [
-            *((i, a, b) for i, (a, b) in enumerate(zip(here.args, mapped, strict=True))),
-            *((k, here.kwargs[k], named[k]) for k in here.kwargs),
-        ]
-        for key, a, b in pairs:
+        positional = enumerate(zip(here.args, mapped, strict=True))
+        pairs: dict[int | str, tuple[Argument, Argument]] = dict(positional)
+        pairs |= {key: (here.kwargs[key], named[key]) for key in here.kwargs}
+        for key, (a, b) in pairs.items():
             if a is True and b is False:
                 flags.append((here, key))
             elif type(a) is not type(b) or a != b:
@@ -67,7 +83,11 @@ def _differing_flags(
 
 
 def _read_flag(graph: fx.Graph, node: fx.Node, key: int | str) -> None:
-    """Replaces a frozen flag by the ``training`` attribute of the module whose code made it."""
+    """Replace a frozen flag by the ``training`` attribute of the module whose code made it.
+
+    A submodule may be frozen in evaluation while the model trains, so the flag is the innermost
+    module's own and not the model's.
+    """
     stack = node.meta.get("nn_module_stack") or {}
     owners = [entry[0] for entry in stack.values()]
     owner = owners[-1] if owners else ""

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from kfac_fx.config import STRUCTURES, Structure, choice
 from kfac_fx.errors import KFACError, ParameterChangedError, UnknownOptionError
 from kfac_fx.ir import CurvatureGraph
-from kfac_fx.ops import STORE
+from kfac_fx.ops.net_buffers import STORE
 from kfac_fx.passes.annotations import read_curvature
 
 

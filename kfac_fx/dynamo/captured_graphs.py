@@ -24,6 +24,9 @@ from kfac_fx.torch_internals.dynamo_frames import find_backend, frame_being_comp
 Value = Any
 """An input or output of a compiled graph: a tensor, a size or None."""
 
+Group = tuple[int | None, tuple[int, ...]]
+"""A Python frame, and the identities of the tensors that it runs with."""
+
 _MEMBER = re.compile(r"\._(?:modules|parameters|buffers)\['([^']+)'\]")
 _STATE = re.compile(r"\._(?:parameters|buffers)\['[^']+'\]$")
 _SIZE = re.compile(r"(.+)\.size\(\)\[(\d+)\]")
@@ -96,6 +99,7 @@ class CompiledGraph:
 
     def __call__(self, *inputs: Value) -> Value:
         """Run the graph: the form that records, while statistics are asked for."""
+        # This runs at every call of a compiled graph: identities of the parameters, and no names.
         key = tuple(id(inputs[place]) for place in self.places)
         binding = self.bindings.get(key)
         if binding is None:
@@ -125,7 +129,7 @@ class Binding:
     def __init__(self, graph: CompiledGraph, key: tuple[int, ...], tensors: list[Tensor]) -> None:
         self._graph = weakref.ref(graph)
         self.serial = next(_serial)
-        self.group = (graph.frame, key)
+        self.group: Group = (graph.frame, key)
         self.recorded: Callable[..., Value] | None = None
 
         def forget(_: object) -> None:

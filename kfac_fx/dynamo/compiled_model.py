@@ -1,4 +1,9 @@
-"""Taps in the graphs that torch.compile has captured of a model; their blocks are the model's."""
+"""A model under torch.compile: all its captured graphs as one, and taps in each of them.
+
+Dynamo cuts a model into graphs at what it cannot trace, and may run one graph for several layers.
+Blocks are those of the model: its graphs are copied side by side into one graph that is analysed
+and never run, and the taps that follow go into a second form of each captured graph.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +21,8 @@ from kfac_fx.capture.captured_module import CapturedModule, captured_module
 from kfac_fx.dynamo.captured_graphs import (
     Binding,
     CompiledGraph,
+    Group,
+    Value,
     bindings_of,
     call_for_new_bindings,
     sizes_from_inputs,
@@ -23,7 +30,7 @@ from kfac_fx.dynamo.captured_graphs import (
 from kfac_fx.dynamo.open_attention import OpenAttention
 from kfac_fx.errors import KFACError, ObservationError
 from kfac_fx.ir.curvature_graph import CurvatureBlock, CurvatureGraph
-from kfac_fx.ops import STORE
+from kfac_fx.ops.net_buffers import STORE
 from kfac_fx.ops.tap import recording
 from kfac_fx.passes.annotations import write_curvature
 from kfac_fx.passes.base import META
@@ -37,11 +44,14 @@ from kfac_fx.torch_internals.generated_forward import set_forward
 
 log = logging.getLogger("kfac_fx")
 
-_nets: weakref.WeakKeyDictionary[nn.Module, CompiledModel] = weakref.WeakKeyDictionary()
+_compiled_models: weakref.WeakKeyDictionary[nn.Module, CompiledModel]
+_compiled_models = weakref.WeakKeyDictionary()
 
 
 def recorded_module(net: Any) -> Any:
-    """The module that owns the factor buffers: what torch.compile wraps, or what its graphs make.
+    """Return the module that owns the factor buffers of a network.
+
+    That is what torch.compile wraps, or a module that is made of the graphs of a compiled model.
 
     Args:
         net: what ``transform`` returned, that compiled, or any model that was compiled with the
@@ -53,12 +63,18 @@ def recorded_module(net: Any) -> Any:
     bindings = bindings_of(inner)
     if not bindings:
         return inner
-    _nets[inner] = CompiledModel(inner, bindings)
-    return _nets[inner].net
+    # A new one each time: the model may have run in more graphs since. The earlier one, and the
+    # Preconditioner that holds its buffers, give up the graphs to the new one.
+    _compiled_models[inner] = CompiledModel(inner, bindings)
+    return _compiled_models[inner].net
 
 
 class _Part:
     """One binding's graph, with names of nodes that no other graph has.
+
+    Args:
+        binding: a graph with the tensors of ``model``.
+        model: the model that was compiled.
 
     Attributes:
         module: reads the model's tensors rather than getting them.
@@ -75,21 +91,23 @@ class _Part:
         sizes_from_inputs(self.module.graph, graph.sources)
         paths = {inputs[name].name: path for name, path in self.paths.items()}
         read_members(self.module.graph, paths)
-        for one in (InlineCalls(), OpenAttention()):
-            one(self.module)
+        InlineCalls()(self.module)
+        OpenAttention()(self.module)
+        # A use is known by the name of its node, so names must differ between graphs.
         for node in self.module.graph.nodes:
             node._rename(f"g{binding.serial}_{node.name}")
         self.inputs = {path: inputs[name].name for name, path in self.paths.items()}
 
     @property
     def nodes(self) -> set[str]:
-        """Names of its nodes."""
+        """Return the names of its nodes."""
         return {node.name for node in self.module.graph.nodes}
 
-    def copy_into(self, graph: fx.Graph, constants: dict[str, Any]) -> None:
-        """Appends its nodes, but for the output, to another graph.
+    def copy_into(self, graph: fx.Graph, constants: dict[str, Value]) -> None:
+        """Append its nodes, but for the output, to another graph.
 
         Args:
+            graph: gets the nodes under the names that they have here.
             constants: gets what the graph owns and the model lacks, under names of its own.
         """
         values: dict[fx.Node, fx.Node] = {}
@@ -100,12 +118,14 @@ class _Part:
             values[node] = made = graph.node_copy(node, values.__getitem__)
             if node.op == "placeholder":
                 made.target = node.name
+            # Constants of a captured graph are called alike in every graph.
             elif node.op == "get_attr" and node.target not in model_paths:
                 made.target = f"_g{self.binding.serial}_{str(node.target).replace('.', '_')}"
                 constants[made.target] = _attribute(self.module, str(node.target))
 
 
-def _attribute(module: Any, path: str) -> Any:
+def _attribute(module: Value, path: str) -> Value:
+    """Return a member of a module by its path."""
     for part in path.split("."):
         module = getattr(module, part)
     return module
@@ -114,14 +134,23 @@ def _attribute(module: Any, path: str) -> Any:
 class CompiledModel:
     """A model that runs in several captured graphs, seen as one.
 
+    Args:
+        model: what torch.compile wraps; it is held weakly.
+        bindings: its graphs so far, in the order of their first run.
+
     Attributes:
         net: the model's members and the factor buffers, with the curvature graph in its meta; its
             graph, all captured ones side by side, is the ground of the analysis and is not run.
+
+    Raises:
+        KFACError: no graph has run with gradients.
     """
 
     def __init__(self, model: nn.Module, bindings: Sequence[Binding]) -> None:
         self._model = weakref.ref(model)
-        self._parts: dict[Any, _Part] = {}
+        self._parts: dict[Group, _Part] = {}
+        # Of a frame that was compiled several times (another size, another dtype) one graph stands
+        # for all in the analysis: their uses are the same.
         for binding in bindings:
             if binding.graph.with_gradients and binding.group not in self._parts:
                 self._parts[binding.group] = _Part(binding, model)
@@ -141,13 +170,14 @@ class CompiledModel:
         call_for_new_bindings(self.insert_taps)
 
     def _analysed(self, model: nn.Module, parts: list[_Part]) -> CapturedModule:
-        """The model with one graph for all parts, and what the analyses find in it."""
-        graph, constants = fx.Graph(), dict[str, Any]()
+        """Return the model with one graph for all parts, and what the analyses find in it."""
+        graph, constants = fx.Graph(), dict[str, Value]()
         for part in parts:
             part.copy_into(graph, constants)
         graph.output(())
         net = captured_module(model, graph, None, constants)
         once = all(part.binding.in_model_itself(part.paths) for part in parts)
+        # Code of a submodule may run any number of times in a pass, so its positions are counted.
         if not once:
             log.info("code of submodules is compiled for itself: its runs are counted, uncoupled")
         PassManager(analyses(self._settings.options, route="dynamo", counted=not once))(net)
@@ -155,13 +185,19 @@ class CompiledModel:
         return net
 
     def insert_taps(self, binding: Binding) -> None:
-        """Puts taps into a graph that has run with the model's tensors."""
+        """Put taps into a graph that runs with the model's tensors for the first time.
+
+        Args:
+            binding: any graph and tensors; those of other models are left alone.
+        """
         model = self._model()
         if model is None or not binding.graph.with_gradients or not binding.names(model):
             return
         part = self._parts.get(binding.group)
         curvature = self.net.curvature
         found = curvature
+        # A graph that came later is analysed together with all others, since its uses may belong to
+        # blocks that are known.
         if part is None or part.binding is not binding:
             part = _Part(binding, model)
             parts = self._parts | {binding.group: part}
@@ -172,7 +208,13 @@ class CompiledModel:
             self._settings.on_graph(module)
 
     def _instrumented(self, part: _Part, found: CurvatureGraph) -> fx.GraphModule:
-        """The part's module with taps, and with the model's tensors as inputs again."""
+        """Return a part's module with taps, and with the model's tensors as inputs again.
+
+        Args:
+            part: the graph to put taps into.
+            found: the blocks that the uses of all graphs make now. The buffers are those of the
+                first analysis, so a use that would need others is left out.
+        """
         curvature, nodes = self.net.curvature, part.nodes
         here: dict[str, CurvatureBlock] = {}
         for name, block in found.blocks.items():
@@ -198,7 +240,8 @@ class CompiledModel:
         return module
 
 
-def _refuse(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _refuse(self: nn.Module, *args: Value, **kwargs: Value) -> Value:
+    """Stand in for ``forward``: the graph of all parts is no function of the model's inputs."""
     raise ObservationError(
         "a model compiled with kfac_fx.backend records its own forward passes, not others: call "
         f"observe(outputs, targets) with fisher='empirical', or {DONATED_BUFFER_ADVICE}, or use "
@@ -207,18 +250,26 @@ def _refuse(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 class _Recorded:
-    """Runs the form with taps while its buffers ask for statistics, else the compiled graph."""
+    """Run the form with taps while its buffers ask for statistics, else the compiled graph.
+
+    Args:
+        graph: what Dynamo captured.
+        module: the same with taps.
+    """
 
     def __init__(self, graph: CompiledGraph, module: fx.GraphModule) -> None:
         self._plain = graph.compiled
         read = reads_below(module.graph, STORE)
         self._factors: list[Tensor] = [_attribute(module, path) for path in read]
+        # "eager" runs graphs as they are, for debugging: so does the form with taps.
         inner = graph.settings.inner
-        self._with_taps: Callable[..., Any] = module
+        self._with_taps: Callable[..., Value] = module
         if inner != "eager":
-            options: Any = {"fullgraph": True, "dynamic": True if graph.is_dynamic else None}
-            self._with_taps = torch.compile(module, backend=inner, **options)
+            # An open size stays open in the second form, or it would be compiled anew for each.
+            dynamic = True if graph.is_dynamic else None
+            self._with_taps = torch.compile(module, backend=inner, fullgraph=True, dynamic=dynamic)
 
-    def __call__(self, *inputs: Any) -> Any:
+    def __call__(self, *inputs: Value) -> Value:
+        """Run one of the two forms."""
         on = torch.is_grad_enabled() and recording(self._factors)
         return (self._with_taps if on else self._plain)(*inputs)

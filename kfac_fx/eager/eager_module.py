@@ -128,6 +128,8 @@ def eager_module(model: nn.Module, example: fx.Graph) -> EagerModule:
         model: is run by the result; parameters, buffers and submodules are shared with it.
         example: what it did with example inputs.
     """
+    # The graph that runs is one call: fx's machinery (code, copies, hooks) stays in use, and other
+    # passes see a module that they can leave alone.
     graph = fx.Graph()
     inputs = graph.placeholder("*args"), graph.placeholder("**kwargs")
     graph.output(graph.create_node("call_module", RUNNER, inputs))

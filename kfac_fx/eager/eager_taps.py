@@ -14,7 +14,7 @@ from kfac_fx.capture.graph_view import Consumer, GraphView
 from kfac_fx.eager.recordable_uses import at_its_call
 from kfac_fx.ir.curvature_graph import CurvatureBlock, CurvatureGraph
 from kfac_fx.ir.use import FactorSpec, NodeRef, ParameterUse, Role, Tap
-from kfac_fx.ops import STORE
+from kfac_fx.ops.net_buffers import STORE
 from kfac_fx.passes.rules.generic import as_rows, case_tap
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ class EagerTaps:
                 self._blocks.setdefault(name, []).append(block)
         self._without_tap = {n for n, bs in self._blocks.items() if not all(b.tapped for b in bs)}
         self._uncovered = frozenset(curvature.unused)
+        # Rules may claim what has a block with a tap; other uses of these are reported as missed.
         self._open = frozenset(self._blocks) - self._without_tap
         self._alone = frozenset(b.parameters[0] for b in blocks if len(b.parameters) == 1)
         self._told: set[str] = set()
@@ -95,6 +96,8 @@ class EagerTaps:
             inner = use.parameters[0] in self.computed and not view.depends_on_data(node)
             if inner and use.tap is not None and use.tap.scale is None:
                 continue  # a step of computing a weight that is recorded where it is used
+            # The buffers have the form of the block that the example showed. A use of another form
+            # (a layer applied to other dimensions) has no place in them and is left out.
             known = next((known for known in block.uses if _same_form(known, use)), None)
             if known is not None and use.tap is not None and at_its_call(use, use.tap, node):
                 record = self._record(use.tap, known, block)

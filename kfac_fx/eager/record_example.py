@@ -49,6 +49,8 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> f
     hidden = _used_detached(returned, tape)
     if hidden:
         log.warning("a custom autograd.Function hides the uses of %s: no block", ", ".join(hidden))
+    # An expert that the example inputs did not choose has a use all the same: it stands on an input
+    # of its own and leads nowhere, so no edge begins or ends at it.
     for path in _unreached(model, tape.touched):
         tape.graph.call_module(path, (tape.placeholder("unreached"),))
     tape.graph.output(tuple(tape.node(tensor) for tensor in returned))
@@ -73,6 +75,7 @@ def _used_unseen(outputs: list[Tensor], tape: Tape) -> list[str]:
 
 def _autograd_nodes(outputs: list[Tensor]) -> Iterator[Node]:
     """Yield the nodes of the graph that backward would walk, each once."""
+    # A stack and not a recursion: graphs of long sequences are deeper than Python's limit.
     todo = [t.grad_fn for t in outputs if t.grad_fn is not None]
     seen = set(todo)
     while todo:

@@ -1,4 +1,8 @@
-"""Records the torch functions that a running model calls, one at a time, as an fx graph."""
+"""Record the torch functions that a running model calls, one at a time, as an fx graph.
+
+The graph is what symbolic tracing would have made of the path that this run takes. A call is added
+to it before it runs, so that the rules can say where its taps go.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +45,10 @@ _HERE = str(Path(__file__).parent.parent)
 
 
 class Seen(torch.autograd.Function):
-    """A parameter on its way into a recorded call: tells such uses from all others."""
+    """The identity on a parameter that goes into a recorded call.
+
+    Its node in autograd's graph tells recorded uses from those that no torch function shows.
+    """
 
     @staticmethod
     def forward(ctx: Any, parameter: Tensor) -> Tensor:
@@ -58,7 +65,7 @@ class Seen(torch.autograd.Function):
 
 
 class Tape(TorchFunctionMode):
-    """Within the context, every call on tensors becomes a node of ``graph``.
+    """Make every call on tensors a node of ``graph``, within the context.
 
     Parameters, buffers and other tensors that the model holds are ``get_attr`` nodes; tensors that
     come from elsewhere are placeholders, so they count as data.
@@ -85,33 +92,45 @@ class Tape(TorchFunctionMode):
         self._mark = mark
         self._parameters = {id(p): name for name, p in self.view.parameters.items()}
         self._constants = dict(_held_tensors(model))
+        # Tensors are known by identity: while the tape lives, none of these may be freed and give
+        # its address to another.
         self._alive = [*self.view.parameters.values(), *self._constants.values()]
         self._names = {id(t): name for name, t in self._constants.items()} | self._parameters
         self._nodes: Any = WeakIdKeyDictionary()
 
     def __torch_function__(
         self,
-        func: Callable[..., Any],
-        types: Any,
+        func: Function,
+        types: object,
         args: tuple[Value, ...] = (),
         kwargs: Mapping[str, Value] | None = None,
     ) -> Value:
+        """Run a call and add it to the graph; torch calls this for every torch function."""
         kwargs = dict(kwargs or {})
         tensors = list(tensors_of((args, kwargs)))
         if not any(self._reads_parameter(t) for t in tensors):
             return self._bind(func(*args, **kwargs), func, args, kwargs)
+        # Without gradients a parameter is used as a constant (a target network, a running norm):
+        # no block, and no tap. A reentrant checkpoint looks the same and is not.
         if not torch.is_grad_enabled():
             if self._mark and in_reentrant_checkpoint():
                 for name in self._read_by(tensors):
                     self.consume(name, activation_checkpoint)
             return self._bind(func(*args, **kwargs), func, args, kwargs, detached=True)
+        # F.cross_entropy and its like are Python: what they call is recorded, not they themselves,
+        # for the rules know the parts. The mode is off within this method, so it is entered anew.
         if is_composed(func):
             with self:
                 return without_override_question(func)(*args, **kwargs)
         return self._use(func, args, kwargs, tensors)
 
     def node(self, tensor: Tensor, *, detached: bool = False) -> fx.Node:
-        """The node of a tensor; one that no call made is read from the model or is an input."""
+        """Return the node of a tensor; one that no call made is read from the model or is an input.
+
+        Args:
+            tensor: any tensor of the run.
+            detached: return another node for a parameter, one that is none.
+        """
         found: fx.Node | None = self._nodes.get(tensor)
         if found is None:
             name = self._names.get(id(tensor))
@@ -124,12 +143,17 @@ class Tape(TorchFunctionMode):
         return found
 
     def placeholder(self, name: str) -> fx.Node:
-        """A new input, in front of all other nodes."""
+        """Return a new input, in front of all other nodes."""
         with self.graph.inserting_before():
             return self._new("placeholder", name)
 
-    def consume(self, name: str, by: Callable[..., Any]) -> None:
-        """Notes a use of a parameter that no rule can look into."""
+    def consume(self, name: str, by: Callable[[], None]) -> None:
+        """Note a use of a parameter that no rule can look into.
+
+        Args:
+            name: of the parameter.
+            by: stands for what uses it; its name is shown as the reason.
+        """
         self._new("call_function", by, (self._new("get_attr", name),))
 
     # A call.
@@ -141,7 +165,14 @@ class Tape(TorchFunctionMode):
         kwargs: dict[str, Value],
         tensors: list[Tensor],
     ) -> Value:
-        """Runs a call that reads parameters while gradients are on."""
+        """Run a call that reads parameters while gradients are on, with its taps.
+
+        Args:
+            func: the torch function.
+            args: its positional arguments.
+            kwargs: its keyword arguments.
+            tensors: all tensors among them.
+        """
         node = self._call(func, args, kwargs, detached=False)
         plans: Sequence[Placement] = ()
         if hidden := hidden_by():
@@ -151,9 +182,12 @@ class Tape(TorchFunctionMode):
             plans = self._taps.place(self.view, node)
         values = {self.node(t).name: t for t in tensors}
         swap: dict[int, Tensor] = {}
-        for tap, record, *_ in plans:
-            if tap.consumer is not None:
-                swap[id(values[tap.node])] = record(values[tap.node], values)
+        # Some taps stand on an input of the call (a scale that is multiplied with the data), others
+        # on its output; an operator with slots runs instead of the call.
+        for plan in plans:
+            if plan.tap.consumer is not None:
+                tapped = values[plan.tap.node]
+                swap[id(tapped)] = plan.record(tapped, values)
         if self._mark and hidden is not function_transform and not reads_property(func):
             swap |= {id(t): Seen.apply(t) for t in tensors if id(t) in self._parameters}
         if swap:
@@ -165,13 +199,15 @@ class Tape(TorchFunctionMode):
         made = made_by(func, args, result)
         if not any(t.requires_grad for t in made):
             self._replace_by_detached(node)
+        # A call that returns what the model holds (an in-place update of a buffer) makes no value.
         if all(id(t) in self._names for t in made):
             self.graph.erase_node(node)
             return result
         self._report(node, plans)
-        for tap, record, *_ in plans:
-            if tap.consumer is None and not tap.slots and _differentiable(result):
-                result = record(result, values)
+        for plan in plans:
+            on_output = plan.tap.consumer is None and not plan.tap.slots
+            if on_output and _differentiable(result):
+                result = plan.record(result, values)
         self._results(made[0] if result is None else result, node)
         return result
 
@@ -184,7 +220,15 @@ class Tape(TorchFunctionMode):
         *,
         detached: bool = False,
     ) -> Value:
-        """Adds the node of a call that has run and reads no parameter with gradients."""
+        """Add the node of a call that has run and reads no parameter with gradients.
+
+        Args:
+            result: what the call returned; it is handed on.
+            func: the torch function.
+            args: its positional arguments.
+            kwargs: its keyword arguments.
+            detached: whether parameters among them count as constants.
+        """
         made = made_by(func, args, result)
         if not all(id(t) in self._names for t in made):
             node = self._call(func, args, kwargs, detached=detached)
@@ -192,6 +236,7 @@ class Tape(TorchFunctionMode):
         return result
 
     def _results(self, result: Value, node: fx.Node) -> None:
+        """Bind the tensors that a call returned to its node, or to nodes that take them out."""
         if isinstance(result, Tensor):
             if id(result) not in self._names:
                 self._nodes[result] = node
@@ -202,7 +247,7 @@ class Tape(TorchFunctionMode):
                     self._results(item, self._new("call_function", operator.getitem, args))
 
     def _report(self, node: fx.Node, plans: Sequence[Placement]) -> None:
-        """A use that is no view of the parameter and is not recorded."""
+        """Report parameters that a call uses, is no view of, and no tap records."""
         if self._taps is None or self.view.reference(node) is not None or self.view.is_split(node):
             return
         missed = self._names_read(node).difference(*(plan.parameters for plan in plans))
@@ -216,6 +261,7 @@ class Tape(TorchFunctionMode):
     def _call(
         self, func: Function, args: tuple[Value, ...], kwargs: dict[str, Value], *, detached: bool
     ) -> fx.Node:
+        """Return a new node for a call."""
         op, target, args = spelled(func, args)
         chosen = self._chosen(target, args)
         args = args if chosen is None else (args[0], chosen)
@@ -223,6 +269,7 @@ class Tape(TorchFunctionMode):
         def argument(value: Value) -> Value:
             if isinstance(value, Tensor):
                 return self.node(value, detached=detached)
+            # fx takes plain values only; the rules read no others, so a text stands for them.
             return value if isinstance(value, _PLAIN) else repr(value)
 
         args, kwargs = mapped(argument, (args, kwargs))
@@ -232,16 +279,24 @@ class Tape(TorchFunctionMode):
         return node
 
     def _chosen(self, target: Function, args: tuple[Value, ...]) -> int | None:
-        """Which matrix of a parameter that is a stack of them (experts) the data choose."""
+        """Return which matrix the data choose, of a parameter that is a stack of them (experts)."""
         if target not in ("__getitem__", operator.getitem) or not isinstance(args[1], Tensor):
             return None
         stack, index = args
-        if index.dim() or index.dtype in (torch.bool, torch.uint8):  # masks
+        # A mask or a vector of indices chooses several at once, which is the use of a table.
+        if index.dim() or index.dtype in (torch.bool, torch.uint8):
             return None
         seen = self.view.reference(self.node(stack)) if self._reads_parameter(stack) else None
         return int(index) if seen is not None and len(seen.layout.shape) > 2 else None
 
-    def _new(self, op: str, target: Function, args: Any = (), kwargs: Any = None) -> fx.Node:
+    def _new(
+        self,
+        op: str,
+        target: Function,
+        args: tuple[Value, ...] = (),
+        kwargs: dict[str, Value] | None = None,
+    ) -> fx.Node:
+        """Return a new node, which the view has read."""
         node = self.graph.create_node(op, target, tuple(args), kwargs or {})
         self.view.read(node)
         if self._mark and self._names_read(node):
@@ -249,10 +304,15 @@ class Tape(TorchFunctionMode):
         return node
 
     def _names_read(self, node: fx.Node) -> set[str]:
+        """Return names of the parameters that a node reads, whole or in pieces."""
         found = map(self.view.reference, node.all_input_nodes)
         return {reference.name for reference in found if reference is not None}
 
     def _replace_by_detached(self, node: fx.Node) -> None:
+        """Let a node read constants in place of parameters: no derivative comes back to them.
+
+        A comparison or a call of ``detach`` reads a parameter, and is no use of it.
+        """
         for source in node.all_input_nodes:
             if self.view.reference(source) is not None:
                 with self.graph.inserting_before(node):
@@ -260,10 +320,12 @@ class Tape(TorchFunctionMode):
         self.view.read(node)
 
     def _read_by(self, tensors: Sequence[Tensor]) -> list[str]:
+        """Return names of the parameters among tensors, each once."""
         found = (self.view.reference(self.node(t)) for t in tensors if self._reads_parameter(t))
         return list(dict.fromkeys(reference.name for reference in found if reference is not None))
 
     def _reads_parameter(self, tensor: Tensor) -> bool:
+        """Tell whether a tensor is a parameter, or computed from some and from no data."""
         if id(tensor) in self._parameters:
             return True
         node = self._nodes.get(tensor)
@@ -276,11 +338,12 @@ _PLAIN = (*_NUMBERS, *_SETTINGS, fx.Node, str, slice, type(None), type(Ellipsis)
 
 
 def _differentiable(result: Value) -> bool:
+    """Tell whether a result is one tensor with a place in autograd's graph."""
     return isinstance(result, Tensor) and result.requires_grad
 
 
 def _held_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Buffers, and the tensors in plain attributes, of all modules."""
+    """Yield buffers, and the tensors in plain attributes, of all modules, with a name each."""
     yield from model.named_buffers()
     for path, module in model.named_modules():
         for key, value in vars(module).items():
@@ -302,5 +365,6 @@ def compilers_off() -> AbstractContextManager[object]:
 
 
 def _user_stack() -> str:
+    """Return the stack as text, without the frames of this library."""
     frames = traceback.extract_stack()
     return "".join(traceback.format_list([f for f in frames if not f.filename.startswith(_HERE)]))

@@ -64,6 +64,8 @@ def made_by(func: Function, args: tuple[Value, ...], result: Value) -> list[Tens
 
 def spelled(func: Function, args: tuple[Value, ...]) -> tuple[str, Function, tuple[Value, ...]]:
     """Return operation, target and arguments of the node that symbolic tracing would make."""
+    # ``x.T`` arrives as the getter of a property, ``2 @ x`` as x's reflected method, ``x.mul(y)``
+    # as the method of the class. The vocabulary knows them as fx spells them.
     name = getattr(func, "__name__", "")
     if name == "__get__":
         return "call_function", getattr, (args[0], func.__self__.__name__)

@@ -19,10 +19,15 @@ from kfac_fx.torch_internals.buffer_registration_hooks import no_hooks_left
 from kfac_fx.torch_internals.pytree import tree_leaves
 
 log = logging.getLogger("kfac_fx")
+Value = Any
+"""An input of the user's model, or what a module holds under a name."""
+
 _RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
 
 
-def from_export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CapturedModule:
+def from_export(
+    model: nn.Module, args: tuple[Value, ...], kwargs: dict[str, Value]
+) -> CapturedModule:
     """Return the model as torch.export sees it with the example inputs, in both modes.
 
     Args:
@@ -33,7 +38,7 @@ def from_export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     Raises:
         CaptureError: torch.export refuses the model; names the user's line and its reason.
     """
-    constants: dict[str, Any] = {}
+    constants: dict[str, Value] = {}
 
     def graph_of(model: nn.Module) -> fx.Graph:
         module = exported(model, args, kwargs)
@@ -58,15 +63,22 @@ def of_program(program: ExportedProgram) -> CapturedModule:
     return module
 
 
-def exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
-    """The model in its present mode, at ATen level; batch and length dynamic where it allows it.
+def exported(model: nn.Module, args: tuple[Value, ...], kwargs: dict[str, Value]) -> fx.GraphModule:
+    """Return the model in its present mode, at ATen level; batch and length are open if possible.
 
     The first two dimensions of every input are tried, then the first alone. A dimension that the
     graph has fixed is checked when it runs: another size could be broadcast without a word.
 
+    Args:
+        model: is exported as it is.
+        args: positional example inputs.
+        kwargs: keyword example inputs.
+
     Raises:
         CaptureError: torch.export refuses the model; names the user's line and its reason.
     """
+    # An open length lets one transform serve all lengths; models that branch on it refuse, and an
+    # open batch alone is tried then.
     try:
         module = _export(model, args, kwargs, dynamic=2)
     except Exception as first:  # any code of the user's may run here
@@ -81,9 +93,12 @@ def exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 def check_sizes(graph: fx.Graph) -> None:
-    """Lets an exported graph check its inputs' sizes, and no longer the dtypes on its way.
+    """Let an exported graph check its inputs' sizes, and no longer the dtypes on its way.
 
-    Those checks, behind every cast, would count as uses of what they look at.
+    The dtype checks, one after every cast, would count as uses of what they look at.
+
+    Args:
+        graph: is changed in place.
     """
     _expect_fixed_sizes(graph)
     for node in list(graph.nodes):
@@ -92,9 +107,9 @@ def check_sizes(graph: fx.Graph) -> None:
 
 
 def _export(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: int
+    model: nn.Module, args: tuple[Value, ...], kwargs: dict[str, Value], dynamic: int
 ) -> fx.GraphModule:
-    """Exported with the first ``dynamic`` dimensions of the inputs left open."""
+    """Return the model exported with the first ``dynamic`` dimensions of the inputs left open."""
     shapes = torch.export.ShapesCollection()
     seen: set[int] = set()
     for leaf in tree_leaves((args, kwargs)):
@@ -104,6 +119,7 @@ def _export(
             open_dims = [dim for dim, size in enumerate(leaf.shape[:dynamic]) if size > 1]
             if open_dims:
                 shapes[leaf] = dict.fromkeys(open_dims, torch.export.Dim.AUTO)
+    # Not strict: the model's own Python runs on fake tensors, which follows more code than Dynamo.
     with no_hooks_left():
         program = torch.export.export(
             model,
@@ -118,7 +134,12 @@ def _export(
 
 
 def expect_sizes(value: torch.Tensor, sizes: tuple[int, ...], name: str) -> None:
-    """Refuses an input whose leading sizes are not those of the capture; -1 is any.
+    """Refuse an input whose leading sizes are not those of the capture; graphs call this.
+
+    Args:
+        value: the input.
+        sizes: those of its first dimensions; -1 stands for any.
+        name: of the input, for the message.
 
     Raises:
         CaptureError: names the input and both shapes.
@@ -132,7 +153,7 @@ def expect_sizes(value: torch.Tensor, sizes: tuple[int, ...], name: str) -> None
 
 
 def fixes_batch(graph: fx.Graph) -> bool:
-    """Whether an exported graph takes the batch size of its example only.
+    """Tell whether an exported graph takes the batch size of its example only.
 
     With recurrent layers the first dimension may be the steps, whose number torch.export fixes.
     """
@@ -140,20 +161,21 @@ def fixes_batch(graph: fx.Graph) -> bool:
         getattr(node.target, "__name__", "").split(".")[0] in _RECURRENT for node in graph.nodes
     ):
         return False
+    # A size of 1 says nothing, for every export fixes it.
     inputs = [_fixed_sizes(node) for node in graph.nodes if node.op == "placeholder"]
     first = [sizes[0] for sizes in inputs if sizes]
     return any(size > 1 for size in first) and all(size != -1 for size in first)
 
 
 def _fixed_sizes(node: fx.Node) -> tuple[int, ...]:
-    """The sizes of an input, -1 where they are open."""
+    """Return the sizes of an input, -1 where they are open."""
     shape = getattr(node.meta.get("val"), "shape", ())
     known = (s.node.maybe_as_int() if isinstance(s, torch.SymInt) else s for s in shape)
     return tuple(-1 if size is None else size for size in known)
 
 
 def _expect_fixed_sizes(graph: fx.Graph) -> None:
-    """Lets the graph check the first two sizes of its inputs that it has fixed.
+    """Let the graph check the first two sizes of its inputs that it has fixed.
 
     A size of 1 is fixed by every export, also of models that take others: it is let through.
     """
@@ -165,8 +187,10 @@ def _expect_fixed_sizes(graph: fx.Graph) -> None:
                 graph.call_function(expect_sizes, (node, sizes, node.name))
 
 
-def _lift_constants(model: nn.Module, captured: fx.GraphModule, constants: dict[str, Any]) -> None:
-    """Moves to ``constants`` what a capture owns and the model lacks, under names of its own.
+def _lift_constants(
+    model: nn.Module, captured: fx.GraphModule, constants: dict[str, Value]
+) -> None:
+    """Move to ``constants`` what a capture owns and the model lacks, under names of its own.
 
     A constant of the same place and value in an earlier capture of the model is shared.
     """
@@ -178,6 +202,8 @@ def _lift_constants(model: nn.Module, captured: fx.GraphModule, constants: dict[
             continue
         if path not in names:
             value = _attribute(captured, path)
+            # The evaluation's capture numbers its constants anew; the same value gets the same
+            # name, so that one graph can still stand for both modes.
             name = f"_constant_{number}"
             while name in constants and not _same(constants[name], value):
                 name += "_"
@@ -186,14 +212,16 @@ def _lift_constants(model: nn.Module, captured: fx.GraphModule, constants: dict[
         node.target = names[path]
 
 
-def _same(one: Any, other: Any) -> bool:
+def _same(one: Value, other: Value) -> bool:
+    """Tell whether two constants are one, so that both modes can share it."""
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
         return one.dtype == other.dtype and torch.equal(one, other)
     return one is other
 
 
-def _attribute(module: nn.Module, path: str) -> Any:
-    value: Any = module
+def _attribute(module: nn.Module, path: str) -> Value:
+    """Return what a module has at a path, None where there is nothing."""
+    value: Value = module
     for part in path.split("."):
         value = getattr(value, part, None)
     return value

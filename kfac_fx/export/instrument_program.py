@@ -1,19 +1,30 @@
-"""Taps in an ExportedProgram: the chain on its graph, factor buffers as lifted inputs."""
+"""Put taps into an ExportedProgram: the passes run on its graph, factor buffers become inputs.
+
+A program takes every parameter and buffer as an input of its graph, and a signature says which is
+which. The passes want members that are read, so inputs are read, and taken again afterwards.
+"""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
-from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, TensorArgument
+from torch.export.graph_signature import (
+    ExportGraphSignature,
+    InputKind,
+    InputSpec,
+    OutputSpec,
+    TensorArgument,
+)
 
 from kfac_fx.capture.captured_module import captured_module
-from kfac_fx.ops import STORE
+from kfac_fx.capture.dialect import Argument
+from kfac_fx.ops.net_buffers import STORE
 from kfac_fx.passes.graph_inputs import placeholders, read_members, reads_below, take_inputs
 from kfac_fx.passes.kfac_transform import KFACTransform
 from kfac_fx.torch_internals.fake_tensors import detect_fake_mode
@@ -22,12 +33,13 @@ from kfac_fx.torch_internals.fake_tensors import detect_fake_mode
 def instrument_program(
     program: ExportedProgram, transform: KFACTransform | None = None
 ) -> ExportedProgram:
-    """The program with taps; it can be saved, and loaded wherever ``kfac_fx`` is imported.
+    """Return the program with taps; it can be saved, and loaded where ``kfac_fx`` is imported.
 
     ``program.module()`` of the result is what ``Preconditioner`` takes. Parameters are shared with
     the program given, which stays as it is; the mode is that in which it was exported.
 
     Args:
+        program: at ATen level, of torch.export; it is not changed.
         transform: what to run on its graph; ``KFACTransform()`` by default.
 
     Raises:
@@ -37,12 +49,15 @@ def instrument_program(
     graph = copy.deepcopy(program.graph)
     signature = program.graph_signature
     paths = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    # The passes run on a module that owns the members; the program's graph itself takes inputs.
     net = captured_module(program.module(check_guards=False), graph, None)
     read_members(net.graph, paths)
     transform(net)
     inputs = {node.name: node for node in placeholders(net.graph)}
     take_inputs(net.graph, {path: inputs[name] for name, path in paths.items()})
     buffers = {path: _tensor(net, path) for path in reads_below(net.graph, STORE)}
+    # The new inputs stand after all parameters and buffers and before the user's own: the order
+    # that torch.export keeps and its verifier checks.
     specs = _renamed(signature.input_specs, placeholders(net.graph))
     place = sum(spec.kind != InputKind.USER_INPUT for spec in specs)
     made = _new_inputs(net.graph, place, buffers)
@@ -69,15 +84,24 @@ def instrument_program(
     )
 
 
-def _renamed(specs: Iterable[Any], nodes: Iterable[Any]) -> list[Any]:
-    """Specs with the names that their nodes have now."""
+Spec = TypeVar("Spec", InputSpec, OutputSpec)
+
+
+def _renamed(specs: Iterable[Spec], nodes: Iterable[Argument]) -> list[Spec]:
+    """Return specs with the names that their nodes have now; others stay as they are."""
     return [
-        replace(spec, arg=replace(spec.arg, name=node.name)) if isinstance(node, fx.Node) else spec
+        replace(spec, arg=_named(spec.arg, node.name)) if isinstance(node, fx.Node) else spec
         for spec, node in zip(specs, nodes, strict=True)
     ]
 
 
-def _tensor(module: Any, path: str) -> Tensor:
+def _named(argument: Argument, name: str) -> Argument:
+    """Return the argument of a spec with another name; its class is one of several of torch's."""
+    return replace(argument, name=name)
+
+
+def _tensor(module: Argument, path: str) -> Tensor:
+    """Return a tensor of a module by its path."""
     for part in path.split("."):
         module = getattr(module, part)
     assert isinstance(module, Tensor)
@@ -85,8 +109,18 @@ def _tensor(module: Any, path: str) -> Tensor:
 
 
 def _new_inputs(graph: fx.Graph, place: int, buffers: dict[str, Tensor]) -> dict[str, fx.Node]:
-    """Placeholders for buffers, from the given place on, as torch.export would have made them."""
+    """Insert placeholders for buffers, as torch.export would have made them.
+
+    Args:
+        graph: is changed in place.
+        place: number of the input before which they are inserted.
+        buffers: by path in the module.
+
+    Returns:
+        Path -> placeholder.
+    """
     found = placeholders(graph)
+    # A program's verifier wants a value for every input, made by the mode of its graph.
     mode = detect_fake_mode([node.meta.get("val") for node in found])
     following = found[place] if place < len(found) else found[-1].next
     made = {}

@@ -67,6 +67,8 @@ class DampingRule:
 
     def candidates(self, iteration: int) -> list[float]:
         """Return gamma, and every T2 iterations its neighbours too; all within the limits."""
+        # The ceiling may lie below the floor while lambda is small: then the floor counts, as too
+        # little damping gives steps of any size and too much only short ones.
         floor = (self.smallest + self.weight_decay) ** 0.5
         ceiling = max(self.gamma_limit * self.total**0.5, floor)
         found = [self.gamma]
@@ -86,6 +88,7 @@ class DampingRule:
             change: objective after the step less before, on the same cases.
             predicted: the model's value at the step, not positive.
         """
+        # Between 1/4 and 3/4 the model is as good as it need be, and lambda stays.
         rho = change / predicted if predicted else 1.0
         if rho > 3 / 4:
             self.damping = max(self.damping * self._omega1, self.smallest)
@@ -95,6 +98,7 @@ class DampingRule:
 
     def rejected(self) -> None:
         """Raise lambda and gamma after a step that was undone."""
+        # Both: a step that made the loss explode was too long whichever of them let it.
         self.damping = min(self.damping / self._omega1, self._largest)
         self.gamma = min(self.gamma / self._omega2, self._largest**0.5)
 

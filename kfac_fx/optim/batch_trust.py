@@ -72,6 +72,7 @@ class BatchTrust:
             loss: [], the mean over likelihood terms.
             gradient: of every parameter.
         """
+        # They are kept for accept(): a batch counts as usual only after its statistics were taken.
         value, norm = _numbers(loss, gradient)
         self._last_loss = value
         self._last_norm = norm
@@ -79,6 +80,7 @@ class BatchTrust:
             return False
         if self._loss is None or self._norm is None:
             return True
+        # Losses may be negative (densities), so that a factor is of the absolute average.
         usual = value <= self.outlier * max(abs(self._loss), FLOOR) and (
             norm <= WIDER * self.outlier * max(self._norm, FLOOR)
         )
@@ -91,6 +93,7 @@ class BatchTrust:
 
     def grew(self, before: float, after: float) -> bool:
         """Say whether a step made the same batch's loss an outlier, or not finite."""
+        # "not <" rather than ">=": a loss that is not a number has grown too much.
         limit = (self.outlier - 1) * max(abs(before), FLOOR)
         return math.isfinite(before) and not after - before < limit
 

@@ -19,6 +19,7 @@ class Diagnostics(dict[str, float]):
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Add the seconds that pass inside to ``seconds_<name>``."""
+        # Of a GPU these are seconds until work was handed over, except in stages that wait for it.
         start = time.perf_counter()
         yield
         key = f"seconds_{name}"

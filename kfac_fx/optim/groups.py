@@ -33,6 +33,8 @@ class Groups:
     ) -> None:
         self._optimizer = optimizer
         self._whole = whole
+        # A parameter outside of all blocks has no Fhat, and would take steps of gradient descent
+        # with K-FAC's sizes: it belongs to another optimizer.
         self._names = {id(p): name for name, p in names.items()}
         if any(id(p) not in self._names for g in optimizer.param_groups for p in g["params"]):
             raise UnknownOptionError("params holds a parameter without a curvature block")
@@ -50,6 +52,7 @@ class Groups:
 
     def l2(self) -> float:
         """Return the l2 term: the sum of eta / 2 ||theta||^2 over the groups."""
+        # In float64: the reduction ratio is a small difference of two objectives.
         decay = self.options("weight_decay")
         terms = [0.5 * decay[n] * p.double().square().sum() for n, p in self.parameters().items()]
         return float(torch.stack(terms).sum())

@@ -58,5 +58,7 @@ class GrowingBatches(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         for k in range(self.first_iteration, self.first_iteration + self.iterations):
+            # Each batch is drawn anew from all cases, not dealt from one permutation: batches that
+            # grow have no epochs.
             order = torch.randperm(self.cases, generator=self.generator)
             yield order[: self.size(k)].tolist()

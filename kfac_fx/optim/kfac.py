@@ -152,6 +152,7 @@ class KFAC(HasCurvature, Optimizer):
             compile=compile,
             by_inputs=self._whole.given is None,
         )
+        # The taps stay off in every pass but the one of the statistics: recording takes time.
         self._recorder.switch(False)
 
         # From gradient to update.
@@ -278,6 +279,7 @@ class KFAC(HasCurvature, Optimizer):
         if worth < 1:
             torch._foreach_mul_(list(made.step.values()), worth)
             self.diagnostics["share"] = worth
+        # Before the step, as it changes the parameters in place.
         before = loss + self._groups.l2() if made.judged else loss
         self._last.take(parameters, buffers, made.step)
         if made.judged:
@@ -340,6 +342,7 @@ class KFAC(HasCurvature, Optimizer):
         """Undo the last step if it made this batch's loss what it is; return whether it did."""
         if not self._last.parameters:
             return False
+        # At the parameters from before that step. If the batch is bad there too, it is the batch.
         with self._objective.aside():
             before = self._objective.value(batch, self._last.parameters)
         if not self._trust.grew(before, loss):

@@ -55,6 +55,7 @@ class KFACOptions:
     factor_storage: FactorStorage | None = None
 
     def __post_init__(self) -> None:
+        # Here and not in KFAC, so that an object that exists is one that can be used.
         period("damping_every", self.damping_every)
         period("gamma_every", self.gamma_every)
         share("statistics_fraction", self.statistics_fraction)

@@ -44,6 +44,7 @@ class LastStep:
         else:
             self.parameters = cloned(parameters)
         self.buffers = buffers
+        # In place: the network and its compiled pass go on with the same tensors.
         torch._foreach_add_(list(parameters.values()), [update[name] for name in parameters])
         self.update = update
 
@@ -51,6 +52,7 @@ class LastStep:
         """Put the parameters back; return the buffers from before, and forget the step."""
         for name, parameter in parameters.items():
             parameter.copy_(self.parameters[name])
+        # The update is forgotten too: as momentum it would lead back to where the step was undone.
         buffers = self.buffers
         self.forget_update()
         self.parameters = {}

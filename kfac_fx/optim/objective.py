@@ -80,11 +80,13 @@ class Objective:
         # Parameters that are gathered are given by functional_call, which a compiled network lacks.
         own = whole.given is None
         self._compiled = compiled_network(net, compile) if compile and own else None
+        # Factor buffers are the taps': copying them each step would cost as much as the parameters.
         names = [name for name, _ in net.named_buffers() if not name.startswith(STORE)]
         self._buffers = {name: net.get_buffer(name) for name in names}
 
     def begin(self, batch: Batch) -> None:
         """Draw new masks for the passes that follow, and count the batch's cases."""
+        # One seed a batch, for all its passes: each of them starts from it (same_masks).
         self._seed = drawn_seed(self._generator, self._workers)
         self.cases = int(self._workers.agree("a batch", amount=case_count(batch))[1])
 
@@ -182,6 +184,8 @@ class Objective:
                 outputs = outputs_of(self.forward, self._compiled, batch.inputs)
             loss = self.loss(outputs, batch.targets)
             wrt = list(parameters.values())
+            # Not loss.backward(): the user's .grad stays as it is. A parameter that the batch does
+            # not reach has a gradient of zero, to which the l2 term is added.
             found = torch.autograd.grad(loss, wrt, allow_unused=True, materialize_grads=True)
         value = loss.detach()
         dense = [g.to_dense() if g.is_sparse else g for g in found]

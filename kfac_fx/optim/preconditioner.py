@@ -128,8 +128,11 @@ class Preconditioner(HasCurvature):
         compile: bool | str = False,
     ) -> None:
         inner = workers.unwrapped(net)
-        net_is_compiled = hasattr(net, "_orig_mod") and recorded_module(inner) is inner
-        net = recorded_module(inner)
+        owner = recorded_module(inner)
+        # A model compiled with our backend keeps its taps in graphs that are recorded as they are;
+        # any other compiled module is one graph from whose outputs no second backward is possible.
+        net_is_compiled = hasattr(net, "_orig_mod") and owner is inner
+        net = owner
         curvature, structure = transformed(net, structure)
         self.curvature = curvature
         self.structure = structure
@@ -149,6 +152,7 @@ class Preconditioner(HasCurvature):
             structure=structure, tikhonov=tikhonov, factor_storage=factor_storage, compile=compile
         )
         self._inverse = InverseFisher(net, curvature, options, self.generator, workers)
+        # From here on all processes draw from the first one's stream; before it nothing was drawn.
         workers.begin("Preconditioner", self._inverse.guard.parameters, self.generator)
         self._recorder = Recorder(
             net,
@@ -159,8 +163,8 @@ class Preconditioner(HasCurvature):
             workers,
             forward=forward,
             compile=compile,
-            # Hooks of a compiled network's taps are not reliable; the empirical Fisher alone has to
-            # take its statistics from the user's own backward, wherever that runs.
+            # A compiled backward runs once, and that is the training's: sampled and exact
+            # statistics take a pass of their own. Empirical ones are of that very backward.
             by_inputs=net_is_compiled and self.fisher != "empirical",
         )
         self._turn = TapTurn(net, "Preconditioner", self._recorder.sources.factors)
@@ -217,6 +221,7 @@ class Preconditioner(HasCurvature):
             finite = self._recorder.observe(outputs, targets)
         else:
             self._turn.take()
+            # The pass draws (dropout): the user's next forward must not see that it ran.
             with forked(self._inverse.guard.parameters.values()):
                 finite = self._recorder.observe_inputs(inputs, targets)
         if not finite:
@@ -240,8 +245,10 @@ class Preconditioner(HasCurvature):
             self._arm()  # forgets what was observed: the next step is whole again
             raise lost
         guard = self._inverse.guard
-        guard.check()
+        guard.check()  # a parameter that was moved would get an update of another device
         given = guard.gradients()
+        # All processes are in the same step here, or the error says which are not; a sum would wait
+        # for the missing one.
         self._workers.agree("step")
         if not given:
             raise GradientError("no parameter has a gradient: call loss.backward() before step()")
@@ -309,6 +316,7 @@ class Preconditioner(HasCurvature):
     @torch.no_grad()
     def _precondition(self, given: Mapping[str, Tensor]) -> None:
         """Replace gradients in their place by the preconditioned ones, or by zeros."""
+        # Statistics may all have been skipped: a plain gradient would be a step of another size.
         whole = self._workers.whole(given)
         finite = bool(self._inverse.inverses)
         if finite:

@@ -80,6 +80,7 @@ class Rule(Protocol):
 
 def due(iteration: int, every: int) -> bool:
     """Say whether a refresh is due: in the first three iterations, and every so many (T3)."""
+    # The first averages change much from one batch to the next; later ones hardly do.
     return iteration <= 3 or iteration % every == 0
 
 
@@ -165,6 +166,7 @@ class AdaptiveUpdate:
         part = self.objective.first(at.batch, self.fraction, LEAST_PRODUCTS)
 
         def run(parameters: Parameters) -> BatchLikelihood:
+            # Each product runs the network once more, with the same masks and no trace in buffers.
             with self.objective.aside():
                 outputs = self.objective.outputs(part.inputs, parameters)
             return self.objective.likelihood_of_all(outputs, part.targets)
@@ -206,6 +208,7 @@ class ScheduledUpdate:
             scaled = {name: at.gradient[name] * at.rates[name] ** 2 for name in proposal}
             length = float(inner_products([scaled, proposal])[0, 1])
             scale = min(1.0, (self.trust_region / max(length, 1e-300)) ** 0.5)
+        # The previous update is written over: with momentum, no more memory than the update itself.
         step = {}
         for name, value in proposal.items():
             rate = -at.rates[name] * scale

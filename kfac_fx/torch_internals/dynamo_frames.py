@@ -14,6 +14,9 @@ from typing import Any
 from torch import fx
 from torch._guards import CompileContext
 
+Compiler = Callable[..., Any]
+"""A backend: from a graph and example inputs to what runs."""
+
 DONATED_BUFFER_ADVICE = "set torch._functorch.config.donated_buffer = False before compiling"
 """What a user can do whose compiled backward pass must run twice; ``torch.compile`` has no option
 for it."""
@@ -31,7 +34,7 @@ def input_source(node: fx.Node) -> str:
     return str(getattr(getattr(argument, "source", None), "name", ""))
 
 
-def find_backend(name: str) -> Callable[..., Any]:
+def find_backend(name: str) -> Compiler:
     """Return the function of a backend of torch.compile.
 
     Raises:
@@ -40,5 +43,5 @@ def find_backend(name: str) -> Callable[..., Any]:
     # Imported when it is used: torch._dynamo takes about a second to import.
     from torch._dynamo import lookup_backend
 
-    found: Callable[..., Any] = lookup_backend(name)
+    found: Compiler = lookup_backend(name)
     return found

@@ -16,11 +16,14 @@ from typing import Any
 
 from torch import fx
 
+Forward = Callable[..., Any]
+"""A generated function: the module itself, then the model's inputs."""
+
 SPECS = ("_in_spec", "_out_spec")
 """Attributes in which code that fx generates for exported graphs finds its pytree structures."""
 
 
-def set_forward(module: fx.GraphModule, forward: Callable[..., Any]) -> None:
+def set_forward(module: fx.GraphModule, forward: Forward) -> None:
     """Replace the ``forward`` of one GraphModule.
 
     fx makes a class of its own for every GraphModule, so no other module is changed. The next
@@ -37,7 +40,7 @@ def set_signature(module: fx.GraphModule, signature: inspect.Signature) -> None:
     type(module).forward.__signature__ = signature  # type: ignore[attr-defined]
 
 
-def with_renamed_specs(forward: Callable[..., Any], prefix: str) -> Callable[..., Any]:
+def with_renamed_specs(forward: Forward, prefix: str) -> Forward:
     """Return a generated ``forward`` that reads ``prefix + "_in_spec"`` and ``_out_spec`` instead.
 
     Args:
@@ -45,6 +48,8 @@ def with_renamed_specs(forward: Callable[..., Any], prefix: str) -> Callable[...
         prefix: is put in front of the names in SPECS.
     """
     assert isinstance(forward, types.FunctionType)
+    # Names of attributes stand in co_names, in the order in which the instructions count them, so
+    # other names in the same places are read by the same instructions.
     code = forward.__code__
     names = tuple(prefix + name if name in SPECS else name for name in code.co_names)
     return types.FunctionType(

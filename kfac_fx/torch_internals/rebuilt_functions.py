@@ -15,6 +15,9 @@ from typing import Any
 
 import torch.nn.functional as F
 
+Function = Callable[..., Any]
+"""A function of torch, whose arguments its documentation says."""
+
 _OVERRIDE_QUESTIONS = (
     "has_torch_function",
     "has_torch_function_unary",
@@ -22,13 +25,14 @@ _OVERRIDE_QUESTIONS = (
 )
 
 
-def with_globals(function: Callable[..., Any], scope: dict[str, Any]) -> Callable[..., Any]:
+def with_globals(function: Function, scope: dict[str, object]) -> Function:
     """Return a function with the body of another, whose global names are looked up in ``scope``.
 
     Args:
         function: written in Python; a function of C++ has no body to take.
         scope: replaces single global names, the others stay those of the function's module.
     """
+    # The body is torch's own code object; only the dictionary in which it looks up names is ours.
     assert isinstance(function, types.FunctionType)
     rebuilt = types.FunctionType(
         function.__code__,
@@ -41,7 +45,7 @@ def with_globals(function: Callable[..., Any], scope: dict[str, Any]) -> Callabl
     return rebuilt
 
 
-def without_override_question(function: Callable[..., Any]) -> Callable[..., Any]:
+def without_override_question(function: Function) -> Function:
     """Return a function of torch.nn.functional that does not ask whether somebody overrides it.
 
     Its body runs instead, so that a ``TorchFunctionMode`` sees the calls that it consists of.
@@ -49,13 +53,13 @@ def without_override_question(function: Callable[..., Any]) -> Callable[..., Any
     return with_globals(function, dict.fromkeys(_OVERRIDE_QUESTIONS, lambda *_: False))
 
 
-def traceable_attention() -> Callable[..., Any]:
+def traceable_attention() -> Function:
     """Return ``F.multi_head_attention_forward`` in a form that symbolic values can go through.
 
     Checks that need values answer as they would for inputs that are right; what divides by the
     square root of a size does so on symbolic sizes.
     """
-    scope = {
+    scope: dict[str, object] = {
         "has_torch_function": lambda tensors: False,
         "_check_key_padding_mask": lambda mask, length, cases: None,
         "_none_or_dtype": lambda mask: None if mask is None else mask.dtype,

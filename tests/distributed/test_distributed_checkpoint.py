@@ -14,7 +14,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from support.asserts import assert_same
+from support.networks import mlp
 from support.processes import PRELOADED, free_port, run_in_world
+from support.steps import numbered_batch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -32,13 +34,7 @@ HALF = 7
 
 def build() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5), nn.Tanh(), nn.Linear(5, 3))
-
-
-def batch(step: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(step)
-    x = torch.randn(12, 6, generator=generator, dtype=torch.float64)
-    return x, x[:, :3].argmax(1)
+    return mlp(6, 8, 5, 3)
 
 
 class Run:
@@ -68,7 +64,8 @@ class Run:
 
     def step(self, step: int) -> None:
         x, y = (
-            values[self.workers.rank if self.workers else 0 :: self.size] for values in batch(step)
+            values[self.workers.rank if self.workers else 0 :: self.size]
+            for values in numbered_batch(step, 12, 6)
         )
         if self.kind == "kfac":
             self.kfac.step(x, y)

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.processes import run_in_world
+from support.steps import numbered_batch
 from torch import Tensor, nn
 
 import kfac_fx
@@ -33,18 +34,12 @@ def build() -> nn.Module:
     return nn.Sequential(*layers, nn.LayerNorm(3)).double()
 
 
-def batch(step: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(step)
-    x = torch.randn(8, WIDTHS[0], generator=generator, dtype=torch.float64)
-    return x, x[:, :3].argmax(1)
-
-
 def train(
     net: nn.Module, preconditioner: Any, steps: int, share: slice, at_step: Any = None
 ) -> None:
     """Plain gradient descent; every process has the whole batch's gradient."""
     for step in range(steps):
-        x, y = batch(step)
+        x, y = numbered_batch(step, 8, WIDTHS[0])
         outputs = net(x[share])
         preconditioner.observe(outputs)
         net.zero_grad()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kfac_fx
+from kfac_fx import passes
 from kfac_fx.capture import Call, dialect
 from kfac_fx.passes import rules
 from kfac_fx.passes.rules import Site, dense_use
@@ -110,3 +113,60 @@ def test_the_last_registration_is_asked_first() -> None:
         assert first is two and second is one
     assert not list(rules.default_rules().asked("my_linear"))
     assert list(rules.default_rules().before(one).asked("my_linear")) == [one]
+
+
+class Refuser:
+    """Takes no dense layer, and says so."""
+
+    kind = "refuser"
+    operations = frozenset({"linear"})
+
+    def match(self, call: Call, site: Site) -> Answer:
+        return ()
+
+
+def test_rules_of_one_transform() -> None:
+    """They are asked for that model alone, by every route; others keep the library's."""
+    model, x = nn.Linear(4, 3), torch.randn(5, 4)
+    mine = rules.default_rules().before(Refuser())
+    for capture in ("symbolic_trace", "export", "eager"):
+        net = kfac_fx.transform(model, (x,), rules=mine, capture=capture)
+        assert {block.kind for block in net.curvature.blocks.values()} != {"linear"}, capture
+    assert passes.KFACTransform(rules=mine).options.rules is mine
+    traced = torch.fx.symbolic_trace(model)
+    passes.KFACTransform(rules=mine)(traced)
+    assert "weight" in traced.meta["kfac_fx"].blocks
+    compiled = torch.compile(model, backend=kfac_fx.backend("eager", rules=mine))
+    compiled(x)
+    curvature = kfac_fx.Preconditioner(compiled, "normal", fisher="empirical").curvature
+    assert {block.kind for block in curvature.blocks.values()} != {"linear"}
+    assert kinds(kfac_fx.transform(model)) == ["kronecker"]
+
+
+class RenamingRule:
+    """The library's dense use under another kind's name."""
+
+    kind = "mine"
+    operations = frozenset({"linear"})
+
+    def match(self, call: Call, site: Site) -> Answer:
+        weight = site.parameter(call.get("weight"))
+        if weight is None:
+            return None
+        found = dense_use(call, site, call.get("input"), weight, weight.layout, ((-1,), (-1,)))
+        return [replace(use, kind=self.kind) for use in found]
+
+
+def test_a_running_model_keeps_the_rules_of_its_blocks() -> None:
+    """Its calls are matched when it runs, and the registration may be over by then."""
+    x = torch.randn(5, 4)
+    with kfac_fx.register_rule(RenamingRule()):
+        net = kfac_fx.transform(nn.Linear(4, 3, bias=False), (x,), capture="eager")
+    assert [block.kind for block in net.curvature.blocks.values()] == ["mine"]
+    preconditioner = kfac_fx.Preconditioner(net, "normal", fisher="exact")
+    outputs = net(x)
+    preconditioner.observe(outputs)
+    outputs.sum().backward()
+    preconditioner.step()
+    (factors,) = preconditioner.factors.values()
+    torch.testing.assert_close(factors[0], x.T @ x / 5)

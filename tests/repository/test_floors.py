@@ -112,7 +112,8 @@ def private_names_of_torch(root: Path) -> list[str]:
             continue
         where = path.relative_to(root).as_posix()
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        for line, name in (*imported_names(tree, module), *_attributes_of_torch(tree)):
+        names = {*imported_names(tree, module), *_attributes_of_torch(tree)}
+        for line, name in sorted(names):
             parts = name.split(".")
             private = any(part.startswith("_") and not part.startswith("__") for part in parts)
             if parts[0] == "torch" and private and parts[1] != "ops" and name not in DOCUMENTED:
@@ -121,7 +122,10 @@ def private_names_of_torch(root: Path) -> list[str]:
 
 
 def _attributes_of_torch(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """(line, dotted name) of every chain of attributes that begins at an import from torch."""
+    """(line, dotted name) of every chain of attributes that begins at an import from torch.
+
+    Of ``torch.a.b`` the chains are ``torch.a`` and ``torch.a.b``: the first is as private as it.
+    """
     names: dict[str, str] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -129,10 +133,12 @@ def _attributes_of_torch(tree: ast.AST) -> Iterator[tuple[int, str]]:
         elif isinstance(node, ast.ImportFrom) and node.module is not None:
             names |= {(a.asname or a.name): f"{node.module}.{a.name}" for a in node.names}
     for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute):
-            head, _, rest = ast.unparse(node).partition(".")
-            if names.get(head, "").split(".")[0] == "torch":
-                yield node.lineno, f"{names[head]}.{rest}"
+        chain = ast.unparse(node) if isinstance(node, ast.Attribute) else ""
+        head, _, rest = chain.partition(".")
+        origin = names.get(head, "")
+        if origin.split(".")[0] == "torch" and rest.replace(".", "").isidentifier():
+            # What is imported from a private module is told of at its import.
+            yield node.lineno, f"torch.{head}.{rest}" if "._" in origin else f"{origin}.{rest}"
 
 
 def test_imports_go_downwards() -> None:

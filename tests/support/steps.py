@@ -36,6 +36,13 @@ def one_step(
     return outputs
 
 
+def numbered_batch(step: int, cases: int, width: int) -> tuple[Tensor, Tensor]:
+    """Inputs [cases, width] in float64 with classes of three, the same in every process."""
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(cases, width, generator=generator, dtype=torch.float64)
+    return x, x[:, :3].argmax(1)
+
+
 def cloned_factors(pre: kfac_fx.Preconditioner) -> Groups:
     """Copies of the factors: the preconditioner goes on in its own tensors."""
     return {name: tuple(f.clone() for f in group) for name, group in pre.factors.items()}

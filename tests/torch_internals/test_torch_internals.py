@@ -10,17 +10,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.distributions import Distribution
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from kfac_fx.torch_internals import (
     buffer_registration_hooks,
+    dispatch_modes,
+    distributions,
     dynamo_frames,
     fake_tensors,
+    foreach,
     function_transforms,
     generated_forward,
     graph_code,
-    higher_order,
+    graph_tasks,
+    operators,
     parametrizations,
     pytree,
     rebuilt_functions,
@@ -205,9 +210,67 @@ def test_fake_tensors() -> None:
         assert type(torch.empty(2)) is not Tensor
 
 
-def test_higher_order() -> None:
-    assert higher_order.runs_nested_graph(torch.ops.higher_order.cond)
-    assert not higher_order.runs_nested_graph(torch.ops.aten.mm.default)
+def test_operators() -> None:
+    assert operators.runs_nested_graph(torch.ops.higher_order.cond)
+    assert not operators.runs_nested_graph(torch.ops.aten.mm.default)
+    assert operators.overload_name(torch.ops.aten.mul.Tensor) == "Tensor"
+    assert operators.overload_name(torch.mul) is None
+
+
+def test_foreach() -> None:
+    two = [torch.ones(2), torch.ones(1)]
+    foreach.mul_(two, 3.0)
+    foreach.add_(two, [torch.ones(2), torch.ones(1)], alpha=2)
+    assert [t.tolist() for t in two] == [[5.0, 5.0], [5.0]]
+    foreach.lerp_(two, [torch.zeros(2), torch.zeros(1)], 0.2)
+    assert torch.equal(torch.stack(foreach.norm(two)), torch.tensor([32.0, 16.0]).sqrt())
+    half = foreach.norm([torch.ones(2).half()], 2, torch.float32)
+    assert half[0].dtype == torch.float32
+    foreach.copy_(two, [torch.full((2,), 7.0), torch.full((1,), 7.0)])
+    assert two[1].item() == 7
+    foreach.zero_(two)
+    assert not any(t.any() for t in two)
+
+
+def test_graph_tasks() -> None:
+    seen: list[int] = []
+    x = torch.ones(2, requires_grad=True)
+    for _ in range(2):
+        y = x * 2
+        y.register_hook(lambda g: seen.append(graph_tasks.current_graph_task()))
+        y.sum().backward()
+    assert len(set(seen)) == 2 and min(seen) >= 0
+    assert graph_tasks.current_graph_task() == -1
+
+
+def test_dispatch_modes() -> None:
+    seen: list[str] = []
+
+    class Watch(dispatch_modes.TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+        ) -> Any:
+            seen.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    assert not dispatch_modes.dispatch_mode_active()
+    with Watch():
+        assert dispatch_modes.dispatch_mode_active()
+        torch.ones(2).mul(2)
+    assert "aten::mul.Tensor" in seen
+    with dispatch_modes.enable_python_dispatcher():
+        assert torch.ones(2).sum() == 2
+
+
+def test_distributions() -> None:
+    wrong = -torch.ones(2)
+    before = Distribution._validate_args
+    Distribution.set_default_validate_args(True)  # torch._dynamo switches it off
+    with distributions.arguments_unchecked():
+        torch.distributions.Normal(0.0, wrong)
+    with pytest.raises(ValueError, match="scale"):
+        torch.distributions.Normal(0.0, wrong)
+    Distribution.set_default_validate_args(before)
 
 
 @pytest.mark.parametrize("name", ["spectral_norm", "orthogonal", "weight_norm"])

@@ -1,0 +1,24 @@
+"""Switch off the checks of torch.distributions for a while.
+
+Why: a distribution that is made in a traced function would look at values to check its arguments.
+No public way: ``Distribution.set_default_validate_args`` sets the switch, and nothing reads it, so
+it could not be put back to what it was. Seen on torch 2.11 and 2.13.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch.distributions import Distribution
+
+
+@contextmanager
+def arguments_unchecked() -> Iterator[None]:
+    """Within the context, distributions do not look at the values of their arguments."""
+    before = Distribution._validate_args
+    Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        Distribution.set_default_validate_args(before)

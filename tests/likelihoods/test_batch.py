@@ -1,0 +1,207 @@
+"""What a likelihood says of one batch: against autograd and the oracles' dense Fishers.
+
+An objective is a mean over terms; derivatives of ``exact`` and ``root`` are columns of a root of
+the Fisher of the outputs, and those of ``sampled`` are gradients of drawn targets.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support import oracles
+from support.asserts import assert_near
+from torch import Tensor
+
+from kfac_fx import likelihoods
+from kfac_fx.errors import LikelihoodError
+from kfac_fx.likelihoods.batch import BatchLikelihood, batch_likelihood, drawn, wide
+
+pytestmark = pytest.mark.usefixtures("float64")
+assert_close = functools.partial(assert_near, rtol=1e-9)
+CASES = 4
+KINDS = {
+    "categorical": (likelihoods.Categorical(), oracles.Categorical()),
+    "bernoulli": (likelihoods.Bernoulli(), oracles.Bernoulli()),
+    "normal": (likelihoods.Normal(variance=0.5), oracles.Normal(0.5)),
+}
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def outputs(*shape: int) -> Tensor:
+    return torch.randn(CASES, *shape).requires_grad_()
+
+
+def gram_of_columns(batch: BatchLikelihood, f: Tensor) -> Tensor:
+    """The sum of g g^T over what ``exact`` yields, a matrix for each case: [cases, n, n]."""
+    total = 0
+    for scalar in batch.exact():
+        (g,) = torch.autograd.grad(scalar, f, retain_graph=True)
+        g = g.flatten(1)
+        total = total + g[:, :, None] * g[:, None, :]
+    return total
+
+
+@every_kind
+@pytest.mark.parametrize("shape", [(3,), (2, 3)], ids=["vectors", "tokens"])
+def test_nll_is_a_sum_over_terms(kind: str, shape: tuple[int, ...]) -> None:
+    """A class is a term; of the other likelihoods all outputs of a case are one."""
+    given, reference = KINDS[kind]
+    f = outputs(*shape)
+    y = reference.draw(f.detach())
+    batch = batch_likelihood(given, f, y)
+    terms = CASES * 2 if kind == "categorical" and len(shape) > 1 else CASES
+    assert batch.count == terms and batch.has_targets
+    (found,) = torch.autograd.grad(batch.nll(), f)
+    (expected,) = torch.autograd.grad(reference.nll(f, y), f)
+    assert_close(found, expected)
+    assert_close(batch_likelihood(given, f, y).mean_nll() * batch.count, batch.nll())
+
+
+@every_kind
+@pytest.mark.parametrize("shape", [(3,), (2, 3)], ids=["vectors", "tokens"])
+def test_exact_columns_are_a_root_of_each_case_s_fisher(kind: str, shape: tuple[int, ...]) -> None:
+    given, reference = KINDS[kind]
+    f = outputs(*shape)
+    found = gram_of_columns(batch_likelihood(given, f), f)
+    for n in range(CASES):
+        assert_close(found[n], reference.fisher(f[n : n + 1], None))
+
+
+@every_kind
+def test_a_selected_column_is_one_of_them(kind: str) -> None:
+    """What a traced pass does, where a Python loop over the columns has no place."""
+    given, _ = KINDS[kind]
+    f = outputs(3)
+    batch = batch_likelihood(given, f)
+    columns = [torch.autograd.grad(one, f, retain_graph=True)[0] for one in batch.exact()]
+    for index, column in enumerate(columns):
+        select = torch.eye(len(columns))[index]
+        scalar = sum(batch.exact(select))
+        assert_close(torch.autograd.grad(scalar, f, retain_graph=True)[0], column)
+
+
+@every_kind
+def test_the_root_s_jacobian_gives_the_fisher(kind: str) -> None:
+    given, reference = KINDS[kind]
+    f = outputs(3)
+    root = batch_likelihood(given, f).root()
+    J = torch.stack([torch.autograd.grad(r, f, retain_graph=True)[0].flatten() for r in root])
+    blocks = [reference.fisher(f[n : n + 1], None) for n in range(CASES)]
+    assert_close(J.T @ J, torch.block_diag(*blocks))
+
+
+@every_kind
+def test_drawn_targets_are_scored_by_their_nll(kind: str) -> None:
+    given, reference = KINDS[kind]
+    f = outputs(3)
+    batch = batch_likelihood(given, f)
+    (y,) = batch.draws(7)
+    (found,) = torch.autograd.grad(batch.sampled([y]), f)
+    (want,) = torch.autograd.grad(reference.nll(f, y), f)
+    assert_close(found, want)
+
+
+@every_kind
+def test_draws_depend_on_the_seed_alone(kind: str) -> None:
+    """Torch's own stream is left where it was."""
+    given, _ = KINDS[kind]
+    (distribution,) = batch_likelihood(given, outputs(3)).distributions
+    before = torch.random.get_rng_state()
+    first, same, other = (drawn(distribution, seed) for seed in (1, 1, 2))
+    assert torch.equal(first, same) and not torch.equal(first, other)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_weights_and_ignored_targets_are_counted() -> None:
+    """A term weighs as the class of the data's target; ignored ones have no part in anything."""
+    weight = torch.tensor([1.0, 2.0, 0.5])
+    given = likelihoods.Categorical(weight=weight, ignore_index=1)
+    f, y = outputs(3), torch.tensor([0, 1, 2, 2])
+    batch = batch_likelihood(given, f, y)
+    assert batch.count == pytest.approx(1.0 + 0.5 + 0.5)
+    assert_close(batch.nll(), F.cross_entropy(f, y, weight, ignore_index=1, reduction="sum"))
+    reference = oracles.Categorical(weight, 1)
+    found = gram_of_columns(batch, f)
+    for n in range(CASES):
+        want = reference.fisher(f[n : n + 1], y[n : n + 1])
+        torch.testing.assert_close(found[n], want, rtol=1e-9, atol=1e-12)
+    assert not found[1].any()
+
+
+PARTS = ((oracles.Categorical(), 0.7, (3,)), (oracles.Normal(0.5), 2.0, (2, 2)))
+JOINT = oracles.Joint(PARTS)
+SUM = likelihoods.Sum([("categorical", 0.7), (likelihoods.Normal(variance=0.5), 2.0)])
+
+
+def sum_of_parts(f: Tensor, y: tuple[Tensor, ...] | None = None) -> BatchLikelihood:
+    """With the parts made comparable, as of one process."""
+    batch = batch_likelihood(SUM, JOINT.split(f), y)
+    good, batch = batch.of_all(Alone(), "observe")
+    assert good
+    return batch
+
+
+@dataclass
+class Alone:
+    """One process of several, of which the others have `more` times as many terms."""
+
+    more: float = 0.0
+    others_good: bool = True
+
+    def agree(self, call: str, good: bool, amount: float = 0.0) -> tuple[bool, float]:
+        assert call == "observe"
+        return good and self.others_good, amount * (1 + self.more)
+
+
+def test_a_sum_is_the_weighted_sum_of_mean_nlls() -> None:
+    """Written as one mean over the terms of all parts: docs/explanation/mathematics.md."""
+    f = outputs(7)
+    y = JOINT.draw(f.detach())
+    batch = sum_of_parts(f, y)
+    assert batch.count == 2 * CASES
+    (found,) = torch.autograd.grad(batch.nll() / batch.count, f)
+    (want,) = torch.autograd.grad(JOINT.nll(f, y) / CASES, f)
+    assert_close(found, want)
+
+
+def test_a_sum_s_fisher_is_the_weighted_sum_of_the_parts() -> None:
+    f = outputs(7)
+    batch = sum_of_parts(f)
+    found = gram_of_columns(batch, f) / batch.count
+    for n in range(CASES):
+        assert_close(found[n], JOINT.fisher(f[n : n + 1], None) / CASES)
+
+
+def test_terms_of_all_processes_are_counted() -> None:
+    f, y = outputs(3), torch.randint(3, (CASES,))
+    batch = batch_likelihood(likelihoods.Categorical(), f, y)
+    good, counted = batch.of_all(Alone(more=2.0), "observe")
+    assert good and counted.count == 3 * CASES
+    assert_close(counted.nll(), batch.nll())  # of this process's terms, as before
+    assert not batch.of_all(Alone(others_good=False), "observe")[0]
+    nothing = torch.full((CASES,), -100)
+    with pytest.raises(LikelihoodError, match="no likelihood term counts"):
+        batch_likelihood(likelihoods.Categorical(), f, nothing).of_all(Alone(), "observe")
+
+
+def test_outputs_of_low_precision_are_widened() -> None:
+    low = {"a": torch.randn(2, dtype=torch.bfloat16), "b": (torch.randn(3), torch.arange(2))}
+    found = wide(low)
+    assert found["a"].dtype == torch.float32
+    assert found["b"][0] is low["b"][0] and found["b"][1] is low["b"][1]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"a": 1}, r"outputs to be a tuple of 2, got a mapping with 'a'"),
+        ((torch.randn(2),), r"outputs to be a tuple of 2, got a tuple of 1"),
+    ],
+)
+def test_outputs_that_are_not_those_of_the_parts(given: object, message: str) -> None:
+    with pytest.raises(LikelihoodError, match=message):
+        batch_likelihood(SUM, given)
