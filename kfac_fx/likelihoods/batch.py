@@ -115,9 +115,16 @@ class BatchLikelihood:
         pairs = zip(self.distributions, self.terms.parts, strict=True)
         return [(distribution, terms) for distribution, terms in pairs if terms is not None]
 
-    def of_all(self, workers: Workers, call: str) -> BatchLikelihood:
-        """Return the same with the terms of all processes counted; see ``BatchTerms.agreed``."""
-        return replace(self, terms=self.terms.agreed(workers, call)[1])
+    def of_all(
+        self, workers: Workers, call: str, good: bool = True
+    ) -> tuple[bool, BatchLikelihood]:
+        """Return whether all processes say good, and the same with the terms of all counted.
+
+        Raises:
+            LikelihoodError: no process has a likelihood term.
+        """
+        good, terms = self.terms.agreed(workers, call, good)
+        return good, replace(self, terms=terms)
 
     @property
     def has_targets(self) -> bool:

@@ -6,15 +6,20 @@ They are zeros without memory: statistics are their gradients, averages are kept
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from kfac_fx.ir import CurvatureGraph, Moment
-
 STORE = "_kfac_fx"
 """Name of the submodule that holds the factor buffers of an instrumented module."""
+
+
+class HasSlot(Protocol):
+    """A block, pair or moment; ``kfac_fx.ir`` is not imported here."""
+
+    @property
+    def slot(self) -> str:
+        """Its name as an identifier."""
 
 
 def factor_buffers(net: nn.Module) -> dict[str, tuple[Tensor, ...]]:
@@ -23,14 +28,13 @@ def factor_buffers(net: nn.Module) -> dict[str, tuple[Tensor, ...]]:
     They are in the order of the block's factors; a block that has no tap has none.
     """
     store = getattr(net, STORE)
-    meta: dict[str, CurvatureGraph] = getattr(net, "meta")  # noqa: B009
-    curvature = meta["kfac_fx"]
+    meta = getattr(net, "meta")  # noqa: B009  # an attribute of GraphModules, which nets here are
     return {
         block.name: tuple(
             getattr(getattr(store, block.slot), factor.name)
             for factor in (block.factors if block.tapped else ())
         )
-        for block in curvature.blocks.values()
+        for block in meta["kfac_fx"].blocks.values()
     }
 
 
@@ -39,7 +43,7 @@ def all_buffers(net: nn.Module) -> list[Tensor]:
     return list(getattr(net, STORE).buffers())
 
 
-def moment_buffers(net: nn.Module, of: Moment) -> tuple[Tensor, Tensor, Tensor]:
+def moment_buffers(net: nn.Module, of: HasSlot) -> tuple[Tensor, Tensor, Tensor]:
     """Return (U_A, U_G, S) of a ``kfac_fx.ir.Moment``: the bases that taps read, and a buffer."""
     slot = getattr(getattr(net, STORE), of.slot)
     return slot.U_A, slot.U_G, slot.S

@@ -83,7 +83,8 @@ class StatisticSources:
         inputs: the factor buffers that do not depend on the derivative (A, counts).
         gradients: those that are quadratic in it (G, C).
         wanted: all tensors that a backward pass is asked for, in its order.
-        states: factor buffer -> what backward passes know of it. Tensors are hashed by identity.
+        states: what backward passes know of ``factors``.
+        state_by_buffer: the same by factor buffer; tensors are hashed by identity.
     """
 
     def __init__(
@@ -95,9 +96,10 @@ class StatisticSources:
         self.inputs = self.factors[: names.inputs]
         self.gradients = self.factors[names.inputs :]
         self.wanted = (*self.factors, *self.parameters)
-        self.states = {factor: state_of(factor) for factor in self.factors}
+        self.states = tuple(state_of(factor) for factor in self.factors)
+        self.state_by_buffer = dict(zip(self.factors, self.states, strict=True))
         keys = [one.key for one in names.tapped]
-        self._state_by_key = dict(zip(keys, self.states.values(), strict=True))
+        self._state_by_key = dict(zip(keys, self.states, strict=True))
 
     def statistics(
         self, tapped: Sequence[Statistic | None], untapped: Sequence[Tensor | None]
@@ -128,7 +130,7 @@ class StatisticSources:
 
     def pause(self) -> None:
         """Let backward passes of graphs that are already built skip all factors."""
-        for state in self.states.values():
+        for state in self.states:
             state.paused = True
 
     @contextmanager
@@ -139,7 +141,8 @@ class StatisticSources:
             wanted: ``inputs`` or ``gradients``.
         """
         taken = set(wanted)
-        skipped = [state for factor, state in self.states.items() if factor not in taken]
+        pairs = zip(self.factors, self.states, strict=True)
+        skipped = [state for factor, state in pairs if factor not in taken]
         for state in skipped:
             state.paused = True
         try:
@@ -154,7 +157,7 @@ class StatisticSources:
         Recorded graphs deliver again, deliveries are counted anew, gradients and the last input
         factor are let go of.
         """
-        for factor, state in self.states.items():
+        for factor, state in zip(self.factors, self.states, strict=True):
             state.paused = False
             state.deliveries = 0
             factor.grad = None

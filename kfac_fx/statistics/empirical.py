@@ -69,13 +69,13 @@ class EmpiricalStatistics:
         sources = self._sources
         made = batch_likelihood(self._likelihood, wide(outputs), targets)
         tensors = output_tensors(outputs)
-        check_recorded(tensors, sources.states)
+        check_recorded(tensors, sources.state_by_buffer)
         finite = all_finite([tensor.detach() for tensor in tensors])
         finite, agreed = made.terms.agreed(self._workers, "observe", finite)
         if not finite:
             return None
         # Once: it takes a walk through the whole graph.
-        taps = None if self._compared else tap_counts(tensors, sources.states)
+        taps = None if self._compared else tap_counts(tensors, sources.state_by_buffer)
         expected = LossScale(self._likelihood, outputs, targets, made.count)
         backward = BackwardWatch(tensors, [*sources.gradients, *sources.parameters])
         gradients = GradientWatch(sources.parameters)
@@ -130,5 +130,5 @@ class EmpiricalStatistics:
         """
         if watched.taps is None or watched.backward.nested:
             return False
-        states = self._sources.states.values()
+        states = self._sources.states
         return any(state.deliveries > watched.taps[state] > 0 for state in states)

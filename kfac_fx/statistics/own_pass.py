@@ -9,7 +9,7 @@ and ``evaluate``.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
@@ -306,10 +306,10 @@ class OwnPass:
         with no_autocast():
             made = batch_likelihood(self.likelihood, wide(outputs), targets)
             if not self.statistics:
-                return made, made.of_all(self.workers, "loss"), True
+                return made, made.of_all(self.workers, "loss")[1], True
             finite = all_finite([t.detach() for t in output_tensors(outputs)])
-            finite, terms = made.terms.agreed(self.workers, "observe", finite)
-        return made, replace(made, terms=terms), finite
+            finite, agreed = made.of_all(self.workers, "observe", finite)
+        return made, agreed, finite
 
 
 def _there(named: Mapping[str, Tensor], found: Sequence[Tensor | None]) -> dict[str, Tensor]:

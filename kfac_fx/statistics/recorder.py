@@ -83,8 +83,11 @@ class StepStatistics:
         """Whether nothing was added."""
         return not self._sums
 
-    def mean(self) -> Statistics:
-        """Return the statistics in the scale of one likelihood term; it waits for the sums."""
+    def take(self) -> Statistics:
+        """Return the statistics in the scale of one likelihood term, and start anew.
+
+        It waits for the sums over the processes.
+        """
         mean: Statistics = {}
         for finished, count in self._sums:
             weight = count / self._count
@@ -93,6 +96,7 @@ class StepStatistics:
                     continue
                 more = value if weight == 1.0 else value * weight
                 mean[key] = more if key not in mean else multiplied(mean[key]) + multiplied(more)
+        self.forget()
         return mean
 
     def forget(self) -> None:
@@ -222,7 +226,7 @@ class Recorder:
         """
         if self._empirical is not None:
             self._finish()
-        found = self._step.mean()
+        found = self._step.take()
         self._end_step()
         return found
 

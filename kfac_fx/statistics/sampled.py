@@ -201,7 +201,7 @@ class SampledStatistics:
         made = batch_likelihood(self.likelihood, wide(outputs), targets)
         count = made.terms.count
         tensors = output_tensors(outputs)
-        check_recorded(tensors, self.sources.states)
+        check_recorded(tensors, self.sources.state_by_buffer)
         finite = all_finite([tensor.detach() for tensor in tensors])
         finite, agreed = made.terms.agreed(self.workers, "observe", finite)
         if not finite:
