@@ -22,8 +22,8 @@ from torch import nn
 
 from kfac_fx.api import transform
 from kfac_fx.capture.captured_module import CapturedModule
-from kfac_fx.codegen import Program
-from kfac_fx.config import STRUCTURES
+from kfac_fx.codegen.program import Program
+from kfac_fx.config import COUPLINGS, FLOW_DIRECTIONS, STRUCTURES
 from kfac_fx.errors import KFACError
 from kfac_fx.viz.facts import summary
 from kfac_fx.viz.save import SUFFIXES
@@ -102,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
             "--input", action="append", default=[], metavar="SPEC", help='"float32[N,3,32,32]"'
         )
         command.add_argument("--structure", choices=STRUCTURES, default=STRUCTURES[1])
-        command.add_argument("--couplings", choices=("topology", "data"), default="topology")
+        command.add_argument("--couplings", choices=COUPLINGS, default="topology")
         command.add_argument("--exclude", action="append", default=[], metavar="GLOB")
         command.add_argument("--seed", type=int, default=0)
         command.add_argument("-o", "--output", metavar="FILE", help="instead of stdout")
@@ -112,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--unfold", action="store_true", help="repeated modules one by one"
             )
-            command.add_argument("--direction", choices=("TB", "LR"), default="TB")
+            command.add_argument("--direction", choices=FLOW_DIRECTIONS, default="TB")
     return parser
 
 

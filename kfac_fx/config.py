@@ -18,6 +18,8 @@ FactorStorage = Literal["bfloat16", "host"]
 WeightSharing = Literal["expand", "reduce"]
 LargeFactors = Literal["diagonal", "blocks"]
 Capture = Literal["auto", "symbolic_trace", "export", "eager"]
+FlowDirection = Literal["TB", "LR"]
+"""Where the forward pass goes in a picture, as Graphviz has it: downwards, or to the right."""
 
 STRUCTURES: Final = get_args(Structure)
 COUPLINGS: Final = get_args(Couplings)
@@ -27,6 +29,7 @@ FACTOR_STORAGES: Final = get_args(FactorStorage)
 WEIGHT_SHARING: Final = get_args(WeightSharing)
 LARGE_FACTORS: Final = get_args(LargeFactors)
 CAPTURES: Final = get_args(Capture)
+FLOW_DIRECTIONS: Final = get_args(FlowDirection)
 
 MAX_FACTOR_DIM: Final = 8192
 """Default of the largest side of a Kronecker factor that is kept as a matrix."""

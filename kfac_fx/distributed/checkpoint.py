@@ -26,7 +26,8 @@ from torch.optim import Optimizer
 
 from kfac_fx.distributed.workers import DataParallel
 from kfac_fx.errors import CheckpointError
-from kfac_fx.optim import KFAC, Preconditioner
+from kfac_fx.optim.kfac import KFAC
+from kfac_fx.optim.preconditioner import Preconditioner
 from kfac_fx.parallel import ALONE, Workers
 
 PLAIN = "plain.json"
@@ -235,5 +236,4 @@ def _unwanted(part: Part, plain: State, name: str) -> Collection[str]:
         plain, prefix = plain["kfac"], f"{name}/kfac"
     if plain["inverse"]["couplings"] != [[c.child, c.parent] for c in inverse.program.couplings]:
         return ()  # the program is another by then, and takes what it needs
-    others = set(inverse.program.inverse_names) - set(inverse._engine.needed())
-    return {f"{prefix}/inverse/inverses/{other}" for other in others}
+    return {f"{prefix}/inverse/inverses/{key.name}" for key in inverse.kept_elsewhere()}

@@ -9,12 +9,20 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from kfac_fx.config import Couplings
+from kfac_fx.config import Couplings, FlowDirection
 from kfac_fx.errors import FormatError
 from kfac_fx.ir.coupling import Coupling, Edge, parents
 from kfac_fx.ir.layout import Layout, ViewStep
 from kfac_fx.ir.plain import Plain, PlainCodec
-from kfac_fx.ir.use import Approximation, FactorSpec, NodeRef, ParameterUse, Scale, Tap
+from kfac_fx.ir.use import (
+    Approximation,
+    FactorSpec,
+    NodeRef,
+    ParameterUse,
+    Scale,
+    Tap,
+    product_count,
+)
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -54,6 +62,11 @@ class CurvatureBlock:
     def tapped(self) -> bool:
         """Whether taps record the block; otherwise its statistic is the summed gradient."""
         return all(use.tap is not None for use in self.uses)
+
+    @property
+    def products(self) -> int:
+        """Return the number of Kronecker products that the block is the sum of; 0 for none."""
+        return product_count(self.factors)
 
     @property
     def parameter_count(self) -> int:
@@ -240,7 +253,7 @@ class CurvatureGraph:
         return to_networkx(self)
 
     def to_pydot(
-        self, preconditioner: Any = None, *, fold: bool = True, direction: str = "TB"
+        self, preconditioner: Any = None, *, fold: bool = True, direction: FlowDirection = "TB"
     ) -> Any:
         """Return the picture as a ``pydot.Dot``; arguments and errors as for ``save``."""
         from kfac_fx.viz.save import to_pydot
@@ -253,7 +266,7 @@ class CurvatureGraph:
         preconditioner: Any = None,
         *,
         fold: bool = True,
-        direction: str = "TB",
+        direction: FlowDirection = "TB",
     ) -> None:
         """Write svg, png, pdf, dot, graphml, json or html, as the suffix of ``path`` says.
 

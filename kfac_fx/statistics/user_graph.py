@@ -6,13 +6,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
-import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 from torch.utils.hooks import RemovableHandle
 
 from kfac_fx.errors import ObservationError
 from kfac_fx.ops.state import FactorState
+from kfac_fx.torch_internals.graph_tasks import current_graph_task
 
 AFTER_BACKWARD = "observe() must come before loss.backward(), which frees the graph it needs"
 
@@ -95,12 +95,12 @@ class BackwardWatch:
 
     def _see(self, index: int, gradient: Tensor | None) -> None:
         # Hooks of one backward() or grad() see the same id, those of a later one another.
-        self._last = torch._C._current_graph_task_id()
+        self._last = current_graph_task()
         self._seen.setdefault(self._last, {})[index] = gradient
 
     def _arrive(self, _: Tensor) -> None:
         # With the run that came to the outputs last: a reentrant checkpoint starts one inside.
-        self._arrived.append((torch._C._current_graph_task_id(), self._last))
+        self._arrived.append((current_graph_task(), self._last))
 
     @property
     def passed(self) -> bool:

@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from kfac_fx.config import FlowDirection
 from kfac_fx.viz.extras import DotGraph, Module, extra
 from kfac_fx.viz.module_tree import Group, Leaf
 from kfac_fx.viz.picture import COUPLED, FALLBACK, THIN, Line, Node, Picture
@@ -28,7 +29,7 @@ class Point(NamedTuple):
     y: float
 
 
-def dot_graph(picture: Picture, *, direction: str = "TB") -> DotGraph:
+def dot_graph(picture: Picture, *, direction: FlowDirection = "TB") -> DotGraph:
     """Return the picture as a ``pydot.Dot``.
 
     Args:

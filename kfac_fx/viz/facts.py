@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from kfac_fx.ir import CurvatureBlock, CurvatureGraph, Edge
+from kfac_fx.ir.coupling import Edge
+from kfac_fx.ir.curvature_graph import CurvatureBlock, CurvatureGraph
 
 if TYPE_CHECKING:
     import networkx as nx

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from kfac_fx import ir
 from kfac_fx.errors import FormatError
+from kfac_fx.ir.curvature_graph import CurvatureGraph
 from kfac_fx.viz.facts import to_networkx
 
 FORMAT = "kfac_fx.CurvatureGraph"
@@ -16,7 +16,7 @@ VERSION = 1
 """Raised when files of an older version can no longer be read."""
 
 
-def to_json(curvature: ir.CurvatureGraph) -> str:
+def to_json(curvature: CurvatureGraph) -> str:
     """Return the whole graph as text, with blocks and dependencies as networkx writes them too.
 
     Under "curvature" is all that ``from_json`` needs; "graph" is for programs that know networkx's
@@ -39,7 +39,7 @@ def to_json(curvature: ir.CurvatureGraph) -> str:
     return json.dumps(content, indent=1, ensure_ascii=False)
 
 
-def from_json(text: str) -> ir.CurvatureGraph:
+def from_json(text: str) -> CurvatureGraph:
     """Return the curvature graph that ``to_json`` wrote.
 
     Args:
@@ -52,13 +52,13 @@ def from_json(text: str) -> ir.CurvatureGraph:
         content = json.loads(text)
         if content["format"] != FORMAT or content["version"] != VERSION:
             raise FormatError(f"this is no {FORMAT} of version {VERSION}")
-        return ir.CurvatureGraph.from_plain(content["curvature"])
+        return CurvatureGraph.from_plain(content["curvature"])
     # A file of something else fails in one of these ways, wherever it stops looking like a graph.
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise FormatError(f"this is no JSON of a curvature graph ({error!r})") from error
 
 
-def load(path: str | Path) -> ir.CurvatureGraph:
+def load(path: str | Path) -> CurvatureGraph:
     """Return the curvature graph of a file that ``save("....json")`` wrote.
 
     Args:

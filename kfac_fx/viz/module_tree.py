@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from kfac_fx.ir import CurvatureBlock, CurvatureGraph
+from kfac_fx.ir.curvature_graph import CurvatureBlock, CurvatureGraph
 
 LEAST = 3
 """How many equal modules in a row are folded."""

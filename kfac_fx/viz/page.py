@@ -9,11 +9,15 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from kfac_fx.ir import CurvatureGraph
-from kfac_fx.reading.report import BlockReport, CurvatureReport
+from kfac_fx.ir.curvature_graph import CurvatureGraph
 from kfac_fx.viz.facts import Json, block_facts
 from kfac_fx.viz.picture import Picture
+
+if TYPE_CHECKING:
+    # A type only: a picture without a preconditioner needs nothing of what makes reports.
+    from kfac_fx.reading.report import BlockReport, CurvatureReport
 
 _TEMPLATE = Path(__file__).with_name("page.html")
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from kfac_fx.ir import CurvatureBlock, CurvatureGraph
-from kfac_fx.reading.report import CurvatureReport
+from kfac_fx.ir.curvature_graph import CurvatureBlock, CurvatureGraph
 from kfac_fx.viz.facts import count, shapes
 from kfac_fx.viz.module_tree import Group, Leaf, Tree, leaves, module_tree
+
+if TYPE_CHECKING:
+    # A type only: a picture without a preconditioner needs nothing of what makes reports.
+    from kfac_fx.reading.report import CurvatureReport
 
 COLOURS: Mapping[str, str] = {
     "linear": "#9ecae1",

@@ -7,8 +7,9 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
+from kfac_fx.config import FLOW_DIRECTIONS, FlowDirection
 from kfac_fx.errors import FormatError, UnknownOptionError
-from kfac_fx.ir import CurvatureGraph
+from kfac_fx.ir.curvature_graph import CurvatureGraph
 from kfac_fx.reading.inspection import HasCurvature
 from kfac_fx.reading.report import CurvatureReport
 from kfac_fx.viz.draw_graphviz import MANY, clear_headings, dot_graph
@@ -33,7 +34,7 @@ def to_pydot(
     preconditioner: HasCurvature | None = None,
     *,
     fold: bool = True,
-    direction: str = "TB",
+    direction: FlowDirection = "TB",
 ) -> DotGraph:
     """Return the picture as a ``pydot.Dot``; arguments as for ``save``.
 
@@ -49,7 +50,7 @@ def save(
     preconditioner: HasCurvature | None = None,
     *,
     fold: bool = True,
-    direction: str = "TB",
+    direction: FlowDirection = "TB",
 ) -> None:
     """Write svg, png, pdf, dot, graphml, json or html, as the suffix says.
 
@@ -71,7 +72,7 @@ def save(
     if suffix not in SUFFIXES:
         known = ", ".join(f".{name}" for name in SUFFIXES)
         raise UnknownOptionError(f"{Path(path).name!r} has no known suffix; valid are {known}")
-    if direction not in ("TB", "LR"):
+    if direction not in FLOW_DIRECTIONS:
         raise UnknownOptionError(f"direction={direction!r} is unknown; valid are 'TB', 'LR'")
     report = _report(preconditioner)
 
@@ -89,7 +90,7 @@ def save(
     Path(path).write_bytes(write())
 
 
-def rendered(shown: Picture, suffix: str, direction: str) -> bytes:
+def rendered(shown: Picture, suffix: str, direction: FlowDirection) -> bytes:
     """Return a picture as the content of a file.
 
     Args:
@@ -124,7 +125,7 @@ def _graphml(curvature: CurvatureGraph) -> bytes:
 
 
 def _page(
-    curvature: CurvatureGraph, report: CurvatureReport | None, fold: bool, direction: str
+    curvature: CurvatureGraph, report: CurvatureReport | None, fold: bool, direction: FlowDirection
 ) -> str:
     pictures = [picture(curvature, report, fold=fold)]
     # The reader may switch between both, where there is something to unfold.

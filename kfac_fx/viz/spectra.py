@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from kfac_fx.errors import StatisticsError, UnknownOptionError
-from kfac_fx.ir import CurvatureBlock
+from kfac_fx.ir.curvature_graph import CurvatureBlock
 from kfac_fx.reading.inspection import HasCurvature
 from kfac_fx.reading.report import BlockReport, spectra
 from kfac_fx.viz.extras import Axes, new_figure
