@@ -36,6 +36,7 @@ from kfac_fx.optim.updates import AdaptiveUpdate, Rule, ScheduledUpdate, Situati
 from kfac_fx.parallel import ALONE, Workers
 from kfac_fx.reading.inspection import HasCurvature
 from kfac_fx.statistics.recorder import Recorder
+from kfac_fx.torch_internals import foreach
 
 log = logging.getLogger("kfac_fx")
 
@@ -277,7 +278,7 @@ class KFAC(HasCurvature, Optimizer):
             return
         worth = self._trust.share(self._objective.cases)
         if worth < 1:
-            torch._foreach_mul_(list(made.step.values()), worth)
+            foreach.mul_(list(made.step.values()), worth)
             self.diagnostics["share"] = worth
         # Before the step, as it changes the parameters in place.
         before = loss + self._groups.l2() if made.judged else loss

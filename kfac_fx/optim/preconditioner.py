@@ -41,6 +41,7 @@ from kfac_fx.parallel import ALONE, Workers
 from kfac_fx.reading.inspection import HasCurvature
 from kfac_fx.statistics.forward import Forward, run_network
 from kfac_fx.statistics.recorder import Recorder
+from kfac_fx.torch_internals import foreach
 
 log = logging.getLogger("kfac_fx")
 
@@ -323,15 +324,14 @@ class Preconditioner(HasCurvature):
             updates = self._inverse.apply(whole)
             if self.trust_region is not None:
                 shorten(updates, whole, self.trust_region)
-            for name, gradient in given.items():
-                self._workers.put(updates[name], gradient)
+            self._workers.put(updates, given)
             # A gradient that is not finite gives no finite update, so one check serves for both.
             # Shards are checked as a whole: one process must not zero what the others keep.
             finite = all_finite(list((given if whole is given else updates).values()))
         if not finite:
             self.skipped_gradients += 1
             log.warning("step %d: no finite preconditioned gradient; it is zero", self._steps)
-            torch._foreach_zero_(list(given.values()))
+            foreach.zero_(list(given.values()))
 
     # State.
 
