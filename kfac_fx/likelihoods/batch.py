@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent
-from torch.utils import _pytree as pytree
 
 from kfac_fx.errors import LikelihoodError
 from kfac_fx.likelihoods.builtin import FAMILIES, Likelihood, draw, noise_of
 from kfac_fx.likelihoods.named import Sum
 from kfac_fx.likelihoods.sampling import seeded
+from kfac_fx.torch_internals import pytree
 
 if TYPE_CHECKING:
     from kfac_fx.parallel import Workers

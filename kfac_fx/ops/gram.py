@@ -16,9 +16,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.functional import pad
 
 from kfac_fx.ops.library import LIBRARY
-from kfac_fx.ops.modes import functional, traced
 from kfac_fx.ops.state import collecting_now
 from kfac_fx.ops.thresholds import THRESHOLDS
+from kfac_fx.torch_internals.onlookers import functional, traced
 
 MOST_SLABS = {"cpu": 16, "cuda": 9}
 """Into how many slabs a large symmetric product is cut: of 16, 17/32 of its multiply-adds remain.

@@ -26,8 +26,8 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
 from kfac_fx.errors import ObservationError
-from kfac_fx.ops.modes import forward_mode, saved_elsewhere, traced
 from kfac_fx.ops.thresholds import THRESHOLDS
+from kfac_fx.torch_internals.onlookers import forward_mode, saved_elsewhere, traced
 
 
 @dataclass(eq=False)

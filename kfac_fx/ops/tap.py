@@ -18,14 +18,18 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import unwrap_dead_wrappers
 
 from kfac_fx.errors import ObservationError
 from kfac_fx.ops.gram import Rows, Statistic, multiplied
 from kfac_fx.ops.library import LIBRARY
-from kfac_fx.ops.modes import forward_mode
 from kfac_fx.ops.options import TapOptions
 from kfac_fx.ops.state import Collection, FactorState, collecting, collecting_now, state_of
+from kfac_fx.torch_internals.onlookers import (
+    forward_mode,
+    transforms_active,
+    unwrap_dead_wrappers,
+    unwrapped,
+)
 
 
 class Statistics(Protocol):
@@ -54,7 +58,7 @@ class _Unbatched(torch.autograd.Function):
     @classmethod
     def apply(cls, *args: Any) -> Any:
         """Function's own, without its inspection of signatures, which takes most of its time."""
-        if torch._C._are_functorch_transforms_active():
+        if transforms_active():
             return super().apply(*args)
         bare: Any = super(torch.autograd.Function, cls)
         return bare.apply(*unwrap_dead_wrappers(args))
@@ -231,9 +235,7 @@ def recording(factors: Iterable[Tensor | None]) -> bool:
 
 def buffer_of(factor: Tensor) -> Tensor:
     """Return the buffer itself, out of the wrappers that transforms of torch.func put around it."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(factor):
-        factor = torch._C._functorch.get_unwrapped(factor)
-    return factor
+    return unwrapped(factor)
 
 
 def constant(tensor: Tensor) -> Tensor:

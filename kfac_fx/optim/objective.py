@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from kfac_fx.codegen import compiled_network
+from kfac_fx.codegen.compile import compiled_network
 from kfac_fx.errors import LikelihoodError
 from kfac_fx.likelihoods.batch import BatchLikelihood, batch_likelihood
 from kfac_fx.likelihoods.builtin import Likelihood

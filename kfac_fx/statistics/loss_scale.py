@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from kfac_fx.likelihoods.batch import batch_likelihood, output_tensors, wide
 from kfac_fx.likelihoods.builtin import Likelihood
 from kfac_fx.likelihoods.named import Sum
+from kfac_fx.torch_internals import pytree
 
 log = logging.getLogger("kfac_fx")
 

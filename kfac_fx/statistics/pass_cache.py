@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from kfac_fx.codegen.functional import NotFunctionalError
 from kfac_fx.likelihoods.batch import BatchTerms, batch_terms, singles
@@ -17,6 +16,7 @@ from kfac_fx.likelihoods.named import Sum
 from kfac_fx.statistics.own_pass import OwnPass, Result
 from kfac_fx.statistics.sampled import Collected
 from kfac_fx.statistics.traced_pass import Arguments, Facts, PassProgram, arguments, facts_of
+from kfac_fx.torch_internals import pytree
 
 log = logging.getLogger("kfac_fx")
 

@@ -14,7 +14,7 @@ from kfac_fx.likelihoods.batch import output_tensors
 from kfac_fx.likelihoods.builtin import Likelihood
 from kfac_fx.likelihoods.named import Sum
 from kfac_fx.ops.gram import Rows
-from kfac_fx.ops.net_buffers import switch
+from kfac_fx.ops.net_buffers import all_buffers, switch
 from kfac_fx.ops.tap import added
 from kfac_fx.parallel import StatisticSlot, Values, Workers, drawn_seed
 from kfac_fx.statistics.buffers import Block, Statistics, StatisticSources, sources_of
@@ -25,6 +25,7 @@ from kfac_fx.statistics.pass_cache import CompiledPass
 from kfac_fx.statistics.sampled import Collected, SampledStatistics
 from kfac_fx.statistics.swap_tensors import Places
 from kfac_fx.statistics.user_graph import BackwardWatch
+from kfac_fx.torch_internals import foreach
 
 
 class StepStatistics:
@@ -75,7 +76,7 @@ class StepStatistics:
                 else:
                     tensors.append(value)
             if tensors:
-                torch._foreach_mul_(tensors, factor)
+                foreach.mul_(tensors, factor)
         values = [found.get(key) for key in self._keys]
         self._sums.append((self._workers.start_sum(self._places, values), collected.total))
         self._count += collected.total
@@ -156,6 +157,11 @@ class Recorder:
         self.by_inputs = by_inputs
         self.compile = compile
         self.sources = sources_of(net, blocks)
+        # What recorded with these taps before may have wanted more of them.
+        buffers = all_buffers(net)
+        switch(net, buffers, False)
+        for buffer in buffers:
+            buffer.grad = None
         self._generator = generator
         self._workers = workers
         self.own = OwnPass(net, self.sources, likelihood, fisher, forward, workers, Places(net))

@@ -9,9 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from kfac_fx.codegen.compile import compiled, graphed
 from kfac_fx.codegen.functional import (
@@ -44,6 +41,9 @@ from kfac_fx.statistics.buffers import Statistics
 from kfac_fx.statistics.loss_scale import scale_of
 from kfac_fx.statistics.own_pass import OwnPass, Result
 from kfac_fx.statistics.sampled import Collected
+from kfac_fx.torch_internals import foreach, pytree
+from kfac_fx.torch_internals.dispatch_modes import TorchDispatchMode
+from kfac_fx.torch_internals.fake_tensors import FakeTensorMode
 
 
 @dataclass(frozen=True)
@@ -283,7 +283,7 @@ class PassProgram:
         for column in range(self._facts.columns):
             found = list(self._each(*handed, self._column(column)))
             if total:
-                torch._foreach_add_(total, found)
+                foreach.add_(total, found)
             else:
                 total = found
         return [total[place] if tied else first[place] for tied, place in self._places]

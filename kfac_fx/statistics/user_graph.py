@@ -7,12 +7,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from kfac_fx.errors import ObservationError
 from kfac_fx.ops.state import FactorState, known_state
+from kfac_fx.torch_internals.graph_tasks import current_graph_task
 
 AFTER_BACKWARD = "observe() must come before loss.backward(), which frees the graph it needs"
 
@@ -89,11 +89,11 @@ class BackwardWatch:
         self._handles += [leaf.register_post_accumulate_grad_hook(self._arrive) for leaf in leaves]
 
     def _see(self, index: int, gradient: Tensor | None) -> None:
-        self._last = torch._C._current_graph_task_id()
+        self._last = current_graph_task()
         self._seen.setdefault(self._last, {})[index] = gradient
 
     def _arrive(self, _: Tensor) -> None:
-        self._arrived.append((torch._C._current_graph_task_id(), self._last))
+        self._arrived.append((current_graph_task(), self._last))
 
     @property
     def passed(self) -> bool:

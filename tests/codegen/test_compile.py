@@ -18,7 +18,7 @@ from torch._dynamo.utils import counters
 from torch.compiler import config as compiler
 
 import kfac_fx
-from kfac_fx.codegen import graphed
+from kfac_fx.codegen.compile import graphed
 from kfac_fx.ops import library
 from kfac_fx.ops.library import cache_tag
 
@@ -147,7 +147,7 @@ def test_observe_after_compiled_forward(fisher: str) -> None:
     """A whole step on a compiled net gives eager's factors and updates, or a typed error.
 
     The sampled estimator needs two backwards of one forward, which compiled graphs refuse; it asks
-    for the inputs, as in tests/statistics/test_statistics_program.py.
+    for the inputs, as in tests/statistics/test_traced_pass.py.
     """
     network = BY_NAME["mlp"]
     net = kfac_fx.transform(network.build())

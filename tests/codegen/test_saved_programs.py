@@ -95,7 +95,7 @@ def test_saved_programs_run_alone(tmp_path: Path) -> None:
         folder = tmp_path / f"{name}-{tikhonov}-{structure}"
         folder.mkdir()
         pre.program.save(folder / "program.py")
-        moments = [e.averages[0] for e in pre._inverse.averages.moments.values()]
+        moments = [e.read()[0] for e in pre._inverse.estimate.moments.values()]
         given = {
             "damping": torch.tensor(pre.damping),
             "factors": factors_of(pre),
@@ -121,7 +121,7 @@ def test_saved_programs_run_alone(tmp_path: Path) -> None:
 @every_case
 def test_programs_have_no_graph_breaks(name: str, tikhonov: str, structure: str) -> None:
     pre, gradients = trained(name, tikhonov, structure)
-    inverses = [pre._inverse.inverses[key] for key in pre.program.inverse_names]
+    inverses = [pre._inverse.refreshed.inverses[key] for key in pre.program.inverses]
     calls: list[tuple[nn.Module, list[Tensor]]] = [
         (pre.program.refresh_module, [torch.tensor(1e-2), *factors_of(pre)]),
         (pre.program.apply_module, [*inverses, *gradients.values()]),

@@ -31,7 +31,7 @@ def train(net: nn.Module, preconditioner: kfac_fx.Preconditioner) -> None:
 
 
 def recorded(preconditioner: kfac_fx.Preconditioner) -> int:
-    return preconditioner._inverse.averages.recorded
+    return preconditioner._inverse.estimate.recorded
 
 
 def test_a_preconditioner_made_again_works() -> None:

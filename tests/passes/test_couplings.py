@@ -80,7 +80,7 @@ def test_layers_that_cannot_couple_are_passed_and_named(measure: Measure) -> Non
     assert "one for each group" in curvature.uncoupled["depth"]
     assert "diagonal" in curvature.uncoupled["table"]
     pre = measure(net, torch.randint(5, (4, 7)), None, Categorical()).preconditioner
-    assert all(p.grad.isfinite().all() for p in pre._inverse.guard.parameters.values())
+    assert all(p.grad.isfinite().all() for p in pre._inverse.covered.parameters.values())
 
 
 class Twice(nn.Module):
@@ -183,7 +183,7 @@ def test_compiles_to_one_graph_with_links(measure: Measure) -> None:
         pre.observe(outputs := module(x), y)
         F.cross_entropy(outputs, y).backward()
         taken = pre._recorder.take()
-        found.append([taken[key] for e in pre._inverse.averages.entries for key in e.keys])
+        found.append([taken[key] for e in pre._inverse.estimate.all for key in e.keys])
     assert len(found[0]) == 11
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Which backward pass the empirical Fisher is of, where several come through one forward."""
+"""The empirical Fisher: which backward pass it is of, where several come through one forward."""
 
 from __future__ import annotations
 
