@@ -215,16 +215,6 @@ def unwrapped(net: Net) -> Net:
         net = inner
 
 
-def drawn_seed(generator: torch.Generator, workers: Workers) -> int:
-    """Draw the next seed; processes that share one stream each get a seed of their own.
-
-    The multiplier is the golden ratio's of 64 bits: seeds of neighbouring ranks lie far apart, and
-    no rank's seed is another rank's next one.
-    """
-    seed = int(torch.randint(2**62, (), generator=generator))
-    return (seed + 0x9E3779B97F4A7C15 * workers.rank) % 2**62
-
-
 def share_of(kept: int, workers: Workers) -> int:
     """Return how many of the first ``kept`` cases of a batch a process has.
 

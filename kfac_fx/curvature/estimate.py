@@ -216,6 +216,7 @@ class Estimate:
         all: those of all three, in this order.
         like: a tensor [] of the precision and on the device that averages are read in.
         folds: how often statistics were folded.
+        recorded: the number of statistics in the averages: the largest of all holders.
     """
 
     def __init__(
@@ -239,6 +240,7 @@ class Estimate:
             for moment in moments
         }
         self.folds = 0
+        self.recorded = 0
         self.like = next(iter(self.blocks.values())).like
         self.all = [*self.blocks.values(), *self.pairs.values(), *self.moments.values()]
         self._storage = storage
@@ -248,11 +250,6 @@ class Estimate:
     def holders(self) -> list[Holder]:
         """Return the blocks, pairs and moments whose statistics are wanted, in this order."""
         return [averages.holder for averages in self.all]
-
-    @property
-    def recorded(self) -> int:
-        """Return the number of statistics in the averages: the largest of all holders."""
-        return max((averages.recorded for averages in self.all), default=0)
 
     # Folding.
 
@@ -303,7 +300,8 @@ class Estimate:
         by_weight: dict[float, tuple[list[Average], list[Statistic]]] = {}
         for averages, new in came:
             first |= averages.recorded == 0
-            weight = new_weight(averages.recorded + 1, decay)
+            # 1 - epsilon: a plain mean at first, then an exponential one (section 8).
+            weight = max(1 / (averages.recorded + 1), 1 - decay)
             group = by_weight.setdefault(weight, ([], []))
             group[0].extend(averages.all)
             group[1].extend(new)
@@ -312,6 +310,7 @@ class Estimate:
             fold(old, values, weight)
         for averages, _ in came:  # not before: a fold that fails must not count
             averages.recorded += 1
+        self.recorded = max((averages.recorded for averages in self.all), default=0)
         return first
 
     def _say_silent(self, came: Sequence[Came]) -> None:
@@ -346,7 +345,12 @@ class Estimate:
         Args:
             couplings: those of the program.
         """
-        found = [average.whole() for of in self.blocks.values() for average in of.factors]
+        # A plain read for most: this is done for every factor at every refresh.
+        found = [
+            average.whole() if average.upper_only else average.stored
+            for of in self.blocks.values()
+            for average in of.factors
+        ]
         for coupling in couplings:
             pair, turned = self._pair(coupling)
             both = [average.whole() for average in pair.factors]
@@ -382,6 +386,7 @@ class Estimate:
             for average, value in zip(of.factors, state["factors"][of.holder.name], strict=True):
                 average.write(value)
             of.recorded = int(state["recorded"][of.holder.name])
+        self.recorded = max((of.recorded for of in self.all), default=0)
 
 
 def fold_in_place(averages: Sequence[Average], new: Sequence[Statistic], weight: float) -> None:
@@ -405,15 +410,10 @@ def fold_in_place(averages: Sequence[Average], new: Sequence[Statistic], weight:
         torch._foreach_lerp_(stored, values, weight)
 
 
-def new_weight(k: int, decay: float) -> float:
-    """Return 1 - epsilon_k, the weight of the k-th statistic."""
-    return 1 - min(1 - 1 / k, decay)
-
-
 def terms_needed(recorded: int, decay: float) -> int:
     """Return how many likelihood terms the next statistic should have, after so many statistics.
 
     An average over k equal statistics is as good as one over their terms, so the first few must
     be larger; later the decay bounds the weight of each.
     """
-    return math.ceil(LEAST_TERMS * new_weight(recorded + 1, decay))
+    return math.ceil(LEAST_TERMS * max(1 / (recorded + 1), 1 - decay))

@@ -71,8 +71,10 @@ class BatchTerms:
         # must still count that of the others.
         counts = []
         for part in self.parts:
-            every, count = workers.agree(call, good, 0.0 if part is None else part.amount)
-            good = good and every
+            count = 0.0 if part is None else part.amount
+            if workers.size > 1:
+                every, count = workers.agree(call, good, count)
+                good = good and every
             counts.append(count)
         total = sum(counts)
         if total <= 0:
@@ -149,27 +151,20 @@ class BatchLikelihood:
         )
         return self.nll() / sum(counts)
 
-    def draws(self, noise: int | Sequence[Tensor | None]) -> list[Tensor]:
-        """Return targets drawn from the model, one tensor a part.
+    def sampled(self, noise: int | Sequence[Tensor | None]) -> Tensor:
+        """Return a scalar whose derivatives are those of the NLL of targets drawn from the model.
+
+        Every term's derivative is scaled with the square root of its weight, so that its square is
+        scaled with the weight.
 
         Args:
             noise: a seed, of which part k takes ``seed + k``; or what ``noise_of`` asked for, part
                 by part, with None for a distribution that draws by itself.
         """
-        if isinstance(noise, int):
-            return [drawn(d, noise + k) for k, (d, _) in enumerate(self.parts)]
-        pairs = zip(self.parts, noise, strict=False)
-        return [drawn(distribution, given) for (distribution, _), given in pairs]
-
-    def sampled(self, draws: Sequence[Tensor]) -> Tensor:
-        """Return a scalar whose derivatives are those of the NLL of targets from the model.
-
-        Every term's derivative is scaled with the square root of its weight, so that its square is
-        scaled with the weight.
-        """
         scalars = []
-        for (distribution, terms), targets in zip(self.parts, draws, strict=True):
-            nll = -distribution.log_prob(targets)
+        for k, (distribution, terms) in enumerate(self.parts):
+            given = noise + k if isinstance(noise, int) else noise[k]
+            nll = -distribution.log_prob(drawn(distribution, given))
             nll = nll if terms.weights is None else nll * terms.weights.sqrt()
             nll = nll.sum()
             scalars.append(nll * terms.share**0.5 if self.terms.weighted else nll)
@@ -227,8 +222,7 @@ def drawn(distribution: Distribution, noise: int | Tensor | None) -> Tensor:
         noise: a seed; or what ``noise_of`` asked for, None where it asked for nothing: then the
             draw is from torch's stream as it stands.
     """
-    base = base_of(distribution)
-    family = drawing_family(base)
+    base, family = drawing_family(distribution)
     if family is None:
         # Of a traced pass the draw stays in the graph, which is run under the seed as a whole.
         if not isinstance(noise, int):
@@ -239,17 +233,9 @@ def drawn(distribution: Distribution, noise: int | Tensor | None) -> Tensor:
     return family.draw(base, family.noise(base).sample(noise) if isinstance(noise, int) else noise)
 
 
-def base_of(distribution: Distribution) -> Distribution:
-    """Return the distribution inside of Independent."""
-    while type(distribution) is Independent:
-        distribution = distribution.base_dist
-    return distribution
-
-
 def noise_of(distribution: Distribution) -> Noise | None:
     """Return what a draw needs, or None where only the distribution itself knows how to draw."""
-    base = base_of(distribution)
-    family = drawing_family(base)
+    base, family = drawing_family(distribution)
     return None if family is None else family.noise(base)
 
 

@@ -113,21 +113,24 @@ FAMILIES: dict[type[Distribution], Family] = {}
 """By the distribution's class. Subclasses have the family of their nearest ancestor."""
 
 
-def drawing_family(distribution: Distribution) -> Family | None:
-    """Return the family by which targets are drawn, or None where a distribution draws by itself.
+def drawing_family(distribution: Distribution) -> tuple[Distribution, Family | None]:
+    """Return the distribution inside of Independent, and the family by which targets are drawn.
 
-    A subclass with a ``sample`` of its own is another distribution for draws.
+    The family is None where a distribution draws by itself. A subclass with a ``sample`` of its own
+    is another distribution for draws.
 
     Args:
-        distribution: without ``Independent`` around it, which only counts dimensions.
+        distribution: ``Independent`` around it only counts dimensions, which a draw does not.
     """
+    while type(distribution) is Independent:
+        distribution = distribution.base_dist
     # By class rather than by what the likelihood says: a callable from outputs to a distribution
     # says nothing else, and its draws must be repeatable, too.
     for kind in type(distribution).__mro__:
         if kind in FAMILIES:
             own = getattr(kind, "sample", None)
-            return FAMILIES[kind] if type(distribution).sample is own else None
-    return None
+            return distribution, FAMILIES[kind] if type(distribution).sample is own else None
+    return distribution, None
 
 
 def check_outputs(outputs: Tensor, name: str) -> None:

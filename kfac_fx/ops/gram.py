@@ -44,12 +44,17 @@ def gram(rows: Tensor, scale: float = 1.0) -> Tensor:
     # Few entries are one slab, whatever their shape: that need not be found out.
     ranges = _slabs(rows) if rows.numel() >= SMALL else ()
     if len(ranges) < 2:
-        return _product(rows.mT, rows, scale)
+        if rows.dim() == 2 and scale != 1.0:  # scaled inside the product
+            return torch.addmm(rows.new_empty(()), rows.mT, rows, beta=0, alpha=scale)
+        return rows.mT @ rows if scale == 1.0 else rows.mT @ rows * scale
     if _opaque(rows):
         product: Tensor = torch.ops.kfac_fx.gram.default(rows, scale)
         return product
     if functional(rows):
-        slabs = [_product(rows[:, a:b].mT, rows[:, a:], scale) for a, b in ranges]
+        slabs = [
+            torch.addmm(rows.new_empty(()), rows[:, a:b].mT, rows[:, a:], beta=0, alpha=scale)
+            for a, b in ranges
+        ]
         return _assembled(slabs, ranges)
     return _written(rows, scale)
 
@@ -152,15 +157,6 @@ def _assembled(slabs: Sequence[Tensor], ranges: Sequence[Range]) -> Tensor:
     return torch.cat(lines)
 
 
-def _product(left: Tensor, right: Tensor, scale: float) -> Tensor:
-    """Return scale * left @ right, scaled inside the product."""
-    if scale == 1.0:
-        return left @ right
-    if left.dim() == 2:
-        return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scale)
-    return left @ right * scale
-
-
 def _shape(rows: Tensor, scale: float, one: float | None = None) -> Tensor:
     side = rows.shape[1] + int(one is not None)  # the shape may be symbolic
     return rows.new_empty(side, side)
@@ -237,14 +233,12 @@ Statistic = Tensor | Rows
 
 
 def stay(rows: Tensor) -> bool:
-    """Return whether rows stay unmultiplied.
+    """Return whether rows stay unmultiplied, where statistics of noted taps are formed.
 
-    Only where the statistics of noted taps are formed, for the engine takes tensors from a node;
-    only on a CPU, where the writes of a product are what it costs; and only where the product has
-    more than one slab and more entries than the rows.
+    Only there (``collecting_now.forming``), for the engine takes tensors from a node; only on a
+    CPU, where the writes of a product are what it costs; and only where the product has more than
+    one slab and more entries than the rows.
     """
-    if not collecting_now.forming:
-        return False
     count, d = rows.shape[-2:]
     few = rows.dim() == 2 and count < d and d >= 2 * THRESHOLDS.slab * torch.get_num_threads()
     return few and rows.device.type == "cpu" and not rows.is_complex()
@@ -252,7 +246,9 @@ def stay(rows: Tensor) -> bool:
 
 def second_moment(rows: Tensor, scale: float = 1.0) -> Statistic:
     """Return ``gram``, or a copy of rows that stay: until then others may write into them."""
-    return Rows(rows.clone(), scale) if stay(rows) else gram(rows, scale)
+    if collecting_now.forming and stay(rows):
+        return Rows(rows.clone(), scale)
+    return gram(rows, scale)
 
 
 @overload

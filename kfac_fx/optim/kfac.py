@@ -31,7 +31,6 @@ from kfac_fx.optim.kfac_options import KFACOptions
 from kfac_fx.optim.last_step import Buffers, LastStep
 from kfac_fx.optim.objective import Batch, Objective, Tree
 from kfac_fx.optim.quadratic import Direction
-from kfac_fx.optim.tap_turns import TapTurn
 from kfac_fx.optim.updates import AdaptiveUpdate, Rule, ScheduledUpdate, Situation
 from kfac_fx.parallel import ALONE, Workers
 from kfac_fx.reading.inspection import HasCurvature
@@ -152,6 +151,7 @@ class KFAC(HasCurvature, Optimizer):
             forward=options.forward,
             compile=compile,
             by_inputs=self._whole.given is None,
+            owner="KFAC",
         )
         # The taps stay off in every pass but the one of the statistics: recording takes time.
         self._recorder.switch(False)
@@ -173,7 +173,6 @@ class KFAC(HasCurvature, Optimizer):
         self.skipped_batches = 0
         self.rejected_steps = 0
         self.skipped_statistics = 0
-        self._turn = TapTurn(net, "KFAC", self._recorder.sources.factors)
 
     def _update_rule(self, *, adaptive: bool, refresh_every: int) -> Rule:
         if not adaptive:
@@ -210,7 +209,7 @@ class KFAC(HasCurvature, Optimizer):
                 nothing has changed.
             ParameterChangedError: a parameter was replaced, reshaped, cast or moved.
         """
-        self._turn.take()
+        self._recorder.take_turn()
         self._inverse.covered.check()
         buffers = self._objective.snapshot()
         iteration = self._iteration

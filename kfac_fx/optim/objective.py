@@ -17,8 +17,9 @@ from kfac_fx.likelihoods.builtin import Likelihood
 from kfac_fx.likelihoods.named import Sum
 from kfac_fx.likelihoods.sampling import seeded
 from kfac_fx.ops.net_buffers import STORE
-from kfac_fx.parallel import WholeParameters, Workers, drawn_seed, share_of
+from kfac_fx.parallel import WholeParameters, Workers, share_of
 from kfac_fx.statistics.forward import Forward, outputs_of
+from kfac_fx.statistics.recorder import drawn_seed
 from kfac_fx.torch_internals import pytree
 
 Tree = Any

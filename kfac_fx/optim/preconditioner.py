@@ -36,7 +36,6 @@ from kfac_fx.likelihoods.named import Given, likelihood_of
 from kfac_fx.likelihoods.sampling import forked, fresh_generator
 from kfac_fx.linalg.precision import all_finite
 from kfac_fx.optim.quadratic import shorten
-from kfac_fx.optim.tap_turns import TapTurn
 from kfac_fx.parallel import ALONE, Workers
 from kfac_fx.reading.inspection import HasCurvature
 from kfac_fx.statistics.forward import Forward, run_network
@@ -168,8 +167,7 @@ class Preconditioner(HasCurvature):
             # statistics take a pass of their own. Empirical ones are of that very backward.
             by_inputs=net_is_compiled and self.fisher != "empirical",
         )
-        self._turn = TapTurn(net, "Preconditioner", self._recorder.sources.factors)
-        self._arm()
+        self._recorder.switch(self.due)
 
     @property
     def damping(self) -> float:
@@ -218,10 +216,8 @@ class Preconditioner(HasCurvature):
         if not self.due:
             return
         if inputs is None:
-            self._turn.observe()
             finite = self._recorder.observe(outputs, targets)
         else:
-            self._turn.take()
             # The pass draws (dropout): the user's next forward must not see that it ran.
             with forked(self._inverse.covered.parameters.values()):
                 finite = self._recorder.observe_inputs(inputs, targets)
@@ -242,33 +238,35 @@ class Preconditioner(HasCurvature):
             ParameterChangedError: a parameter was replaced, reshaped, cast or moved.
             TapsTakenError: another object was made or used on the module since ``observe``.
         """
-        if lost := self._turn.lost:
-            self._arm()  # forgets what was observed: the next step is whole again
-            raise lost
         covered = self._inverse.covered
         covered.check()  # a parameter that was moved would get an update of another device
         given = covered.gradients()
         # All processes are in the same step here, or the error says which are not; a sum would wait
         # for the missing one.
-        self._workers.agree("step")
+        if self._workers.size > 1:
+            self._workers.agree("step")
         if not given:
             raise GradientError("no parameter has a gradient: call loss.backward() before step()")
-        recorded = self._inverse.estimate.recorded
-        if self._recorder.observing:
-            self._fold()
-        elif not recorded and self.skipped_statistics == 0:
+        estimate = self._inverse.estimate
+        none_yet = not estimate.recorded and self.skipped_statistics == 0
+        if none_yet and not self._recorder.observing:
             # A skipped batch is a reason to have none; a missing call is a mistake to be told of.
-            self._arm()  # so that the next forward is recorded once the call is there
+            # The next forward is recorded, for the call may be there by then.
+            self._recorder.switch(self.due)
             raise StatisticsError(
                 "no statistics yet: call observe(outputs) between the forward and loss.backward()"
             )
+        if self.due:  # else nothing was observed
+            found = self._recorder.take()
+            if found and not self._inverse.fold(found, self.ema_decay):
+                self._skip_statistics("statistics")
         # Inverses are missing after the first fold, and where a block got its first statistic.
         missing = self._inverse.refreshed is None
-        if self._inverse.estimate.recorded and (missing or self._steps % self.refresh_every == 0):
-            self._inverse.keep_up(self.damping)
+        if estimate.recorded and (missing or self._steps % self.refresh_every == 0):
+            self._inverse.keep_up(self._damping)
         self._precondition(given)
         self._steps += 1
-        self._arm()
+        self._recorder.switch(self.due)  # the next forward records if its step is due
 
     def refresh(self) -> None:
         """Compute the inverses from the present factors and damping.
@@ -299,17 +297,6 @@ class Preconditioner(HasCurvature):
         """Say whether the statistics of this step are wanted."""
         return self._steps % self.statistics_every == 0
 
-    def _arm(self) -> None:
-        """Let the next forward record if its step is due."""
-        self._turn.take()
-        self._recorder.switch(self.due)
-
-    def _fold(self) -> None:
-        """Take the recorded statistics into the averages, unless they are not finite."""
-        found = self._recorder.take()
-        if found and not self._inverse.fold(found, self.ema_decay):
-            self._skip_statistics("statistics")
-
     def _skip_statistics(self, what: str) -> None:
         self.skipped_statistics += 1
         log.warning("step %d: non-finite %s, nothing is recorded", self._steps, what)
@@ -318,13 +305,18 @@ class Preconditioner(HasCurvature):
     def _precondition(self, given: Mapping[str, Tensor]) -> None:
         """Replace gradients in their place by the preconditioned ones, or by zeros."""
         # Statistics may all have been skipped: a plain gradient would be a step of another size.
-        whole = self._workers.whole(given)
+        # Of one process the gradients are whole as they are.
+        several = self._workers.size > 1
+        whole = self._workers.whole(given) if several else given
         finite = self._inverse.refreshed is not None
         if finite:
             updates = self._inverse.precondition(whole)
             if self.trust_region is not None:
                 shorten(updates, whole, self.trust_region)
-            self._workers.put(updates, given)
+            if several:
+                self._workers.put(updates, given)
+            else:
+                foreach.copy_(list(given.values()), [updates[name] for name in given])
             # A gradient that is not finite gives no finite update, so one check serves for both.
             # Shards are checked as a whole: one process must not zero what the others keep.
             finite = all_finite(list((given if whole is given else updates).values()))
@@ -364,4 +356,4 @@ class Preconditioner(HasCurvature):
         self.skipped_statistics = int(state["skipped_statistics"])
         self.skipped_gradients = int(state["skipped_gradients"])
         self.generator.set_state(state["generator"])
-        self._arm()
+        self._recorder.switch(self.due)

@@ -64,7 +64,7 @@ class TrainingStep:
         """
         if targets is None and self._loss is None:
             raise LikelihoodError("the negative log-likelihood needs targets")
-        self._preconditioner._turn.take()
+        self._recorder.take_turn()
         if self._preconditioner.due:
             found = self._recorded(inputs, targets)
             if not self._recorder.add(found.collected):

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
+from typing import NamedTuple
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import nn
 
 from kfac_fx.config import Fisher
-from kfac_fx.errors import ObservationError, UnknownOptionError
+from kfac_fx.errors import ObservationError, TapsTakenError, UnknownOptionError
 from kfac_fx.likelihoods.batch import output_tensors
 from kfac_fx.likelihoods.builtin import Likelihood, Tree
 from kfac_fx.likelihoods.named import Sum
 from kfac_fx.ops.gram import Rows, multiplied
-from kfac_fx.ops.net_buffers import all_buffers, switch
-from kfac_fx.parallel import StatisticSlot, Values, Workers, drawn_seed
+from kfac_fx.ops.net_buffers import STORE, all_buffers, switch
+from kfac_fx.parallel import StatisticSlot, Values, Workers
 from kfac_fx.statistics.buffers import Block, Statistics, StatisticSources, sources_of
 from kfac_fx.statistics.empirical import EmpiricalStatistics
 from kfac_fx.statistics.forward import Forward, run_network
@@ -25,6 +28,34 @@ from kfac_fx.statistics.swap_tensors import Places
 from kfac_fx.statistics.user_graph import BackwardWatch
 from kfac_fx.torch_internals import foreach
 
+# Module of factor buffers -> whose turn it is. Graphs that share buffers share their taps, and a
+# copy of a model has buffers of its own. Weak both ways: neither models nor optimizers live longer.
+_turns: WeakKeyDictionary[nn.Module, ReferenceType[Recorder]] = WeakKeyDictionary()
+
+
+class _Pass(NamedTuple):
+    """The statistics of one pass in a step.
+
+    Attributes:
+        values: in the order of the step's keys.
+        summed: waits for their sum over the processes; None where there is one process.
+        total: the number of likelihood terms of all processes.
+    """
+
+    values: Values
+    summed: Callable[[], Values] | None
+    total: float
+
+
+def drawn_seed(generator: torch.Generator, workers: Workers) -> int:
+    """Draw the next seed; processes that share one stream each get a seed of their own.
+
+    The multiplier is the golden ratio's of 64 bits: seeds of neighbouring ranks lie far apart, and
+    no rank's seed is another rank's next one.
+    """
+    seed = int(torch.randint(2**62, (), generator=generator))
+    return (seed + 0x9E3779B97F4A7C15 * workers.rank) % 2**62
+
 
 class StepStatistics:
     """Statistics of one step, from one or several micro-batches and processes.
@@ -34,6 +65,9 @@ class StepStatistics:
     Args:
         sources: the tensors that the statistics are gradients of.
         workers: the processes whose statistics are added up.
+
+    Attributes:
+        passes: what was added and not taken yet.
     """
 
     def __init__(self, sources: StatisticSources, workers: Workers) -> None:
@@ -48,8 +82,7 @@ class StepStatistics:
             flat = torch.zeros((), dtype=own[0].dtype, device=own[0].device)
             self._keys.append(block.key)
             self._places.append(StatisticSlot(flat.expand(sum(p.numel() for p in own)), False))
-        self._sums: list[tuple[Callable[[], Values], float]] = []
-        self._count = 0.0
+        self.passes: list[_Pass] = []
 
     def add(self, collected: Collected) -> None:
         """Take over the statistics of one pass; their sum over the processes starts.
@@ -76,13 +109,10 @@ class StepStatistics:
             if tensors:
                 foreach.mul_(tensors, factor)
         values = [found.get(key) for key in self._keys]
-        self._sums.append((self._workers.start_sum(self._places, values), collected.total))
-        self._count += collected.total
-
-    @property
-    def empty(self) -> bool:
-        """Whether nothing was added."""
-        return not self._sums
+        summed = None
+        if self._workers.size > 1:
+            summed = self._workers.start_sum(self._places, values)
+        self.passes.append(_Pass(values, summed, collected.total))
 
     def take(self) -> Statistics:
         """Return the statistics in the scale of one likelihood term, and start anew.
@@ -90,20 +120,22 @@ class StepStatistics:
         It waits for the sums over the processes.
         """
         mean: Statistics = {}
-        for finished, count in self._sums:
-            weight = count / self._count
-            for key, value in zip(self._keys, finished(), strict=True):
+        passes = self.passes
+        self.passes = []
+        terms = sum(each.total for each in passes)
+        for each in passes:
+            weight = each.total / terms
+            values = each.values if each.summed is None else each.summed()
+            for key, value in zip(self._keys, values, strict=True):
                 if value is None:
                     continue
                 more = value if weight == 1.0 else value * weight
                 mean[key] = more if key not in mean else multiplied(mean[key]) + multiplied(more)
-        self.forget()
         return mean
 
     def forget(self) -> None:
-        """Start anew."""
-        self._sums = []
-        self._count = 0.0
+        """Start anew; sums over the processes are not waited for, as others may have failed."""
+        self.passes = []
 
 
 class Recorder:
@@ -111,6 +143,12 @@ class Recorder:
 
     ``observe`` takes the user's own forward, ``observe_inputs`` runs a pass of the recorder's own;
     ``take`` ends the step.
+
+    Several objects may use the taps of one module, in turns. A tap records into one buffer and is
+    on or off for everyone: if two objects switched the taps of one module in the same step, one
+    would lose its statistics, train on with averages that stand still, and say nothing. Whole steps
+    may alternate: that is how two preconditioners are compared on one network, and what happens
+    where a notebook makes a ``Preconditioner`` again. Within a step the recorder raises an error.
 
     Args:
         net: carries the taps.
@@ -122,11 +160,13 @@ class Recorder:
         forward: from (network, inputs) to outputs, of passes of the recorder's own.
         compile: those passes; a name is that of a backend of torch.compile.
         by_inputs: whether statistics come from passes of the recorder's own from the first on.
+        owner: name of the class that the recorder works for, for messages.
 
     Attributes:
         sources: the tensors that statistics are gradients of.
         by_inputs: whether statistics come from passes of its own: the taps stay off in others.
         own: such a pass, node by node.
+        seed: gives the seed of the draws of the next pass; 0 if there are none.
         compile: as given.
 
     Raises:
@@ -145,6 +185,7 @@ class Recorder:
         forward: Forward = run_network,
         compile: bool | str = False,
         by_inputs: bool = False,
+        owner: str = "Preconditioner",
     ) -> None:
         if fisher == "empirical" and isinstance(likelihood, Sum):
             raise UnknownOptionError(
@@ -160,25 +201,33 @@ class Recorder:
         switch(net, buffers, False)
         for buffer in buffers:
             buffer.grad = None
-        self._generator = generator
         self._workers = workers
         self.own = OwnPass(net, self.sources, likelihood, fisher, forward, workers, Places(net))
         self._pass = CompiledPass(self.own, compile)
-        self._draws = self.own.draws
+        # A pass that draws nothing must not move the generator: ``int`` gives 0.
+        self.seed = partial(drawn_seed, generator, workers) if self.own.draws else int
         self._sampled = SampledStatistics(self.sources, likelihood, fisher, workers, self.seed)
         self._empirical = None
         if fisher == "empirical":
             self._empirical = EmpiricalStatistics(self.sources, likelihood, workers)
         self._backward: BackwardWatch | None = None
         self._step = StepStatistics(self.sources, workers)
+        self._store: nn.Module = getattr(net, STORE)
+        self._owner = owner
+        self._observed = False
+        self.take_turn()
 
     @property
     def observing(self) -> bool:
         """Whether a pass was observed since the taps were switched."""
-        return self._backward is not None or not self._step.empty
+        return self._backward is not None or bool(self._step.passes)
 
     def switch(self, on: bool) -> None:
-        """Let the forward passes from now on record or not; what was not taken is forgotten."""
+        """Let the forward passes from now on record or not; what was not taken is forgotten.
+
+        It is this recorder's turn from here on.
+        """
+        self.take_turn()
         self._end_step()
         on = on and not self.by_inputs
         if any(factor.requires_grad != on for factor in self.sources.factors):
@@ -189,7 +238,12 @@ class Recorder:
 
         Raises:
             LikelihoodError, ObservationError: see ``Preconditioner.observe``.
+            TapsTakenError: another object is in the middle of a step, or has switched off taps that
+                this one needs, so that the forward recorded too little.
         """
+        if _turns[self._store]() is not self:
+            self._check_turn()
+        self._observed = True
         if self.by_inputs:
             raise ObservationError(
                 "statistics come from the inputs, because the net is compiled or inputs were "
@@ -217,6 +271,7 @@ class Recorder:
         Raises:
             LikelihoodError, ObservationError: see ``Preconditioner.observe``.
         """
+        self.take_turn()
         self._check_targets(targets)
         return self.add(self._pass(inputs, targets, self.seed()).collected)
 
@@ -229,7 +284,13 @@ class Recorder:
         Raises:
             ObservationError: of empirical statistics, no backward has come to the outputs, or
                 several have.
+            TapsTakenError: another object had a turn since ``observe``. What was observed is
+                forgotten: statistics are not whole, and the next step is.
         """
+        if self._observed and _turns[self._store]() is not self:
+            lost = self._taken("was made or used between observe() and step()")
+            self.switch(True)
+            raise lost
         if self._empirical is not None:
             self._finish()
         found = self._step.take()
@@ -243,10 +304,6 @@ class Recorder:
         self.by_inputs = True
         self.switch(False)
         return self.own
-
-    def seed(self) -> int:
-        """Return the seed of the draws of the next pass; 0 if there are none."""
-        return drawn_seed(self._generator, self._workers) if self._draws else 0
 
     def add(self, collected: Collected) -> bool:
         """Add the statistics of a pass of the recorder's own; False if it was not finite.
@@ -266,6 +323,35 @@ class Recorder:
                 )
             self._step.add(collected)
         return collected.finite
+
+    # Turns.
+
+    def take_turn(self) -> None:
+        """Make it this recorder's turn: it switches the taps, or begins a step of its own."""
+        self._observed = False
+        _turns[self._store] = ref(self)
+
+    def _check_turn(self) -> None:
+        """Take the turn from another recorder, for a forward that has already run.
+
+        Raises:
+            TapsTakenError: see ``observe``.
+        """
+        last = _turns[self._store]()
+        if last is not None and last._observed:
+            raise self._taken("is in the middle of a step")
+        if not all(factor.requires_grad for factor in self.sources.factors):
+            raise self._taken("switched off taps that this one needs")
+        _turns[self._store] = ref(self)
+
+    def _taken(self, what_it_did: str) -> TapsTakenError:
+        last = _turns[self._store]()
+        other = "another object" if last is None else f"a {last._owner}"
+        return TapsTakenError(
+            f"{other} on the module of this {self._owner} {what_it_did}: finish the step of one "
+            "before the other's, or give each a transform of its own "
+            "(kfac_fx.transform(copy.deepcopy(model)))"
+        )
 
     def _check_targets(self, targets: Tree) -> None:
         if self.own.fisher == "empirical" and targets is None:
@@ -293,5 +379,6 @@ class Recorder:
             self._backward = None
         if self._empirical is not None:
             self._empirical.stop()
-        self._step.forget()
+        if self._step.passes:
+            self._step.forget()
         self.sources.forget()

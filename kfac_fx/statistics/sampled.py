@@ -138,7 +138,7 @@ def fisher_statistics(
     """
     if fisher == "exact":
         return _exact_statistics(sources, made, noise, select)
-    scalar = made.nll() if fisher == "empirical" else made.sampled(made.draws(noise))
+    scalar = made.nll() if fisher == "empirical" else made.sampled(noise)
     return statistics_of(sources, scalar, collection)[0]
 
 
@@ -167,7 +167,7 @@ def _exact_statistics(
         tapped = [*inputs, *gradients]
     untapped: Sequence[Tensor | None] = ()
     if sources.parameters:
-        untapped = derivatives(made.sampled(made.draws(noise)), sources.parameters)
+        untapped = derivatives(made.sampled(noise), sources.parameters)
     return sources.statistics(tapped, untapped)
 
 

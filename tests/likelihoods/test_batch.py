@@ -99,8 +99,9 @@ def test_drawn_targets_are_scored_by_their_nll(kind: str) -> None:
     given, reference = KINDS[kind]
     f = outputs(3)
     batch = batch_likelihood(given, f)
-    (y,) = batch.draws(7)
-    (found,) = torch.autograd.grad(batch.sampled([y]), f)
+    ((distribution, _),) = batch.parts
+    y = drawn(distribution, 7)
+    (found,) = torch.autograd.grad(batch.sampled(7), f)
     (want,) = torch.autograd.grad(reference.nll(f, y), f)
     assert_close(found, want)
 
@@ -140,17 +141,18 @@ SUM = likelihoods.Sum([("categorical", 0.7), (likelihoods.Normal(variance=0.5), 
 def sum_of_parts(f: Tensor, y: tuple[Tensor, ...] | None = None) -> BatchLikelihood:
     """With the parts made comparable, as of one process."""
     batch = batch_likelihood(SUM, JOINT.split(f), y)
-    good, batch = batch.of_all(Alone(), "observe")
+    good, batch = batch.of_all(OneOfTwo(), "observe")
     assert good
     return batch
 
 
 @dataclass
-class Alone:
+class OneOfTwo:
     """One process of several, of which the others have `more` times as many terms."""
 
     more: float = 0.0
     others_good: bool = True
+    size: int = 2
 
     def agree(self, call: str, good: bool, amount: float = 0.0) -> tuple[bool, float]:
         assert call == "observe"
@@ -179,13 +181,13 @@ def test_a_sum_s_fisher_is_the_weighted_sum_of_the_parts() -> None:
 def test_terms_of_all_processes_are_counted() -> None:
     f, y = outputs(3), torch.randint(3, (CASES,))
     batch = batch_likelihood(likelihoods.Categorical(), f, y)
-    good, counted = batch.of_all(Alone(more=2.0), "observe")
+    good, counted = batch.of_all(OneOfTwo(more=2.0), "observe")
     assert good and counted.count == 3 * CASES
     assert_close(counted.nll(), batch.nll())  # of this process's terms, as before
-    assert not batch.of_all(Alone(others_good=False), "observe")[0]
+    assert not batch.of_all(OneOfTwo(others_good=False), "observe")[0]
     nothing = torch.full((CASES,), -100)
     with pytest.raises(LikelihoodError, match="no likelihood term counts"):
-        batch_likelihood(likelihoods.Categorical(), f, nothing).of_all(Alone(), "observe")
+        batch_likelihood(likelihoods.Categorical(), f, nothing).of_all(OneOfTwo(), "observe")
 
 
 def test_outputs_of_low_precision_are_widened() -> None:
