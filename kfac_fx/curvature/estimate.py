@@ -300,7 +300,7 @@ class Estimate:
         by_weight: dict[float, tuple[list[Average], list[Statistic]]] = {}
         for averages, new in came:
             first |= averages.recorded == 0
-            # 1 - epsilon: a plain mean at first, then an exponential one (section 8).
+            # 1 - epsilon_k: a plain mean of the first statistics, then an exponential one.
             weight = max(1 / (averages.recorded + 1), 1 - decay)
             group = by_weight.setdefault(weight, ([], []))
             group[0].extend(averages.all)
