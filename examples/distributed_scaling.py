@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import kfac_fx
-from kfac_fx.codegen import Program
+from kfac_fx.codegen.program import Program
 from kfac_fx.distributed import Compute, Network, Plan, Prediction, simulate
 
 # Assumed: a GPU that reaches 300 teraflops in products in bfloat16, 10 in float32 factorisations

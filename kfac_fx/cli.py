@@ -22,7 +22,7 @@ from torch import nn
 
 from kfac_fx.api import transform
 from kfac_fx.capture.captured_module import CapturedModule
-from kfac_fx.codegen import Program
+from kfac_fx.codegen.program import Program
 from kfac_fx.config import COUPLINGS, FLOW_DIRECTIONS, STRUCTURES
 from kfac_fx.errors import KFACError
 from kfac_fx.viz.facts import summary

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, fx
@@ -12,15 +12,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kfac_fx.errors import UnknownOptionError
 from kfac_fx.ops.gram import Statistic
+from kfac_fx.torch_internals import foreach
 
 Net = Any
 """A network as the user gives it: a module, wrapped or not, or something else by mistake."""
 
+if TYPE_CHECKING:
+    # Likelihoods and statistics are told of workers, and are far below the generator of programs.
+    from kfac_fx.codegen.program import Engine, Program
+
 Values = list[Statistic | None]
 """One statistic a slot; None where no case of this process reached the layer."""
-
-Inverses = dict[str, Tensor]
-"""Inverses by the names that the generated program gives them."""
 
 
 class StatisticSlot(NamedTuple):
@@ -33,64 +35,6 @@ class StatisticSlot(NamedTuple):
 
     like: Tensor
     symmetric: bool
-
-
-class RunnableProgram(Protocol):
-    """A generated program, as far as running all of it needs to know.
-
-    ``kfac_fx.codegen.Program`` fits. This file is far below codegen/, so that likelihoods and
-    statistics can be told of workers without importing the generator of programs.
-    """
-
-    @property
-    def inverse_names(self) -> tuple[str, ...]:
-        """Names of all inverses, in the order in which a refresh makes them."""
-
-    @property
-    def clamped(self) -> int:
-        """How many entries of conditionals rounding had pushed to one in the last refresh."""
-
-    def refresh(self, damping: Tensor, factors: Sequence[Tensor]) -> Inverses:
-        """Return the inverses of damped factors."""
-
-    def apply(
-        self, inverses: Mapping[str, Tensor], gradients: Sequence[Tensor]
-    ) -> Mapping[str, Tensor]:
-        """Return the inverse times gradients, by parameter name."""
-
-
-class Engine(Protocol):
-    """Runs a program, or this process's part of it."""
-
-    @property
-    def clamped(self) -> int:
-        """How many entries of conditionals rounding had pushed to one in the last refresh."""
-
-    def needed(self) -> tuple[str, ...]:
-        """Return the names of the inverses that this process holds."""
-
-    def refresh(
-        self, damping: Tensor, factors: Sequence[Tensor], present: Mapping[str, Tensor]
-    ) -> Inverses:
-        """Return the inverses that this process holds.
-
-        Args:
-            damping: [], lambda, in the precision and on the device of the inverses.
-            factors: running averages in the order of the program's arguments.
-            present: what the refresh before made, empty at first. A stale engine returns it again
-                while the new inverses are still being computed.
-        """
-
-    def apply(
-        self, inverses: Mapping[str, Tensor], gradients: Sequence[Tensor]
-    ) -> Mapping[str, Tensor]:
-        """Return the inverse times gradients, by parameter name."""
-
-    def pending(self) -> list[Inverses]:
-        """Return inverses that are made, or being made, and not yet in use."""
-
-    def resume(self, pending: Sequence[Mapping[str, Tensor]]) -> None:
-        """Take what ``pending`` of an interrupted run returned."""
 
 
 class WholeParameters(Protocol):
@@ -165,47 +109,27 @@ class Workers(Protocol):
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         """Replace dense tensors by their sums over the processes."""
 
-    def engine(self, program: RunnableProgram, factors: Sequence[Tensor], tikhonov: str) -> Engine:
-        """Return what runs a program on factors of these shapes."""
+    def engine(self, program: Program, like: Tensor) -> Engine:
+        """Return what runs a program here: the program itself, or a part of it.
+
+        Args:
+            program: for the couplings in use.
+            like: a tensor of the precision and on the device of the inverses.
+        """
 
     def whole(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return tensors with all their entries, gathered where they are sharded."""
 
-    def put(self, value: Tensor, into: Tensor) -> None:
-        """Copy a whole tensor to one that may be sharded."""
+    def put(self, values: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:
+        """Copy whole tensors to those of the same names that may be sharded.
+
+        Args:
+            values: with all their entries, the same in all processes.
+            into: every one of its names is written.
+        """
 
     def hold(self, net: fx.GraphModule, parameters: Mapping[str, Tensor]) -> WholeParameters:
         """Return the parameters with all their entries, and a network to run with them."""
-
-
-class _WholeProgram:
-    """Runs all of a program at once; the engine of one process."""
-
-    def __init__(self, program: RunnableProgram) -> None:
-        self._program = program
-
-    @property
-    def clamped(self) -> int:
-        return self._program.clamped
-
-    def needed(self) -> tuple[str, ...]:
-        return self._program.inverse_names
-
-    def refresh(
-        self, damping: Tensor, factors: Sequence[Tensor], present: Mapping[str, Tensor]
-    ) -> Inverses:
-        return self._program.refresh(damping, factors)
-
-    def apply(
-        self, inverses: Mapping[str, Tensor], gradients: Sequence[Tensor]
-    ) -> Mapping[str, Tensor]:
-        return self._program.apply(inverses, gradients)
-
-    def pending(self) -> list[Inverses]:
-        return []
-
-    def resume(self, pending: Sequence[Mapping[str, Tensor]]) -> None:
-        pass
 
 
 class _OwnParameters:
@@ -263,14 +187,14 @@ class Alone:
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         pass
 
-    def engine(self, program: RunnableProgram, factors: Sequence[Tensor], tikhonov: str) -> Engine:
-        return _WholeProgram(program)
+    def engine(self, program: Program, like: Tensor) -> Engine:
+        return program
 
     def whole(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         return tensors
 
-    def put(self, value: Tensor, into: Tensor) -> None:
-        into.copy_(value)
+    def put(self, values: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:
+        foreach.copy_(list(into.values()), [values[name] for name in into])
 
     def hold(self, net: fx.GraphModule, parameters: Mapping[str, Tensor]) -> WholeParameters:
         return _OwnParameters(net, parameters)

@@ -21,7 +21,7 @@ def why_alone(block: CurvatureBlock) -> str | None:
     the derivative of a case together.
     """
     tap = block.uses[0].tap
-    if block.approximation != "kronecker":
+    if block.products != 1:
         return f"a {block.kind} block ({block.approximation}) has no cross factors"
     if any(factor.role == "count" for factor in block.factors) or len(block.uses) > 1:
         return "its uses, or their positions, are counted at run time"

@@ -41,11 +41,7 @@ def find_couplings(
     """
     blocks = curvature.blocks
     view = GraphView(module, graph)
-    layers = {
-        name
-        for name, block in blocks.items()
-        if block.approximation in ("kronecker", "kronecker_sum")
-    }
+    layers = {name for name, block in blocks.items() if block.products}
     reasons = {name: why_alone(block) for name, block in blocks.items()}
     able = {name for name, reason in reasons.items() if reason is None}
     edges = find_edges(view, blocks, layers, able)

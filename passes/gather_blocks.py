@@ -98,8 +98,7 @@ def summable(groups: Sequence[Sequence[ParameterUse]]) -> bool:
         return True
     uses = [group[0] for group in groups]
     simple = all(
-        use.approximation == "kronecker" and len(use.parameters) == 1 and len(_matrix(use)) == 2
-        for use in uses
+        use.products == 1 and len(use.parameters) == 1 and len(_matrix(use)) == 2 for use in uses
     )
     return simple and len(uses) == 2 and _same_sides(*uses) is not None
 
@@ -198,7 +197,7 @@ def _counted(uses: Sequence[ParameterUse], form: int, single: bool = False) -> l
     Several uses share A and G, and G is divided by the positions of all of them together, which
     only a run knows. A single use knows its own.
     """
-    if (len(uses) == 1 and not single) or uses[0].approximation != "kronecker":
+    if (len(uses) == 1 and not single) or uses[0].products != 1:
         return list(uses)
     count = FactorSpec("positions", (), "count", form=form)
     return [replace(use, factors=(*use.factors, count)) for use in uses]
@@ -209,7 +208,7 @@ def _summed_reason(uses: Sequence[ParameterUse]) -> str | None:
 
     Kronecker factors of several uses add up by design; covariances lose what lies between them.
     """
-    if len(uses) == 1 or uses[0].approximation == "kronecker":
+    if len(uses) == 1 or uses[0].products == 1:
         return None
     return f"its {len(uses)} uses are taken as uncorrelated"
 

@@ -119,7 +119,7 @@ def _insert(
                     tap.scale.entrywise,
                 ),
             )
-        if use.approximation == "kronecker" and len(factors) == 2:
+        if use.products == 1 and len(factors) == 2:
             factors.append(None)  # no positions to count for a single use
         options = [resolve(option) for option in tap.options]
         operator = getattr(torch.ops.kfac_fx, tap.operator).default

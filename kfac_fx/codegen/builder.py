@@ -5,29 +5,37 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 from torch import fx, nn
 
+if TYPE_CHECKING:
+    from kfac_fx.codegen.leaf import Value
 
-def _operation(target: Any) -> str:
+V = TypeVar("V")
+
+
+def _operation(target: object) -> str:
     name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
     return str(name).strip("_").removeprefix("linalg_")
 
 
 class _Tracer(fx.proxy.GraphAppendingTracer):
-    """Names every node after its operation and the section that it belongs to."""
+    """Names every node after its operation and the section that it belongs to.
+
+    fx numbers nodes otherwise, and a program of forty layers is not read by numbers.
+    """
 
     suffix = ""
 
     def create_node(
         self,
         kind: str,
-        target: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        target: fx.node.Target,
+        args: tuple[fx.node.Argument, ...],
+        kwargs: dict[str, fx.node.Argument],
         name: str | None = None,
-        type_expr: Any | None = None,
+        type_expr: object = None,
     ) -> fx.Node:
         if name is None and self.suffix:
             name = f"{_operation(target)}_{self.suffix}"
@@ -35,15 +43,23 @@ class _Tracer(fx.proxy.GraphAppendingTracer):
 
 
 class ProgramBuilder:
-    """A graph under construction; values are ``fx.Proxy`` objects that torch functions accept."""
+    """A graph under construction; values are ``fx.Proxy`` objects that torch functions accept.
+
+    Attributes:
+        graph: what has been emitted.
+    """
 
     def __init__(self) -> None:
         self.graph = fx.Graph()
         self._tracer = _Tracer(self.graph)
         self._inputs: set[str] = set()
 
-    def input(self, name: str) -> Any:
-        """A new argument of the program, under a name that is like ``name``."""
+    def input(self, name: str) -> Value:
+        """Return a new argument of the program, under a name that is like ``name``.
+
+        Names of parameters have dots, and two may become the same identifier: the later one gets
+        underscores. So arguments are told by their places, not by their names.
+        """
         name = re.sub(r"\W", "_", name)
         while name in self._inputs:
             name += "_"
@@ -51,14 +67,20 @@ class ProgramBuilder:
         node = self.graph.create_node("placeholder", name, name=name)
         return fx.Proxy(node, self._tracer)
 
-    def name(self, value: Any, name: str) -> Any:
-        """Gives the node of ``value`` a name of its own."""
-        value.node._rename(name)
+    def name(self, value: V, name: str) -> V:
+        """Give the node of ``value`` a name of its own, and return the value."""
+        node: fx.Node = value.node  # type: ignore[attr-defined]
+        node._rename(name)
         return value
 
     @contextmanager
     def section(self, suffix: str, comment: str) -> Iterator[None]:
-        """Nodes made inside carry ``suffix`` in their names; ``comment`` goes above the first."""
+        """Let nodes made inside carry a suffix, with a comment above the first of them.
+
+        Args:
+            suffix: at the end of their names; a block's slot.
+            comment: what the section computes.
+        """
         before = len(self.graph.nodes)
         self._tracer.suffix = suffix
         yield
@@ -67,8 +89,8 @@ class ProgramBuilder:
         if nodes:
             nodes[0].meta["comment"] = comment
 
-    def finish(self, outputs: Mapping[str, Any], class_name: str) -> fx.GraphModule:
-        """The module that computes ``outputs`` as a dict."""
+    def finish(self, outputs: Mapping[str, Value], class_name: str) -> fx.GraphModule:
+        """Return the module that computes ``outputs`` as a dict by name."""
         self.graph.output({name: value.node for name, value in outputs.items()})
         own = {_operation(node.target) for node in self.graph.nodes if node.op == "call_function"}
         for node in self.graph.nodes:  # a value must not hide a function that is called by name
@@ -79,7 +101,11 @@ class ProgramBuilder:
 
 
 def source(module: fx.GraphModule, name: str) -> str:
-    """The code of a program as a plain function called ``name``, with its sections' comments."""
+    """Return the code of a program as a function called ``name``, with its sections' comments.
+
+    fx writes a method that frees values line by line and calls functions by long names; people
+    need neither.
+    """
     comments = {
         node.name: node.meta["comment"] for node in module.graph.nodes if "comment" in node.meta
     }

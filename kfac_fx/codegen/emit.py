@@ -1,27 +1,89 @@
-"""The programs of both structures.
+"""Emits the programs of both structures as fx graphs.
 
 Without couplings Fbreve^-1 = blockdiag(F_ii^-1) (docs/explanation/mathematics.md, section 6).
-With a forest of them Fhat^-1 = Xi^T Lambda Xi (docs/explanation/mathematics.md, section 7),
-where all layers are independent of each other.
+With a forest of them Fhat^-1 = Xi^T Lambda Xi (docs/explanation/mathematics.md, section 7), where
+all layers are independent of each other.
+
+Blocks of equal shapes can be served by one call of every operation, with a stack in front of each
+factor: a compiled program of a deep network of equal layers has as many kernels then as one of a
+few, and a GPU as few launches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import fx
 
-from kfac_fx.codegen import batch, conditional
-from kfac_fx.codegen.batch import equal_blocks
+from kfac_fx.codegen import conditional
+from kfac_fx.codegen.approximations.base import (
+    BlockApproximation,
+    Damping,
+    Emitted,
+    InverseKey,
+    matrices_of,
+)
+from kfac_fx.codegen.approximations.table import SHAPES, Table
 from kfac_fx.codegen.builder import ProgramBuilder
-from kfac_fx.codegen.calls import CHOLESKY
-from kfac_fx.codegen.conditional import Pairs
-from kfac_fx.codegen.form import Damping
-from kfac_fx.codegen.forms import FORMS, Forms
-from kfac_fx.ir import Coupling, CurvatureBlock, CurvatureGraph, parents
+from kfac_fx.codegen.leaf import Value, leaf
+from kfac_fx.codegen.refresh_module import RefreshModule
+from kfac_fx.ir.coupling import Coupling, parents
+from kfac_fx.ir.curvature_graph import CurvatureBlock, CurvatureGraph
+from kfac_fx.linalg import kronecker, positive
 from kfac_fx.linalg.positive import Factorise
+
+CHOLESKY = Factorise(leaf(positive.cholesky_inverse), leaf(positive.cholesky_whitener))
+FLOORED = Factorise(leaf(positive.floored_inverse), leaf(positive.floored_whitener))
+
+Group = list[CurvatureBlock]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What programs are emitted from.
+
+    Attributes:
+        curvature: the blocks.
+        couplings: the forest; none for block-diagonal.
+        table: what each approximation does.
+        cast: parameters whose dtype is not the factors'; products are formed in the latter.
+        batched: whether blocks of equal shapes are served together.
+    """
+
+    curvature: CurvatureGraph
+    couplings: tuple[Coupling, ...] = ()
+    table: Table = field(default_factory=lambda: SHAPES)
+    cast: frozenset[str] = frozenset()
+    batched: bool = False
+
+    def of(self, block: CurvatureBlock) -> BlockApproximation:
+        """Return what a block's approximation does."""
+        return self.table[block.approximation]
+
+    def inverses(self) -> dict[str, tuple[InverseKey, ...]]:
+        """Return for each block the keys of the inverses that belong to it, in their order."""
+        pairs = conditional.CoupledPairs(self.curvature.blocks, self.couplings)
+        return {
+            name: pairs.inverses(name) if name in pairs.of else self.of(block).inverses(block)
+            for name, block in self.curvature.blocks.items()
+        }
+
+    def groups(self, names: Iterable[str]) -> list[Group]:
+        """Return the blocks of these names in groups of equal shapes; each alone unless batched.
+
+        Blocks that are cut into sub-blocks stay alone: those have a dimension in front already.
+        """
+        found: dict[object, Group] = {}
+        for name in names:
+            block = self.curvature.blocks[name]
+            specs = matrices_of(block)
+            alone = self.of(block).alone or any(spec.cut for spec in specs)
+            shapes = tuple((spec.name, spec.shape, spec.diagonal) for spec in specs)
+            key = (block.approximation, shapes) if self.batched and not alone else name
+            found.setdefault(key, []).append(block)
+        return list(found.values())
 
 
 def _title(block: CurvatureBlock) -> str:
@@ -34,141 +96,165 @@ def _titles(group: Sequence[CurvatureBlock]) -> str:
     return f"{_title(first)}" + (f", and {len(others)} like it" if others else "")
 
 
-def _factor_names(block: CurvatureBlock) -> list[str]:
-    return [f"{factor.name}_{block.slot}" for factor in block.factors if factor.role != "count"]
-
-
-def emit_refresh(
-    curvature: CurvatureGraph,
-    couplings: Collection[Coupling] = (),
-    factorise: Factorise = CHOLESKY,
-    forms: Forms = FORMS,
-    batched: bool = False,
-) -> fx.GraphModule:
-    """factors, cross factors and damping (0-dimensional) -> inverses, as a dict by name.
-
-    Arguments: damping, the factors in the order of the blocks, A and G of every coupling (child by
-    parent). Besides the inverses there are flags: ``failed_X`` where a factorisation failed,
-    ``clamped_X`` and ``indefinite_X`` of every child X.
+def emit_refresh(recipe: Recipe, factorise: Factorise = CHOLESKY) -> RefreshModule:
+    """Emit the program from factors, cross factors and damping to inverses and flags.
 
     Args:
-        batched: serve blocks of equal shapes together.
+        recipe: of all blocks.
+        factorise: how positive matrices are inverted.
     """
     build = ProgramBuilder()
     damping = build.input("damping")
-    blocks = curvature.blocks
-    factors = {b.name: [build.input(n) for n in _factor_names(b)] for b in blocks.values()}
-    crosses = {c: [build.input(n) for n in conditional.cross_names(blocks, c)] for c in couplings}
+    blocks, couplings = recipe.curvature.blocks, recipe.couplings
+    factors = {
+        name: [build.input(f"{spec.name}_{block.slot}") for spec in matrices_of(block)]
+        for name, block in blocks.items()
+    }
+    crosses = {
+        c.child: [build.input(name) for name in conditional.cross_names(blocks, c)]
+        for c in couplings
+    }
     amounts = Damping(damping, build.name(torch.sqrt(damping), "gamma"))
-    pairs, parent = Pairs(blocks, couplings), parents(couplings)
+    pairs, parent = conditional.CoupledPairs(blocks, couplings), parents(couplings)
     coupled = {*parent, *parent.values()}
-    whiteners: dict[str, list[Any]] = {}
-    outputs: dict[str, Any] = {}
-    groups = equal_blocks((b for b in blocks.values() if b.name not in coupled), batched)
-    for group in groups:
+    whiteners: dict[str, Sequence[Value]] = {}
+    made = Emitted({}, {})
+
+    def take(emitted: Emitted) -> None:
+        for key, value in emitted.inverses.items():
+            made.inverses[key] = build.name(value, key.name)
+        for flag, value in emitted.flags.items():
+            made.flags[flag] = build.name(value, flag.name)
+
+    for group in recipe.groups(name for name in blocks if name not in coupled):
         with build.section(group[0].slot, _titles(group)):
-            form = forms[group[0].approximation]
-            outputs |= batch.refresh(build, form, group, factors, amounts, factorise.inverse)
+            take(_refreshed(build, recipe.of(group[0]), group, factors, amounts, factorise))
     for name in (name for name in blocks if name in coupled):
         block = blocks[name]
         with build.section(block.slot, _title(block)):
             whiteners[name], flags = conditional.whiten(
                 build, block, factors[name], amounts, factorise
             )
-            outputs |= flags
+            take(Emitted({}, flags))
             if name not in pairs.within:
-                outputs |= conditional.own(build, block, whiteners[name])
-    for coupling, cross in crosses.items():
-        child, above = pair = pairs.of[coupling.child]
+                take(Emitted(conditional.own(block, whiteners[name]), {}))
+    for name, cross in crosses.items():
+        child, above = pair = pairs.of[name]
         given = f"{child.name} given {above.name}"
         with build.section(f"{child.slot}_given_{above.slot}", given):
-            sides = whiteners[child.name], whiteners[above.name]
-            outputs |= conditional.refresh(build, pair, *sides, cross)
+            take(conditional.refresh(pair, whiteners[child.name], whiteners[above.name], cross))
     if not amounts.gamma.node.users:
         build.graph.erase_node(amounts.gamma.node)
-    return build.finish(outputs, "Refresh")
+    outputs = {key.name: value for key, value in made.inverses.items()}
+    outputs |= {flag.name: value for flag, value in made.flags.items()}
+    module = build.finish(outputs, "Refresh")
+    return RefreshModule(module, tuple(made.inverses), tuple(made.flags))
 
 
-def inverse_names(
-    curvature: CurvatureGraph, couplings: Collection[Coupling], forms: Forms
-) -> dict[str, tuple[str, ...]]:
-    """Block -> names of the inverses that belong to it."""
-    pairs = Pairs(curvature.blocks, couplings)
-    return {
-        name: pairs.inverses(name)
-        if name in pairs.of
-        else forms[block.approximation].inverses(block)
-        for name, block in curvature.blocks.items()
-    }
+def _refreshed(
+    build: ProgramBuilder,
+    approximation: BlockApproximation,
+    group: Group,
+    factors: Mapping[str, Sequence[Value]],
+    damping: Damping,
+    factorise: Factorise,
+) -> Emitted:
+    """Emit the inverses and flags of all blocks of a group."""
+    first, invert = group[0], factorise.inverse
+    if len(group) == 1:
+        return approximation.refresh(build, first, factors[first.name], damping, invert)
+    stacks = [torch.stack(same) for same in zip(*(factors[b.name] for b in group), strict=True)]
+    found = approximation.refresh(build, first, stacks, damping, invert)
+    result = Emitted({}, {})
+    # The keys are those of the first block; what they name is a stack of all blocks' values.
+    for key, value in found.inverses.items():
+        build.name(value, f"{key.name}_of_all")
+        for place, block in enumerate(group):
+            result.inverses[key._replace(block=block.slot)] = value[place]
+    for flag, value in found.flags.items():
+        build.name(value, f"{flag.name}_of_all")
+        for place, block in enumerate(group):
+            result.flags[flag._replace(block=block.slot)] = value[place]
+    return result
 
 
-def emit_apply(
-    curvature: CurvatureGraph,
-    couplings: Collection[Coupling] = (),
-    cast: Collection[str] = (),
-    forms: Forms = FORMS,
-    batched: bool = False,
-) -> fx.GraphModule:
-    """inverses and gradients -> preconditioned gradients, as a dict by parameter name.
+def emit_apply(recipe: Recipe) -> fx.GraphModule:
+    """Emit the program from inverses and gradients to updates, as a dict by parameter name.
 
-    Args:
-        cast: parameters whose dtype is not the factors'; products are formed in the latter.
-        batched: serve blocks of equal shapes together.
+    Its arguments are the inverses in the order of ``Recipe.inverses``, then all gradients.
     """
     build = ProgramBuilder()
-    names = inverse_names(curvature, couplings, forms)
-    inverses = {block: [build.input(name) for name in names[block]] for block in names}
-    gradients = {name: build.input(f"gradient_{name}") for name in curvature.covered}
-    outputs: dict[str, Any] = dict(gradients)
-    for name, U in terms(build, curvature, couplings, cast, forms, inverses, gradients, batched):
-        scatter(build, curvature.blocks[name], U, outputs, cast)
+    inverses = {
+        block: [build.input(key.name) for key in keys] for block, keys in recipe.inverses().items()
+    }
+    gradients = {name: build.input(f"gradient_{name}") for name in recipe.curvature.covered}
+    outputs: dict[str, Value] = dict(gradients)
+    for name, U in terms(build, recipe, inverses, gradients):
+        scatter(build, recipe, recipe.curvature.blocks[name], U, outputs)
     return build.finish(outputs, "Apply")
 
 
 def terms(
     build: ProgramBuilder,
-    curvature: CurvatureGraph,
-    couplings: Collection[Coupling],
-    cast: Collection[str],
-    forms: Forms,
-    inverses: Mapping[str, Sequence[Any]],
-    gradients: Mapping[str, Any],
-    batched: bool = False,
-) -> Iterator[tuple[str, Any]]:
-    """What the blocks with inverses contribute to the updates of blocks; see ``emit_terms``.
+    recipe: Recipe,
+    inverses: Mapping[str, Sequence[Value]],
+    gradients: Mapping[str, Value],
+) -> Iterator[tuple[str, Value]]:
+    """Emit what the blocks with inverses contribute to the updates of blocks.
 
-    Each comes in a section of its own, which is open until the next is asked for.
+    Each contribution comes in a section of its own, which is open until the next is asked for.
+
+    Args:
+        build: of the program.
+        recipe: of all blocks.
+        inverses: block -> its inverses; blocks that are not there belong to other processes.
+        gradients: of all parameters.
     """
-    blocks, every = curvature.blocks, Pairs(curvature.blocks, couplings)
+    blocks = recipe.curvature.blocks
+    every = conditional.CoupledPairs(blocks, recipe.couplings)
     pairs = {child: pair for child, pair in every.of.items() if child in inverses}
     coupled = {block.name for pair in every.of.values() for block in pair}
     like = {pair.parent.name: inverses[child][0] for child, pair in pairs.items()}
     like |= {name: own[0] for name, own in inverses.items()}
-    V: dict[str, Any] = {}
-    U: dict[str, Any] = {}
+    present = [name for name in blocks if name in like]
 
-    def gathered(block: CurvatureBlock) -> Any:
-        return _gather(build, block, gradients, like[block.name], cast)
+    def gathered(block: CurvatureBlock) -> Value:
+        return _gather(build, recipe, block, gradients, like[block.name])
 
-    alone = (block for name, block in blocks.items() if name in like and name not in coupled)
-    for group in equal_blocks(alone, batched):
-        form = forms[group[0].approximation]
+    for group in recipe.groups(name for name in present if name not in coupled):
         with build.section(group[0].slot, _titles(group)):
             own_V = {block.name: gathered(block) for block in group}
-            found = batch.apply(build, form, group, inverses, own_V)
+            found = _applied(recipe.of(group[0]), group, inverses, own_V)
             if len(group) == 1:
                 yield from found.items()
         for block in group if len(group) > 1 else ():
             with build.section(block.slot, f"{block.name}: the update"):
                 yield block.name, found[block.name]
-    for name in (name for name in blocks if name in like and name in coupled):
+    yield from _coupled_terms(build, recipe, every, inverses, gathered)
+
+
+def _coupled_terms(
+    build: ProgramBuilder,
+    recipe: Recipe,
+    every: conditional.CoupledPairs,
+    inverses: Mapping[str, Sequence[Value]],
+    gathered: conditional.Gathered,
+) -> Iterator[tuple[str, Value]]:
+    """Emit the contributions of coupled blocks: their own inverses', and those of their pairs."""
+    blocks = recipe.curvature.blocks
+    pairs = {child: pair for child, pair in every.of.items() if child in inverses}
+    here = {block.name for pair in pairs.values() for block in pair}
+    here |= {block.name for pair in every.of.values() for block in pair if block.name in inverses}
+    V: dict[str, Value] = {}
+    U: dict[str, Value] = {}
+    for name in (name for name in blocks if name in here):
         block = blocks[name]
         with build.section(block.slot, _title(block)):
             V[name] = gathered(block)
             if name in inverses and name not in every.within:
                 own = inverses[name][len(pairs[name].values) if name in pairs else 0 :]
-                U[name] = forms[block.approximation].apply(build, block, own, V[name])
-    parts: dict[str, list[conditional.Part]] = {}
+                U[name] = recipe.of(block).apply(block, own, V[name])
+    parts: dict[str, list[conditional.Contribution]] = {}
     for child, pair in pairs.items():
         above = pair.parent.name
         with build.section(pair.child.slot, f"{child} given {above}"):
@@ -177,46 +263,64 @@ def terms(
                 parts.setdefault(part.block, []).append(part)
     for name in V:
         with build.section(blocks[name].slot, f"{name}: the sum"):
-            yield name, _sum(U.get(name), parts.get(name, []))
+            yield name, conditional.total(U.get(name), parts.get(name, []))
 
 
-def _sum(own: Any, parts: Sequence[conditional.Part]) -> Any:
-    """What a block has by itself, if that is not in one of the pairs, and what pairs add."""
-    total = own
-    for part in sorted(parts, key=lambda part: -part.sign):
-        if total is None:
-            total = torch.mm(*part.factors) if part.sign > 0 else -torch.mm(*part.factors)
-        elif part.sign > 0:
-            total = torch.addmm(total, *part.factors)
-        else:
-            total = torch.addmm(total, *part.factors, alpha=-1)
-    return total
+def _applied(
+    approximation: BlockApproximation,
+    group: Group,
+    inverses: Mapping[str, Sequence[Value]],
+    V: Mapping[str, Value],
+) -> dict[str, Value]:
+    """Emit the inverses of a group's blocks times what each has in V, by block."""
+    first = group[0]
+    if len(group) == 1:
+        return {first.name: approximation.apply(first, inverses[first.name], V[first.name])}
+    stacks = [torch.stack(same) for same in zip(*(inverses[b.name] for b in group), strict=True)]
+    U = approximation.apply(first, stacks, torch.stack([V[block.name] for block in group]))
+    return {block.name: U[place] for place, block in enumerate(group)}
 
 
 def _gather(
     build: ProgramBuilder,
+    recipe: Recipe,
     block: CurvatureBlock,
-    gradients: Mapping[str, Any],
-    like: Any,
-    cast: Collection[str],
-) -> Any:
-    """The block's gradients as the one array that its inverse acts on."""
+    gradients: Mapping[str, Value],
+    like: Value,
+) -> Value:
+    """Emit the block's gradients as the one array that its inverse acts on."""
     given = [
-        layout.apply(gradients[name].to(like.dtype) if name in cast else gradients[name])
+        layout.apply(gradients[name].to(like.dtype) if name in recipe.cast else gradients[name])
         for name, layout in zip(block.parameters, block.layouts, strict=True)
     ]
-    return build.name(FORMS[block.approximation].gather(build, block, given), f"V_{block.slot}")
+    return build.name(recipe.of(block).gather(block, given), f"V_{block.slot}")
 
 
 def scatter(
     build: ProgramBuilder,
+    recipe: Recipe,
     block: CurvatureBlock,
-    U: Any,
-    outputs: dict[str, Any],
-    cast: Collection[str],
+    U: Value,
+    outputs: dict[str, Value],
 ) -> None:
-    """Puts the block's update into the outputs, in the parameters' own shapes."""
-    parts = FORMS[block.approximation].scatter(build, block, build.name(U, f"U_{block.slot}"))
+    """Put the block's update into the outputs, in the parameters' own shapes and dtypes."""
+    parts = recipe.of(block).scatter(block, build.name(U, f"U_{block.slot}"))
     for name, part, layout in zip(block.parameters, parts, block.layouts, strict=True):
-        part = part.to(outputs[name].dtype) if name in cast else part
+        part = part.to(outputs[name].dtype) if name in recipe.cast else part
         outputs[name] = layout.embed(part, outputs[name])
+
+
+def emit_scales(recipe: Recipe) -> fx.GraphModule:
+    """Emit EKFAC's program: damping and moments S -> scales in the place of a refresh's."""
+    build = ProgramBuilder()
+    damping = build.input("damping")
+    moment_scale = leaf(kronecker.moment_scale)
+    blocks = [recipe.curvature.blocks[moment.block] for moment in recipe.curvature.moments]
+    moments = {block.slot: build.input(f"S_{block.slot}") for block in blocks}
+    outputs: dict[str, Value] = {}
+    for block in blocks:
+        with build.section(block.slot, f"{block.name}: moments"):
+            key = InverseKey(block.slot, "scale")
+            scale = moment_scale(moments[block.slot], damping)
+            outputs[key.name] = build.name(scale, key.name)
+    return build.finish(outputs, "Scales")

@@ -5,46 +5,60 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from types import FunctionType
+from typing import Any, ParamSpec, TypeAlias, TypeGuard, TypeVar
 
 from torch import fx
 
-F = TypeVar("F", bound=Callable[..., Any])
+Value: TypeAlias = Any
+"""An fx.Proxy while a program is emitted, a tensor where the same code is called on values.
+
+No type is both: a Proxy takes whatever attributes its value has.
+"""
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
-def leaf(function: F) -> F:
-    """The function, which stays one call where it is given values of a program."""
+def leaf(function: Callable[P, R]) -> Callable[P, R]:
+    """Return the function, which stays one call where it is given values of a program.
+
+    Traced through, a Cholesky inverse would be a dozen operators in the text, and its cases (a GPU,
+    a stack) would be decided when the program is emitted. As one call they are decided when it
+    runs, and torch.compile still sees inside.
+    """
 
     @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        given = next((a for a in (*args, *kwargs.values()) if isinstance(a, fx.Proxy)), None)
-        if given is None:
-            return function(*args, **kwargs)
-        return given.tracer.create_proxy("call_function", function, args, kwargs)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        for given in (*args, *kwargs.values()):
+            if isinstance(given, fx.Proxy):
+                made: R = given.tracer.create_proxy("call_function", function, args, kwargs)  # type: ignore[assignment]
+                return made
+        return function(*args, **kwargs)
 
-    return call  # type: ignore[return-value]
+    return call
 
 
-def own_functions(*graphs: fx.Graph) -> list[Callable[..., Any]]:
-    """Functions of this library that the graphs call, each after those that it needs itself."""
-    found: dict[Callable[..., Any], None] = {}
+def own_functions(*graphs: fx.Graph) -> list[FunctionType]:
+    """Return the functions of this library that graphs call, each after those that it needs."""
+    found: dict[FunctionType, None] = {}
     for node in (node for graph in graphs for node in graph.nodes):
         if node.op == "call_function" and _is_own(node.target):
-            _visit(node.target, found)
+            _visit(node.target, found, ())
     return list(found)
 
 
-def texts(functions: Iterable[Callable[..., Any]]) -> str:
-    """Their definitions, without what is not needed to run them."""
+def texts(functions: Iterable[FunctionType]) -> str:
+    """Return their definitions, one after another, without what is not needed to run them."""
     return "\n\n".join(inspect.getsource(function) for function in functions)
 
 
-def _is_own(target: Any) -> bool:
+def _is_own(target: object) -> TypeGuard[FunctionType]:
     return inspect.isfunction(target) and target.__module__.startswith("kfac_fx.linalg")
 
 
 def _visit(
-    function: Any, found: dict[Callable[..., Any], None], within: tuple[Any, ...] = ()
+    function: FunctionType, found: dict[FunctionType, None], within: tuple[FunctionType, ...]
 ) -> None:
     for name in function.__code__.co_names:
         needed = function.__globals__.get(name)

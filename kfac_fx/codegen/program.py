@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, fx
 
+from kfac_fx.codegen.approximations.base import InverseKey, matrices_of
+from kfac_fx.codegen.approximations.table import TABLES
 from kfac_fx.codegen.builder import source
-from kfac_fx.codegen.calls import FLOORED
 from kfac_fx.codegen.compile import compiled
-from kfac_fx.codegen.eigen import emit_scales
-from kfac_fx.codegen.emit import emit_apply, emit_refresh, inverse_names
-from kfac_fx.codegen.forms import FORMS_BY_TIKHONOV
+from kfac_fx.codegen.emit import (
+    FLOORED,
+    Recipe,
+    emit_apply,
+    emit_refresh,
+    emit_scales,
+)
 from kfac_fx.codegen.leaf import own_functions, texts
-from kfac_fx.codegen.part import converting, part_of_refresh
-from kfac_fx.codegen.refresher import Refresher
-from kfac_fx.codegen.stacks import ApplyOfStacks
-from kfac_fx.ir import Coupling, CurvatureGraph
+from kfac_fx.codegen.refresh_module import (
+    Refreshed,
+    RefreshModule,
+    converting,
+    part_of_refresh,
+)
+from kfac_fx.codegen.stacks import Stacks, given_stacks
 from kfac_fx.linalg.precision import unrounded
+
+if TYPE_CHECKING:
+    from kfac_fx.config import Tikhonov
+    from kfac_fx.ir.coupling import Coupling
+    from kfac_fx.ir.curvature_graph import CurvatureGraph
+
+log = logging.getLogger("kfac_fx")
 
 _USAGE = """A generated K-FAC preconditioner. It needs torch alone.
 
@@ -38,25 +56,143 @@ def precondition(inverses: dict[str, Tensor], gradients: dict[str, Tensor]) -> d
 """
 
 
+class Engine(Protocol):
+    """Runs a program: all of it (``Program``), or one process's part of it."""
+
+    def needed(self) -> tuple[InverseKey, ...]:
+        """Return the keys of the inverses that this process keeps."""
+
+    def refresh(
+        self, damping: Tensor, factors: Sequence[Tensor], present: Refreshed | None = None
+    ) -> Refreshed:
+        """Return the inverses of damped factors.
+
+        Args:
+            damping: lambda, [], in the precision and on the device of the inverses.
+            factors: averages in the order of the blocks, then A and G (child by parent) of every
+                coupling.
+            present: what the refresh before made. An engine whose inverses come into use later
+                than they are made returns it meanwhile.
+        """
+
+    def apply(
+        self, inverses: Mapping[InverseKey, Tensor], gradients: Sequence[Tensor]
+    ) -> Mapping[str, Tensor]:
+        """Return the inverse times gradients by parameter name.
+
+        Args:
+            inverses: what this process keeps.
+            gradients: in the order of ``CurvatureGraph.covered``.
+        """
+
+    def pending(self) -> list[Mapping[InverseKey, Tensor]]:
+        """Return inverses that are made, or being made, and not yet in use."""
+
+    def resume(self, pending: Sequence[Mapping[str, Tensor]]) -> None:
+        """Take what ``pending`` of an interrupted run returned, by the keys' names."""
+
+
+class Refresher:
+    """Runs a refresh, whole or in part, and a slower one in its place where rounding breaks it.
+
+    Args:
+        module: emitted with Cholesky factorisations.
+        run: the same, compiled if it is to be.
+        robust: emits the program with eigenvalues raised; called when it is needed first.
+        given: slot of a child -> what is said where its conditional is not positive.
+    """
+
+    def __init__(
+        self,
+        module: RefreshModule,
+        run: Callable[..., Mapping[str, Tensor]],
+        robust: Callable[[], RefreshModule],
+        given: Mapping[str, str],
+    ) -> None:
+        # Names are composed here, once, not at every refresh.
+        self._inverses = [(key, key.name) for key in module.inverses]
+        self._flags = [(flag, flag.name) for flag in module.flags]
+        self._run = run
+        self._robust = robust
+        self._given = given
+        self._made: fx.GraphModule | None = None
+
+    @torch.no_grad()
+    def __call__(self, damping: Tensor, factors: Sequence[Tensor]) -> Refreshed:
+        """Return what the program makes; see ``Engine.refresh``."""
+        try:
+            found = self._run(damping, *factors)
+            flags = self._read(found)
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            log.warning("eigenvalues failed (%s): the refresh is run in float64", error)
+            found = self._raised(damping, factors)
+            flags = self._read(found)
+        failed = [
+            f"{flag.factor}_{flag.block}"
+            for (flag, _), count in zip(self._flags, flags, strict=True)
+            if count and flag.kind == "failed"
+        ]
+        if failed:
+            log.warning("Cholesky failed for %s: eigenvalues were raised", ", ".join(failed))
+            found = self._raised(damping, factors)
+            flags = self._read(found)
+        clamped = 0
+        for (flag, _), count in zip(self._flags, flags, strict=True):
+            if flag.kind == "clamped":
+                clamped += count
+            elif flag.kind == "indefinite" and count:
+                log.warning(
+                    "%s is not positive: the coupling is left out until the next refresh",
+                    self._given[flag.block],
+                )
+        inverses = {key: found[name] for key, name in self._inverses}
+        return Refreshed(inverses, damping, clamped)
+
+    def _read(self, outputs: Mapping[str, Tensor]) -> list[int]:
+        """Return the flags in the module's order; one synchronisation for all."""
+        counts = [outputs[name].long().abs().sum() for _, name in self._flags]
+        return torch.stack(counts).tolist() if counts else []
+
+    def _raised(self, damping: Tensor, factors: Sequence[Tensor]) -> Mapping[str, Tensor]:
+        """Run the refresh with eigenvalues raised, in float64, on the device of the damping.
+
+        Cholesky refuses what is not positive to working precision. Eigenvalues cost ten times as
+        much, so this is no default, and the program is not even emitted before it is needed.
+        """
+        if self._made is None:
+            self._made = self._robust().module
+        found: Mapping[str, Tensor] = self._made(
+            damping.double(), *(f.to(damping.device, torch.float64) for f in factors)
+        )
+        return {
+            name: value.to(damping.dtype) if value.is_floating_point() else value
+            for name, value in found.items()
+        }
+
+
 class Program:
     """A program for one curvature graph.
 
     ``refresh`` (factors and damping -> inverses) and ``apply`` (inverses and gradients -> updates)
-    are separate, so inverses may be older than the gradients that they are applied to.
+    are separate, so inverses may be older than the gradients that they are applied to. A program
+    that one process runs alone is an ``Engine`` as it is.
 
     Args:
+        curvature: the blocks.
         couplings: the forest; none for block-diagonal.
         cast: parameters of lower precision than their factors.
-        tikhonov: how Kronecker blocks are damped, "factored", or "exact" and "ekfac", which have
-            one program.
+        tikhonov: how Kronecker blocks are damped; "exact" and "ekfac" have one program.
         compile: run both through torch.compile; a name is that of its backend.
         batched: serve blocks of equal shapes together; parts of the program compute whole stacks.
         plain: whether factors come in the precision and on the device of the inverses; else a
             refresh converts each to those of the damping, where it is used first.
 
     Attributes:
-        refresh_module, apply_module: the generated ``fx.GraphModule`` objects.
-        clamped: entries of conditionals that rounding had pushed to one, in the last refresh.
+        recipe: what the programs are emitted from.
+        refresh_module, apply_module: the generated ``fx.GraphModule`` objects; names of their
+            arguments and outputs are those of the keys.
+        couplings: the forest in use.
+        inverses: keys of all inverses, in the order in which ``apply_module`` takes them.
     """
 
     def __init__(
@@ -65,29 +201,46 @@ class Program:
         couplings: Collection[Coupling] = (),
         cast: Collection[str] = (),
         *,
-        tikhonov: str = "factored",
+        tikhonov: Tikhonov = "factored",
         compile: bool | str = False,
         batched: bool = False,
         plain: bool = True,
     ) -> None:
-        self.forms = FORMS_BY_TIKHONOV[tikhonov]
-        self.curvature, self.cast = curvature, tuple(cast)
-        self.refresh_module = emit_refresh(curvature, couplings, forms=self.forms, batched=batched)
-        self.apply_module = emit_apply(curvature, couplings, cast, self.forms, batched)
-        arguments = [n.name for n in self.apply_module.graph.nodes if n.op == "placeholder"]
-        self.inverse_names = tuple(arguments[: -len(curvature.covered)])
-        self.couplings, self._tikhonov = tuple(couplings), tikhonov
-        self.clamped = 0
-        self._compile, self._plain = compile, plain
-        self._refresh = self._refresher(lambda module: module)
-        self._apply = ApplyOfStacks(self.apply_module, self.inverse_names, compile)
+        table = TABLES[tikhonov]
+        self.recipe = Recipe(curvature, tuple(couplings), table, frozenset(cast), batched)
+        self.couplings = self.recipe.couplings
+        self._has_scales = tikhonov == "ekfac"
+        self._compile = compile
+        self._plain = plain
+        self._emitted = emit_refresh(self.recipe)
+        self.refresh_module = self._emitted.module
+        self.apply_module = emit_apply(self.recipe)
+        self._inverses = self.recipe.inverses()
+        self.inverses = tuple(key for keys in self._inverses.values() for key in keys)
+        self._refresh = self._refresher(None)
+        # Stacks of inverses are put together when these change, not at every apply.
+        self._stacks: Stacks | None = None
+        module = self.apply_module
+        if batched:
+            module, self._stacks = given_stacks(module, self.inverses)
+        self._apply = compiled(module, compile)
+
+    @property
+    def curvature(self) -> CurvatureGraph:
+        """Return the blocks that the program is for."""
+        return self.recipe.curvature
+
+    @property
+    def inverse_names(self) -> tuple[str, ...]:
+        """Return the names of all inverses, in the order in which ``apply_module`` takes them."""
+        return tuple(key.name for key in self.inverses)
 
     @property
     def code(self) -> str:
-        """The programs as a readable module that needs torch alone; its docstring says how."""
+        """Return the programs as a readable module that needs torch alone."""
         named = {"refresh": self.refresh_module}
-        if self._tikhonov == "ekfac":
-            named["scales"] = emit_scales(self.curvature)
+        if self._has_scales:
+            named["scales"] = emit_scales(self.recipe)
         named["apply"] = self.apply_module
         functions = own_functions(*(module.graph for module in named.values()))
         parameters, inverses = tuple(self.curvature.covered), self.inverse_names
@@ -105,51 +258,85 @@ class Program:
         )
 
     def save(self, path: str | Path) -> None:
-        """Writes ``code`` to a file: a module that runs without kfac_fx."""
+        """Write ``code`` to a file: a module that runs without kfac_fx."""
         Path(path).write_text(self.code, encoding="utf-8")
 
     @torch.no_grad()
-    def refresh(self, damping: Tensor, factors: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Inverses by name.
+    def refresh(
+        self, damping: Tensor, factors: Sequence[Tensor], present: Refreshed | None = None
+    ) -> Refreshed:
+        """Return the inverses of damped factors.
 
         Where rounding makes Cholesky fail, the inverses are taken with eigenvalues raised to
         rounding level; a conditional that is not positive is left out. Both are logged.
 
         Args:
+            damping: lambda, [].
             factors: in the order of the blocks, then A and G (child by parent) of every coupling.
+            present: not looked at; see ``Engine``.
         """
         with unrounded():
-            result = self._refresh(damping, factors)
-        self.clamped = self._refresh.clamped
-        return result
-
-    def inverses_of(self, blocks: Collection[str]) -> tuple[str, ...]:
-        """Names of the inverses that belong to blocks."""
-        names = inverse_names(self.curvature, self.couplings, self.forms)
-        return tuple(name for block in names if block in blocks for name in names[block])
-
-    def part(self, blocks: Collection[str]) -> Refresher:
-        """The refresh of some blocks; its arguments are those of ``refresh``."""
-        wanted = self.inverses_of(blocks)
-        return self._refresher(lambda module: part_of_refresh(module, wanted))
-
-    def _refresher(self, cut: Callable[[fx.GraphModule], fx.GraphModule]) -> Refresher:
-        def robust() -> fx.GraphModule:
-            with torch.no_grad():
-                return cut(emit_refresh(self.curvature, self.couplings, FLOORED, self.forms))
-
-        slots = {name: block.slot for name, block in self.curvature.blocks.items()}
-        given = {
-            f"indefinite_{slots[c.child]}": f"{c.child} given {c.parent}" for c in self.couplings
-        }
-        module = cut(self.refresh_module)
-        run = compiled(module if self._plain else converting(module), self._compile)
-        return Refresher(run, robust, given)
+            return self._refresh(damping, factors)
 
     @torch.no_grad()
     def apply(
-        self, inverses: Mapping[str, Tensor], gradients: Sequence[Tensor]
+        self, inverses: Mapping[InverseKey, Tensor], gradients: Sequence[Tensor]
     ) -> Mapping[str, Tensor]:
-        """Preconditioned gradients by parameter name; gradients in the order of ``covered``."""
-        result: Mapping[str, Tensor] = self._apply(inverses, gradients)
+        """Return preconditioned gradients by parameter name.
+
+        Args:
+            inverses: all of them.
+            gradients: in the order of ``CurvatureGraph.covered``.
+        """
+        if self._stacks is None:
+            given = [inverses[key] for key in self.inverses]
+        else:
+            given = self._stacks.arguments(inverses)
+        result: Mapping[str, Tensor] = self._apply(*given, *gradients)
         return result
+
+    def needed(self) -> tuple[InverseKey, ...]:
+        """Return the keys of all inverses: one process alone keeps them all."""
+        return self.inverses
+
+    def pending(self) -> list[Mapping[InverseKey, Tensor]]:
+        """Return nothing: inverses are in use as soon as they are made."""
+        return []
+
+    def resume(self, pending: Sequence[Mapping[str, Tensor]]) -> None:
+        """Do nothing: no inverses were pending, or other processes had them."""
+
+    def inverses_of(self, blocks: Collection[str]) -> tuple[InverseKey, ...]:
+        """Return the keys of the inverses that belong to blocks."""
+        return tuple(
+            key for block in self._inverses if block in blocks for key in self._inverses[block]
+        )
+
+    def inverse_shapes(self) -> dict[InverseKey, torch.Size]:
+        """Return the shapes of all inverses, without computing them."""
+        blocks = self.curvature.blocks
+        shapes = [spec.shape for block in blocks.values() for spec in matrices_of(block)]
+        for c in self.couplings:
+            child, parent = blocks[c.child].dimensions, blocks[c.parent].dimensions
+            shapes += [(one[0], other[0]) for one, other in zip(child, parent, strict=True)]
+        return self._emitted.shapes(shapes)
+
+    def part(self, blocks: Collection[str]) -> Refresher:
+        """Return the refresh of some blocks; its arguments are those of ``refresh``."""
+        return self._refresher(self.inverses_of(blocks))
+
+    def _refresher(self, wanted: Collection[InverseKey] | None) -> Refresher:
+        """Return the refresh of the inverses that are wanted, or of all."""
+
+        def cut(emitted: RefreshModule) -> RefreshModule:
+            return emitted if wanted is None else part_of_refresh(emitted, wanted)
+
+        def robust() -> RefreshModule:
+            with torch.no_grad():
+                return cut(emit_refresh(replace(self.recipe, batched=False), FLOORED))
+
+        blocks = self.curvature.blocks
+        given = {blocks[c.child].slot: f"{c.child} given {c.parent}" for c in self.couplings}
+        emitted = cut(self._emitted)
+        module = emitted.module if self._plain else converting(emitted.module)
+        return Refresher(emitted, compiled(module, self._compile), robust, given)

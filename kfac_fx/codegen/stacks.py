@@ -3,73 +3,81 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, fx, nn
 
-from kfac_fx.codegen.compile import compiled
+from kfac_fx.codegen.approximations.base import InverseKey
 
-Stack = tuple[str, ...]
+
+class Stacks:
+    """The stacks of inverses that a batched apply takes, kept until the inverses change.
+
+    Args:
+        stacked: the inverses in each stack, in the order of the program's arguments.
+        alone: those that are arguments of their own after the stacks.
+    """
+
+    def __init__(
+        self, stacked: Sequence[tuple[InverseKey, ...]], alone: Sequence[InverseKey]
+    ) -> None:
+        self._stacked = stacked
+        self._alone = alone
+        self._parts: list[list[Tensor]] = [[] for _ in stacked]
+        self._stacks: list[Tensor] = [torch.empty(0) for _ in stacked]
+
+    def arguments(self, inverses: Mapping[InverseKey, Tensor]) -> list[Tensor]:
+        """Return the stacks, made anew where one of their parts is another tensor, and the rest."""
+        for place, keys in enumerate(self._stacked):
+            parts = [inverses[key] for key in keys]
+            known = self._parts[place]
+            # By identity: a refresh makes new tensors, and EKFAC replaces single ones.
+            if not known or any(a is not b for a, b in zip(parts, known, strict=True)):
+                self._parts[place] = parts
+                self._stacks[place] = joined(parts)
+        return [*self._stacks, *(inverses[key] for key in self._alone)]
 
 
 def given_stacks(
-    apply: fx.GraphModule, inverses: Collection[str]
-) -> tuple[fx.GraphModule, list[Stack]]:
-    """The program with stacks of inverses for its first arguments, and the names in each.
+    apply: fx.GraphModule, inverses: Sequence[InverseKey]
+) -> tuple[fx.GraphModule, Stacks]:
+    """Return the program with stacks of inverses for its first arguments, and what makes them.
 
     Inverses that are nowhere used alone are no arguments any more.
-    """
-    graph = copy.deepcopy(apply.graph)
-    alone = {node.name for node in graph.nodes if node.op == "placeholder"} & {*inverses}
-    first = next(iter(graph.nodes))
-    stacks: dict[Stack, fx.Node] = {}
-    for node in list(graph.nodes):
-        parts = node.args[0] if node.target is torch.stack else ()
-        names = tuple(part.name for part in parts)
-        if not names or not alone.issuperset(names):
-            continue
-        if names not in stacks:
-            with graph.inserting_before(first):
-                stacks[names] = graph.placeholder(f"all_{names[0]}")
-        node.replace_all_uses_with(stacks[names])
-        graph.erase_node(node)
-    for node in list(graph.nodes):
-        if node.name in alone and not node.users:
-            graph.erase_node(node)
-    graph.lint()
-    return fx.GraphModule(nn.Module(), graph, "ApplyOfStacks"), list(stacks)
-
-
-class ApplyOfStacks:
-    """Runs the program of ``apply`` on inverses by name, whose stacks it keeps.
 
     Args:
-        apply: inverses, by the names given and in their order, and gradients -> updates.
-        compile: see ``compiled``.
+        apply: inverses, in the order given, and gradients -> updates.
+        inverses: keys of its first arguments.
     """
-
-    def __init__(self, apply: fx.GraphModule, inverses: Sequence[str], compile: bool | str) -> None:
-        module, self._names = given_stacks(apply, inverses)
-        arguments = {node.name for node in module.graph.nodes if node.op == "placeholder"}
-        self._alone = [name for name in inverses if name in arguments]
-        self._run = compiled(module, compile)
-        self._parts: list[list[Tensor]] = [[] for _ in self._names]
-        self._stacks: list[Tensor] = [torch.empty(0) for _ in self._names]
-
-    def __call__(self, inverses: Mapping[str, Tensor], gradients: Sequence[Tensor]) -> Any:
-        """Updates by parameter name."""
-        for place, names in enumerate(self._names):
-            parts = [inverses[name] for name in names]
-            known = self._parts[place]
-            if not known or any(a is not b for a, b in zip(parts, known, strict=True)):
-                self._parts[place], self._stacks[place] = parts, joined(parts)
-        return self._run(*self._stacks, *(inverses[name] for name in self._alone), *gradients)
+    graph = copy.deepcopy(apply.graph)
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    # The builder may have changed a name to make it unique, so arguments are told by place.
+    key_of = dict(zip(placeholders, inverses, strict=False))
+    stacks: dict[tuple[InverseKey, ...], fx.Node] = {}
+    for node in list(graph.nodes):
+        parts = node.args[0] if node.target is torch.stack else ()
+        if not parts or any(part not in key_of for part in parts):
+            continue
+        keys = tuple(key_of[part] for part in parts)
+        if keys not in stacks:
+            with graph.inserting_before(placeholders[0]):
+                stacks[keys] = graph.placeholder(f"all_{keys[0].name}")
+        node.replace_all_uses_with(stacks[keys])
+        graph.erase_node(node)
+    alone = []
+    for node, key in key_of.items():
+        if node.users:
+            alone.append(key)
+        else:
+            graph.erase_node(node)
+    graph.lint()
+    module = fx.GraphModule(nn.Module(), graph, "ApplyOfStacks")
+    return module, Stacks(list(stacks), alone)
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:
-    """[k, ...] of k tensors; without a copy where they are the pieces of such a tensor."""
+    """Return [k, ...] of k tensors; without a copy where they are the pieces of such a tensor."""
     first = parts[0]
     at = [part.storage_offset() for part in parts]
     step = at[1] - at[0] if len(at) > 1 else 0

@@ -1,4 +1,4 @@
-"""A block's entries of a mapping by parameter name, as the one array that its form acts on."""
+"""A block's entries of a mapping by parameter name, as the one array that its inverse acts on."""
 
 from __future__ import annotations
 
@@ -6,25 +6,27 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from kfac_fx.codegen.builder import ProgramBuilder
-from kfac_fx.codegen.forms import FORMS
-from kfac_fx.ir import CurvatureBlock
-
-_UNUSED = ProgramBuilder()  # forms gather and scatter tensors as they do a program's values
+from kfac_fx.codegen.approximations.table import SHAPES
+from kfac_fx.ir.curvature_graph import CurvatureBlock
 
 
 def gathered(block: CurvatureBlock, given: Mapping[str, Tensor]) -> Tensor:
-    """[..., g, a] of a Kronecker block, [..., d] of others."""
+    """Return the block's array: [..., g, a] of a Kronecker block, [..., d] of others.
+
+    Args:
+        block: the block.
+        given: a tensor for each parameter that it covers, in the parameter's shape.
+    """
     pairs = zip(block.parameters, block.layouts, strict=True)
     parts = [layout.apply(given[name]) for name, layout in pairs]
-    V: Tensor = FORMS[block.approximation].gather(_UNUSED, block, parts)
+    V: Tensor = SHAPES[block.approximation].gather(block, parts)
     return V
 
 
 def scattered(block: CurvatureBlock, U: Tensor, into: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those of ``into`` that the block covers, with its entries replaced."""
+    """Return those of ``into`` that the block covers, with its entries replaced by those of U."""
     result: dict[str, Tensor] = {}
-    parts = FORMS[block.approximation].scatter(_UNUSED, block, U)
+    parts = SHAPES[block.approximation].scatter(block, U)
     for name, part, layout in zip(block.parameters, parts, block.layouts, strict=True):
         result[name] = layout.embed(part, result.get(name, into[name]))
     return result

@@ -6,93 +6,131 @@ change, S becomes the diagonal, in the new ones, of what it was in the old ones.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from kfac_fx.curvature.averages import Averages, Entry
-from kfac_fx.ir import CurvatureGraph
-from kfac_fx.linalg.eigen import moment_scale
-from kfac_fx.ops import moment_buffers
+from kfac_fx.codegen.approximations.base import BlockSpectrum, InverseKey
+from kfac_fx.codegen.refresh_module import Refreshed
+from kfac_fx.curvature.estimate import Average, Averages, Estimate
+from kfac_fx.ir.curvature_graph import CurvatureBlock, Moment
+from kfac_fx.linalg.kronecker import moment_scale
+from kfac_fx.linalg.spectral import Side, Spectral
+from kfac_fx.ops.net_buffers import moment_buffers
 
 
-@dataclass
-class _Block:
-    """Of one block: where S is averaged, its factors, what the taps read, names in the program."""
+class Eigenbasis(NamedTuple):
+    """A block's bases U_A [a, a] and U_G [g, g], and its second moments S [g, a] in them."""
+
+    U_A: Tensor
+    U_G: Tensor
+    S: Tensor
+
+    def spectrum(self, damping: float, dtype: torch.dtype) -> BlockSpectrum:
+        """Return (U_A (x) U_G) diag(S + lambda) (U_A (x) U_G)^T, in another precision."""
+        U_A, U_G, S = (value.to(dtype, copy=True) for value in self)
+        sides = Side((U_A,)), Side((U_G,))
+        d = S + damping
+        return BlockSpectrum(Spectral(d, sides, sides), U_G.square() @ d @ U_A.square().mT)
+
+
+class _Estimated(NamedTuple):
+    """One block: the average of S, its factors, and what the taps project on."""
 
     slot: str
-    entry: Entry
-    factors: Entry
-    bases: tuple[Tensor, Tensor]
+    moment: Average
+    factors: Averages
+    U_A: Tensor
+    U_G: Tensor
 
-    def names(self) -> tuple[str, str]:
-        return f"A_basis_{self.slot}", f"G_basis_{self.slot}"
+    def bases(self, refreshed: Refreshed) -> tuple[Tensor, Tensor]:
+        """Return the bases that a refresh made."""
+        found = refreshed.inverses
+        A, G = InverseKey(self.slot, "basis", "A"), InverseKey(self.slot, "basis", "G")
+        return found[A], found[G]
+
+    def take(self, refreshed: Refreshed) -> None:
+        """Let the taps project on the bases of a refresh from now on."""
+        U_A, U_G = self.bases(refreshed)
+        self.U_A.copy_(U_A)
+        self.U_G.copy_(U_G)
 
 
 class Moments:
     """All blocks whose eigenvalues are estimated.
 
-    Attributes:
-        blocks: names.
+    Args:
+        net: holds the buffers of the bases that taps project on.
+        blocks: by name.
+        moments: of the blocks that are estimated.
+        estimate: has the averages of their factors and of S.
     """
 
-    def __init__(self, net: nn.Module, curvature: CurvatureGraph, averages: Averages) -> None:
-        self._blocks = {}
-        for moment in curvature.moments if averages.moments else ():
-            block = curvature.blocks[moment.block]
-            entry, factors = averages.moments[moment.block], averages.blocks[moment.block]
-            bases = moment_buffers(net, moment)[:2]
-            self._blocks[block.name] = _Block(block.slot, entry, factors, bases)
+    def __init__(
+        self,
+        net: nn.Module,
+        blocks: Mapping[str, CurvatureBlock],
+        moments: Sequence[Moment],
+        estimate: Estimate,
+    ) -> None:
+        self._blocks: dict[str, _Estimated] = {}
+        for moment in moments:
+            name = moment.block
+            U_A, U_G, _ = moment_buffers(net, moment)
+            S = estimate.moments[name].all[0]
+            factors = estimate.blocks[name]
+            self._blocks[name] = _Estimated(blocks[name].slot, S, factors, U_A, U_G)
         self._based = False
 
     @property
     def blocks(self) -> tuple[str, ...]:
-        """Their names."""
+        """Return the blocks' names."""
         return tuple(self._blocks)
 
-    def spectrum(self, name: str) -> tuple[Tensor, Tensor, Tensor] | None:
-        """(U_A, U_G, S) of a block; None where there are no bases yet."""
+    def eigenbasis(self, name: str) -> Eigenbasis | None:
+        """Return a block's bases and moments; None where there are no bases yet."""
         found = self._blocks.get(name)
         if found is None or not self._based:
             return None
-        return (*found.bases, found.entry.averages[0])
+        return Eigenbasis(found.U_A, found.U_G, found.moment.read())
 
     @torch.no_grad()
-    def rebase(self, inverses: Mapping[str, Tensor]) -> None:
-        """Takes the bases of a refresh."""
+    def rebase(self, refreshed: Refreshed) -> Refreshed:
+        """Take the bases of a refresh, and return it with the scales of the moments in them."""
         for block in self._blocks.values():
-            new = [inverses[name] for name in block.names()]
-            (S,), (stored,) = block.entry.averages, block.entry.stored
+            U_A, U_G = block.bases(refreshed)
             if self._based:
-                to_A, to_G = (
-                    (U.mT @ old).square() for U, old in zip(new, block.bases, strict=True)
-                )
-                block.entry.storage.write(stored, to_G @ S @ to_A.mT)
+                to_A, to_G = (U_A.mT @ block.U_A).square(), (U_G.mT @ block.U_G).square()
+                block.moment.write(to_G @ block.moment.read() @ to_A.mT)
             else:
-                s_A, s_G = (
-                    (U * (factor @ U)).sum(0).clamp_min(0.0)
-                    for U, factor in zip(new, block.factors.factors, strict=True)
-                )
-                block.entry.storage.write(stored, torch.outer(s_G, s_A))
-            self._take(block, inverses)
+                # Until there are moments, S is that of a Kronecker product: of its diagonals.
+                A, G = block.factors.read()
+                s_A = (U_A * (A @ U_A)).sum(0).clamp_min(0.0)
+                s_G = (U_G * (G @ U_G)).sum(0).clamp_min(0.0)
+                block.moment.write(torch.outer(s_G, s_A))
+            block.take(refreshed)
         self._based = True
+        return self.scaled(refreshed)
 
     @torch.no_grad()
-    def scales(self, damping: Tensor) -> dict[str, Tensor]:
-        """1 / (S + lambda) by name, in place of the Kronecker eigenvalues' own."""
-        return {
-            f"scale_{block.slot}": moment_scale(block.entry.averages[0], damping)
+    def scaled(self, refreshed: Refreshed) -> Refreshed:
+        """Return the inverses with 1 / (S + lambda) in place of their scales.
+
+        The bases are kept until the next refresh, but the moments are as new as the last fold: that
+        is what EKFAC gains over exact damping with inverses of the same age.
+        """
+        scales = {
+            InverseKey(block.slot, "scale"): moment_scale(block.moment.read(), refreshed.damping)
             for block in self._blocks.values()
         }
+        return replace(refreshed, inverses={**refreshed.inverses, **scales})
 
-    def restore(self, inverses: Mapping[str, Tensor]) -> None:
-        """The bases of inverses that were loaded, if there are any."""
-        self._based = bool(inverses)
-        for block in self._blocks.values() if inverses else ():
-            self._take(block, inverses)
-
-    def _take(self, block: _Block, inverses: Mapping[str, Tensor]) -> None:
-        for old, name in zip(block.bases, block.names(), strict=True):
-            old.copy_(inverses[name])
+    def restore(self, refreshed: Refreshed | None) -> None:
+        """Take the bases of inverses that were loaded, if there are any."""
+        self._based = refreshed is not None
+        if refreshed is not None:
+            for block in self._blocks.values():
+                block.take(refreshed)

@@ -1,88 +1,43 @@
-"""How running averages are kept between folds: as they are, in bfloat16, or on the host."""
+"""Running averages that are kept otherwise than they are read: in bfloat16, or on the host.
+
+Averages that are kept as they are read need nothing of this file (``kfac_fx.curvature.estimate``).
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kfac_fx.config import FACTOR_STORAGES, FactorStorage, choice
+from kfac_fx.config import FactorStorage
+from kfac_fx.curvature.estimate import Average, Storage, fold_in_place
 from kfac_fx.errors import UnknownOptionError
-from kfac_fx.linalg.packing import mirror, packed, unpacked
-from kfac_fx.ops import Rows, Statistic, multiplied
+from kfac_fx.linalg.packing import packed, unpacked
+from kfac_fx.ops.gram import Statistic, multiplied
 
 log = logging.getLogger("kfac_fx")
 
 
-@dataclass
-class Average:
-    """A running average.
+class _Bfloat16Average(Average):
+    """An average in bfloat16 that is read in float32."""
 
-    Attributes:
-        held: as it is stored.
-        like: [], of the precision and device that it is read in.
-        symmetric: whether it holds symmetric matrices [..., n, n].
-        halved: whether what is below the diagonal is out of date.
-    """
+    def __init__(self, shape: Sequence[int], like: Tensor, symmetric: bool) -> None:
+        self.stored = like.new_zeros(shape, dtype=torch.bfloat16)
+        self.like = like
+        self.symmetric = symmetric
+        self.upper_only = False
 
-    held: Tensor
-    like: Tensor
-    symmetric: bool
-    halved: bool = False
+    def read(self) -> Tensor:
+        return self.whole().float()
 
-    @property
-    def kept(self) -> Tensor:
-        """As it is stored, all of it."""
-        if self.halved:
-            mirror(self.held)
-            self.halved = False
-        return self.held
+    def upper(self) -> Tensor:
+        return self.read()
 
 
-class Storage:
-    """In the precision and on the device in which averages are read; bases of the others.
-
-    Attributes:
-        plain: whether what is kept is what is read.
-    """
-
-    plain = True
-
-    def make(self, shape: Sequence[int], like: Tensor, symmetric: bool) -> Average:
-        """An average of zeros, without statistics."""
-        return Average(like.new_zeros(shape), like, symmetric)
-
-    def read(self, average: Average) -> Tensor:
-        """The average; a copy unless the storage is plain."""
-        return average.kept
-
-    def half(self, average: Average) -> Tensor:
-        """``read``, but what is below a diagonal may be anything."""
-        return average.held if self.plain else self.read(average)
-
-    def write(self, average: Average, value: Tensor) -> None:
-        """Replaces it, to the nearest that can be kept."""
-        average.held.copy_(value)
-        average.halved = False
-
-    def fold(self, averages: Sequence[Average], new: Sequence[Statistic], weight: float) -> None:
-        """S <- (1 - weight) S + weight S_new."""
-        both = list(zip(averages, new, strict=True))
-        for average, value in both:
-            if isinstance(value, Rows):
-                average.halved |= value.halves
-                value.add_to(average.held, weight)
-        whole = [(average.held, value) for average, value in both if isinstance(value, Tensor)]
-        if whole:
-            held, values = zip(*whole, strict=True)
-            torch._foreach_lerp_(list(held), list(values), weight)
-
-
-class Bfloat16(Storage):
-    """In bfloat16, folded in float32 and rounded stochastically.
+class Bfloat16:
+    """Averages in bfloat16, folded in float32 and rounded stochastically.
 
     Rounding to nearest would lose what changes an average by less than half of its last place,
     2^-9: with a decay of 0.95, statistics that differ from it by up to 4 %.
@@ -91,76 +46,92 @@ class Bfloat16(Storage):
         seeds: gives a seed a fold. It is the same in all processes, so their averages are, too.
     """
 
-    plain = False
-
     def __init__(self, seeds: torch.Generator) -> None:
         self._seeds = seeds
         self._noise: dict[torch.device, torch.Generator] = {}
 
     def make(self, shape: Sequence[int], like: Tensor, symmetric: bool) -> Average:
+        """Return an average of zeros; see ``Average``.
+
+        Raises:
+            UnknownOptionError: the average would be read in float64.
+        """
         if like.dtype != torch.float32:
             raise UnknownOptionError(
                 f"factor_storage='bfloat16' would keep 8 of the 53 bits of {like.dtype} statistics:"
                 " give None or 'host', or parameters in float32"
             )
-        return Average(like.new_zeros(shape, dtype=torch.bfloat16), like, symmetric)
-
-    def read(self, average: Average) -> Tensor:
-        return average.kept.float()
+        return _Bfloat16Average(shape, like, symmetric)
 
     def fold(self, averages: Sequence[Average], new: Sequence[Statistic], weight: float) -> None:
+        """Replace each S by (1 - weight) S + weight S_new, rounded."""
         seed = int(torch.randint(2**62, (), generator=self._seeds))
-        for device in {average.kept.device for average in averages}:
+        for device in {average.stored.device for average in averages}:
             self._noise.setdefault(device, torch.Generator(device)).manual_seed(seed)
         for average, value in zip(averages, map(multiplied, new), strict=True):
-            kept, noise = average.held, self._noise[average.held.device]
+            stored, noise = average.stored, self._noise[average.stored.device]
             if average.symmetric:  # both halves are rounded alike
-                half = packed(kept).float().lerp_(packed(value), weight)
-                kept.copy_(unpacked(rounded(half, noise), kept.shape))
+                half = packed(stored).float().lerp_(packed(value), weight)
+                stored.copy_(unpacked(rounded(half, noise), stored.shape))
             else:
-                kept.copy_(rounded(kept.float().lerp_(value, weight), noise))
+                stored.copy_(rounded(stored.float().lerp_(value, weight), noise))
 
 
-class Host(Storage):
-    """In CPU memory, pinned for averages of a GPU; folds happen there."""
+class _HostAverage(Average):
+    """An average in CPU memory, pinned if it is read on a GPU."""
 
-    plain = False
+    def __init__(self, shape: Sequence[int], like: Tensor, symmetric: bool) -> None:
+        self.stored = torch.zeros(shape, dtype=like.dtype, pin_memory=like.is_cuda)
+        self.like = like
+        self.symmetric = symmetric
+        self.upper_only = False
+
+    def read(self) -> Tensor:
+        return self.whole().to(self.like.device, non_blocking=True)
+
+    def upper(self) -> Tensor:
+        return self.read()
+
+    def write(self, value: Tensor) -> None:
+        if self.like.is_cuda:  # copies to the device may still be read from what is kept
+            torch.cuda.synchronize(self.like.device)
+        super().write(value)
+
+
+class Host:
+    """Averages in CPU memory; folds happen there."""
 
     def make(self, shape: Sequence[int], like: Tensor, symmetric: bool) -> Average:
-        zeros = torch.zeros(shape, dtype=like.dtype, pin_memory=like.is_cuda)
-        return Average(zeros, like, symmetric)
-
-    def read(self, average: Average) -> Tensor:
-        return average.kept.to(average.like.device, non_blocking=True)
-
-    def write(self, average: Average, value: Tensor) -> None:
-        if average.like.is_cuda:  # copies to the device may still be read from what is kept
-            torch.cuda.synchronize(average.like.device)
-        average.kept.copy_(value)
+        """Return an average of zeros; see ``Average``."""
+        return _HostAverage(shape, like, symmetric)
 
     def fold(self, averages: Sequence[Average], new: Sequence[Statistic], weight: float) -> None:
-        # Copies to the host wait for the stream, and so for earlier copies to the device.
-        super().fold(averages, [multiplied(value).cpu() for value in new], weight)
+        """Replace each S by (1 - weight) S + weight S_new.
+
+        Copies to the host wait for the stream, and so for earlier copies to the device.
+        """
+        fold_in_place(averages, [multiplied(value).cpu() for value in new], weight)
 
 
-def storage_of(kind: FactorStorage | None, seeds: torch.Generator) -> Storage:
-    """The option ``factor_storage``.
+def storage_of(kind: FactorStorage | None, seeds: torch.Generator) -> Storage | None:
+    """Return what the option ``factor_storage`` means; None where averages are kept as they are.
 
-    Raises:
-        UnknownOptionError: there is no such kind.
+    Args:
+        kind: the option; None for averages in the precision and on the device they are read in.
+        seeds: of the draws that round, for "bfloat16".
     """
     if kind is None:
-        return Storage()
-    if choice("factor_storage", kind, FACTOR_STORAGES) == "bfloat16":
+        return None
+    if kind == "bfloat16":
         return Bfloat16(seeds)
     if torch.cuda.is_available():
         return Host()
     log.info("factor_storage='host' changes nothing: there is no CUDA, all is on the host")
-    return Storage()
+    return None
 
 
 def rounded(x: Tensor, noise: torch.Generator) -> Tensor:
-    """x in bfloat16: one of the two neighbours, with the probabilities that keep the mean.
+    """Return x in bfloat16: one of the two neighbours, with probabilities that keep the mean.
 
     Args:
         x: float32, contiguous and finite; it is overwritten.

@@ -1,22 +1,24 @@
-"""The inverse of the approximate Fisher: running averages, the generated program, its results."""
+"""The inverse of the approximate Fisher: an estimate, the generated program, and its results."""
 
 from __future__ import annotations
 
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import Tensor, fx
 
-from kfac_fx.codegen import Program
-from kfac_fx.config import TIKHONOV, CurvatureOptions, Tikhonov, choice
-from kfac_fx.curvature.averages import Averages, fold, sizes
+from kfac_fx.codegen.approximations.base import InverseKey
+from kfac_fx.codegen.approximations.table import TABLES
+from kfac_fx.codegen.program import Engine, Program
+from kfac_fx.codegen.refresh_module import Refreshed
+from kfac_fx.config import CurvatureOptions
 from kfac_fx.curvature.choose_couplings import chosen_couplings, mutual_informations, total
 from kfac_fx.curvature.ekfac import Moments
+from kfac_fx.curvature.estimate import Estimate, EstimateState
 from kfac_fx.curvature.factor_storage import storage_of
-from kfac_fx.curvature.outliers import fit
 from kfac_fx.curvature.parameters import CoveredParameters
 from kfac_fx.errors import (
     GradientError,
@@ -24,32 +26,53 @@ from kfac_fx.errors import (
     StatisticsError,
     UnknownOptionError,
 )
-from kfac_fx.ir import Coupling, CurvatureGraph
+from kfac_fx.ir.coupling import Coupling
+from kfac_fx.ir.curvature_graph import CurvatureGraph
 from kfac_fx.ir.use import StatisticKey
-from kfac_fx.linalg.precision import all_finite
-from kfac_fx.ops import Statistic, all_buffers, switch
-from kfac_fx.parallel import Engine, Workers
+from kfac_fx.ops.gram import Statistic
+from kfac_fx.parallel import Workers
 
 log = logging.getLogger("kfac_fx")
+
+
+class InverseState(TypedDict):
+    """``InverseFisher.state``: tensors and plain values.
+
+    ``inverses`` and ``pending`` are by the keys' names; beside the inverses stands the "damping"
+    that they were made with. Without inverses the mapping is empty.
+    """
+
+    tikhonov: str
+    averages: EstimateState
+    couplings: list[list[str]]
+    inverses: dict[str, Tensor]
+    pending: list[dict[str, Tensor]]
+    refreshes: int
+    clamped: int
 
 
 class InverseFisher:
     """Fhat^-1 of a transformed module.
 
     Args:
-        net: carries the factor buffers.
+        net: a transformed module; EKFAC writes its bases to buffers there.
+        curvature: the module's blocks.
         options: structure, damping, storage of the averages and compilation.
         generator: of the draws that round averages in bfloat16.
         workers: the processes that share the refresh.
 
     Attributes:
-        averages: of the factors and cross factors.
+        curvature: the blocks.
+        covered: the parameters that they cover.
+        estimate: the running averages.
+        moments: EKFAC's, None unless ``tikhonov="ekfac"``.
         program: for the couplings in use.
-        inverses: what the last refresh made; empty before.
+        refreshed: what the last refresh made; None before.
         clamped: entries of conditionals that rounding had pushed to one, over all refreshes.
 
     Raises:
-        UnknownOptionError: tikhonov is unknown, or not factored and there are couplings.
+        UnknownOptionError: the damping is not factored and there are couplings, or EKFAC has no
+            blocks to estimate, or not all inverses in every process.
     """
 
     def __init__(
@@ -61,141 +84,175 @@ class InverseFisher:
         workers: Workers,
     ) -> None:
         coupled = options.structure == "block_tridiagonal"
+        _check_damping(options, curvature)
         self.curvature = curvature
-        self.tikhonov = _tikhonov(options.tikhonov, curvature, coupled)
-        self.guard = CoveredParameters(net, curvature.covered)
-        self.clamped = 0
-        switch(net, all_buffers(net), False)  # another program may have wanted more of them
-        for buffer in all_buffers(net):
-            buffer.grad = None
-        pairs = curvature.pairs if coupled else ()
-        moments = curvature.moments if options.tikhonov == "ekfac" else ()
+        self.covered = CoveredParameters(net, curvature.covered)
+        estimated = curvature.moments if options.tikhonov == "ekfac" else ()
         storage = storage_of(options.factor_storage, generator)
-        self.averages = Averages(curvature, self.guard.parameters, pairs, moments, storage)
-        self.moments = Moments(net, curvature, self.averages)
-        self._compile = options.compile
+        self.estimate = Estimate(
+            curvature,
+            self.covered.parameters,
+            curvature.pairs if coupled else (),
+            estimated,
+            storage,
+        )
+        self.moments: Moments | None = None
+        if estimated:
+            self.moments = Moments(net, curvature.blocks, estimated, self.estimate)
+        self.refreshed: Refreshed | None = None
+        self.clamped = 0
+        self._options = options
+        self._converts = storage is not None
         self._workers = workers
-        self._plain = storage.plain
-        self._refreshes = self._folds = 0
-        self._present: tuple[float, int] | None = None
-        self._silent: set[str] = set()
-        self.program, self._engine = self._made(curvature.couplings if coupled else ())
-        self.inverses: dict[str, Tensor] = {}
+        self._refreshes = 0
+        # The damping and the number of folds that ``refreshed`` is of.
+        self._made_of: tuple[float, int] | None = None
+        self._chooses = coupled and curvature.selection == "data" and bool(curvature.pairs)
+        self.program, self._engine = self._generated(curvature.couplings if coupled else ())
 
-    def _made(self, couplings: Sequence[Coupling]) -> tuple[Program, Engine]:
+    def _generated(self, couplings: Sequence[Coupling]) -> tuple[Program, Engine]:
+        """Return a program for couplings, and what runs it here."""
+        parameters = self.covered.parameters
         low = (torch.float16, torch.bfloat16)
-        cast = [name for name, p in self.guard.parameters.items() if p.dtype in low]
-        options: Any = {"tikhonov": self.tikhonov, "compile": self._compile}
-        # Each call costs a GPU a launch and a compiler a kernel; processes divide single blocks.
-        on_gpu = any(p.is_cuda for p in self.guard.parameters.values())
-        options["batched"] = self._workers.size == 1 and bool(self._compile or on_gpu)
-        options["plain"] = self._plain
-        program = Program(self.curvature, couplings, cast, **options)
-        forms = [a.like.expand(a.kept.shape) for e in self.averages.blocks.values() for a in e.kept]
-        engine = self._workers.engine(program, forms, self.tikhonov)
-        if self.moments.blocks and set(engine.needed()) != set(program.inverse_names):
+        on_gpu = any(parameter.is_cuda for parameter in parameters.values())
+        compile = self._options.compile
+        program = Program(
+            self.curvature,
+            couplings,
+            [name for name, parameter in parameters.items() if parameter.dtype in low],
+            tikhonov=self._options.tikhonov,
+            compile=compile,
+            # Each call costs a GPU a launch and a compiler a kernel; on a CPU stacks are copies
+            # for nothing. Processes divide single blocks.
+            batched=self._workers.size == 1 and bool(compile or on_gpu),
+            plain=not self._converts,
+        )
+        engine = self._workers.engine(program, self.estimate.like)
+        if self.moments is not None and set(engine.needed()) != set(program.inverses):
             raise UnknownOptionError("tikhonov='ekfac' needs all inverses: memory_fraction=1.0")
         return program, engine
 
-    def refresh_factors(self, couplings: Iterable[Coupling]) -> list[Tensor]:
-        """What a refresh takes, in the order of its arguments; as kept, it reads one by one."""
-        groups = [[a.kept for a in entry.kept] for entry in self.averages.blocks.values()]
-        groups += [list(self.averages.cross(c, kept=True)) for c in couplings]
-        return [factor for group in groups for factor in group]
-
-    def amount(self, damping: float) -> Tensor:
-        """The damping as a refresh takes it, in the precision and on the device of the inverses."""
-        return torch.full_like(next(iter(self.averages.blocks.values())).like, damping)
-
     @property
     def factors(self) -> dict[str, tuple[Tensor, ...]]:
-        """Block -> running averages, undamped."""
-        return {name: entry.factors for name, entry in self.averages.blocks.items()}
+        """Return the running averages by block, undamped."""
+        return {name: averages.read() for name, averages in self.estimate.blocks.items()}
 
     @property
     def cross_factors(self) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
-        """(child, parent) -> running averages (A, G), child by parent."""
-        return {(c.child, c.parent): self.averages.cross(c) for c in self.program.couplings}
+        """Return the running averages (A, G) by (child, parent), child by parent."""
+        return {(c.child, c.parent): self.estimate.cross(c) for c in self.program.couplings}
+
+    # What a step does.
 
     def fold(
         self, found: Mapping[StatisticKey, Statistic], decay: float, outlier: float = math.inf
     ) -> bool:
-        """Takes new statistics into the averages; False, and nothing is, if they are no good.
+        """Fold new statistics into the averages; return whether they were good enough to.
 
         Args:
-            decay: largest weight of the old averages.
-            outlier: how many times longer than its average no statistic may be.
+            found, decay, outlier: see ``Estimate.fold``.
         """
-        entries = self.averages.entries
-        new = [entry.statistics(found) for entry in entries]
-        compared = fit(entries, new, outlier) if outlier < math.inf else None
-        if compared and compared.outlier:
-            return False
-        came = [(e.block, values) for e, values in zip(entries, new, strict=True) if values]
-        if not all_finite([part for block, values in came for part in sizes(block, values)]):
-            return False
-        if compared and compared.swollen:
-            log.warning("statistics are far shorter than the first ones: the averages start anew")
-            self.averages.restart()
-        silent = {e.block.name for e, s in zip(entries, new, strict=True) if s is None}
-        if silent - self._silent:
-            log.warning("no statistics came for %s", ", ".join(sorted(silent - self._silent)))
-        self._silent |= silent
-        self._folds += 1
-        if fold(entries, new, decay):
-            self.inverses = {}  # a block got its first statistic
-        if self.inverses and self.moments.blocks:
-            self.inverses = self.inverses | self.moments.scales(self.inverses["damping"])
-        return True
+        folded = self.estimate.fold(found, decay, outlier)
+        if folded.first:
+            self.refreshed = None  # it has no inverse of a block that had no statistics
+        if folded.good and self.refreshed is not None and self.moments is not None:
+            self.refreshed = self.moments.scaled(self.refreshed)
+        return folded.good
 
     def keep_up(self, damping: float) -> None:
-        """``refresh``, unless neither the averages nor the damping have moved since the last one.
+        """Refresh, unless neither the averages nor the damping have moved since the last time.
 
         Inverses that come into use later than they are made count refreshes: these always run.
+
+        Args:
+            damping: lambda.
         """
-        moved = self._present != (damping, self._folds) or not self.inverses
+        moved = self._made_of != (damping, self.estimate.folds) or self.refreshed is None
         if moved or self._workers.staleness:
             self.refresh(damping)
 
     def refresh(self, damping: float) -> None:
-        """Computes the inverses from the present averages.
+        """Compute the inverses from the present averages.
+
+        Args:
+            damping: lambda.
 
         Raises:
             StatisticsError: there are none yet.
         """
-        if not self.averages.recorded:
+        if not self.estimate.recorded:
             raise StatisticsError("no statistics yet: nothing to invert")
-        self._choose_couplings(damping)
-        amount = self.amount(damping)
-        factors = self.refresh_factors(self.program.couplings)
-        # A process may keep no inverse at all, but it knows that there was a refresh.
-        self.inverses = self._engine.refresh(amount, factors, self.inverses) | {"damping": amount}
-        self.clamped += self._engine.clamped
-        if self.moments.blocks:
-            self.moments.rebase(self.inverses)
-            self.inverses |= self.moments.scales(amount)
-        self._present = damping, self._folds
+        self._refreshes += 1
+        # At refreshes 1, 2, 4, 8, ...: a choice costs about a refresh, and later ones change less.
+        if self._chooses and not self._refreshes & (self._refreshes - 1):
+            self._choose_couplings(damping)
+        factors = self.estimate.arguments(self.program.couplings)
+        amount = torch.full_like(self.estimate.like, damping)
+        made = self._engine.refresh(amount, factors, self.refreshed)
+        self.clamped += made.clamped
+        self.refreshed = made if self.moments is None else self.moments.rebase(made)
+        self._made_of = damping, self.estimate.folds
 
-    def use(self, inverses: dict[str, Tensor]) -> None:
-        """Go back to inverses that an earlier refresh made, of the same program."""
-        self.inverses = inverses
+    def precondition(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the inverse times gradients of covered parameters, by name.
+
+        Args:
+            gradients: by name, in the shapes of the parameters. Parameters that are not given count
+                as zero, as the inverse of a coupled block reads its neighbours' gradients too.
+
+        Raises:
+            StatisticsError: there are no inverses yet.
+        """
+        if self.refreshed is None:
+            raise StatisticsError("no inverses yet: step() or refresh() computes them")
+        given = [
+            gradients[name] if name in gradients else torch.zeros_like(parameter)
+            for name, parameter in self.covered.parameters.items()
+        ]
+        updates = self._engine.apply(self.refreshed.inverses, given)
+        result = {name: updates[name] for name in gradients}
+        for name, averages in self.estimate.blocks.items():
+            if averages.recorded == 0:  # nothing is known of its curvature
+                own = self.curvature.blocks[name].parameters
+                result |= {key: gradients[key] for key in own if key in gradients}
+        return result
+
+    def apply(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return ``precondition`` of gradients that somebody gave, once they are checked.
+
+        Raises:
+            GradientError: a name is not covered, or a shape is not its parameter's.
+            StatisticsError: there are no inverses yet.
+        """
+        parameters = self.covered.parameters
+        for name, gradient in gradients.items() if self.refreshed is not None else ():
+            if name not in parameters:
+                raise GradientError(f"{name!r} is no covered parameter")
+            if gradient.shape != parameters[name].shape:
+                raise GradientError(
+                    f"the gradient of {name} has shape {tuple(gradient.shape)}, "
+                    f"the parameter has {tuple(parameters[name].shape)}"
+                )
+        return self.precondition(gradients)
+
+    def use(self, refreshed: Refreshed | None) -> None:
+        """Take inverses that an earlier refresh made; of several, an optimizer keeps the best."""
+        self.refreshed = refreshed
+
+    # Couplings.
 
     def _choose_couplings(self, damping: float) -> None:
-        """Takes the forest of most mutual information at refreshes 1, 2, 4, 8, ..."""
-        self._refreshes += 1
+        """Take the forest of most mutual information."""
         present = self.program.couplings
-        by_data = self.curvature.selection == "data" and self.averages.pairs
-        if not by_data or self._refreshes & (self._refreshes - 1):
-            return
-        chosen = chosen_couplings(self.curvature, self.averages, damping, present)
+        chosen = chosen_couplings(self.curvature, self.estimate, damping, present)
         if chosen != present:
             log.info("other couplings are more informative: the program is generated again")
-            self.program, self._engine = self._made(chosen)
-            self.inverses = {}
+            self.program, self._engine = self._generated(chosen)
+            self.refreshed = None
 
     def mutual_information(self, couplings: Iterable[Coupling], damping: float) -> float:
-        """See ``Preconditioner.mutual_information``."""
-        weights = mutual_informations(self.averages, damping)
+        """Return that of a forest's pairs, in nats; see ``Preconditioner.mutual_information``."""
+        weights = mutual_informations(self.estimate, damping)
         for c in couplings:
             if (c.child, c.parent) not in weights and (c.parent, c.child) not in weights:
                 raise StatisticsError(
@@ -204,92 +261,94 @@ class InverseFisher:
                 )
         return total(weights, couplings)
 
-    def apply(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The inverse times gradients by parameter name; see ``Preconditioner.apply``."""
-        if not self.inverses:
-            raise StatisticsError("no inverses yet: step() or refresh() computes them")
-        parameters = self.guard.parameters
-        for name, gradient in gradients.items():
-            if name not in parameters:
-                raise GradientError(f"{name!r} is no covered parameter")
-            if gradient.shape != parameters[name].shape:
-                raise GradientError(
-                    f"the gradient of {name} has shape {tuple(gradient.shape)}, "
-                    f"the parameter has {tuple(parameters[name].shape)}"
-                )
-        filled = {
-            n: gradients[n] if n in gradients else torch.zeros_like(p)
-            for n, p in parameters.items()
-        }
-        updates = dict(self._engine.apply(self.inverses, list(filled.values())))
-        for name, entry in self.averages.blocks.items():
-            if entry.recorded == 0:  # nothing is known of its curvature
-                own = self.curvature.blocks[name].parameters
-                updates |= {key: gradients[key] for key in own if key in gradients}
-        return {name: updates[name] for name in gradients}
+    # State.
 
-    def state(self) -> dict[str, Any]:
-        """Tensors and plain values."""
+    def kept_elsewhere(self) -> frozenset[InverseKey]:
+        """Return the keys of inverses that other processes keep, and this one does not."""
+        return frozenset(self.program.inverses) - frozenset(self._engine.needed())
+
+    def state(self) -> InverseState:
+        """Return tensors and plain values that ``load`` restores."""
+        inverses: dict[str, Tensor] = {}
+        if self.refreshed is not None:
+            inverses = _by_name(self.refreshed.inverses)
+            inverses["damping"] = self.refreshed.damping.clone()
         return {
-            "tikhonov": self.tikhonov,
-            "averages": self.averages.state(),
+            "tikhonov": self._options.tikhonov,
+            "averages": self.estimate.state(),
             "couplings": [[c.child, c.parent] for c in self.program.couplings],
-            "inverses": {name: value.clone() for name, value in self.inverses.items()},
-            "pending": self._engine.pending(),
+            "inverses": inverses,
+            "pending": [_by_name(pending) for pending in self._engine.pending()],
             "refreshes": self._refreshes,
             "clamped": self.clamped,
         }
 
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Restores ``state``; nothing changes if the blocks do not fit.
+    def load(self, state: InverseState) -> None:
+        """Restore a ``state``; nothing changes if the blocks do not fit.
+
+        Inverses of another damping are left out: their names are others, and they are of no use.
 
         Raises:
-            ParameterChangedError: the state belongs to other blocks.
+            ParameterChangedError: the state belongs to other blocks, or to another process.
         """
-        self.averages.check(state["averages"])
-        couplings = tuple(Coupling(*names) for names in state["couplings"])
+        self.estimate.check(state["averages"])
+        couplings = tuple(Coupling(child, parent) for child, parent in state["couplings"])
         program, engine = self.program, self._engine
         if couplings != program.couplings:
-            program, engine = self._made(couplings)
-        known = state.get("tikhonov", "factored") == self.tikhonov  # else they are of no use
-        inverses, missing = state["inverses"] if known else {}, set(engine.needed())
-        if inverses and missing - set(inverses):
+            program, engine = self._generated(couplings)
+        known = state.get("tikhonov", "factored") == self._options.tikhonov
+        inverses = state["inverses"] if known else {}
+        needed = engine.needed()
+        if inverses and any(key.name not in inverses for key in needed):
             raise ParameterChangedError(
                 "the state_dict has the inverses of another process, or of another number of them: "
                 "kfac_fx.distributed.Checkpoints saves and loads those of all"
             )
-        self.averages.load(state["averages"])
-        self._present = None
-        self.program, self._engine = program, engine
-        device = next(iter(self.guard.parameters.values())).device
-        others = set(program.inverse_names) - missing
-        self.inverses = {n: v.to(device).clone() for n, v in inverses.items() if n not in others}
+        self.estimate.load(state["averages"])
+        self._made_of = None
+        self.program = program
+        self._engine = engine
+        self.refreshed = None
+        if inverses:
+            device = self.estimate.like.device
+            own = {key: inverses[key.name].to(device).clone() for key in needed}
+            self.refreshed = Refreshed(own, inverses["damping"].to(device).clone())
         engine.resume(state.get("pending", ()) if inverses else ())
-        self.moments.restore(self.inverses)
+        if self.moments is not None:
+            self.moments.restore(self.refreshed)
         self._refreshes = int(state["refreshes"])
         self.clamped = int(state["clamped"])
 
 
-def _tikhonov(wanted: Tikhonov, curvature: CurvatureGraph, coupled: bool) -> Tikhonov:
-    """The option, checked; blocks that it does not reach are named."""
-    if choice("tikhonov", wanted, TIKHONOV) == "factored":
-        return wanted
-    if coupled and curvature.pairs:
+def _by_name(inverses: Mapping[InverseKey, Tensor]) -> dict[str, Tensor]:
+    return {key.name: value.clone() for key, value in inverses.items()}
+
+
+def _check_damping(options: CurvatureOptions, curvature: CurvatureGraph) -> None:
+    """Check the option ``tikhonov``, and name the blocks that it does not reach.
+
+    Raises:
+        UnknownOptionError: see ``InverseFisher``.
+    """
+    wanted = options.tikhonov
+    if wanted == "factored":
+        return
+    if options.structure == "block_tridiagonal" and curvature.pairs:
         raise UnknownOptionError(
             f"tikhonov={wanted!r} is for blocks without couplings, whose conditionals would be no "
             "Kronecker form: give structure='block_diagonal' too, or tikhonov='factored'"
         )
-    sums = [b.name for b in curvature.blocks.values() if b.approximation == "kronecker_sum"]
-    if sums:
-        log.warning("factored damping for %s: sums of two products", ", ".join(sums))
+    table, blocks = TABLES[wanted], curvature.blocks.values()
+    factored = [block.name for block in blocks if table[block.approximation].factored]
+    if factored:
+        log.warning("factored damping for %s: sums of two products", ", ".join(factored))
     if wanted == "ekfac":
         known = {moment.block for moment in curvature.moments}
         if not known:
             raise UnknownOptionError(
                 "tikhonov='ekfac' needs transform(..., ekfac=True), and a layer that is plain"
             )
-        blocks = curvature.blocks.values()
-        rest = [b.name for b in blocks if b.approximation == "kronecker" and b.name not in known]
+        able = [block.name for block in blocks if table[block.approximation].estimable]
+        rest = [name for name in able if name not in known]
         if rest:
             log.warning("Kronecker eigenvalues for %s: no plain layers", ", ".join(rest))
-    return wanted

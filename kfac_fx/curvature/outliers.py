@@ -8,9 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kfac_fx.curvature.averages import Entry, sizes
-from kfac_fx.ops import Statistic
-
 SETTLED = 10
 """Statistics after which an average is one that all new ones can be compared with."""
 
@@ -30,33 +27,35 @@ class Fit(NamedTuple):
     swollen: bool
 
 
-def fit(entries: Sequence[Entry], new: Sequence[Sequence[Statistic] | None], factor: float) -> Fit:
-    """Compares lengths, with one synchronisation.
+class Compared(NamedTuple):
+    """A new statistic and its average, or the parts of both that show their sizes.
 
-    Second moments of inputs are about the same from the first batch on, so theirs are compared at
-    once; derivatives may start at zero and grow, so theirs are once their averages are settled.
+    Attributes:
+        new: the statistic.
+        known: the average, of the same shape.
+        settled: whether the average is of many statistics, so that it cannot be spoilt.
+    """
+
+    new: Tensor
+    known: Tensor
+    settled: bool
+
+
+def fit(compared: Sequence[Compared], factor: float) -> Fit:
+    """Compare lengths of new statistics with those of their averages, with one synchronisation.
 
     Args:
-        factor: what far means.
+        compared: what can be compared; nothing is a good fit.
+        factor: what far means, above one.
     """
-    fresh: list[Tensor] = []
-    known: list[Tensor] = []
-    young: list[bool] = []
-    for entry, values in zip(entries, new, strict=True):
-        settled = entry.recorded >= SETTLED
-        if values is None or not entry.recorded:
-            continue
-        parts = (sizes(entry.block, each) for each in (values, entry.halves))
-        for spec, value, average in zip(entry.block.factors, *parts, strict=True):
-            if settled or spec.role == "input":
-                fresh.append(value)
-                known.append(average)
-                young.append(not settled)
-    if not fresh:
+    if not compared:
         return Fit(False, False)
-    one, other = (torch.stack(torch._foreach_norm(part)).tolist() for part in (fresh, known))
-    outlier = any(f > factor * max(k, TINY) for f, k in zip(one, other, strict=True))
+    fresh = torch.stack(torch._foreach_norm([each.new for each in compared])).tolist()
+    known = torch.stack(torch._foreach_norm([each.known for each in compared])).tolist()
+    lengths = list(zip(fresh, known, strict=True))
+    outlier = any(new > factor * max(old, TINY) for new, old in lengths)
     swollen = any(
-        y and f > TINY and k > factor * f for f, k, y in zip(one, other, young, strict=True)
+        not each.settled and new > TINY and old > factor * new
+        for each, (new, old) in zip(compared, lengths, strict=True)
     )
     return Fit(outlier, swollen)

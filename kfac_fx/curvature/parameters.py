@@ -1,68 +1,91 @@
-"""What a net must be, and notices parameters that are no longer those of the transform."""
+"""What a net must be, and the parameters that its blocks cover."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
 from kfac_fx.config import STRUCTURES, Structure, choice
 from kfac_fx.errors import KFACError, ParameterChangedError, UnknownOptionError
-from kfac_fx.ir import CurvatureGraph
+from kfac_fx.ir.curvature_graph import CurvatureGraph
 from kfac_fx.ops.net_buffers import STORE
 from kfac_fx.passes.annotations import read_curvature
 
 
+class _Expected(NamedTuple):
+    """Where a parameter was at the transform, and what it was like."""
+
+    owner: nn.Module
+    leaf: str
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+
 class CoveredParameters:
     """The covered parameters, each with the module that owns it.
+
+    Averages, taps and the generated program are for the parameters as they were. A parameter that
+    is replaced or cast later would be preconditioned with the curvature of another one, so every
+    step checks, by identity and a few attributes.
+
+    Args:
+        net: the transformed module.
+        names: canonical names of the parameters.
 
     Attributes:
         parameters: canonical name -> parameter, in the order given.
     """
 
     def __init__(self, net: nn.Module, names: Iterable[str]) -> None:
-        self._modules = dict(net.named_modules(remove_duplicate=False))
+        self._net = net
         self.parameters: dict[str, nn.Parameter] = {}
-        self._expected = {}
+        self._expected: dict[str, _Expected] = {}
+        modules = dict(net.named_modules(remove_duplicate=False))
         for name in names:
-            owner, _, leaf = name.rpartition(".")
-            parameter = self._modules[owner].get_parameter(leaf)
-            self.parameters[name] = parameter
-            self._expected[name] = (owner, leaf, parameter.shape, parameter.dtype, parameter.device)
+            path, _, leaf = name.rpartition(".")
+            owner = modules[path]
+            now = owner.get_parameter(leaf)
+            self.parameters[name] = now
+            self._expected[name] = _Expected(owner, leaf, now.shape, now.dtype, now.device)
 
     def gradients(self) -> dict[str, Tensor]:
-        """The gradients that there are, by name; sparse ones are made dense in their place."""
+        """Return the gradients that there are, by name.
+
+        Sparse gradients become dense in their place, as ``Preconditioner`` writes to what it gets
+        here: the inverse of a block has no zeros to keep.
+        """
         for parameter in self.parameters.values():
             if parameter.grad is not None and parameter.grad.layout is not torch.strided:
                 parameter.grad = parameter.grad.to_dense()
         return {n: p.grad for n, p in self.parameters.items() if p.grad is not None}
 
     def in_module_order(self) -> dict[str, nn.Parameter]:
-        """``parameters`` in the order of the module's own ``parameters()``."""
+        """Return ``parameters`` in the order of the module's own ``parameters()``."""
         self.check()
-        place = {id(p): index for index, p in enumerate(self._modules[""].parameters())}
+        place = {id(p): index for index, p in enumerate(self._net.parameters())}
         return dict(sorted(self.parameters.items(), key=lambda item: place[id(item[1])]))
 
     def check(self) -> None:
-        """Cheap enough for every step.
+        """Raise if a parameter is not what it was; cheap enough for every step.
 
         Raises:
             ParameterChangedError: a parameter was replaced, reshaped, cast or moved.
         """
-        for name, (owner, leaf, shape, dtype, device) in self._expected.items():
+        for name, was in self._expected.items():
             parameter = self.parameters[name]
-            now = self._modules[owner]._parameters.get(leaf)
             change = None
-            if now is not parameter:
+            if was.owner._parameters.get(was.leaf) is not parameter:
                 change = "was replaced by another object"
-            elif parameter.shape != shape:
-                change = f"changed its shape from {tuple(shape)} to {tuple(parameter.shape)}"
-            elif parameter.dtype != dtype:
-                change = f"changed its dtype from {dtype} to {parameter.dtype}"
-            elif parameter.device != device:
-                change = f"is on {parameter.device}, its factors stayed on {device}"
+            elif parameter.shape != was.shape:
+                change = f"changed its shape from {tuple(was.shape)} to {tuple(parameter.shape)}"
+            elif parameter.dtype != was.dtype:
+                change = f"changed its dtype from {was.dtype} to {parameter.dtype}"
+            elif parameter.device != was.device:
+                change = f"is on {parameter.device}, its factors stayed on {was.device}"
             if change is not None:
                 raise ParameterChangedError(
                     f"parameter {name} {change} after the transform: transform the model again and "
@@ -70,13 +93,17 @@ class CoveredParameters:
                 )
 
 
-def _curvature(net: Any) -> CurvatureGraph:
-    """From the module's meta, or read back from its taps where other passes lost that."""
+def _curvature(net: object) -> CurvatureGraph:
+    """Return the curvature graph of the module's meta, or of its taps where other passes lost that.
+
+    fx copies a graph's nodes with their meta, but a GraphModule's own meta is dropped by many
+    passes, and by pickling.
+    """
     found = getattr(net, "meta", {}).get("kfac_fx")
     if isinstance(found, CurvatureGraph):
         return found
     found = read_curvature(net) if isinstance(net, fx.GraphModule) else None
-    if found is None:
+    if found is None or not isinstance(net, fx.GraphModule):
         raise KFACError(
             "this is no module that kfac_fx.transform(model) returned, and no tap in it carries "
             "annotations: kfac_fx.passes.KFACTransform() puts taps into a GraphModule, and a model "
@@ -96,8 +123,12 @@ def _curvature(net: Any) -> CurvatureGraph:
     return found
 
 
-def transformed(net: Any, structure: Structure | None) -> tuple[CurvatureGraph, Structure]:
-    """The curvature graph of what ``transform`` returned, and the structure that is wanted.
+def transformed(net: object, structure: Structure | None) -> tuple[CurvatureGraph, Structure]:
+    """Return the curvature graph of a transformed module, and the structure that is wanted.
+
+    Args:
+        net: what ``kfac_fx.transform`` returned, or any GraphModule with its annotated taps.
+        structure: None for the transform's own.
 
     Raises:
         KFACError: it is another module.

@@ -236,5 +236,4 @@ def _unwanted(part: Part, plain: State, name: str) -> Collection[str]:
         plain, prefix = plain["kfac"], f"{name}/kfac"
     if plain["inverse"]["couplings"] != [[c.child, c.parent] for c in inverse.program.couplings]:
         return ()  # the program is another by then, and takes what it needs
-    others = set(inverse.program.inverse_names) - set(inverse._engine.needed())
-    return {f"{prefix}/inverse/inverses/{other}" for other in others}
+    return {f"{prefix}/inverse/inverses/{key.name}" for key in inverse.kept_elsewhere()}

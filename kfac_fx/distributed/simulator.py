@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from math import ceil, log2, prod
 from typing import NamedTuple
 
-from kfac_fx.codegen import Program
-from kfac_fx.codegen.part import inverse_shapes, symmetric_inverses
+from kfac_fx.codegen.apply_parts import symmetric_inverses
+from kfac_fx.codegen.program import Program
 from kfac_fx.distributed.costs import apply_operations, refresh_costs
 from kfac_fx.distributed.division import Division, divide
 
@@ -75,7 +75,7 @@ class Compute:
                 pair = zip(block.dimensions, blocks[parent[name]].dimensions, strict=True)
                 gram += sum(2.0 * n * one[0] * other[0] for one, other in pair)
         applied = apply_operations(program)
-        costs = refresh_costs(program.curvature, program.couplings)
+        costs = refresh_costs(program)
         each = launch * len(blocks)
         return cls(
             3 * forward / products + each,
@@ -263,10 +263,10 @@ def _added(sizes: Iterable[_Sizes]) -> _Sizes:
 
 def _inverse_sizes(program: Program) -> dict[str, _Sizes]:
     """Return the sizes of each block's inverses."""
-    shapes, symmetric = inverse_shapes(program), symmetric_inverses(program.curvature)
+    shapes, symmetric = program.inverse_shapes(), symmetric_inverses(program.recipe)
     return {
         block: _added(
-            _Sizes.of(shapes[name], name in symmetric) for name in program.inverses_of([block])
+            _Sizes.of(shapes[key], key in symmetric) for key in program.inverses_of([block])
         )
         for block in program.curvature.blocks
     }

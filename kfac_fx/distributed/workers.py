@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, fx
 from torch.distributed.tensor import DTensor
 
-from kfac_fx.codegen import Program
+from kfac_fx.codegen.program import Engine, Program
 from kfac_fx.distributed import sharded
 from kfac_fx.distributed.buckets import Bucket, Form, cut
 from kfac_fx.distributed.control import Control
@@ -22,9 +22,7 @@ from kfac_fx.errors import UnknownOptionError
 from kfac_fx.ops.gram import multiplied
 from kfac_fx.parallel import (
     ALONE,
-    Engine,
     Net,
-    RunnableProgram,
     StatisticSlot,
     Values,
     WholeParameters,
@@ -162,11 +160,10 @@ class DataParallel:
             assert total is not None
             tensor.copy_(total)
 
-    def engine(self, program: RunnableProgram, factors: Sequence[Tensor], tikhonov: str) -> Engine:
+    def engine(self, program: Program, like: Tensor) -> Engine:
         if self.size == 1 and not self.staleness:
-            return ALONE.engine(program, factors, tikhonov)
-        assert isinstance(program, Program)  # only a generated program can be cut into parts
-        return Divided(self, program, factors, tikhonov)
+            return program
+        return Divided(self, program, like)
 
     def whole(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         found = {}
@@ -177,8 +174,9 @@ class DataParallel:
                 found[name] = sharded.whole(tensor)
         return found
 
-    def put(self, value: Tensor, into: Tensor) -> None:
-        sharded.put(value, into)
+    def put(self, values: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:
+        for name, tensor in into.items():
+            sharded.put(values[name], tensor)
 
     def hold(self, net: fx.GraphModule, parameters: Mapping[str, Tensor]) -> WholeParameters:
         if not any(_sharded(p) for p in net.parameters()):

@@ -156,7 +156,7 @@ class EagerTaps:
                 if block.kind == "elementwise" and reference is not None:
                     tap = case_tap(view, Consumer(node, value, reference.path))
                     if tap is not None:
-                        rows = block.approximation == "kronecker"
+                        rows = block.products == 1
                         tap = as_rows(tap) if rows else tap
                         yield replace(block.uses[0], node=node.name, tap=tap), block
 
@@ -176,7 +176,7 @@ class EagerTaps:
                     tap.scale.rows,
                     tap.scale.entrywise,
                 )
-            if use.approximation == "kronecker" and len(factors) == 2:
+            if use.products == 1 and len(factors) == 2:
                 factors.append(None)  # no positions to count
             tensors = _resolved(tap.tensors, values)
             options = _resolved(tap.options, values)

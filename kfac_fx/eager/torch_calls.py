@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointFunction
 
 from kfac_fx.capture.dialect import row_of
-from kfac_fx.torch_internals.function_transforms import inside_transform
-from kfac_fx.torch_internals.saved_tensor_hooks import packed_by_checkpoint
+from kfac_fx.torch_internals.onlookers import inside_transform, packed_by_checkpoint
 
 Value = Any
 """An argument or result of the user's: a tensor, a number, or any nesting of those."""

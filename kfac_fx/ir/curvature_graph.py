@@ -14,7 +14,15 @@ from kfac_fx.errors import FormatError
 from kfac_fx.ir.coupling import Coupling, Edge, parents
 from kfac_fx.ir.layout import Layout, ViewStep
 from kfac_fx.ir.plain import Plain, PlainCodec
-from kfac_fx.ir.use import Approximation, FactorSpec, NodeRef, ParameterUse, Scale, Tap
+from kfac_fx.ir.use import (
+    Approximation,
+    FactorSpec,
+    NodeRef,
+    ParameterUse,
+    Scale,
+    Tap,
+    product_count,
+)
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -54,6 +62,11 @@ class CurvatureBlock:
     def tapped(self) -> bool:
         """Whether taps record the block; otherwise its statistic is the summed gradient."""
         return all(use.tap is not None for use in self.uses)
+
+    @property
+    def products(self) -> int:
+        """Return the number of Kronecker products that the block is the sum of; 0 for none."""
+        return product_count(self.factors)
 
     @property
     def parameter_count(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -65,6 +66,14 @@ class StatisticKey(NamedTuple):
 
     slot: str
     factor: str
+
+
+def product_count(factors: Iterable[FactorSpec]) -> int:
+    """Return of how many Kronecker products a block with these factors is the sum; 0 for none.
+
+    Passes ask for this where they would have to know the names of approximations otherwise.
+    """
+    return len({spec.form for spec in factors if spec.side == "A"})
 
 
 class NodeRef(NamedTuple):
@@ -154,3 +163,8 @@ class ParameterUse:
     tap: Tap | None
     path: tuple[str, ...] = ()
     reason: str | None = None
+
+    @property
+    def products(self) -> int:
+        """Return the number of Kronecker products; see ``product_count``."""
+        return product_count(self.factors)

@@ -11,11 +11,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kfac_fx.linalg.triangular import symmetric_product, triangular_product
+from kfac_fx.linalg.positive import symmetric_product, triangular_product
 
 
 def correlation(W: Tensor, cross: Tensor, W_parent: Tensor) -> Tensor:
-    """Q = W A_ip W_p^T, whose singular values are the canonical correlations of a side.
+    """Return Q = W A_ip W_p^T, whose singular values are the canonical correlations of a side.
 
     Args:
         W, W_parent: lower triangular whiteners of the sides, [n, n] and [m, m]: W A_ii W^T = I.
@@ -27,7 +27,7 @@ def correlation(W: Tensor, cross: Tensor, W_parent: Tensor) -> Tensor:
 def conditional_side(
     W: Tensor, cross: Tensor, W_parent: Tensor, *, from_child: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(L, s, R): canonical coordinates L^T a_i and R^T a_p of child and parent, and their s.
+    """Return (L, s, R): canonical coordinates L^T a_i and R^T a_p of child and parent, and their s.
 
     L [n, k] and R [m, k], where k is the dimension that the eigenvectors are taken of: the child's
     (then R carries the sqrt(s)) or the parent's (then L does); the smaller is cheaper, and exact.
@@ -46,7 +46,7 @@ def conditional_side(
 
 
 def conditional_scale(s_A: Tensor, s_G: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """1 / (1 - s_G s_A^T), how many entries were clamped, and whether Sigma is not positive.
+    """Return 1 / (1 - s_G s_A^T), how many entries were clamped, and whether Sigma is indefinite.
 
     Products are kept below one by the square root of the rounding error; a product above one by
     more than that is no rounding.
@@ -59,7 +59,10 @@ def conditional_scale(s_A: Tensor, s_G: Tensor) -> tuple[Tensor, Tensor, Tensor]
 
 
 def mutual_information(r_A: Tensor, r_G: Tensor) -> Tensor:
-    """-1/2 sum_kl log(1 - (r_k s_l)^2) for canonical correlations r of A and s of G (Chow-Liu).
+    """Return -1/2 sum_kl log(1 - (r_k s_l)^2), r and s the canonical correlations of A and of G.
+
+    The forest that keeps most of it is the closest to Ftilde in the Kullback-Leibler sense
+    (Chow & Liu 1968).
 
     Args:
         r_A, r_G: squared singular values of ``correlation`` of either side.

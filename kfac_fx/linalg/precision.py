@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kfac_fx.torch_internals import foreach
+
 
 class _Setting(Protocol):
     """One of torch's switches for the precision of float32 products."""
@@ -57,15 +59,13 @@ def all_finite(tensors: Sequence[Tensor]) -> bool:
     Args:
         tensors: of any shapes, dtypes and devices; empty ones are finite.
     """
-    # torch._foreach_norm takes one dtype a call, and reads low precisions as float32.
+    # foreach.norm takes one dtype a call, and reads low precisions as float32.
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for tensor in tensors:
         if tensor.numel():
             by_dtype.setdefault(tensor.dtype, []).append(tensor)
     finite = [
-        torch.stack(
-            torch._foreach_norm(group, 2, torch.promote_types(dtype, torch.float32))
-        ).isfinite()
+        torch.stack(foreach.norm(group, 2, torch.promote_types(dtype, torch.float32))).isfinite()
         for dtype, group in by_dtype.items()
     ]
     return not finite or bool(torch.cat(finite).all())

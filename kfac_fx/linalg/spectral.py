@@ -1,4 +1,4 @@
-"""Blocks that are diagonal in known coordinates: products, solutions, square roots, determinants.
+"""Blocks that are diagonal in known coordinates: products, solutions, roots, determinants.
 
 F = (J_A (x) J_G) diag(d) (J_A (x) J_G)^T. With K = J^-T on either side F^-1 is the same with K and
 1/d, and S = (K_A (x) K_G) diag(d)^-1/2 has S S^T = F^-1. The coordinates are eigenvectors, or make
@@ -28,8 +28,24 @@ class Side:
     parts: tuple[Tensor, ...]
     diagonal: bool = False
 
+    @classmethod
+    def kept(cls, factor: Tensor, *, diagonal: bool, cut: int) -> Side:
+        """Return the side that a factor is, without the zeros that fill up its sub-blocks.
+
+        Args:
+            factor: [..., n, n], a diagonal [..., n], or sub-blocks [k, b, b].
+            diagonal: whether it is a diagonal.
+            cut: n where the factor is kept as sub-blocks, else 0.
+        """
+        if not cut:
+            return cls((factor,), diagonal)
+        size = factor.shape[-1]
+        left = [min(size, cut - size * index) for index in range(len(factor))]
+        parts = [part[:n, :n] for part, n in zip(factor, left, strict=True) if n > 0]
+        return cls(tuple(parts))
+
     def times(self, V: Tensor) -> Tensor:
-        """M V, of V [..., n, m]."""
+        """Return M V, of V [..., n, m]."""
         if self.diagonal:
             return self.parts[0].unsqueeze(-1) * V
         if len(self.parts) == 1:
@@ -38,56 +54,79 @@ class Side:
         return torch.cat([M @ piece for M, piece in zip(self.parts, pieces, strict=True)], -2)
 
     def each(self, function: Callable[[Tensor], Tensor]) -> Side:
-        """The side with a function of each of its parts."""
+        """Return the side with a function applied to each of its parts."""
         return Side(tuple(map(function, self.parts)), self.diagonal)
 
     @property
     def mT(self) -> Side:
-        """The transpose."""
+        """Return the transpose."""
         return self if self.diagonal else self.each(lambda part: part.mT)
 
     def entries(self) -> Tensor:
-        """The diagonal, [..., n]."""
+        """Return the diagonal, [..., n]."""
         if self.diagonal:
             return self.parts[0]
         return torch.cat([torch.diagonal(part, 0, -2, -1) for part in self.parts], -1)
 
     def log_determinant(self) -> Tensor:
-        """log |det M|, summed over leading dimensions."""
+        """Return log |det M|, summed over leading dimensions."""
         if self.diagonal:
             return self.parts[0].abs().log().sum()
         return torch.stack([torch.linalg.slogdet(part)[1].sum() for part in self.parts]).sum()
 
     def as_matrices(self, like: Side) -> Side:
-        """A diagonal as matrices, cut as ``like`` is."""
+        """Return the side; a diagonal as matrices that are cut as ``like`` is, unless both are."""
         if not self.diagonal or like.diagonal:
             return self
         pieces = self.parts[0].split([part.shape[-1] for part in like.parts], -1)
         return Side(tuple(map(torch.diag_embed, pieces)))
 
 
+def kept_pair(
+    factors: tuple[Tensor, Tensor], diagonal: tuple[bool, bool], cut: tuple[int, int]
+) -> tuple[Side, Side]:
+    """Return the sides (A, G) that two factors are; see ``Side.kept``."""
+    A, G = factors
+    return (
+        Side.kept(A, diagonal=diagonal[0], cut=cut[0]),
+        Side.kept(G, diagonal=diagonal[1], cut=cut[1]),
+    )
+
+
+def outer_diagonal(sides: tuple[Side, Side]) -> Tensor:
+    """Return the diagonal of A (x) G as [..., g, a]."""
+    A, G = sides
+    return G.entries().unsqueeze(-1) * A.entries().unsqueeze(-2)
+
+
 @dataclass(frozen=True)
 class Spectral:
-    """See the module; d is [..., g, a]."""
+    """A block that is diagonal in known coordinates, or its inverse; see the module.
+
+    Attributes:
+        d: its eigenvalues in the coordinates, [..., g, a], all above zero.
+        J: the coordinates of the block, of A and of G.
+        K: those of its inverse, J^-T; the same as J where it is orthonormal.
+    """
 
     d: Tensor
     J: tuple[Side, Side]
     K: tuple[Side, Side]
 
     def product(self, V: Tensor) -> Tensor:
-        """F vec(V), of V [..., g, a]."""
+        """Return F vec(V), of V [..., g, a]."""
         return _from(self.J, self.d * _to(self.J, V))
 
     def solution(self, V: Tensor) -> Tensor:
-        """F^-1 vec(V)."""
+        """Return F^-1 vec(V)."""
         return _from(self.K, _to(self.K, V) / self.d)
 
     def root_solution(self, V: Tensor) -> Tensor:
-        """S vec(V) with S S^T = F^-1."""
+        """Return S vec(V) with S S^T = F^-1."""
         return _from(self.K, V * self.d.rsqrt())
 
     def log_determinant(self) -> Tensor:
-        """log det F."""
+        """Return log det F."""
         J_A, J_G = self.J
         g, a = self.d.shape[-2:]
         both = g * J_A.log_determinant() + a * J_G.log_determinant()
@@ -95,19 +134,19 @@ class Spectral:
 
 
 def _to(sides: tuple[Side, Side], V: Tensor) -> Tensor:
-    """(M_A (x) M_G)^T vec(V), M_G^T V M_A."""
+    """Return (M_A (x) M_G)^T vec(V), M_G^T V M_A."""
     A, G = sides
     return A.mT.times(G.mT.times(V).mT).mT
 
 
 def _from(sides: tuple[Side, Side], V: Tensor) -> Tensor:
-    """(M_A (x) M_G) vec(V), M_G V M_A^T."""
+    """Return (M_A (x) M_G) vec(V), M_G V M_A^T."""
     A, G = sides
     return A.times(G.times(V).mT).mT
 
 
 def eigenvectors(matrix: Side) -> tuple[Tensor, Side]:
-    """Eigenvalues [..., n], at least zero, and orthonormal eigenvectors of a positive side."""
+    """Return eigenvalues [..., n], at least zero, and orthonormal eigenvectors of a side."""
     if matrix.diagonal:
         return matrix.parts[0].clamp_min(0.0), matrix.each(torch.ones_like)
     spectra = [torch.linalg.eigh(part) for part in matrix.parts]
@@ -116,7 +155,13 @@ def eigenvectors(matrix: Side) -> tuple[Tensor, Side]:
 
 
 def diagonalised(A: Side, G: Side, added: Tensor | float = 0.0) -> Spectral:
-    """A (x) G + added I in the eigenvectors of both; eigenvalues are raised to rounding level."""
+    """Return A (x) G + added I in the eigenvectors of both.
+
+    Args:
+        A, G: positive sides.
+        added: lambda. Without it eigenvalues are raised to rounding level, as nothing else keeps
+            the inverse finite.
+    """
     s_A, U_A = eigenvectors(A)
     s_G, U_G = eigenvectors(G)
     if isinstance(added, float) and added == 0.0:
@@ -126,7 +171,7 @@ def diagonalised(A: Side, G: Side, added: Tensor | float = 0.0) -> Spectral:
 
 
 def summed(first: tuple[Side, Side], second: tuple[Side, Side]) -> Spectral:
-    """A (x) G + A_2 (x) G_2, the second pair positive, in the common coordinates of both sides."""
+    """Return A (x) G + A_2 (x) G_2, the second pair positive, in coordinates common to both."""
     (s_A, J_A, K_A), (s_G, J_G, K_G) = (
         _common(other, plain) for plain, other in zip(first, second, strict=True)
     )
@@ -134,7 +179,7 @@ def summed(first: tuple[Side, Side], second: tuple[Side, Side]) -> Spectral:
 
 
 def _common(one: Side, other: Side) -> tuple[Tensor, Side, Side]:
-    """(s, J, K) with one = J J^T, other = J diag(s) J^T and K = J^-T."""
+    """Return (s, J, K) with one = J J^T, other = J diag(s) J^T and K = J^-T."""
     one, other = one.as_matrices(other), other.as_matrices(one)
     if one.diagonal:
         scale = one.each(lambda part: raised(part).sqrt())
@@ -148,7 +193,7 @@ def _common(one: Side, other: Side) -> tuple[Tensor, Side, Side]:
 
 
 def common_coordinates(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(s, J, K) as above, of two matrices [n, n]; s is at least zero."""
+    """Return (s, J, K) as above, of two matrices [n, n]; s is at least zero."""
     values, U = torch.linalg.eigh(one)
     length = raised(values).sqrt()
     white = U / length

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kfac_fx.linalg.precision import products_are_rounded, unrounded
-from kfac_fx.ops.modes import traced
 from kfac_fx.ops.parts import case_parts
 from kfac_fx.ops.patches import Axis
+from kfac_fx.torch_internals.onlookers import traced
 
 Axes = Sequence[Axis]
 Touched = tuple[int, int, int]

@@ -22,11 +22,11 @@ from kfac_fx.ops.kronecker import (
     input_factor,
 )
 from kfac_fx.ops.library import LIBRARY
-from kfac_fx.ops.modes import functional, traced
 from kfac_fx.ops.options import TapOptions
 from kfac_fx.ops.patches import Axis, TransposedWindow, Window
 from kfac_fx.ops.sides import Side, register_side
 from kfac_fx.ops.tap import define_tap, tapped
+from kfac_fx.torch_internals.onlookers import functional, traced
 
 AT_ONCE = {"cpu": 2**19, "cuda": 2**28}
 """Entries of patches that are copied at once, where there are many: few stay in a CPU's caches,

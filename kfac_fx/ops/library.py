@@ -20,7 +20,7 @@ def cache_tag(sources: Iterable[Path]) -> str:
 # it once made of another version's taps.
 SOURCES = [
     path
-    for folder in ("ops", "linalg")
+    for folder in ("ops", "linalg", "torch_internals")
     for path in (Path(__file__).parents[1] / folder).glob("*.py")
 ]
 compiler.cache_key_tag = " ".join(filter(None, (compiler.cache_key_tag, cache_tag(SOURCES))))

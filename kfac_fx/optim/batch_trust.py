@@ -8,6 +8,8 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
+from kfac_fx.torch_internals import foreach
+
 FLOOR = 1e-2
 """Losses below it are not compared: near a perfect fit a factor between them means nothing."""
 
@@ -125,6 +127,6 @@ def _mixed(old: float | None, new: float) -> float:
 
 def _numbers(loss: Tensor, gradient: Collection[Tensor]) -> tuple[float, float]:
     """Return the loss and the norm of the gradient; a GPU is waited for once, not twice."""
-    norms = torch.stack([norm.double() for norm in torch._foreach_norm(list(gradient))])
+    norms = torch.stack([norm.double() for norm in foreach.norm(list(gradient))])
     value, norm = torch.stack([loss.double(), norms.square().sum().sqrt()]).tolist()
     return value, norm

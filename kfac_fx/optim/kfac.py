@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from torch.optim import Optimizer
 
 from kfac_fx.config import CurvatureOptions, Fisher, Structure, Tikhonov, choice, period
-from kfac_fx.curvature.averages import terms_needed
+from kfac_fx.curvature.estimate import terms_needed
 from kfac_fx.curvature.inverses import InverseFisher
 from kfac_fx.curvature.parameters import transformed
 from kfac_fx.errors import ParameterChangedError, UnknownOptionError
@@ -36,6 +36,7 @@ from kfac_fx.optim.updates import AdaptiveUpdate, Rule, ScheduledUpdate, Situati
 from kfac_fx.parallel import ALONE, Workers
 from kfac_fx.reading.inspection import HasCurvature
 from kfac_fx.statistics.recorder import Recorder
+from kfac_fx.torch_internals import foreach
 
 log = logging.getLogger("kfac_fx")
 
@@ -126,7 +127,7 @@ class KFAC(HasCurvature, Optimizer):
             compile=compile,
         )
         self._inverse = InverseFisher(net, curvature, how, self.generator, workers)
-        parameters = self._inverse.guard.parameters
+        parameters = self._inverse.covered.parameters
         defaults = {
             "lr": 1.0 if lr is None else lr,
             "momentum": momentum,
@@ -143,7 +144,7 @@ class KFAC(HasCurvature, Optimizer):
         )
         self._recorder = Recorder(
             net,
-            [entry.block for entry in self._inverse.averages.entries],
+            self._inverse.estimate.holders,
             known,
             fisher,
             self.generator,
@@ -210,7 +211,7 @@ class KFAC(HasCurvature, Optimizer):
             ParameterChangedError: a parameter was replaced, reshaped, cast or moved.
         """
         self._turn.take()
-        self._inverse.guard.check()
+        self._inverse.covered.check()
         buffers = self._objective.snapshot()
         iteration = self._iteration
         draws = self.generator.get_state()
@@ -244,7 +245,7 @@ class KFAC(HasCurvature, Optimizer):
             self._iteration -= 1
             self._skip(buffers, "statistics")
             return loss
-        if self._inverse.averages.recorded:
+        if self._inverse.estimate.recorded:
             self._advance(batch, float(loss), gradient, buffers)
         self._trust.accept(self._objective.cases)
         self.diagnostics |= {
@@ -277,7 +278,7 @@ class KFAC(HasCurvature, Optimizer):
             return
         worth = self._trust.share(self._objective.cases)
         if worth < 1:
-            torch._foreach_mul_(list(made.step.values()), worth)
+            foreach.mul_(list(made.step.values()), worth)
             self.diagnostics["share"] = worth
         # Before the step, as it changes the parameters in place.
         before = loss + self._groups.l2() if made.judged else loss
@@ -311,7 +312,7 @@ class KFAC(HasCurvature, Optimizer):
 
     def _record(self, batch: Batch) -> bool:
         """Record where that is due; return False if the statistics are no good."""
-        recorded = self._inverse.averages.recorded
+        recorded = self._inverse.estimate.recorded
         if (self._iteration - 1) % self._statistics_every and recorded:
             return True
         # tau1 of a small batch is a few cases, whose averages have no inverse to speak of.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from kfac_fx.optim.quadratic import Direction, Parameters, cloned
+from kfac_fx.torch_internals import foreach
 
 Buffers = dict[str, Tensor]
 """The network's buffers by name: running statistics of normalisation layers."""
@@ -40,12 +40,12 @@ class LastStep:
         """
         if self.parameters.keys() == parameters.keys():  # the memory is there from earlier steps
             kept = [self.parameters[name] for name in parameters]
-            torch._foreach_copy_(kept, list(parameters.values()))
+            foreach.copy_(kept, list(parameters.values()))
         else:
             self.parameters = cloned(parameters)
         self.buffers = buffers
         # In place: the network and its compiled pass go on with the same tensors.
-        torch._foreach_add_(list(parameters.values()), [update[name] for name in parameters])
+        foreach.add_(list(parameters.values()), [update[name] for name in parameters])
         self.update = update
 
     def undo(self, parameters: Parameters) -> Buffers:

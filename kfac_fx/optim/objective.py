@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.func import functional_call
-from torch.utils import _pytree as pytree
 
-from kfac_fx.codegen import compiled_network
+from kfac_fx.codegen.compile import compiled_network
 from kfac_fx.errors import LikelihoodError
 from kfac_fx.likelihoods.batch import BatchLikelihood, batch_likelihood
 from kfac_fx.likelihoods.builtin import Likelihood
@@ -20,6 +19,7 @@ from kfac_fx.likelihoods.sampling import seeded
 from kfac_fx.ops.net_buffers import STORE
 from kfac_fx.parallel import WholeParameters, Workers, drawn_seed, share_of
 from kfac_fx.statistics.forward import Forward, outputs_of
+from kfac_fx.torch_internals import pytree
 
 Tree = Any
 """Whatever the user's network takes or returns: tensors in tuples, lists, mappings; None."""

@@ -41,6 +41,7 @@ from kfac_fx.parallel import ALONE, Workers
 from kfac_fx.reading.inspection import HasCurvature
 from kfac_fx.statistics.forward import Forward, run_network
 from kfac_fx.statistics.recorder import Recorder
+from kfac_fx.torch_internals import foreach
 
 log = logging.getLogger("kfac_fx")
 
@@ -153,10 +154,10 @@ class Preconditioner(HasCurvature):
         )
         self._inverse = InverseFisher(net, curvature, options, self.generator, workers)
         # From here on all processes draw from the first one's stream; before it nothing was drawn.
-        workers.begin("Preconditioner", self._inverse.guard.parameters, self.generator)
+        workers.begin("Preconditioner", self._inverse.covered.parameters, self.generator)
         self._recorder = Recorder(
             net,
-            [entry.block for entry in self._inverse.averages.entries],
+            self._inverse.estimate.holders,
             self.likelihood,
             self.fisher,
             self.generator,
@@ -222,7 +223,7 @@ class Preconditioner(HasCurvature):
         else:
             self._turn.take()
             # The pass draws (dropout): the user's next forward must not see that it ran.
-            with forked(self._inverse.guard.parameters.values()):
+            with forked(self._inverse.covered.parameters.values()):
                 finite = self._recorder.observe_inputs(inputs, targets)
         if not finite:
             self._skip_statistics("outputs")
@@ -244,26 +245,26 @@ class Preconditioner(HasCurvature):
         if lost := self._turn.lost:
             self._arm()  # forgets what was observed: the next step is whole again
             raise lost
-        guard = self._inverse.guard
-        guard.check()  # a parameter that was moved would get an update of another device
-        given = guard.gradients()
+        covered = self._inverse.covered
+        covered.check()  # a parameter that was moved would get an update of another device
+        given = covered.gradients()
         # All processes are in the same step here, or the error says which are not; a sum would wait
         # for the missing one.
         self._workers.agree("step")
         if not given:
             raise GradientError("no parameter has a gradient: call loss.backward() before step()")
-        recorded = self._inverse.averages
+        recorded = self._inverse.estimate.recorded
         if self._recorder.observing:
             self._fold()
-        elif not recorded.recorded and self.skipped_statistics == 0:
+        elif not recorded and self.skipped_statistics == 0:
             # A skipped batch is a reason to have none; a missing call is a mistake to be told of.
             self._arm()  # so that the next forward is recorded once the call is there
             raise StatisticsError(
                 "no statistics yet: call observe(outputs) between the forward and loss.backward()"
             )
         # Inverses are missing after the first fold, and where a block got its first statistic.
-        missing = not self._inverse.inverses
-        if recorded.recorded and (missing or self._steps % self.refresh_every == 0):
+        missing = self._inverse.refreshed is None
+        if self._inverse.estimate.recorded and (missing or self._steps % self.refresh_every == 0):
             self._inverse.keep_up(self.damping)
         self._precondition(given)
         self._steps += 1
@@ -318,20 +319,19 @@ class Preconditioner(HasCurvature):
         """Replace gradients in their place by the preconditioned ones, or by zeros."""
         # Statistics may all have been skipped: a plain gradient would be a step of another size.
         whole = self._workers.whole(given)
-        finite = bool(self._inverse.inverses)
+        finite = self._inverse.refreshed is not None
         if finite:
-            updates = self._inverse.apply(whole)
+            updates = self._inverse.precondition(whole)
             if self.trust_region is not None:
                 shorten(updates, whole, self.trust_region)
-            for name, gradient in given.items():
-                self._workers.put(updates[name], gradient)
+            self._workers.put(updates, given)
             # A gradient that is not finite gives no finite update, so one check serves for both.
             # Shards are checked as a whole: one process must not zero what the others keep.
             finite = all_finite(list((given if whole is given else updates).values()))
         if not finite:
             self.skipped_gradients += 1
             log.warning("step %d: no finite preconditioned gradient; it is zero", self._steps)
-            torch._foreach_zero_(list(given.values()))
+            foreach.zero_(list(given.values()))
 
     # State.
 

@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kfac_fx.likelihoods.batch import BatchLikelihood
+from kfac_fx.torch_internals import foreach
 
 Direction = dict[str, Tensor]
 """A tensor of the shape of each parameter, by name: a gradient, a proposal, an update."""
@@ -160,7 +161,7 @@ def combination(coefficients: Sequence[float], directions: Sequence[Direction]) 
     """Return sum_i c_i v_i; the directions stay as they are."""
     result = {name: value * coefficients[0] for name, value in directions[0].items()}
     for c, direction in zip(coefficients[1:], directions[1:], strict=True):
-        torch._foreach_add_(list(result.values()), [direction[n] for n in result], alpha=c)
+        foreach.add_(list(result.values()), [direction[n] for n in result], alpha=c)
     return result
 
 
@@ -186,4 +187,4 @@ def shorten(updates: Direction, gradient: Parameters, largest: float) -> None:
     # makes it not finite, and the caller skips the step.
     length = torch.where(length.isfinite(), length, torch.nan)
     scale = float((largest / length).sqrt().clamp_max(1.0))
-    torch._foreach_mul_([updates[n] for n in gradient], scale)
+    foreach.mul_([updates[n] for n in gradient], scale)

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from kfac_fx.codegen.refresh_module import Refreshed
 from kfac_fx.curvature.inverses import InverseFisher
 from kfac_fx.likelihoods.batch import BatchLikelihood
 from kfac_fx.optim.adapt_damping import DampingRule
@@ -90,7 +91,7 @@ class _Candidate:
 
     gamma: float
     proposal: Direction
-    inverses: dict[str, Tensor]
+    refreshed: Refreshed | None
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ class AdaptiveUpdate:
             if index == 0 or value < lowest:
                 best, lowest, weights = candidate, value, coefficients.tolist()
         self.rule.choose(best.gamma)
-        self.inverse.use(best.inverses)
+        self.inverse.use(best.refreshed)
         return Update(
             combination(weights, [best.proposal, *previous]),
             {"alpha": weights[0], "mu": sum(weights[1:]), "model": lowest},
@@ -150,15 +151,17 @@ class AdaptiveUpdate:
         # One gamma may use inverses as they are between refreshes. Several need their own, all of
         # the same averages, else older inverses would be compared with newer ones.
         refresh = (
-            len(gammas) > 1 or due(at.iteration, self.refresh_every) or not self.inverse.inverses
+            len(gammas) > 1
+            or due(at.iteration, self.refresh_every)
+            or self.inverse.refreshed is None
         )
         found = []
         for gamma in gammas:
             if refresh:
                 self.inverse.refresh(gamma**2)
-            applied = self.inverse.apply(at.gradient)
+            applied = self.inverse.precondition(at.gradient)
             proposal = {name: -value for name, value in applied.items()}
-            found.append(_Candidate(gamma, proposal, self.inverse.inverses))
+            found.append(_Candidate(gamma, proposal, self.inverse.refreshed))
         return found
 
     def _gram(self, at: Situation, directions: list[Direction]) -> Tensor:
@@ -198,9 +201,9 @@ class ScheduledUpdate:
         return self.rule.total
 
     def __call__(self, at: Situation) -> Update:
-        if due(at.iteration, self.refresh_every) or not self.inverse.inverses:
+        if due(at.iteration, self.refresh_every) or self.inverse.refreshed is None:
             self.inverse.keep_up(self.rule.total)
-        proposal = self.inverse.apply(at.gradient)
+        proposal = self.inverse.precondition(at.gradient)
         scale = 1.0
         if self.trust_region is not None:
             # The length is of the step that the learning rates of all groups make, not of the

@@ -1,4 +1,4 @@
-"""What can be read off an inverse Fisher, the same for everything that holds one."""
+"""What can be read off an inverse Fisher, the same for ``Preconditioner`` and ``KFAC``."""
 
 from __future__ import annotations
 
@@ -8,48 +8,56 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from kfac_fx.codegen import Program
+from kfac_fx.codegen.program import Program
 from kfac_fx.curvature.inverses import InverseFisher
-from kfac_fx.ir import Coupling
+from kfac_fx.ir.coupling import Coupling
 from kfac_fx.reading.operator import CurvatureOperator
 from kfac_fx.reading.report import CurvatureReport, report_of
 
 
 class HasCurvature:
-    """Statistics, the program, reports and the operator of ``_inverse``."""
+    """Reads statistics, the program, reports and the operator off ``_inverse``.
+
+    Both optimizers are read alike, whatever their step is. Nothing here changes them.
+    """
 
     _inverse: InverseFisher
 
     def _in_force(self) -> float:
-        """The damping lambda; factored Tikhonov uses gamma = sqrt(lambda)."""
+        """Return the damping lambda; factored Tikhonov uses gamma = sqrt(lambda)."""
         raise NotImplementedError
 
     @property
     def factors(self) -> Mapping[str, tuple[Tensor, ...]]:
-        """Block name -> running averages, undamped.
+        """Return the running averages by block, undamped.
 
-        Their scale is that of docs/explanation/mathematics.md, section 2.
-
-        As they are now: what was read before a step must be read again behind it.
+        Their scale is that of docs/explanation/mathematics.md, section 2. They are the averages
+        themselves: later steps change them, so read them again after a step. With
+        ``factor_storage`` they are copies, in the precision and on the device of the inverses.
 
         Kronecker blocks have (A, G), the homogeneous coordinate last and the groups of a grouped
-        convolution first; a side that ``large_factors="blocks"`` cuts is [k, b, b], zeros behind
+        convolution first; a side that ``large_factors="blocks"`` cuts is [k, b, b], zeros after
         its end. Other blocks have (C,), the covariance of per-case gradients.
         """
         return MappingProxyType(self._inverse.factors)
 
     @property
     def cross_factors(self) -> Mapping[tuple[str, str], tuple[Tensor, Tensor]]:
-        """(child, parent) -> running averages (A, G), child by parent, in the factors' scale."""
+        """Return the running averages (A, G) of couplings by (child, parent), child by parent.
+
+        Their scale is that of ``factors``. Without couplings there are none.
+        """
         return MappingProxyType(self._inverse.cross_factors)
 
     @property
     def couplings(self) -> tuple[Coupling, ...]:
-        """The forest in use; the transform's own until the data choose another."""
+        """Return the forest in use; the transform's own until the data choose another."""
         return self._inverse.program.couplings
 
     def mutual_information(self, couplings: Iterable[Coupling] | None = None) -> float:
-        """Of a forest's pairs, in nats: how much closer to Ftilde it is than block-diagonal.
+        """Return how much closer to Ftilde a forest is than block-diagonal, in nats.
+
+        That is the mutual information of its pairs, under the damping in force.
 
         Args:
             couplings: among the recorded pairs; None for those in use.
@@ -57,23 +65,38 @@ class HasCurvature:
         Raises:
             StatisticsError: a pair is not recorded.
         """
-        given = self.couplings if couplings is None else couplings
+        given = self.couplings if couplings is None else tuple(couplings)
         return self._inverse.mutual_information(given, self._in_force())
 
     @property
     def program(self) -> Program:
-        """The generated program."""
+        """Return the generated program; ``program.code`` is its text."""
         return self._inverse.program
 
     def curvature_operator(self, dtype: torch.dtype = torch.float64) -> CurvatureOperator:
-        """Fhat of the present factors and damping, as a linear operator; see there for errors."""
+        """Return Fhat of the present factors and damping, as a linear operator.
+
+        Args:
+            dtype: precision of the operator; its vectors are converted.
+
+        Raises:
+            StatisticsError, OperatorError: see ``CurvatureOperator``.
+        """
         return CurvatureOperator(self._inverse, self._in_force(), dtype)
 
     @property
     def clamped(self) -> int:
-        """Entries of conditionals that rounding had pushed to one, over all refreshes."""
+        """Return how many entries of conditionals rounding had pushed to one, over all refreshes.
+
+        A few are harmless. Many say that neighbouring layers are almost dependent: the damping is
+        too small for the precision.
+        """
         return self._inverse.clamped
 
     def report(self) -> CurvatureReport:
-        """Spectra of the factors, the damping in force, strength of couplings; for ``print``."""
+        """Return spectra of the factors, the damping in force and strengths of couplings.
+
+        Eigenvalues of all factors are computed, which costs more than a refresh. ``print`` shows
+        the report as a table.
+        """
         return report_of(self._inverse, self._in_force() ** 0.5)

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from kfac_fx.codegen.approximations.base import BlockSpectrum
 from kfac_fx.curvature.block_vectors import gathered, scattered
+from kfac_fx.curvature.ekfac import Moments
 from kfac_fx.curvature.inverses import InverseFisher
 from kfac_fx.errors import OperatorError, StatisticsError
-from kfac_fx.ir import CurvatureBlock, parents
+from kfac_fx.ir.coupling import parents
+from kfac_fx.ir.curvature_graph import CurvatureBlock
 from kfac_fx.linalg.forest import Forest
 from kfac_fx.linalg.spectral import Spectral
-from kfac_fx.reading.block_spectra import BlockSpectra, block_spectra, conditionals, in_bases
+from kfac_fx.reading.conditionals import conditionals
 
 Blocks = dict[str, Tensor]
+"""The arrays [..., g, a] that the blocks act on, by the blocks' names."""
+
+# NumPy and SciPy are no dependencies, and their arrays have no base class that mypy knows here.
+Vector: TypeAlias = Any
+"""A mapping from parameter names to tensors, a tensor [n], or a NumPy array [n]."""
+
+Matrix: TypeAlias = Any
+"""A tensor or a NumPy array [n, k]."""
 
 
 class CurvatureOperator:
@@ -49,20 +60,23 @@ class CurvatureOperator:
         self, inverse: InverseFisher, damping: float, dtype: torch.dtype = torch.float64
     ) -> None:
         self._blocks = inverse.curvature.blocks
-        self._parameters = {n: p.detach() for n, p in inverse.guard.in_module_order().items()}
+        self._recipe = inverse.program.recipe
+        self._parameters = {n: p.detach() for n, p in inverse.covered.in_module_order().items()}
         self._device = next(iter(self._parameters.values())).device
         self._dtype = dtype
         n = sum(p.numel() for p in self._parameters.values())
         self.shape = (n, n)
-        for name, entry in inverse.averages.blocks.items():
-            self._check(self._blocks[name], entry.recorded)
+        for name, averages in inverse.estimate.blocks.items():
+            self._check(self._blocks[name], averages.recorded)
         found = {
-            name: block_spectra(
-                self._blocks[name], [f.to(dtype) for f in factors], damping, inverse.tikhonov
+            name: self._recipe.of(block).spectrum(
+                block, [factor.to(dtype) for factor in inverse.factors[name]], damping
             )
-            for name, factors in inverse.factors.items()
+            for name, block in self._blocks.items()
         }
-        found |= {name: self._estimated(inverse, name, damping) for name in inverse.moments.blocks}
+        if inverse.moments is not None:
+            for name in inverse.moments.blocks:
+                found[name] = self._estimated(inverse.moments, name, damping)
         cross = {pair: [f.to(dtype) for f in fs] for pair, fs in inverse.cross_factors.items()}
         given = conditionals(parents(inverse.program.couplings), found, cross)
         parent = parents(c for c in inverse.program.couplings if c.child in given)
@@ -77,42 +91,41 @@ class CurvatureOperator:
         if any(self._parameters[name].is_complex() for name in block.parameters):
             raise OperatorError(f"block {block.name}: there is no operator of complex parameters")
 
-    def _estimated(self, inverse: InverseFisher, name: str, damping: float) -> BlockSpectra:
-        """A block of EKFAC, in the bases of the last refresh."""
-        spectrum = inverse.moments.spectrum(name)
-        if spectrum is None:
+    def _estimated(self, moments: Moments, name: str, damping: float) -> BlockSpectrum:
+        """Return a block of EKFAC, in the bases of the last refresh."""
+        basis = moments.eigenbasis(name)
+        if basis is None:
             raise StatisticsError(f"block {name}: no bases yet, step() or refresh() computes them")
-        U_A, U_G, S = (value.to(self._dtype, copy=True) for value in spectrum)
-        return in_bases(U_A, U_G, S + damping)
+        return basis.spectrum(damping, self._dtype)
 
     # The matrix.
 
-    def matvec(self, vector: Any) -> Any:
-        """Fhat times a vector."""
+    def matvec(self, vector: Vector) -> Vector:
+        """Return Fhat times a vector."""
         return self._on(vector, self._product)
 
-    def solve(self, vector: Any) -> Any:
-        """Fhat^-1 times a vector."""
+    def solve(self, vector: Vector) -> Vector:
+        """Return Fhat^-1 times a vector."""
         return self._on(vector, self._solution)
 
-    def sqrt_solve(self, vector: Any) -> Any:
-        """S times a vector, for an S [n, n] with S S^T = Fhat^-1; S is not symmetric."""
+    def sqrt_solve(self, vector: Vector) -> Vector:
+        """Return S times a vector, for an S [n, n] with S S^T = Fhat^-1; S is not symmetric."""
         return self._on(vector, self._root_solution)
 
-    def matmat(self, matrix: Any) -> Any:
-        """Fhat times the columns of a tensor or array [n, k]."""
+    def matmat(self, matrix: Matrix) -> Matrix:
+        """Return Fhat times the columns of a tensor or array [n, k]."""
         return self._on_columns(matrix, self._product)
 
     rmatvec, rmatmat = matvec, matmat  # Fhat is symmetric
 
-    def __matmul__(self, other: Any) -> Any:
-        """``matvec`` or ``matmat``, by the dimensions of ``other``."""
+    def __matmul__(self, other: Matrix) -> Matrix:
+        """Return ``matvec`` or ``matmat``, by the dimensions of ``other``."""
         if isinstance(other, Mapping) or other.ndim == 1:
             return self.matvec(other)
         return self.matmat(other)
 
     def sample(self, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """A draw of N(0, Fhat^-1), by parameter name.
+        """Return a draw of N(0, Fhat^-1), by parameter name.
 
         Args:
             generator: on the CPU; torch's own by default.
@@ -121,20 +134,20 @@ class CurvatureOperator:
         return self.split(self.sqrt_solve(z.to(self._device)))
 
     def logdet(self) -> Tensor:
-        """log det Fhat; Xi has the determinant one."""
+        """Return log det Fhat; Xi has the determinant one."""
         return torch.stack([s.log_determinant() for s in self._spectra.values()]).sum()
 
     def trace(self) -> Tensor:
-        """The sum of ``diagonal``."""
+        """Return the trace of Fhat."""
         return self.diagonal().sum()
 
     def diagonal(self) -> Tensor:
-        """The diagonal of Fhat, [n]."""
+        """Return the diagonal of Fhat, [n]."""
         ones = {n: torch.ones_like(p, dtype=self._dtype) for n, p in self._parameters.items()}
         return self.flat(self._scattered(self._diagonals, ones))
 
     def dense(self) -> Tensor:
-        """Fhat as a matrix [n, n], for small networks."""
+        """Return Fhat as a matrix [n, n], for small networks."""
         eye = torch.eye(self.shape[0], dtype=self._dtype, device=self._device)
         result: Tensor = self.matmat(eye)
         return result
@@ -143,11 +156,11 @@ class CurvatureOperator:
 
     @property
     def dtype(self) -> Any:
-        """NumPy's, which SciPy asks for."""
+        """Return the precision as NumPy's dtype, which SciPy asks for."""
         return torch.empty(0, dtype=self._dtype).numpy().dtype
 
     def flat(self, vector: Mapping[str, Tensor]) -> Tensor:
-        """A mapping as one tensor [n]; missing parameters are zero.
+        """Return a mapping as one tensor [n]; missing parameters are zero.
 
         Raises:
             OperatorError: a name is not covered, or a shape is not its parameter's.
@@ -161,12 +174,12 @@ class CurvatureOperator:
         return torch.cat([value.to(self._device, self._dtype).reshape(-1) for value in given])
 
     def split(self, vector: Tensor) -> dict[str, Tensor]:
-        """The inverse of ``flat``."""
+        """Return the mapping that ``flat`` was given, with all parameters."""
         own = self._parameters
         parts = vector.split([p.numel() for p in own.values()])
         return {n: v.reshape(p.shape) for (n, p), v in zip(own.items(), parts, strict=True)}
 
-    # How.
+    # Fhat = Xi^-1 Lambda^-1 Xi^-T: each method is one reading of it, from right to left.
 
     def _product(self, v: Blocks) -> Blocks:
         v = self._forest.transposed_solution(v)
@@ -183,7 +196,7 @@ class CurvatureOperator:
         return {name: function(self._spectra[name], value) for name, value in v.items()}
 
     @torch.no_grad()
-    def _on(self, vector: Any, function: Callable[[Blocks], Blocks]) -> Any:
+    def _on(self, vector: Vector, function: Callable[[Blocks], Blocks]) -> Vector:
         if isinstance(vector, Mapping):
             return self.split(self._flat_result(self.flat(vector), function))
         if vector.ndim == 2 and vector.shape[1] == 1:  # SciPy's columns
@@ -193,12 +206,12 @@ class CurvatureOperator:
         return result if isinstance(vector, Tensor) else result.cpu().numpy()
 
     @torch.no_grad()
-    def _on_columns(self, matrix: Any, function: Callable[[Blocks], Blocks]) -> Any:
+    def _on_columns(self, matrix: Matrix, function: Callable[[Blocks], Blocks]) -> Matrix:
         given = self._tensor(matrix, (self.shape[0], *matrix.shape[1:2]))
         result = torch.vmap(self._flat_result, (1, None), 1)(given, function)
         return result if isinstance(matrix, Tensor) else result.cpu().numpy()
 
-    def _tensor(self, value: Any, shape: tuple[int, ...]) -> Tensor:
+    def _tensor(self, value: Matrix, shape: tuple[int, ...]) -> Tensor:
         if tuple(value.shape) != shape:
             raise OperatorError(f"the operator takes shape {shape}, not {tuple(value.shape)}")
         return torch.as_tensor(value).to(self._device, self._dtype)
@@ -208,21 +221,17 @@ class CurvatureOperator:
         return self.flat(self._scattered(function(self._gathered(given)), given))
 
     def _gathered(self, given: Mapping[str, Tensor]) -> Blocks:
-        """Each block's array [..., g, a]."""
+        """Return each block's array [..., g, a]; vectors of covariances become columns."""
         found = {name: gathered(block, given) for name, block in self._blocks.items()}
         return {
-            name: V.unsqueeze(-1) if _is_covariance(self._blocks[name]) else V
+            name: V if self._recipe.of(self._blocks[name]).two_sided else V.unsqueeze(-1)
             for name, V in found.items()
         }
 
     def _scattered(self, blocks: Blocks, into: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """``into`` with the entries of all blocks replaced."""
+        """Return ``into`` with the entries of all blocks replaced."""
         result = dict(into)
         for name, block in self._blocks.items():
-            U = blocks[name].squeeze(-1) if _is_covariance(block) else blocks[name]
+            U = blocks[name] if self._recipe.of(block).two_sided else blocks[name].squeeze(-1)
             result |= scattered(block, U, result)
         return result
-
-
-def _is_covariance(block: CurvatureBlock) -> bool:
-    return not block.approximation.startswith("kronecker")

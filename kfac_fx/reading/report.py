@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from kfac_fx.codegen.approximations.base import BlockApproximation, matrices_of
 from kfac_fx.curvature.choose_couplings import whiteners
 from kfac_fx.curvature.inverses import InverseFisher
-from kfac_fx.ir import CurvatureBlock, FactorSpec
+from kfac_fx.ir.curvature_graph import CurvatureBlock
+from kfac_fx.ir.use import FactorSpec
 from kfac_fx.linalg.conditional import correlation, mutual_information
-from kfac_fx.linalg.damping import mean_eigenvalue, trace_ratio
 
 STRONGEST = 5
 """How many canonical correlations of a side are reported."""
@@ -60,7 +60,7 @@ class BlockReport:
     condition: float | None
 
     def lines(self) -> list[str]:
-        """In short, for pictures."""
+        """Return the numbers in short, for pictures."""
         if not self.recorded:
             return ["no statistics"]
         condition = "" if self.condition is None else f"κ {self.condition:.2g}   "
@@ -100,8 +100,8 @@ class CurvatureReport:
     blocks: Mapping[str, BlockReport]
     couplings: Mapping[tuple[str, str], CouplingReport]
 
-    def plain(self) -> dict[str, Any]:
-        """Plain values only, for JSON."""
+    def plain(self) -> dict[str, object]:
+        """Return plain values only, for JSON."""
         couplings = [
             {"child": child, "parent": parent} | asdict(found)
             for (child, parent), found in self.couplings.items()
@@ -146,38 +146,49 @@ def _table(blocks: Mapping[str, BlockReport]) -> list[str]:
 
 @torch.no_grad()
 def report_of(inverse: InverseFisher, gamma: float) -> CurvatureReport:
-    """The present averages with this gamma; eigenvalues in float64."""
-    averages = inverse.averages
+    """Return a report of the present averages, as the next refresh would damp them.
+
+    Args:
+        inverse: has the averages, and a program whose approximations say how they are damped.
+        gamma: the square root of lambda.
+    """
+    estimate = inverse.estimate
     blocks = {
         name: _block(
-            inverse.curvature.blocks[name],
-            entry.factors,
-            entry.recorded,
+            inverse.program.recipe.of(block),
+            block,
+            estimate.blocks[name].read(),
+            estimate.blocks[name].recorded,
             gamma,
-            exact=inverse.tikhonov == "exact",
         )
-        for name, entry in averages.blocks.items()
+        for name, block in inverse.curvature.blocks.items()
     }
     couplings = {}
     for coupling in inverse.program.couplings:
         pair = coupling.child, coupling.parent
-        if all(averages.blocks[name].recorded for name in pair):
-            cross = averages.cross(coupling)
-            sides = [averages.blocks[name].factors for name in pair]
+        if all(estimate.blocks[name].recorded for name in pair):
+            cross = estimate.cross(coupling)
+            sides = [estimate.blocks[name].read() for name in pair]
             couplings[pair] = _coupling(sides, cross, gamma)
     return CurvatureReport(gamma, blocks, couplings)
 
 
 @torch.no_grad()
 def spectra(block: CurvatureBlock, factors: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Factor name -> eigenvalues in float64, undamped, the largest first; groups are rows."""
-    specs = [spec for spec in block.factors if spec.role != "count"]
-    return {s.name: _eigenvalues(block, s, f) for s, f in zip(specs, factors, strict=True)}
+    """Return eigenvalues by factor name, undamped, in float64, the largest first.
+
+    Args:
+        block: of the factors.
+        factors: as ``Preconditioner.factors`` has them; the groups of a grouped layer are rows of
+            the result.
+    """
+    specs = matrices_of(block)
+    return {s.name: _eigenvalues(s, f) for s, f in zip(specs, factors, strict=True)}
 
 
-def _eigenvalues(block: CurvatureBlock, spec: FactorSpec, factor: Tensor) -> Tensor:
+def _eigenvalues(spec: FactorSpec, factor: Tensor) -> Tensor:
     factor = factor.detach().double()
-    if spec.diagonal or block.approximation == "diagonal":
+    if spec.diagonal or len(spec.shape) == 1:  # eigenvalues as they are
         return torch.sort(factor, descending=True)[0]
     values: Tensor = torch.linalg.eigvalsh(factor).clamp_min(0.0)
     if spec.cut:  # sub-blocks of one matrix; the zeros that fill the last one do not count
@@ -186,60 +197,42 @@ def _eigenvalues(block: CurvatureBlock, spec: FactorSpec, factor: Tensor) -> Ten
 
 
 def _block(
+    approximation: BlockApproximation,
     block: CurvatureBlock,
     factors: Sequence[Tensor],
     recorded: int,
     gamma: float,
-    *,
-    exact: bool,
 ) -> BlockReport:
-    specs = [spec for spec in block.factors if spec.role != "count"]
     values = [value.cpu() for value in spectra(block, factors).values()]
-    exact = exact and block.approximation == "kronecker"
-    pi, amounts = _amounts(block, specs, factors, gamma)
-    if exact:
-        pi, amounts = None, [torch.zeros_like(amount) for amount in amounts]
-    found, conditions = [], []
-    for spec, value, amount in zip(specs, values, amounts, strict=True):
-        made, condition = _factor(spec.name, value, amount)
-        found.append(made)
-        conditions.append(condition)
-    condition = conditions[0] if len(conditions) == 1 else conditions[0] * conditions[1]
-    if exact:
-        a, g = values
-        condition = (a.amax(-1) * g.amax(-1) + gamma**2) / (a.amin(-1) * g.amin(-1) + gamma**2)
+    damping = approximation.damping(block, factors, gamma)
+    parts = zip(matrices_of(block), values, damping.amounts, strict=True)
+    condition = approximation.condition(values, damping)
     return BlockReport(
-        tuple(found),
+        tuple(_factor(spec.name, value, amount) for spec, value, amount in parts),
         recorded,
-        () if pi is None else tuple(pi.flatten().tolist()),
-        gamma**2 if exact else None,
-        None if block.approximation == "kronecker_sum" else float(condition.max()),
+        () if damping.pi is None else tuple(damping.pi.flatten().tolist()),
+        damping.product,
+        None if condition is None else float(condition.max()),
     )
 
 
-def _amounts(
-    block: CurvatureBlock, specs: Sequence[FactorSpec], factors: Sequence[Tensor], gamma: float
-) -> tuple[Tensor | None, list[Tensor]]:
-    """pi of factored damping, and what each factor's eigenvalues get; of a sum, the second pair."""
-    if block.approximation not in ("kronecker", "kronecker_sum"):
-        return None, [torch.full((), gamma**2, dtype=torch.float64)] * len(specs)
-    a, g = (
-        mean_eigenvalue(factor.double(), diagonal=spec.diagonal, cut=spec.cut).cpu()
-        for spec, factor in zip(specs[-2:], factors[-2:], strict=True)
-    )
-    pi = trace_ratio(a, g)
-    none = [torch.zeros_like(pi)] * (len(specs) - 2)
-    return pi, [*none, pi * gamma, gamma / pi]
-
-
-def _factor(name: str, values: Tensor, amount: Tensor) -> tuple[FactorReport, Tensor]:
-    """A factor's numbers, and the condition of each group."""
+def _factor(name: str, values: Tensor, amount: Tensor) -> FactorReport:
+    """Return a factor's numbers; its condition is the largest of the groups."""
+    # The entropy of the eigenvalues' shares; a factor of zeros has the rank one by it.
     shares = values.flatten() / values.sum().clamp_min(1e-300)
     rank = torch.exp(-torch.xlogy(shares, shares).sum())
     damped = values + amount.unsqueeze(-1)
     condition = damped.amax(-1) / damped.amin(-1)
-    numbers = (values.sum(), values.max(), values.min(), rank, amount.max(), condition.max())
-    return FactorReport(name, values.numel(), *map(float, numbers)), condition
+    return FactorReport(
+        name=name,
+        size=values.numel(),
+        trace=float(values.sum()),
+        largest=float(values.max()),
+        smallest=float(values.min()),
+        effective_rank=float(rank),
+        damping=float(amount.max()),
+        condition=float(condition.max()),
+    )
 
 
 def _coupling(

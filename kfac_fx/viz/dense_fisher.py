@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 
 from kfac_fx.errors import UnknownOptionError
+from kfac_fx.linalg.positive import damped_factors
 from kfac_fx.viz.extras import Axes, new_figure
 
 if TYPE_CHECKING:
@@ -88,9 +89,7 @@ def kronecker_fisher(
             G = torch.einsum("knp,knq->pq", g[i], g[j]) / len(x)
             # Damping belongs to the diagonal: cross blocks are what the couplings are made of.
             if i == j and damping > 0:
-                pi = ((A.trace() / len(A)) / (G.trace() / len(G))).sqrt()
-                A = A + pi * damping**0.5 * torch.eye(len(A), dtype=A.dtype)
-                G = G + damping**0.5 / pi * torch.eye(len(G), dtype=G.dtype)
+                A, G = damped_factors(A, G, damping**0.5)
             row.append(torch.kron(A, G))
         rows.append(torch.cat(row, 1))
     return torch.cat(rows)

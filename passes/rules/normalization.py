@@ -67,7 +67,7 @@ class NormalizationRule:
             path=(*held[0].path, call.operation),
             # 2x2 blocks are what a large layer gets by design, a diagonal is not.
             reason=joined(
-                too_large(dim) if approximation == "diagonal" else None,
+                too_large(dim) if len(factor.shape) == 1 else None,
                 None if site.view.is_per_case(call.get("input")) else ROWS_AS_CASES,
             ),
         )

@@ -34,7 +34,6 @@ from torch import nn
 from workloads import SMALL, WORKLOADS, Workload, images, make
 
 import kfac_fx
-from kfac_fx.codegen.part import inverse_shapes
 
 STEPS, REFRESH_EVERY = 7, 3
 MIB = 2**20
@@ -100,7 +99,7 @@ def predicted(
     curvature, program = preconditioner.curvature, preconditioner.program
     on_host = storage == "host" and torch.cuda.is_available()
     stored = 0 if on_host else 2 if storage == "bfloat16" else 4
-    shapes = inverse_shapes(program).values()
+    shapes = program.inverse_shapes().values()
     sides = [f.shape for b in curvature.blocks.values() for f in b.factors]
     averages = stored * curvature.factor_elements
     statistics, inverses = 4 * curvature.factor_elements, 4 * sum(prod(s) for s in shapes)

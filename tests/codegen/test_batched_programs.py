@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import pytest
 import torch
+from support.inside import covered, estimate_of, random_gradients
 from support.steps import one_step
 from torch import Tensor, nn
 
 import kfac_fx
-from kfac_fx.codegen import Program
+from kfac_fx.codegen.approximations.base import InverseKey
+from kfac_fx.codegen.program import Program
 from kfac_fx.codegen.stacks import joined
-from kfac_fx.curvature import averages
+from kfac_fx.ir.use import StatisticKey
 
 
 class Repeated(nn.Module):
@@ -59,12 +61,12 @@ def recorded(depth: int, **options: object) -> kfac_fx.Preconditioner:
 def test_as_block_by_block(tikhonov: str) -> None:
     pre = recorded(3, tikhonov=tikhonov)
     factors = [factor for group in pre.factors.values() for factor in group]
-    gradients = [torch.randn_like(p) for p in pre._inverse.guard.parameters.values()]
+    gradients = [*random_gradients(pre).values()]
     damping = torch.tensor(1e-2, dtype=torch.float64)
 
-    def run(batched: bool) -> tuple[dict[str, Tensor], dict[str, Tensor], Program]:
+    def run(batched: bool) -> tuple[Mapping[InverseKey, Tensor], dict[str, Tensor], Program]:
         program = Program(pre.curvature, tikhonov=tikhonov, batched=batched)
-        inverses = program.refresh(damping, factors)
+        inverses = program.refresh(damping, factors).inverses
         return inverses, dict(program.apply(inverses, gradients)), program
 
     (inverses, updates, _), (stacked, together, program) = run(False), run(True)
@@ -122,7 +124,7 @@ def test_compiling_batches() -> None:
     plain = recorded(2)
     assert "stack" in pre.program.apply_module.code
     assert "stack" not in plain.program.apply_module.code
-    gradients = {n: torch.randn_like(p) for n, p in pre._inverse.guard.parameters.items()}
+    gradients = random_gradients(pre)
     ours, theirs = pre.apply(copy.copy(gradients)), plain.apply(gradients)
     for name, value in theirs.items():
         torch.testing.assert_close(ours[name], value, rtol=1e-9, atol=1e-12)
@@ -138,17 +140,17 @@ def test_stacks_follow_the_inverses(tikhonov: str) -> None:
         found = []
         for change in ("none", "fold", "refresh", "load"):
             if change == "fold":
-                entries = pre._inverse.averages.entries
-                new = [[2 * value for value in entry.averages] for entry in entries]
-                averages.fold(entries, new, 0.5)
-                moments = pre._inverse.moments
-                scales = moments.scales(pre._inverse.inverses["damping"]) if moments.blocks else {}
-                pre._inverse.inverses = pre._inverse.inverses | scales
+                twice = {
+                    StatisticKey(of.holder.slot, spec.name): 2 * average.read()
+                    for of in estimate_of(pre).all
+                    for spec, average in zip(of.holder.factors, of.all, strict=True)
+                }
+                assert pre._inverse.fold(twice, 0.5)
             elif change == "refresh":
                 pre.refresh()
             elif change == "load":
                 pre.load_state_dict(pre.state_dict())
-            parameters = pre._inverse.guard.parameters.items()
+            parameters = covered(pre).items()
             gradients = {
                 n: torch.randn(p.shape, generator=generator, dtype=p.dtype) for n, p in parameters
             }
@@ -161,11 +163,15 @@ def test_stacks_follow_the_inverses(tikhonov: str) -> None:
 
 def test_stacks_of_a_refresh_take_no_memory() -> None:
     pre = recorded(3, compile="eager")
-    pre.apply({n: p.detach() for n, p in pre._inverse.guard.parameters.items()})
-    apply = pre.program._apply
-    assert apply._stacks and all(
-        stack.data_ptr() == parts[0].data_ptr()
-        for stack, parts in zip(apply._stacks, apply._parts, strict=True)
+    pre.apply(random_gradients(pre))
+    kept = pre.program._stacks
+    assert (
+        kept is not None
+        and kept._stacks
+        and all(
+            stack.data_ptr() == parts[0].data_ptr()
+            for stack, parts in zip(kept._stacks, kept._parts, strict=True)
+        )
     )
 
 

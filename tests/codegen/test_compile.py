@@ -18,7 +18,7 @@ from torch._dynamo.utils import counters
 from torch.compiler import config as compiler
 
 import kfac_fx
-from kfac_fx.codegen import graphed
+from kfac_fx.codegen.compile import graphed
 from kfac_fx.ops import library
 from kfac_fx.ops.library import cache_tag
 

@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from support.inside import fold, refreshed
 from support.processes import run_in_world
 from support.steps import numbered_batch
 from torch import Tensor, nn
 
 import kfac_fx
 from kfac_fx import errors
-from kfac_fx.codegen import Program
+from kfac_fx.codegen.program import Program
+from kfac_fx.codegen.refresh_module import Refreshed
 from kfac_fx.distributed import Compute, DataParallel, Network, Plan, measured_costs, simulate
 from kfac_fx.distributed.costs import apply_operations, refresh_costs
 from kfac_fx.distributed.division import divide
@@ -62,9 +64,9 @@ def trained(
     return preconditioner, {n: p.detach().clone() for n, p in net.named_parameters()}
 
 
-def entries(inverses: dict[str, Tensor]) -> int:
-    """Of all but the damping, a number that stands with them."""
-    return sum(value.numel() for name, value in inverses.items() if name != "damping")
+def entries(refreshed: Refreshed) -> int:
+    """Of all inverses."""
+    return sum(value.numel() for value in refreshed.inverses.values())
 
 
 def cases() -> dict[Any, Any]:
@@ -76,7 +78,7 @@ def cases() -> dict[Any, Any]:
             workers = DataParallel(memory_fraction=fraction)
             share = slice(workers.rank, None, workers.size)
             preconditioner, parameters = trained(structure, workers, share)
-            inverses = preconditioner._inverse.inverses
+            inverses = refreshed(preconditioner)
             found[structure, fraction] = {
                 "parameters": parameters,
                 "entries": entries(inverses),
@@ -136,13 +138,14 @@ def test_parameters(world: Any, structure: str, fraction: float, float64: None) 
 def test_memory_falls(world: Any, structure: str, float64: None) -> None:
     """Of all entries each process holds what fraction says, and its part of the rest."""
     preconditioner, _ = trained(structure, ALONE, slice(None))
-    whole = entries(preconditioner._inverse.inverses)
+    whole = entries(refreshed(preconditioner))
     held = {f: [one[structure, f]["entries"] for one in world] for f in FRACTIONS}
     assert held[1.0] == [whole] * len(world)
     assert sum(held[0.0]) == whole
     assert max(held[0.0]) <= 1.5 * whole / len(world)
-    names = preconditioner.program.inverses_of(world[0][structure, 0.4]["everywhere"])
-    everywhere = sum(preconditioner._inverse.inverses[name].numel() for name in names)
+    keys = preconditioner.program.inverses_of(world[0][structure, 0.4]["everywhere"])
+    inverses = refreshed(preconditioner).inverses
+    everywhere = sum(inverses[key].numel() for key in keys)
     assert 0 < everywhere <= 0.4 * whole
     assert sum(held[0.4]) == whole + (len(world) - 1) * everywhere
 
@@ -197,16 +200,16 @@ def test_stale_inverses(world: Any, staleness: int, float64: None) -> None:
     net = kfac_fx.transform(build())
     options = {"fisher": "exact", "refresh_every": 1000, "damping": 1e-2}
     preconditioner = kfac_fx.Preconditioner(net, **options)
-    made: list[dict[str, Tensor]] = []
+    made: list[Refreshed] = []
 
     def refresh(step: int) -> None:
-        preconditioner._fold()  # as step() does before it refreshes
+        fold(preconditioner)  # as step() does before it refreshes
         preconditioner._recorder.switch(False)
         if step % 2 == 0:
             preconditioner.refresh()
-            made.append(preconditioner._inverse.inverses)
+            made.append(refreshed(preconditioner))
         used = max(0, len(made) - 1 - staleness)
-        preconditioner._inverse.inverses = made[used]
+        preconditioner._inverse.use(made[used])
 
     train(net, preconditioner, 9, slice(None), refresh)
     for one in world:
@@ -267,11 +270,11 @@ def test_memory_goes_to_what_saves_communication() -> None:
 def test_a_coupled_layer_costs_more() -> None:
     diagonal = kfac_fx.transform(build(), structure="block_diagonal").curvature
     coupled = kfac_fx.transform(build()).curvature
-    before = refresh_costs(diagonal, ())
-    after = refresh_costs(coupled, coupled.couplings)
+    before = refresh_costs(Program(diagonal))
+    after = refresh_costs(Program(coupled, coupled.couplings))
     assert all(after[child] > before[child] for child in coupled.parent)
     assert sum(after.values()) > 2 * sum(before.values())
-    assert refresh_costs(diagonal, (), "exact")["0.0"] > 4 * before["0.0"]
+    assert refresh_costs(Program(diagonal, tikhonov="exact"))["0.0"] > 4 * before["0.0"]
 
 
 def test_operations_of_an_apply() -> None:
@@ -287,7 +290,7 @@ def test_operations_of_an_apply() -> None:
 
 
 def unit_costs(program: Any) -> Compute:
-    costs = refresh_costs(program.curvature, program.couplings)
+    costs = refresh_costs(program)
     return Compute(1.0, 0.5, 0.2, {name: 1e-3 * cost for name, cost in costs.items()})
 
 

@@ -113,10 +113,11 @@ def test_compiled_program_and_eager_capture(measure: Measure) -> None:
     eager = kfac_fx.transform(model, x, capture="eager", **options)
     close(measure(eager, x, None, Normal()).factors["2"], want.factors["2"])
     program = want.preconditioner.program
-    inverses = program.refresh(torch.tensor(1e-2), [f for fs in want.factors.values() for f in fs])
+    factors = [f for fs in want.factors.values() for f in fs]
+    inverses = program.refresh(torch.tensor(1e-2), factors).inverses
     compiled = torch.compile(program.apply_module, backend="eager", fullgraph=True)
     gradients = [torch.randn_like(p) for p in model.parameters()]
-    given = [inverses[name] for name in program.inverse_names]
+    given = [inverses[key] for key in program.inverses]
     expected = program.apply(inverses, gradients)
     for name, value in compiled(*given, *gradients).items():
         close((value,), (expected[name],))

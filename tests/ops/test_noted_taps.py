@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from support.inside import fold
+from support.inside import estimate_of, fold
 from support.networks import NETWORKS, Network
 from support.processes import run_in_world
 from support.steps import named_factors
@@ -18,7 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 import kfac_fx
 from kfac_fx.config import FactorStorage
-from kfac_fx.curvature.factor_storage import Storage
+from kfac_fx.curvature import estimate
+from kfac_fx.curvature.estimate import Average, fold_in_place
 from kfac_fx.distributed import DataParallel
 from kfac_fx.linalg.packing import mirror
 from kfac_fx.ops import gram, tap
@@ -278,9 +279,8 @@ def test_rows_are_the_matrix() -> None:
 
 def test_folds_of_both_kinds() -> None:
     """Rows write one half, whatever the slabs; a matrix does not make a half whole."""
-    storage = Storage()
-    average = storage.make((11, 11), torch.zeros(()), True)
-    average.held.fill_(float("nan"))
+    average = Average((11, 11), torch.zeros(()), True)
+    average.stored.fill_(float("nan"))
     want = torch.zeros(11, 11)
     for step, width in enumerate((4, 2, 4, 3, 4)):
         found, matrix = gram_of(11)
@@ -288,12 +288,12 @@ def test_folds_of_both_kinds() -> None:
             found.share()
         weight = 1 / (step + 1)
         with THRESHOLDS.changed(slab=width):
-            storage.fold([average], [matrix if step == 2 else found], weight)
+            fold_in_place([average], [matrix if step == 2 else found], weight)
         want = (1 - weight) * want + weight * matrix
-        torch.testing.assert_close(storage.half(average).triu(), want.triu())
-    assert average.halved
-    torch.testing.assert_close(storage.read(average), want)
-    assert not average.halved
+        torch.testing.assert_close(average.upper().triu(), want.triu())
+    assert average.upper_only
+    torch.testing.assert_close(average.read(), want)
+    assert not average.upper_only
 
 
 @pytest.mark.usefixtures("all_stay")
@@ -380,10 +380,10 @@ def test_failed_folds_count_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None
     def fail(*_: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(Storage, "fold", fail)
+    monkeypatch.setattr(estimate, "fold_in_place", fail)
     with pytest.raises(MemoryError):
         fold(pre)
-    assert pre._inverse.averages.recorded == 0
+    assert estimate_of(pre).recorded == 0
 
 
 def test_taps_of_other_networks_are_not_noted() -> None:

@@ -6,10 +6,11 @@ import math
 
 import pytest
 import torch
+from support.inside import estimate_of
 from torch import nn
 
 import kfac_fx
-from kfac_fx.curvature.averages import Entry
+from kfac_fx.curvature.estimate import Averages
 from kfac_fx.curvature.outliers import SETTLED, TINY, Fit, fit
 from kfac_fx.optim.adapt_damping import LARGEST, DampingRule
 from kfac_fx.optim.batch_trust import PATIENCE, BatchTrust
@@ -118,12 +119,12 @@ def test_statistics_are_taken_as_they_are_after_many_that_were_no_good(trust: Ba
     assert trust.widest == 500.0
 
 
-def entry(recorded: int, size: float = 1.0) -> Entry:
+def entry(recorded: int, size: float = 1.0) -> Averages:
     """Of a layer whose averages A and G are multiples of the identity."""
     net = kfac_fx.transform(nn.Linear(2, 3, bias=False))
-    (made,) = kfac_fx.Preconditioner(net)._inverse.averages.entries
-    for average in made.stored:
-        average.held.copy_(size * torch.eye(len(average.held)))
+    (made,) = estimate_of(kfac_fx.Preconditioner(net)).all
+    for average in made.all:
+        average.write(size * torch.eye(len(average.stored)))
     made.recorded = recorded
     return made
 
@@ -146,12 +147,12 @@ def entry(recorded: int, size: float = 1.0) -> Entry:
 def test_statistics_are_compared_with_their_averages(
     recorded: int, A: float, G: float, expected: Fit
 ) -> None:
-    new = [[A * torch.eye(2), G * torch.eye(3)]]
-    assert fit([entry(recorded)], new, 10.0) == expected
+    new = [A * torch.eye(2), G * torch.eye(3)]
+    assert fit(entry(recorded).compared(new), 10.0) == expected
 
 
 def test_statistics_of_what_has_just_come_to_life() -> None:
     new = [9.9 * TINY / 2**0.5 * torch.eye(2), torch.zeros(3, 3)]
-    assert not fit([entry(SETTLED, 0.0)], [new], 10.0).outlier
-    assert fit([entry(SETTLED, 0.0)], [[1.1 * new[0], new[1]]], 10.0).outlier
-    assert fit([entry(SETTLED)], [None], 10.0) == Fit(False, False)
+    assert not fit(entry(SETTLED, 0.0).compared(new), 10.0).outlier
+    assert fit(entry(SETTLED, 0.0).compared([1.1 * new[0], new[1]]), 10.0).outlier
+    assert fit([], 10.0) == Fit(False, False)

@@ -208,7 +208,7 @@ def build(root: Path, files: dict[str, str]) -> Path:
     ("name", "text"),
     [
         ("kfac_fx/optim/kfac.py", "from ..passes import insert_taps\nfrom .. import ir, errors\n"),
-        ("kfac_fx/ops/tap.py", "import torch.fx\nfrom kfac_fx.linalg.damping import split\n"),
+        ("kfac_fx/ops/tap.py", "import torch.fx\nfrom kfac_fx.linalg.positive import split\n"),
         ("kfac_fx/ir/__init__.py", "from .graph import CurvatureGraph\nfrom . import graph\n"),
         ("kfac_fx/__init__.py", "from .api import transform\nfrom .optim import KFAC\n"),
         ("kfac_fx/viz/table.py", "from kfac_fx import api, transform\n"),

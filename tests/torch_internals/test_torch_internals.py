@@ -21,15 +21,14 @@ from kfac_fx.torch_internals import (
     dynamo_frames,
     fake_tensors,
     foreach,
-    function_transforms,
     generated_forward,
     graph_code,
     graph_tasks,
+    onlookers,
     operators,
     parametrizations,
     pytree,
     rebuilt_functions,
-    saved_tensor_hooks,
 )
 
 
@@ -37,43 +36,41 @@ def test_function_transforms() -> None:
     seen: list[tuple[bool, bool]] = []
 
     def function(x: Tensor) -> Tensor:
-        seen.append(
-            (function_transforms.inside_transform(), function_transforms.transforms_active())
-        )
-        assert function_transforms.unwrapped(x) is rows
+        seen.append((onlookers.inside_transform(), onlookers.transforms_active()))
+        assert onlookers.unwrapped(x) is rows
         return x * 2
 
     rows = torch.ones(3)
     torch.func.vmap(function)(rows)
     assert seen == [(True, True)]
-    assert not function_transforms.inside_transform()
-    assert not function_transforms.transforms_active()
-    assert function_transforms.unwrapped(rows) is rows
-    assert function_transforms.unwrap_dead_wrappers((rows, 1)) == (rows, 1)
-    assert function_transforms.forward_level() == -1
+    assert not onlookers.inside_transform()
+    assert not onlookers.transforms_active()
+    assert onlookers.unwrapped(rows) is rows
+    assert onlookers.unwrap_dead_wrappers((rows, 1)) == (rows, 1)
+    assert not onlookers.forward_mode()
     with torch.autograd.forward_ad.dual_level():
-        assert function_transforms.forward_level() == 0
+        assert onlookers.forward_mode()
 
 
 def test_saved_tensor_hooks() -> None:
     seen: list[bool] = []
 
     def function(x: Tensor) -> Tensor:
-        seen.append(saved_tensor_hooks.packed_by_checkpoint())
+        seen.append(onlookers.packed_by_checkpoint())
         return x.sin()
 
     x = torch.ones(3, requires_grad=True)
     checkpoint(function, x, use_reentrant=False)
     function(x)
     assert seen == [True, False]
-    assert saved_tensor_hooks.pack_hook() is None
+    assert onlookers.pack_hook() is None and not onlookers.saved_elsewhere()
 
     def pack(t: Tensor) -> Tensor:
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        assert saved_tensor_hooks.pack_hook() is pack
-        assert not saved_tensor_hooks.packed_by_checkpoint()
+        assert onlookers.pack_hook() is pack and onlookers.saved_elsewhere()
+        assert not onlookers.packed_by_checkpoint()
 
 
 class Calls(TorchFunctionMode):
@@ -253,9 +250,11 @@ def test_dispatch_modes() -> None:
             seen.append(func.name())
             return func(*args, **(kwargs or {}))
 
-    assert not dispatch_modes.dispatch_mode_active()
+    rows = torch.ones(2)
+    assert not onlookers.traced() and not onlookers.functional(rows)
+    assert onlookers.functional(torch.ones(2, requires_grad=True))
     with Watch():
-        assert dispatch_modes.dispatch_mode_active()
+        assert onlookers.traced() and onlookers.functional(rows)
         torch.ones(2).mul(2)
     assert "aten::mul.Tensor" in seen
     with dispatch_modes.enable_python_dispatcher():

@@ -10,10 +10,13 @@ from support.asserts import assert_near
 from torch import Tensor
 
 from kfac_fx.linalg.conditional import conditional_scale, conditional_side, correlation
-from kfac_fx.linalg.levels import inverse_by_levels, product_of_triangles
-from kfac_fx.linalg.positive import CHOLESKY, FLOORED, cholesky_whitener
-from kfac_fx.linalg.triangular import (
+from kfac_fx.linalg.positive import (
+    CHOLESKY,
+    FLOORED,
+    cholesky_whitener,
     column_parts,
+    inverse_by_levels,
+    product_of_triangles,
     symmetric_product,
     triangular_inverse,
     triangular_product,

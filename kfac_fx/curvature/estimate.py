@@ -1,0 +1,419 @@
+"""The estimate of the Fisher: running averages of all statistics, and what new ones must be.
+
+S <- epsilon S + (1 - epsilon) S_new with epsilon = min(1 - 1/k, decay) for the k-th statistic of a
+block (docs/explanation/mathematics.md, section 8).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol, TypedDict
+
+import torch
+from torch import Tensor, nn
+
+from kfac_fx.curvature.outliers import SETTLED, Compared, fit
+from kfac_fx.errors import ParameterChangedError
+from kfac_fx.ir.coupling import Coupling
+from kfac_fx.ir.curvature_graph import CurvatureBlock, CurvatureGraph, Moment, Pair
+from kfac_fx.ir.use import StatisticKey
+from kfac_fx.linalg.packing import mirror
+from kfac_fx.linalg.precision import all_finite
+from kfac_fx.ops.gram import Rows, Statistic, multiplied
+
+log = logging.getLogger("kfac_fx")
+
+Holder = CurvatureBlock | Pair | Moment
+"""What has statistics of its own: slot, name and factors."""
+
+LEAST_TERMS = 64
+"""Likelihood terms that averages are over at least, where batches are large enough."""
+
+
+class EstimateState(TypedDict):
+    """An estimate as tensors and plain values, by the names of blocks, pairs and moments."""
+
+    factors: dict[str, list[Tensor]]
+    recorded: dict[str, int]
+
+
+class Folded(NamedTuple):
+    """What came of new statistics.
+
+    Attributes:
+        good: whether they were folded; not if one is not finite, or an outlier.
+        first: whether a holder got its first, so that it has had no inverse.
+    """
+
+    good: bool
+    first: bool = False
+
+
+class Average:
+    """One running average, kept as it is read; bases of others are in ``factor_storage``.
+
+    Args:
+        shape: of the average.
+        like: [], of the precision and on the device that it is read in.
+        symmetric: whether it holds symmetric matrices [..., n, n].
+
+    Attributes:
+        stored: the tensor that is kept between folds, zero at first.
+        upper_only: whether what is below the diagonal is out of date. Folds of many rows write one
+            triangle, which halves their work; whoever reads all of it pays for the copy, once.
+    """
+
+    def __init__(self, shape: Sequence[int], like: Tensor, symmetric: bool) -> None:
+        self.stored = like.new_zeros(shape)
+        self.like = like
+        self.symmetric = symmetric
+        self.upper_only = False
+
+    def whole(self) -> Tensor:
+        """Return what is stored, both triangles of it."""
+        if self.upper_only:
+            mirror(self.stored)
+            self.upper_only = False
+        return self.stored
+
+    def read(self) -> Tensor:
+        """Return the average in the precision and on the device of ``like``."""
+        return self.whole()
+
+    def upper(self) -> Tensor:
+        """Return ``read``, but what is below a diagonal may be anything."""
+        return self.stored
+
+    def write(self, value: Tensor) -> None:
+        """Replace the average by the nearest that can be stored."""
+        self.stored.copy_(value)
+        self.upper_only = False
+
+
+class Storage(Protocol):
+    """Another way to keep averages between folds than as they are read."""
+
+    def make(self, shape: Sequence[int], like: Tensor, symmetric: bool) -> Average:
+        """Return an average of zeros; the arguments are those of ``Average``."""
+
+    def fold(self, averages: Sequence[Average], new: Sequence[Statistic], weight: float) -> None:
+        """Replace each S by (1 - weight) S + weight S_new."""
+
+
+class Averages:
+    """The running averages of one block, pair or moment.
+
+    Args:
+        holder: whose.
+        like: [], of the precision and device of its parameters; averages are float32 at least.
+        storage: how they are kept between folds; None as they are read.
+
+    Attributes:
+        keys: names of its statistics, one a factor.
+        all: one average a factor.
+        factors: those that are second moments, without the counts of positions.
+        recorded: number of statistics in the averages.
+    """
+
+    def __init__(self, holder: Holder, like: Tensor, storage: Storage | None) -> None:
+        dtype = torch.promote_types(like.dtype, torch.float32).to_real()
+        self.holder = holder
+        self.like = torch.zeros((), dtype=dtype, device=like.device)
+        self.recorded = 0
+        make = Average if storage is None else storage.make
+        of_block = isinstance(holder, CurvatureBlock)
+        specs = holder.factors
+        self.all = tuple(
+            make(
+                spec.shape,
+                self.like,
+                of_block and holder.tapped and len(spec.shape) > 1 and not spec.diagonal,
+            )
+            for spec in specs
+        )
+        both = zip(specs, self.all, strict=True)
+        self.factors = tuple(average for spec, average in both if spec.role != "count")
+        self.keys = tuple(StatisticKey(holder.slot, spec.name) for spec in specs)
+        # Several uses of one form: their positions are counted together, and G is their mean
+        # (docs/explanation/mathematics.md, section 4). Pairs of places: of G, of its count.
+        counts = {spec.form: place for place, spec in enumerate(specs) if spec.role == "count"}
+        self._counted = tuple(
+            (place, counts[spec.form])
+            for place, spec in enumerate(specs)
+            if spec.role == "gradient" and spec.form in counts
+        )
+
+    def read(self) -> tuple[Tensor, ...]:
+        """Return the averages of second moments, in the precision that they are read in."""
+        return tuple(average.read() for average in self.factors)
+
+    def taken(self, found: Mapping[StatisticKey, Statistic]) -> list[Statistic] | None:
+        """Return the holder's new statistics, one a factor, or None where one did not come."""
+        new = [found.get(key) for key in self.keys]
+        taken = [value for value in new if value is not None]
+        if len(taken) < len(new):
+            return None
+        for gradient, count in self._counted:
+            taken[gradient] = multiplied(taken[gradient]) / multiplied(taken[count])
+        return taken
+
+    def compared(self, new: Sequence[Statistic]) -> list[Compared]:
+        """Return the new statistics beside the averages that they can be compared with.
+
+        Second moments of inputs are about the same from the first batch on, so theirs are compared
+        at once; derivatives may start at zero and grow, so theirs are once averages are settled.
+        """
+        if not self.recorded:
+            return []
+        settled = self.recorded >= SETTLED
+        present = [average.upper() for average in self.all]
+        parts = zip(self.holder.factors, self.sizes(new), self.sizes(present), strict=True)
+        return [
+            Compared(value, average, settled)
+            for spec, value, average in parts
+            if settled or spec.role == "input"
+        ]
+
+    def sizes(self, values: Sequence[Statistic]) -> list[Tensor]:
+        """Return the parts of statistics that show their size, and whether they are finite.
+
+        Of a second moment the diagonal does: no entry is larger than the largest there. Cross
+        factors are no second moments of one thing, so all of them is looked at.
+        """
+        if not isinstance(self.holder, CurvatureBlock):
+            return [multiplied(value) for value in values]
+        return [
+            value.diagonal()
+            if isinstance(value, Rows)
+            else (value if spec.diagonal or value.dim() < 2 else value.diagonal(0, -2, -1))
+            for spec, value in zip(self.holder.factors, values, strict=True)
+        ]
+
+
+class Came(NamedTuple):
+    """Averages, and the new statistics that came for them: one a factor."""
+
+    averages: Averages
+    new: list[Statistic]
+
+
+class Estimate:
+    """The running averages of all blocks, of pairs of blocks, and of moments in bases.
+
+    Args:
+        curvature: the blocks.
+        parameters: those that the blocks cover, by name; for precisions and devices.
+        pairs: the pairs whose cross factors are wanted.
+        moments: the blocks whose moments are wanted.
+        storage: how averages are kept between folds; None as they are read.
+
+    Attributes:
+        blocks: by name.
+        pairs: by the names of the earlier and the later block.
+        moments: by the block's name.
+        all: those of all three, in this order.
+        like: a tensor [] of the precision and on the device that averages are read in.
+        folds: how often statistics were folded.
+    """
+
+    def __init__(
+        self,
+        curvature: CurvatureGraph,
+        parameters: Mapping[str, nn.Parameter],
+        pairs: Sequence[Pair] = (),
+        moments: Sequence[Moment] = (),
+        storage: Storage | None = None,
+    ) -> None:
+        self.blocks = {
+            name: Averages(block, parameters[block.parameters[0]], storage)
+            for name, block in curvature.blocks.items()
+        }
+        self.pairs = {
+            (pair.earlier, pair.later): Averages(pair, self.blocks[pair.earlier].like, storage)
+            for pair in pairs
+        }
+        self.moments = {
+            moment.block: Averages(moment, self.blocks[moment.block].like, storage)
+            for moment in moments
+        }
+        self.folds = 0
+        self.like = next(iter(self.blocks.values())).like
+        self.all = [*self.blocks.values(), *self.pairs.values(), *self.moments.values()]
+        self._storage = storage
+        self._silent: set[str] = set()
+
+    @property
+    def holders(self) -> list[Holder]:
+        """Return the blocks, pairs and moments whose statistics are wanted, in this order."""
+        return [averages.holder for averages in self.all]
+
+    @property
+    def recorded(self) -> int:
+        """Return the number of statistics in the averages: the largest of all holders."""
+        return max((averages.recorded for averages in self.all), default=0)
+
+    # Folding.
+
+    @torch.no_grad()
+    def fold(
+        self, found: Mapping[StatisticKey, Statistic], decay: float, outlier: float = math.inf
+    ) -> Folded:
+        """Fold new statistics into the averages, unless they are no good.
+
+        Args:
+            found: statistics in the scale of one likelihood term, in the precision of the averages
+                and on their device; counts of positions under keys of their own. For a block
+                without a tap the squared gradients of its parameters, one after another. A holder
+                of which one statistic is missing keeps its averages.
+            decay: largest weight of the old averages, in [0, 1).
+            outlier: how many times longer than its average no statistic may be.
+
+        Returns:
+            whether they were folded, and whether a holder got its first statistic.
+        """
+        came: list[Came] = []
+        for averages in self.all:
+            new = averages.taken(found)
+            if new is not None:
+                came.append(Came(averages, new))
+        swollen = False
+        if outlier < math.inf:  # the comparison costs a synchronisation
+            pairs = [pair for each in came for pair in each.averages.compared(each.new)]
+            fitted = fit(pairs, outlier)
+            if fitted.outlier:
+                return Folded(good=False)
+            swollen = fitted.swollen
+        if not all_finite([part for each in came for part in each.averages.sizes(each.new)]):
+            return Folded(good=False)
+        if swollen:
+            log.warning("statistics are far shorter than the first ones: the averages start anew")
+            for averages in self.all:  # all at once, as pairs share the cases of their blocks
+                averages.recorded = 0
+        if len(came) < len(self.all):
+            self._say_silent(came)
+        self.folds += 1
+        return Folded(good=True, first=self._fold(came, decay))
+
+    def _fold(self, came: Sequence[Came], decay: float) -> bool:
+        """Fold statistics that are good; say whether a holder got its first."""
+        first = False
+        # Holders that were recorded equally often share a weight: one call for all of them.
+        by_weight: dict[float, tuple[list[Average], list[Statistic]]] = {}
+        for averages, new in came:
+            first |= averages.recorded == 0
+            weight = new_weight(averages.recorded + 1, decay)
+            group = by_weight.setdefault(weight, ([], []))
+            group[0].extend(averages.all)
+            group[1].extend(new)
+        fold = fold_in_place if self._storage is None else self._storage.fold
+        for weight, (old, values) in by_weight.items():
+            fold(old, values, weight)
+        for averages, _ in came:  # not before: a fold that fails must not count
+            averages.recorded += 1
+        return first
+
+    def _say_silent(self, came: Sequence[Came]) -> None:
+        """Warn of holders that got no statistics, each of them once."""
+        silent = {averages.holder.name for averages in self.all}
+        silent -= {averages.holder.name for averages, _ in came}
+        if silent - self._silent:
+            log.warning("no statistics came for %s", ", ".join(sorted(silent - self._silent)))
+        self._silent |= silent
+
+    # Reading.
+
+    def cross(self, coupling: Coupling) -> tuple[Tensor, Tensor]:
+        """Return (A, G) of a coupling, child by parent, as they are read."""
+        found, turned = self._pair(coupling)
+        A, G = found.read()
+        return (A.mT.contiguous(), G.mT.contiguous()) if turned else (A, G)
+
+    def _pair(self, coupling: Coupling) -> tuple[Averages, bool]:
+        """Return a coupling's averages, and whether they are parent by child."""
+        found = self.pairs.get((coupling.child, coupling.parent))
+        if found is not None:
+            return found, False
+        return self.pairs[coupling.parent, coupling.child], True
+
+    def arguments(self, couplings: Sequence[Coupling]) -> list[Tensor]:
+        """Return what a refresh takes after the damping, in the order of its arguments.
+
+        These are the averages as they are stored, undamped: a program of averages in other
+        precisions and places reads each where it is used first.
+
+        Args:
+            couplings: those of the program.
+        """
+        found = [average.whole() for of in self.blocks.values() for average in of.factors]
+        for coupling in couplings:
+            pair, turned = self._pair(coupling)
+            both = [average.whole() for average in pair.factors]
+            found += [whole.mT.contiguous() for whole in both] if turned else both
+        return found
+
+    # State.
+
+    def state(self) -> EstimateState:
+        """Return tensors and counts by the names of blocks, pairs and moments."""
+        return {
+            "factors": {
+                of.holder.name: [average.whole().clone() for average in of.factors]
+                for of in self.all
+            },
+            "recorded": {of.holder.name: of.recorded for of in self.all},
+        }
+
+    def check(self, state: EstimateState) -> None:
+        """Raise where a state belongs to other blocks.
+
+        Raises:
+            ParameterChangedError: names or shapes are others than here.
+        """
+        given = {name: [f.shape for f in fs] for name, fs in state["factors"].items()}
+        own = {of.holder.name: [average.stored.shape for average in of.factors] for of in self.all}
+        if given != own:
+            raise ParameterChangedError("the state_dict belongs to other blocks than this module's")
+
+    def load(self, state: EstimateState) -> None:
+        """Restore a ``state`` that fits; see ``check``."""
+        for of in self.all:
+            for average, value in zip(of.factors, state["factors"][of.holder.name], strict=True):
+                average.write(value)
+            of.recorded = int(state["recorded"][of.holder.name])
+
+
+def fold_in_place(averages: Sequence[Average], new: Sequence[Statistic], weight: float) -> None:
+    """Replace each S by (1 - weight) S + weight S_new, all dense ones in one call.
+
+    Args:
+        averages: as ``Average`` stores them.
+        new: statistics in the same precision; rows are multiplied into the average directly.
+        weight: of the new statistics, in (0, 1].
+    """
+    stored: list[Tensor] = []
+    values: list[Tensor] = []
+    for average, value in zip(averages, new, strict=True):
+        if isinstance(value, Rows):
+            average.upper_only |= value.halves
+            value.add_to(average.stored, weight)
+        else:
+            stored.append(average.stored)
+            values.append(value)
+    if stored:
+        torch._foreach_lerp_(stored, values, weight)
+
+
+def new_weight(k: int, decay: float) -> float:
+    """Return 1 - epsilon_k, the weight of the k-th statistic."""
+    return 1 - min(1 - 1 / k, decay)
+
+
+def terms_needed(recorded: int, decay: float) -> int:
+    """Return how many likelihood terms the next statistic should have, after so many statistics.
+
+    An average over k equal statistics is as good as one over their terms, so the first few must
+    be larger; later the decay bounds the weight of each.
+    """
+    return math.ceil(LEAST_TERMS * new_weight(recorded + 1, decay))

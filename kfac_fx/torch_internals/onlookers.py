@@ -1,0 +1,94 @@
+"""Tell who looks on while an operator runs: compilers, modes, torch.func transforms, saving hooks.
+
+Why: taps take shorter ways (writing into a buffer, keeping a row for later) that none of these may
+see. A compiler must see every operator; a tap inside torch.vmap sees one tensor for all cases of a
+batch; inside an activation checkpoint a call runs twice, and what its first run records is computed
+again. No public way: torch.func has no question whether a transform is active, and
+``saved_tensors_hooks`` and ``TorchDispatchMode`` can be entered but not asked for. Seen on torch
+2.11 and 2.13.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+__all__ = [
+    "forward_mode",
+    "functional",
+    "inside_transform",
+    "pack_hook",
+    "packed_by_checkpoint",
+    "saved_elsewhere",
+    "traced",
+    "transforms_active",
+    "unwrap_dead_wrappers",
+    "unwrapped",
+]
+
+
+def traced() -> bool:
+    """Tell whether a compiler looks on, or another mode that sees every operator."""
+    return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
+
+
+def inside_transform() -> bool:
+    """Tell whether the code runs inside a function that torch.func transforms.
+
+    While a transform's own layer is being run, it is off the stack: ``transforms_active`` counts
+    what torch's dispatcher would still go through.
+    """
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def transforms_active() -> bool:
+    """Tell whether torch's dispatcher has a torch.func layer switched on."""
+    active: bool = torch._C._are_functorch_transforms_active()
+    return active
+
+
+def forward_mode() -> bool:
+    """Tell whether tensors may have tangents, or be wrapped by a transform."""
+    level: int = forward_ad._current_level
+    return level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def functional(rows: Tensor) -> bool:
+    """Tell whether rows must go through operators that write into nothing."""
+    # What ``traced`` says, without a call: this is asked at every layer of every backward.
+    return (
+        torch.compiler.is_compiling()
+        or _get_current_dispatch_mode() is not None
+        or (rows.requires_grad and torch.is_grad_enabled())
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
+def unwrapped(tensor: Tensor) -> Tensor:
+    """Return the tensor inside all wrappers that torch.func put around it."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
+
+
+def pack_hook() -> Callable[[Tensor], object] | None:
+    """Return the function that packs what autograd saves at present, None where nothing does."""
+    # False: hooks count as well while they are disabled for tracing.
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return None if hooks is None else hooks[0]
+
+
+def saved_elsewhere() -> bool:
+    """Tell whether what autograd saves is packed: by a checkpoint, or to be held elsewhere."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+def packed_by_checkpoint() -> bool:
+    """Tell whether the code runs in an activation checkpoint that does not reenter autograd."""
+    hook = pack_hook()
+    return hook is not None and hook.__module__ == "torch.utils.checkpoint"
