@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import kfac_fx
-from kfac_fx.codegen.program import Refreshed
+from kfac_fx.codegen.refresh_module import Refreshed
 from kfac_fx.curvature.estimate import Estimate
 
 Holder = kfac_fx.Preconditioner | kfac_fx.KFAC
