@@ -104,25 +104,21 @@ def test_decisions_are_commented() -> None:
     assert count >= COMMENTS_PER_1000 * thousands_of_lines(ROOT)
 
 
-@NOT_YET
 def test_types_are_named() -> None:
     count = sum(t.type == tokenize.NAME and t.string == "Any" for t in tokens(ROOT))
     assert count <= ANY_PER_1000 * thousands_of_lines(ROOT)
 
 
-@NOT_YET
 def test_attributes_are_set_one_by_one() -> None:
     found = packed_assignments(ROOT)
     assert len(found) <= PACKED_ASSIGNMENTS, "\n" + "\n".join(found)
 
 
-@NOT_YET
 def test_arguments_are_not_unpacked_from_literals() -> None:
     found = starred_literals(ROOT)
     assert not found, "\n" + "\n".join(found)
 
 
-@NOT_YET
 def test_constructors_can_be_kept_in_mind() -> None:
     found = wide_constructors(ROOT)
     assert not found, "\n" + "\n".join(found)
