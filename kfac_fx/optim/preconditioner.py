@@ -324,8 +324,7 @@ class Preconditioner(HasCurvature):
             updates = self._inverse.precondition(whole)
             if self.trust_region is not None:
                 shorten(updates, whole, self.trust_region)
-            for name, gradient in given.items():
-                self._workers.put(updates[name], gradient)
+            self._workers.put(updates, given)
             # A gradient that is not finite gives no finite update, so one check serves for both.
             # Shards are checked as a whole: one process must not zero what the others keep.
             finite = all_finite(list((given if whole is given else updates).values()))
