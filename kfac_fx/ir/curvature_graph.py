@@ -208,7 +208,7 @@ class CurvatureGraph:
 
     @property
     def factor_elements(self) -> int:
-        """Return the entries of all factors: what ``Preconditioner`` will allocate, before it does."""
+        """Return the entries of all factors, which ``Preconditioner`` will allocate."""
         # Counts are numbers; they are left in, as they change nothing.
         holders: list[CurvatureBlock | Pair | Moment] = [*self.blocks.values(), *self.pairs]
         holders += self.moments
@@ -233,7 +233,7 @@ class CurvatureGraph:
 
     @property
     def coverage(self) -> Coverage:
-        """Return parameters and their sizes by kind of block; "frozen" and the like are kinds too."""
+        """Return parameters and sizes by kind of block; "frozen" and the like are kinds too."""
         tensors: dict[str, int] = {}
         scalars: dict[str, int] = {}
         for block in self.blocks.values():
