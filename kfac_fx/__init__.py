@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from kfac_fx import errors, likelihoods
 from kfac_fx.api import transform
 from kfac_fx.backend import backend
-from kfac_fx.ir import Coupling, CurvatureBlock, CurvatureGraph, Edge
+from kfac_fx.ir.coupling import Coupling, Edge
+from kfac_fx.ir.curvature_graph import CurvatureBlock, CurvatureGraph
 from kfac_fx.optim.growing_batches import GrowingBatches
 from kfac_fx.optim.kfac import KFAC
 from kfac_fx.optim.kfac_options import KFACOptions
