@@ -81,6 +81,7 @@ class ProgramBuilder:
             suffix: at the end of their names; a block's slot.
             comment: what the section computes.
         """
+        # fx keeps no comments: they stand in the meta of the first node until ``source``.
         before = len(self.graph.nodes)
         self._tracer.suffix = suffix
         yield
@@ -110,6 +111,7 @@ def source(module: fx.GraphModule, name: str) -> str:
         node.name: node.meta["comment"] for node in module.graph.nodes if "comment" in node.meta
     }
     lines: list[str] = []
+    # Text is edited line by line, as fx writes one statement a line and has no hook for more.
     for line in module.code.strip().splitlines():
         line = re.sub(r";\s+[\w\s=]+ = None$", "", line)
         line = re.sub(r"\bkfac_fx_linalg_[a-z]+_(\w+\()", r"\1", line)
