@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kfac_fx.errors import UnknownOptionError
 from kfac_fx.ops.gram import Statistic
+from kfac_fx.torch_internals import foreach
 
 Net = Any
 """A network as the user gives it: a module, wrapped or not, or something else by mistake."""
@@ -119,8 +120,13 @@ class Workers(Protocol):
     def whole(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return tensors with all their entries, gathered where they are sharded."""
 
-    def put(self, value: Tensor, into: Tensor) -> None:
-        """Copy a whole tensor to one that may be sharded."""
+    def put(self, values: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:
+        """Copy whole tensors to those of the same names that may be sharded.
+
+        Args:
+            values: with all their entries, the same in all processes.
+            into: every one of its names is written.
+        """
 
     def hold(self, net: fx.GraphModule, parameters: Mapping[str, Tensor]) -> WholeParameters:
         """Return the parameters with all their entries, and a network to run with them."""
@@ -187,8 +193,8 @@ class Alone:
     def whole(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         return tensors
 
-    def put(self, value: Tensor, into: Tensor) -> None:
-        into.copy_(value)
+    def put(self, values: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:
+        foreach.copy_(list(into.values()), [values[name] for name in into])
 
     def hold(self, net: fx.GraphModule, parameters: Mapping[str, Tensor]) -> WholeParameters:
         return _OwnParameters(net, parameters)

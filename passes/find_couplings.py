@@ -46,6 +46,7 @@ def find_couplings(
     able = {name for name, reason in reasons.items() if reason is None}
     edges = find_edges(view, blocks, layers, able)
     place = {name: index for index, name in enumerate(blocks)}
+    # Cross factors are one matrix from two blocks, so both must be of one precision and device.
     weights = {
         (edge.source, edge.target): edge.weight
         for edge in edges
@@ -54,6 +55,8 @@ def find_couplings(
     forest = couplings_of(weights, list(blocks))
     ordered = {(e.source, e.target) for e in edges if not _REORDERING & set(e.path)}
     chosen = {frozenset((c.child, c.parent)) for c in forest}
+    # The forest alone would do for the topology's own couplings; where the data choose, pairs must
+    # be recorded before it is known which of them matter.
     candidates = _nearest(weights) | _siblings(edges, weights) if by_data else set()
     found = sorted(
         {pair for pair in weights if frozenset(pair) in chosen} | candidates,

@@ -174,8 +174,9 @@ class DataParallel:
                 found[name] = sharded.whole(tensor)
         return found
 
-    def put(self, value: Tensor, into: Tensor) -> None:
-        sharded.put(value, into)
+    def put(self, values: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:
+        for name, tensor in into.items():
+            sharded.put(values[name], tensor)
 
     def hold(self, net: fx.GraphModule, parameters: Mapping[str, Tensor]) -> WholeParameters:
         if not any(_sharded(p) for p in net.parameters()):

@@ -183,6 +183,8 @@ class CurvatureGraph:
     selection: Couplings = "topology"
     moments: tuple[Moment, ...] = ()
 
+    # Mappings of a frozen record are read-only too: several passes and a Preconditioner hold one
+    # graph.
     def __post_init__(self) -> None:
         for name in ("blocks", "sizes", "uncoupled"):
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
@@ -207,6 +209,7 @@ class CurvatureGraph:
     @property
     def factor_elements(self) -> int:
         """Entries of all factors; what ``Preconditioner`` will allocate, known before it does."""
+        # Counts are numbers; they are left in, as they change nothing.
         holders: list[CurvatureBlock | Pair | Moment] = [*self.blocks.values(), *self.pairs]
         holders += self.moments
         return sum(prod(f.shape) for holder in holders for f in holder.factors)
@@ -312,6 +315,7 @@ class CurvatureGraph:
         return found
 
 
+# The records by the names that files have. A renamed class keeps reading its old name.
 _CODEC = PlainCodec(
     [
         CurvatureGraph,
@@ -349,6 +353,8 @@ def _row(block: CurvatureBlock) -> tuple[str, ...]:
     return block.name, block.kind, approximation, factors, f"{block.parameter_count:,}"
 
 
+# People read this where a graph is printed, so it must say what is weak: a block that is a diagonal
+# for a reason looks like any other in the numbers.
 def _table(curvature: CurvatureGraph) -> str:
     """Return the graph for people: a line for each block, then what is weak or left alone."""
     head = ("block", "kind", "approximation", "factors", "parameters")

@@ -7,16 +7,16 @@ the number of terms of the part and C that of all.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent
 
 from kfac_fx.errors import LikelihoodError
-from kfac_fx.likelihoods.builtin import FAMILIES, Likelihood, draw, noise_of
+from kfac_fx.likelihoods.builtin import FAMILIES, Likelihood, Noise, Tree, drawing_family
 from kfac_fx.likelihoods.named import Sum
 from kfac_fx.likelihoods.sampling import seeded
 from kfac_fx.torch_internals import pytree
@@ -36,7 +36,7 @@ class Terms(NamedTuple):
         share: what all of the terms are multiplied with; a tensor in a traced pass.
     """
 
-    targets: Any
+    targets: Tree
     weights: Tensor | None
     amount: float
     share: float | Tensor = 1.0
@@ -67,6 +67,8 @@ class BatchTerms:
         Raises:
             LikelihoodError: no process has a likelihood term.
         """
+        # Part by part, in the same order everywhere: a process may have no term of one part, and
+        # must still count that of the others.
         counts = []
         for part in self.parts:
             every, count = workers.agree(call, good, 0.0 if part is None else part.amount)
@@ -77,6 +79,8 @@ class BatchTerms:
             raise LikelihoodError(
                 "no likelihood term counts: the batch is empty, or every target is ignored"
             )
+        # With one likelihood the division by ``count`` makes the mean. Of a sum each part has to
+        # be a mean of its own, whatever the sizes of the others.
         if not self.weighted:
             return good, replace(self, count=total)
         scaled = tuple(
@@ -133,7 +137,7 @@ class BatchLikelihood:
         for distribution, terms in self.parts:
             nll = -distribution.log_prob(terms.targets)
             nll = nll if terms.weights is None else nll * terms.weights
-            total = total + _times(nll.sum(), terms.share)
+            total = total + self._shared(nll.sum(), terms.share)
         assert isinstance(total, Tensor)
         return total
 
@@ -154,11 +158,8 @@ class BatchLikelihood:
         """
         if isinstance(noise, int):
             return [drawn(d, noise + k) for k, (d, _) in enumerate(self.parts)]
-        with torch.no_grad():
-            return [
-                distribution.sample() if given is None else draw(distribution, given)
-                for (distribution, _), given in zip(self.parts, noise, strict=False)
-            ]
+        pairs = zip(self.parts, noise, strict=False)
+        return [drawn(distribution, given) for (distribution, _), given in pairs]
 
     def sampled(self, draws: Sequence[Tensor]) -> Tensor:
         """Return a scalar whose derivatives are those of the NLL of targets from the model.
@@ -170,7 +171,8 @@ class BatchLikelihood:
         for (distribution, terms), targets in zip(self.parts, draws, strict=True):
             nll = -distribution.log_prob(targets)
             nll = nll if terms.weights is None else nll * terms.weights.sqrt()
-            scalars.append(_times(nll.sum(), terms.share**0.5))
+            nll = nll.sum()
+            scalars.append(nll * terms.share**0.5 if self.terms.weighted else nll)
         return torch.stack(scalars).sum() if len(scalars) > 1 else scalars[0]
 
     def exact(self, select: Tensor | None = None) -> Iterator[Tensor]:
@@ -184,13 +186,15 @@ class BatchLikelihood:
             select: [columns], one where a column is wanted and zero elsewhere, for a traced pass:
                 then the scalars add up to that column's.
         """
+        # A traced pass cannot have as many backwards as columns: its graph would grow with them.
+        # One column is selected at run time, and the program is run for each.
         start = 0
         for distribution, terms in self.parts:
             for rows in root_rows(distribution, terms.weights):
                 end = start + rows.shape[1]
                 columns = rows.unbind(-1) if select is None else [rows * select[start:end]]
                 for column in columns:
-                    yield _times(column.sum(), terms.share**0.5)
+                    yield self._shared(column.sum(), terms.share**0.5)
                 start = end
 
     def root(self) -> Tensor:
@@ -200,30 +204,53 @@ class BatchLikelihood:
             columns = torch.cat(list(root_columns(distribution)), -1)
             if terms.weights is not None:
                 columns = columns * terms.weights.sqrt().unsqueeze(-1)
-            found.append(_times(columns.flatten(), terms.share**0.5))
+            found.append(self._shared(columns.flatten(), terms.share**0.5))
         return torch.cat(found) if len(found) > 1 else found[0]
 
-
-def _times(value: Tensor, factor: float | Tensor) -> Tensor:
-    plain = isinstance(factor, float) and factor == 1.0
-    return value if plain else value * factor
+    def _shared(self, value: Tensor, factor: float | Tensor) -> Tensor:
+        """Return a part's value times its share; without a sum of likelihoods that is one."""
+        return value * factor if self.terms.weighted else value
 
 
 # Draws and roots of any distribution.
 
 
 @torch.no_grad()
-def drawn(distribution: Distribution, seed: int) -> Tensor:
-    """Return targets y ~ p of a seed; torch's own random stream is left as it was.
+def drawn(distribution: Distribution, noise: int | Tensor | None) -> Tensor:
+    """Return targets y ~ p; torch's own random stream is left as it was.
 
     Where the family is known, the draw is a function of noise, so that a pass that runs and one
     that was compiled draw the same; other distributions draw by themselves.
+
+    Args:
+        distribution: that is drawn from.
+        noise: a seed; or what ``noise_of`` asked for, None where it asked for nothing: then the
+            draw is from torch's stream as it stands.
     """
-    noise = noise_of(distribution)
-    if noise is not None:
-        return draw(distribution, noise.sample(seed))
-    with seeded(seed, _parameters(distribution)):
-        return distribution.sample()
+    base = base_of(distribution)
+    family = drawing_family(base)
+    if family is None:
+        # Of a traced pass the draw stays in the graph, which is run under the seed as a whole.
+        if not isinstance(noise, int):
+            return distribution.sample()
+        with seeded(noise, _parameters(distribution)):
+            return distribution.sample()
+    assert noise is not None
+    return family.draw(base, family.noise(base).sample(noise) if isinstance(noise, int) else noise)
+
+
+def base_of(distribution: Distribution) -> Distribution:
+    """Return the distribution inside of Independent."""
+    while type(distribution) is Independent:
+        distribution = distribution.base_dist
+    return distribution
+
+
+def noise_of(distribution: Distribution) -> Noise | None:
+    """Return what a draw needs, or None where only the distribution itself knows how to draw."""
+    base = base_of(distribution)
+    family = drawing_family(base)
+    return None if family is None else family.noise(base)
 
 
 def _parameters(distribution: Distribution) -> list[Tensor]:
@@ -242,6 +269,7 @@ def root_columns(distribution: Distribution) -> Iterator[Tensor]:
     Raises:
         LikelihoodError: neither the family nor the support is known.
     """
+    # Columns of one event add up: its dimensions become columns, so that they do not mix.
     if isinstance(distribution, Independent):
         events = distribution.reinterpreted_batch_ndims
         for columns in root_columns(distribution.base_dist):
@@ -274,7 +302,10 @@ def root_rows(distribution: Distribution, weights: Tensor | None) -> Iterator[Te
 
 
 def batch_likelihood(
-    likelihood: Likelihood | Sum, outputs: Any, targets: Any = None, terms: BatchTerms | None = None
+    likelihood: Likelihood | Sum,
+    outputs: Tree,
+    targets: Tree = None,
+    terms: BatchTerms | None = None,
 ) -> BatchLikelihood:
     """Return what a likelihood says about the batch of this process.
 
@@ -289,16 +320,21 @@ def batch_likelihood(
     Raises:
         LikelihoodError: outputs or targets do not fit.
     """
-    ones = singles(likelihood, outputs, targets)
+    if isinstance(likelihood, Sum):
+        ones: Sequence[Single] = singles(likelihood, outputs, targets)
+    else:
+        ones = [Single(likelihood, outputs, targets)]
     if terms is not None:
         present = zip(ones, terms.parts, strict=True)
         pairs = [(one, part) for one, part in present if part is not None]
         terms = replace(terms, parts=tuple(part for _, part in pairs))
-        ones = tuple(one for one, _ in pairs)
+        ones = [one for one, _ in pairs]
+    # Distributions first: most errors are of outputs that do not fit, and targets are compared with
+    # their shape.
     distributions = tuple(one.likelihood.distribution(one.outputs) for one in ones)
     if terms is None:
-        weighted = isinstance(likelihood, Sum)
-        terms = batch_terms(ones, [d.batch_shape for d in distributions], weighted)
+        shapes = [distribution.batch_shape for distribution in distributions]
+        terms = batch_terms(ones, shapes, isinstance(likelihood, Sum))
     return BatchLikelihood(distributions, terms)
 
 
@@ -306,8 +342,8 @@ class Single(NamedTuple):
     """One likelihood with its outputs and targets, and its weight in sums."""
 
     likelihood: Likelihood
-    outputs: Any
-    targets: Any
+    outputs: Tree
+    targets: Tree
     weight: float = 1.0
 
 
@@ -331,7 +367,7 @@ def batch_terms(ones: Sequence[Single], shapes: Sequence[torch.Size], weighted: 
 
 
 def singles(
-    likelihood: Likelihood | Sum, outputs: Any, targets: Any, path: str = ""
+    likelihood: Likelihood | Sum, outputs: Tree, targets: Tree, path: str = ""
 ) -> tuple[Single, ...]:
     """Return the likelihoods that are no sums, in order, with their outputs and targets.
 
@@ -349,7 +385,7 @@ def singles(
     return tuple(found)
 
 
-def _by_key(values: Any, likelihood: Sum, what: str) -> dict[Any, Any]:
+def _by_key(values: Tree, likelihood: Sum, what: str) -> dict[Hashable, Tree]:
     """Return the outputs or targets of the parts, by name or by place, as the parts are."""
     keys = [key for key, _ in likelihood.items()]
     if likelihood.named:
@@ -365,7 +401,7 @@ def _by_key(values: Any, likelihood: Sum, what: str) -> dict[Any, Any]:
     return {key: values[key] for key in keys}
 
 
-def _kind(values: Any) -> str:
+def _kind(values: Tree) -> str:
     if isinstance(values, Mapping):
         return f"a mapping with {', '.join(map(repr, values))}"
     many = isinstance(values, (tuple, list))
@@ -375,14 +411,14 @@ def _kind(values: Any) -> str:
 _LOW = (torch.float16, torch.bfloat16)
 
 
-def wide(outputs: Any) -> Any:
+def wide(outputs: Tree) -> Tree:
     """Return outputs in float32 where their own precision is too low for a likelihood."""
     if isinstance(outputs, Tensor):  # most often it is one tensor, and a walk costs as much as all
         return outputs.float() if outputs.dtype in _LOW else outputs
     return pytree.tree_map_only(Tensor, wide, outputs)
 
 
-def output_tensors(outputs: Any) -> list[Tensor]:
+def output_tensors(outputs: Tree) -> list[Tensor]:
     """Return the floating-point tensors among the outputs of the likelihood, in order."""
     leaves = [outputs] if isinstance(outputs, Tensor) else pytree.tree_leaves(outputs)
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]

@@ -12,7 +12,7 @@ returns it, so a callable that returns torch's own distributions has them too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -22,6 +22,12 @@ from torch import distributions as D
 from torch.distributions import Distribution, Independent
 
 from kfac_fx.errors import LikelihoodError
+
+Tree = Any
+"""What a network takes or returns: tensors, in tuples, lists and mappings; None for none at all.
+
+No type fits what users nest, so this alias stands for all of it, here and in statistics/.
+"""
 
 
 @runtime_checkable
@@ -61,8 +67,11 @@ class Noise(NamedTuple):
     """A standard random tensor that a draw is a function of.
 
     Attributes:
-        kind: "exponential" and "normal" have mean one and variance one; "uniform" is on [0, 1).
-        shape, dtype, device: of the tensor.
+        kind: "exponential" and "normal" have variance one, "uniform" is on [0, 1).
+        shape: of the tensor.
+        dtype: of what is drawn. Noise is in float32 at least: in half precision, draws would
+            repeat each other.
+        device: of the tensor.
     """
 
     kind: Literal["exponential", "uniform", "normal"]
@@ -72,8 +81,11 @@ class Noise(NamedTuple):
 
     def sample(self, seed: int) -> Tensor:
         """Return the tensor of one seed; torch's own random stream is left alone."""
+        # A generator a draw, as cheap as one that is kept: a seed gives the same noise wherever and
+        # whenever it is drawn, which lets compiled passes have it as an argument.
         generator = torch.Generator(self.device).manual_seed(seed)
-        result = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        result = torch.empty(self.shape, dtype=dtype, device=self.device)
         if self.kind == "exponential":
             return result.exponential_(generator=generator)
         fill = result.uniform_ if self.kind == "uniform" else result.normal_
@@ -101,35 +113,21 @@ FAMILIES: dict[type[Distribution], Family] = {}
 """By the distribution's class. Subclasses have the family of their nearest ancestor."""
 
 
-def base_of(distribution: Distribution) -> Distribution:
-    """Return the distribution inside of Independent, which only counts dimensions."""
-    while type(distribution) is Independent:
-        distribution = distribution.base_dist
-    return distribution
+def drawing_family(distribution: Distribution) -> Family | None:
+    """Return the family by which targets are drawn, or None where a distribution draws by itself.
 
+    A subclass with a ``sample`` of its own is another distribution for draws.
 
-def noise_of(distribution: Distribution) -> Noise | None:
-    """Return what a draw needs, or None where only the distribution itself knows how to draw."""
-    base = base_of(distribution)
-    for kind in type(base).__mro__:
-        family = FAMILIES.get(kind)
-        if family is not None:
-            # A subclass with a ``sample`` of its own is another distribution for draws.
+    Args:
+        distribution: without ``Independent`` around it, which only counts dimensions.
+    """
+    # By class rather than by what the likelihood says: a callable from outputs to a distribution
+    # says nothing else, and its draws must be repeatable, too.
+    for kind in type(distribution).__mro__:
+        if kind in FAMILIES:
             own = getattr(kind, "sample", None)
-            return family.noise(base) if type(base).sample is own else None
+            return FAMILIES[kind] if type(distribution).sample is own else None
     return None
-
-
-def draw(distribution: Distribution, noise: Tensor) -> Tensor:
-    """Return targets y ~ p from the noise that ``noise_of`` asked for."""
-    base = base_of(distribution)
-    kind = next(kind for kind in type(base).__mro__ if kind in FAMILIES)
-    return FAMILIES[kind].draw(base, noise)
-
-
-def _wide(like: Tensor) -> torch.dtype:
-    """Return the precision of noise: in half precision, draws would repeat each other."""
-    return torch.promote_types(like.dtype, torch.float32)
 
 
 def check_outputs(outputs: Tensor, name: str) -> None:
@@ -159,12 +157,16 @@ class Softmax(D.Categorical):
     """
 
     def __init__(self, logits: Tensor) -> None:
+        # Distribution.__init__ alone is called: Categorical's would normalise once more.
         self.logits = torch.log_softmax(logits, -1)
         self._param = self.logits
         self._num_events = logits.shape[-1]
         Distribution.__init__(self, logits.shape[:-1], validate_args=False)
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> D.Categorical:
+    def expand(
+        self, batch_shape: torch.Size | Sequence[int], _instance: D.Categorical | None = None
+    ) -> D.Categorical:
+        # torch's own expand builds its result past __init__, which here has more to do.
         plain = D.Categorical(logits=self.logits, validate_args=False)
         expanded: D.Categorical = plain.expand(batch_shape, _instance)
         return expanded
@@ -213,9 +215,12 @@ class Categorical:
             )
         check_targets(targets, shape, "categorical")
         classes = outputs.shape[self.dim]
+        # Checked here, as a draw or a log-probability of an impossible class is an index error on
+        # a CPU, and silence or a dead device on a GPU.
         counted = targets != self.ignore_index
         if bool(((targets < 0) | (targets >= classes)).logical_and(counted).any()):
             raise LikelihoodError(f"a target lies outside the {classes} classes of the outputs")
+        # An ignored term needs some class that exists; its weight takes it out of every sum.
         targets = targets.where(counted, 0)
         weights = counted.to(outputs.dtype)
         if self.weight is not None:
@@ -232,8 +237,8 @@ def _class_noise(distribution: D.Categorical) -> Noise:
     """
     probs = distribution.probs
     if probs.device.type == "cpu":
-        return Noise("uniform", probs.shape[:-1], _wide(probs), probs.device)
-    return Noise("exponential", probs.shape, _wide(probs), probs.device)
+        return Noise("uniform", probs.shape[:-1], probs.dtype, probs.device)
+    return Noise("exponential", probs.shape, probs.dtype, probs.device)
 
 
 def _class_draw(distribution: D.Categorical, noise: Tensor) -> Tensor:
@@ -245,7 +250,7 @@ def _class_draw(distribution: D.Categorical, noise: Tensor) -> Tensor:
     probs = distribution.probs
     if noise.dim() == probs.dim():
         return (probs / noise).argmax(-1)
-    sums = probs.cumsum(-1, dtype=_wide(probs))
+    sums = probs.cumsum(-1, dtype=noise.dtype)
     # Numbers below one stay below the total, rounded too: a class follows that adds to the sum.
     reached = noise.unsqueeze(-1) * sums[..., -1:]
     found = torch.searchsorted(sums, reached, right=True).squeeze(-1)
@@ -253,7 +258,8 @@ def _class_draw(distribution: D.Categorical, noise: Tensor) -> Tensor:
 
 
 def _class_root(distribution: D.Categorical) -> Iterator[Tensor]:
-    # diag(sqrt p) - p sqrt(p)^T: column c is sqrt(p_c) (e_c - p), the gradient of log p(c).
+    # S = diag(sqrt p) - p sqrt(p)^T has S S^T = diag(p) - p p^T. Its column c is
+    # sqrt(p_c) (e_c - p), which is sqrt(p_c) times the gradient of log p(c) in the logits.
     yield (0.5 * distribution.logits.detach()).exp() * distribution.logits
 
 
@@ -268,6 +274,8 @@ class Bernoulli:
 
     def distribution(self, outputs: Tensor) -> Distribution:
         check_outputs(outputs, "bernoulli")
+        # Unchecked: validation would wait for a GPU, and outputs that are not finite are found by
+        # the recorder, which counts them instead of raising.
         bits = D.Bernoulli(logits=outputs, validate_args=False)
         return Independent(bits, outputs.dim() - 1)
 
@@ -283,7 +291,7 @@ def _bit_root(distribution: D.Bernoulli) -> Iterator[Tensor]:
 
 
 FAMILIES[D.Bernoulli] = Family(
-    noise=lambda bits: Noise("uniform", bits.probs.shape, _wide(bits.probs), bits.probs.device),
+    noise=lambda bits: Noise("uniform", bits.probs.shape, bits.probs.dtype, bits.probs.device),
     draw=lambda bits, noise: (noise < bits.probs).to(noise.dtype),
     root=_bit_root,
 )
@@ -314,6 +322,7 @@ class Normal:
 
     def distribution(self, outputs: Tensor) -> Distribution:
         check_outputs(outputs, "normal")
+        # A constant without a gradient: then the root of the Fisher has no columns for it.
         scale = torch.full_like(outputs, self.variance**0.5)
         return Independent(_SquaredError(outputs, scale, validate_args=False), outputs.dim() - 1)
 
@@ -333,7 +342,7 @@ def _normal_root(distribution: D.Normal) -> Iterator[Tensor]:
 
 
 FAMILIES[D.Normal] = Family(
-    noise=lambda normal: Noise("normal", normal.loc.shape, _wide(normal.loc), normal.loc.device),
+    noise=lambda normal: Noise("normal", normal.loc.shape, normal.loc.dtype, normal.loc.device),
     draw=lambda normal, noise: normal.loc + normal.scale * noise,
     root=_normal_root,
 )

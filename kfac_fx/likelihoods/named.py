@@ -16,7 +16,7 @@ from torch.distributions import Distribution
 
 from kfac_fx.config import choice
 from kfac_fx.errors import LikelihoodError
-from kfac_fx.likelihoods.builtin import Bernoulli, Categorical, Likelihood, Normal
+from kfac_fx.likelihoods.builtin import Bernoulli, Categorical, Likelihood, Normal, Tree
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Custom:
     with a finite support; draws also for all others that have ``sample``.
     """
 
-    function: Callable[[Any], Distribution]
+    function: Callable[[Tree], Distribution]
 
-    def distribution(self, outputs: Any) -> Distribution:
+    def distribution(self, outputs: Tree) -> Distribution:
         result = self.function(outputs)
         if not isinstance(result, Distribution):
             raise LikelihoodError(
@@ -38,7 +38,8 @@ class Custom:
             )
         return result
 
-    def terms(self, outputs: Any, targets: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    def terms(self, outputs: Tree, targets: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        # What the targets have to look like, only the distribution's log_prob knows.
         return targets, None
 
 
@@ -58,12 +59,13 @@ class Sum:
         LikelihoodError: there is no part, or a weight is no finite number of at least zero.
     """
 
-    parts: Mapping[str, tuple[Any, float]] | Sequence[tuple[Any, float]]
+    parts: Mapping[str, tuple[Given, float]] | Sequence[tuple[Given, float]]
 
     def __post_init__(self) -> None:
         for key, part in self.items():
             if not (isinstance(part, tuple) and len(part) == 2):
                 raise LikelihoodError(f"part {key!r} of a sum must be (likelihood, weight)")
+        # Names are replaced by likelihoods once: every batch asks for the parts.
         found = {key: (likelihood_of(part), _weight(w)) for key, (part, w) in self.items()}
         if not any(weight for _, weight in found.values()):
             raise LikelihoodError("a sum of likelihoods needs a part with a weight above zero")
@@ -74,7 +76,7 @@ class Sum:
         """Whether the parts have names rather than places."""
         return isinstance(self.parts, Mapping)
 
-    def items(self) -> list[tuple[Any, tuple[Any, float]]]:
+    def items(self) -> list[tuple[str | int, tuple[Any, float]]]:
         """Return (name or place, (likelihood, weight)) of the parts."""
         if isinstance(self.parts, Mapping):
             return list(self.parts.items())
@@ -96,7 +98,7 @@ NAMED: dict[str, Callable[[], Likelihood]] = {
     "residual": partial(Normal, target=0.0),
 }
 
-Given = str | Likelihood | Sum | Callable[[Any], Distribution]
+Given = str | Likelihood | Sum | Callable[[Tree], Distribution]
 """A name, an object of this module, or a callable from outputs to a distribution."""
 
 
@@ -113,6 +115,7 @@ def likelihood_of(value: Given) -> Likelihood | Sum:
     """
     if isinstance(value, str):
         return NAMED[choice("likelihood", value, NAMED)]()
+    # Before callables: a likelihood may well have __call__ (an nn.Module, say).
     if isinstance(value, (Sum, Likelihood)):
         return value
     if callable(value):

@@ -8,7 +8,7 @@ that read the same input.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, overload
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -38,9 +38,11 @@ Range = tuple[int, int]
 
 def gram(rows: Tensor, scale: float = 1.0) -> Tensor:
     """Return ``scale`` times the sum over rows of the outer product: [..., S, d] -> [..., d, d]."""
+    # One group is no batch of products, and only a single matrix is formed by slabs.
     if rows.dim() == 3 and len(rows) == 1:
         return gram(rows[0], scale).unsqueeze(0)
-    ranges = _slabs(rows)
+    # Few entries are one slab, whatever their shape: that need not be found out.
+    ranges = _slabs(rows) if rows.numel() >= SMALL else ()
     if len(ranges) < 2:
         return _product(rows.mT, rows, scale)
     if _opaque(rows):
@@ -68,7 +70,9 @@ def homogeneous_gram(rows: Tensor, scale: float = 1.0, one: float = 1.0) -> Tens
         return product
     if not few and rows.dim() == 2 and not low and not functional(rows):
         return _written(rows, scale, one)
-    # Where rows are the smaller copy, or few calls count.
+    # The border can be put around the rows or around the product. Around the rows where they are
+    # the smaller copy, where calls count more than copies, and in half precision, whose sums of
+    # rows would be rounded more than once.
     if few or low or count < d:
         return gram(pad(rows, (0, 1), value=one), scale)
     return bordered(gram(rows, scale), rows.sum(-2) * (one * scale), count * one**2 * scale)
@@ -105,6 +109,8 @@ def _slabs(rows: Tensor) -> list[Range]:
     """Return ranges of features, by multiples of 16, that a symmetric product is formed by."""
     count, d = rows.shape[-2:]
     kind = rows.device.type
+    # Half of the product is redundant, but slabs are calls of their own: worth it only where each
+    # still multiplies at full speed. The numbers were measured (tests/benchmarks/kernels.py).
     width = NARROWEST.get(kind, d) * (torch.get_num_threads() if kind == "cpu" else 1)
     width *= max(1, 4 // rows.element_size())
     width = width if count >= 8 * width else 2 * width
@@ -278,7 +284,7 @@ class _Formed(NamedTuple):
     """
 
     storage: StorageWeakRef
-    key: tuple[Any, ...]
+    key: tuple[object, ...]
     value: Statistic
     version: int
 
@@ -286,7 +292,7 @@ class _Formed(NamedTuple):
 _last: _Formed | None = None
 
 
-def formed_once(x: Tensor, options: tuple[Any, ...], form: Callable[[], Statistic]) -> Statistic:
+def formed_once(x: Tensor, options: tuple[object, ...], form: Callable[[], Statistic]) -> Statistic:
     """Return ``form()``, or a copy of the last result if that was of the same x and options.
 
     Args:
@@ -295,12 +301,14 @@ def formed_once(x: Tensor, options: tuple[Any, ...], form: Callable[[], Statisti
         form: makes it.
     """
     global _last
+    # A compiler finds equal subexpressions by itself, and a graph must not hold last call's result.
     if functional(x):
         return form()
     storage = StorageWeakRef(x.untyped_storage())
     key = (x.storage_offset(), x.shape, x.stride(), x.dtype, x._version, *options)
     last = _last  # read once: another thread may set it
     # A storage that has expired may have another one's address.
+    # The same memory, shape and version is the same input, without a look at its values.
     if last and last.storage == storage and last.key == key and not last.storage.expired():
         value = last.value
         if isinstance(value, Rows):

@@ -6,41 +6,50 @@ They are zeros without memory: statistics are their gradients, averages are kept
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 STORE = "_kfac_fx"
 """Name of the submodule that holds the factor buffers of an instrumented module."""
 
 
-def factor_buffers(net: Any) -> dict[str, tuple[Tensor, ...]]:
+class HasSlot(Protocol):
+    """A block, pair or moment; ``kfac_fx.ir`` is not imported here."""
+
+    @property
+    def slot(self) -> str:
+        """Its name as an identifier."""
+
+
+def factor_buffers(net: nn.Module) -> dict[str, tuple[Tensor, ...]]:
     """Return block name -> the buffers whose gradients are the statistics.
 
     They are in the order of the block's factors; a block that has no tap has none.
     """
     store = getattr(net, STORE)
+    meta = getattr(net, "meta")  # noqa: B009  # an attribute of GraphModules, which nets here are
     return {
         block.name: tuple(
             getattr(getattr(store, block.slot), factor.name)
             for factor in (block.factors if block.tapped else ())
         )
-        for block in net.meta["kfac_fx"].blocks.values()
+        for block in meta["kfac_fx"].blocks.values()
     }
 
 
-def all_buffers(net: Any) -> list[Tensor]:
+def all_buffers(net: nn.Module) -> list[Tensor]:
     """Return all buffers whose gradients are statistics, and the bases of moments."""
     return list(getattr(net, STORE).buffers())
 
 
-def moment_buffers(net: Any, of: Any) -> tuple[Tensor, Tensor, Tensor]:
+def moment_buffers(net: nn.Module, of: HasSlot) -> tuple[Tensor, Tensor, Tensor]:
     """Return (U_A, U_G, S) of a ``kfac_fx.ir.Moment``: the bases that taps read, and a buffer."""
     slot = getattr(getattr(net, STORE), of.slot)
     return slot.U_A, slot.U_G, slot.S
 
 
-def switch(net: Any, factors: Iterable[Tensor], on: bool) -> None:
+def switch(net: nn.Module, factors: Iterable[Tensor], on: bool) -> None:
     """Let forward passes from now on record into these buffers, or not.
 
     Buffers that change are bound anew: where ``use_recursive_dict_tags_for_guards`` holds, as in

@@ -44,6 +44,8 @@ class FactorState:
     deliveries: int = 0
 
 
+# The one place where buffers are told apart by identity. Weak, as networks come and go; and beside
+# the buffers, since attributes of a tensor do not survive torch.compile and copies.
 _states: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
@@ -55,15 +57,9 @@ def state_of(buffer: Tensor) -> FactorState:
     return found
 
 
-def known_state(tensor: Tensor) -> FactorState | None:
-    """Return the state of a factor buffer, or None for a tensor that no tap has seen."""
-    found: FactorState | None = _states.get(tensor)
-    return found
-
-
 def is_paused(buffer: Tensor) -> bool:
     """Return whether backward passes skip a factor buffer."""
-    state = known_state(buffer)
+    state: FactorState | None = _states.get(buffer)
     return state is not None and state.paused
 
 
@@ -128,6 +124,7 @@ class Collection:
         A compiler must see nodes; checkpoints run the forward again, where nothing is noted; and
         derivatives in forward mode are further uses, which need nodes as well.
         """
+        # A tap with other buffers belongs to another network, whose own backward it has to serve.
         if not self.places.keys() >= set(states):
             return False
         small = y.numel() <= THRESHOLDS.noted and y.requires_grad and torch.is_grad_enabled()
@@ -151,8 +148,12 @@ class Collection:
             factors, states: the factor buffers.
             hand_on: what derivatives of y inside of the forward go through.
         """
-        alias: Tensor = torch.ops.aten._unsafe_view(y, y.shape)  # what follows may write into it
+        # An alias that autograd does not know for a view: the model may write into it in place,
+        # and the edge stays the one of y as it was.
+        alias: Tensor = torch.ops.aten._unsafe_view(y, y.shape)
         held = [None if t is None else t.detach() for t in tensors]
+        # A prehook runs in user code's backwards alone: the collection asks for the edge by grad(),
+        # after the hooks are gone.
         edge = get_gradient_edge(alias)
         guard = edge.node.register_prehook(
             lambda found: tuple(None if g is None else hand_on(g) for g in found)
@@ -192,6 +193,8 @@ def collecting(collection: Collection | None, *, forming: bool = False) -> Itera
         collection: gets the notes; None lets no tap be noted.
         forming: whether the forward is over, and statistics are formed inside.
     """
+    # While statistics are formed no tap is passed, and where one is (a checkpoint that computes its
+    # part again), its statistics come by nodes.
     outer = collecting_now.collection
     was_forming = collecting_now.forming
     collecting_now.collection = None if forming else collection

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,9 @@ from kfac_fx.torch_internals.onlookers import (
     unwrap_dead_wrappers,
     unwrapped,
 )
+
+Context: TypeAlias = Any
+"""What autograd hands from a forward to its backward; attributes are set on it freely."""
 
 
 class Statistics(Protocol):
@@ -58,13 +61,14 @@ class _Unbatched(torch.autograd.Function):
     @classmethod
     def apply(cls, *args: Any) -> Any:
         """Function's own, without its inspection of signatures, which takes most of its time."""
+        # At every layer of every forward: inspection of signatures is most of what apply does.
         if transforms_active():
             return super().apply(*args)
         bare: Any = super(torch.autograd.Function, cls)
         return bare.apply(*unwrap_dead_wrappers(args))
 
     @staticmethod
-    def vmap(*_: Any) -> Any:
+    def vmap(*_: object) -> Tensor:
         raise ObservationError(
             "torch.func.vmap over the network hides the cases from its taps: call it on batches, "
             "and take derivatives with torch.func.jvp, one direction at a time"
@@ -85,21 +89,21 @@ class _Source(_Unbatched):
         return y.new_zeros(()).expand(y.shape)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: Context, inputs: tuple[Any, ...], output: Tensor) -> None:
         _, ctx.statistics, ctx.states, ctx.saved, *tensors = inputs
         ctx.save_for_backward(*tensors[: ctx.saved])
         # Buffers are kept by reference: their averages may change before the backward.
         ctx.factors = tuple(tensors[ctx.saved :])
 
     @staticmethod
-    def jvp(ctx: Any, y: Tensor, *others: Tensor | None) -> Tensor:
+    def jvp(ctx: Context, y: Tensor, *others: Tensor | None) -> Tensor:
         tensors = others[3 : 3 + ctx.saved]
         statistics = _of_tangents(ctx.statistics)
         zero: Tensor = _Source.apply(y, statistics, ctx.states, ctx.saved, *tensors, *ctx.factors)
         return zero
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, g: Tensor) -> tuple[Tensor | None, ...]:
         nothing = (None,) * (4 + ctx.saved)
         needed = ctx.needs_input_grad[len(nothing) :]
         saved = partial(getattr, ctx, "saved_tensors")
@@ -123,8 +127,10 @@ def _delivered(
         needed: per factor, whether autograd asks for it.
     """
     wanted = [n and not state.paused for n, state in zip(needed, states, strict=True)]
+    # The training backward comes through paused taps: it must cost nothing but this.
     if not any(wanted):
         return [None] * len(wanted)
+    # The first factor is A, or the only one. A is asked for once a backward, G may be paused.
     if wanted[0]:
         states[0].deliveries += 1
     return statistics(g, saved(), wanted, factors[0].dtype)
@@ -173,15 +179,15 @@ class _Identity(_Unbatched):
         return alias
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: Context, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.asked = inputs[2]
 
     @staticmethod
-    def jvp(ctx: Any, y: Tensor, source: Tensor | None, _: None) -> Tensor:
+    def jvp(ctx: Context, y: Tensor, source: Tensor | None, _: None) -> Tensor:
         return y if source is None else joined(y, source, ctx.asked)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Context, g: Tensor) -> tuple[Tensor, Tensor, None]:
         # Gradients are enabled in a backward only if it may itself be differentiated.
         return (_handed_on(g, ctx.asked) if torch.is_grad_enabled() else g), g, None
 
@@ -203,11 +209,11 @@ class _Adjoint(_Unbatched):
         return alias
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: Context, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.asked = inputs[1]
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Context, g: Tensor) -> tuple[Tensor, None]:
         if ctx.asked():
             raise ObservationError(
                 "the outputs hold a derivative of the network by torch.autograd.grad or "
@@ -307,7 +313,7 @@ def tapped(
     return joined(y, source(y, statistics, tensors, buffers), asked)
 
 
-def define(schema: str, body: Any) -> None:
+def define(schema: str, body: Callable[..., object]) -> None:
     """Register a tap operator; it is visible in fx and export, traced through by the compiler.
 
     Args:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from kfac_fx.errors import LikelihoodError, UnknownOptionError
+from kfac_fx.likelihoods.builtin import Tree
 from kfac_fx.likelihoods.sampling import forked
 from kfac_fx.optim.preconditioner import Preconditioner
 from kfac_fx.statistics.own_pass import LIKELIHOOD, Loss, Result
@@ -50,7 +50,7 @@ class TrainingStep:
         self._parameters = dict(own.net.named_parameters())
         self._buffers = dict(own.net.named_buffers())
 
-    def __call__(self, inputs: Any, targets: Any = None) -> Tensor:
+    def __call__(self, inputs: Tree, targets: Tree = None) -> Tensor:
         """The loss; its gradients are added to ``.grad``, buffers change as in a forward.
 
         Args:
@@ -71,6 +71,7 @@ class TrainingStep:
                 self._preconditioner._skip_statistics("outputs")
         else:
             found = self._plain(inputs, targets, 0)
+        # The pass is a function: what a module does to itself in a forward is done here.
         with torch.no_grad():
             for name, value in found.buffers.items():
                 self._buffers[name].copy_(value)
@@ -83,15 +84,18 @@ class TrainingStep:
         assert found.loss is not None
         return found.loss
 
-    def _recorded(self, inputs: Any, targets: Any) -> Result:
+    def _recorded(self, inputs: Tree, targets: Tree) -> Result:
         """Return a pass with statistics of the likelihood, whatever the loss turns out to be."""
         found = self._recording(inputs, targets, self._recorder.seed())
         if not found.collected.finite or found.collected.scale is not None:
             return found
-        # The statistics are of another loss, or of rounding errors: they are taken again.
+        # The statistics are of a loss with other parts, or of rounding errors near a perfect fit:
+        # they are taken again, from the likelihood. Masks are drawn again, but not from torch's
+        # stream, which goes on as if there had been one forward.
         with forked(self._parameters.values()):
             own = self._recorder.own.run(inputs, targets, self._recorder.seed())
         if found.loss is not None and bool(found.loss.isfinite()):
+            # For good: a loss that is another one in one step is so in all.
             log.info("statistics take a backward of their own: the loss has other parts")
             self._recording = CompiledPass(replace(self._recording.own, joint=False), self._compile)
         return replace(found, collected=own.collected)

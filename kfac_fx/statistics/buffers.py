@@ -82,7 +82,9 @@ class StatisticSources:
     Attributes:
         inputs: the factor buffers that do not depend on the derivative (A, counts).
         gradients: those that are quadratic in it (G, C).
+        wanted: all tensors that a backward pass is asked for, in its order.
         states: what backward passes know of ``factors``.
+        state_by_buffer: the same by factor buffer; tensors are hashed by identity.
     """
 
     def __init__(
@@ -93,14 +95,11 @@ class StatisticSources:
         self.parameters = tuple(parameters)
         self.inputs = self.factors[: names.inputs]
         self.gradients = self.factors[names.inputs :]
+        self.wanted = (*self.factors, *self.parameters)
         self.states = tuple(state_of(factor) for factor in self.factors)
+        self.state_by_buffer = dict(zip(self.factors, self.states, strict=True))
         keys = [one.key for one in names.tapped]
         self._state_by_key = dict(zip(keys, self.states, strict=True))
-
-    @property
-    def wanted(self) -> list[Tensor]:
-        """All tensors that a backward pass is asked for, in its order."""
-        return [*self.factors, *self.parameters]
 
     def statistics(
         self, tapped: Sequence[Statistic | None], untapped: Sequence[Tensor | None]
@@ -141,8 +140,9 @@ class StatisticSources:
         Args:
             wanted: ``inputs`` or ``gradients``.
         """
-        taken = {state_of(factor) for factor in wanted}
-        skipped = [state for state in self.states if state not in taken]
+        taken = set(wanted)
+        pairs = zip(self.factors, self.states, strict=True)
+        skipped = [state for factor, state in pairs if factor not in taken]
         for state in skipped:
             state.paused = True
         try:

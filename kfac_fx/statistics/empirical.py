@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
 
 from kfac_fx.errors import ObservationError
 from kfac_fx.likelihoods.batch import batch_likelihood, output_tensors, wide
-from kfac_fx.likelihoods.builtin import Likelihood
+from kfac_fx.likelihoods.builtin import Likelihood, Tree
 from kfac_fx.likelihoods.named import Sum
 from kfac_fx.linalg.precision import all_finite
 from kfac_fx.ops.state import FactorState
@@ -60,7 +59,7 @@ class EmpiricalStatistics:
         self._watched: _Watched | None = None
         self._compared = False
 
-    def watch(self, outputs: Any, targets: Any) -> BackwardWatch | None:
+    def watch(self, outputs: Tree, targets: Tree) -> BackwardWatch | None:
         """Prepare for the backward pass of a forward; None if some outputs are not finite.
 
         Raises:
@@ -70,13 +69,13 @@ class EmpiricalStatistics:
         sources = self._sources
         made = batch_likelihood(self._likelihood, wide(outputs), targets)
         tensors = output_tensors(outputs)
-        check_recorded(tensors, sources.states)
+        check_recorded(tensors, sources.state_by_buffer)
         finite = all_finite([tensor.detach() for tensor in tensors])
-        finite, agreed = made.of_all(self._workers, "observe", finite)
+        finite, agreed = made.terms.agreed(self._workers, "observe", finite)
         if not finite:
             return None
         # Once: it takes a walk through the whole graph.
-        taps = None if self._compared else tap_counts(tensors, sources.states)
+        taps = None if self._compared else tap_counts(tensors, sources.state_by_buffer)
         expected = LossScale(self._likelihood, outputs, targets, made.count)
         backward = BackwardWatch(tensors, [*sources.gradients, *sources.parameters])
         gradients = GradientWatch(sources.parameters)

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from kfac_fx.errors import UnknownOptionError
+from kfac_fx.likelihoods.builtin import Tree
 
-Forward = Callable[[Callable[..., Any], Any], Any]
+Network = Callable[..., Tree]
+"""An instrumented module, or a function that runs it with other tensors."""
+
+Forward = Callable[[Network, Tree], Tree]
 """From the network (a callable) and a batch's inputs to the outputs of the likelihood."""
 
 
-def run_network(net: Callable[..., Any], inputs: Any) -> Any:
+def run_network(net: Network, inputs: Tree) -> Tree:
     """A tuple is spread as positional arguments, a mapping as keywords."""
     if isinstance(inputs, Mapping):
         return net(**inputs)
     return net(*inputs) if isinstance(inputs, tuple) else net(inputs)
 
 
-def outputs_of(forward: Forward, net: Callable[..., Any], inputs: Any) -> Any:
+def outputs_of(forward: Forward, net: Network, inputs: Tree) -> Tree:
     """What ``forward`` makes of the inputs, or a closure that is given in their place.
 
     Raises:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kfac_fx.likelihoods.batch import batch_likelihood, output_tensors, wide
-from kfac_fx.likelihoods.builtin import Likelihood
+from kfac_fx.likelihoods.builtin import Likelihood, Tree
 from kfac_fx.likelihoods.named import Sum
 from kfac_fx.torch_internals import pytree
 
@@ -57,7 +57,7 @@ def tells(power: float, terms: float) -> bool:
     return power > 1e-6 * terms
 
 
-def compared(loss: Tensor, nll: Tensor, outputs: Any) -> Tensor:
+def compared(loss: Tensor, nll: Tensor, outputs: Tree) -> Tensor:
     """Return the numbers of a ``Comparison``, [4], without a look at values: it can be traced.
 
     Args:
@@ -110,7 +110,7 @@ class LossScale:
     """
 
     def __init__(
-        self, likelihood: Likelihood | Sum, outputs: Any, targets: Any, count: float
+        self, likelihood: Likelihood | Sum, outputs: Tree, targets: Tree, count: float
     ) -> None:
         self._likelihood = likelihood
         self._outputs = outputs
@@ -125,8 +125,11 @@ class LossScale:
         perfect fit, where both derivatives are rounding errors, without a warning.
         """
         comparison, terms = self._compare(seen)
+        # One per cent: a loss in half precision has rounding errors of that size.
         if comparison.proportional(0.01):
             return comparison.ratio
+        # The Fisher is of derivatives of the loss all the same: scaled wrongly it would be off by
+        # the square of the batch's size, so a guess is better than none, but it must be said.
         if tells(comparison.power, terms):
             difference = (comparison.rest / max(comparison.seen, 1e-300)) ** 0.5
             log.warning(
@@ -139,7 +142,9 @@ class LossScale:
     def _compare(self, seen: Mapping[int, Tensor | None]) -> tuple[Comparison, float]:
         """Return the comparison, and the number of terms in it."""
         expected = self._expected
-        if expected.cases.step and not expected.tells:  # ignored targets, say
+        # The cases that were taken may all be ignored ones; then all are compared. That cannot be
+        # found out earlier without waiting for a GPU in every step.
+        if expected.cases.step and not expected.tells:
             expected = self._derivative(slice(None))
         outputs = enumerate(output_tensors(self._outputs))
         found = [torch.zeros_like(o) if (g := seen.get(i)) is None else g for i, o in outputs]
@@ -157,6 +162,7 @@ class LossScale:
         sizes = {t.shape[0] if isinstance(t, Tensor) and t.dim() else 0 for t in tensors}
         (cases,) = sizes if len(sizes) == 1 else (0,)
         outputs = sum(tensor.numel() for tensor in output_tensors(self._outputs))
+        # Every step-th case rather than the first ones: batches may be sorted.
         step = min(cases // 4, outputs // COMPARED)
         casewise = getattr(self._likelihood, "casewise", False)
         return slice(None, None, step if casewise and step > 1 else None)
@@ -164,7 +170,7 @@ class LossScale:
     def _derivative(self, cases: slice) -> _Expected:
         """Return the likelihood's derivative in the outputs of some cases."""
 
-        def leaf(output: Any) -> Any:
+        def leaf(output: Tree) -> Tree:
             differentiable = isinstance(output, Tensor) and output.is_floating_point()
             return output.detach().requires_grad_() if differentiable else output
 
@@ -176,7 +182,7 @@ class LossScale:
         return _Expected(cases, _flat(found).double(), made.count)
 
 
-def _some(tree: Any, cases: slice) -> Any:
+def _some(tree: Tree, cases: slice) -> Tree:
     """Return the cases of every tensor in a tree."""
     return pytree.tree_map(lambda leaf: leaf[cases], tree) if cases.step else tree
 
@@ -189,6 +195,8 @@ def _flat(tensors: Sequence[Tensor]) -> Tensor:
 
 def _products(s: Tensor, n: Tensor) -> Tensor:
     """Return the numbers of a ``Comparison``, [4]."""
+    # Four numbers are all that is read back: one synchronisation with a GPU, and a traced pass can
+    # return them. The rest is formed from the difference, as s.s - dot^2 / power would cancel.
     power, dot = n @ n, s @ n
     ratio = torch.where(power > 0, dot / power, 0.0)
     return torch.stack([power, dot, s @ s, (s - ratio * n).square().sum()])

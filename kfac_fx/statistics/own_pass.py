@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from kfac_fx.codegen.functional import no_autocast
 from kfac_fx.config import Fisher
 from kfac_fx.likelihoods.batch import BatchLikelihood, batch_likelihood, output_tensors, wide
-from kfac_fx.likelihoods.builtin import Likelihood
+from kfac_fx.likelihoods.builtin import Likelihood, Tree
 from kfac_fx.likelihoods.named import Sum
 from kfac_fx.linalg.precision import all_finite
 from kfac_fx.ops.net_buffers import STORE
@@ -32,7 +32,7 @@ from kfac_fx.statistics.swap_tensors import Places
 
 LIKELIHOOD: Literal["likelihood"] = "likelihood"
 
-Loss = Callable[[Any, Any], Tensor]
+Loss = Callable[[Tree, Tree], Tensor]
 """From the network's outputs and the targets to a scalar."""
 
 
@@ -150,10 +150,12 @@ class OwnPass:
         given = {
             n: t.detach().requires_grad_(held[n].requires_grad)
             if isinstance(held[n], nn.Parameter)
-            else t.clone()
+            else t.clone()  # the forward may write into buffers
             for n, t in state.items()
         }
-        zeros: dict[Any, Tensor] = {}  # one for all: on a GPU each is a launch
+        # Statistics are gradients of zeros that the taps never read. One number a dtype and device
+        # is expanded to all shapes: no memory, and on a GPU each would be a launch.
+        zeros: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         factors = []
         for one, factor in zip(self.sources.names.tapped, self.sources.factors, strict=True):
             kind = factor.dtype, factor.device
@@ -166,7 +168,7 @@ class OwnPass:
         parameters = [given[name] for name in names]
         return Leaves(given, StatisticSources(self.sources.names, factors, parameters))
 
-    def outputs(self, leaves: Leaves, inputs: Any) -> Any:
+    def outputs(self, leaves: Leaves, inputs: Tree) -> Tree:
         """Return what ``forward`` makes of inputs, with the leaves for the net's own tensors."""
         with self.places.swapped(leaves.state):
             return outputs_of(self.forward, self.net, inputs)
@@ -174,8 +176,8 @@ class OwnPass:
     def evaluate(
         self,
         leaves: Leaves,
-        outputs: Any,
-        targets: Any,
+        outputs: Tree,
+        targets: Tree,
         made: BatchLikelihood | None,
         noise: Noise,
         *,
@@ -195,7 +197,9 @@ class OwnPass:
             collection: the noted taps of the forward.
             select: the column that a traced pass takes of the exact Fisher.
         """
-        joined = self._joined(outputs)  # depends on the autocast
+        # Asked before autocast ends: it is for the forward, and would round likelihoods and
+        # statistics.
+        joined = self._joined(outputs)
         found: Statistics = {}
         with no_autocast():
             if record and made is not None and self.statistics:
@@ -211,7 +215,7 @@ class OwnPass:
             came = torch.autograd.grad(loss, [*trained.values()], allow_unused=True)
         return Values(found, loss=loss.detach(), gradients=_there(trained, came))
 
-    def _joined(self, outputs: Any) -> bool:
+    def _joined(self, outputs: Tree) -> bool:
         """Return whether one backward brings empirical statistics and gradients.
 
         In float16, what is in the scale of a mean may vanish.
@@ -228,19 +232,21 @@ class OwnPass:
     def _joint_values(
         self,
         leaves: Leaves,
-        outputs: Any,
-        targets: Any,
+        outputs: Tree,
+        targets: Tree,
         made: BatchLikelihood,
         collection: Collection | None,
     ) -> Values:
         """Return statistics in the scale of the loss, and its gradients, by one backward."""
+        # The backward that training needs brings the statistics, too, in the scale of the loss; the
+        # comparison tells that scale, or that the loss is another one.
         loss = self._loss_of(outputs, targets, made)
         comparison = compared(loss, made.nll(), outputs)
         trained = self._trained(leaves)
         found, came = statistics_of(leaves.sources, loss, collection, [*trained.values()])
         return Values(found, comparison, loss.detach(), _there(trained, came))
 
-    def _loss_of(self, outputs: Any, targets: Any, made: BatchLikelihood | None) -> Tensor:
+    def _loss_of(self, outputs: Tree, targets: Tree, made: BatchLikelihood | None) -> Tensor:
         if self.loss == LIKELIHOOD:
             assert made is not None
             return made.mean_nll()
@@ -261,7 +267,7 @@ class OwnPass:
 
     # The pass as it is.
 
-    def run(self, inputs: Any, targets: Any, seed: int) -> Result:
+    def run(self, inputs: Tree, targets: Tree, seed: int) -> Result:
         """Run the pass node by node.
 
         Args:
@@ -280,6 +286,7 @@ class OwnPass:
             with collecting(collection):
                 outputs = self.outputs(leaves, inputs)
             made, agreed, finite = self._asked(outputs, targets)
+            # What is not finite would cost a backward for nothing, and without terms there is none.
             record = finite and made is not None and made.count > 0
             values = self.evaluate(
                 leaves, outputs, targets, agreed, seed, record=record, collection=collection
@@ -291,7 +298,7 @@ class OwnPass:
         return Result(collected, values.loss, values.gradients, self.buffers(leaves))
 
     def _asked(
-        self, outputs: Any, targets: Any
+        self, outputs: Tree, targets: Tree
     ) -> tuple[BatchLikelihood | None, BatchLikelihood | None, bool]:
         """Return what the likelihood says here and in all processes, and if outputs are finite."""
         if not self.uses_terms:

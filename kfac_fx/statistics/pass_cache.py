@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Hashable
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kfac_fx.codegen.functional import NotFunctionalError
 from kfac_fx.likelihoods.batch import BatchTerms, batch_terms, singles
+from kfac_fx.likelihoods.builtin import Tree
 from kfac_fx.likelihoods.named import Sum
 from kfac_fx.statistics.own_pass import OwnPass, Result
 from kfac_fx.statistics.sampled import Collected
@@ -45,19 +45,21 @@ class CompiledPass:
         self._compile = compile
         self._facts: dict[Hashable, Facts | None] = {}
 
-    def __call__(self, inputs: Any, targets: Any, seed: int) -> Result:
+    def __call__(self, inputs: Tree, targets: Tree, seed: int) -> Result:
         """Return what ``OwnPass.run`` does, with the same draws of the seed and of torch's stream.
 
         Raises:
             LikelihoodError, ObservationError: as ``Preconditioner.observe``.
         """
-        closure = callable(inputs)  # what it holds would be a constant of the program
+        # What a closure holds would be a constant of the program: the next batch's would differ.
+        closure = callable(inputs)
         facts = self._facts_of(inputs) if self._compile and not closure else None
         if facts is None:
             return self.own.run(inputs, targets, seed)
         terms = agreed = BatchTerms((), False, 1.0)
         if self.own.uses_terms:
-            # Targets are looked at before the program is run: it cannot raise.
+            # Targets are checked, and their weights made, before the program is run: inside of it
+            # nothing may depend on their values, and it cannot raise.
             ones = singles(self.own.likelihood, facts.outputs, targets)
             terms = batch_terms(ones, facts.shapes, isinstance(self.own.likelihood, Sum))
             _, agreed = terms.agreed(self.own.workers, "observe")
@@ -69,14 +71,15 @@ class CompiledPass:
         if program is None:
             return self.own.run(inputs, targets, seed)
         found = Result(Collected(True, {}, 0.0, agreed.count))
-        if terms.count > 0:  # else the other processes have terms
+        # A process without terms makes no pass, but goes on to agree with the others.
+        if terms.count > 0:
             found = program(given, seed, terms.count, agreed.count)
         if not self.own.statistics:
             return found
         finite, _ = terms.agreed(self.own.workers, "observe", found.collected.finite)
         return replace(found, collected=replace(found.collected, finite=finite))
 
-    def _facts_of(self, inputs: Any) -> Facts | None:
+    def _facts_of(self, inputs: Tree) -> Facts | None:
         form = _form(inputs), _plain_state(self.own.net)
         if form not in self._facts:
             try:
@@ -87,6 +90,7 @@ class CompiledPass:
         return self._facts[form]
 
     def _made(self, facts: Facts, given: Arguments) -> PassProgram | None:
+        # Compiling takes seconds: batches whose form changes all the time would never stop it.
         made = sum(program is not None for program in self.programs.values())
         if made >= MOST_PROGRAMS:
             log.warning("%d forms of a batch are compiled: others run as they are", made)
@@ -98,19 +102,25 @@ class CompiledPass:
             return None
 
 
-def _form(tree: Any) -> Hashable:
+def _form(tree: Tree) -> Hashable:
+    """Return what a program takes for constant of a tree: all but the values of its tensors."""
     leaves, spec = pytree.tree_flatten(tree)
     return tuple(map(_form_of, leaves)), str(spec)
 
 
-def _form_of(leaf: Any) -> Hashable:
+def _form_of(leaf: object) -> Hashable:
+    # Strides are part of it: Inductor's kernels are made for them.
     if isinstance(leaf, Tensor):
         return tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.device
     return leaf if isinstance(leaf, Hashable) else repr(leaf)
 
 
 def _plain_state(net: nn.Module) -> Hashable:
-    """What a program takes for constant: plain attributes of modules, and autocast."""
+    """Return what a program takes for constant of the network: plain attributes, and autocast.
+
+    Everything else that code may read is taken for constant without a look: torch.compile has
+    guards for it, but a traced pass is found by its form alone.
+    """
     plain = (bool, int, float, str, type(None))
     values = [v for m in net.modules() for v in vars(m).values() if isinstance(v, plain)]
     kinds = [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch import nn
@@ -11,11 +10,10 @@ from torch import nn
 from kfac_fx.config import Fisher
 from kfac_fx.errors import ObservationError, UnknownOptionError
 from kfac_fx.likelihoods.batch import output_tensors
-from kfac_fx.likelihoods.builtin import Likelihood
+from kfac_fx.likelihoods.builtin import Likelihood, Tree
 from kfac_fx.likelihoods.named import Sum
-from kfac_fx.ops.gram import Rows
+from kfac_fx.ops.gram import Rows, multiplied
 from kfac_fx.ops.net_buffers import all_buffers, switch
-from kfac_fx.ops.tap import added
 from kfac_fx.parallel import StatisticSlot, Values, Workers, drawn_seed
 from kfac_fx.statistics.buffers import Block, Statistics, StatisticSources, sources_of
 from kfac_fx.statistics.empirical import EmpiricalStatistics
@@ -89,16 +87,16 @@ class StepStatistics:
     def take(self) -> Statistics:
         """Return the statistics in the scale of one likelihood term, and start anew.
 
-        It waits for the sums.
+        It waits for the sums over the processes.
         """
         mean: Statistics = {}
         for finished, count in self._sums:
             weight = count / self._count
             for key, value in zip(self._keys, finished(), strict=True):
-                more = value if value is None or weight == 1.0 else value * weight
-                total = added(mean.get(key), more)
-                if total is not None:
-                    mean[key] = total
+                if value is None:
+                    continue
+                more = value if weight == 1.0 else value * weight
+                mean[key] = more if key not in mean else multiplied(mean[key]) + multiplied(more)
         self.forget()
         return mean
 
@@ -166,8 +164,11 @@ class Recorder:
         self._workers = workers
         self.own = OwnPass(net, self.sources, likelihood, fisher, forward, workers, Places(net))
         self._pass = CompiledPass(self.own, compile)
+        self._draws = self.own.draws
         self._sampled = SampledStatistics(self.sources, likelihood, fisher, workers, self.seed)
-        self._empirical = EmpiricalStatistics(self.sources, likelihood, workers)
+        self._empirical = None
+        if fisher == "empirical":
+            self._empirical = EmpiricalStatistics(self.sources, likelihood, workers)
         self._backward: BackwardWatch | None = None
         self._step = StepStatistics(self.sources, workers)
 
@@ -183,7 +184,7 @@ class Recorder:
         if any(factor.requires_grad != on for factor in self.sources.factors):
             switch(self.net, self.sources.factors, on)
 
-    def observe(self, outputs: Any, targets: Any) -> bool:
+    def observe(self, outputs: Tree, targets: Tree) -> bool:
         """Record a forward pass, or prepare to; False if some outputs are not finite.
 
         Raises:
@@ -196,10 +197,11 @@ class Recorder:
             )
         if self._backward is not None and not self._backward.passed:
             raise ObservationError("observe() was called twice before loss.backward()")
-        self._finish()
+        if self._backward is not None:
+            self._finish()  # another micro-batch of the step
         self.sources.forget()  # what backward passes left that nobody observed
-        self._check_targets(targets)
-        if self.own.fisher == "empirical":
+        if self._empirical is not None:
+            self._check_targets(targets)
             watch = self._empirical.watch(outputs, targets)
             self._backward = watch or BackwardWatch(output_tensors(outputs))
             return watch is not None
@@ -209,7 +211,7 @@ class Recorder:
         self._backward = BackwardWatch(output_tensors(outputs))
         return collected.finite
 
-    def observe_inputs(self, inputs: Any, targets: Any) -> bool:
+    def observe_inputs(self, inputs: Tree, targets: Tree) -> bool:
         """Record a pass of the recorder's own; False if some outputs are not finite.
 
         Raises:
@@ -228,7 +230,8 @@ class Recorder:
             ObservationError: of empirical statistics, no backward has come to the outputs, or
                 several have.
         """
-        self._finish()
+        if self._empirical is not None:
+            self._finish()
         found = self._step.take()
         self._end_step()
         return found
@@ -243,7 +246,7 @@ class Recorder:
 
     def seed(self) -> int:
         """Return the seed of the draws of the next pass; 0 if there are none."""
-        return drawn_seed(self._generator, self._workers) if self.own.draws else 0
+        return drawn_seed(self._generator, self._workers) if self._draws else 0
 
     def add(self, collected: Collected) -> bool:
         """Add the statistics of a pass of the recorder's own; False if it was not finite.
@@ -264,7 +267,7 @@ class Recorder:
             self._step.add(collected)
         return collected.finite
 
-    def _check_targets(self, targets: Any) -> None:
+    def _check_targets(self, targets: Tree) -> None:
         if self.own.fisher == "empirical" and targets is None:
             raise ObservationError("fisher='empirical' needs observe(outputs, targets)")
 
@@ -273,6 +276,8 @@ class Recorder:
         if self._backward is not None:
             self._backward.close()
             self._backward = None
+        if self._empirical is None:
+            return
         try:
             collected = self._empirical.finish()
         except ObservationError:
@@ -286,6 +291,7 @@ class Recorder:
         if self._backward is not None:
             self._backward.close()
             self._backward = None
-        self._empirical.stop()
+        if self._empirical is not None:
+            self._empirical.stop()
         self._step.forget()
         self.sources.forget()

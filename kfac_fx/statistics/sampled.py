@@ -8,8 +8,7 @@ recorder's own, as they are or while they are traced (``own_pass.py``).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from torch.autograd.graph import GradientEdge
 from kfac_fx.config import Fisher
 from kfac_fx.errors import ObservationError
 from kfac_fx.likelihoods.batch import BatchLikelihood, batch_likelihood, output_tensors, wide
-from kfac_fx.likelihoods.builtin import Likelihood
+from kfac_fx.likelihoods.builtin import Likelihood, Tree
 from kfac_fx.likelihoods.named import Sum
 from kfac_fx.linalg.precision import all_finite
 from kfac_fx.ops.gram import Statistic
@@ -190,7 +189,7 @@ class SampledStatistics:
     workers: Workers
     seed: Callable[[], int]
 
-    def collect(self, outputs: Any, targets: Any) -> Collected:
+    def collect(self, outputs: Tree, targets: Tree) -> Collected:
         """Return the statistics of a forward, whose graph is kept for the training backward.
 
         That one does not record again: the factors are paused after this.
@@ -200,17 +199,18 @@ class SampledStatistics:
             ObservationError: the forward was not recorded, or its graph is gone.
         """
         made = batch_likelihood(self.likelihood, wide(outputs), targets)
-        count = made.count
+        count = made.terms.count
         tensors = output_tensors(outputs)
-        check_recorded(tensors, self.sources.states)
+        check_recorded(tensors, self.sources.state_by_buffer)
         finite = all_finite([tensor.detach() for tensor in tensors])
-        finite, made = made.of_all(self.workers, "observe", finite)
+        finite, agreed = made.terms.agreed(self.workers, "observe", finite)
         if not finite:
-            return Collected(False, {}, count, made.count)
+            return Collected(False, {}, count, agreed.count)
         # Of a batch that is skipped nothing is drawn, so the next one has the same draws.
         seed = self.seed()
         found: Statistics = {}
         if count > 0:  # else the other processes have terms
+            made = replace(made, terms=agreed)
             found = fisher_statistics(self.sources, made, self.fisher, seed)
         self.sources.pause()
-        return Collected(True, found, count, made.count)
+        return Collected(True, found, count, agreed.count)

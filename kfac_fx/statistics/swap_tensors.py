@@ -1,10 +1,14 @@
-"""Other tensors in the place of a module's own, for the time of a call."""
+"""Other tensors in the place of a module's own, for the time of a call.
+
+``torch.func.functional_call`` does the same, and walks through the module for it at every call.
+Passes of the recorder's own happen in every step, and that walk would be most of their overhead.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -18,15 +22,18 @@ class _Place(NamedTuple):
     name: str
 
 
-def _holders(module: nn.Module) -> tuple[Any, Any]:
-    return module._parameters, module._buffers
+def _holders(module: nn.Module) -> tuple[dict[str, Tensor | None], dict[str, Tensor | None]]:
+    # The module's own dictionaries: setattr would look at every kind of attribute first.
+    return module._parameters, module._buffers  # type: ignore[return-value]
 
 
 class Places:
     """Where a module and its parts hold their tensors.
 
-    What ``torch.func.functional_call`` walks through the module for at every call, found once, and
-    again when something else is held.
+    Found once, and again when something else is held.
+
+    Args:
+        net: the module; it is changed only inside of ``swapped``.
     """
 
     def __init__(self, net: nn.Module) -> None:
@@ -45,19 +52,20 @@ class Places:
         ]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Parameters and buffers by name; what is held twice comes once."""
+        """Return parameters and buffers by name; what is held twice comes once."""
+        # Tied weights are one tensor under the first of their names: swapped once, tied they stay.
         if any(holder.get(key) is not tensor for holder, key, tensor, _ in self._places):
             self._places = self._find()
         return {name: tensor for _, _, tensor, name in self._places}
 
     @contextmanager
     def swapped(self, state: dict[str, Tensor]) -> Iterator[None]:
-        """The module holds the tensors of ``state`` inside, and its own again after.
+        """Let the module hold the tensors of ``state`` inside, and its own again after.
 
         Buffers that it assigns inside go into ``state``; what ``state`` lacks stays as it is.
 
         Args:
-            state: by the names of ``tensors``.
+            state: tensors by the names of ``tensors``; it is written to.
         """
         places = [place for place in self._places if place.name in state]
         for holder, key, _, name in places:
@@ -66,6 +74,7 @@ class Places:
             yield
         finally:
             for holder, key, tensor, name in places:
+                # Running statistics may be assigned rather than written to.
                 held = holder[key]
                 if held is not None:
                     state[name] = held

@@ -28,12 +28,13 @@ from kfac_fx.likelihoods.batch import (
     BatchTerms,
     Terms,
     batch_likelihood,
+    noise_of,
     output_tensors,
     root_rows,
     singles,
     wide,
 )
-from kfac_fx.likelihoods.builtin import Noise, noise_of
+from kfac_fx.likelihoods.builtin import Noise, Tree
 from kfac_fx.likelihoods.named import Sum
 from kfac_fx.likelihoods.sampling import seeded
 from kfac_fx.ops.gram import multiplied
@@ -58,7 +59,7 @@ class Facts:
         masks: random operators in the forward.
     """
 
-    outputs: Any
+    outputs: Tree
     shapes: tuple[torch.Size, ...]
     noises: tuple[Noise | None, ...]
     columns: int
@@ -75,7 +76,7 @@ class _CountRandom(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def facts_of(own: OwnPass, inputs: Any) -> Facts:
+def facts_of(own: OwnPass, inputs: Tree) -> Facts:
     """Return what a pass without values tells.
 
     Args:
@@ -86,6 +87,8 @@ def facts_of(own: OwnPass, inputs: Any) -> Facts:
         LikelihoodError: the outputs do not fit the likelihood.
         NotFunctionalError: the code asks for values.
     """
+    # Shapes cost no arithmetic, and are needed before the trace: noise has the shape of the
+    # distribution, and the trace is one for each number of columns and masks.
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     state, batch = pytree.tree_map_only(Tensor, mode.from_tensor, (own.state(), inputs))
     distributions, columns = [], 0
@@ -122,18 +125,20 @@ class Arguments:
     """
 
     state: Mapping[str, Tensor]
-    inputs: Any
-    targets: Any
+    inputs: Tree
+    targets: Tree
     terms: tuple[Terms | None, ...]
 
-    def flat(self, noises: Sequence[Tensor | None], select: Tensor | None) -> tuple[list[Any], Any]:
+    def flat(
+        self, noises: Sequence[Tensor | None], select: Tensor | None
+    ) -> tuple[list[object], pytree.TreeSpec]:
         """Return the leaves and their tree; ``select`` comes last."""
         batch = self.inputs, self.targets, self.terms
         return pytree.tree_flatten((dict(self.state), *batch, tuple(noises), select))
 
 
 def arguments(
-    own: OwnPass, facts: Facts, inputs: Any, targets: Any, agreed: BatchTerms
+    own: OwnPass, facts: Facts, inputs: Tree, targets: Tree, agreed: BatchTerms
 ) -> Arguments:
     """Return the arguments of a batch.
 
@@ -143,7 +148,7 @@ def arguments(
         inputs, targets: the batch.
         agreed: its terms, with those of all processes counted.
     """
-    shares: Sequence[Any] = [1.0 for _ in agreed.parts]
+    shares: Sequence[float | Tensor] = [1.0 for _ in agreed.parts]
     if agreed.weighted:
         like = output_tensors(facts.outputs)[0]
         known = [0.0 if part is None else part.share for part in agreed.parts]
@@ -203,11 +208,15 @@ class PassProgram:
             values = [next(rest) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
             return self._compute(*pytree.tree_unflatten(values, tree))
 
+        # All tensors are arguments: what the trace found elsewhere would be a constant of the
+        # program, and a parameter's present value would stay in it for ever.
         module = traced(function, _tensors(leaves))
         buffers = self._outputs.buffers
         changed = zip(buffers, drop_copies(module, len(buffers)), strict=True)
         self._outputs.buffers = [name for name, stays in changed if stays]
         self.lifted: list[Lifted] = lift_random(module, facts.masks)
+        # Masks of the forward have been lifted: what still draws is a distribution that does so by
+        # itself. One of these is run under its seed; of several, the seeds would be mixed.
         self._seeded = bool(random_nodes(module.graph))
         if self._seeded and self._kinds != [None]:
             raise NotFunctionalError("random numbers are drawn after the forward")
@@ -217,7 +226,8 @@ class PassProgram:
             self.once, self.each, self._places = split_at_last(module)
             self._check_summed()
         options = {"fallback_random": True} if self._seeded else None
-        # No CUDA graph that draws for itself, or of two programs, one on results of the other.
+        # No CUDA graph that draws for itself: it would replay the same numbers. None of two
+        # programs either, where one reads results of the other that are overwritten.
         on_gpu = any(tensor.is_cuda for tensor in output_tensors(facts.outputs))
         whole = on_gpu and self.each is None and not self._seeded
         self._once = (graphed if whole else compiled)(self.once, compile, options)
@@ -226,8 +236,8 @@ class PassProgram:
     def _compute(
         self,
         state: Mapping[str, Tensor],
-        inputs: Any,
-        targets: Any,
+        inputs: Tree,
+        targets: Tree,
         terms: tuple[Terms | None, ...],
         noises: Sequence[Tensor | None],
         select: Tensor | None,
@@ -243,6 +253,7 @@ class PassProgram:
                 with no_autocast():
                     made = batch_likelihood(own.likelihood, wide(outputs), terms=known)
             values = own.evaluate(leaves, outputs, targets, made, noises, select=select)
+        # The trace runs this once, so what it notes of the outputs holds for all later runs.
         buffers = own.buffers(leaves)
         compared = values.comparison is not None
         self._outputs = _Outputs([*values.statistics], compared, [*values.gradients], [*buffers])
@@ -260,6 +271,7 @@ class PassProgram:
             seed: of the draws.
             count, total: of likelihood terms here and in all processes, for the result.
         """
+        # In the order of the forward, from torch's own stream, as the pass that runs would draw.
         masks = [lifted() for lifted in self.lifted]
         arguments = [*masks, *_tensors(given.flat(self._noises(seed), None)[0])]
         streams = seeded(seed, arguments) if self._seeded else nullcontext()
@@ -290,6 +302,8 @@ class PassProgram:
 
     def _check_summed(self) -> None:
         """Check that only what is quadratic in the derivative is summed over the columns."""
+        # A sum over the columns would count the inputs once a column. They do not depend on it
+        # unless user code makes the forward's values depend on ``select``, which it never sees.
         named = self._own.sources.names.tapped
         quadratic = {one.key for one in named if one.role == "gradient"}
         pairs = zip(self._outputs.statistics, self._places[1:], strict=False)  # after the flag
@@ -318,5 +332,5 @@ class PassProgram:
         return Result(collected, loss, gradients, buffers)
 
 
-def _tensors(leaves: Iterable[Any]) -> list[Tensor]:
+def _tensors(leaves: Iterable[object]) -> list[Tensor]:
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]

@@ -3,34 +3,35 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 from torch import Tensor
+from torch.autograd.graph import Node
 from torch.utils.hooks import RemovableHandle
 
 from kfac_fx.errors import ObservationError
-from kfac_fx.ops.state import FactorState, known_state
+from kfac_fx.ops.state import FactorState
 from kfac_fx.torch_internals.graph_tasks import current_graph_task
 
 AFTER_BACKWARD = "observe() must come before loss.backward(), which frees the graph it needs"
 
 
-def check_recorded(outputs: Sequence[Tensor], states: Sequence[FactorState]) -> None:
+def check_recorded(outputs: Sequence[Tensor], states: Mapping[Tensor, FactorState]) -> None:
     """Check that taps recorded the forward of the outputs, and that its graph is still there.
 
     Args:
         outputs: of the forward, with their graph.
-        states: of the factor buffers.
+        states: of the factor buffers that taps record into.
 
     Raises:
         ObservationError: the graph has no such tap, or a backward pass has freed it.
     """
     for tap, _ in _taps(outputs, states):
-        # One tap tells it all: the first one that is found, near the outputs.
+        # One tap tells it all, the first one that is found: a backward frees a whole graph, and
+        # torch says so nowhere but in the error that reading a saved tensor raises.
         try:
-            _ = tap.saved_tensors
+            _ = tap.saved_tensors  # type: ignore[attr-defined]
         except RuntimeError as error:
             raise ObservationError(AFTER_BACKWARD) from error
         return
@@ -42,24 +43,28 @@ def check_recorded(outputs: Sequence[Tensor], states: Sequence[FactorState]) -> 
         )
 
 
-def tap_counts(outputs: Sequence[Tensor], states: Sequence[FactorState]) -> Counter[FactorState]:
+def tap_counts(
+    outputs: Sequence[Tensor], states: Mapping[Tensor, FactorState]
+) -> Counter[FactorState]:
     """Return how many taps of each factor are in the graph of the outputs."""
     return Counter(state for _, state in _taps(outputs, states))
 
 
 def _taps(
-    outputs: Sequence[Tensor], states: Sequence[FactorState]
-) -> Iterator[tuple[Any, FactorState]]:
+    outputs: Sequence[Tensor], states: Mapping[Tensor, FactorState]
+) -> Iterator[tuple[Node, FactorState]]:
     """Yield the nodes of the graph that deliver statistics, with the factors' states."""
-    wanted = set(states)
+    # From the outputs down; a generator, so that most callers stop at the first tap.
     todo = [output.grad_fn for output in outputs]
     seen = set(todo)
-    while todo and wanted:
+    while todo and states:
         node = todo.pop()
         for following, _ in node.next_functions if node is not None else ():
+            # Only nodes that accumulate into a leaf have it: a factor buffer is one.
             leaf = getattr(following, "variable", None)
-            state = None if leaf is None else known_state(leaf)
-            if state in wanted:
+            state = None if leaf is None else states.get(leaf)
+            if state is not None:
+                assert node is not None
                 yield node, state
             elif following is not None and following not in seen:
                 seen.add(following)
@@ -89,10 +94,12 @@ class BackwardWatch:
         self._handles += [leaf.register_post_accumulate_grad_hook(self._arrive) for leaf in leaves]
 
     def _see(self, index: int, gradient: Tensor | None) -> None:
+        # Hooks of one backward() or grad() see the same id, those of a later one another.
         self._last = current_graph_task()
         self._seen.setdefault(self._last, {})[index] = gradient
 
     def _arrive(self, _: Tensor) -> None:
+        # With the run that came to the outputs last: a reentrant checkpoint starts one inside.
         self._arrived.append((current_graph_task(), self._last))
 
     @property
@@ -157,6 +164,8 @@ class GradientWatch:
         self._arrived[place] = gradient.detach()
 
     def _accumulate(self, place: int, _: Tensor) -> None:
+        # The hook before accumulation has seen this backward's own part of ``.grad``; where only
+        # autograd.grad() came, this hook does not run, and nothing is added.
         more = self._arrived[place]
         assert more is not None
         self._arrived[place] = None

@@ -7,10 +7,9 @@ number of its run has no public name. Seen on torch 2.11 and 2.13.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
-
-def current_graph_task() -> int:
-    """Return the number of the engine's run, -1 outside of backward passes."""
-    number: int = torch._C._current_graph_task_id()
-    return number
+current_graph_task: Callable[[], int] = torch._C._current_graph_task_id
+"""Return the number of the engine's run, -1 outside of backward passes."""

@@ -60,8 +60,10 @@ def forward_mode() -> bool:
 
 def functional(rows: Tensor) -> bool:
     """Tell whether rows must go through operators that write into nothing."""
+    # What ``traced`` says, without a call: this is asked at every layer of every backward.
     return (
-        traced()
+        torch.compiler.is_compiling()
+        or _get_current_dispatch_mode() is not None
         or (rows.requires_grad and torch.is_grad_enabled())
         or torch._C._are_functorch_transforms_active()
     )

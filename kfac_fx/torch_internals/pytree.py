@@ -6,6 +6,7 @@ No public way: ``torch.utils._pytree`` is where classes are registered for those
 """
 
 from torch.utils._pytree import (
+    TreeSpec,
     tree_flatten,
     tree_leaves,
     tree_map,
@@ -13,4 +14,4 @@ from torch.utils._pytree import (
     tree_unflatten,
 )
 
-__all__ = ["tree_flatten", "tree_leaves", "tree_map", "tree_map_only", "tree_unflatten"]
+__all__ = ["TreeSpec", "tree_flatten", "tree_leaves", "tree_map", "tree_map_only", "tree_unflatten"]

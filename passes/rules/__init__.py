@@ -29,6 +29,7 @@ def default_rules() -> Rules:
 
     Those that ``register_rule`` added come first, the last one before the others.
     """
+    # Made anew each time, so that a table that somebody holds does not change under them.
     return Rules((*_registered, *BUILT_IN))
 
 

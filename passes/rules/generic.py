@@ -85,6 +85,7 @@ def case_tap(view: GraphView, consumer: Consumer) -> Tap | None:
     if other is None:
         return None
     like = NodeRef(other[0].name)
+    # The copies for the cases take their number from the other operand, which must exist by then.
     if reshaped or not other[0] < consumer.node:
         return Tap("cases", carrier.name, (like, NodeRef(value.name)), (), other[1].name)
     return Tap("cases", value.name, (like, None), (), consumer.node.name)
@@ -147,6 +148,8 @@ def generic_use(
         return _row_use(site, name, first, Tap("cases", root.name, (None, None)), one_case=True)
     if reason is None and len(consumers) > 1 and all(case_tap(view, c) for c in consumers):
         reason = f"it is used in {', '.join(c.node.name for c in consumers)} in different ways"
+    # No rule, no tap: the squared gradient of the batch is a statistic of sorts, and the report
+    # says what stood in the way, as that is what a user can change.
     why = reason or "; ".join(_through(view, consumer, refusals) for consumer in consumers[:3])
     return ParameterUse(
         "generic",
@@ -174,6 +177,7 @@ def _elementwise_use(site: Site, name: str, consumer: Consumer, tap: Tap) -> Par
     """Full covariance of the per-case gradient; of the rows of a matrix where that is too large."""
     shape = tuple(site.view.parameters[name].shape)
     size = prod(shape)
+    # A matrix of positions or tokens: rows that count as uncorrelated keep what is within a row.
     if too_large(size) and _rows(shape):
         return _row_use(site, name, consumer, tap)
     factor, approximation = covariance_factor(size)
