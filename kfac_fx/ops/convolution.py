@@ -64,7 +64,7 @@ class ConvolutionOptions(TapOptions):
 
     @functools.cached_property
     def window(self) -> Window | TransposedWindow:
-        """What an output position reads."""
+        """Return what an output position reads."""
         if self.padding_mode == "transposed":
             return TransposedWindow(self.kernel, self.stride, self.dilation, self.padding)
         return Window(self.kernel, self.stride, self.dilation, self.padding, self.padding_mode)
