@@ -23,6 +23,7 @@ def why_alone(block: CurvatureBlock) -> str | None:
     tap = block.uses[0].tap
     if block.products != 1:
         return f"a {block.kind} block ({block.approximation}) has no cross factors"
+    # A pair needs the rows of one run of one use on either side.
     if any(factor.role == "count" for factor in block.factors) or len(block.uses) > 1:
         return "its uses, or their positions, are counted at run time"
     if any(factor.diagonal or factor.cut for factor in block.factors):
@@ -54,6 +55,8 @@ def text_of_side(module: nn.Module, block: CurvatureBlock) -> str:
 def _interleaved(module: nn.Module, block: CurvatureBlock) -> bool:
     """Tell whether it is the output projection of attention, which reads positions by cases."""
     owner, _, leaf = block.parameters[0].rpartition(".")[0].rpartition(".")
+    # nn.MultiheadAttention flattens [positions, cases] before this layer, which nothing in the
+    # graph's shapes tells from cases by positions.
     if leaf != "out_proj":
         return False
     return isinstance(module.get_submodule(owner), nn.MultiheadAttention)

@@ -36,6 +36,7 @@ class PlainCodec:
             FormatError: an object inside is neither plain nor of a known type, as the options that
                 a rule of the user's own gives to its tap may be.
         """
+        # By the exact type: an object of a subclass would come back as its base.
         name = self._names.get(type(value))
         if name is not None:
             return {_TYPE: name} | {key: self.write(getattr(value, key)) for key in _keys(value)}
@@ -43,6 +44,7 @@ class PlainCodec:
             return [self.write(item) for item in value]
         if isinstance(value, Mapping):
             return {key: self.write(item) for key, item in value.items()}
+        # Subclasses of int and str (symbolic sizes, enums) would come back as something else.
         if value is None or type(value) in (str, int, float, bool):
             return value  # type: ignore[return-value]  # mypy does not narrow by `type(x) in`
         raise FormatError(f"a curvature graph with {value!r} cannot be written as plain values")

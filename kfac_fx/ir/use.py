@@ -20,6 +20,8 @@ matrix for each entry, over the parameters that share it (scale and shift); a di
 """
 
 
+# Frozen and compared by value: two uses whose factors are equal are summed in one block, and taps
+# of a graph that was analysed again are left alone where nothing changed.
 @dataclass(frozen=True)
 class FactorSpec:
     """One factor of a block: the running average of one statistic.
@@ -83,6 +85,7 @@ class NodeRef(NamedTuple):
         name: of a node; with a dot in front, the path of a buffer or flag of the module.
     """
 
+    # Names survive what nodes do not: copies of a graph, pickling, torch.export and its files.
     name: str
 
 
@@ -133,6 +136,8 @@ class Tap:
     tensors: tuple[Argument, ...] = ()
     options: tuple[Argument, ...] = ()
     consumer: str | None = None
+    # Recurrent layers: what is between two uses of weight_hh cannot be seen outside of the
+    # operator.
     slots: int = 0
     at: int = 0
     scale: Scale | None = None

@@ -49,9 +49,12 @@ def common_grid(first: Sequence[int], second: Sequence[int], ordered: bool) -> C
     if n == m and len(one) == len(two):
         return Common(n, tuple(one), tuple(two), tuple(map(min, one, two)))
     cases = min(n, m)
+    # No common case: the pair is left uncoupled for this batch rather than matched by chance.
     if cases == 0 or max(n, m) % cases:
         return None
     here, there = prod(one) * (n // cases), prod(two) * (m // cases)
+    # Windows and flattened rows count parts of a case as cases. As many parts on both sides, in the
+    # same order, are matched one by one; anything else only shares the case, a grid of one cell.
     grid = here if here == there and (n == m or ordered) else 1
     return Common(cases, (here,), (there,), (grid,))
 
@@ -95,6 +98,7 @@ def pooled(rows: Tensor, grid: Sequence[int]) -> Tensor:
     """
     for axis, cells in enumerate(grid, start=1):
         size = rows.shape[axis]
+        # Equal cells are a reshape; uneven ones need a small product with the averages.
         if size != cells and size % cells == 0:
             each = size // cells
             rows = rows.unflatten(axis, (cells, each)).sum(axis + 1) / each**0.5

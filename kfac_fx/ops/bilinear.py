@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from kfac_fx.ops.gram import Statistic
 from kfac_fx.ops.kronecker import LinearOptions, LinearStatistics, form_of
 from kfac_fx.ops.options import TapOptions
 from kfac_fx.ops.tap import define_tap, tapped
@@ -25,6 +27,8 @@ class BilinearOptions(TapOptions):
     reduce: bool
 
 
+# Everything but the input is a dense use, so statistics are inherited; what is new is what the
+# weight multiplies.
 class BilinearStatistics(LinearStatistics):
     """(A, G) of y_o = x1^T W_o x2, which is dense in the outer product of x1 and x2.
 
@@ -35,11 +39,15 @@ class BilinearStatistics(LinearStatistics):
     def tangent(self) -> None:
         """Return None: the product rule gives two terms, which are no use of the weight each."""
 
-    def multiplied_by(self, tensors: Sequence[Tensor | None]) -> Tensor:
-        """Return the outer product, [..., in1 * in2]."""
+    def inputs(self, g: Tensor, tensors: Sequence[Tensor | None], dtype: torch.dtype) -> Statistic:
+        """Return A over the outer product, which is formed here and not in the forward pass.
+
+        It has in1 * in2 entries a case, more than both inputs that the tap saves.
+        """
         first, second = tensors
         assert first is not None and second is not None
-        return (first.unsqueeze(-1) * second.unsqueeze(-2)).flatten(-2)
+        product = (first.unsqueeze(-1) * second.unsqueeze(-2)).flatten(-2)
+        return super().inputs(g, [product], dtype)
 
 
 def _record(

@@ -50,6 +50,8 @@ class CaseStatistics:
         dtype: torch.dtype,
     ) -> list[Statistic | None]:
         """Return (C,); the saved tensors are slopes that g is multiplied by."""
+        # What lies between the parameter and the tap works entry by entry, so the chain rule is one
+        # product with its slopes. They are the same for all cases.
         cases = g.shape[0] if self.per_case else 1
         u = g.to(dtype).reshape(cases, 1, -1)
         for slope in tensors:
@@ -93,6 +95,7 @@ class RowStatistics(KroneckerStatistics):
 
     def inputs(self, g: Tensor, tensors: Sequence[Tensor | None], dtype: torch.dtype) -> Statistic:
         """Return the identity's diagonal."""
+        # Every case looks up every row once: counts of one.
         return torch.ones(self.rows, dtype=dtype, device=g.device)
 
     def gradients(
@@ -126,6 +129,7 @@ class _Spread(NamedTuple):
 def _spread(q: Tensor, tensors: Sequence[Tensor | None]) -> _Spread:
     """Return q over the cases; ``tensors`` are what depends on them, and p, or None each."""
     like, p = tensors
+    # The slopes are formed while the graph from p to q is there: autograd frees it in the backward.
     slopes = [] if p is None or not q.requires_grad else [_slope(p, q)]
     if like is None:  # an expansion in the model has made the copies already
         return _Spread(q, True, slopes)

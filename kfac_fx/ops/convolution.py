@@ -64,7 +64,7 @@ class ConvolutionOptions(TapOptions):
 
     @functools.cached_property
     def window(self) -> Window | TransposedWindow:
-        """What an output position reads."""
+        """Return what an output position reads."""
         if self.padding_mode == "transposed":
             return TransposedWindow(self.kernel, self.stride, self.dilation, self.padding)
         return Window(self.kernel, self.stride, self.dilation, self.padding, self.padding_mode)
@@ -105,14 +105,19 @@ class ConvolutionStatistics(KroneckerStatistics):
         """Return the statistics of the derivative in a direction, which knows no bias."""
         return replace(self, one=0.0)
 
-    def read(
-        self, g: Tensor, tensors: Sequence[Tensor | None]
-    ) -> tuple[Tensor, Sequence[Tensor | None]]:
-        """Return both with a batch dimension, which one case may come without."""
+    def __call__(
+        self,
+        g: Tensor,
+        tensors: Sequence[Tensor | None],
+        wanted: Sequence[bool],
+        dtype: torch.dtype,
+    ) -> list[Statistic | None]:
+        """Return those of both with a batch dimension, which one case may come without."""
         (x,) = tensors
-        if x is not None and g.dim() == len(self.options.kernel) + 1:
-            return g.unsqueeze(0), [x.unsqueeze(0)]
-        return g, tensors
+        assert x is not None
+        if g.dim() == len(self.options.kernel) + 1:
+            g, x = g.unsqueeze(0), x.unsqueeze(0)
+        return super().__call__(g, [x], wanted, dtype)
 
     def inputs(self, g: Tensor, tensors: Sequence[Tensor | None], dtype: torch.dtype) -> Statistic:
         """Return A over patches."""
@@ -163,6 +168,8 @@ class ConvolutionStatistics(KroneckerStatistics):
         # formed once rather than kernel times.
         total = patch_gram(x, axes, given.groups)
         if given.bias:
+            # Patches are linear in the input: the sum of all patches is the patch of the summed
+            # input.
             sums = self.one * given.patches(x.sum(0, keepdim=True), outputs).sum((1, 2))
             total = bordered(total, sums, self.one**2 * len(x) * math.prod(outputs))
         return total / len(x)

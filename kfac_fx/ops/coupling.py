@@ -40,11 +40,14 @@ class _Link(torch.autograd.Function):
     @staticmethod
     def forward(y: Tensor, G: Tensor, side: Side) -> tuple[Tensor, Tensor]:
         shape = (*row_shape(side, y.shape), G.shape[1])
+        # Zeros without memory: only their derivatives are used.
         return y.new_zeros(()).expand(y.shape), G.new_zeros(()).expand(shape)
 
     @staticmethod
     def setup_context(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        _, ctx.G, ctx.side = inputs
+        _, G, side = inputs
+        ctx.G = G
+        ctx.side = side
 
     @staticmethod
     def jvp(ctx: Context, y: Tensor, *_: None) -> tuple[Tensor, Tensor]:
@@ -87,7 +90,9 @@ class _Couple(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Context, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, x, earlier_x, ctx.A, link, ctx.sides = inputs
+        _, x, earlier_x, A, link, sides = inputs
+        ctx.A = A
+        ctx.sides = sides
         ctx.save_for_backward(x, earlier_x)
         ctx.link_shape = tuple(link.shape)
 
@@ -102,8 +107,12 @@ class _Couple(torch.autograd.Function):
         there = ctx.link_shape[:-1]
         later, earlier, ordered, _ = ctx.sides
         here = row_shape(later, g.shape)
+        # Rows of attention's output projection are known to be positions by cases, whatever lies
+        # between.
         known = ordered or later.interleaved or earlier.interleaved
         common = common_grid(there, here, known)
+        # The two are asked for apart: a pass may form A_ij while G_ij is paused, and the other way
+        # round.
         A = derivative = None
         if ctx.needs_input_grad[3] and not is_paused(ctx.A):
             A = _cross_input(ctx, there, common, g.shape)

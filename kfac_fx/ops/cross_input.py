@@ -50,6 +50,8 @@ def cross_input(earlier: Input, later: Input, common: Common, one: float) -> Ten
     if product is None:
         rows = [_rows(use, common) for use in uses]
         product = rows[0].flatten(0, -2).mT @ rows[1].flatten(0, -2)
+    # Rows and columns of ones are never multiplied: next to d features they would spoil the
+    # alignment of the product's memory, and their sums are cheap.
     total = F.pad(product, (0, biases[1], 0, biases[0]))
     weights = [_ones(use, common) for use in uses] if any(biases) else []
     for at, use in enumerate(uses):
@@ -79,6 +81,7 @@ def _rows(use: Input, common: Common) -> Tensor:
     """Return the inputs on the grid, [cases, *grid, d]; reduce: the mean over positions."""
     side = use.side
     if not side.options.reduce and use.positions[0] == common.cases:
+        # A single cell has one length in any number of dimensions.
         grid = common.grid
         if len(grid) < len(use.positions) - 1 and grid == (1,):
             grid = (1,) * (len(use.positions) - 1)

@@ -58,6 +58,8 @@ class EmbeddingStatistics(KroneckerStatistics):
         """Return the counts of the tokens, divided by the number of cases."""
         (ids,) = tensors
         assert ids is not None
+        # Counting instead of multiplying: the one-hot inputs of a vocabulary would have V entries
+        # each, and all of A off the diagonal is zero where a position holds one token.
         zeros = torch.zeros(self.rows, dtype=dtype, device=g.device)
         return zeros.index_add(0, ids.reshape(-1), self._counted(ids, dtype)) / _cases(ids)
 
@@ -68,6 +70,8 @@ class EmbeddingStatistics(KroneckerStatistics):
         (ids,) = tensors
         assert ids is not None
         counted = self._counted(ids, dtype)
+        # One long line of positions, as their number differs from case to case where there is
+        # padding; G is divided by the mean number afterwards.
         rows = g.to(dtype).reshape(1, counted.shape[0], g.shape[-1]) * counted.unsqueeze(-1)
         G = gradient_factor(rows, reduce=False, divide=False, form=self.G)
         return multiplied(G) / self._positions(ids, dtype) if divide else G

@@ -59,6 +59,8 @@ class EmbeddingBagStatistics(KroneckerStatistics):
         ids, offsets, weights = tensors
         assert ids is not None
         bags = g.shape[0]
+        # Tokens of one bag are summed before the product with g, so they are correlated by design:
+        # A is a matrix where the table is small enough, unlike that of single look-ups.
         places, amounts = self._entries(bags, ids, offsets, weights, dtype)
         moment = self._squares if self.A.diagonal else self._gram
         return moment(bags, places, amounts) / bags
@@ -84,12 +86,15 @@ class EmbeddingBagStatistics(KroneckerStatistics):
             bag = number // max(ids.shape[-1], 1)
         else:
             bag = torch.bucketize(number, offsets.long(), right=True) - 1
+        # What comes after the last offset belongs to no bag, with include_last_offset.
         counted = (flat != self.options.padding_idx) & (bag < bags)
         bag = bag.clamp_max(bags - 1)
         amount = counted.to(dtype)
         if weights is not None:
             amount = amount * weights.reshape(-1).to(dtype)
         if self.options.mean:
+            # The number of tokens that count, and not of all: torch leaves padding out of the mean.
+            # Empty bags have none, and divide nothing.
             sizes = torch.zeros(bags, dtype=dtype, device=ids.device).index_add(0, bag, amount)
             amount = amount / sizes.clamp_min(1.0)[bag]
         return bag * self.rows + flat, amount

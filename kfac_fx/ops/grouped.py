@@ -50,6 +50,8 @@ def _parts(rows: Tensor, offsets: Tensor, dtype: torch.dtype) -> Sequence[Tensor
     Args:
         offsets: [E], where the rows of each expert end; what comes after the last belongs to none.
     """
+    # Reading the offsets waits for a GPU; the lengths of the parts must be known to cut the rows,
+    # and the model's own kernel is the only one that can do without.
     ends = offsets.tolist()
     sizes = [end - start for start, end in zip([0, *ends], ends, strict=False)]
     parts: Sequence[Tensor] = rows[: ends[-1]].to(dtype).split(sizes)

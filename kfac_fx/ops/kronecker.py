@@ -104,8 +104,11 @@ def input_factor(
         form: how A is kept.
         one: the homogeneous coordinate; 0 for the derivative in a direction, where it is constant.
     """
+    # A is divided by the cases here and not by its caller: the caller knows the number of
+    # likelihood terms, and the input factor does not depend on those.
     cases = rows.shape[-3]
     flat = rows.mean(-2) if reduce else rows.flatten(-3, -2)
+    # Sub-blocks are cut through the features, so the homogeneous coordinate must be one of them.
     if form.blocks > 1:
         flat = torch.cat([flat, torch.full_like(flat[..., :1], one)], -1) if bias else flat
         return cut_gram(flat, form.blocks) / cases
@@ -117,6 +120,8 @@ def input_factor(
         return squares / cases
     if not bias:
         return second_moment(flat, 1 / cases)
+    # Few rows of a large factor stay rows until they are added to the average where that lies: a
+    # product of its own would be written and read once more.
     if stay(flat):
         return Rows(pad(flat, (0, 1), value=one), 1 / cases)
     return homogeneous_gram(flat, 1 / cases, one)
@@ -139,6 +144,8 @@ def gradient_factor(
         form: how G is kept.
     """
     flat = rows.sum(-2) if reduce else rows.flatten(-3, -2)
+    # The scale goes into the product, which multiplies anyway; a pass over G for it would cost as
+    # much as reading G once more.
     scale = 1 / rows.shape[-2] if divide and not reduce else 1.0
     if form.blocks > 1:
         return cut_gram(flat, form.blocks) * scale
@@ -177,7 +184,6 @@ class KroneckerStatistics(ABC):
         dtype: torch.dtype,
     ) -> list[Statistic | None]:
         """Return one statistic a factor buffer; see ``kfac_fx.ops.tap.Statistics``."""
-        g, tensors = self.read(g, tensors)
         # A third buffer, the count of positions, is there only where uses are counted together.
         one_use = len(wanted) == 2
         found: list[Statistic | None] = [None] * len(wanted)
@@ -188,12 +194,6 @@ class KroneckerStatistics(ABC):
         if not one_use and wanted[2]:
             found[2] = self.count(g, tensors, dtype)
         return found
-
-    def read(
-        self, g: Tensor, tensors: Sequence[Tensor | None]
-    ) -> tuple[Tensor, Sequence[Tensor | None]]:
-        """Return the derivative and what the tap saved as the other methods take them."""
-        return g, tensors
 
     @abstractmethod
     def inputs(self, g: Tensor, tensors: Sequence[Tensor | None], dtype: torch.dtype) -> Statistic:
@@ -262,15 +262,12 @@ class LinearStatistics(KroneckerStatistics):
         """
         return replace(self, one=0.0)
 
-    def multiplied_by(self, tensors: Sequence[Tensor | None]) -> Tensor:
-        """Return what the weight multiplies, from the saved tensors."""
-        (x,) = tensors
-        assert x is not None
-        return x
-
     def inputs(self, g: Tensor, tensors: Sequence[Tensor | None], dtype: torch.dtype) -> Statistic:
         """Return A; the last one again where another use has read the same input."""
-        x, given, form, one = self.multiplied_by(tensors), self.options, self.A, self.one
+        x = tensors[0]
+        assert x is not None
+        given, form, one = self.options, self.A, self.one
+        # The experts of a batched product may share one input, which then has no axis for them.
         if given.x_groups and x.dim() < g.dim():  # matmul broadcasts over the groups
             x = x.expand(*g.shape[: g.dim() - x.dim()], *x.shape)
 
@@ -278,6 +275,8 @@ class LinearStatistics(KroneckerStatistics):
             rows = case_rows(x, given.x_dims, given.x_groups).to(dtype)
             return input_factor(rows, bias=given.bias, reduce=given.reduce, form=form, one=one)
 
+        # Queries, keys and values read one tensor after the other. What A depends on besides is in
+        # the key, so that another option or precision never gets this A.
         key = (given.x_dims, given.x_groups, dtype, given.bias, given.reduce, form, one)
         return formed_once(x, key, formed)
 
@@ -292,6 +291,17 @@ class LinearStatistics(KroneckerStatistics):
         """Return S, or 1 where positions are reduced."""
         given = self.options
         return 1 if given.reduce else case_rows(g, given.y_dims, given.y_groups).shape[-2]
+
+
+@dataclass(frozen=True)
+class ShiftOptions(TapOptions):
+    """Options of the tap of a bias alone.
+
+    Attributes:
+        channels: dimensions of the output that the bias is along.
+    """
+
+    channels: tuple[int, ...]
 
 
 @dataclass(frozen=True)

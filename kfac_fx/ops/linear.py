@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
+from kfac_fx.ops.gram import Statistic
 from kfac_fx.ops.kronecker import LinearOptions, LinearStatistics, case_rows, form_of
 from kfac_fx.ops.options import TapOptions
 from kfac_fx.ops.sides import Side, register_side
@@ -22,11 +24,16 @@ class TableStatistics(LinearStatistics):
     the batch counts as one case.
     """
 
-    def read(
-        self, g: Tensor, tensors: Sequence[Tensor | None]
-    ) -> tuple[Tensor, Sequence[Tensor | None]]:
-        """Return both with a first dimension for the one case."""
-        return g.unsqueeze(0), [None if t is None else t.unsqueeze(0) for t in tensors]
+    def __call__(
+        self,
+        g: Tensor,
+        tensors: Sequence[Tensor | None],
+        wanted: Sequence[bool],
+        dtype: torch.dtype,
+    ) -> list[Statistic | None]:
+        """Return those of both with a first dimension for the one case."""
+        lifted = [None if t is None else t.unsqueeze(0) for t in tensors]
+        return super().__call__(g.unsqueeze(0), lifted, wanted, dtype)
 
 
 @dataclass(frozen=True)
@@ -61,14 +68,22 @@ class ProjectionStatistics(LinearStatistics):
     start: int = 0
     length: int = 0
 
-    def read(
-        self, g: Tensor, tensors: Sequence[Tensor | None]
-    ) -> tuple[Tensor, Sequence[Tensor | None]]:
-        """Return this projection's derivatives and the input, cases first."""
+    def __call__(
+        self,
+        g: Tensor,
+        tensors: Sequence[Tensor | None],
+        wanted: Sequence[bool],
+        dtype: torch.dtype,
+    ) -> list[Statistic | None]:
+        """Return those of this projection's derivatives and of the input, cases first."""
         (x,) = tensors
         assert x is not None
+        # All projections read one input and one derivative: each takes its own features of g, so
+        # that the packed layer has three blocks and A of the shared input is formed once.
         g = g.narrow(-1, self.start, self.length)
-        return (g.transpose(0, 1), [x.transpose(0, 1)]) if x.dim() == 3 else (g, [x])
+        if x.dim() == 3:
+            x, g = x.transpose(0, 1), g.transpose(0, 1)
+        return super().__call__(g, [x], wanted, dtype)
 
 
 @dataclass(frozen=True)
@@ -161,6 +176,7 @@ def _statistics(
     kind: type[LinearStatistics], factors: Sequence[Tensor], options: LinearOptions
 ) -> LinearStatistics:
     """Return the statistics of a use with these buffers."""
+    # A leading axis for groups looks like one for sub-blocks: only the options tell them apart.
     grouped = len(options.y_groups) > 0
     A, G = (form_of(factor, grouped=grouped) for factor in factors[:2])
     return kind(options, A, G)
@@ -187,5 +203,6 @@ define_tap("linear", LinearOptions, _linear)
 define_tap("table", LinearOptions, _table)
 define_tap("projection", ProjectionOptions, _projection)
 
+# "table" has no side: its rows are positions of one case, which no other layer's cases match.
 register_side("linear", LinearOptions, LinearSide)
 register_side("projection", ProjectionOptions, lambda options, _: ProjectionSide(options))

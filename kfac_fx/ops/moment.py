@@ -66,6 +66,8 @@ def projected_moments(a: Tensor, g: Tensor) -> Tensor:
     outputs = g.shape[-1]
     if positions == 1:
         return g.squeeze(1).square().mT @ a.squeeze(1).square()
+    # The square is of the sum over positions, so a gradient must be formed for every case; some at
+    # a time, as each has as many entries as the weight.
     size = max(1, CHUNK // (inputs * outputs))
     total = a.new_zeros(outputs, inputs)
     for start in range(0, cases, size):

@@ -40,6 +40,7 @@ class TapOptions:
     @classmethod
     def schema(cls) -> str:
         """Return the options as torch's operator schemas declare them: "int[] dims, bool bias"."""
+        # Annotations are strings in files of this library; a Literal has a name in its own file.
         hints = get_type_hints(cls)
         return ", ".join(f"{_schema(hints[entry.name])} {entry.name}" for entry in fields(cls))
 
@@ -58,6 +59,7 @@ class TapOptions:
 
     def to_text(self) -> str:
         """Return the options as one string."""
+        # By position, like the arguments: one order of the fields serves both.
         return json.dumps(self.to_args())
 
     @classmethod

@@ -166,6 +166,8 @@ class _Dense:
 
     def recorded(self) -> Iterator[_Recorded]:
         """Yield what is recorded of the product."""
+        # Which factors there are says how the parameters were gathered into blocks: a bias that is
+        # used elsewhere without its weight has C alone, and then A has no homogeneous coordinate.
         A, G, positions, C = self.factors
         if A is not None and G is not None:
             bias = A.shape[-1] > self.weight.shape[1]  # a bias may be left out of the block
@@ -227,7 +229,10 @@ def _direction(
     """
     ih, hh = uses
     inputs = ih.tapped(x.transpose(0, 1))
+    # Under autocast the products are of lower precision than the states that are given.
     state = tuple(s.to(inputs.dtype) for s in state)
+    # One source for all steps, made before the first: each step takes its slice, and the
+    # derivatives of all arrive at once in its backward.
     like = inputs.new_empty(()).expand(*inputs.shape[:2], len(hh.weight))
     seen: list[Tensor] = []
     zeros = [
@@ -236,6 +241,8 @@ def _direction(
     ]
     steps = list(zip(inputs.unbind(1), *zeros, strict=True))
     outputs: list[Tensor] = []
+    # The previous state is an activation that the loop itself makes, so what weight_hh has read is
+    # noted as the loop goes.
     for given, *sources in reversed(steps) if back else steps:
         seen.append(state[0].detach())
         previous = hh(state[0])
@@ -299,6 +306,8 @@ def _run_layers(
     _check(name, "inputs of size", x.shape[-1:], params[0].shape[1:])
     for s in states:
         _check(name, "hidden states of shape", s.shape, shape)
+    # Steps in Python take many times as long as the fused operator, so they only run where somebody
+    # asks for statistics of this pass.
     if recording(factors) and torch.is_grad_enabled():
         uses = _uses(params, options.has_biases, factors, ours.reduce)
         dropout = options.dropout if options.train else 0.0

@@ -31,6 +31,8 @@ def row_factors(result: Tensor, source: Tensor, rows: Sequence[int], entrywise: 
         slope = flat(slope)
         count = (slope != 0).sum(1).clamp_min(1)
         return slope.sum(1).sign() * (slope.square().sum(1) / count).sqrt()
+    # Standardised weights lose their row's mean on the way, which an intercept takes up: without it
+    # the slope would be that of the mean and not of what varies.
     x, y = flat(source.detach()), flat(result.detach())
     x = x - x.mean(1, keepdim=True)
     return (x * y).sum(1) / x.square().sum(1).clamp_min(torch.finfo(x.dtype).tiny)

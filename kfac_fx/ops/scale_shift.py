@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kfac_fx.ops.gram import Statistic
-from kfac_fx.ops.kronecker import ShiftStatistics, case_covariance, case_rows
+from kfac_fx.ops.kronecker import ShiftOptions, ShiftStatistics, case_covariance, case_rows
 from kfac_fx.ops.options import Flag, TapOptions
 from kfac_fx.ops.parts import case_parts
 from kfac_fx.ops.tap import define_tap, tapped
@@ -46,17 +46,6 @@ class ScaleShiftOptions(TapOptions):
     training: Flag
     eps: float
     shift: bool
-
-
-@dataclass(frozen=True)
-class ShiftOptions(TapOptions):
-    """Options of the tap of a bias alone.
-
-    Attributes:
-        channels: dimensions of the output that the bias is along.
-    """
-
-    channels: tuple[int, ...]
 
 
 def _within_cases(x: Tensor, family: str, shape: Sequence[int], eps: float) -> Tensor:
@@ -110,6 +99,8 @@ class ScaleShiftStatistics:
         given = self.options
         one_case = 0 in [dim % x.dim() for dim in given.channels]  # the first one is a feature
         found = []
+        # Some cases at a time: the normalised inputs of a whole batch would be fresh memory of the
+        # size of the activations.
         for by, some in [(g, x)] if one_case else case_parts(g, x):
             u = _within_cases(some.to(dtype), given.family, given.shape, given.eps)
             found.append(self._sums(_times(u, by), dtype))

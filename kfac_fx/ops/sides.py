@@ -88,6 +88,8 @@ class _Kind(NamedTuple):
     side: Callable[..., Side]
 
 
+# Filled by the operators' files as they are imported, so that a new kind with cross factors changes
+# no file but its own.
 _KINDS: dict[str, _Kind] = {}
 
 
@@ -122,6 +124,7 @@ def side_text(operator: str, args: Sequence[object], *, interleaved: bool) -> st
     return json.dumps([operator, interleaved, options.to_text()])
 
 
+# Every tap call of a running model decodes its side again, which costs more than the lookup.
 @cache
 def side_of(text: str) -> Side:
     """Return the side that ``side_text`` wrote; the same object for the same text."""
@@ -138,6 +141,8 @@ def derivative_rows(side: Side, g: Tensor, dtype: torch.dtype) -> tuple[Tensor, 
         [cases, d_out], and 1. The product of the two is what the cross factor is a second moment
         of, so that G_ii would be the factor G of the use.
     """
+    # 1 / sqrt(S) on either side: G_ii then has its 1 / S, and G_ij the geometric mean of both, as a
+    # joint Gram matrix must have to stay positive.
     rows = side.derivatives(g).to(dtype)
     if side.options.reduce:
         return rows.sum(1), 1.0

@@ -30,8 +30,8 @@ from kfac_fx.ir.use import (
     Scale,
     Tap,
 )
+from kfac_fx.ops.kronecker import ShiftOptions
 from kfac_fx.ops.options import TapOptions
-from kfac_fx.ops.scale_shift import ShiftOptions
 from kfac_fx.passes.rules.row_scaling import counting_dims, measure_scaling
 
 GraphValue: TypeAlias = Any
@@ -147,6 +147,18 @@ LayerCall: TypeAlias = Callable[[Any, Callable[[str], Any]], ModuleCall]
 
 _RuleClass = TypeVar("_RuleClass", bound=Callable[[], Rule])
 
+REGISTERED: list[Rule] = []
+"""Rules that ``register_rule`` added, the last one first."""
+
+
+def default_rules() -> Rules:
+    """Return the rules that an analysis asks unless it is given others.
+
+    Those that ``register_rule`` added come first, the last one before the others.
+    """
+    # Made anew each time, so that a table that somebody holds does not change under them.
+    return Rules((*REGISTERED, *BUILT_IN))
+
 
 def layer_kind(
     functions: Mapping[Target, str] = MappingProxyType({}),
@@ -178,6 +190,8 @@ def layer_kind(
 def _side_factor(
     site: Site, side: FactorSide, role: Role, dim: int, lead: tuple[int, ...], cuttable: bool
 ) -> FactorSpec:
+    # Above the limit a matrix would take more memory and time than it is worth: a refresh is cubic
+    # in the side. Sub-blocks need a tap that can cut its rows, which batches of blocks have not.
     if dim > site.max_factor_dim:
         if cuttable and not lead and site.large_factors == "blocks":
             count = -(-dim // site.max_factor_dim)
@@ -236,6 +250,7 @@ def covariance_factor(dim: int, count: int = 1) -> tuple[FactorSpec, Approximati
     It is full where it is small enough. Else several gradients keep what is between those of one
     entry (scale and shift of a channel), and a single one keeps its diagonal.
     """
+    # Few parameters, such as those of normalisation layers, afford the whole covariance.
     if count * dim <= MAX_FULL_DIM:
         return FactorSpec("C", (count * dim, count * dim), "gradient"), "full"
     if count == 1:
@@ -283,6 +298,8 @@ def kronecker_use(
         one_case: whether the inputs are the same for all cases, which then count as one.
     """
     lead, (outputs, inputs) = matrix.shape[:-2], matrix.shape[-2:]
+    # A bias in the weight's block is one more input that is always 1, the homogeneous coordinate:
+    # exact at no cost, and the block couples the two.
     apart: list[ParameterUse] = []
     if bias is not None and (site.apart(weight) or prod(bias.layout.shape) != prod(lead) * outputs):
         apart, bias = [shift_use(call, site, bias, channels)], None
@@ -339,6 +356,7 @@ def through_derivation(use: ParameterUse, weight: Reference) -> ParameterUse | R
     if derivation is None or use.tap is None:
         return use
     way = " -> ".join(weight.path)
+    # The use was found for the computed weight as if that were the parameter; what changes is G.
     rows = counting_dims(use.layouts[0], derivation.seen)
     if rows is None:
         return Refusal(f"{way}: its rows are mixed on the way")
@@ -368,6 +386,8 @@ def broadcast_with(view: GraphView, node: fx.Node) -> tuple[fx.Node, fx.Node] | 
 
     None unless that is the node's only use.
     """
+    # A value that is read twice would be tapped for both readers, and recorded with the sum of
+    # their derivatives, which per-case gradients are not.
     if len(node.users) != 1:
         return None
     consumer = next(iter(node.users))
@@ -377,6 +397,7 @@ def broadcast_with(view: GraphView, node: fx.Node) -> tuple[fx.Node, fx.Node] | 
     if str(consumer.target).endswith("_") and call.get("input") is node:
         return None  # in place on the node itself
     operands = [call.get(name) for name in ("input", "other", "tensor1", "tensor2")]
+    # Two operands that are the node itself, or none that knows the cases, give no gradient a case.
     others = [arg for arg in operands if view.depends_on_data(arg)]
     if operands.count(node) != 1 or not others:
         return None

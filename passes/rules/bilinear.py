@@ -48,6 +48,8 @@ class BilinearRule:
         if len(weight.layout.shape) != 3:
             return Refusal(f"bilinear: the weight is seen as {weight.layout.shape}")
         inputs = (call.get("input"), call.get("other"))
+        # With a constant for one input the other's use is linear, but in a weight that is computed:
+        # the generic rule says so rather than this one guess.
         if not all(site.view.depends_on_data(x) for x in inputs):
             return Refusal("bilinear: an input is no activation")
         outputs, first, second = weight.layout.shape

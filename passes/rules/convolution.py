@@ -61,6 +61,8 @@ class ConvolutionRule:
             return geometry
         groups = geometry.groups
         mode = call.get("padding_mode", "zeros")
+        # Channels of different groups meet nowhere in the convolution, so their block is exactly a
+        # batch of smaller ones.
         lead = (groups,) if groups > 1 else ()
         one_case = not site.view.is_per_case(x)
         return kronecker_use(
@@ -173,6 +175,7 @@ def _padding(
     if value == "valid":
         pairs = [(0, 0)] * len(kernel)
     elif value == "same":
+        # As torch: where the total is odd, the high side gets one more.
         totals = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
         pairs = [(total // 2, total - total // 2) for total in totals]
     else:

@@ -56,12 +56,16 @@ class EmbeddingRule:
             return None  # none, or a piece of it by a constant index
         if len(weight.layout.shape) != 2:
             return Refusal(f"embedding: the table is seen as {weight.layout.shape}")
+        # These options change the gradient but not the outputs, so no derivative of a tap would
+        # show it.
         if (reason := _changed(call)) is not None:
             return Refusal(f"embedding: {reason}")
         ids = _ids(call)
         if not isinstance(ids, fx.Node):
             return Refusal(f"{call.operation}: not one index of the table's rows")
         tapped, like, consumer, table = call.node, None, None, False
+        # Ids of positions are the same for all cases: the rows looked up get a copy for each case
+        # only where they are added to something that has cases, so that is where they are tapped.
         if not site.view.is_per_case(ids):
             tapped = _last_cast(site.view, tapped)
             other = broadcast_with(site.view, tapped)
@@ -155,6 +159,8 @@ class EmbeddingBagRule:
         padding = NO_PADDING if padding is None else padding % rows
         tensors = tuple(node_ref(call.get(name)) for name in BAG_TENSORS)
         options = EmbeddingBagOptions(_mode(call) == "mean", padding)
+        # A is V by V: beyond the limit of full covariances its refresh would take longer than all
+        # others.
         matrix = rows <= min(MAX_FULL_DIM, site.max_factor_dim)
         A = FactorSpec("A", (rows, rows) if matrix else (rows,), "input", diagonal=not matrix)
         G = gradient_side(site, width)

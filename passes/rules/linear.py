@@ -60,6 +60,8 @@ def dense_use(
         return Refusal(f"{call.operation}: the other operand is no tensor of the graph")
     x_dims, y_dims = dims
     x_groups, y_groups = group_dims
+    # An input that no case has a part in (positions, prompts) gives one derivative, summed over the
+    # cases: the operator then counts its rows as the positions of one case.
     one_case = not site.view.is_per_case(x)
     return kronecker_use(
         call,
@@ -133,6 +135,7 @@ class LinearRule:
         left, right = call.get("input"), call.get("other")
         if site.weight(left) is None and site.weight(right) is None:
             return None if bias is None else shift_use(call, site, bias, (-1,))
+        # A factor between the product and the output would scale g unseen.
         if call.get("alpha", 1) != 1 or (bias is not None and call.get("beta", 1) != 1):
             return Refusal(f"{call.operation}: alpha and beta other than 1")
         if site.weight(right) is None or call.operation == "baddbmm":
@@ -156,6 +159,8 @@ class LinearRule:
         outputs = [c for c in w if c in y and c not in x]
         groups = [c for c in w if c in y and c in x]
         if (
+            # Every letter of the weight is an input, an output or a group; what is summed in x
+            # alone, or hidden in an ellipsis of the weight, makes it something else.
             len(inputs) + len(outputs) + len(groups) != len(w)
             or set(x) - set(inputs) - set(y)
             or ELLIPSIS in w

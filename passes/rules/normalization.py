@@ -47,6 +47,7 @@ class NormalizationRule:
             channels = tuple(range(-len(size), 0))
         if weight is None and bias is not None:
             return shift_use(call, site, bias, channels)
+        # A shape of several dimensions (layer_norm over [C, H, W]) has a scale for each entry.
         dim = 1
         for entry in size:
             dim *= entry

@@ -47,6 +47,8 @@ class RecurrentRule:
             reason = "a weight or bias is reshaped on its way"
         if reason is not None:
             return Refusal(f"{call.operation}: {reason}")
+        # torch keeps the parameters in one flat list: four a layer and direction, or two without
+        # biases.
         width = 4 if cell or call.get("has_biases") else 2
         tap = _tap(call, site, params, slots=2 * SLOTS * (len(params) // width))
         uses: list[ParameterUse] = []
@@ -55,6 +57,8 @@ class RecurrentRule:
             for side in (0, 1):
                 at = (2 * (start // width) + side) * SLOTS
                 bias = group[2 + side] if width == 4 else None
+                # All uses of a call fill slots of one operator, so they share a tap and differ by
+                # where they begin.
                 uses += self._product(call, site, group[side], bias, replace(tap, at=at))
         return uses
 

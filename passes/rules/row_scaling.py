@@ -78,6 +78,8 @@ def measure_scaling(derivation: Derivation, rows: Collection[int]) -> RowScaling
     generator = torch.Generator().manual_seed(0)
     value = derivation.start
     sizes = [n if d in rows else 1 for d, n in enumerate(value.shape)]
+    # A function may scale rows at one point by chance (a mask of zeros, an initial value): others
+    # near it, at the parameter's own size, decide.
     spread = 0.3 * (float(value.square().mean().sqrt()) or 1.0)
     entrywise, exact, rest, total = True, True, 0.0, 0.0
     for index in range(POINTS):
@@ -87,6 +89,9 @@ def measure_scaling(derivation: Derivation, rows: Collection[int]) -> RowScaling
         )
         try:
             point = (value + spread * noise if index else value).requires_grad_()
+            # Two products with the Jacobian's transpose: of a random direction and of ones. Where
+            # entries go their way alone they agree up to the direction, so the Jacobian is
+            # diagonal.
             result = derivation.function(point)
             pulled, slope = (
                 torch.autograd.grad(output.sum(), point, retain_graph=True)[0]

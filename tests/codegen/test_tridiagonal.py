@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import kfac_fx
 from kfac_fx.codegen.program import Program
 from kfac_fx.curvature.choose_couplings import mutual_informations, total
-from kfac_fx.ir import Coupling
+from kfac_fx.ir.coupling import Coupling
 
 pytestmark = pytest.mark.usefixtures("float64")
 DAMPING = 1e-2

@@ -238,6 +238,13 @@ def test_blocks_without_moments_are_named(caplog: pytest.LogCaptureFixture) -> N
     assert "Kronecker eigenvalues for 0: no plain layers" in caplog.text
     cycle(net, pre, torch.randn(6, 4, 3))
     assert all(p.grad.isfinite().all() for p in model.parameters())
+    cycle(net, pre, torch.randn(6, 4, 3))  # the moments have bases now
+    pre.refresh()
+    given = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    applied, solved = pre.apply(given), pre.curvature_operator().solve(given)
+    for name, value in applied.items():
+        assert_near(solved[name], value)
+    assert pre.report().blocks["0"].damping == pytest.approx(pre.damping)
 
 
 def test_taps_cost_nothing_else() -> None:

@@ -21,7 +21,7 @@ from kfac_fx.codegen.refresh_module import Refreshed
 from kfac_fx.distributed import Compute, DataParallel, Network, Plan, measured_costs, simulate
 from kfac_fx.distributed.costs import apply_operations, refresh_costs
 from kfac_fx.distributed.division import divide
-from kfac_fx.ir import Coupling
+from kfac_fx.ir.coupling import Coupling
 from kfac_fx.parallel import ALONE
 
 STRUCTURES = ("block_diagonal", "block_tridiagonal")
