@@ -169,7 +169,7 @@ def test_no_weight_gradient_of_convolutions() -> None:
     assert not any(n.target._schema.is_mutable for n in nodes if hasattr(n.target, "_schema"))
 
 
-def test_exact_fisher_is_two_compiled_passes() -> None:
+def test_exact_fisher_is_two_programs() -> None:
     """Forward and A once; a backward and G for every column."""
     net = kfac_fx.transform(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)))
     pre = preconditioner(net, fisher="exact", compile="eager")
@@ -330,7 +330,7 @@ def test_forms_are_bounded(caplog: pytest.LogCaptureFixture) -> None:
 
 
 @pytest.mark.parametrize("what", ["nothing", "eval", "p", "structure"])
-def test_other_forms_are_other_compiled_passes(what: str) -> None:
+def test_other_forms_are_other_programs(what: str) -> None:
     net = kfac_fx.transform(nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 4)))
     pre = preconditioner(net, compile="eager", fisher="empirical")
     x, y = torch.randn(5, 6), torch.randint(4, (5,))
