@@ -83,6 +83,7 @@ class ProgramBuilder:
             suffix: at the end of their names; a block's slot.
             comment: what the section computes.
         """
+        # fx keeps no comments: they stand in the meta of the first node until ``source``.
         before = len(self.graph.nodes)
         self._tracer.suffix = suffix
         yield
@@ -117,6 +118,7 @@ def source(module: fx.GraphModule, name: str) -> str:
         for function in own_functions(module.graph)
     }
     lines: list[str] = []
+    # Text is edited line by line, as fx writes one statement a line and has no hook for more.
     for line in module.code.strip().splitlines():
         line = re.sub(r";\s+[\w\s=]+ = None$", "", line)
         line = re.sub(r"\bkfac_fx_linalg_\w+(?=\()", lambda found: short_names[found[0]], line)

@@ -52,10 +52,13 @@ def fit(compared: Sequence[Compared], factor: float) -> Fit:
     """
     if not compared:
         return Fit(False, False)
+    # Lengths, not entries: good statistics differ from the average in every entry, and in length by
+    # little.
     fresh = torch.stack(foreach.norm([each.new for each in compared])).tolist()
     known = torch.stack(foreach.norm([each.known for each in compared])).tolist()
     lengths = list(zip(fresh, known, strict=True))
     outlier = any(new > factor * max(old, TINY) for new, old in lengths)
+    # A young average may be the one that is wrong: then the statistic replaces it.
     swollen = any(
         not each.settled and new > TINY and old > factor * new
         for each, (new, old) in zip(compared, lengths, strict=True)
