@@ -9,8 +9,13 @@ from typing import TYPE_CHECKING
 from kfac_fx import errors, likelihoods
 from kfac_fx.api import transform
 from kfac_fx.backend import backend
-from kfac_fx.ir import Coupling, CurvatureBlock, CurvatureGraph, Edge
-from kfac_fx.optim import KFAC, GrowingBatches, KFACOptions, Preconditioner, TrainingStep
+from kfac_fx.ir.coupling import Coupling, Edge
+from kfac_fx.ir.curvature_graph import CurvatureBlock, CurvatureGraph
+from kfac_fx.optim.growing_batches import GrowingBatches
+from kfac_fx.optim.kfac import KFAC
+from kfac_fx.optim.kfac_options import KFACOptions
+from kfac_fx.optim.preconditioner import Preconditioner
+from kfac_fx.optim.training_step import TrainingStep
 from kfac_fx.passes.rules import register_rule
 
 if TYPE_CHECKING:

@@ -17,8 +17,7 @@ from kfac_fx.passes.base import OTHER_BLOCKS, Analysis
 from kfac_fx.passes.covered_parameters import Covered
 from kfac_fx.passes.gather_blocks import forms, gather_blocks, pieces, summable
 from kfac_fx.passes.options import TransformOptions
-from kfac_fx.passes.rules import default_rules
-from kfac_fx.passes.rules.base import Refusal, Rules, Site
+from kfac_fx.passes.rules.base import Refusal, Rules, Site, default_rules
 from kfac_fx.passes.rules.generic import generic_use
 
 log = logging.getLogger("kfac_fx")

@@ -22,7 +22,7 @@ from kfac_fx.passes.inline_calls import InlineCalls
 from kfac_fx.passes.insert_taps import InsertTaps
 from kfac_fx.passes.manager import PassManager, PassReport
 from kfac_fx.passes.options import TransformKeywords, TransformOptions
-from kfac_fx.passes.rules import default_rules
+from kfac_fx.passes.rules.base import default_rules
 from kfac_fx.passes.strip_taps import strip_taps
 
 if TYPE_CHECKING:

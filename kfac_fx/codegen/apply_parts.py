@@ -30,6 +30,8 @@ def emit_terms(recipe: Recipe, owned: Collection[str]) -> fx.GraphModule:
         if block in owned
     }
     gradients = {name: build.input(f"gradient_{name}") for name in recipe.curvature.covered}
+    # Terms are not scattered here: those of one block come from several processes, and are added
+    # in one order everywhere before the sum becomes an update.
     made = dict(terms(build, recipe, inverses, gradients))
     return build.finish(made, "Terms")
 
@@ -49,6 +51,7 @@ def emit_sum(recipe: Recipe) -> fx.GraphModule:
 
 def update_shapes(recipe: Recipe) -> dict[str, torch.Size]:
     """Return the shape of each block's update, as the one array that its inverse acts on."""
+    # On the meta device, so the answer is the approximation's own and costs no memory.
     return {
         name: recipe.of(block)
         .gather(block, [torch.empty(each.shape, device="meta") for each in block.layouts])

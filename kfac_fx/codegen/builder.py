@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from torch import fx, nn
 
+from kfac_fx.codegen.leaf import own_functions
+
 if TYPE_CHECKING:
     from kfac_fx.codegen.leaf import Value
 
@@ -81,6 +83,7 @@ class ProgramBuilder:
             suffix: at the end of their names; a block's slot.
             comment: what the section computes.
         """
+        # fx keeps no comments: they stand in the meta of the first node until ``source``.
         before = len(self.graph.nodes)
         self._tracer.suffix = suffix
         yield
@@ -109,10 +112,16 @@ def source(module: fx.GraphModule, name: str) -> str:
     comments = {
         node.name: node.meta["comment"] for node in module.graph.nodes if "comment" in node.meta
     }
+    # fx writes a.b.c as a_b_c: only the function itself tells where its own name begins.
+    short_names = {
+        f"{function.__module__}_{function.__name__}".replace(".", "_"): function.__name__
+        for function in own_functions(module.graph)
+    }
     lines: list[str] = []
+    # Text is edited line by line, as fx writes one statement a line and has no hook for more.
     for line in module.code.strip().splitlines():
         line = re.sub(r";\s+[\w\s=]+ = None$", "", line)
-        line = re.sub(r"\bkfac_fx_linalg_[a-z]+_(\w+\()", r"\1", line)
+        line = re.sub(r"\bkfac_fx_linalg_\w+(?=\()", lambda found: short_names[found[0]], line)
         target = line.strip().split(" = ", 1)[0].split(" :", 1)[0]
         if target in comments:
             lines += ["", f"    # {comments[target]}"]

@@ -63,6 +63,7 @@ class CoupledPair(NamedTuple):
         They are taken of the smaller side, which costs less. Where the child is larger on one side
         and equal on the other, both are taken of the parent, so that it is complete.
         """
+        # Eigenvectors cost five times a Cholesky inverse of their side.
         one, two = ([side[0] for side in block.dimensions] for block in self)
         smaller = one[0] <= two[0], one[1] <= two[1]
         larger = one[0] >= two[0] and one[1] >= two[1]
@@ -121,6 +122,8 @@ class CoupledPairs:
         self, blocks: Mapping[str, CurvatureBlock], couplings: Collection[Coupling]
     ) -> None:
         self.of = {c.child: CoupledPair(blocks[c.child], blocks[c.parent]) for c in couplings}
+        # A block in several pairs belongs to one of them: its own as a child, if it is complete
+        # there, since the last line wins.
         complete = {child: pair.complete for child, pair in self.of.items()}
         self.within = {b.name: child for child, b in complete.items() if b and b.name in self.of}
         self.within |= {child: child for child, b in complete.items() if b and b.name == child}
@@ -179,6 +182,8 @@ def refresh(
     of_A, of_G = pair.from_child
     L_A, s_A, R_A = conditional_side(child[0], cross[0], parent[0], from_child=of_A)
     L_G, s_G, R_G = conditional_side(child[1], cross[1], parent[1], from_child=of_G)
+    # Both pairs of factors are Gram matrices, so Sigma is positive but for rounding. Where it is
+    # not, the scale 1 (or 0) leaves each block with what it has by itself.
     reciprocal, clamped, indefinite = conditional_scale(s_A, s_G)
     scale = torch.where(indefinite, 1.0 if pair.complete else 0.0, reciprocal)
     if pair.complete and of_A:
@@ -267,6 +272,8 @@ def apply(
     k = min(one[0], two[0]), min(one[1], two[1])
     below = _End(pair.child, child, L_A, L_G, k)
     above = _End(pair.parent, parent, R_A, R_G, k)
+    # The coordinates of a complete block are all of its directions: its own inverse is L L^T, and
+    # joins the product.
     if pair.complete:
         smaller, larger = (below, above) if pair.complete is pair.child else (above, below)
         left, right = smaller.inward()
@@ -293,6 +300,7 @@ def _halves(L: Value, V: Value, R: Value, sizes: tuple[int, int, int, int]) -> t
     Args:
         sizes: (p, q, r, t).
     """
+    # Multiply-adds of (L V) R and of L (V R); the last product is left to an addmm.
     p, q, r, t = sizes
     right = q * r * t + p * q * t < p * q * r + p * r * t
     return (L, V @ R) if right else (L @ V, R)

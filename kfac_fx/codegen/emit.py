@@ -104,6 +104,8 @@ def emit_refresh(recipe: Recipe, factorise: Factorise = CHOLESKY) -> RefreshModu
         factorise: how positive matrices are inverted.
     """
     build = ProgramBuilder()
+    # The damping is an argument, not a constant: it changes from refresh to refresh, and a compiled
+    # program would be compiled for each.
     damping = build.input("damping")
     blocks, couplings = recipe.curvature.blocks, recipe.couplings
     factors = {
@@ -120,6 +122,7 @@ def emit_refresh(recipe: Recipe, factorise: Factorise = CHOLESKY) -> RefreshModu
     whiteners: dict[str, Sequence[Value]] = {}
     made = Emitted({}, {})
 
+    # Whoever emits returns values by key; only here they get their names in the program.
     def take(emitted: Emitted) -> None:
         for key, value in emitted.inverses.items():
             made.inverses[key] = build.name(value, key.name)
@@ -136,6 +139,7 @@ def emit_refresh(recipe: Recipe, factorise: Factorise = CHOLESKY) -> RefreshModu
                 build, block, factors[name], amounts, factorise
             )
             take(Emitted({}, flags))
+            # The product of a pair holds the inverse of the block that is complete in it.
             if name not in pairs.within:
                 take(Emitted(conditional.own(block, whiteners[name]), {}))
     for name, cross in crosses.items():
@@ -143,6 +147,7 @@ def emit_refresh(recipe: Recipe, factorise: Factorise = CHOLESKY) -> RefreshModu
         given = f"{child.name} given {above.name}"
         with build.section(f"{child.slot}_given_{above.slot}", given):
             take(conditional.refresh(pair, whiteners[child.name], whiteners[above.name], cross))
+    # Exact damping and covariances take lambda alone.
     if not amounts.gamma.node.users:
         build.graph.erase_node(amounts.gamma.node)
     outputs = {key.name: value for key, value in made.inverses.items()}
@@ -214,6 +219,8 @@ def terms(
     every = conditional.CoupledPairs(blocks, recipe.couplings)
     pairs = {child: pair for child, pair in every.of.items() if child in inverses}
     coupled = {block.name for pair in every.of.values() for block in pair}
+    # A parent whose own inverses are elsewhere is gathered too, for its children's pairs: any of
+    # their inverses says the precision that products are formed in.
     like = {pair.parent.name: inverses[child][0] for child, pair in pairs.items()}
     like |= {name: own[0] for name, own in inverses.items()}
     present = [name for name in blocks if name in like]
@@ -247,11 +254,14 @@ def _coupled_terms(
     here |= {block.name for pair in every.of.values() for block in pair if block.name in inverses}
     V: dict[str, Value] = {}
     U: dict[str, Value] = {}
+    # First what blocks have by themselves, then all pairs: each needs gradients alone, so a GPU
+    # may run them all at once; a sweep along the forest would go level by level.
     for name in (name for name in blocks if name in here):
         block = blocks[name]
         with build.section(block.slot, _title(block)):
             V[name] = gathered(block)
             if name in inverses and name not in every.within:
+                # A child's keys begin with those of its pair.
                 own = inverses[name][len(pairs[name].values) if name in pairs else 0 :]
                 U[name] = recipe.of(block).apply(block, own, V[name])
     parts: dict[str, list[conditional.Contribution]] = {}
@@ -289,6 +299,7 @@ def _gather(
     like: Value,
 ) -> Value:
     """Emit the block's gradients as the one array that its inverse acts on."""
+    # Parameters of lower precision are widened first: their update is rounded once, at its end.
     given = [
         layout.apply(gradients[name].to(like.dtype) if name in recipe.cast else gradients[name])
         for name, layout in zip(block.parameters, block.layouts, strict=True)

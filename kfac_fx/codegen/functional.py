@@ -9,12 +9,12 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, fx
-from torch.distributions import Distribution
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from kfac_fx.errors import KFACError
 from kfac_fx.torch_internals.dispatch_modes import enable_python_dispatcher
+from kfac_fx.torch_internals.distributions import arguments_unchecked
 from kfac_fx.torch_internals.pytree import tree_leaves
 
 Argument: TypeAlias = Any
@@ -81,17 +81,14 @@ def functional_errors() -> Iterator[None]:
 
     Distributions do not check their arguments meanwhile: a check reads values, which have none.
     """
-    checked = Distribution._validate_args
-    Distribution.set_default_validate_args(False)
-    try:
-        yield
-    except KFACError:
-        raise
-    except Exception as error:  # whatever the user's code or a kernel without a fake raises
-        first = (str(error).strip() or repr(error)).splitlines()[0]
-        raise NotFunctionalError(f"{type(error).__name__}: {first}") from error
-    finally:
-        Distribution.set_default_validate_args(checked)
+    with arguments_unchecked():
+        try:
+            yield
+        except KFACError:
+            raise
+        except Exception as error:  # whatever the user's code or a kernel without a fake raises
+            first = (str(error).strip() or repr(error)).splitlines()[0]
+            raise NotFunctionalError(f"{type(error).__name__}: {first}") from error
 
 
 @contextmanager

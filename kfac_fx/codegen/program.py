@@ -121,6 +121,8 @@ class Refresher:
     @torch.no_grad()
     def __call__(self, damping: Tensor, factors: Sequence[Tensor]) -> Refreshed:
         """Return what the program makes; see ``Engine.refresh``."""
+        # Cholesky says by flags that it failed, which cost one synchronisation for all blocks; eigh
+        # raises, where it does not converge.
         try:
             found = self._run(damping, *factors)
             flags = self._read(found)
@@ -157,8 +159,8 @@ class Refresher:
     def _raised(self, damping: Tensor, factors: Sequence[Tensor]) -> Mapping[str, Tensor]:
         """Run the refresh with eigenvalues raised, in float64, on the device of the damping.
 
-        Cholesky refuses what is not positive to working precision. Eigenvalues cost ten times as
-        much, so this is no default, and the program is not even emitted before it is needed.
+        Cholesky refuses what is not positive to working precision. Eigenvalues cost several times
+        as much, so this is no default, and the program is not even emitted before it is needed.
         """
         if self._made is None:
             self._made = self._robust().module
@@ -218,6 +220,8 @@ class Program:
         self.apply_module = emit_apply(self.recipe)
         self._inverses = self.recipe.inverses()
         self.inverses = tuple(key for keys in self._inverses.values() for key in keys)
+        # Emission and compilation are once a program, and a program is made anew only when other
+        # couplings are chosen.
         self._refresh = self._refresher(None)
         # Stacks of inverses are put together when these change, not at every apply.
         self._stacks: Stacks | None = None
@@ -239,6 +243,7 @@ class Program:
     @property
     def code(self) -> str:
         """Return the programs as a readable module that needs torch alone."""
+        # What is written is what runs, but for stacks and conversions: they serve speed and memory.
         named = {"refresh": self.refresh_module}
         if self._has_scales:
             named["scales"] = emit_scales(self.recipe)
@@ -277,6 +282,7 @@ class Program:
             present: not looked at; see ``Engine``.
         """
         # Only a GPU rounds products to TF32; elsewhere there is nothing to forbid.
+        # It would make positive matrices indefinite, see there.
         with unrounded() if damping.is_cuda else nullcontext():
             return self._refresh(damping, factors)
 

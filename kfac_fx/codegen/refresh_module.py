@@ -62,6 +62,8 @@ def part_of_refresh(refresh: RefreshModule, wanted: Collection[InverseKey]) -> R
         refresh: the whole; the part has the same arguments.
         wanted: keys of the inverses.
     """
+    # Cut from the emitted graph rather than emitted anew: parts and whole cannot differ, and parts
+    # of a pair of blocks keep what both need.
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     outputs: Value = graph.graph_copy(refresh.module.graph, copies)

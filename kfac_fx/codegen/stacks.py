@@ -50,6 +50,7 @@ def given_stacks(
         apply: inverses, in the order given, and gradients -> updates.
         inverses: keys of its first arguments.
     """
+    # A stack at every apply would copy all inverses, which change at refreshes alone.
     graph = copy.deepcopy(apply.graph)
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     # The builder may have changed a name to make it unique, so arguments are told by place.
@@ -78,6 +79,7 @@ def given_stacks(
 
 def joined(parts: Sequence[Tensor]) -> Tensor:
     """Return [k, ...] of k tensors; without a copy where they are the pieces of such a tensor."""
+    # A batched refresh makes one stack and hands out its pieces: then it is there already.
     first = parts[0]
     at = [part.storage_offset() for part in parts]
     step = at[1] - at[0] if len(at) > 1 else 0

@@ -17,6 +17,7 @@ def gathered(block: CurvatureBlock, given: Mapping[str, Tensor]) -> Tensor:
         block: the block.
         given: a tensor for each parameter that it covers, in the parameter's shape.
     """
+    # The same code that programs are emitted with, called on tensors: both cannot differ.
     pairs = zip(block.parameters, block.layouts, strict=True)
     parts = [layout.apply(given[name]) for name, layout in pairs]
     V: Tensor = SHAPES[block.approximation].gather(block, parts)
@@ -28,5 +29,6 @@ def scattered(block: CurvatureBlock, U: Tensor, into: Mapping[str, Tensor]) -> d
     result: dict[str, Tensor] = {}
     parts = SHAPES[block.approximation].scatter(block, U)
     for name, part, layout in zip(block.parameters, parts, block.layouts, strict=True):
+        # Blocks of pieces of one parameter replace their own entries of it, one after another.
         result[name] = layout.embed(part, result.get(name, into[name]))
     return result

@@ -56,6 +56,8 @@ def chosen_couplings(
         present: the couplings in use.
     """
     weights = mutual_informations(estimate, damping)
+    # Mutual information of a forest is the sum over its edges, so the best forest is a maximum
+    # spanning one (Chow & Liu 1968); no search over forests is needed.
     best = couplings_of(weights, list(curvature.blocks))
     if total(weights, best) > ADVANTAGE * total(weights, present):
         return best

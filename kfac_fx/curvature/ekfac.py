@@ -83,6 +83,7 @@ class Moments:
             S = estimate.moments[name].all[0]
             factors = estimate.blocks[name]
             self._blocks[name] = _Estimated(blocks[name].slot, S, factors, U_A, U_G)
+        # Whether the buffers hold bases; until the first refresh they are identities.
         self._based = False
 
     @property
@@ -103,6 +104,8 @@ class Moments:
         for block in self._blocks.values():
             U_A, U_G = block.bases(refreshed)
             if self._based:
+                # Squares of the entries of a rotation carry a diagonal to the diagonal of the
+                # rotated matrix; what leaves the diagonal is lost, as in every EKFAC.
                 to_A, to_G = (U_A.mT @ block.U_A).square(), (U_G.mT @ block.U_G).square()
                 block.moment.write(to_G @ block.moment.read() @ to_A.mT)
             else:

@@ -22,6 +22,7 @@ from kfac_fx.ir.use import StatisticKey
 from kfac_fx.linalg.packing import mirror
 from kfac_fx.linalg.precision import all_finite
 from kfac_fx.ops.gram import Rows, Statistic, multiplied
+from kfac_fx.torch_internals import foreach
 
 log = logging.getLogger("kfac_fx")
 
@@ -407,7 +408,7 @@ def fold_in_place(averages: Sequence[Average], new: Sequence[Statistic], weight:
             stored.append(average.stored)
             values.append(value)
     if stored:
-        torch._foreach_lerp_(stored, values, weight)
+        foreach.lerp_(stored, values, weight)
 
 
 def terms_needed(recorded: int, decay: float) -> int:

@@ -65,6 +65,8 @@ class Bfloat16:
 
     def fold(self, averages: Sequence[Average], new: Sequence[Statistic], weight: float) -> None:
         """Replace each S by (1 - weight) S + weight S_new, rounded."""
+        # One seed a fold and a generator a device: draws do not depend on how averages are grouped
+        # over devices, and torch's own stream is left alone.
         seed = int(torch.randint(2**62, (), generator=self._seeds))
         for device in {average.stored.device for average in averages}:
             self._noise.setdefault(device, torch.Generator(device)).manual_seed(seed)
@@ -137,6 +139,8 @@ def rounded(x: Tensor, noise: torch.Generator) -> Tensor:
         x: float32, contiguous and finite; it is overwritten.
         noise: on the device of x.
     """
+    # Adding noise below the sixteen bits that stay, then cutting them off, rounds up with the
+    # probability of the part that is cut.
     count = x.numel()
     drawn = torch.empty((count + 3) // 4, dtype=torch.int64, device=x.device)
     drawn.random_(-(2**63), None, generator=noise)  # sixteen bits an entry

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kfac_fx.torch_internals import foreach
+
 SETTLED = 10
 """Statistics after which an average is one that all new ones can be compared with."""
 
@@ -50,10 +52,13 @@ def fit(compared: Sequence[Compared], factor: float) -> Fit:
     """
     if not compared:
         return Fit(False, False)
-    fresh = torch.stack(torch._foreach_norm([each.new for each in compared])).tolist()
-    known = torch.stack(torch._foreach_norm([each.known for each in compared])).tolist()
+    # Lengths, not entries: good statistics differ from the average in every entry, and in length by
+    # little.
+    fresh = torch.stack(foreach.norm([each.new for each in compared])).tolist()
+    known = torch.stack(foreach.norm([each.known for each in compared])).tolist()
     lengths = list(zip(fresh, known, strict=True))
     outlier = any(new > factor * max(old, TINY) for new, old in lengths)
+    # A young average may be the one that is wrong: then the statistic replaces it.
     swollen = any(
         not each.settled and new > TINY and old > factor * new
         for each, (new, old) in zip(compared, lengths, strict=True)

@@ -75,6 +75,7 @@ class CoveredParameters:
         Raises:
             ParameterChangedError: a parameter was replaced, reshaped, cast or moved.
         """
+        # No call of named_parameters(): walking a deep module would cost more than the step's glue.
         for name, was in self._expected.items():
             parameter = self.parameters[name]
             change = None
@@ -99,6 +100,7 @@ def _curvature(net: object) -> CurvatureGraph:
     fx copies a graph's nodes with their meta, but a GraphModule's own meta is dropped by many
     passes, and by pickling.
     """
+    # Users pass modules through fx's own transforms and torch.export before they get here.
     found = getattr(net, "meta", {}).get("kfac_fx")
     if isinstance(found, CurvatureGraph):
         return found
@@ -110,6 +112,7 @@ def _curvature(net: object) -> CurvatureGraph:
             "that is compiled with kfac_fx.backend must have run once"
         )
     parameters = dict(net.named_parameters(remove_duplicate=False))
+    # A graph that was cut out of a larger one has taps, but not what they record into.
     lost = [name for name in found.covered if name not in parameters]
     if lost or not hasattr(net, STORE):
         what = f"no parameter {lost[0]}" if lost else "no factor buffers"

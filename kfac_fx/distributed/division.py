@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from kfac_fx.ir import Coupling, parents
+from kfac_fx.ir.coupling import Coupling, parents
 
 
 @dataclass(frozen=True)

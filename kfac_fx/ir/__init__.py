@@ -1,36 +1,10 @@
-"""What the analysis finds, as frozen dataclasses with nodes and parameters by name."""
+"""What the analysis finds, as frozen dataclasses with nodes and parameters by name.
 
-from kfac_fx.ir.coupling import Coupling, Edge, couplings_of, parents
-from kfac_fx.ir.curvature_graph import Coverage, CurvatureBlock, CurvatureGraph, Moment, Pair
-from kfac_fx.ir.layout import Layout
-from kfac_fx.ir.use import (
-    Approximation,
-    FactorSpec,
-    NodeRef,
-    ParameterUse,
-    Role,
-    Scale,
-    StatisticKey,
-    Tap,
-)
+- ``use``: a parameter's use, what is recorded of it, and the tap that does it.
+- ``layout``: how a parameter is laid out as the matrix of a block.
+- ``coupling``: dependencies between blocks and the forest of those that are coupled.
+- ``curvature_graph``: blocks, pairs, moments, and the graph that holds them all.
+- ``plain``: all of these as values that JSON holds.
 
-__all__ = [
-    "Approximation",
-    "Coupling",
-    "Coverage",
-    "CurvatureBlock",
-    "CurvatureGraph",
-    "Edge",
-    "FactorSpec",
-    "Layout",
-    "Moment",
-    "NodeRef",
-    "Pair",
-    "ParameterUse",
-    "Role",
-    "Scale",
-    "StatisticKey",
-    "Tap",
-    "couplings_of",
-    "parents",
-]
+``kfac_fx`` itself exports those that users meet.
+"""

@@ -60,7 +60,7 @@ class CurvatureBlock:
 
     @property
     def tapped(self) -> bool:
-        """Whether taps record the block; otherwise its statistic is the summed gradient."""
+        """Tell whether taps record the block; otherwise its statistic is the summed gradient."""
         return all(use.tap is not None for use in self.uses)
 
     @property
@@ -70,12 +70,12 @@ class CurvatureBlock:
 
     @property
     def parameter_count(self) -> int:
-        """Number of scalar parameters covered."""
+        """Return the number of scalar parameters covered."""
         return sum(prod(layout.shape) for layout in self.layouts)
 
     @property
     def dimensions(self) -> tuple[tuple[int, ...], ...]:
-        """Shapes of the factors, counts left out."""
+        """Return the shapes of the factors, counts left out."""
         return tuple(factor.shape for factor in self.factors if factor.role != "count")
 
 
@@ -102,7 +102,7 @@ class Pair:
 
     @property
     def name(self) -> str:
-        """Both blocks' names, for logs and as a key beside the blocks' own names."""
+        """Return both blocks' names, for logs and as a key beside the blocks' own names."""
         return f"{self.earlier} -> {self.later}"
 
 
@@ -126,7 +126,7 @@ class Moment:
 
     @property
     def name(self) -> str:
-        """A name for logs, and as a key beside the blocks' own names."""
+        """Return a name for logs, and as a key beside the blocks' own names."""
         return f"moments of {self.block}"
 
 
@@ -198,42 +198,41 @@ class CurvatureGraph:
 
     @property
     def covered(self) -> Mapping[str, str]:
-        """Parameter name -> name of its block."""
+        """Return the name of each covered parameter's block."""
         return {name: block.name for block in self.blocks.values() for name in block.parameters}
 
     @property
     def parent(self) -> Mapping[str, str]:
-        """Child -> parent: the forest of couplings."""
+        """Return the forest of couplings as child -> parent."""
         return parents(self.couplings)
 
     @property
     def factor_elements(self) -> int:
-        """Entries of all factors; what ``Preconditioner`` will allocate, known before it does."""
-        # Counts are numbers; they are left in, as they change nothing.
+        """Return the entries of all factors, which ``Preconditioner`` will allocate."""
         holders: list[CurvatureBlock | Pair | Moment] = [*self.blocks.values(), *self.pairs]
         holders += self.moments
         return sum(prod(f.shape) for holder in holders for f in holder.factors)
 
     def memory(self, itemsize: int = 4, stored: int | None = None) -> int:
-        """Bytes of all factors and of their inverses, once they are refreshed.
+        """Return the bytes of all factors and of their inverses, once they are refreshed.
 
         A refresh takes about as much as the inverses on top, as the earlier ones serve until then.
 
         Args:
-            itemsize: of one entry; 8 for float64 parameters.
-            stored: the same of the factors between folds; 2 for factor_storage="bfloat16", on the
-                GPU 0 for "host", else ``itemsize``.
+            itemsize: bytes of one entry of an inverse; 8 for float64 parameters.
+            stored: bytes of one entry of a factor between folds; 2 for factor_storage="bfloat16",
+                on the GPU 0 for "host", by default ``itemsize``.
         """
         return (itemsize + (itemsize if stored is None else stored)) * self.factor_elements
 
     @property
     def fallbacks(self) -> tuple[CurvatureBlock, ...]:
-        """Blocks that are weaker than their kind allows."""
+        """Return the blocks that are weaker than their kind allows; each has a ``reason``."""
         return tuple(block for block in self.blocks.values() if block.reason is not None)
 
     @property
     def coverage(self) -> Coverage:
-        """Parameters and parameter counts by block kind; "frozen" and the like are kinds too."""
+        """Return parameters and sizes by kind of block; "frozen" and the like are kinds too."""
         tensors: dict[str, int] = {}
         scalars: dict[str, int] = {}
         for block in self.blocks.values():

@@ -32,6 +32,7 @@ def conditional_side(
     L [n, k] and R [m, k], where k is the dimension that the eigenvectors are taken of: the child's
     (then R carries the sqrt(s)) or the parent's (then L does); the smaller is cheaper, and exact.
     """
+    # Parent and child are on a par in a pair: the other case is this one with both exchanged.
     if not from_child:
         R, s, L = conditional_side(W_parent, cross.mT, W, from_child=True)
         return L, s, R
@@ -51,6 +52,8 @@ def conditional_scale(s_A: Tensor, s_G: Tensor) -> tuple[Tensor, Tensor, Tensor]
     Products are kept below one by the square root of the rounding error; a product above one by
     more than that is no rounding.
     """
+    # In exact arithmetic all products are below one. The slack keeps what is divided by far above
+    # the rounding of s, which has about the error of an eigenvalue: eps.
     product = s_G.unsqueeze(-1) * s_A
     slack = torch.finfo(product.dtype).eps ** 0.5
     clamped = (product > 1.0 - slack).sum()

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 Blocks = dict[str, Tensor]
+"""The array [..., g, a] of each block, by its name."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Forest:
     psi: Mapping[str, tuple[Tensor, Tensor]]
 
     def _downwards(self) -> list[str]:
-        """Children after their parents."""
+        """Return the children, each after its parent."""
 
         def depth(name: str) -> int:
             return 1 + depth(self.parent[name]) if name in self.parent else 0
@@ -37,35 +38,37 @@ class Forest:
         return sorted(self.parent, key=depth)
 
     def _given(self, child: str, V: Tensor) -> Tensor:
-        """Psi_i of what the parent has."""
+        """Return Psi_i times what the parent has."""
         A, G = self.psi[child]
         return G @ V @ A.mT
 
     def _back(self, child: str, V: Tensor) -> Tensor:
-        """Psi_i^T of what the child has."""
+        """Return Psi_i^T times what the child has."""
         A, G = self.psi[child]
         return G.mT @ V @ A
 
     def product(self, v: Blocks) -> Blocks:
-        """Xi v."""
+        """Return Xi v."""
         return v | {i: v[i] - self._given(i, v[p]) for i, p in self.parent.items()}
 
     def transposed_product(self, v: Blocks) -> Blocks:
-        """Xi^T v."""
+        """Return Xi^T v."""
+        # Xi is one step down the forest, so products read v alone and their order does not matter.
         result = dict(v)
         for i, p in self.parent.items():
             result[p] = result[p] - self._back(i, v[i])
         return result
 
     def solution(self, v: Blocks) -> Blocks:
-        """Xi^-1 v."""
+        """Return Xi^-1 v."""
+        # Solutions go on from results: from the roots down here, from the leaves up below.
         result = dict(v)
         for i in self._downwards():
             result[i] = v[i] + self._given(i, result[self.parent[i]])
         return result
 
     def transposed_solution(self, v: Blocks) -> Blocks:
-        """Xi^-T v."""
+        """Return Xi^-T v."""
         result = dict(v)
         for i in reversed(self._downwards()):
             p = self.parent[i]

@@ -38,7 +38,7 @@ def kronecker_product(
         V = G.unsqueeze(-1) * V if diagonal[1] else G @ V
     if A is None:
         return V
-    if cut[0]:
+    if cut[0]:  # each sub-block meets its own columns of V, as a batch of products
         parts = V.unflatten(-1, (cut[0], -1)).transpose(-3, -2)
         product: Tensor = (parts @ A).transpose(-3, -2).flatten(-2)
         return product

@@ -39,6 +39,7 @@ class Side:
         """
         if not cut:
             return cls((factor,), diagonal)
+        # Sub-blocks that only fill up are left out: their zeros would be eigenvalues of the block.
         size = factor.shape[-1]
         left = [min(size, cut - size * index) for index in range(len(factor))]
         parts = [part[:n, :n] for part, n in zip(factor, left, strict=True) if n > 0]
@@ -162,6 +163,7 @@ def diagonalised(A: Side, G: Side, added: Tensor | float = 0.0) -> Spectral:
         added: lambda. Without it eigenvalues are raised to rounding level, as nothing else keeps
             the inverse finite.
     """
+    # Eigenvectors once: from then on products, solutions and roots are products with them.
     s_A, U_A = eigenvectors(A)
     s_G, U_G = eigenvectors(G)
     if isinstance(added, float) and added == 0.0:
@@ -181,7 +183,7 @@ def summed(first: tuple[Side, Side], second: tuple[Side, Side]) -> Spectral:
 def _common(one: Side, other: Side) -> tuple[Tensor, Side, Side]:
     """Return (s, J, K) with one = J J^T, other = J diag(s) J^T and K = J^-T."""
     one, other = one.as_matrices(other), other.as_matrices(one)
-    if one.diagonal:
+    if one.diagonal:  # and so is the other, after the line above
         scale = one.each(lambda part: raised(part).sqrt())
         return other.parts[0] / one.parts[0], scale, scale.each(torch.reciprocal)
     found = [
@@ -194,6 +196,7 @@ def _common(one: Side, other: Side) -> tuple[Tensor, Side, Side]:
 
 def common_coordinates(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return (s, J, K) as above, of two matrices [n, n]; s is at least zero."""
+    # Whiten ``one``, then rotate: in white coordinates every rotation keeps it the identity.
     values, U = torch.linalg.eigh(one)
     length = raised(values).sqrt()
     white = U / length

@@ -45,7 +45,9 @@ class _Link(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        _, ctx.G, ctx.side = inputs
+        _, G, side = inputs
+        ctx.G = G
+        ctx.side = side
 
     @staticmethod
     def jvp(ctx: Context, y: Tensor, *_: None) -> tuple[Tensor, Tensor]:
@@ -88,7 +90,9 @@ class _Couple(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Context, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, x, earlier_x, ctx.A, link, ctx.sides = inputs
+        _, x, earlier_x, A, link, sides = inputs
+        ctx.A = A
+        ctx.sides = sides
         ctx.save_for_backward(x, earlier_x)
         ctx.link_shape = tuple(link.shape)
 

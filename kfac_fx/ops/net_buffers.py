@@ -44,7 +44,7 @@ def all_buffers(net: nn.Module) -> list[Tensor]:
 
 
 def moment_buffers(net: nn.Module, of: HasSlot) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (U_A, U_G, S) of a ``kfac_fx.ir.Moment``: the bases that taps read, and a buffer."""
+    """Return (U_A, U_G, S) of a ``Moment``: the bases that taps read, and a buffer."""
     slot = getattr(getattr(net, STORE), of.slot)
     return slot.U_A, slot.U_G, slot.S
 

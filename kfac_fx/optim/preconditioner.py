@@ -24,7 +24,6 @@ from kfac_fx.config import (
 )
 from kfac_fx.curvature.inverses import InverseFisher
 from kfac_fx.curvature.parameters import transformed
-from kfac_fx.dynamo.compiled_model import recorded_module
 from kfac_fx.errors import (
     DampingError,
     GradientError,
@@ -36,7 +35,7 @@ from kfac_fx.likelihoods.named import Given, likelihood_of
 from kfac_fx.likelihoods.sampling import forked, fresh_generator
 from kfac_fx.linalg.precision import all_finite
 from kfac_fx.optim.quadratic import shorten
-from kfac_fx.parallel import ALONE, Workers
+from kfac_fx.parallel import ALONE, Net, Workers
 from kfac_fx.reading.inspection import HasCurvature
 from kfac_fx.statistics.forward import Forward, run_network
 from kfac_fx.statistics.recorder import Recorder
@@ -128,7 +127,7 @@ class Preconditioner(HasCurvature):
         compile: bool | str = False,
     ) -> None:
         inner = workers.unwrapped(net)
-        owner = recorded_module(inner)
+        owner = _recorded_module(inner)
         # A model compiled with our backend keeps its taps in graphs that are recorded as they are;
         # any other compiled module is one graph from whose outputs no second backward is possible.
         net_is_compiled = hasattr(net, "_orig_mod") and owner is inner
@@ -357,3 +356,17 @@ class Preconditioner(HasCurvature):
         self.skipped_gradients = int(state["skipped_gradients"])
         self.generator.set_state(state["generator"])
         self._recorder.switch(self.due)
+
+
+def _recorded_module(net: Net) -> Net:
+    """Return the module that owns the factor buffers.
+
+    Most nets are what ``transform`` returned, compiled or not, and know nothing of Dynamo; what
+    reads the graphs of "kfac_fx" as a backend is imported for the others alone.
+    """
+    inner = getattr(net, "_orig_mod", net)
+    if isinstance(inner, fx.GraphModule):
+        return inner
+    from kfac_fx.dynamo.compiled_model import recorded_module
+
+    return recorded_module(inner)

@@ -35,6 +35,7 @@ def conditional(child: Sides, parent: Sides, cross: Sequence[Tensor]) -> Conditi
     Returns:
         None where Sigma is not positive: there the program leaves the coupling out, too.
     """
+    # Side by side: A and G of a pair have conditionals of their own, and only the scale joins them.
     found = []
     for own, above, between in zip(child, parent, cross, strict=True):
         (matrix,), (other,) = own.parts, above.parts

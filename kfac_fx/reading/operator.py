@@ -68,6 +68,8 @@ class CurvatureOperator:
         self.shape = (n, n)
         for name, averages in inverse.estimate.blocks.items():
             self._check(self._blocks[name], averages.recorded)
+        # As the next refresh would damp them: the operator is of the present averages, while
+        # ``apply`` uses the inverses of the last refresh.
         found = {
             name: self._recipe.of(block).spectrum(
                 block, [factor.to(dtype) for factor in inverse.factors[name]], damping
@@ -78,6 +80,7 @@ class CurvatureOperator:
             for name in inverse.moments.blocks:
                 found[name] = self._estimated(inverse.moments, name, damping)
         cross = {pair: [f.to(dtype) for f in fs] for pair, fs in inverse.cross_factors.items()}
+        # A child whose conditional is not positive stands alone, as it does in the program.
         given = conditionals(parents(inverse.program.couplings), found, cross)
         parent = parents(c for c in inverse.program.couplings if c.child in given)
         self._forest = Forest(parent, {child: made.psi for child, made in given.items()})
@@ -135,6 +138,7 @@ class CurvatureOperator:
 
     def logdet(self) -> Tensor:
         """Return log det Fhat; Xi has the determinant one."""
+        # Xi is unit triangular in the order of the forest, so Lambda alone counts.
         return torch.stack([s.log_determinant() for s in self._spectra.values()]).sum()
 
     def trace(self) -> Tensor:
@@ -143,6 +147,7 @@ class CurvatureOperator:
 
     def diagonal(self) -> Tensor:
         """Return the diagonal of Fhat, [n]."""
+        # Entries that no block covers are those of the identity.
         ones = {n: torch.ones_like(p, dtype=self._dtype) for n, p in self._parameters.items()}
         return self.flat(self._scattered(self._diagonals, ones))
 
@@ -197,6 +202,7 @@ class CurvatureOperator:
 
     @torch.no_grad()
     def _on(self, vector: Vector, function: Callable[[Blocks], Blocks]) -> Vector:
+        # Results are of the kind that was given, so that SciPy's solvers get arrays back.
         if isinstance(vector, Mapping):
             return self.split(self._flat_result(self.flat(vector), function))
         if vector.ndim == 2 and vector.shape[1] == 1:  # SciPy's columns
@@ -208,6 +214,7 @@ class CurvatureOperator:
     @torch.no_grad()
     def _on_columns(self, matrix: Matrix, function: Callable[[Blocks], Blocks]) -> Matrix:
         given = self._tensor(matrix, (self.shape[0], *matrix.shape[1:2]))
+        # All columns at once: each product is a batch of matrices then.
         result = torch.vmap(self._flat_result, (1, None), 1)(given, function)
         return result if isinstance(matrix, Tensor) else result.cpu().numpy()
 

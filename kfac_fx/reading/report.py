@@ -203,6 +203,7 @@ def _block(
     recorded: int,
     gamma: float,
 ) -> BlockReport:
+    # On the CPU in float64: the smallest eigenvalues are below float32's rounding of the largest.
     values = [value.cpu() for value in spectra(block, factors).values()]
     damping = approximation.damping(block, factors, gamma)
     parts = zip(matrices_of(block), values, damping.amounts, strict=True)
@@ -238,6 +239,8 @@ def _factor(name: str, values: Tensor, amount: Tensor) -> FactorReport:
 def _coupling(
     sides: Sequence[Sequence[Tensor]], cross: Sequence[Tensor], gamma: float
 ) -> CouplingReport:
+    # Whitened, so that strengths are those under the damping in force: undamped, two layers of more
+    # units than cases are perfectly correlated.
     child, parent = (whiteners(factors, gamma**2) for factors in sides)
     A, G = (
         torch.linalg.svdvals(correlation(W, C, W_parent)).clamp_max(1.0).double().cpu()

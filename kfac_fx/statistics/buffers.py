@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kfac_fx.ir import CurvatureBlock, Moment, Pair
+from kfac_fx.ir.curvature_graph import CurvatureBlock, Moment, Pair
 from kfac_fx.ir.use import Role, StatisticKey
 from kfac_fx.ops.gram import Statistic, forget_input
 from kfac_fx.ops.net_buffers import STORE

@@ -11,7 +11,16 @@ from collections.abc import Mapping
 from types import MappingProxyType, TracebackType
 
 from kfac_fx.capture.dialect import add_operation, remove_operation
-from kfac_fx.passes.rules.base import BUILT_IN, Refusal, Rule, Rules, Site, Target
+from kfac_fx.passes.rules.base import (
+    BUILT_IN,
+    REGISTERED,
+    Refusal,
+    Rule,
+    Rules,
+    Site,
+    Target,
+    default_rules,
+)
 from kfac_fx.passes.rules.generic import generic_use
 from kfac_fx.passes.rules.linear import dense_use
 
@@ -19,18 +28,6 @@ from kfac_fx.passes.rules.linear import dense_use
 # the same operation, so the order of the files does not matter.
 for _file in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_file.name}")
-
-
-_registered: list[Rule] = []
-
-
-def default_rules() -> Rules:
-    """Return the rules that an analysis asks unless it is given others.
-
-    Those that ``register_rule`` added come first, the last one before the others.
-    """
-    # Made anew each time, so that a table that somebody holds does not change under them.
-    return Rules((*_registered, *BUILT_IN))
 
 
 class Registration:
@@ -44,16 +41,16 @@ class Registration:
     def __init__(self, rule: Rule, operations: Mapping[Target, str]) -> None:
         self._rule = rule
         self._words = {target: add_operation(target, words) for target, words in operations.items()}
-        _registered.insert(0, rule)
+        REGISTERED.insert(0, rule)
 
     def remove(self) -> None:
         """Undo the registration; modules that were transformed with the rule keep their taps.
 
         Nothing happens the second time.
         """
-        if not any(rule is self._rule for rule in _registered):
+        if not any(rule is self._rule for rule in REGISTERED):
             return
-        _registered[:] = [rule for rule in _registered if rule is not self._rule]
+        REGISTERED[:] = [rule for rule in REGISTERED if rule is not self._rule]
         for target, before in self._words.items():
             remove_operation(target, before)
 

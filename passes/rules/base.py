@@ -147,6 +147,18 @@ LayerCall: TypeAlias = Callable[[Any, Callable[[str], Any]], ModuleCall]
 
 _RuleClass = TypeVar("_RuleClass", bound=Callable[[], Rule])
 
+REGISTERED: list[Rule] = []
+"""Rules that ``register_rule`` added, the last one first."""
+
+
+def default_rules() -> Rules:
+    """Return the rules that an analysis asks unless it is given others.
+
+    Those that ``register_rule`` added come first, the last one before the others.
+    """
+    # Made anew each time, so that a table that somebody holds does not change under them.
+    return Rules((*REGISTERED, *BUILT_IN))
+
 
 def layer_kind(
     functions: Mapping[Target, str] = MappingProxyType({}),

@@ -1,5 +1,8 @@
-"""Any other parameter: per-case gradients where it is broadcast over the cases, else the
-squared gradient of the batch. What it gets, and why, is always stated.
+"""Find what can be recorded of a parameter that no rule takes, and say why it is no more.
+
+Where the parameter is broadcast over the cases, a tap records its per-case gradients; their
+covariance is full, or that of rows, or a diagonal. Elsewhere the block has the squared gradient of
+the batch. docs/explanation/mathematics.md, section 4, "any other parameter".
 """
 
 from __future__ import annotations
@@ -27,6 +30,8 @@ from kfac_fx.passes.rules.base import (
     too_wide,
 )
 
+# Entry by entry: the gradient of each entry of the result is that of the same entry of the
+# parameter times a slope, so a tap on either side sees one gradient a case.
 POINTWISE = BROADCASTING | frozenset(
     {"abs", "clamp", "clamp_min", "clamp_max", "cos", "elu", "exp", "expm1", "gelu", "log"}
     | {"log1p", "logsigmoid", "neg", "pow", "reciprocal", "relu", "rsqrt", "rsub", "sigmoid"}
@@ -35,7 +40,7 @@ POINTWISE = BROADCASTING | frozenset(
 
 
 def operation_name(node: fx.Node) -> str:
-    """The bare name of what a node calls: "exp" for torch.exp, x.exp and aten.exp.default."""
+    """Return the bare name of what a node calls: "exp" for torch.exp, x.exp, aten.exp.default."""
     if node.op == "call_module":
         return str(node.target)
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
@@ -43,6 +48,7 @@ def operation_name(node: fx.Node) -> str:
 
 
 def _through(view: GraphView, consumer: Consumer, refusals: Mapping[str, str]) -> str:
+    """Return a consumer's operations and what is in the way at the last of them."""
     label = operation_name(consumer.node) or str(consumer.node.target)
     path = " -> ".join((*consumer.path, label))
     # What a weight is computed into is refused where that is used.
@@ -52,6 +58,7 @@ def _through(view: GraphView, consumer: Consumer, refusals: Mapping[str, str]) -
 
 
 def _unknown(view: GraphView, node: fx.Node) -> str:
+    """Return why no rule was even asked about a node."""
     if node.op == "call_module":
         module = view.module.get_submodule(str(node.target))
         if module._forward_hooks or module._forward_pre_hooks:
@@ -62,11 +69,18 @@ def _unknown(view: GraphView, node: fx.Node) -> str:
 
 
 def case_tap(view: GraphView, consumer: Consumer) -> Tap | None:
-    """A tap on the parameter's side of a consumer that keeps one gradient a case.
+    """Return a tap on the parameter's side of a consumer that keeps one gradient a case.
 
     Between the parameter and the consumer there may be operations that work entry by entry. If they
-    also reshape, or run before the other operand is there, the tap stands behind them and
-    multiplies by their slope.
+    also reshape, or run before the other operand is there, the tap stands after them and multiplies
+    by their slope.
+
+    Args:
+        view: reads the graph.
+        consumer: where the parameter is used.
+
+    Returns:
+        None where something else than entry by entry happens, or nothing knows the cases.
     """
     value, node = consumer.value, consumer.node
     if value is None or not _same_order(view, consumer):
@@ -92,7 +106,7 @@ def case_tap(view: GraphView, consumer: Consumer) -> Tap | None:
 
 
 def _reshapes(view: GraphView, node: fx.Node) -> bool:
-    """Whether a node only gives its entries another shape, in the same order."""
+    """Tell whether a node only gives its entries another shape, in the same order."""
     call = view.call(node)
     if call is None:
         return False
@@ -104,7 +118,7 @@ def _reshapes(view: GraphView, node: fx.Node) -> bool:
 
 
 def _expanded_tap(view: GraphView, consumer: Consumer) -> Tap | None:
-    """A tap behind ``parameter.expand(cases, ...)``, whose copies already are one a case."""
+    """Return a tap after ``parameter.expand(cases, ...)``, whose copies are one a case already."""
     call = view.call(consumer.node)
     if call is None or call.operation != "expand" or consumer.value is None:
         return None
@@ -112,6 +126,8 @@ def _expanded_tap(view: GraphView, consumer: Consumer) -> Tap | None:
     sizes = call.get("shape")
     if reference is None or not sizes or not isinstance(sizes[0], fx.Node):
         return None
+    # The first size is computed, so it is the number of cases; all others must be the parameter's,
+    # or the copies would be of something else.
     lead = len(sizes) - len(reference.layout.shape)
     wanted = (1,) * lead + reference.layout.shape
     same = all(s == -1 or s == w for s, w in zip(sizes[1:], wanted[1:], strict=True))
@@ -123,9 +139,11 @@ def _expanded_tap(view: GraphView, consumer: Consumer) -> Tap | None:
 def generic_use(
     site: Site, name: str, reason: str | None, refusals: Mapping[str, str]
 ) -> ParameterUse | None:
-    """The use of a parameter that no rule took; None if the outputs do not depend on it.
+    """Return the use of a parameter that no rule took; None if the outputs do not depend on it.
 
     Args:
+        site: the graph, and the options that shape uses.
+        name: of the parameter.
         reason: why its uses do not fit together, if they do not.
         refusals: by node name, what the rules that looked at it said.
     """
@@ -152,20 +170,20 @@ def generic_use(
     # says what stood in the way, as that is what a user can change.
     why = reason or "; ".join(_through(view, consumer, refusals) for consumer in consumers[:3])
     return ParameterUse(
-        "generic",
-        first.node.name,
-        (name,),
-        (Layout(shape),),
-        (FactorSpec("C", (size,), "gradient"),),
-        "diagonal",
-        None,
-        first.path,
-        f"squared gradient of the batch; {why}",
+        kind="generic",
+        node=first.node.name,
+        parameters=(name,),
+        layouts=(Layout(shape),),
+        factors=(FactorSpec("C", (size,), "gradient"),),
+        approximation="diagonal",
+        tap=None,
+        path=first.path,
+        reason=f"squared gradient of the batch; {why}",
     )
 
 
 def _hidden(view: GraphView, name: str, consumers: Sequence[Consumer]) -> str | None:
-    """Why no tap can record the parameter's per-case gradients, wherever it is used."""
+    """Return why no tap can record the parameter's per-case gradients, wherever it is used."""
     if view.parameters[name].is_complex():
         return "the statistics of complex parameters are not defined here"
     if any(view.is_mapped(consumer.node) for consumer in consumers):
@@ -174,7 +192,7 @@ def _hidden(view: GraphView, name: str, consumers: Sequence[Consumer]) -> str | 
 
 
 def _elementwise_use(site: Site, name: str, consumer: Consumer, tap: Tap) -> ParameterUse:
-    """Full covariance of the per-case gradient; of the rows of a matrix where that is too large."""
+    """Return the use with a full covariance; with that of a matrix's rows where it is too large."""
     shape = tuple(site.view.parameters[name].shape)
     size = prod(shape)
     # A matrix of positions or tokens: rows that count as uncorrelated keep what is within a row.
@@ -182,20 +200,20 @@ def _elementwise_use(site: Site, name: str, consumer: Consumer, tap: Tap) -> Par
         return _row_use(site, name, consumer, tap)
     factor, approximation = covariance_factor(size)
     return ParameterUse(
-        "elementwise",
-        consumer.node.name,
-        (name,),
-        (Layout(shape),),
-        (factor,),
-        approximation,
-        tap,
-        consumer.path,
-        too_large(size),
+        kind="elementwise",
+        node=consumer.node.name,
+        parameters=(name,),
+        layouts=(Layout(shape),),
+        factors=(factor,),
+        approximation=approximation,
+        tap=tap,
+        path=consumer.path,
+        reason=too_large(size),
     )
 
 
 def _rows(shape: tuple[int, ...]) -> int:
-    """The number of rows if there are rows of several entries, else 0."""
+    """Return the number of rows if there are rows of several entries, else 0."""
     rows = prod(shape[:-1])
     return rows if rows > 1 and shape[-1] > 1 else 0
 
@@ -203,7 +221,7 @@ def _rows(shape: tuple[int, ...]) -> int:
 def _row_use(
     site: Site, name: str, consumer: Consumer, tap: Tap, *, one_case: bool = False
 ) -> ParameterUse:
-    """Rows of the last dimension as embeddings that every case looks up once."""
+    """Return the use of rows of the last dimension as embeddings that every case looks up once."""
     shape = tuple(site.view.parameters[name].shape)
     rows = _rows(shape)
     why = too_large(prod(shape))
@@ -211,30 +229,35 @@ def _row_use(
         why = "it is computed with before it meets the data, the batch counts as one case"
     factors = (FactorSpec("A", (rows,), "input", diagonal=True), gradient_side(site, shape[-1]))
     return ParameterUse(
-        "elementwise",
-        consumer.node.name,
-        (name,),
-        (Layout(shape).reshape((rows, shape[-1])).transpose(0, 1),),
-        factors,
-        "kronecker",
-        as_rows(tap, one_case),
-        consumer.path,
-        joined("its rows count as uncorrelated", why, too_wide(site, factors[1:])),
+        kind="elementwise",
+        node=consumer.node.name,
+        parameters=(name,),
+        layouts=(Layout(shape).reshape((rows, shape[-1])).transpose(0, 1),),
+        factors=factors,
+        approximation="kronecker",
+        tap=as_rows(tap, one_case),
+        path=consumer.path,
+        reason=joined("its rows count as uncorrelated", why, too_wide(site, factors[1:])),
     )
 
 
 def as_rows(tap: Tap, one_case: bool = False) -> Tap:
-    """A tap for the rows of the same gradients."""
+    """Return a tap for the rows of the same gradients."""
     return replace(tap, operator="case_rows", options=RowOptions(one_case).to_args())
 
 
 def _refused(view: GraphView, consumers: list[Consumer], refusals: Mapping[str, str]) -> bool:
+    """Tell whether a rule looked at one of the uses and said no."""
     nodes = {c.node for c in consumers} | {e for c in consumers for e in view.ends(c.node)}
     return any(node.name in refusals for node in nodes)
 
 
 def _table(view: GraphView, consumers: list[Consumer], shape: tuple[int, ...]) -> fx.Node | None:
-    """The one node that reads a matrix which is computed with before it meets the data."""
+    """Return the one node that reads a matrix which is computed with before it meets the data.
+
+    What it is computed into is used by every case alike: the derivative that arrives at the node is
+    summed over them, so the batch is one case.
+    """
     roots = [n for n in view.graph.nodes if n.op == "get_attr" and n in _read(view, consumers)]
     direct = any(view.depends_on_data(c.node) or c.value is None for c in consumers)
     ends = {end for c in consumers for end in view.ends(c.node)}
@@ -243,10 +266,11 @@ def _table(view: GraphView, consumers: list[Consumer], shape: tuple[int, ...]) -
 
 
 def _read(view: GraphView, consumers: list[Consumer]) -> set[fx.Node]:
+    """Return all nodes that what the consumers read is computed from."""
     return {a for c in consumers if c.value is not None for a in ancestors(c.value)}
 
 
 def _same_order(view: GraphView, consumer: Consumer) -> bool:
-    """Whether the parameter's entries keep their order on the way to the consumer."""
+    """Tell whether the parameter's entries keep their order on the way to the consumer."""
     reference = view.reference(consumer.value)
     return reference is not None and all(step.view == "reshape" for step in reference.layout.steps)

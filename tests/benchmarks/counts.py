@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from workloads import Workload
 
 import kfac_fx
-from kfac_fx.ir import CurvatureBlock
+from kfac_fx.ir.curvature_graph import CurvatureBlock
 
 GEMM = {"cpu": 1024, "cuda": 8192}
 """Side of the matrices whose product gives the machine's rate."""

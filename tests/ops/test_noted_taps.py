@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from support.inside import estimate_of, fold
 from support.networks import NETWORKS, Network
 from support.processes import run_in_world
+from support.steps import named_factors
 from torch import Tensor, nn
 from torch import distributions as D
 from torch.utils.checkpoint import checkpoint
@@ -27,11 +29,6 @@ from kfac_fx.ops.thresholds import THRESHOLDS
 from kfac_fx.optim import KFACOptions
 
 pytestmark = pytest.mark.usefixtures("float64")
-
-
-def fold(pre: kfac_fx.Preconditioner) -> None:
-    """Takes what was observed into the averages; a step would refresh and precondition, too."""
-    assert pre._inverse.fold(pre._recorder.take(), pre.ema_decay)
 
 
 @pytest.fixture
@@ -64,12 +61,6 @@ def made(net: nn.Module, likelihood: Any = "normal", **options: Any) -> kfac_fx.
     return kfac_fx.Preconditioner(net, likelihood, damping=1e-2, generator=generator, **options)
 
 
-def factors(pre: kfac_fx.Preconditioner) -> dict[str, Tensor]:
-    found = {f"{n}/{k}": f for n, group in pre.factors.items() for k, f in enumerate(group)}
-    crosses = pre.cross_factors.items()
-    return found | {f"{n}/{k}": f for n, group in crosses for k, f in enumerate(group)}
-
-
 def recorded(
     net: nn.Module, batches: list[Any], targets: Any = None, **options: Any
 ) -> dict[str, Tensor]:
@@ -79,7 +70,7 @@ def recorded(
         torch.manual_seed(5)
         pre.observe(inputs=inputs, targets=targets)
         fold(pre)
-    return factors(pre)
+    return named_factors(pre)
 
 
 def assert_close(found: dict[str, Tensor], want: dict[str, Tensor]) -> None:
@@ -178,7 +169,7 @@ def test_micro_batches() -> None:
     for part in (slice(0, 2), slice(2, 5)):
         parts.observe(inputs=x[part], targets=y[part])
     fold(parts)
-    assert_close(factors(parts), factors(whole))
+    assert_close(named_factors(parts), named_factors(whole))
 
 
 @pytest.mark.usefixtures("all_stay")
@@ -202,9 +193,9 @@ def test_state_is_whole() -> None:
         pre.observe(inputs=torch.randn(4, 6))
         fold(pre)
     other.load_state_dict(pre.state_dict())
-    for A in (*factors(pre).values(), *factors(other).values()):
+    for A in (*named_factors(pre).values(), *named_factors(other).values()):
         torch.testing.assert_close(A, A.T, rtol=0, atol=0)
-    assert_close(factors(other), factors(pre))
+    assert_close(named_factors(other), named_factors(pre))
 
 
 def trained(slab: int, lr: float | None, factor_storage: FactorStorage | None) -> list[Tensor]:
@@ -259,7 +250,7 @@ def _in_a_world() -> dict[str, Tensor]:
     share = slice(4 * workers.rank, 4 * workers.rank + 4) if workers else slice(None)
     pre.observe(inputs=x[share], targets=y[share])
     fold(pre)
-    return factors(pre)
+    return named_factors(pre)
 
 
 def test_two_processes_are_one() -> None:
@@ -378,8 +369,8 @@ def test_folds_under_autocast(factor_storage: str | None) -> None:
     for part in (slice(0, 2), slice(2, 5)):
         want.observe(inputs=x[part])
     fold(want)
-    for name, value in factors(want).items():
-        torch.testing.assert_close(factors(pre)[name], value, rtol=0.03, atol=0.03, msg=name)
+    for name, value in named_factors(want).items():
+        torch.testing.assert_close(named_factors(pre)[name], value, rtol=0.03, atol=0.03, msg=name)
 
 
 def test_failed_folds_count_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -392,7 +383,7 @@ def test_failed_folds_count_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(estimate, "fold_in_place", fail)
     with pytest.raises(MemoryError):
         fold(pre)
-    assert pre._inverse.estimate.recorded == 0
+    assert estimate_of(pre).recorded == 0
 
 
 def test_taps_of_other_networks_are_not_noted() -> None:
@@ -409,7 +400,7 @@ def test_taps_of_other_networks_are_not_noted() -> None:
     twin = kfac_fx.transform(nn.Linear(4, 3))
     twin.load_state_dict(inner.state_dict(), strict=False)
     want = recorded(twin, [x], y, fisher="empirical")
-    assert_close(factors(own), want)
+    assert_close(named_factors(own), want)
 
 
 @pytest.mark.parametrize("how", ["another", "none"])

@@ -46,6 +46,8 @@ class InverseKey(NamedTuple):
     kind: InverseKind
     factor: str = ""
 
+    # The only place where names are composed. Checkpoints hold them: another form of a name is
+    # another version of the state.
     @property
     def name(self) -> str:
         """Return the name in programs and state dicts: A_0_inverse, A_basis_0, scale_0, L_A_0."""
@@ -163,6 +165,7 @@ class BlockApproximation:
         estimable: whether the eigenvalues can be replaced by second moments in the bases (EKFAC).
     """
 
+    # Attributes rather than methods: they are asked for before there is a block to ask about.
     cube_cost = INVERSE_COST
     alone = False
     factored = False
@@ -195,6 +198,7 @@ class BlockApproximation:
     def gather(self, block: CurvatureBlock, gradients: Sequence[Value]) -> Value:
         """Return the gradients, in the shapes of the layouts, as the array that ``apply`` takes."""
         flat = [gradient.reshape(-1) for gradient in gradients]
+        # A program of many biases would copy each of them for nothing.
         return torch.cat(flat) if len(flat) > 1 else flat[0]
 
     def apply(self, block: CurvatureBlock, inverses: Sequence[Value], V: Value) -> Value:
@@ -219,6 +223,8 @@ class BlockApproximation:
 
     def refresh_cost(self, block: CurvatureBlock) -> float:
         """Return the cost of the refresh, in operations of a Cholesky inverse."""
+        # The parameters count for blocks without matrices, which would be free otherwise, and all
+        # be given to one process.
         return self.cube_cost * cubes(block) + block.parameter_count
 
     def spectrum(
@@ -260,4 +266,5 @@ class BlockApproximation:
             (value + amount.unsqueeze(-1)).amax(-1) / (value + amount.unsqueeze(-1)).amin(-1)
             for value, amount in zip(values, damping.amounts, strict=True)
         ]
+        # Eigenvalues of a Kronecker product are the products of those of its factors.
         return conditions[0] if len(conditions) == 1 else conditions[0] * conditions[1]

@@ -29,7 +29,10 @@ damped = leaf(positive.damped)
 
 
 class Covariance(BlockApproximation):
-    """The full covariance C [d, d] of a block's gradients, one after another as a vector."""
+    """The full covariance C [d, d] of a block's gradients, one after another as a vector.
+
+    For what has few parameters: scale and shift of a normalisation, a bias by itself.
+    """
 
     def inverses(self, block: CurvatureBlock) -> tuple[InverseKey, ...]:
         return (InverseKey(block.slot, "inverse", "C"),)
@@ -47,6 +50,7 @@ class Covariance(BlockApproximation):
         return Emitted({key: inverse}, {FlagKey(block.slot, "failed", "C"): failed})
 
     def apply(self, block: CurvatureBlock, inverses: Sequence[Value], V: Value) -> Value:
+        # A column, so that stacks of vectors and of inverses are multiplied pair by pair.
         return (inverses[0] @ V.unsqueeze(-1)).squeeze(-1)
 
     def symmetric(self, block: CurvatureBlock) -> frozenset[InverseKey]:

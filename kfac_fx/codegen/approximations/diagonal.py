@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 
 
 class Diagonal(BlockApproximation):
-    """The second moments C [d] of a block's gradients, one after another as a vector."""
+    """The second moments C [d] of a block's gradients, one after another as a vector.
+
+    What is left where nothing else is known, or where a full covariance is too large.
+    """
 
     def inverses(self, block: CurvatureBlock) -> tuple[InverseKey, ...]:
         return (InverseKey(block.slot, "inverse", "C"),)
@@ -39,6 +42,7 @@ class Diagonal(BlockApproximation):
         invert: Invert,
     ) -> Emitted:
         (key,) = self.inverses(block)
+        # It cannot fail, so there is no flag: second moments are not negative, lambda is positive.
         return Emitted({key: torch.reciprocal(factors[0] + damping.lam)}, {})
 
     def apply(self, block: CurvatureBlock, inverses: Sequence[Value], V: Value) -> Value:
@@ -47,6 +51,7 @@ class Diagonal(BlockApproximation):
     def spectrum(
         self, block: CurvatureBlock, factors: Sequence[Tensor], damping: float
     ) -> BlockSpectrum:
+        # As a Kronecker block whose side of inputs is the number one.
         one = Side((factors[0].new_ones(1),), diagonal=True)
         C = Side((factors[0],), diagonal=True)
         return BlockSpectrum(diagonalised(one, C, damping), C.entries().unsqueeze(-1) + damping)

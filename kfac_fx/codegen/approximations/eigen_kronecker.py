@@ -63,14 +63,16 @@ class EigenKronecker(TwoSided):
         spectra: list[Value] = []
         result = Emitted({}, {})
         for spec, factor in zip(matrices_of(block), factors, strict=True):
-            if spec.diagonal:
+            if spec.diagonal:  # its entries are its eigenvalues
                 spectra.append(factor)
                 continue
             values, basis = eigenbasis(factor)
             values = build.name(values, f"s_{spec.name}_{block.slot}")
+            # Sub-blocks of one side: their eigenvalues lie one after another along V.
             spectra.append(values.flatten() if spec.cut else values)
             result.inverses[InverseKey(block.slot, "basis", spec.name)] = basis
         s_A, s_G = spectra
+        # No flag: eigenvalues are at least zero, and eigh raises where it fails.
         result.inverses[InverseKey(block.slot, "scale")] = damped_scale(s_A, s_G, damping.lam)
         return result
 

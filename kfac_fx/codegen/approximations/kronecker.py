@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 class Kronecker(TwoSided):
     """One Kronecker product, whose inverse is the product of the factors' inverses.
 
-    docs/explanation/mathematics.md, sections 5 and 6.
+    The formulas are in docs/explanation/mathematics.md, sections 5 and 6. A side may be a diagonal
+    or cut into sub-blocks, where a matrix over all its entries would be too large.
     """
 
     factored = True
@@ -51,7 +52,7 @@ class Kronecker(TwoSided):
         result = Emitted({}, {})
         pair = damp(build, block.slot, factors, specs, damping.gamma)
         for key, spec, matrix in zip(self.inverses(block), specs, pair, strict=True):
-            if spec.diagonal:
+            if spec.diagonal:  # it cannot fail, so it has no flag
                 result.inverses[key] = torch.reciprocal(matrix)
             else:
                 inverse, failed = invert(matrix)
@@ -63,6 +64,7 @@ class Kronecker(TwoSided):
         A_inverse, G_inverse = inverses
         A, G = matrices_of(block)
         cut = cut_of(block)
+        # Sub-blocks are of equal sizes, so the last one may reach past the end of V.
         V = filled_up(V, cut.missing)
         U = kronecker_product(A_inverse, G_inverse, V, diagonal=diagonals(A, G), cut=cut.parts)
         return without_filling(U, cut.missing)
@@ -76,6 +78,7 @@ class Kronecker(TwoSided):
     ) -> BlockSpectrum:
         A, G = matrices_of(block)
         diagonal, cut = diagonals(A, G), (A.cut, G.cut)
+        # As the program does it; only then the zeros that fill up sub-blocks are cut off.
         both = damped_factors(factors[0], factors[1], damping**0.5, diagonal=diagonal, cut=cut)
         sides = kept_pair(both, diagonal, cut)
         return BlockSpectrum(diagonalised(sides[0], sides[1]), outer_diagonal(sides), sides)

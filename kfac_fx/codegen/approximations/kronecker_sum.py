@@ -69,10 +69,12 @@ class KroneckerSum(TwoSided):
         invert: Invert,
     ) -> Emitted:
         specs = matrices_of(block)
+        # Damping one product makes the sum positive; both would be damped twice as much as others.
         second = damp(build, block.slot, factors[2:], specs[2:], damping.gamma)
         result = Emitted({}, {})
         sides = zip(on_sides(block), factors[:2], second, strict=True)
         for here, plain, other in sides:
+            # Of two diagonals no eigenvectors are needed: they are diagonal in the same basis.
             if all(spec.diagonal for spec in here):
                 basis, scale = torch.rsqrt(other), plain / other
             else:

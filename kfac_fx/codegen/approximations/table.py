@@ -26,6 +26,7 @@ _FACTORED: Table = {
     "pairs": PairedCovariances(),
     "diagonal": Diagonal(),
 }
+# Sums of products keep factored damping under every option, see their class.
 _EXACT: Table = {**_FACTORED, "kronecker": EigenKronecker()}
 
 TABLES: Mapping[Tikhonov, Table] = {

@@ -50,6 +50,7 @@ def cut_of(block: CurvatureBlock) -> Cut:
 
 def _parts(specs: Sequence[FactorSpec]) -> tuple[int, int]:
     """Return the number of sub-blocks on a side, and the entries that fill up the last one."""
+    # Of a sum one product may have a diagonal on this side, and be cut up with the other.
     found = next((spec for spec in specs if spec.cut), None)
     if found is None:
         return 0, 0
@@ -94,6 +95,7 @@ class TwoSided(BlockApproximation):
     two_sided = True
 
     def gather(self, block: CurvatureBlock, gradients: Sequence[Value]) -> Value:
+        # The homogeneous coordinate comes last in A, so the bias is V's last column.
         V = gradients[0]
         if len(gradients) == 1:
             return V
