@@ -39,6 +39,9 @@ from kfac_fx.passes.strip_taps import StripTaps
 
 log = logging.getLogger("kfac_fx")
 
+Value = Any
+"""An example input of the user's: a tensor, or any nesting that the model takes."""
+
 ROUTES: dict[str, str] = {
     "symbolic_trace": "symbolic tracing",
     "export": "torch.export",
@@ -49,9 +52,9 @@ ROUTES: dict[str, str] = {
 
 def transform(
     model: nn.Module | ExportedProgram,
-    example_inputs: Any = None,
+    example_inputs: Value = None,
     *,
-    example_kwargs: Mapping[str, Any] | None = None,
+    example_kwargs: Mapping[str, Value] | None = None,
     structure: Structure = "block_tridiagonal",
     couplings: Couplings = "topology",
     exclude: Collection[str] = (),
@@ -133,8 +136,8 @@ def transform(
 
 def capture_model(
     model: nn.Module,
-    args: tuple[Any, ...] | None,
-    kwargs: dict[str, Any],
+    args: tuple[Value, ...] | None,
+    kwargs: dict[str, Value],
     *,
     route: str = "auto",
     check: bool = True,
@@ -192,7 +195,7 @@ def capture_model(
 
 
 def _captured(
-    route: str, model: nn.Module, args: tuple[Any, ...] | None, kwargs: dict[str, Any]
+    route: str, model: nn.Module, args: tuple[Value, ...] | None, kwargs: dict[str, Value]
 ) -> CapturedModule:
     """Return the model as one route captures it."""
     if route == "symbolic_trace":
@@ -216,7 +219,7 @@ def _captured(
 
 
 def _arguments_given(
-    model: nn.Module, args: tuple[Any, ...] | None, kwargs: dict[str, Any]
+    model: nn.Module, args: tuple[Value, ...] | None, kwargs: dict[str, Value]
 ) -> frozenset[str]:
     """Return the names of the arguments of ``forward`` that the example inputs fill."""
     names = list(inspect.signature(model.forward).parameters)

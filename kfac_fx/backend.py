@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import fx
 
 from kfac_fx.dynamo.backend import Backend
-from kfac_fx.dynamo.captured_graphs import BackendSettings, CompiledGraph
+from kfac_fx.dynamo.captured_graphs import BackendSettings, CompiledGraph, Value
 from kfac_fx.passes.options import TransformKeywords, TransformOptions
+from kfac_fx.torch_internals.dynamo_frames import Compiler
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
 def backend(
-    inner: str | Callable[..., Any] = "inductor",
+    inner: str | Compiler = "inductor",
     on_graph: Callable[[fx.GraphModule], object] | None = None,
     **options: Unpack[TransformKeywords],
 ) -> Backend:
@@ -41,7 +42,7 @@ def backend(
     return Backend(BackendSettings(inner, on_graph, TransformOptions(**options)))
 
 
-def default(module: fx.GraphModule, inputs: Sequence[Any]) -> CompiledGraph:
+def default(module: fx.GraphModule, inputs: Sequence[Value]) -> CompiledGraph:
     """Compile a graph for ``torch.compile(model, backend="kfac_fx")``, by inductor.
 
     This is the entry point of the package, so its arguments are those of every backend.

@@ -10,7 +10,7 @@ from itertools import combinations
 from torch import fx, nn
 
 from kfac_fx.capture.graph_view import GraphView
-from kfac_fx.config import COUPLINGS, choice
+from kfac_fx.config import COUPLINGS, Couplings, choice
 from kfac_fx.ir.coupling import Edge, couplings_of
 from kfac_fx.ir.curvature_graph import CurvatureBlock, CurvatureGraph, Pair
 from kfac_fx.ir.use import FactorSpec
@@ -33,10 +33,12 @@ _REORDERING = frozenset(
 def find_couplings(
     module: nn.Module, graph: fx.Graph, curvature: CurvatureGraph, *, by_data: bool = False
 ) -> CurvatureGraph:
-    """``curvature`` with its layers' edges and the maximum spanning forest of able pairs.
+    """Return ``curvature`` with its layers' edges and the maximum spanning forest of able pairs.
 
     Args:
+        module: owns the parameters.
         graph: without taps.
+        curvature: has the blocks.
         by_data: pairs besides the forest's are recorded too, so that statistics can choose.
     """
     blocks = curvature.blocks
@@ -80,7 +82,7 @@ def find_couplings(
 
 
 def _same_place(module: nn.Module, blocks: Mapping[str, CurvatureBlock], edge: Edge) -> bool:
-    """Whether both blocks' factors have one dtype and device."""
+    """Tell whether both blocks' factors have one dtype and device."""
     one, two = (
         module.get_parameter(blocks[name].parameters[0]) for name in (edge.source, edge.target)
     )
@@ -88,7 +90,7 @@ def _same_place(module: nn.Module, blocks: Mapping[str, CurvatureBlock], edge: E
 
 
 def _nearest(weights: Mapping[tuple[str, str], float]) -> set[tuple[str, str]]:
-    """The pairs that are among the nearest of either block."""
+    """Return the pairs that are among the nearest of either block."""
     found: set[tuple[str, str]] = set()
     for end in (0, 1):
         by_block: dict[str, list[tuple[str, str]]] = {}
@@ -130,7 +132,7 @@ class FindCouplings(Analysis):
         UnknownOptionError: it is another.
     """
 
-    def __init__(self, *, couplings: str = "topology") -> None:
+    def __init__(self, *, couplings: Couplings = "topology") -> None:
         self.by_data = choice("couplings", couplings, COUPLINGS) == "data"
 
     def analyse(self, module: fx.GraphModule) -> CurvatureGraph:

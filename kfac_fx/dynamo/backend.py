@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
 
 from torch import fx
 
-from kfac_fx.dynamo.captured_graphs import BackendSettings, CompiledGraph
+from kfac_fx.dynamo.captured_graphs import BackendSettings, CompiledGraph, Value
 from kfac_fx.dynamo.open_attention import note_facts
 
 log = logging.getLogger("kfac_fx")
@@ -25,7 +24,7 @@ class Backend:
     def __init__(self, settings: BackendSettings) -> None:
         self.settings = settings
 
-    def __call__(self, module: fx.GraphModule, inputs: Sequence[Any]) -> CompiledGraph:
+    def __call__(self, module: fx.GraphModule, inputs: Sequence[Value]) -> CompiledGraph:
         """Return what runs in the place of a graph that Dynamo has captured.
 
         Args:

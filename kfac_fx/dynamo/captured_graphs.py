@@ -19,7 +19,12 @@ from torch import Tensor, fx, nn
 
 from kfac_fx.passes.graph_inputs import placeholders
 from kfac_fx.passes.options import TransformOptions
-from kfac_fx.torch_internals.dynamo_frames import find_backend, frame_being_compiled, input_source
+from kfac_fx.torch_internals.dynamo_frames import (
+    Compiler,
+    find_backend,
+    frame_being_compiled,
+    input_source,
+)
 
 Value = Any
 """An input or output of a compiled graph: a tensor, a size or None."""
@@ -46,7 +51,7 @@ class BackendSettings:
         options: which blocks the parameters get.
     """
 
-    inner: str | Callable[..., Any] = "inductor"
+    inner: str | Compiler = "inductor"
     on_graph: Callable[[fx.GraphModule], object] | None = None
     options: TransformOptions = field(default_factory=TransformOptions)
 

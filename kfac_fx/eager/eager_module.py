@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import fx, nn
@@ -19,6 +19,7 @@ from kfac_fx.capture.captured_module import CapturedModule, adopt
 from kfac_fx.eager.eager_taps import EagerTaps
 from kfac_fx.eager.recordable_uses import every_piece, placeable
 from kfac_fx.eager.tape import Tape, compilers_off
+from kfac_fx.eager.torch_calls import Value
 from kfac_fx.errors import CaptureError
 from kfac_fx.torch_internals.generated_forward import set_signature
 
@@ -28,9 +29,6 @@ if TYPE_CHECKING:
 
 RUNNER = "_kfac_fx_model"
 """Name of the submodule that runs the model."""
-
-Value = Any
-"""An argument or output of the user's model."""
 
 
 class Runner(nn.Module):
@@ -102,7 +100,7 @@ class EagerModule(CapturedModule):
         """Let the model be recorded from now on, while statistics are asked for."""
         self.runner.taps = EagerTaps(self, uses_of_call)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> EagerModule:
+    def __deepcopy__(self, memo: dict[int, Value]) -> EagerModule:
         copied = eager_module(copy.deepcopy(self.source, memo), self.example)
         memo[id(self)] = copied
         copied.meta.update(self.meta)
@@ -114,7 +112,7 @@ class EagerModule(CapturedModule):
             copied.runner.taps = self.runner.taps.of_copy(copied)
         return copied
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[Value, ...]:
         raise CaptureError(
             f"{type(self).__name__} runs the model's own code and cannot be pickled: save "
             "state_dict() and transform the model again"

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from kfac_fx.capture.graph_view import Consumer, GraphView
 from kfac_fx.eager.recordable_uses import at_its_call
+from kfac_fx.eager.torch_calls import Value
 from kfac_fx.ir.curvature_graph import CurvatureBlock, CurvatureGraph
 from kfac_fx.ir.use import FactorSpec, NodeRef, ParameterUse, Role, Tap
 from kfac_fx.ops.net_buffers import STORE
@@ -105,7 +106,7 @@ class EagerTaps:
                 found.append(Placement(use.tap, record, use.parameters, factors))
         return found
 
-    def instead(self, plans: Sequence[Placement], values: Mapping[str, Tensor]) -> Any:
+    def instead(self, plans: Sequence[Placement], values: Mapping[str, Tensor]) -> Value:
         """Run the operator that takes the place of a call, with the factors of all its taps.
 
         Args:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -15,12 +14,13 @@ from kfac_fx.capture.symbolic_trace import user_line
 from kfac_fx.capture.train_and_eval import all_in_mode
 from kfac_fx.capture.undisturbed import fresh, tensors_in, undisturbed
 from kfac_fx.eager.tape import Seen, Tape, compilers_off
+from kfac_fx.eager.torch_calls import Value
 from kfac_fx.errors import CaptureError
 
 log = logging.getLogger("kfac_fx")
 
 
-def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Graph:
+def record(model: nn.Module, args: tuple[Value, ...], kwargs: dict[str, Value]) -> fx.Graph:
     """Return what the model does with the example inputs in training, as a graph.
 
     Layers that these inputs do not reach are called at its beginning, so that they have uses too.

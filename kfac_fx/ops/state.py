@@ -18,12 +18,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+from weakref import ref
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
-from torch.utils.weak import WeakIdKeyDictionary
 
 from kfac_fx.errors import ObservationError
 from kfac_fx.ops.thresholds import THRESHOLDS
@@ -44,23 +44,39 @@ class FactorState:
     deliveries: int = 0
 
 
-# The one place where buffers are told apart by identity. Weak, as networks come and go; and beside
-# the buffers, since attributes of a tensor do not survive torch.compile and copies.
-_states: WeakIdKeyDictionary = WeakIdKeyDictionary()
+class _Known(NamedTuple):
+    """A buffer that taps have seen; weak, as networks come and go."""
+
+    buffer: ref[Tensor]
+    state: FactorState
+
+
+# The one place where buffers are told apart by their ids. Beside the buffers, since attributes of a
+# tensor do not survive torch.compile and copies; and in no WeakIdKeyDictionary of torch, whose
+# look-up takes five times as long: there is one for each factor of each tap of each forward.
+_known: dict[int, _Known] = {}
 
 
 def state_of(buffer: Tensor) -> FactorState:
     """Return the state of a factor buffer, which lives as long as the buffer does."""
-    found: FactorState | None = _states.get(buffer)
-    if found is None:
-        found = _states[buffer] = FactorState()
-    return found
+    key = id(buffer)
+    known = _known.get(key)
+    # Another tensor may have got the id of one that is gone.
+    if known is not None and known.buffer() is buffer:
+        return known.state
+
+    def forget(gone: ref[Tensor]) -> None:
+        if key in _known and _known[key].buffer is gone:
+            del _known[key]
+
+    state = FactorState()
+    _known[key] = _Known(ref(buffer, forget), state)
+    return state
 
 
 def is_paused(buffer: Tensor) -> bool:
     """Return whether backward passes skip a factor buffer."""
-    state: FactorState | None = _states.get(buffer)
-    return state is not None and state.paused
+    return state_of(buffer).paused
 
 
 class Note(NamedTuple):

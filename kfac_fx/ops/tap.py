@@ -263,9 +263,18 @@ def source(
         tensors: what they need of the forward.
         factors: the buffers whose gradients they become.
     """
-    saved = [None if t is None else constant(t) for t in tensors]
     buffers = [buffer_of(factor) for factor in factors]
-    states = [state_of(buffer) for buffer in buffers]
+    return _zero(y, statistics, tensors, buffers, [state_of(buffer) for buffer in buffers])
+
+
+def _zero(
+    y: Tensor,
+    statistics: Statistics,
+    tensors: Sequence[Tensor | None],
+    buffers: Sequence[Tensor],
+    states: Sequence[FactorState],
+) -> Tensor:
+    saved = [None if t is None else constant(t) for t in tensors]
     zero: Tensor = _Source.apply(constant(y), statistics, states, len(saved), *saved, *buffers)
     return zero
 
@@ -310,7 +319,8 @@ def tapped(
     if collection is not None and collection.takes(y, states):
         hand_on = partial(_handed_on, asked=asked)
         return collection.note(y, statistics, tensors, buffers, states, hand_on)
-    return joined(y, source(y, statistics, tensors, buffers), asked)
+    zero = _zero(y, statistics, tensors, buffers, states)
+    return joined(y, zero, asked)
 
 
 def define(schema: str, body: Callable[..., object]) -> None:

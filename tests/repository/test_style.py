@@ -1,4 +1,4 @@
-"""What can be counted of how the library is written; the counts are those of CONTRIBUTING.md."""
+"""How the library is written, as far as that can be counted; CONTRIBUTING.md has it in words."""
 
 from __future__ import annotations
 
