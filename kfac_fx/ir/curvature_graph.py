@@ -209,7 +209,6 @@ class CurvatureGraph:
     @property
     def factor_elements(self) -> int:
         """Return the entries of all factors, which ``Preconditioner`` will allocate."""
-        # Counts are numbers; they are left in, as they change nothing.
         holders: list[CurvatureBlock | Pair | Moment] = [*self.blocks.values(), *self.pairs]
         holders += self.moments
         return sum(prod(f.shape) for holder in holders for f in holder.factors)

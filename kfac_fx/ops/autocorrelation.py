@@ -154,7 +154,6 @@ def cross_patch_gram(x: Tensor, axes: Axes, other: Tensor, others: Axes) -> Tens
     Returns:
         [C * kernel, D * other kernel], channels before kernel.
     """
-    # A_ij^T is as good, once it is transposed.
     if x.shape[1] > other.shape[1]:  # kernels are slower the other way round
         return cross_patch_gram(other, others, x, axes).mT
     lags = _crosscorrelation(x, axes, other, others)

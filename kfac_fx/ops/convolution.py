@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kfac_fx.ops.autocorrelation import is_cheaper, patch_gram, suits
-from kfac_fx.ops.gram import Statistic, bordered, multiplied
+from kfac_fx.ops.gram import Statistic, bordered, functional, multiplied
 from kfac_fx.ops.kronecker import (
     WHOLE,
     FactorForm,
@@ -26,7 +26,7 @@ from kfac_fx.ops.options import TapOptions
 from kfac_fx.ops.patches import Axis, TransposedWindow, Window
 from kfac_fx.ops.sides import Side, register_side
 from kfac_fx.ops.tap import define_tap, tapped
-from kfac_fx.torch_internals.onlookers import functional, traced
+from kfac_fx.torch_internals.onlookers import traced
 
 AT_ONCE = {"cpu": 2**19, "cuda": 2**28}
 """Entries of patches that are copied at once, where there are many: few stay in a CPU's caches,

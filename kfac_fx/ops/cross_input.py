@@ -50,8 +50,8 @@ def cross_input(earlier: Input, later: Input, common: Common, one: float) -> Ten
     if product is None:
         rows = [_rows(use, common) for use in uses]
         product = rows[0].flatten(0, -2).mT @ rows[1].flatten(0, -2)
-    # Rows and columns of ones are never multiplied: next to d features they would spoil the
-    # alignment of the product's memory, and their sums are cheap.
+    # Products with the homogeneous coordinate are sums of the other side's inputs, which cost less
+    # than one more feature in a large product.
     total = F.pad(product, (0, biases[1], 0, biases[0]))
     weights = [_ones(use, common) for use in uses] if any(biases) else []
     for at, use in enumerate(uses):

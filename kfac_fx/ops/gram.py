@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from kfac_fx.ops.library import LIBRARY
 from kfac_fx.ops.state import collecting_now
 from kfac_fx.ops.thresholds import THRESHOLDS
-from kfac_fx.torch_internals.onlookers import functional, traced
+from kfac_fx.torch_internals.onlookers import dispatch_mode, traced, transforms_active
 
 MOST_SLABS = {"cpu": 16, "cuda": 9}
 """Into how many slabs a large symmetric product is cut: of 16, 17/32 of its multiply-adds remain.
@@ -34,6 +34,20 @@ SMALL = 2**15
 """Entries of rows whose copy costs less than a call."""
 
 Range = tuple[int, int]
+
+
+def functional(rows: Tensor) -> bool:
+    """Return whether rows must go through operators that write into nothing.
+
+    Compilers, modes and transforms see operators and not what they write into, and autograd needs
+    what it saved unchanged.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or dispatch_mode() is not None
+        or (rows.requires_grad and torch.is_grad_enabled())
+        or transforms_active()
+    )
 
 
 def gram(rows: Tensor, scale: float = 1.0) -> Tensor:

@@ -40,7 +40,7 @@ class TapOptions:
     @classmethod
     def schema(cls) -> str:
         """Return the options as torch's operator schemas declare them: "int[] dims, bool bias"."""
-        # Annotations are strings in files of this library; a Literal has a name in its own file.
+        # Annotations are strings here: each is looked up in the file of its class.
         hints = get_type_hints(cls)
         return ", ".join(f"{_schema(hints[entry.name])} {entry.name}" for entry in fields(cls))
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
+from kfac_fx.ops.gram import functional
 from kfac_fx.ops.thresholds import THRESHOLDS
-from kfac_fx.torch_internals.onlookers import functional
 
 
 def case_parts(first: Tensor, *others: Tensor) -> Iterable[tuple[Tensor, ...]]:

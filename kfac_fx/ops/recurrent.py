@@ -242,7 +242,7 @@ def _direction(
     steps = list(zip(inputs.unbind(1), *zeros, strict=True))
     outputs: list[Tensor] = []
     # The previous state is an activation that the loop itself makes, so what weight_hh has read is
-    # noted as the loop goes.
+    # kept as the loop goes.
     for given, *sources in reversed(steps) if back else steps:
         seen.append(state[0].detach())
         previous = hh(state[0])

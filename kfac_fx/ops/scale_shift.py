@@ -15,12 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kfac_fx.ops.gram import Statistic
+from kfac_fx.ops.gram import Statistic, functional
 from kfac_fx.ops.kronecker import ShiftOptions, ShiftStatistics, case_covariance, case_rows
 from kfac_fx.ops.options import Flag, TapOptions
 from kfac_fx.ops.parts import case_parts
 from kfac_fx.ops.tap import define_tap, tapped
-from kfac_fx.torch_internals.onlookers import functional
 
 Family = Literal["batch", "layer", "group", "instance", "rms"]
 """What a normalisation takes its moments over."""

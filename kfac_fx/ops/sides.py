@@ -124,7 +124,7 @@ def side_text(operator: str, args: Sequence[object], *, interleaved: bool) -> st
     return json.dumps([operator, interleaved, options.to_text()])
 
 
-# Every tap call of a running model decodes its side again, which costs more than the lookup.
+# Operators read their sides in every forward pass; the text is parsed once.
 @cache
 def side_of(text: str) -> Side:
     """Return the side that ``side_text`` wrote; the same object for the same text."""

@@ -19,8 +19,8 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 __all__ = [
+    "dispatch_mode",
     "forward_mode",
-    "functional",
     "inside_transform",
     "pack_hook",
     "packed_by_checkpoint",
@@ -30,6 +30,14 @@ __all__ = [
     "unwrap_dead_wrappers",
     "unwrapped",
 ]
+
+
+# Bound without a wrapper: a tap asks these several times a step.
+transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+"""Tell whether torch's dispatcher has a torch.func layer switched on."""
+
+dispatch_mode: Callable[[], object | None] = _get_current_dispatch_mode
+"""Return the mode that sees every operator at present, None where there is none."""
 
 
 def traced() -> bool:
@@ -46,27 +54,10 @@ def inside_transform() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def transforms_active() -> bool:
-    """Tell whether torch's dispatcher has a torch.func layer switched on."""
-    active: bool = torch._C._are_functorch_transforms_active()
-    return active
-
-
 def forward_mode() -> bool:
     """Tell whether tensors may have tangents, or be wrapped by a transform."""
     level: int = forward_ad._current_level
     return level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
-
-
-def functional(rows: Tensor) -> bool:
-    """Tell whether rows must go through operators that write into nothing."""
-    # What ``traced`` says, without a call: this is asked at every layer of every backward.
-    return (
-        torch.compiler.is_compiling()
-        or _get_current_dispatch_mode() is not None
-        or (rows.requires_grad and torch.is_grad_enabled())
-        or torch._C._are_functorch_transforms_active()
-    )
 
 
 def unwrapped(tensor: Tensor) -> Tensor:

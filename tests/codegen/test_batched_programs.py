@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 
 import pytest
 import torch
+from support.inside import covered, estimate_of, random_gradients
 from support.steps import one_step
 from torch import Tensor, nn
 
@@ -60,7 +61,7 @@ def recorded(depth: int, **options: object) -> kfac_fx.Preconditioner:
 def test_as_block_by_block(tikhonov: str) -> None:
     pre = recorded(3, tikhonov=tikhonov)
     factors = [factor for group in pre.factors.values() for factor in group]
-    gradients = [torch.randn_like(p) for p in pre._inverse.covered.parameters.values()]
+    gradients = [*random_gradients(pre).values()]
     damping = torch.tensor(1e-2, dtype=torch.float64)
 
     def run(batched: bool) -> tuple[Mapping[InverseKey, Tensor], dict[str, Tensor], Program]:
@@ -123,7 +124,7 @@ def test_compiling_batches() -> None:
     plain = recorded(2)
     assert "stack" in pre.program.apply_module.code
     assert "stack" not in plain.program.apply_module.code
-    gradients = {n: torch.randn_like(p) for n, p in pre._inverse.covered.parameters.items()}
+    gradients = random_gradients(pre)
     ours, theirs = pre.apply(copy.copy(gradients)), plain.apply(gradients)
     for name, value in theirs.items():
         torch.testing.assert_close(ours[name], value, rtol=1e-9, atol=1e-12)
@@ -141,7 +142,7 @@ def test_stacks_follow_the_inverses(tikhonov: str) -> None:
             if change == "fold":
                 twice = {
                     StatisticKey(of.holder.slot, spec.name): 2 * average.read()
-                    for of in pre._inverse.estimate.all
+                    for of in estimate_of(pre).all
                     for spec, average in zip(of.holder.factors, of.all, strict=True)
                 }
                 assert pre._inverse.fold(twice, 0.5)
@@ -149,7 +150,7 @@ def test_stacks_follow_the_inverses(tikhonov: str) -> None:
                 pre.refresh()
             elif change == "load":
                 pre.load_state_dict(pre.state_dict())
-            parameters = pre._inverse.covered.parameters.items()
+            parameters = covered(pre).items()
             gradients = {
                 n: torch.randn(p.shape, generator=generator, dtype=p.dtype) for n, p in parameters
             }
@@ -162,7 +163,7 @@ def test_stacks_follow_the_inverses(tikhonov: str) -> None:
 
 def test_stacks_of_a_refresh_take_no_memory() -> None:
     pre = recorded(3, compile="eager")
-    pre.apply({n: p.detach() for n, p in pre._inverse.covered.parameters.items()})
+    pre.apply(random_gradients(pre))
     kept = pre.program._stacks
     assert (
         kept is not None

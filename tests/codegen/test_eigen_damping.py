@@ -10,6 +10,7 @@ import torch
 from support import oracles
 from support.asserts import assert_near
 from support.dense_updates import MODELS, Gradients
+from support.inside import random_gradients, refreshed
 from support.networks import Conv1D
 from support.oracles import Categorical, Measure, Normal
 from support.shared_weights import Tied
@@ -208,7 +209,7 @@ def test_text_of_a_sum_is_complete() -> None:
     exec(pre.program.code, names)
     factors = [factor for group in pre.factors.values() for factor in group]
     inverses = names["refresh"](torch.tensor(1e-3), *factors)
-    gradients = {name: torch.randn_like(p) for name, p in pre._inverse.covered.parameters.items()}
+    gradients = random_gradients(pre)
     given = [inverses[name] for name in pre.program.inverse_names]
     want = pre.apply(gradients)
     for name, value in names["apply"](*given, *gradients.values()).items():
@@ -241,4 +242,4 @@ def test_kfac_takes_it(lr: float | None) -> None:
     optimizer = kfac_fx.KFAC(net, "normal", lr=lr, damping=1.0, tikhonov="exact")
     losses = [float(optimizer.step(x, y)) for _ in range(8)]
     assert losses[-1] < losses[0]
-    assert any(key.kind == "basis" for key in optimizer._inverse.refreshed.inverses)
+    assert any(key.kind == "basis" for key in refreshed(optimizer).inverses)

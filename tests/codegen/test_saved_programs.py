@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.inside import estimate_of, refreshed
 from support.networks import BY_NAME
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
@@ -95,7 +96,7 @@ def test_saved_programs_run_alone(tmp_path: Path) -> None:
         folder = tmp_path / f"{name}-{tikhonov}-{structure}"
         folder.mkdir()
         pre.program.save(folder / "program.py")
-        moments = [e.read()[0] for e in pre._inverse.estimate.moments.values()]
+        moments = [e.read()[0] for e in estimate_of(pre).moments.values()]
         given = {
             "damping": torch.tensor(pre.damping),
             "factors": factors_of(pre),
@@ -121,7 +122,7 @@ def test_saved_programs_run_alone(tmp_path: Path) -> None:
 @every_case
 def test_programs_have_no_graph_breaks(name: str, tikhonov: str, structure: str) -> None:
     pre, gradients = trained(name, tikhonov, structure)
-    inverses = [pre._inverse.refreshed.inverses[key] for key in pre.program.inverses]
+    inverses = [refreshed(pre).inverses[key] for key in pre.program.inverses]
     calls: list[tuple[nn.Module, list[Tensor]]] = [
         (pre.program.refresh_module, [torch.tensor(1e-2), *factors_of(pre)]),
         (pre.program.apply_module, [*inverses, *gradients.values()]),

@@ -9,6 +9,7 @@ import pytest
 import torch
 from support import oracles
 from support.coupled_networks import Branches, RandomGraph, Residual, chain
+from support.inside import covered, estimate_of, random_gradients, refreshed
 from support.oracles import Categorical, Measure
 from torch import Tensor, nn
 
@@ -40,7 +41,7 @@ def assert_dense(pre: object) -> Tensor:
     """``apply`` equals the dense matrix, which is returned."""
     dense, places = oracles.tridiagonal_inverse(pre.factors, pre.cross_factors, DAMPING)
     parameters = [p for n in places for p in pre.curvature.blocks[n].parameters]
-    gradients = {n: torch.randn_like(pre._inverse.covered.parameters[n]) for n in parameters}
+    gradients = {n: torch.randn_like(covered(pre)[n]) for n in parameters}
     got = stacked(pre, pre.apply(gradients), places)
     want = dense @ stacked(pre, gradients, places)
     torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-10 * want.abs().max().item())
@@ -90,8 +91,8 @@ def test_symmetric_and_positive(seed: int, measure: Measure) -> None:
 @pytest.mark.parametrize("root", ["stem", "one", "two", "short", "head"])
 def test_root_does_not_matter(root: str, measure: Measure) -> None:
     pre = recorded(Residual(), measure)
-    gradients = [torch.randn_like(p) for p in pre._inverse.covered.parameters.values()]
-    want = pre.program.apply(pre._inverse.refreshed.inverses, gradients)
+    gradients = [*random_gradients(pre).values()]
+    want = pre.program.apply(refreshed(pre).inverses, gradients)
     turned = rooted_at(root, pre.couplings)
     program = Program(pre.curvature, turned)
     cross = [
@@ -131,7 +132,7 @@ def test_block_diagonal_of_a_tridiagonal_transform(measure: Measure) -> None:
     plain = kfac_fx.transform(model, structure="block_diagonal")
     want = measure(plain, x, None, Categorical()).preconditioner
     assert not got.couplings and not got.cross_factors
-    gradients = {n: torch.randn_like(p) for n, p in got._inverse.covered.parameters.items()}
+    gradients = random_gradients(got)
     for one, other in zip(
         got.apply(gradients).values(), want.apply(gradients).values(), strict=True
     ):
@@ -142,7 +143,7 @@ def test_data_choose_at_least_as_much_information(measure: Measure) -> None:
     for seed in range(10):
         torch.manual_seed(seed)
         pre = recorded(RandomGraph(seed), measure, 3, couplings="data")
-        weights = mutual_informations(pre._inverse.estimate, DAMPING)
+        weights = mutual_informations(estimate_of(pre), DAMPING)
         chosen, given = total(weights, pre.couplings), total(weights, pre.curvature.couplings)
         assert chosen >= given - 1e-12
 
@@ -153,14 +154,14 @@ def test_indefinite_conditional_is_left_out(
     """A cross factor that no joint distribution has: the block falls back, and the log says so."""
     pre = recorded(chain(3), measure)
     first = pre.couplings[0]
-    for factor in pre._inverse.estimate.pairs[first.child, first.parent].read():
+    for factor in pre.cross_factors[first.child, first.parent]:
         factor.mul_(50.0)
     with caplog.at_level(logging.WARNING, "kfac_fx"):
         pre.refresh()
     assert f"{first.child} given {first.parent} is not positive" in caplog.text
     kept = {k: v for k, v in pre.cross_factors.items() if k != (first.child, first.parent)}
     dense, places = oracles.tridiagonal_inverse(pre.factors, kept, DAMPING)
-    gradients = {n: torch.randn_like(p) for n, p in pre._inverse.covered.parameters.items()}
+    gradients = random_gradients(pre)
     applied = pre.apply(gradients)
     got = stacked(pre, applied, places)
     torch.testing.assert_close(got, dense @ stacked(pre, gradients, places), rtol=1e-8, atol=1e-9)
@@ -195,7 +196,7 @@ def test_state_survives(measure: Measure) -> None:
     )
     again.load_state_dict(state)
     assert again.couplings == pre.couplings
-    gradients = {n: torch.randn_like(p) for n, p in pre._inverse.covered.parameters.items()}
+    gradients = random_gradients(pre)
     for one, other in zip(
         again.apply(gradients).values(), pre.apply(gradients).values(), strict=True
     ):
@@ -209,10 +210,10 @@ def test_code_stands_alone(measure: Measure) -> None:
     names: dict[str, object] = {}
     exec(pre.program.code, names)
     groups = [*pre.factors.values(), *pre.cross_factors.values()]
-    refreshed = names["refresh"](torch.tensor(DAMPING), *(f for group in groups for f in group))
-    gradients = [torch.randn_like(p) for p in pre._inverse.covered.parameters.values()]
-    inverses = [refreshed[name] for name in pre.program.inverse_names]
-    got = names["apply"](*inverses, *gradients)
-    want = pre.program.apply(pre._inverse.refreshed.inverses, gradients)
+    inverses = names["refresh"](torch.tensor(DAMPING), *(f for group in groups for f in group))
+    gradients = [*random_gradients(pre).values()]
+    given = [inverses[name] for name in pre.program.inverse_names]
+    got = names["apply"](*given, *gradients)
+    want = pre.program.apply(refreshed(pre).inverses, gradients)
     for name, value in want.items():
         torch.testing.assert_close(got[name], value)

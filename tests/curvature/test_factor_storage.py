@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from support.inside import estimate_of
 from support.processes import run_in_world
 from support.steps import one_step
 from torch import Tensor, nn
@@ -58,7 +59,7 @@ def gradient(net: nn.Module) -> Tensor:
 
 
 def bytes_kept(preconditioner: kfac_fx.Preconditioner) -> int:
-    entries = preconditioner._inverse.estimate.all
+    entries = estimate_of(preconditioner).all
     return sum(average.stored.nbytes for entry in entries for average in entry.all)
 
 
@@ -201,9 +202,7 @@ def test_kfac_trains_with_bfloat16() -> None:
     y = x[:, :3].argmax(1)
     losses = [float(optimizer.step(x, y)) for _ in range(20)]
     assert losses[-1] < 0.7 * losses[0]
-    assert all(
-        a.stored.dtype == torch.bfloat16 for e in optimizer._inverse.estimate.all for a in e.all
-    )
+    assert all(a.stored.dtype == torch.bfloat16 for e in estimate_of(optimizer).all for a in e.all)
 
 
 def in_a_process() -> list[Tensor]:
@@ -270,7 +269,7 @@ def test_host_storage_on_the_cpu(options: dict[str, Any], monkeypatch: pytest.Mo
 def test_host_of_a_gpu(options: dict[str, Any]) -> None:
     _, want = trained(None, 12, "cuda", **options)
     host, found = trained("host", 12, "cuda", **options)
-    averages = [a for e in host._inverse.estimate.all for a in e.all]
+    averages = [a for e in estimate_of(host).all for a in e.all]
     assert all(a.stored.is_pinned() for a in averages)
     assert all(f.is_cuda for fs in host.factors.values() for f in fs)
     torch.testing.assert_close(found, want, rtol=1e-3, atol=1e-5)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from support.inside import fold, refreshed
 from support.processes import run_in_world
 from support.steps import numbered_batch
 from torch import Tensor, nn
@@ -77,10 +78,10 @@ def cases() -> dict[Any, Any]:
             workers = DataParallel(memory_fraction=fraction)
             share = slice(workers.rank, None, workers.size)
             preconditioner, parameters = trained(structure, workers, share)
-            refreshed = preconditioner._inverse.refreshed
+            inverses = refreshed(preconditioner)
             found[structure, fraction] = {
                 "parameters": parameters,
-                "entries": entries(refreshed),
+                "entries": entries(inverses),
                 "traffic": dict(workers.traffic),
                 "owner": dict(preconditioner._inverse._engine.division.owner),
                 "everywhere": set(preconditioner._inverse._engine.division.everywhere),
@@ -137,13 +138,13 @@ def test_parameters(world: Any, structure: str, fraction: float, float64: None) 
 def test_memory_falls(world: Any, structure: str, float64: None) -> None:
     """Of all entries each process holds what fraction says, and its part of the rest."""
     preconditioner, _ = trained(structure, ALONE, slice(None))
-    whole = entries(preconditioner._inverse.refreshed)
+    whole = entries(refreshed(preconditioner))
     held = {f: [one[structure, f]["entries"] for one in world] for f in FRACTIONS}
     assert held[1.0] == [whole] * len(world)
     assert sum(held[0.0]) == whole
     assert max(held[0.0]) <= 1.5 * whole / len(world)
     keys = preconditioner.program.inverses_of(world[0][structure, 0.4]["everywhere"])
-    inverses = preconditioner._inverse.refreshed.inverses
+    inverses = refreshed(preconditioner).inverses
     everywhere = sum(inverses[key].numel() for key in keys)
     assert 0 < everywhere <= 0.4 * whole
     assert sum(held[0.4]) == whole + (len(world) - 1) * everywhere
@@ -202,11 +203,11 @@ def test_stale_inverses(world: Any, staleness: int, float64: None) -> None:
     made: list[Refreshed] = []
 
     def refresh(step: int) -> None:
-        preconditioner._fold()  # as step() does before it refreshes
+        fold(preconditioner)  # as step() does before it refreshes
         preconditioner._recorder.switch(False)
         if step % 2 == 0:
             preconditioner.refresh()
-            made.append(preconditioner._inverse.refreshed)
+            made.append(refreshed(preconditioner))
         used = max(0, len(made) - 1 - staleness)
         preconditioner._inverse.use(made[used])
 

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from support.inside import estimate_of, fold
 from support.networks import NETWORKS, Network
 from support.processes import run_in_world
+from support.steps import named_factors
 from torch import Tensor, nn
 from torch import distributions as D
 from torch.utils.checkpoint import checkpoint
@@ -59,12 +61,6 @@ def made(net: nn.Module, likelihood: Any = "normal", **options: Any) -> kfac_fx.
     return kfac_fx.Preconditioner(net, likelihood, damping=1e-2, generator=generator, **options)
 
 
-def factors(pre: kfac_fx.Preconditioner) -> dict[str, Tensor]:
-    found = {f"{n}/{k}": f for n, group in pre.factors.items() for k, f in enumerate(group)}
-    crosses = pre.cross_factors.items()
-    return found | {f"{n}/{k}": f for n, group in crosses for k, f in enumerate(group)}
-
-
 def recorded(
     net: nn.Module, batches: list[Any], targets: Any = None, **options: Any
 ) -> dict[str, Tensor]:
@@ -73,8 +69,8 @@ def recorded(
     for inputs in batches:
         torch.manual_seed(5)
         pre.observe(inputs=inputs, targets=targets)
-        pre._fold()
-    return factors(pre)
+        fold(pre)
+    return named_factors(pre)
 
 
 def assert_close(found: dict[str, Tensor], want: dict[str, Tensor]) -> None:
@@ -158,7 +154,7 @@ def test_inputs_may_change_before_the_step() -> None:
     want = x.T @ x / 3
     pre.observe(inputs=x)
     x.zero_()
-    pre._fold()
+    fold(pre)
     torch.testing.assert_close(next(iter(pre.factors.values()))[0], want)
 
 
@@ -169,11 +165,11 @@ def test_micro_batches() -> None:
     y = torch.randn(5, 9)
     whole, parts = made(net, **options), made(net, **options)
     whole.observe(inputs=x, targets=y)
-    whole._fold()
+    fold(whole)
     for part in (slice(0, 2), slice(2, 5)):
         parts.observe(inputs=x[part], targets=y[part])
-    parts._fold()
-    assert_close(factors(parts), factors(whole))
+    fold(parts)
+    assert_close(named_factors(parts), named_factors(whole))
 
 
 @pytest.mark.usefixtures("all_stay")
@@ -183,7 +179,7 @@ def test_not_finite(bad: float) -> None:
     pre = made(net)
     for value in (1.0, bad):
         pre.observe(inputs=torch.full((2, 6), value))
-        pre._fold()
+        fold(pre)
     assert pre.skipped_statistics == 1
     torch.testing.assert_close(next(iter(pre.factors.values()))[0], torch.ones(7, 7))
 
@@ -195,11 +191,11 @@ def test_state_is_whole() -> None:
     pre, other = made(net), made(net)
     for _ in range(3):
         pre.observe(inputs=torch.randn(4, 6))
-        pre._fold()
+        fold(pre)
     other.load_state_dict(pre.state_dict())
-    for A in (*factors(pre).values(), *factors(other).values()):
+    for A in (*named_factors(pre).values(), *named_factors(other).values()):
         torch.testing.assert_close(A, A.T, rtol=0, atol=0)
-    assert_close(factors(other), factors(pre))
+    assert_close(named_factors(other), named_factors(pre))
 
 
 def trained(slab: int, lr: float | None, factor_storage: FactorStorage | None) -> list[Tensor]:
@@ -253,8 +249,8 @@ def _in_a_world() -> dict[str, Tensor]:
     x, y = torch.randn(8, 260), torch.randn(8, 5)
     share = slice(4 * workers.rank, 4 * workers.rank + 4) if workers else slice(None)
     pre.observe(inputs=x[share], targets=y[share])
-    pre._fold()
-    return factors(pre)
+    fold(pre)
+    return named_factors(pre)
 
 
 def test_two_processes_are_one() -> None:
@@ -307,7 +303,7 @@ def test_slabs_cover_all_however_many_threads() -> None:
     pre = made(net)
     pre.observe(inputs=x)
     with THRESHOLDS.changed(slab=10**6):
-        pre._fold()
+        fold(pre)
     bar = torch.cat([x, torch.ones(3, 1)], 1)
     torch.testing.assert_close(next(iter(pre.factors.values()))[0], bar.T @ bar / 3)
 
@@ -369,12 +365,12 @@ def test_folds_under_autocast(factor_storage: str | None) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         for part in (slice(0, 2), slice(2, 5)):
             pre.observe(inputs=x[part])
-        pre._fold()
+        fold(pre)
     for part in (slice(0, 2), slice(2, 5)):
         want.observe(inputs=x[part])
-    want._fold()
-    for name, value in factors(want).items():
-        torch.testing.assert_close(factors(pre)[name], value, rtol=0.03, atol=0.03, msg=name)
+    fold(want)
+    for name, value in named_factors(want).items():
+        torch.testing.assert_close(named_factors(pre)[name], value, rtol=0.03, atol=0.03, msg=name)
 
 
 def test_failed_folds_count_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -386,8 +382,8 @@ def test_failed_folds_count_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(estimate, "fold_in_place", fail)
     with pytest.raises(MemoryError):
-        pre._fold()
-    assert pre._inverse.estimate.recorded == 0
+        fold(pre)
+    assert estimate_of(pre).recorded == 0
 
 
 def test_taps_of_other_networks_are_not_noted() -> None:
@@ -400,11 +396,11 @@ def test_taps_of_other_networks_are_not_noted() -> None:
     own.observe(outputs, y)
     other.observe(inputs=lambda net: inner(net(z)))
     (outputs - y).square().sum().div(10).backward()
-    own._fold()
+    fold(own)
     twin = kfac_fx.transform(nn.Linear(4, 3))
     twin.load_state_dict(inner.state_dict(), strict=False)
     want = recorded(twin, [x], y, fisher="empirical")
-    assert_close(factors(own), want)
+    assert_close(named_factors(own), want)
 
 
 @pytest.mark.parametrize("how", ["another", "none"])

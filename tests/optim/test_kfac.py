@@ -168,7 +168,7 @@ def test_a_huge_batch_leaves_no_trace_in_the_averages(when: int) -> None:
     for step in range(8):
         x, y = task(256)
         optimizer.step(1e8 * x if step == when else x, y)
-    assert optimizer._inverse.factors["0"][0].norm() < 10
+    assert optimizer.factors["0"][0].norm() < 10
     assert optimizer.skipped_batches == (when > 0)
 
 
@@ -178,7 +178,7 @@ def test_data_of_another_scale_are_believed_after_a_while() -> None:
         x, y = task(64)
         optimizer.step(x if step < 15 else 100 * x, y)
     assert optimizer.skipped_statistics == 10
-    assert optimizer._inverse.factors["0"][0].norm() > 100
+    assert optimizer.factors["0"][0].norm() > 100
 
 
 def test_a_batch_that_is_not_finite_changes_nothing() -> None:

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from support.inside import estimate_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -31,7 +32,7 @@ def train(net: nn.Module, preconditioner: kfac_fx.Preconditioner) -> None:
 
 
 def recorded(preconditioner: kfac_fx.Preconditioner) -> int:
-    return preconditioner._inverse.estimate.recorded
+    return estimate_of(preconditioner).recorded
 
 
 def test_a_preconditioner_made_again_works() -> None:

@@ -183,7 +183,7 @@ def test_conditional_that_is_left_out(measure: Measure) -> None:
         kfac_fx.transform(model), torch.randn(6, 4), None, Categorical(), damping=DAMPING
     ).preconditioner
     first = pre.couplings[0]
-    for factor in pre._inverse.estimate.pairs[first.child, first.parent].read():
+    for factor in pre.cross_factors[first.child, first.parent]:
         factor.mul_(50.0)
     operator = pre.curvature_operator()
     pre.refresh()

@@ -92,7 +92,7 @@ def compiled(request: pytest.FixtureRequest) -> Iterator[bool]:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("build", [small_mlp, Untapped])
+@pytest.mark.parametrize("build", [small_mlp, Untapped], ids=["mlp", "Untapped"])
 @pytest.mark.parametrize("train", [logged_before, logged_after])
 def test_gradients_for_a_log_are_no_statistics(
     build: type[nn.Module], train: Train, compiled: bool
@@ -102,7 +102,7 @@ def test_gradients_for_a_log_are_no_statistics(
     close(recorded(recorder(model, compiled), train), want)
 
 
-@pytest.mark.parametrize("build", [small_mlp, Untapped])
+@pytest.mark.parametrize("build", [small_mlp, Untapped], ids=["mlp", "Untapped"])
 @pytest.mark.parametrize("train", [by_halves, by_terms])
 def test_several_that_train_are_refused(
     build: type[nn.Module], train: Train, compiled: bool
@@ -160,7 +160,7 @@ class Twice(nn.Module):
         return self.layer(torch.tanh(self.layer(x)))
 
 
-@pytest.mark.parametrize("build", [small_mlp, Twice])
+@pytest.mark.parametrize("build", [small_mlp, Twice], ids=["mlp", "Twice"])
 @pytest.mark.parametrize("second", ["none", "evaluated", "observed", "not observed"])
 def test_a_forward_that_was_not_observed_is_named(
     build: type[nn.Module], second: str, caplog: pytest.LogCaptureFixture

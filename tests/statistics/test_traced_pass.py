@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from support.inside import compiled_passes, fold, forget, observing
 from support.networks import BY_NAME, NETWORKS, Network
+from support.steps import named_factors
 from torch import Tensor, fx, nn
 from torch import distributions as D
 
@@ -38,21 +40,15 @@ def preconditioner(net: nn.Module, **options: Any) -> kfac_fx.Preconditioner:
     return kfac_fx.Preconditioner(net, damping=1e-2, generator=generator, **options)
 
 
-def programs(pre: kfac_fx.Preconditioner) -> list[Any]:
-    return list(pre._recorder._pass.programs.values())
-
-
 def recorded(net: nn.Module, batch: dict[str, Any], **options: Any) -> dict[str, Tensor]:
     """The factors and cross factors after one step, by name."""
     pre = preconditioner(net, **options)
     torch.manual_seed(5)
     pre.observe(**batch)
-    pre._fold()
+    fold(pre)
     if options.get("compile"):
-        assert None not in programs(pre), "it was run node by node"
-    found = {f"{n}/{k}": f for n, group in pre.factors.items() for k, f in enumerate(group)}
-    crosses = pre.cross_factors.items()
-    return found | {f"{n}/{k}": f for n, group in crosses for k, f in enumerate(group)}
+        assert None not in compiled_passes(pre), "it was run node by node"
+    return named_factors(pre)
 
 
 def assert_equal(found: dict[str, Tensor], want: dict[str, Tensor]) -> None:
@@ -92,10 +88,8 @@ def test_program_equals_taps(network: Network, fisher: str) -> None:
         torch.manual_seed(5)
         pre = preconditioner(net, **options)
         pre.observe(net(*inputs), targets)
-        pre._fold()
-        want = {f"{n}/{k}": f for n, group in pre.factors.items() for k, f in enumerate(group)}
-        want |= {f"{n}/{k}": f for n, g in pre.cross_factors.items() for k, f in enumerate(g)}
-        assert_equal(found, want)
+        fold(pre)
+        assert_equal(found, named_factors(pre))
 
 
 @pytest.mark.parametrize("fisher", ["sampled", "exact"])
@@ -159,7 +153,7 @@ def test_no_weight_gradient_is_formed() -> None:
     net = kfac_fx.transform(model, structure="block_diagonal")
     pre = preconditioner(net, likelihood="normal", compile="eager")
     pre.observe(inputs=torch.randn(5, 6))
-    (program,) = programs(pre)
+    (program,) = compiled_passes(pre)
     assert products(program.once.graph).total() == layers + (layers - 1) + 2 * layers
 
 
@@ -168,7 +162,7 @@ def test_no_weight_gradient_of_convolutions() -> None:
     net = kfac_fx.transform(model, structure="block_diagonal")
     pre = preconditioner(net, likelihood="normal", compile="eager")
     pre.observe(inputs=torch.randn(5, 2, 8, 8))
-    (program,) = programs(pre)
+    (program,) = compiled_passes(pre)
     nodes = list(program.once.graph.nodes)
     masks = [n.args[-1] for n in nodes if n.target is torch.ops.aten.convolution_backward.default]
     assert masks == [[True, False, False]]  # the first layer has no derivative to hand on
@@ -180,7 +174,7 @@ def test_exact_fisher_is_two_programs() -> None:
     net = kfac_fx.transform(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)))
     pre = preconditioner(net, fisher="exact", compile="eager")
     pre.observe(inputs=torch.randn(5, 6))
-    (program,) = programs(pre)
+    (program,) = compiled_passes(pre)
     forward = torch.ops.aten.tanh.default
     assert forward in [node.target for node in program.once.graph.nodes]
     assert forward not in [node.target for node in program.each.graph.nodes]
@@ -214,8 +208,8 @@ def test_nothing_is_disturbed(compile: bool | str) -> None:
     torch.testing.assert_close(net.state_dict(), state, rtol=0, atol=0)
     assert torch.equal(torch.get_rng_state(), stream)
     assert all(p.grad is None for p in net.parameters())
-    assert len(programs(pre)) == (1 if compile else 0)
-    assert all(len(program.lifted) == 2 for program in programs(pre))
+    assert len(compiled_passes(pre)) == (1 if compile else 0)
+    assert all(len(program.lifted) == 2 for program in compiled_passes(pre))
 
 
 @pytest.mark.parametrize(
@@ -268,7 +262,7 @@ def test_the_exact_fisher_of_a_convolution_is_a_program() -> None:
     net = kfac_fx.transform(nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(27, 3)))
     pre = preconditioner(net, fisher="exact", compile="eager")
     pre.observe(inputs=torch.randn(4, 2, 5, 5))
-    assert None not in programs(pre) and programs(pre)
+    assert None not in compiled_passes(pre) and compiled_passes(pre)
 
 
 def test_the_gradient_of_kfac_is_compiled() -> None:
@@ -331,7 +325,7 @@ def test_forms_are_bounded(caplog: pytest.LogCaptureFixture) -> None:
     for _ in range(2):
         for cases in range(2, 2 + compiled.MOST_PROGRAMS + 2):
             pre.observe(inputs=torch.randn(cases, 6))
-    assert sum(p is not None for p in programs(pre)) == compiled.MOST_PROGRAMS
+    assert sum(p is not None for p in compiled_passes(pre)) == compiled.MOST_PROGRAMS
     assert len([r for r in caplog.records if "others run as they are" in r.message]) == 2
 
 
@@ -346,7 +340,7 @@ def test_other_forms_are_other_programs(what: str) -> None:
     elif what == "p":
         net.get_submodule("1").p = 0.1
     pre.observe(inputs=(x,) if what == "structure" else x, targets=y)
-    assert len(programs(pre)) == (1 if what == "nothing" else 2)
+    assert len(compiled_passes(pre)) == (1 if what == "nothing" else 2)
 
 
 class Branching(nn.Module):
@@ -369,8 +363,8 @@ def test_untraceable_code_runs_as_it_is(caplog: pytest.LogCaptureFixture) -> Non
     net = kfac_fx.transform(Branching(), (x,))
     pre = preconditioner(net, compile="eager")
     pre.observe(inputs=x)
-    pre._fold()
-    assert all(program is None for program in programs(pre))
+    fold(pre)
+    assert all(program is None for program in compiled_passes(pre))
     assert any("not compiled" in record.message for record in caplog.records)
     want = recorded(net, {"inputs": x})
     found = {f"{n}/{k}": f for n, group in pre.factors.items() for k, f in enumerate(group)}
@@ -392,8 +386,8 @@ def test_moments() -> None:
             pre.observe(inputs=x)
             pre.step()
         runs.append({n: p.grad for n, p in net.named_parameters()})
-        assert len(programs(pre)) == (1 if compile else 0)
-        for program in programs(pre):
+        assert len(compiled_passes(pre)) == (1 if compile else 0)
+        for program in compiled_passes(pre):
             assert not [node for node in program.once.graph.nodes if node.op == "get_attr"]
     torch.testing.assert_close(runs[0], runs[1], rtol=1e-10, atol=1e-12)
 
@@ -406,7 +400,7 @@ def test_autocast() -> None:
         pre = preconditioner(net, compile=compile)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             pre.observe(inputs=torch.ones(5, 6, dtype=torch.float32))
-        pre._fold()
+        fold(pre)
         runs.append([f for group in pre.factors.values() for f in group])
     assert all(factor.dtype == torch.float32 for factor in runs[0])
     torch.testing.assert_close(runs[0], runs[1], rtol=1e-6, atol=1e-8)
@@ -464,7 +458,7 @@ def test_outputs_that_are_not_finite(caplog: pytest.LogCaptureFixture) -> None:
     pre = preconditioner(net, compile="eager")
     with caplog.at_level(logging.WARNING):
         pre.observe(inputs=torch.full((5, 6), float("nan")))
-    assert pre.skipped_statistics == 1 and not pre._recorder.observing
+    assert pre.skipped_statistics == 1 and not observing(pre)
 
 
 class TwoHeads(nn.Module):
@@ -490,9 +484,11 @@ def test_sum_of_likelihoods(fisher: str) -> None:
         targets = {"label": y, "box": torch.randn(9, 2)}
         for pre in (compiled, plain):
             pre.observe(inputs=x, targets=targets)
-            pre._fold()
-            pre._recorder.switch(True)
-    assert len(programs(compiled)) == 2 and None not in programs(compiled)  # of two parts, and one
+            fold(pre)
+            forget(pre)
+    assert len(compiled_passes(compiled)) == 2 and None not in compiled_passes(
+        compiled
+    )  # of two parts, and one
     for name, factors in plain.factors.items():
         for one, other in zip(compiled.factors[name], factors, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)

@@ -14,6 +14,7 @@ from torch.distributions import Distribution
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
+from kfac_fx.ops.gram import functional
 from kfac_fx.torch_internals import (
     buffer_registration_hooks,
     dispatch_modes,
@@ -251,10 +252,10 @@ def test_dispatch_modes() -> None:
             return func(*args, **(kwargs or {}))
 
     rows = torch.ones(2)
-    assert not onlookers.traced() and not onlookers.functional(rows)
-    assert onlookers.functional(torch.ones(2, requires_grad=True))
+    assert not onlookers.traced() and not functional(rows)
+    assert functional(torch.ones(2, requires_grad=True))
     with Watch():
-        assert onlookers.traced() and onlookers.functional(rows)
+        assert onlookers.traced() and functional(rows)
         torch.ones(2).mul(2)
     assert "aten::mul.Tensor" in seen
     with dispatch_modes.enable_python_dispatcher():
