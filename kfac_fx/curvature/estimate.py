@@ -217,7 +217,7 @@ class Estimate:
         all: those of all three, in this order.
         like: a tensor [] of the precision and on the device that averages are read in.
         folds: how often statistics were folded.
-        recorded: the number of statistics in the averages: the largest of all holders.
+        recorded: number of statistics in the averages; the largest of all holders.
     """
 
     def __init__(
@@ -311,7 +311,7 @@ class Estimate:
             fold(old, values, weight)
         for averages, _ in came:  # not before: a fold that fails must not count
             averages.recorded += 1
-        self.recorded = max((averages.recorded for averages in self.all), default=0)
+        self.recorded = max(averages.recorded for averages in self.all)
         return first
 
     def _say_silent(self, came: Sequence[Came]) -> None:
@@ -387,7 +387,7 @@ class Estimate:
             for average, value in zip(of.factors, state["factors"][of.holder.name], strict=True):
                 average.write(value)
             of.recorded = int(state["recorded"][of.holder.name])
-        self.recorded = max((of.recorded for of in self.all), default=0)
+        self.recorded = max(of.recorded for of in self.all)
 
 
 def fold_in_place(averages: Sequence[Average], new: Sequence[Statistic], weight: float) -> None:
