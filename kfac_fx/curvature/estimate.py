@@ -217,6 +217,7 @@ class Estimate:
         all: those of all three, in this order.
         like: a tensor [] of the precision and on the device that averages are read in.
         folds: how often statistics were folded.
+        recorded: number of statistics in the averages; the largest of all holders.
     """
 
     def __init__(
@@ -240,6 +241,7 @@ class Estimate:
             for moment in moments
         }
         self.folds = 0
+        self.recorded = 0
         self.like = next(iter(self.blocks.values())).like
         self.all = [*self.blocks.values(), *self.pairs.values(), *self.moments.values()]
         self._storage = storage
@@ -249,11 +251,6 @@ class Estimate:
     def holders(self) -> list[Holder]:
         """Return the blocks, pairs and moments whose statistics are wanted, in this order."""
         return [averages.holder for averages in self.all]
-
-    @property
-    def recorded(self) -> int:
-        """Return the number of statistics in the averages: the largest of all holders."""
-        return max((averages.recorded for averages in self.all), default=0)
 
     # Folding.
 
@@ -313,6 +310,7 @@ class Estimate:
             fold(old, values, weight)
         for averages, _ in came:  # not before: a fold that fails must not count
             averages.recorded += 1
+        self.recorded = max(averages.recorded for averages in self.all)
         return first
 
     def _say_silent(self, came: Sequence[Came]) -> None:
@@ -383,6 +381,7 @@ class Estimate:
             for average, value in zip(of.factors, state["factors"][of.holder.name], strict=True):
                 average.write(value)
             of.recorded = int(state["recorded"][of.holder.name])
+        self.recorded = max(of.recorded for of in self.all)
 
 
 def fold_in_place(averages: Sequence[Average], new: Sequence[Statistic], weight: float) -> None:

@@ -223,7 +223,10 @@ class PassProgram:
         self.once = module
         self.each = None
         if own.columns:
-            self.once, self.each, self._places = split_at_last(module)
+            parts = split_at_last(module)
+            self.once = parts.once
+            self.each = parts.each
+            self._places = parts.places
             self._check_summed()
         options = {"fallback_random": True} if self._seeded else None
         # No CUDA graph that draws for itself: it would replay the same numbers. None of two
