@@ -45,7 +45,7 @@ def no_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise AssertionError("a tap has nodes")
 
-    monkeypatch.setattr(tap, "source", fail)
+    monkeypatch.setattr(tap, "_zero", fail)
 
 
 def normal(pick: Callable[[Any], Tensor]) -> Any:
