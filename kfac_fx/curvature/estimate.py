@@ -301,8 +301,7 @@ class Estimate:
         by_weight: dict[float, tuple[list[Average], list[Statistic]]] = {}
         for averages, new in came:
             first |= averages.recorded == 0
-            # 1 - epsilon_k: a plain mean of the first statistics, then an exponential one.
-            weight = max(1 / (averages.recorded + 1), 1 - decay)
+            weight = new_weight(averages.recorded + 1, decay)
             group = by_weight.setdefault(weight, ([], []))
             group[0].extend(averages.all)
             group[1].extend(new)
@@ -411,10 +410,19 @@ def fold_in_place(averages: Sequence[Average], new: Sequence[Statistic], weight:
         foreach.lerp_(stored, values, weight)
 
 
+def new_weight(k: int, decay: float) -> float:
+    """Return 1 - epsilon_k, the weight of the k-th statistic.
+
+    A plain mean of the first statistics, then an exponential one
+    (docs/explanation/mathematics.md, section 8).
+    """
+    return 1 - min(1 - 1 / k, decay)
+
+
 def terms_needed(recorded: int, decay: float) -> int:
     """Return how many likelihood terms the next statistic should have, after so many statistics.
 
     An average over k equal statistics is as good as one over their terms, so the first few must
     be larger; later the decay bounds the weight of each.
     """
-    return math.ceil(LEAST_TERMS * max(1 / (recorded + 1), 1 - decay))
+    return math.ceil(LEAST_TERMS * new_weight(recorded + 1, decay))
