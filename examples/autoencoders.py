@@ -8,6 +8,7 @@ al. (2013). Seconds are of the processor, with one thread; evaluation is not on 
 
     python examples/autoencoders.py --seconds 600 --selection 60
     python examples/autoencoders.py --data digits --seconds 60 --selection 10
+    python examples/autoencoders.py --quick
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Panel, save_figure, show_table, use_threads
+from common import Panel, parse, save_figure, show_table, use_threads
 from curves import curves
 from curves_autoencoder import SIZES, autoencoder, evaluate, momentum_at, negative_log_likelihood
 from torch import Tensor, nn
@@ -261,7 +262,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--runs", type=Path, help="JSON file that collects runs between calls")
     parser.add_argument("--output", default="autoencoders_{data}.png")
-    options = parser.parse_args()
+    options = parse(parser, data="digits", seconds=0.5, selection=0.05)
     print(use_threads(1), options.data, sep=", ")
 
     runs: list[Run] = []

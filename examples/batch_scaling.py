@@ -5,6 +5,7 @@ batches of 64 to 8,192 cases; SGD (Nesterov momentum) with the best of its learn
 size. Printed is the training error that is left, drawn what was taken off.
 
     python examples/batch_scaling.py --iterations 50
+    python examples/batch_scaling.py --quick
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import copy
 from collections.abc import Callable
 
 import torch
-from common import Panel, save_figure, show_table, use_threads
+from common import Panel, parse, save_figure, show_table, use_threads
 from curves import curves
 from curves_autoencoder import autoencoder, evaluate, negative_log_likelihood
 from torch import Tensor, nn
@@ -63,18 +64,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--iterations", type=int, default=50)
     parser.add_argument("--start", type=int, default=4000, help="iterations of SGD before")
+    parser.add_argument("--cases", type=int, default=20_000, help="images to train on")
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="of the batches")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", default="batch_scaling.png")
-    options = parser.parse_args()
+    options = parse(parser, iterations=3, start=20, cases=1000, sizes=(64, 256))
     print(use_threads(options.threads))
 
-    images = curves(20_000, seed=0)
+    images = curves(options.cases, seed=0)
     model = autoencoder(0)
     start = left(model, sgd(model, 2e-3), images, 100, options.start)
     print(f"training error at the start: {start:.2f}")
 
     found: dict[str, list[float]] = {"K-FAC": [], "SGD": []}
-    for size in SIZES:
+    for size in options.sizes:
         net = kfac_fx.transform(copy.deepcopy(model))
         found["K-FAC"].append(left(net, kfac(net), images, size, options.iterations))
         errors = []
@@ -84,10 +87,10 @@ def main() -> None:
         found["SGD"].append(min(e for e in errors if e == e))
         print(f"batches of {size}: {found['K-FAC'][-1]:.2f} and {found['SGD'][-1]:.2f}", flush=True)
     show_table(
-        ["error left, batches of", *map(str, SIZES)],
+        ["error left, batches of", *map(str, options.sizes)],
         [[name, *(f"{error:.2f}" for error in errors)] for name, errors in found.items()],
     )
-    progress = {name: (SIZES, [start - e for e in errors]) for name, errors in found.items()}
+    progress = {n: (options.sizes, [start - e for e in errors]) for n, errors in found.items()}
     up = f"error taken off in {options.iterations} iterations"
     save_figure(
         [Panel("CURVES, by batch size", "batch size", up, progress, log=True)], options.output

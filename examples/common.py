@@ -1,14 +1,28 @@
-"""What the examples share: threads, a printed table and a figure of training curves."""
+"""What the examples share: --quick, threads, a printed table and a figure of training curves."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 COLOURS = {"K-FAC": "#c2410c", "SGD": "#1d4ed8", "Adam": "#6b7280", "Muon": "#15803d"}
+
+
+def parse(parser: argparse.ArgumentParser, **quick: Any) -> argparse.Namespace:
+    """Parse the command line with one more flag, --quick.
+
+    Args:
+        quick: The defaults under --quick. Options that are typed as well keep what was typed.
+    """
+    parser.add_argument("--quick", action="store_true", help="a run of seconds: does it work?")
+    if parser.parse_known_args()[0].quick:
+        parser.set_defaults(**quick)
+    return parser.parse_args()
 
 
 def use_threads(threads: int) -> str:

@@ -5,6 +5,7 @@ initialisation. SGD has the momentum schedule of Sutskever et al. (2013) and sma
 which it is faster. Evaluation is not on the clock.
 
     python examples/curves_autoencoder.py --seconds 120
+    python examples/curves_autoencoder.py --quick
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from common import Panel, save_figure, show_table, use_threads
+from common import Panel, parse, save_figure, show_table, use_threads
 from curves import curves
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -169,16 +170,17 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=120, help="of each method's final run")
     parser.add_argument("--selection", type=float, default=20, help="seconds of a grid point")
     parser.add_argument("--structure", default="block_diagonal")
+    parser.add_argument("--cases", type=int, default=20_000, help="images to train on")
     parser.add_argument("--batch-size", type=int, default=500)
     parser.add_argument("--sgd-batch-size", type=int, default=100)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", default="curves_autoencoder.png")
-    options = parser.parse_args()
+    options = parse(parser, seconds=0.5, selection=0.1, cases=1000, threads=1)
     batches = f"batches of {options.batch_size} (K-FAC) and {options.sgd_batch_size} (SGD)"
     print(use_threads(options.threads), batches, options.structure, sep=", ")
 
-    train_set, test_set = curves(20_000, seed=0), curves(10_000, seed=1)
+    train_set, test_set = curves(options.cases, seed=0), curves(options.cases // 2, seed=1)
     best: dict[str, Run] = {}
     tried: list[Run] = []
     for method, grid in GRIDS.items():

@@ -4,6 +4,7 @@ Both train with the same settings, batches and initialisation; printed are the t
 the iterations that each needs to the block-diagonal run's last error, and the seconds.
 
     python examples/curves_structures.py --iterations 400
+    python examples/curves_structures.py --quick
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import itertools
 import time
 
 import torch
-from common import show_table, use_threads
+from common import parse, show_table, use_threads
 from curves import curves
 from curves_autoencoder import autoencoder, evaluate, negative_log_likelihood
 from torch import Tensor
@@ -68,6 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--iterations", type=int, default=400)
     parser.add_argument("--every", type=int, default=50)
+    parser.add_argument("--cases", type=int, default=20_000, help="images to train on")
     parser.add_argument("--batch-size", type=int, default=500)
     parser.add_argument("--lr", type=float, default=0.3)
     parser.add_argument("--damping", type=float, default=0.1)
@@ -75,9 +77,9 @@ def main() -> None:
     parser.add_argument("--statistics-every", type=int, default=2)
     parser.add_argument("--refresh-every", type=int, default=20)
     parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
+    options = parse(parser, iterations=4, every=2, batch_size=100, cases=1000)
     print(use_threads(options.threads))
-    images = curves(20_000, seed=0)
+    images = curves(options.cases, seed=0)
     runs = {structure: train(structure, images, options) for structure in STRUCTURES}
     level = runs["block_diagonal"][0][-1]
     header = ["iterations", *(str(i) for i in range(0, options.iterations + 1, options.every))]

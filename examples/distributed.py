@@ -29,6 +29,7 @@ from kfac_fx.distributed import Checkpoints, DataParallel
 
 BATCHES = (64, 128, 256, 512, 1437)
 RATES = {"K-FAC": (0.01, 0.03, 0.1, 0.3, 1.0), "SGD": (0.03, 0.1, 0.2, 0.3, 0.5)}
+QUICK_BATCHES, QUICK_RATES = (512,), {"K-FAC": (0.3,), "SGD": (0.3,)}
 GOAL = 0.02
 MOST_STEPS = 300
 
@@ -129,12 +130,14 @@ def steps_to_goal(method: str, batch: int, rate: float, start: nn.Module) -> int
     return None
 
 
-def scaling(batches: tuple[int, ...]) -> dict[str, list[int | None]]:
-    """Steps to the goal by batch, with the best learning rate of each method."""
+def scaling(
+    batches: tuple[int, ...], grids: dict[str, tuple[float, ...]]
+) -> dict[str, list[int | None]]:
+    """Steps to the goal by batch, with the best learning rate of each method's grid."""
     torch.manual_seed(3)
     start = perceptron()
     found: dict[str, list[int | None]] = {}
-    for method, rates in RATES.items():
+    for method, rates in grids.items():
         found[method] = []
         for batch in batches:
             tried = [steps_to_goal(method, batch, rate, start) for rate in rates]
@@ -165,14 +168,14 @@ def draw(batches: tuple[int, ...], found: dict[str, list[int | None]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--quick", action="store_true", help="two epochs, two batches")
+    parser.add_argument("--quick", action="store_true", help="two epochs, one batch size and rate")
     parser.add_argument("--folder", type=Path, default=Path("outputs/distributed"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     train(2 if options.quick else 10, options.folder)
-    batches = BATCHES[1::2] if options.quick else BATCHES
-    found = scaling(batches)
+    batches, grids = (QUICK_BATCHES, QUICK_RATES) if options.quick else (BATCHES, RATES)
+    found = scaling(batches, grids)
     say("steps to a training loss of " + str(GOAL))
     say("batch  " + "".join(f"{batch:>8}" for batch in batches))
     for method, steps in found.items():

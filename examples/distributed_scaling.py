@@ -1,17 +1,17 @@
 """Predicted scaling of K-FAC to 1,024 GPUs, for a ResNet-50 and a transformer of 7B parameters.
 
-    python examples/distributed_scaling.py
+    python examples/distributed_scaling.py --output distributed_scaling.png
 
 Networks are built without memory (on the meta device) and transformed; the simulator of
 kfac_fx.distributed does the rest. What it is told of the hardware is assumed, not measured: see the
-constants. It prints a table and draws examples/distributed_scaling.png.
+constants. It prints a table and draws a picture.
 """
 
 from __future__ import annotations
 
+import argparse
 import logging
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -116,6 +116,9 @@ def predictions(program: Program, rows: dict[str, int], fraction: float) -> list
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--output", default="distributed_scaling.png")
+    output = parser.parse_args().output
     logging.getLogger("kfac_fx").setLevel(logging.ERROR)  # of norms, which have no full blocks
     import matplotlib
 
@@ -160,7 +163,7 @@ def main() -> None:
         above.legend()
     axes[1, 0].set_xticks(SIZES[::2], [str(size) for size in SIZES[::2]])
     figure.suptitle("Predicted, on assumed hardware: statistics every 10 steps, refresh every 100")
-    figure.savefig(Path(__file__).with_suffix(".png"), dpi=110)
+    figure.savefig(output, dpi=110)
 
 
 if __name__ == "__main__":

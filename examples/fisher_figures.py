@@ -6,6 +6,7 @@ and the block-tridiagonal inverse make of it. Then the same for a residual netwo
 are a forest, chosen by the topology or by the data.
 
     python examples/fisher_figures.py --save fisher.png
+    python examples/fisher_figures.py --quick
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from common import show_table, use_threads
+from common import parse, show_table, use_threads
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -230,7 +231,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--damping", type=float, default=1e-3)
     parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
+    arguments = parse(parser, cases=60, epochs=1)
     print(use_threads(arguments.threads))
     torch.set_default_dtype(torch.float64)
     torch.manual_seed(0)

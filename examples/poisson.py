@@ -5,6 +5,7 @@ The network has 2-64-64-64-1 tanh units; residuals are taken at fresh points in 
 Evaluation is not on the clock.
 
     python examples/poisson.py --seconds 30
+    python examples/poisson.py --quick
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from common import show_table, use_threads
+from common import parse, show_table, use_threads
 from torch import Tensor, nn
 
 import kfac_fx
@@ -122,7 +123,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=30.0, help="for each run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
+    options = parse(parser, seconds=1.5)
     print(use_threads(options.threads) + f", {options.seconds:g} s each")
     runs = [kfac(options.seed, options.seconds)]
     runs += [adam(options.seed, options.seconds, lr) for lr in ADAM_RATES]

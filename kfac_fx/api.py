@@ -34,6 +34,7 @@ from kfac_fx.export.export_model import fixes_batch, from_export, of_program
 from kfac_fx.passes.covered_parameters import Covered
 from kfac_fx.passes.kfac_transform import KFACTransform
 from kfac_fx.passes.options import TransformOptions
+from kfac_fx.passes.rules.base import Rules
 from kfac_fx.passes.strip_taps import StripTaps
 
 log = logging.getLogger("kfac_fx")
@@ -59,6 +60,7 @@ def transform(
     max_factor_dim: int = MAX_FACTOR_DIM,
     large_factors: LargeFactors = "diagonal",
     ekfac: bool = False,
+    rules: Rules | None = None,
     capture: Capture = "auto",
     check: bool = True,
 ) -> CapturedModule:
@@ -89,6 +91,8 @@ def transform(
             nothing else sees.
         ekfac: record what ``tikhonov="ekfac"`` needs: second moments of per-case gradients in the
             bases of the Kronecker blocks of plain layers (not of running models, capture="eager").
+        rules: recognise the uses of parameters; by default the library's own and those that
+            ``register_rule`` has added (``kfac_fx.passes.rules.default_rules``).
         capture: "symbolic_trace", "export" (needs example inputs), "eager" (the model's own Python
             code, recorded while it runs; needs example inputs), or "auto", the first that works.
         check: compare the captured module's outputs and gradients with the model's, once, on the
@@ -110,6 +114,7 @@ def transform(
         max_factor_dim=max_factor_dim,
         large_factors=large_factors,
         ekfac=ekfac,
+        rules=rules,
     )
     if isinstance(model, ExportedProgram):
         module = of_program(model)

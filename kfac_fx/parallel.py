@@ -11,7 +11,10 @@ from torch import Tensor, fx
 from torch.nn.parallel import DistributedDataParallel
 
 from kfac_fx.errors import UnknownOptionError
-from kfac_fx.ops.rows import Statistic
+from kfac_fx.ops.gram import Statistic
+
+Net = Any
+"""A network as the user gives it: a module, wrapped or not, or something else by mistake."""
 
 Values = list[Statistic | None]
 """One statistic a slot; None where no case of this process reached the layer."""
@@ -124,7 +127,7 @@ class Workers(Protocol):
     size: int
     staleness: int
 
-    def unwrapped(self, net: Any) -> Any:
+    def unwrapped(self, net: Net) -> Net:
         """Return the transformed module inside of torch.compile's and DDP's wrappers.
 
         Raises:
@@ -229,7 +232,7 @@ class Alone:
     size = 1
     staleness = 0
 
-    def unwrapped(self, net: Any) -> Any:
+    def unwrapped(self, net: Net) -> Net:
         # Without these checks every process would follow its own statistics, and replicas of one
         # network would drift apart without a word.
         if isinstance(net, DistributedDataParallel) and torch.distributed.get_world_size() > 1:
@@ -274,8 +277,9 @@ ALONE = Alone()
 """The workers of every object that is not told of others."""
 
 
-def unwrapped(net: Any) -> Any:
+def unwrapped(net: Net) -> Net:
     """Return the module inside of torch.compile's and DistributedDataParallel's wrappers."""
+    # Wrappers come in either order: torch.compile of DDP, or DDP of a compiled module.
     while True:
         inner = getattr(net, "_orig_mod", net)
         inner = inner.module if isinstance(inner, DistributedDataParallel) else inner

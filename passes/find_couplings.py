@@ -14,6 +14,7 @@ from kfac_fx.config import COUPLINGS, choice
 from kfac_fx.ir.coupling import Edge, couplings_of
 from kfac_fx.ir.curvature_graph import CurvatureBlock, CurvatureGraph, Pair
 from kfac_fx.ir.use import FactorSpec
+from kfac_fx.ops.sides import coupling_operators, side_text
 from kfac_fx.passes.annotations import graphs_of
 from kfac_fx.passes.base import Analysis, curvature_of
 from kfac_fx.passes.find_edges import find_edges
@@ -26,10 +27,6 @@ NEAREST = 3
 _REORDERING = frozenset(
     {"flip", "fold", "index", "movedim", "permute", "roll", "sort", "swapaxes", "t", "transpose"}
     | {"unfold", "window_partition", "window_reverse"}
-)
-
-_LAYERS = frozenset(
-    {"linear", "convolution", "transposed_convolution", "embedding", "bilinear", "recurrent"}
 )
 
 
@@ -47,7 +44,7 @@ def find_couplings(
     layers = {
         name
         for name, block in blocks.items()
-        if block.approximation.startswith("kronecker") or block.kind in _LAYERS
+        if block.approximation in ("kronecker", "kronecker_sum")
     }
     reasons = {name: why_alone(block) for name, block in blocks.items()}
     able = {name for name, reason in reasons.items() if reason is None}
@@ -94,7 +91,12 @@ def why_alone(block: CurvatureBlock) -> str | None:
         return "a side that is a diagonal, or cut, has no cross factors"
     if any(len(factor.shape) != 2 for factor in block.factors):
         return "it is a batch of blocks, one for each group"
-    if tap is None or tap.operator not in SIDES or tap.consumer is not None or tap.scale:
+    if (
+        tap is None
+        or tap.operator not in coupling_operators()
+        or tap.consumer is not None
+        or tap.scale
+    ):
         return "its statistics are not those of a plain layer"
     return None
 
@@ -140,15 +142,20 @@ def _pair(blocks: Mapping[str, CurvatureBlock], earlier: str, later: str, ordere
     return Pair(earlier, later, f"{one.slot}__{two.slot}", factors, ordered)
 
 
-def side_text(module: nn.Module, block: CurvatureBlock) -> str:
-    """The block's use as ``kfac_fx.ops.sides`` reads it."""
+def text_of_side(module: nn.Module, block: CurvatureBlock) -> str:
+    """Return the block's only use as the operators of couplings and moments read it.
+
+    Args:
+        module: whose block it is.
+        block: one that ``why_alone`` has nothing against.
+    """
     tap = block.uses[0].tap
     assert tap is not None
-    return SIDES[tap.operator](tap.options, _interleaved(module, block))
+    return side_text(tap.operator, tap.options, interleaved=_interleaved(module, block))
 
 
 def _interleaved(module: nn.Module, block: CurvatureBlock) -> bool:
-    """Whether it is the output projection of attention, which reads positions by cases."""
+    """Tell whether it is the output projection of attention, which reads positions by cases."""
     owner, _, leaf = block.parameters[0].rpartition(".")[0].rpartition(".")
     if leaf != "out_proj":
         return False

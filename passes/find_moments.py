@@ -13,7 +13,7 @@ from kfac_fx.ir.curvature_graph import CurvatureBlock, CurvatureGraph, Moment
 from kfac_fx.ir.use import FactorSpec
 from kfac_fx.ops.sides import side_of
 from kfac_fx.passes.base import Analysis, curvature_of
-from kfac_fx.passes.find_couplings import side_text, why_alone
+from kfac_fx.passes.find_couplings import text_of_side, why_alone
 
 
 def find_moments(module: nn.Module, blocks: Mapping[str, CurvatureBlock]) -> tuple[Moment, ...]:
@@ -24,7 +24,7 @@ def find_moments(module: nn.Module, blocks: Mapping[str, CurvatureBlock]) -> tup
     """
     found = []
     for name, block in blocks.items():
-        if why_alone(block) is None and not side_of(side_text(module, block)).interleaved:
+        if why_alone(block) is None and not side_of(text_of_side(module, block)).interleaved:
             A, G = (factor.shape[0] for factor in block.factors)
             S = FactorSpec("S", (G, A), "gradient")
             found.append(Moment(name, f"{block.slot}__moment", (S,)))

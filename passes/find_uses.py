@@ -17,7 +17,7 @@ from kfac_fx.passes.base import HERE, Analysis
 from kfac_fx.passes.covered_parameters import Covered
 from kfac_fx.passes.gather_blocks import forms, gather_blocks, pieces, summable
 from kfac_fx.passes.options import TransformOptions
-from kfac_fx.passes.rules import Refusal, Site, generic_use, rules_for
+from kfac_fx.passes.rules import Refusal, Rules, Site, default_rules, generic_use
 
 log = logging.getLogger("kfac_fx")
 
@@ -76,7 +76,7 @@ def find_uses(
     # its bias, say, may then be claimed by a rule that came later. Every round takes at least one
     # parameter away, so this ends.
     while True:
-        matches = _match(site)
+        matches = _match(site, options.rules or default_rules())
         misfits = _unclaimed(site, matches) or _different(matches)
         alone = {} if misfits else _with_and_without_bias(matches)
         if not misfits and not alone:
@@ -114,7 +114,8 @@ def uses_of_call(
     """
     call = view.call(node)
     site = _site(view, parameters, options, alone)
-    for rule in rules_for(call.operation) if call is not None else ():
+    rules = options.rules or default_rules()
+    for rule in rules.asked(call.operation) if call is not None else ():
         assert call is not None
         answer = rule.match(call, site)
         if answer is None or isinstance(answer, Refusal):
@@ -140,7 +141,7 @@ def _site(
     )
 
 
-def _match(site: Site) -> _Matches:
+def _match(site: Site, rules: Rules) -> _Matches:
     """Ask the rules about every call of the vocabulary; the first that takes it has it."""
     matches = _Matches()
     for node in site.view.graph.nodes:
@@ -150,7 +151,7 @@ def _match(site: Site) -> _Matches:
         if site.view.is_mapped(node):
             matches.refusals[node.name] = "it runs inside vmap, where a tap sees no cases"
             continue
-        for rule in rules_for(call.operation):
+        for rule in rules.asked(call.operation):
             answer = rule.match(call, site)
             if isinstance(answer, Refusal):
                 matches.refusals[node.name] = answer.reason

@@ -12,7 +12,7 @@ from torch import fx, nn
 from kfac_fx.ir.curvature_graph import CurvatureBlock, CurvatureGraph, Pair
 from kfac_fx.ops import STORE
 from kfac_fx.passes.annotations import take_over
-from kfac_fx.passes.find_couplings import side_text
+from kfac_fx.passes.find_couplings import text_of_side
 from kfac_fx.passes.tap_buffers import add_slot, plain_taps, read_attribute
 
 _LINK = torch.ops.kfac_fx.link.default
@@ -47,7 +47,7 @@ def insert_links(
         first, last = names.get(pair.earlier), names.get(pair.later)
         if first is None or last is None or order[first] > order[last]:
             continue
-        sides = [side_text(module, blocks[name]) for name in (pair.earlier, pair.later)]
+        sides = [text_of_side(module, blocks[name]) for name in (pair.earlier, pair.later)]
         passed, handed = _insert_link(graph, ends[pair.earlier], pair, sides[0])
         ends[pair.earlier] = passed
         inputs = last.args[1], first.args[1], handed

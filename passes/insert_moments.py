@@ -10,7 +10,7 @@ from torch import fx, nn
 from kfac_fx.ir.curvature_graph import CurvatureBlock, CurvatureGraph
 from kfac_fx.ops import STORE
 from kfac_fx.passes.annotations import take_over
-from kfac_fx.passes.find_couplings import side_text
+from kfac_fx.passes.find_couplings import text_of_side
 from kfac_fx.passes.tap_buffers import add_slot, plain_taps, read_attribute
 
 _MOMENT = torch.ops.kfac_fx.moment.default
@@ -53,7 +53,7 @@ def insert_moments(
                 place = read_attribute(graph, f"{STORE}.{moment.slot}.{name}")
             reads.append(place)
         with graph.inserting_after(place):
-            call = graph.call_function(_MOMENT, (y, y.args[1], *reads, side_text(module, block)))
+            call = graph.call_function(_MOMENT, (y, y.args[1], *reads, text_of_side(module, block)))
         take_over(call, y, same_value=True, moment=moment.block)
         for user in users:
             user.replace_input_with(y, call)

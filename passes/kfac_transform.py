@@ -41,7 +41,7 @@ class KFACTransform(GraphPass):
         route: how the module was captured; ``curvature.route`` says it.
         on_pass: called with a ``PassReport`` after each of the passes.
         keywords: as for ``kfac_fx.transform``: structure, couplings, exclude, strict,
-            weight_sharing, max_factor_dim, large_factors, ekfac.
+            weight_sharing, max_factor_dim, large_factors, ekfac, rules.
 
     Raises:
         UnknownOptionError: an option is wrong.

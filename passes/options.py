@@ -18,6 +18,7 @@ from kfac_fx.config import (
     WeightSharing,
     choice,
 )
+from kfac_fx.passes.rules.base import Rules
 
 
 class TransformKeywords(TypedDict, total=False):
@@ -31,6 +32,7 @@ class TransformKeywords(TypedDict, total=False):
     max_factor_dim: int
     large_factors: LargeFactors
     ekfac: bool
+    rules: Rules | None
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class TransformOptions:
         large_factors: "diagonal" keeps larger sides as vectors, "blocks" cuts those of dense uses
             into equal sub-blocks.
         ekfac: record the second moments that ``tikhonov="ekfac"`` needs.
+        rules: recognise the uses; None stands for the library's and those of ``register_rule``.
 
     Raises:
         UnknownOptionError: an option is none of the values that it may have.
@@ -63,6 +66,7 @@ class TransformOptions:
     max_factor_dim: int = MAX_FACTOR_DIM
     large_factors: LargeFactors = "diagonal"
     ekfac: bool = False
+    rules: Rules | None = None
 
     def __post_init__(self) -> None:
         # Callers without a type checker pass any string: it is refused here, before a model is

@@ -8,10 +8,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from kfac_fx.ir.use import FactorSpec
+from kfac_fx.ops.sides import coupling_operators
 from kfac_fx.passes.annotations import annotation
-from kfac_fx.passes.find_couplings import SIDES
-
-_PLAIN = tuple(getattr(torch.ops.kfac_fx, name).default for name in SIDES)
 
 
 def add_slot(store: nn.Module, name: str, factors: Iterable[FactorSpec], like: Tensor) -> nn.Module:
@@ -44,5 +42,6 @@ def read_attribute(graph: fx.Graph, path: str) -> fx.Node:
 
 def plain_taps(graph: fx.Graph) -> dict[str, fx.Node]:
     """Block -> the tap of its use, for the kinds of use that have sides."""
-    taps = (node for node in graph.nodes if node.target in _PLAIN)
+    plain = [getattr(torch.ops.kfac_fx, name).default for name in coupling_operators()]
+    taps = (node for node in graph.nodes if node.op == "call_function" and node.target in plain)
     return {annotation(tap)["blocks"][0]: tap for tap in taps}

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from support.oracles import Likelihood, Measure, Measured
+from support.steps import cloned_factors
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
@@ -65,10 +66,6 @@ def measure() -> Measure:
         preconditioner.observe(outputs, y)
         loss.backward()
         preconditioner.step()
-        factors = {
-            name: tuple(factor.clone() for factor in group)
-            for name, group in preconditioner.factors.items()
-        }
-        return Measured(preconditioner, factors)
+        return Measured(preconditioner, cloned_factors(preconditioner))
 
     return run

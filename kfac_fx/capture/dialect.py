@@ -52,8 +52,12 @@ METHODS: dict[str, Row] = {}
 def _add(operation: str, arguments: str, *targets: Any) -> None:
     row = Row(operation, tuple(arguments.split()))
     for target in targets:
-        table: dict[Any, Row] = METHODS if isinstance(target, str) else FUNCTIONS
-        table[target] = row
+        _table(target)[target] = row
+
+
+def _table(target: Any) -> dict[Any, Row]:
+    """Return the table that holds a target; an operator's qualified name has colons in it."""
+    return METHODS if isinstance(target, str) and "::" not in target else FUNCTIONS
 
 
 _add("linear", "input weight bias", F.linear, aten.linear.default)
@@ -106,13 +110,6 @@ _add(
     aten.embedding_bag.padding_idx,
 )
 _add("index", "weight indices", aten.index.Tensor)
-# Operators that may not be there are known by their qualified names.
-FUNCTIONS["aten::_grouped_mm"] = Row("grouped_mm", ("input", "weight", "offsets"))
-FUNCTIONS["transformers::grouped_mm_fallback"] = FUNCTIONS["aten::_grouped_mm"]
-for _target in (getattr(torch, "_grouped_mm", None), getattr(F, "grouped_mm", None)):
-    FUNCTIONS[_target] = FUNCTIONS["aten::_grouped_mm"]
-_add("bilinear", "input other weight bias", F.bilinear, torch.bilinear, aten.bilinear.default)
-
 _TRANSPOSED = "input weight bias stride padding output_padding groups dilation"
 for _dims in (1, 2, 3):
     _name = f"conv_transpose{_dims}d"
@@ -238,10 +235,33 @@ _add("neg", "input", operator.neg, torch.neg, "neg", aten.neg.default)
 _add("repeat", "input *shape", "repeat", aten.repeat.default)
 
 
-def add_operation(target: Any, words: str) -> None:
-    """Teaches the vocabulary a target: its operation and the names of its arguments, in order."""
+def add_operation(target: Any, words: str) -> Row | None:
+    """Teach the vocabulary a target: its operation and the names of its arguments, in order.
+
+    Args:
+        target: a function, an operator or its qualified name ("aten::mm"), or a method's name.
+        words: "operation argument argument ...".
+
+    Returns:
+        What the target stood for before, for ``remove_operation``; None if it was unknown.
+    """
     operation, _, arguments = words.partition(" ")
+    before = _table(target).get(target)
     _add(operation, arguments, target)
+    return before
+
+
+def remove_operation(target: Any, before: Row | None) -> None:
+    """Undo ``add_operation``.
+
+    Args:
+        target: what the vocabulary was taught.
+        before: what ``add_operation`` returned.
+    """
+    if before is None:
+        _table(target).pop(target, None)
+    else:
+        _table(target)[target] = before
 
 
 # Reading a shape carries no data from the input to the result.

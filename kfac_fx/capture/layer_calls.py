@@ -101,10 +101,6 @@ def _transposed_convolution(module: nn.ConvTranspose2d, member: Callable[[str], 
     return ModuleCall(f"conv_transpose{len(module.kernel_size)}d", arguments)
 
 
-def _bilinear(module: nn.Bilinear, member: Callable[[str], Any]) -> ModuleCall:
-    return ModuleCall("bilinear", _affine(member), ("input", "other"))
-
-
 def _recurrent(module: nn.RNNBase, member: Callable[[str], Any]) -> ModuleCall:
     arguments = {
         "params": [member(name) for name in module._flat_weights_names],
@@ -137,7 +133,6 @@ TRANSLATIONS: dict[type[nn.Module], Callable[[Any, Callable[[str], Any]], Module
     nn.ConvTranspose3d: _transposed_convolution,
     nn.Embedding: _embedding,
     nn.EmbeddingBag: _embedding_bag,
-    nn.Bilinear: _bilinear,
     nn.LayerNorm: _layer_norm,
     nn.RMSNorm: _rms_norm,
     nn.GroupNorm: _group_norm,

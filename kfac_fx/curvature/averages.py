@@ -17,12 +17,12 @@ from kfac_fx.curvature.factor_storage import Average, Storage
 from kfac_fx.errors import ParameterChangedError
 from kfac_fx.ir import Coupling, CurvatureBlock, CurvatureGraph, Moment, Pair
 from kfac_fx.ir.use import StatisticKey
-from kfac_fx.ops import Rows, Statistic, cross_buffers, factor_buffers, moment_buffers, multiplied
+from kfac_fx.ops.gram import Rows, Statistic, multiplied
 
 
 @dataclass
 class Entry:
-    """A block or pair with its parameters, the buffers that taps fill, and its running averages.
+    """A block or pair with its parameters, and its running averages.
 
     Attributes:
         stored: the averages as the storage keeps them.
@@ -31,7 +31,6 @@ class Entry:
 
     block: CurvatureBlock | Pair | Moment
     parameters: tuple[nn.Parameter, ...]
-    buffers: tuple[Tensor, ...]
     storage: Storage
     stored: tuple[Average, ...]
     recorded: int = 0
@@ -41,7 +40,6 @@ class Entry:
         cls,
         block: CurvatureBlock | Pair | Moment,
         parameters: tuple[nn.Parameter, ...],
-        buffers: tuple[Tensor, ...],
         like: Tensor,
         storage: Storage,
     ) -> Entry:
@@ -53,7 +51,7 @@ class Entry:
             storage.make(f.shape, like, matrices and len(f.shape) > 1 and not f.diagonal)
             for f in block.factors
         )
-        return cls(block, parameters, buffers, storage, tuple(stored))
+        return cls(block, parameters, storage, tuple(stored))
 
     @property
     def averages(self) -> tuple[Tensor, ...]:
@@ -174,19 +172,16 @@ class Averages:
 
     def __init__(
         self,
-        net: nn.Module,
         curvature: CurvatureGraph,
         parameters: Mapping[str, nn.Parameter],
         pairs: Sequence[Pair],
         moments: Sequence[Moment],
         storage: Storage,
     ) -> None:
-        buffers = factor_buffers(net)
         self.blocks = {
             name: Entry.zero(
                 block,
                 tuple(parameters[n] for n in block.parameters),
-                buffers[name],
                 parameters[block.parameters[0]],
                 storage,
             )
@@ -194,15 +189,12 @@ class Averages:
         }
         self.pairs = {
             (pair.earlier, pair.later): Entry.zero(
-                pair, (), found, self.blocks[pair.earlier].like, storage
+                pair, (), self.blocks[pair.earlier].like, storage
             )
-            for pair, found in zip(pairs, cross_buffers(net, pairs), strict=True)
+            for pair in pairs
         }
         self.moments = {
-            m.block: Entry.zero(
-                m, (), moment_buffers(net, m)[2:], self.blocks[m.block].like, storage
-            )
-            for m in moments
+            m.block: Entry.zero(m, (), self.blocks[m.block].like, storage) for m in moments
         }
         holders = self.blocks, self.pairs, self.moments
         self.entries: list[Entry] = [entry for held in holders for entry in held.values()]

@@ -71,7 +71,7 @@ class InverseFisher:
         pairs = curvature.pairs if coupled else ()
         moments = curvature.moments if options.tikhonov == "ekfac" else ()
         storage = storage_of(options.factor_storage, generator)
-        self.averages = Averages(net, curvature, self.guard.parameters, pairs, moments, storage)
+        self.averages = Averages(curvature, self.guard.parameters, pairs, moments, storage)
         self.moments = Moments(net, curvature, self.averages)
         self._compile = options.compile
         self._workers = workers

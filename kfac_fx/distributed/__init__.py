@@ -1,4 +1,4 @@
-"""Several processes on torch.distributed: shared batches, shared refreshes."""
+"""Several processes on torch.distributed: shared batches and refreshes, checkpoints, forecasts."""
 
 from kfac_fx.distributed.checkpoint import Checkpoints
 from kfac_fx.distributed.costs import measured_costs

@@ -30,11 +30,23 @@ from kfac_fx.optim import KFAC, Preconditioner
 from kfac_fx.parallel import ALONE, Workers
 
 PLAIN = "plain.json"
+"""File of the plain values; it is written last, so that it says that a checkpoint is complete."""
+
 OPEN = "__tensors__"
 """In place of a mapping of tensors, of which every process may have others."""
 
 HERE = "__tensor__"
 """In place of a tensor; its value is the tensor's key."""
+
+
+Part = Any
+"""A network, an optimizer, or anything with ``state_dict`` and ``load_state_dict``."""
+
+Parts = Mapping[str, Part]
+"""Parts by the names that the user gave."""
+
+State = Any
+"""A tree of mappings and lists with tensors and plain values as leaves."""
 
 
 class Checkpoints:
@@ -45,27 +57,31 @@ class Checkpoints:
     what several processes have is written once, and by turns; shards of FSDP2 by their owners.
 
     Args:
+        folder: seen by all processes; it is made when the first checkpoint is saved.
         workers: the processes; None for one.
-        keep: how many checkpoints stay.
+        keep: how many checkpoints stay; older ones are deleted after a new one is complete.
     """
 
     def __init__(
         self, folder: str | Path, workers: DataParallel | None = None, *, keep: int = 2
     ) -> None:
-        self._folder, self._keep = Path(folder), keep
+        self._folder = Path(folder)
+        self._keep = keep
         self._workers: Workers = workers or ALONE
-        self._group, self._one = (None, True) if workers is None else (workers.group, False)
+        self._group = None if workers is None else workers.group
+        self._one = workers is None
 
     def steps(self) -> list[int]:
-        """The steps that there are complete checkpoints of."""
+        """Return the steps that there are complete checkpoints of, the newest last."""
         return sorted(
             int(p.parent.name.split("-")[1]) for p in self._folder.glob(f"step-*/{PLAIN}")
         )
 
-    def save(self, step: int, **parts: Any) -> None:
-        """Writes a checkpoint; all processes call it.
+    def save(self, step: int, **parts: Part) -> None:
+        """Write a checkpoint; all processes call it.
 
         Args:
+            step: number of the step; a checkpoint of the same step is replaced.
             parts: by name: a network (wrapped or not), its optimizer, a ``Preconditioner`` or
                 ``KFAC``, and anything else with ``state_dict`` and ``load_state_dict``, whose state
                 is tensors and plain values.
@@ -76,11 +92,14 @@ class Checkpoints:
         """
         target = self._folder / f"step-{step:09d}"
         unfinished = self._folder / f".{target.name}"
+        # All is written beside the place where checkpoints are looked for, and moved there in one
+        # go: a process that ends half way leaves no half checkpoint.
         self._workers.agree(f"save {step}")
         if self._workers.rank == 0:
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
         self._workers.agree("folder")
+        # torch.distributed.checkpoint takes a flat mapping of tensors; all else is kept as JSON.
         tensors: dict[str, Tensor] = {}
         plain = {}
         for name, state in _states(parts).items():
@@ -95,8 +114,8 @@ class Checkpoints:
                 shutil.rmtree(self._folder / f"step-{old:09d}")
         self._workers.agree("saved")
 
-    def load(self, **parts: Any) -> int | None:
-        """Restores the parts of the newest checkpoint; returns its step, None if there is none.
+    def load(self, **parts: Part) -> int | None:
+        """Restore the parts of the newest checkpoint; return its step, None if there is none.
 
         Args:
             parts: as they were saved, in as many processes as there are now.
@@ -123,6 +142,8 @@ class Checkpoints:
             if isinstance(part, (nn.Module, Optimizer)) and not isinstance(part, KFAC):
                 _split(given[name], name, tensors)  # to be read in place, shard by shard
                 continue
+            # Inverses of a Preconditioner may have other shapes by now (data couplings): tensors
+            # are made as the checkpoint has them, not as the part has them.
             for key, stored in shapes.items():
                 if key.startswith(f"{name}/") and key not in unwanted:
                     assert isinstance(stored, TensorStorageMetadata)
@@ -144,21 +165,24 @@ class Checkpoints:
 
 @contextmanager
 def _typed(what: str) -> Iterator[None]:
+    """Turn errors of files and of torch's checkpoints inside into CheckpointError."""
     try:
         yield
     except (CheckpointException, RuntimeError, OSError) as error:
         raise CheckpointError(f"the checkpoint could not be {what}: {error}") from error
 
 
-def _model(parts: Mapping[str, Any]) -> nn.Module:
+def _model(parts: Parts) -> nn.Module:
+    """Return the network, by which torch names an optimizer's state."""
     for part in parts.values():
         if isinstance(part, nn.Module):
             return part
     raise CheckpointError("an optimizer is saved and loaded together with its network")
 
 
-def _states(parts: Mapping[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _states(parts: Parts) -> dict[str, State]:
+    """Return the state of every part; sharded tensors stay sharded."""
+    found: dict[str, State] = {}
     for name, part in parts.items():
         if isinstance(part, nn.Module):
             found[name] = get_model_state_dict(part)
@@ -169,13 +193,15 @@ def _states(parts: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _split(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
-    """The plain values; tensors go to ``tensors`` under keys that begin with ``key``."""
+def _split(value: State, key: str, tensors: dict[str, Tensor]) -> State:
+    """Return the plain values; tensors go to ``tensors`` under keys that begin with ``key``."""
     if isinstance(value, Tensor):
         tensors[key] = value
         return {HERE: key}
     if isinstance(value, Mapping):
         named = {name: _split(entry, f"{key}/{name}", tensors) for name, entry in value.items()}
+        # Of a mapping of tensors alone (inverses) each process may have others, so that JSON of one
+        # process cannot list them; _joined takes those that it finds.
         whole = all(isinstance(entry, Tensor) for entry in value.values())
         return {OPEN: key} if whole else {str(name): entry for name, entry in named.items()}
     if isinstance(value, (list, tuple)):
@@ -183,8 +209,8 @@ def _split(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
     return value
 
 
-def _joined(plain: Any, key: str, tensors: Mapping[str, Tensor]) -> Any:
-    """The reverse of ``_split``, with the tensors that there are."""
+def _joined(plain: State, key: str, tensors: Mapping[str, Tensor]) -> State:
+    """Return what ``_split`` was given, with the tensors that there are."""
     if isinstance(plain, list):
         return [_joined(entry, f"{key}/{place}", tensors) for place, entry in enumerate(plain)]
     if not isinstance(plain, dict):
@@ -200,8 +226,8 @@ def _joined(plain: Any, key: str, tensors: Mapping[str, Tensor]) -> Any:
     return {name: _joined(entry, f"{key}/{name}", tensors) for name, entry in plain.items()}
 
 
-def _unwanted(part: Any, plain: Any, name: str) -> Collection[str]:
-    """Keys of inverses that other processes keep."""
+def _unwanted(part: Part, plain: State, name: str) -> Collection[str]:
+    """Return keys of inverses that other processes keep, which need not be read here."""
     if not isinstance(part, (KFAC, Preconditioner)):
         return ()
     inverse, prefix = part._inverse, name

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from kfac_fx.errors import DesynchronisedError, KFACError, WorkerLostError
 
+# torch raises RuntimeError for most failures of communication and says only in the text which. A
+# torch version that words them differently lets its own error through: less clear, but no worse.
 SIGNS = ("gloo", "nccl", "connection", "timed out", "timeout", "broken pipe", "socket")
 """In the lower-case texts of torch's errors of communication, which have no class of their own."""
 
@@ -25,14 +27,15 @@ class Control:
 
     Args:
         group: the processes; None for all.
-        timeout: seconds that a process waits for the others.
+        timeout: seconds that a process waits for the others before it raises.
 
     Attributes:
-        calls: how many there have been.
+        calls: how many agreements there have been.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, timeout: float) -> None:
-        self._rank, self._size = dist.get_rank(group), dist.get_world_size(group)
+        self._rank = dist.get_rank(group)
+        self._size = dist.get_world_size(group)
         self._timeout = timeout
         self.calls = 0
         with self.watching("setting up"):
@@ -44,8 +47,20 @@ class Control:
             )
 
     def agree(self, call: str, good: bool, amount: float) -> tuple[bool, float]:
-        """See ``Workers.agree``."""
+        """Return whether it is good in every process, and the sum of the amounts.
+
+        Args:
+            call: names the step, the same in all processes.
+            good: whether this process can go on.
+            amount: this process's summand.
+
+        Raises:
+            DesynchronisedError: another process makes another call.
+            WorkerLostError: one does not come.
+        """
         self.calls += 1
+        # The number of the call is part of the code: a process that skipped a step names the same
+        # call, but not at the same time.
         code = zlib.crc32(f"{self.calls} {call}".encode())
         own = torch.tensor([float(code), float(good), amount], dtype=torch.float64)
         found = [torch.empty_like(own) for _ in range(self._size)]
@@ -57,6 +72,7 @@ class Control:
         return bool(goods.all()), float(amounts.sum())
 
     def _tell(self, call: str) -> None:
+        """Gather the names of all calls, which are long, and raise DesynchronisedError."""
         calls: list[str] = [""] * self._size
         dist.all_gather_object(calls, f"call {self.calls} {call!r}", self._group)
         lines = ", ".join(f"process {rank}: {text}" for rank, text in enumerate(calls))
@@ -66,7 +82,16 @@ class Control:
         )
 
     def same(self, numbers: Tensor, what: str) -> None:
-        """Raises DesynchronisedError where float64 numbers differ between processes."""
+        """Check that float64 numbers are equal in all processes.
+
+        Args:
+            numbers: this process's, on the CPU.
+            what: names them in the message.
+
+        Raises:
+            DesynchronisedError: they differ.
+            WorkerLostError: a process does not come.
+        """
         found = [torch.empty_like(numbers) for _ in range(self._size)]
         with self.watching(what):
             dist.all_gather(found, numbers, self._group)
@@ -74,13 +99,13 @@ class Control:
             raise DesynchronisedError(f"{what} differ between the processes: broadcast them first")
 
     def first(self, value: Tensor) -> None:
-        """Replaces a tensor by the first process's."""
+        """Replace a CPU tensor by the first process's."""
         with self.watching("the first process's values"):
             dist.broadcast(value, group=self._group, group_src=0)
 
     @contextmanager
     def watching(self, call: str) -> Iterator[None]:
-        """Turns torch's errors of communication inside into WorkerLostError."""
+        """Turn torch's errors of communication inside into WorkerLostError; others pass."""
         try:
             yield
         except RuntimeError as error:

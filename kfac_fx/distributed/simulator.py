@@ -5,6 +5,10 @@ refresh). The refresh takes as long as the process with the most to do. A sum of
 processes moves 2 (W - 1) / W n bytes through every link (ring), a broadcast n; both wait for
 log2 W messages (tree), a sum twice. Of gradients and statistics a share is hidden behind the
 backward, which is two thirds of the training.
+
+So a run on many machines can be planned before they are rented: which ``memory_fraction``, how
+often a refresh, in how many processes a step waits for its sums. Measured values go in:
+``Compute`` and ``Network`` are taken on one machine and one link.
 """
 
 from __future__ import annotations
@@ -20,13 +24,14 @@ from kfac_fx.distributed.costs import apply_operations, refresh_costs
 from kfac_fx.distributed.division import Division, divide
 
 BACKWARD = 2 / 3
+"""Share of the backward in forward and backward: two products a layer of three."""
 
 
 @dataclass(frozen=True)
 class Compute:
     """Seconds of one process.
 
-    Attributes:
+    Args:
         training: forward, backward and the optimizer's update.
         statistics: recording those of its share of a batch.
         apply: preconditioning all gradients.
@@ -48,18 +53,21 @@ class Compute:
         factorisations: float,
         launch: float = 0.0,
     ) -> Compute:
-        """From operation counts.
+        """Return an estimate from operation counts, for machines that are not at hand.
 
         Args:
+            program: of the network.
             rows: block -> cases times positions of a process's share of a batch.
-            products, factorisations: operations a second; n^3 is one of a Cholesky inverse.
+            products: operations a second of matrix products, a multiplication and an addition two.
+            factorisations: operations a second of decompositions; n^3 is one of a Cholesky inverse.
             launch: seconds that every block costs besides.
         """
-        blocks, parent = program.curvature.blocks, {c.child: c.parent for c in program.couplings}
+        blocks = program.curvature.blocks
+        parent = {c.child: c.parent for c in program.couplings}
         forward = gram = 0.0
         for name, block in blocks.items():
             n = rows.get(name, 0)
-            # An embedding looks its rows up, and counts them.
+            # An embedding looks its rows up, and counts them: no product.
             counted = any(f.diagonal and f.role == "input" for f in block.factors)
             forward += 0.0 if counted else 2.0 * n * block.parameter_count
             gram += sum(2.0 * n * prod(f.shape) for f in block.factors if f.role != "count")
@@ -79,11 +87,13 @@ class Compute:
 
 @dataclass(frozen=True)
 class Network:
-    """Attributes:
-    latency: seconds of a message.
-    bandwidth: bytes a second of a link.
-    handshake: seconds of the check before processes communicate.
-    packing: seconds that a process needs to pack and unpack a byte of a symmetric matrix.
+    """What sends the messages.
+
+    Args:
+        latency: seconds of a message.
+        bandwidth: bytes a second of a link.
+        handshake: seconds of the check before processes communicate.
+        packing: seconds that a process needs to pack and unpack a byte of a symmetric matrix.
     """
 
     latency: float
@@ -92,11 +102,11 @@ class Network:
     packing: float = 0.0
 
     def sum(self, size: int, count: float) -> float:
-        """Seconds of an all-reduce of so many bytes."""
+        """Return the seconds of an all-reduce of so many bytes in so many processes."""
         return 2 * ((size - 1) / size * count / self.bandwidth + self._hops(size))
 
     def broadcast(self, size: int, count: float) -> float:
-        """Seconds of a broadcast."""
+        """Return the seconds of a broadcast of so many bytes in so many processes."""
         return count / self.bandwidth + self._hops(size) if size > 1 and count else 0.0
 
     def _hops(self, size: int) -> float:
@@ -107,8 +117,15 @@ class Network:
 class Plan:
     """How the work is divided; as the options of ``DataParallel`` and ``Preconditioner``.
 
-    Attributes:
-        overlap: share of the backward behind which gradients and statistics are sent.
+    Args:
+        size: number of processes.
+        statistics_every: period of the statistics, in steps.
+        refresh_every: period of the refreshes, in steps.
+        memory_fraction: of the inverses' entries, how many a process may hold of others' blocks.
+        staleness: refreshes after which inverses come into use.
+        itemsize: bytes of an entry in messages and factors.
+        overlap: share of the backward during which gradients and statistics are sent; 0 where they
+            are sent after it.
     """
 
     size: int
@@ -122,10 +139,10 @@ class Plan:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of one step, on average; messages and memory in bytes.
+    """What one step takes, on average; messages and memory in bytes.
 
     Attributes:
-        seconds: by stage.
+        seconds: by stage; the step takes their sum.
         messages: of one sum of gradients, one of statistics, one refresh, one apply.
         memory: of the process with the most: factors, inverses, and the parameters they are for.
     """
@@ -141,7 +158,14 @@ class Prediction:
 
 
 def simulate(program: Program, compute: Compute, network: Network, plan: Plan) -> Prediction:
-    """Predicts a step of ``Preconditioner`` in ``plan.size`` processes."""
+    """Predict a step of ``Preconditioner`` in ``plan.size`` processes.
+
+    Args:
+        program: of the network.
+        compute: seconds of one process alone.
+        network: seconds of messages.
+        plan: how the work is divided.
+    """
     blocks = program.curvature.blocks
     costs = {name: compute.refresh[name] for name in blocks}
     sizes = _inverse_sizes(program)
@@ -171,14 +195,17 @@ def _seconds(
     division: Division,
     messages: Mapping[str, int],
 ) -> dict[str, float]:
-    size, ranks = plan.size, range(plan.size)
+    """Return the seconds of each stage, averaged over the steps of a period."""
+    size = plan.size
+    ranks = range(size)
     load = max(sum(compute.refresh[b] for b in division.computed_by(rank)) for rank in ranks)
     alone = [rank for rank in ranks if division.kept_alone(rank)]
     seconds = {
         "training": compute.training,
         "statistics": compute.statistics / plan.statistics_every,
         "apply": compute.apply,
-        # A thread hides it behind the training of the steps until it is needed.
+        # Where inverses may be stale, a thread makes them while the training goes on: only what
+        # takes longer than that many steps is waited for.
         "refresh": max(0.0, load / plan.refresh_every - plan.staleness * compute.training),
     }
     if size == 1:
@@ -189,6 +216,7 @@ def _seconds(
         seconds["apply"] *= (len(division.everywhere) + most) / count
     sent = network.sum(size, messages["gradients"])
     sent += network.sum(size, messages["statistics"]) / plan.statistics_every
+    # Sums start as soon as a layer's backward is done, and go on beside the rest of it.
     hidden = min(sent, plan.overlap * BACKWARD * compute.training)
     seconds["sums"] = sent - hidden
     owners = len({division.owner[b] for b in division.everywhere})
@@ -203,7 +231,13 @@ def _seconds(
 
 
 class _Sizes(NamedTuple):
-    """Entries: of a tensor, as it is sent, and sent as the half of a symmetric matrix."""
+    """Numbers of entries of tensors.
+
+    Attributes:
+        whole: all of them.
+        sent: those that go into a message.
+        halved: those of them that are the half of a symmetric matrix, which takes time to pack.
+    """
 
     whole: int
     sent: int
@@ -211,17 +245,24 @@ class _Sizes(NamedTuple):
 
     @classmethod
     def of(cls, shape: Sequence[int], symmetric: bool) -> _Sizes:
+        """Return the sizes of one tensor."""
         whole = prod(shape)
         half = whole // shape[-1] * (shape[-1] + 1) // 2 if symmetric else 0
         return cls(whole, half or whole, half)
 
 
 def _added(sizes: Iterable[_Sizes]) -> _Sizes:
-    return _Sizes(*(sum(column) for column in zip(_Sizes(0, 0, 0), *sizes, strict=True)))
+    """Return the sizes of several tensors together."""
+    every = list(sizes)
+    return _Sizes(
+        sum(size.whole for size in every),
+        sum(size.sent for size in every),
+        sum(size.halved for size in every),
+    )
 
 
 def _inverse_sizes(program: Program) -> dict[str, _Sizes]:
-    """Of each block's inverses."""
+    """Return the sizes of each block's inverses."""
     shapes, symmetric = inverse_shapes(program), symmetric_inverses(program.curvature)
     return {
         block: _added(
@@ -232,7 +273,7 @@ def _inverse_sizes(program: Program) -> dict[str, _Sizes]:
 
 
 def _statistics(program: Program) -> _Sizes:
-    """Of all statistics, and a flag for each."""
+    """Return the sizes of all statistics, with a flag for each that says whether it is there."""
     found = [
         _Sizes.of(f.shape, f.role != "count" and not f.diagonal and len(f.shape) > 1)
         for block in program.curvature.blocks.values()
@@ -240,11 +281,13 @@ def _statistics(program: Program) -> _Sizes:
     ]
     coupled = program.curvature.pairs if program.couplings else ()
     found += [_Sizes.of(f.shape, False) for pair in coupled for f in pair.factors]
-    return _added([*found, *(_Sizes(0, 1, 0) for _ in found)])
+    flags = [_Sizes(0, 1, 0) for _ in found]
+    return _added(found + flags)
 
 
 def _updates(program: Program, division: Division, size: int) -> int:
-    """Entries of the terms that owners send."""
+    """Return how many entries of updates owners send, of blocks whose inverses they keep alone."""
+    # A child's term changes its parent's update too, so that both are sent.
     parent = {c.child: c.parent for c in program.couplings}
     blocks = program.curvature.blocks
     total = 0
@@ -258,6 +301,7 @@ def _updates(program: Program, division: Division, size: int) -> int:
 def _memory(
     program: Program, plan: Plan, division: Division, elements: Mapping[str, int]
 ) -> dict[str, int]:
+    """Return the bytes of the process that keeps the most."""
     everywhere = sum(elements[name] for name in division.everywhere)
     alone = max(sum(elements[b] for b in division.kept_alone(r)) for r in range(plan.size))
     coupled = program.curvature.pairs if program.couplings else ()

@@ -6,7 +6,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from kfac_fx.ops import multiplied
 from kfac_fx.parallel import (
     ALONE,
     Engine,
+    Net,
     RunnableProgram,
     StatisticSlot,
     Values,
@@ -33,7 +34,13 @@ from kfac_fx.parallel import (
 BUCKET_BYTES = 25 * 2**20
 """Of a message; what DistributedDataParallel takes."""
 
-Sums = list[tuple[Bucket, Tensor, Any]]
+
+class _Message(NamedTuple):
+    """A message on its way: what is in it, its entries, and what waits for it."""
+
+    bucket: Bucket
+    flat: Tensor
+    work: dist.Work
 
 
 class DataParallel:
@@ -60,11 +67,15 @@ class DataParallel:
             thread of their own meanwhile. The first are used at once.
         costs: block -> cost of its refresh, in any unit (``measured_costs``), the first process's
             for all; None for a model of it.
-        timeout: seconds that a process waits for the others before it raises.
-        bucket_bytes: of a message.
+        timeout: seconds that a process waits for the others before it raises. It must be longer
+            than the slowest process can be late, saving of a checkpoint included.
+        bucket_bytes: of a message; smaller ones start earlier, larger ones cost less latency.
 
     Attributes:
-        rank, size: this process, and how many there are.
+        rank: number of this process, from 0.
+        size: number of processes.
+        control: agreements between them.
+        group: of torch.distributed, which moves the data.
         traffic: bytes of the messages by purpose ("statistics", "gradients", ...).
 
     Raises:
@@ -90,22 +101,26 @@ class DataParallel:
                 "staleness must be an integer of at least 0 and memory_fraction lie in [0, 1], got "
                 f"{staleness!r} and {memory_fraction!r}"
             )
-        self.memory_fraction, self.staleness = memory_fraction, staleness
+        self.memory_fraction = memory_fraction
+        self.staleness = staleness
         self.costs = costs
         self.group = process_group
-        self.rank, self.size = dist.get_rank(process_group), dist.get_world_size(process_group)
+        self.rank = dist.get_rank(process_group)
+        self.size = dist.get_world_size(process_group)
         self.control = Control(process_group, timeout)
         self.traffic: Counter[str] = Counter()
         self._bucket_bytes = bucket_bytes
 
     # What all processes do together: kfac_fx.parallel.Workers says what each is for.
 
-    def unwrapped(self, net: Any) -> Any:
+    def unwrapped(self, net: Net) -> Net:
         return unwrapped(net)
 
     def begin(self, what: str, parameters: Mapping[str, Tensor], seed: torch.Generator) -> None:
         text = repr([(name, tuple(p.shape), str(p.dtype)) for name, p in parameters.items()])
         self.agree(f"new {what} of parameters {zlib.crc32(text.encode()):08x}")
+        # One number a parameter tells of replicas that differ, whatever made them so. The control's
+        # gloo group moves CPU tensors only.
         sums = [p.detach().abs().double().sum() for p in parameters.values() if not _sharded(p)]
         if sums:
             self.control.same(torch.stack(sums).cpu(), "parameters")
@@ -121,9 +136,10 @@ class DataParallel:
             return lambda: values
         forms = [_form_of(slot) for slot in slots]
         present = torch.tensor([float(value is not None) for value in values])
-        # In float64 the flags would have a message of their own.
+        # Which values there are at all is sent with them: in float64 the flags would have a bucket,
+        # and so a message, of their own.
         flags = Form(present.shape, forms[0].dtype, forms[0].device)
-        given = [present.to(forms[0].device), *map(multiplied, values)]
+        given = [present.to(forms[0].device)] + [multiplied(value) for value in values]
         started = self._started([flags, *forms], given, "statistics")
 
         def finished() -> Values:
@@ -136,6 +152,7 @@ class DataParallel:
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         if self.size == 1:
             return
+        # Sums of complex tensors are those of their parts, which every backend can add.
         real = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
         forms = [Form(t.shape, t.dtype, t.device) for t in real]
         started = self._started(forms, real, "gradients")
@@ -169,7 +186,11 @@ class DataParallel:
         return sharded.Gathered(net, parameters)
 
     def watching(self, call: str = "a step") -> AbstractContextManager[None]:
-        """Torch's own errors of communication inside (DDP's, FSDP's) become WorkerLostError."""
+        """Turn torch's own errors of communication inside (DDP's, FSDP's) into WorkerLostError.
+
+        Args:
+            call: names the step in the message.
+        """
         return self.control.watching(call)
 
     # Messages in buckets.
@@ -177,19 +198,21 @@ class DataParallel:
     def start_broadcast(
         self, source: int, forms: Sequence[Form], values: Sequence[Tensor | None], purpose: str
     ) -> Callable[[], list[Tensor]]:
-        """Starts sending one process's tensors to all; what is returned waits for them.
+        """Start sending one process's tensors to all; what is returned waits for them.
 
         Args:
-            forms: of the tensors.
-            values: there.
+            source: rank of the process that has them.
+            forms: of the tensors, known everywhere.
+            values: the tensors in that process; elsewhere they are not read.
+            purpose: under which ``traffic`` counts the bytes.
         """
-        started: Sums = []
+        started: list[_Message] = []
         for bucket in cut(forms, self._bucket_bytes):
             flat = bucket.pack(values)
             self.traffic[purpose] += flat.numel() * flat.dtype.itemsize
             with self.control.watching(purpose):
                 work = dist.broadcast(flat, group=self.group, group_src=source, async_op=True)
-            started.append((bucket, flat, work))
+            started.append(_Message(bucket, flat, work))
 
         def finished() -> list[Tensor]:
             found = self._finished(started, len(forms), purpose)
@@ -199,22 +222,24 @@ class DataParallel:
 
     def _started(
         self, forms: Sequence[Form], values: Sequence[Tensor | None], purpose: str
-    ) -> Sums:
+    ) -> list[_Message]:
+        """Start the sums of tensors over the processes; a value that is None counts as zeros."""
         started = []
         for bucket in cut(forms, self._bucket_bytes):
             flat = bucket.pack(values)
             self.traffic[purpose] += flat.numel() * flat.dtype.itemsize
             with self.control.watching(purpose):
                 work = dist.all_reduce(flat, group=self.group, async_op=True)
-            started.append((bucket, flat, work))
+            started.append(_Message(bucket, flat, work))
         return started
 
-    def _finished(self, started: Sums, count: int, purpose: str) -> list[Tensor | None]:
+    def _finished(self, started: list[_Message], count: int, purpose: str) -> list[Tensor | None]:
+        """Wait for messages; return the tensors in them by their places among ``count``."""
         found: list[Tensor | None] = [None] * count
-        for bucket, flat, work in started:
+        for message in started:
             with self.control.watching(purpose):
-                work.wait()
-            for place, value in bucket.unpack(flat):
+                message.work.wait()
+            for place, value in message.bucket.unpack(message.flat):
                 found[place] = value
         return found
 
@@ -224,5 +249,6 @@ def _sharded(tensor: Tensor) -> bool:
 
 
 def _form_of(slot: StatisticSlot) -> Form:
+    # Sums of bfloat16 over many processes would lose what each of them adds.
     dtype = torch.promote_types(slot.like.dtype, torch.float32).to_real()
     return Form(slot.like.shape, dtype, slot.like.device, slot.symmetric)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import networkx as nx
-
 
 @dataclass(frozen=True)
 class Edge:
@@ -66,6 +64,8 @@ def couplings_of(
         One coupling for each block that is not a root, in the order of the children.
     """
     place = {name: index for index, name in enumerate(order)}
+    import networkx as nx  # a quarter of a second, which an import of kfac_fx need not take
+
     graph = nx.Graph()
     # Kruskal's algorithm keeps the first of several equal weights. Later pairs go first, so that
     # of attention's projections, which tie, the values' is chosen: it is the one that the output

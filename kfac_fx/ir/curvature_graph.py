@@ -7,17 +7,17 @@ from dataclasses import dataclass, field, fields
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
-
-import networkx as nx
+from typing import TYPE_CHECKING, Any
 
 from kfac_fx.config import Couplings
 from kfac_fx.errors import FormatError
 from kfac_fx.ir.coupling import Coupling, Edge, parents
-from kfac_fx.ir.faces import face
 from kfac_fx.ir.layout import Layout, ViewStep
 from kfac_fx.ir.plain import Plain, PlainCodec
 from kfac_fx.ir.use import Approximation, FactorSpec, NodeRef, ParameterUse, Scale, Tap
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 
 @dataclass(frozen=True)
@@ -230,15 +230,22 @@ class CurvatureGraph:
                 scalars[kind] = sum(self.sizes[name] for name in names)
         return Coverage(tensors, scalars)
 
+    # Pictures are drawn by viz/, far above: it is imported when a picture is asked for, so that
+    # drawing stays a method of the graph and nothing here depends on how it is drawn.
+
     def to_networkx(self) -> nx.DiGraph:
-        """Blocks as nodes; dependencies, and couplings that are none, as edges; plain values."""
-        return face().to_networkx(self)
+        """Return blocks as nodes; one edge a dependency, and a coupling without one."""
+        from kfac_fx.viz.facts import to_networkx
+
+        return to_networkx(self)
 
     def to_pydot(
         self, preconditioner: Any = None, *, fold: bool = True, direction: str = "TB"
     ) -> Any:
-        """The picture as a ``pydot.Dot``; arguments and errors as for ``save``."""
-        return face().to_pydot(self, preconditioner, fold=fold, direction=direction)
+        """Return the picture as a ``pydot.Dot``; arguments and errors as for ``save``."""
+        from kfac_fx.viz.save import to_pydot
+
+        return to_pydot(self, preconditioner, fold=fold, direction=direction)
 
     def save(
         self,
@@ -248,12 +255,14 @@ class CurvatureGraph:
         fold: bool = True,
         direction: str = "TB",
     ) -> None:
-        """Writes svg, png, pdf, dot, graphml, json or html, as the suffix of ``path`` says.
+        """Write svg, png, pdf, dot, graphml, json or html, as the suffix of ``path`` says.
 
         Without Graphviz's ``dot``, matplotlib draws, and a warning says what to install.
 
         Args:
-            preconditioner: whose statistics are shown, and whose couplings are drawn.
+            path: where to; its suffix is one of those above.
+            preconditioner: whose statistics are shown, and whose couplings are drawn; None for the
+                transform's own couplings, without statistics.
             fold: whether three or more equal modules in a row become one, "× 12".
             direction: of the forward pass: "TB", downwards, or "LR", to the right (dot only).
 
@@ -261,7 +270,9 @@ class CurvatureGraph:
             UnknownOptionError: another suffix or direction.
             MissingExtraError: the extra ``viz`` is not installed.
         """
-        face().save(self, path, preconditioner, fold=fold, direction=direction)
+        from kfac_fx.viz.save import save
+
+        save(self, path, preconditioner, fold=fold, direction=direction)
 
     def __str__(self) -> str:
         return _table(self)

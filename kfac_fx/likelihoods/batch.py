@@ -7,75 +7,69 @@ the number of terms of the part and C that of all.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
+from torch.distributions import Distribution, Independent
 from torch.utils import _pytree as pytree
 
 from kfac_fx.errors import LikelihoodError
-from kfac_fx.likelihoods.builtin import Likelihood, Sum
-from kfac_fx.likelihoods.fisher_root import (
-    exact_rows,
-    exact_scalars,
-    root,
-    sampled_nll,
-    sampled_scalar,
-    term_count,
-)
-from kfac_fx.parallel import Workers
+from kfac_fx.likelihoods.builtin import FAMILIES, Likelihood, draw, noise_of
+from kfac_fx.likelihoods.named import Sum
+from kfac_fx.likelihoods.sampling import seeded
+
+if TYPE_CHECKING:
+    from kfac_fx.parallel import Workers
 
 
-@dataclass(frozen=True)
-class Part:
-    """One distribution with its targets.
+class Terms(NamedTuple):
+    """The terms of one likelihood in a batch: what is known of them without the outputs' values.
 
     Attributes:
         targets: fit for ``log_prob``; None where none were given.
-        weights: of the terms; None where all count once.
-        share: what all of them are multiplied with.
+        weights: of the distribution's batch shape; None where all terms count once.
+        amount: number of terms, or the sum of their weights, which a GPU is waited for. It is 0.0
+            and not looked at in a traced pass, whose batches differ in it.
+        share: what all of the terms are multiplied with; a tensor in a traced pass.
     """
 
-    distribution: Distribution
     targets: Any
     weights: Tensor | None
-    share: Any = 1.0
-
-    @functools.cached_property
-    def count(self) -> float:
-        """Number of terms, or the sum of their weights, which a GPU is waited for."""
-        return term_count(self.distribution, self.weights)
+    amount: float
+    share: float | Tensor = 1.0
 
 
 @dataclass(frozen=True)
-class BatchLikelihood:
-    """The objective is a sum over terms, divided by ``count``.
+class BatchTerms:
+    """The terms of all likelihoods of a batch.
 
     Attributes:
-        parts: of this process.
-        weighted: whether the parts are those of a ``Sum``.
+        parts: one for each likelihood that is no sum; None for one without any term.
+        weighted: whether they are the parts of a ``Sum``.
         count: number of terms, or the sum of their weights.
     """
 
-    parts: tuple[Part, ...]
+    parts: tuple[Terms | None, ...]
     weighted: bool
     count: float
 
-    def of_all(
-        self, workers: Workers, call: str, good: bool = True
-    ) -> tuple[bool, BatchLikelihood]:
-        """Whether all processes say good, and the same with the terms of all counted.
+    def agreed(self, workers: Workers, call: str, good: bool = True) -> tuple[bool, BatchTerms]:
+        """Return whether all processes say good, and the same with the terms of all counted.
+
+        Args:
+            workers: the processes.
+            call: what the processes are doing; all must say the same.
+            good: what this process has to say.
 
         Raises:
             LikelihoodError: no process has a likelihood term.
         """
         counts = []
         for part in self.parts:
-            every, count = workers.agree(call, good, part.count)
+            every, count = workers.agree(call, good, 0.0 if part is None else part.amount)
             good = good and every
             counts.append(count)
         total = sum(counts)
@@ -85,91 +79,227 @@ class BatchLikelihood:
             )
         if not self.weighted:
             return good, replace(self, count=total)
-        scaled = [
-            replace(part, share=part.share * total / count)
+        scaled = tuple(
+            part._replace(share=part.share * total / count)
+            if part is not None and count > 0
+            else None
             for part, count in zip(self.parts, counts, strict=True)
-            if count > 0
-        ]
-        return good, replace(self, parts=tuple(scaled), count=total)
+        )
+        return good, replace(self, parts=scaled, count=total)
+
+
+@dataclass(frozen=True)
+class BatchLikelihood:
+    """The objective is a sum over terms, divided by ``count``.
+
+    Attributes:
+        distributions: one for each likelihood that is no sum.
+        terms: their terms, in the same order.
+    """
+
+    distributions: tuple[Distribution, ...]
+    terms: BatchTerms
+
+    @property
+    def count(self) -> float:
+        """Number of terms, or the sum of their weights."""
+        return self.terms.count
+
+    @property
+    def parts(self) -> list[tuple[Distribution, Terms]]:
+        """The distributions that have terms, with these."""
+        pairs = zip(self.distributions, self.terms.parts, strict=True)
+        return [(distribution, terms) for distribution, terms in pairs if terms is not None]
+
+    def of_all(
+        self, workers: Workers, call: str, good: bool = True
+    ) -> tuple[bool, BatchLikelihood]:
+        """Return whether all processes say good, and the same with the terms of all counted.
+
+        Raises:
+            LikelihoodError: no process has a likelihood term.
+        """
+        good, terms = self.terms.agreed(workers, call, good)
+        return good, replace(self, terms=terms)
 
     @property
     def has_targets(self) -> bool:
         """Whether every part has some."""
-        return all(part.targets is not None for part in self.parts)
+        return all(terms.targets is not None for _, terms in self.parts)
 
     def nll(self) -> Tensor:
-        """The summed negative log-likelihood of the targets, weighted."""
+        """Return the summed negative log-likelihood of the targets, weighted."""
         total: Tensor | float = 0.0
-        for part in self.parts:
-            nll = -part.distribution.log_prob(part.targets)
-            nll = nll if part.weights is None else nll * part.weights
-            total = total + _times(nll.sum(), part.share)
+        for distribution, terms in self.parts:
+            nll = -distribution.log_prob(terms.targets)
+            nll = nll if terms.weights is None else nll * terms.weights
+            total = total + _times(nll.sum(), terms.share)
         assert isinstance(total, Tensor)
         return total
 
-    def sampled(self, seed: int) -> Tensor:
-        """A scalar whose derivatives are those of the NLL of targets drawn from the model.
+    def mean_nll(self) -> Tensor:
+        """Return ``nll`` of a term; they are counted as tensors, so that it can be traced."""
+        counts = (
+            distribution.batch_shape.numel() if terms.weights is None else terms.weights.sum()
+            for distribution, terms in self.parts
+        )
+        return self.nll() / sum(counts)
 
-        Every term's derivative is scaled with the square root of its weight.
+    def draws(self, noise: int | Sequence[Tensor | None]) -> list[Tensor]:
+        """Return targets drawn from the model, one tensor a part.
+
+        Args:
+            noise: a seed, of which part k takes ``seed + k``; or what ``noise_of`` asked for, part
+                by part, with None for a distribution that draws by itself.
         """
-        scalars = [
-            _times(sampled_scalar(part.distribution, part.weights, seed + k), part.share**0.5)
-            for k, part in enumerate(self.parts)
-        ]
+        if isinstance(noise, int):
+            return [drawn(d, noise + k) for k, (d, _) in enumerate(self.parts)]
+        with torch.no_grad():
+            return [
+                distribution.sample() if given is None else draw(distribution, given)
+                for (distribution, _), given in zip(self.parts, noise, strict=False)
+            ]
+
+    def sampled(self, draws: Sequence[Tensor]) -> Tensor:
+        """Return a scalar whose derivatives are those of the NLL of targets from the model.
+
+        Every term's derivative is scaled with the square root of its weight, so that its square is
+        scaled with the weight.
+        """
+        scalars = []
+        for (distribution, terms), targets in zip(self.parts, draws, strict=True):
+            nll = -distribution.log_prob(targets)
+            nll = nll if terms.weights is None else nll * terms.weights.sqrt()
+            scalars.append(_times(nll.sum(), terms.share**0.5))
         return torch.stack(scalars).sum() if len(scalars) > 1 else scalars[0]
 
-    def sampled_by(self, draws: Sequence[Tensor]) -> Tensor:
-        """``sampled`` for targets that are drawn already."""
-        scalars = [
-            _times(sampled_nll(part.distribution, part.weights, drawn), part.share**0.5)
-            for part, drawn in zip(self.parts, draws, strict=True)
-        ]
-        return torch.stack(scalars).sum() if len(scalars) > 1 else scalars[0]
+    def exact(self, select: Tensor | None = None) -> Iterator[Tensor]:
+        """Yield scalars whose statistics add up to the exact Fisher's.
 
-    def exact_by(self, select: Tensor) -> Tensor:
-        """The sum of the scalars of ``exact``, each times its entry of ``select``."""
-        total: list[Tensor] = []
+        The derivative of each in the outputs is one column of the root of one case's Fisher, for
+        all cases at once. The first dimension of the batch shape counts the cases; the terms of a
+        case are taken one at a time, so that their derivatives do not mix.
+
+        Args:
+            select: [columns], one where a column is wanted and zero elsewhere, for a traced pass:
+                then the scalars add up to that column's.
+        """
         start = 0
-        for part in self.parts:
-            for rows in exact_rows(part.distribution, part.weights):
-                chosen = rows * select[start : start + rows.shape[1]]
-                total.append(_times(chosen.sum(), part.share**0.5))
-                start += rows.shape[1]
-        return torch.stack(total).sum()
-
-    def exact(self) -> Iterator[Tensor]:
-        """Scalars whose statistics add up to the exact Fisher's; see ``exact_scalars``."""
-        for part in self.parts:
-            for scalar in exact_scalars(part.distribution, part.weights):
-                yield _times(scalar, part.share**0.5)
+        for distribution, terms in self.parts:
+            for rows in root_rows(distribution, terms.weights):
+                end = start + rows.shape[1]
+                columns = rows.unbind(-1) if select is None else [rows * select[start:end]]
+                for column in columns:
+                    yield _times(column.sum(), terms.share**0.5)
+                start = end
 
     def root(self) -> Tensor:
-        """S^T f, flat: ``count`` times the Fisher is the Gram matrix of its derivatives."""
+        """Return S^T f, flat: ``count`` times the Fisher is the Gram matrix of its derivatives."""
         found = []
-        for part in self.parts:
-            terms = root(part.distribution)
-            if part.weights is not None:
-                terms = terms * part.weights.sqrt().unsqueeze(-1)
-            found.append(_times(terms.flatten(), part.share**0.5))
+        for distribution, terms in self.parts:
+            columns = torch.cat(list(root_columns(distribution)), -1)
+            if terms.weights is not None:
+                columns = columns * terms.weights.sqrt().unsqueeze(-1)
+            found.append(_times(columns.flatten(), terms.share**0.5))
         return torch.cat(found) if len(found) > 1 else found[0]
 
 
-def _times(value: Tensor, factor: Any) -> Tensor:
+def _times(value: Tensor, factor: float | Tensor) -> Tensor:
     plain = isinstance(factor, float) and factor == 1.0
     return value if plain else value * factor
 
 
-def predictive(likelihood: Likelihood | Sum, outputs: Any, targets: Any) -> BatchLikelihood:
-    """The terms of this process's batch; ``of_all`` makes the parts of a sum comparable.
+# Draws and roots of any distribution.
+
+
+@torch.no_grad()
+def drawn(distribution: Distribution, seed: int) -> Tensor:
+    """Return targets y ~ p of a seed; torch's own random stream is left as it was.
+
+    Where the family is known, the draw is a function of noise, so that a pass that runs and one
+    that was compiled draw the same; other distributions draw by themselves.
+    """
+    noise = noise_of(distribution)
+    if noise is not None:
+        return draw(distribution, noise.sample(seed))
+    with seeded(seed, _parameters(distribution)):
+        return distribution.sample()
+
+
+def _parameters(distribution: Distribution) -> list[Tensor]:
+    """Return the tensors that a distribution holds, or the ones inside of it do."""
+    held = list(vars(distribution).values())
+    inner = [t for d in held if isinstance(d, Distribution) for t in _parameters(d)]
+    return [value for value in held if isinstance(value, Tensor)] + inner
+
+
+def root_columns(distribution: Distribution) -> Iterator[Tensor]:
+    """Yield columns of S with S S^T = F_out, as tensors of batch shape + [columns].
+
+    Their derivatives in the outputs are S's. Any distribution with finite support has the columns
+    sqrt(p(y)) * grad log p(y) (docs/explanation/mathematics.md, section 3).
+
+    Raises:
+        LikelihoodError: neither the family nor the support is known.
+    """
+    if isinstance(distribution, Independent):
+        events = distribution.reinterpreted_batch_ndims
+        for columns in root_columns(distribution.base_dist):
+            yield columns.flatten(columns.dim() - 1 - events)
+        return
+    for kind in type(distribution).__mro__:
+        if kind in FAMILIES:
+            yield from FAMILIES[kind].root(distribution)
+            return
+    if not distribution.has_enumerate_support:
+        raise LikelihoodError(
+            f"fisher='exact' does not know {type(distribution).__name__}; "
+            "use fisher='sampled', or a categorical, bernoulli or normal likelihood"
+        )
+    for value in distribution.enumerate_support():
+        log_p = distribution.log_prob(value).unsqueeze(-1)
+        yield (0.5 * log_p.detach()).exp() * log_p
+
+
+def root_rows(distribution: Distribution, weights: Tensor | None) -> Iterator[Tensor]:
+    """Yield the columns of S as rows [cases, columns], with the roots of the terms' weights."""
+    for columns in root_columns(distribution):
+        if weights is not None:
+            columns = columns * weights.sqrt().unsqueeze(-1)
+        cases = columns.shape[0] if columns.dim() > 1 else 1
+        yield columns.reshape(cases, -1)
+
+
+# From outputs and targets to terms and distributions.
+
+
+def batch_likelihood(
+    likelihood: Likelihood | Sum, outputs: Any, targets: Any = None, terms: BatchTerms | None = None
+) -> BatchLikelihood:
+    """Return what a likelihood says about the batch of this process.
+
+    Args:
+        likelihood: of the outputs, or a sum of several.
+        outputs: what the network returned, at least in float32 (see ``wide``); for a sum a mapping
+            or a tuple with the outputs of its parts.
+        targets: in the same form; None where there are none.
+        terms: what ``batch_terms`` made of the targets before. A traced pass gives it, as the
+            targets' values may not be looked at in there; None takes them from ``targets``.
 
     Raises:
         LikelihoodError: outputs or targets do not fit.
     """
-    parts = tuple(
-        Part(one.distribution(given), *one.terms(given, known), share=weight)
-        for one, given, known, weight in singles(likelihood, outputs, targets)
-    )
-    return BatchLikelihood(parts, isinstance(likelihood, Sum), sum(part.count for part in parts))
+    ones = singles(likelihood, outputs, targets)
+    if terms is not None:
+        present = zip(ones, terms.parts, strict=True)
+        pairs = [(one, part) for one, part in present if part is not None]
+        terms = replace(terms, parts=tuple(part for _, part in pairs))
+        ones = tuple(one for one, _ in pairs)
+    distributions = tuple(one.likelihood.distribution(one.outputs) for one in ones)
+    if terms is None:
+        weighted = isinstance(likelihood, Sum)
+        terms = batch_terms(ones, [d.batch_shape for d in distributions], weighted)
+    return BatchLikelihood(distributions, terms)
 
 
 class Single(NamedTuple):
@@ -181,10 +311,29 @@ class Single(NamedTuple):
     weight: float = 1.0
 
 
+def batch_terms(ones: Sequence[Single], shapes: Sequence[torch.Size], weighted: bool) -> BatchTerms:
+    """Return the terms of a batch's targets; ``agreed`` makes the parts of a sum comparable.
+
+    Args:
+        ones: the likelihoods with outputs and targets; of the outputs only shapes and dtypes count.
+        shapes: batch shapes of their distributions.
+        weighted: whether they are the parts of a sum.
+
+    Raises:
+        LikelihoodError: targets do not fit.
+    """
+    parts = []
+    for one, shape in zip(ones, shapes, strict=True):
+        targets, weights = one.likelihood.terms(one.outputs, one.targets)
+        count = float(shape.numel() if weights is None else weights.sum())
+        parts.append(Terms(targets, weights, count, one.weight))
+    return BatchTerms(tuple(parts), weighted, sum(part.amount for part in parts))
+
+
 def singles(
     likelihood: Likelihood | Sum, outputs: Any, targets: Any, path: str = ""
 ) -> tuple[Single, ...]:
-    """The likelihoods that are no sums, in order.
+    """Return the likelihoods that are no sums, in order, with their outputs and targets.
 
     Raises:
         LikelihoodError: outputs or targets are not those of the parts.
@@ -201,7 +350,7 @@ def singles(
 
 
 def _by_key(values: Any, likelihood: Sum, what: str) -> dict[Any, Any]:
-    """The outputs or targets of the parts; by name or by place, as the parts are."""
+    """Return the outputs or targets of the parts, by name or by place, as the parts are."""
     keys = [key for key, _ in likelihood.items()]
     if likelihood.named:
         fits = isinstance(values, Mapping) and set(keys) <= set(values)
@@ -223,17 +372,17 @@ def _kind(values: Any) -> str:
     return f"a {type(values).__name__} of {len(values)}" if many else type(values).__name__
 
 
+_LOW = (torch.float16, torch.bfloat16)
+
+
 def wide(outputs: Any) -> Any:
-    """Outputs in float32 where their own precision is too low for a likelihood."""
-
-    def one(leaf: Any) -> Any:
-        low = isinstance(leaf, Tensor) and leaf.dtype in (torch.float16, torch.bfloat16)
-        return leaf.float() if low else leaf
-
-    return pytree.tree_map(one, outputs)
+    """Return outputs in float32 where their own precision is too low for a likelihood."""
+    if isinstance(outputs, Tensor):  # most often it is one tensor, and a walk costs as much as all
+        return outputs.float() if outputs.dtype in _LOW else outputs
+    return pytree.tree_map_only(Tensor, wide, outputs)
 
 
 def output_tensors(outputs: Any) -> list[Tensor]:
-    """The floating-point tensors among the outputs of the likelihood."""
-    leaves = pytree.tree_leaves(outputs)
+    """Return the floating-point tensors among the outputs of the likelihood, in order."""
+    leaves = [outputs] if isinstance(outputs, Tensor) else pytree.tree_leaves(outputs)
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]

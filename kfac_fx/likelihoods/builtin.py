@@ -1,38 +1,139 @@
-"""BatchLikelihood distributions of the outputs, and the likelihood terms of a batch.
+"""Likelihoods that come with the library, and the two things that every likelihood is made of.
 
-A likelihood turns outputs into a ``torch.distributions.Distribution``. A *term* is one element of
-its batch shape: a case, or a token where the likelihood factorises over tokens.
+A likelihood turns outputs into a ``torch.distributions.Distribution`` and says which terms of a
+batch count. A *term* is one element of the distribution's batch shape: a case, or a token where the
+likelihood factorises over tokens.
+
+Two estimators of the Fisher need more than torch's distributions offer: the sampled one draws
+targets as a function of noise, and the exact one needs a square root of the output Fisher. Both are
+told once for each *family* of distributions (``Family``), in the file of the likelihood that
+returns it, so a callable that returns torch's own distributions has them too.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch import distributions as D
 from torch.distributions import Distribution, Independent
 
-from kfac_fx.config import choice
 from kfac_fx.errors import LikelihoodError
 
 
 @runtime_checkable
 class Likelihood(Protocol):
-    """p(y | outputs), with a weight for each term of the batch."""
+    """p(y | outputs), with a weight for each term of the batch.
+
+    A class may also say ``casewise = True``: a part of the cases then has the terms that it has in
+    the whole batch, so that a few cases tell how a loss is reduced. Without it all are compared.
+    """
 
     def distribution(self, outputs: Tensor) -> Distribution:
-        """The predictive distribution; LikelihoodError where the outputs do not fit."""
+        """Return the predictive distribution of outputs of a batch.
+
+        Raises:
+            LikelihoodError: the outputs do not fit.
+        """
 
     def terms(self, outputs: Tensor, targets: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """Targets fit for ``log_prob`` and weights of the terms (None where all count once)."""
+        """Return targets fit for ``log_prob``, and weights of the terms.
+
+        Only the shape and the dtype of the outputs may be used: compiled passes give stand-ins.
+
+        Args:
+            outputs: as ``distribution`` gets them.
+            targets: as the user gave them; None where there are none.
+
+        Returns:
+            The targets, and weights of the distribution's batch shape, or None where all terms
+            count once.
+
+        Raises:
+            LikelihoodError: the targets do not fit, or are needed and missing.
+        """
 
 
-def _floating(outputs: Tensor, name: str) -> None:
+class Noise(NamedTuple):
+    """A standard random tensor that a draw is a function of.
+
+    Attributes:
+        kind: "exponential" and "normal" have mean one and variance one; "uniform" is on [0, 1).
+        shape, dtype, device: of the tensor.
+    """
+
+    kind: Literal["exponential", "uniform", "normal"]
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    def sample(self, seed: int) -> Tensor:
+        """Return the tensor of one seed; torch's own random stream is left alone."""
+        generator = torch.Generator(self.device).manual_seed(seed)
+        result = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        if self.kind == "exponential":
+            return result.exponential_(generator=generator)
+        fill = result.uniform_ if self.kind == "uniform" else result.normal_
+        return fill(generator=generator)
+
+
+class Family(NamedTuple):
+    """What the estimators of the Fisher need to know of a family of distributions.
+
+    Attributes:
+        noise: from a distribution to the noise that one draw needs. It must not depend on the
+            values of the distribution's parameters, so that compiled passes can make it before.
+        draw: from a distribution and such noise to targets y ~ p.
+        root: the columns of a square root S of the output Fisher, S S^T = F_out. Each is a tensor
+            of batch shape + [columns] whose derivative in the outputs is S's, where what is
+            multiplied with is detached.
+    """
+
+    noise: Callable[[Any], Noise]
+    draw: Callable[[Any, Tensor], Tensor]
+    root: Callable[[Any], Iterator[Tensor]]
+
+
+FAMILIES: dict[type[Distribution], Family] = {}
+"""By the distribution's class. Subclasses have the family of their nearest ancestor."""
+
+
+def base_of(distribution: Distribution) -> Distribution:
+    """Return the distribution inside of Independent, which only counts dimensions."""
+    while type(distribution) is Independent:
+        distribution = distribution.base_dist
+    return distribution
+
+
+def noise_of(distribution: Distribution) -> Noise | None:
+    """Return what a draw needs, or None where only the distribution itself knows how to draw."""
+    base = base_of(distribution)
+    for kind in type(base).__mro__:
+        family = FAMILIES.get(kind)
+        if family is not None:
+            # A subclass with a ``sample`` of its own is another distribution for draws.
+            own = getattr(kind, "sample", None)
+            return family.noise(base) if type(base).sample is own else None
+    return None
+
+
+def draw(distribution: Distribution, noise: Tensor) -> Tensor:
+    """Return targets y ~ p from the noise that ``noise_of`` asked for."""
+    base = base_of(distribution)
+    kind = next(kind for kind in type(base).__mro__ if kind in FAMILIES)
+    return FAMILIES[kind].draw(base, noise)
+
+
+def _wide(like: Tensor) -> torch.dtype:
+    """Return the precision of noise: in half precision, draws would repeat each other."""
+    return torch.promote_types(like.dtype, torch.float32)
+
+
+def check_outputs(outputs: Tensor, name: str) -> None:
+    """Raise LikelihoodError unless the outputs are a floating-point tensor with a batch."""
     if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
         kind = getattr(outputs, "dtype", type(outputs).__name__)
         raise LikelihoodError(f"likelihood {name} needs a floating-point tensor, got {kind}")
@@ -42,7 +143,8 @@ def _floating(outputs: Tensor, name: str) -> None:
         )
 
 
-def _fitting(targets: Tensor | None, shape: torch.Size, name: str) -> None:
+def check_targets(targets: Tensor | None, shape: torch.Size, name: str) -> None:
+    """Raise LikelihoodError if there are targets and they have another shape."""
     if targets is not None and targets.shape != shape:
         raise LikelihoodError(
             f"likelihood {name}: targets have shape {tuple(targets.shape)}, "
@@ -58,7 +160,8 @@ class Softmax(D.Categorical):
 
     def __init__(self, logits: Tensor) -> None:
         self.logits = torch.log_softmax(logits, -1)
-        self._param, self._num_events = self.logits, logits.shape[-1]
+        self._param = self.logits
+        self._num_events = logits.shape[-1]
         Distribution.__init__(self, logits.shape[:-1], validate_args=False)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> D.Categorical:
@@ -81,9 +184,10 @@ class Categorical:
     weight: Tensor | None = None
     ignore_index: int = -100
     dim: int = -1
+    casewise: ClassVar[bool] = True
 
     def distribution(self, outputs: Tensor) -> Distribution:
-        _floating(outputs, "categorical")
+        check_outputs(outputs, "categorical")
         if outputs.dim() < 2:
             raise LikelihoodError(
                 f"likelihood categorical needs logits [N, C] or [N, T, C], got "
@@ -107,7 +211,7 @@ class Categorical:
             raise LikelihoodError(
                 f"likelihood categorical needs integer class targets, got {targets.dtype}"
             )
-        _fitting(targets, shape, "categorical")
+        check_targets(targets, shape, "categorical")
         classes = outputs.shape[self.dim]
         counted = targets != self.ignore_index
         if bool(((targets < 0) | (targets >= classes)).logical_and(counted).any()):
@@ -119,18 +223,70 @@ class Categorical:
         return targets, weights
 
 
+def _class_noise(distribution: D.Categorical) -> Noise:
+    """Return uniform noise, one number a case, on a CPU; elsewhere one a class.
+
+    Exponential clocks of all classes race, as in torch.multinomial, where sums in parallel need not
+    be monotone: inversion might draw a class of probability zero there. On a CPU the race takes 10
+    to 20 times as long as inversion.
+    """
+    probs = distribution.probs
+    if probs.device.type == "cpu":
+        return Noise("uniform", probs.shape[:-1], _wide(probs), probs.device)
+    return Noise("exponential", probs.shape, _wide(probs), probs.device)
+
+
+def _class_draw(distribution: D.Categorical, noise: Tensor) -> Tensor:
+    """Return the class at which the distribution function passes a uniform number, or the race's.
+
+    Args:
+        noise: [...], uniform, or [..., C], exponential: see ``_class_noise``.
+    """
+    probs = distribution.probs
+    if noise.dim() == probs.dim():
+        return (probs / noise).argmax(-1)
+    sums = probs.cumsum(-1, dtype=_wide(probs))
+    # Numbers below one stay below the total, rounded too: a class follows that adds to the sum.
+    reached = noise.unsqueeze(-1) * sums[..., -1:]
+    found = torch.searchsorted(sums, reached, right=True).squeeze(-1)
+    return found.clamp_max(probs.shape[-1] - 1)  # NaNs are found elsewhere, but may not lead astray
+
+
+def _class_root(distribution: D.Categorical) -> Iterator[Tensor]:
+    # diag(sqrt p) - p sqrt(p)^T: column c is sqrt(p_c) (e_c - p), the gradient of log p(c).
+    yield (0.5 * distribution.logits.detach()).exp() * distribution.logits
+
+
+FAMILIES[D.Categorical] = Family(_class_noise, _class_draw, _class_root)
+
+
 @dataclass(frozen=True)
 class Bernoulli:
     """Independent bits with logits ``outputs``; all but the first dimension are one event."""
 
+    casewise: ClassVar[bool] = True
+
     def distribution(self, outputs: Tensor) -> Distribution:
-        _floating(outputs, "bernoulli")
+        check_outputs(outputs, "bernoulli")
         bits = D.Bernoulli(logits=outputs, validate_args=False)
         return Independent(bits, outputs.dim() - 1)
 
     def terms(self, outputs: Tensor, targets: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        _fitting(targets, outputs.shape, "bernoulli")
+        check_targets(targets, outputs.shape, "bernoulli")
         return None if targets is None else targets.to(outputs.dtype), None
+
+
+def _bit_root(distribution: D.Bernoulli) -> Iterator[Tensor]:
+    # F_out = p (1 - p) in the logit.
+    p = distribution.probs.detach()
+    yield ((p * (1 - p)).sqrt() * distribution.logits).unsqueeze(-1)
+
+
+FAMILIES[D.Bernoulli] = Family(
+    noise=lambda bits: Noise("uniform", bits.probs.shape, _wide(bits.probs), bits.probs.device),
+    draw=lambda bits, noise: (noise < bits.probs).to(noise.dtype),
+    root=_bit_root,
+)
 
 
 class _SquaredError(D.Normal):
@@ -148,120 +304,36 @@ class Normal:
     density: with variance=0.5 the squared error itself.
 
     Attributes:
+        variance: of every entry of the outputs.
         target: what the targets are where none are given; 0.0 for residuals of an equation.
     """
 
     variance: float = 1.0
     target: float | None = None
+    casewise: ClassVar[bool] = True
 
     def distribution(self, outputs: Tensor) -> Distribution:
-        _floating(outputs, "normal")
+        check_outputs(outputs, "normal")
         scale = torch.full_like(outputs, self.variance**0.5)
         return Independent(_SquaredError(outputs, scale, validate_args=False), outputs.dim() - 1)
 
     def terms(self, outputs: Tensor, targets: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         if targets is None and self.target is not None:
             targets = torch.full_like(outputs, self.target)
-        _fitting(targets, outputs.shape, "normal")
+        check_targets(targets, outputs.shape, "normal")
         return None if targets is None else targets.to(outputs.dtype), None
 
 
-@dataclass(frozen=True)
-class Custom:
-    """Any callable from outputs to a Distribution; wrap in Independent what is one event."""
-
-    function: Callable[[Any], Distribution]
-
-    def distribution(self, outputs: Any) -> Distribution:
-        result = self.function(outputs)
-        if not isinstance(result, Distribution):
-            raise LikelihoodError(
-                "the likelihood must return a torch.distributions.Distribution, "
-                f"got {type(result).__name__}"
-            )
-        return result
-
-    def terms(self, outputs: Any, targets: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        return targets, None
+def _normal_root(distribution: D.Normal) -> Iterator[Tensor]:
+    # F_out = diag(1 / sigma^2, 2 / sigma^2) in (mean, sigma).
+    sigma = distribution.scale.detach()
+    yield (distribution.loc / sigma).unsqueeze(-1)
+    if distribution.scale.requires_grad:
+        yield (2**0.5 * distribution.scale / sigma).unsqueeze(-1)
 
 
-@dataclass(frozen=True)
-class Sum:
-    """Several likelihoods, the objective sum_k weight_k * (mean NLL of a term of part k).
-
-    The parts are (likelihood, weight) by name or by place; outputs and targets are mappings with
-    these names, or tuples in this order. The Fisher is the weighted sum of the parts' Fishers.
-
-    ``Sum({"label": ("categorical", 1.0), "box": ("normal", 0.3)})``
-
-    Attributes:
-        parts: each likelihood as for ``Preconditioner``, or another sum.
-
-    Raises:
-        LikelihoodError: there is no part, or a weight is no finite number of at least zero.
-    """
-
-    parts: Mapping[str, tuple[Any, float]] | Sequence[tuple[Any, float]]
-
-    def __post_init__(self) -> None:
-        for key, part in self.items():
-            if not (isinstance(part, tuple) and len(part) == 2):
-                raise LikelihoodError(f"part {key!r} of a sum must be (likelihood, weight)")
-        found = {key: (likelihood_of(part), _weight(w)) for key, (part, w) in self.items()}
-        if not any(weight for _, weight in found.values()):
-            raise LikelihoodError("a sum of likelihoods needs a part with a weight above zero")
-        object.__setattr__(self, "parts", found if self.named else tuple(found.values()))
-
-    @property
-    def named(self) -> bool:
-        """Whether the parts have names rather than places."""
-        return isinstance(self.parts, Mapping)
-
-    def items(self) -> list[tuple[Any, tuple[Any, float]]]:
-        """(name or place, (likelihood, weight)) of the parts."""
-        if isinstance(self.parts, Mapping):
-            return list(self.parts.items())
-        return list(enumerate(self.parts))
-
-
-def _weight(value: float) -> float:
-    if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
-        raise LikelihoodError(
-            f"the weight of a likelihood must be a finite number of at least zero, got {value!r}"
-        )
-    return float(value)
-
-
-NAMED: dict[str, Callable[[], Likelihood]] = {
-    "categorical": Categorical,
-    "bernoulli": Bernoulli,
-    "normal": Normal,
-    "residual": partial(Normal, target=0.0),
-}
-
-Given = str | Likelihood | Sum | Callable[[Any], Distribution]
-"""A name, an object of this module, or a callable from outputs to a distribution."""
-
-
-def likelihood_of(value: Given) -> Likelihood | Sum:
-    """The likelihood behind what was given.
-
-    Raises:
-        UnknownOptionError: no likelihood has that name.
-    """
-    if isinstance(value, str):
-        return NAMED[choice("likelihood", value, NAMED)]()
-    if isinstance(value, (Sum, Likelihood)):
-        return value
-    if callable(value):
-        return Custom(value)
-    raise LikelihoodError(
-        f"likelihood must be one of {', '.join(map(repr, NAMED))}, a kfac_fx.likelihoods.Sum or a "
-        "callable from outputs to a torch.distributions.Distribution, got "
-        f"{type(value).__name__}"
-    )
-
-
-def fresh_generator() -> torch.Generator:
-    """Seeded by torch's global stream, so that runs repeat and preconditioners differ."""
-    return torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+FAMILIES[D.Normal] = Family(
+    noise=lambda normal: Noise("normal", normal.loc.shape, _wide(normal.loc), normal.loc.device),
+    draw=lambda normal, noise: normal.loc + normal.scale * noise,
+    root=_normal_root,
+)

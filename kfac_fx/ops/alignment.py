@@ -16,7 +16,14 @@ from torch import Tensor
 
 
 class Common(NamedTuple):
-    """What two uses share: cases, both sides' positions as they are pooled, and their grid."""
+    """What two uses share.
+
+    Attributes:
+        cases: number of cases of both.
+        first: positions of the first use, as they are pooled.
+        second: the same of the second.
+        grid: the coarser grid that both are pooled to.
+    """
 
     cases: int
     first: tuple[int, ...]
@@ -25,16 +32,20 @@ class Common(NamedTuple):
 
 
 def common_grid(first: Sequence[int], second: Sequence[int], ordered: bool) -> Common | None:
-    """The coarser grid of two shapes (cases, *positions); None where cases do not match.
+    """Return the coarser grid of two shapes (cases, *positions); None where cases do not match.
 
     Where one side counts parts of a case as cases (windows, rows of a flattened batch), these
     become positions. Positions of different rank match in order if they are as many, else only on
     average.
 
     Args:
-        ordered: whether the parts of a case come in the order of the other side's positions.
+        first: shape of the one use.
+        second: shape of the other.
+        ordered: whether the parts of a case come in the order of the other side's positions; if
+            not, they are matched by their average alone.
     """
-    (n, *one), (m, *two) = first, second
+    n, one = first[0], first[1:]
+    m, two = second[0], second[1:]
     if n == m and len(one) == len(two):
         return Common(n, tuple(one), tuple(two), tuple(map(min, one, two)))
     cases = min(n, m)
@@ -46,21 +57,29 @@ def common_grid(first: Sequence[int], second: Sequence[int], ordered: bool) -> C
 
 
 def by_case(rows: Tensor, cases: int, positions: Sequence[int], interleaved: bool) -> Tensor:
-    """[n, *own, d] -> [cases, *positions, d], where n is a multiple of the cases."""
+    """Return rows [n, *own, d] as [cases, *positions, d], where n is a multiple of the cases.
+
+    Args:
+        interleaved: whether the parts of a case are n / cases apart rather than neighbours.
+    """
     if interleaved and rows.shape[0] != cases:
         rows = rows.unflatten(0, (-1, cases)).transpose(0, 1)
     return rows.reshape(cases, *positions, rows.shape[-1])
 
 
 def from_cases(rows: Tensor, own: Sequence[int], interleaved: bool) -> Tensor:
-    """The inverse of ``by_case``, for own = (n, *own)."""
+    """Return what ``by_case`` was given, for own = (n, *own)."""
     if interleaved and rows.shape[0] != own[0]:
         rows = rows.transpose(0, 1)
     return rows.reshape(*own, rows.shape[-1])
 
 
 def _cells(size: int, cells: int, like: Tensor) -> Tensor:
-    """[cells, size]: averages over the windows of adaptive pooling, scaled to norm at most one."""
+    """Return averages over the windows of adaptive pooling, [cells, size], of norm at most one.
+
+    Windows of uneven cells overlap. The rows are divided by the root of the largest column sum,
+    which bounds the norm of the matrix, so that pooling lengthens no vector.
+    """
     cell = torch.arange(cells, device=like.device).unsqueeze(-1)
     place = torch.arange(size, device=like.device)
     inside = (place * cells < (cell + 1) * size) & ((place + 1) * cells > cell * size)
@@ -69,7 +88,11 @@ def _cells(size: int, cells: int, like: Tensor) -> Tensor:
 
 
 def pooled(rows: Tensor, grid: Sequence[int]) -> Tensor:
-    """[cases, *positions, d] -> [cases, *grid, d]."""
+    """Return rows [cases, *positions, d] averaged to [cases, *grid, d], scaled by sqrt of a cell.
+
+    Sums over a cell are divided by the root of its size, not by its size: then the Gram matrix of a
+    constant keeps its length, and that of any rows gets no longer.
+    """
     for axis, cells in enumerate(grid, start=1):
         size = rows.shape[axis]
         if size != cells and size % cells == 0:
@@ -82,7 +105,7 @@ def pooled(rows: Tensor, grid: Sequence[int]) -> Tensor:
 
 
 def spread(rows: Tensor, positions: Sequence[int]) -> Tensor:
-    """The adjoint of ``pooled``: [cases, *grid, d] -> [cases, *positions, d]."""
+    """Return the adjoint of ``pooled``: [cases, *grid, d] -> [cases, *positions, d]."""
     for axis, size in enumerate(positions, start=1):
         cells = rows.shape[axis]
         if size != cells and size % cells == 0:

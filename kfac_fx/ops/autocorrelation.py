@@ -12,7 +12,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from types import EllipsisType
 
 import torch
 import torch.nn.functional as F
@@ -21,50 +21,21 @@ from torch import Tensor
 from kfac_fx.linalg.precision import products_are_rounded, unrounded
 from kfac_fx.ops.modes import traced
 from kfac_fx.ops.parts import case_parts
-
-
-class Axis(NamedTuple):
-    """A spatial axis: input size, taps of the kernel, their distance, and zeros on both sides.
-
-    Output t reads the inputs t + dilation * k - low, k = 0 ... kernel - 1.
-    """
-
-    size: int
-    kernel: int
-    dilation: int
-    low: int
-    high: int
-
-    @property
-    def reach(self) -> int:
-        """Distance from the first tap to the last."""
-        return (self.kernel - 1) * self.dilation
-
-    @property
-    def outputs(self) -> int:
-        """Number of output positions."""
-        return self.size + self.low + self.high - self.reach
-
-    def touched(self, t: int) -> tuple[int, int, int]:
-        """(first tap, last tap + 1, input of the first) at any integer position."""
-        start = t - self.low
-        first = max(0, -(start // self.dilation))
-        last = min(self.kernel, (self.size - 1 - start) // self.dilation + 1)
-        return first, max(first, last), start + first * self.dilation
-
+from kfac_fx.ops.patches import Axis
 
 Axes = Sequence[Axis]
 Touched = tuple[int, int, int]
 
 
 def _outside(one: Axis, two: Axis) -> Sequence[tuple[Touched, Touched]]:
-    """What both windows touch at positions that are no outputs."""
+    """Return what both windows touch at positions that are no outputs."""
     known = all(type(value) is int for value in (*one, *two))  # symbols have no hash
     return _outside_of(one, two) if known else _outside_of.__wrapped__(one, two)
 
 
 @functools.lru_cache(maxsize=1024)
 def _outside_of(one: Axis, two: Axis) -> Sequence[tuple[Touched, Touched]]:
+    """Return the same, kept for the next step: shapes seldom change."""
     found = []
     for t in range(min(one.low, two.low) - max(one.reach, two.reach), one.size + one.low):
         here, there = one.touched(t), two.touched(t)
@@ -74,7 +45,7 @@ def _outside_of(one: Axis, two: Axis) -> Sequence[tuple[Touched, Touched]]:
 
 
 def _anywhere(one: Axis, two: Axis) -> tuple[Axis, Axis]:
-    """Both with all positions for outputs at which both windows can touch their inputs."""
+    """Return both with all positions for outputs at which both windows can touch their inputs."""
     first = max(one.low - one.reach, two.low - two.reach)
     count = one.size + min(one.low, two.low) - first
 
@@ -96,7 +67,14 @@ COPY = 50
 
 
 def _saves(cases: int, axes: Axes, others: Axes, lags: int, copies: float) -> bool:
-    """Whether a correlation takes less time; in multiply-adds an entry of the result."""
+    """Tell whether a correlation takes less time, by its multiply-adds an entry of the result.
+
+    Args:
+        cases: N.
+        axes: of the one input; with ``others``, of the other.
+        lags: number of lags that are formed.
+        copies: what the copies of patches cost beside their product, as a share of it.
+    """
     kernel = math.prod(axis.kernel for axis in axes)
     pairs = kernel * math.prod(axis.kernel for axis in others)
     direct = cases * math.prod(axis.outputs for axis in axes)
@@ -113,13 +91,13 @@ def _saves(cases: int, axes: Axes, others: Axes, lags: int, copies: float) -> bo
 
 
 def is_cheaper(cases: int, axes: Axes) -> bool:
-    """Whether ``patch_gram`` takes less time than the product of the patches themselves."""
+    """Tell whether ``patch_gram`` takes less time than the product of the patches themselves."""
     lags = axes[0].kernel * math.prod(2 * axis.kernel - 1 for axis in axes[1:])
     return _saves(cases, axes, axes, lags, 0.0)
 
 
 def is_cheaper_crossed(x: Tensor, axes: Axes, other: Tensor, others: Axes) -> bool:
-    """The same of ``cross_patch_gram``; never where it does not hold."""
+    """Tell the same of ``cross_patch_gram``; never where that does not hold."""
     same = [
         (one.size, one.dilation, one.outputs) == (two.size, two.dilation, two.outputs)
         and max(one.low, one.high) <= one.reach
@@ -137,7 +115,7 @@ def is_cheaper_crossed(x: Tensor, axes: Axes, other: Tensor, others: Axes) -> bo
 
 
 def suits(x: Tensor) -> bool:
-    """Whether a correlation can be as precise as a matrix product, and quicker.
+    """Tell whether a correlation can be as precise as a matrix product, and quicker.
 
     On a GPU: TF32, which cuDNN may round to, errs by 7e-4, and cannot be forbidden inside of a
     compiler's program. Matrix products in it err by 2e-5 and are quicker (measured on an H200).
@@ -148,10 +126,12 @@ def suits(x: Tensor) -> bool:
 
 
 def patch_gram(x: Tensor, axes: Axes, groups: int) -> Tensor:
-    """Sum over cases and output positions of p p^T, p the patch of one group's channels.
+    """Return the sum over cases and output positions of p p^T, p a patch of one group's channels.
 
     Args:
         x: [N, C, *space].
+        axes: its spatial axes, as the convolution reads them.
+        groups: number of independent convolutions.
 
     Returns:
         [groups, C / groups * kernel, the same], channels before kernel.
@@ -162,12 +142,14 @@ def patch_gram(x: Tensor, axes: Axes, groups: int) -> Tensor:
 
 
 def cross_patch_gram(x: Tensor, axes: Axes, other: Tensor, others: Axes) -> Tensor:
-    """Sum over cases and output positions of p q^T, p and q the patches of two inputs.
+    """Return the sum over cases and output positions of p q^T, patches of two inputs.
 
     Args:
-        x, other: [N, C, *space] and [N, D, *space].
-        axes, others: with the same sizes, dilations and numbers of outputs, and paddings of at most
-            the reach.
+        x: [N, C, *space].
+        axes: its spatial axes.
+        other: [N, D, *space].
+        others: its spatial axes, with the same sizes, dilations and numbers of outputs as ``axes``;
+            the paddings of both are at most their reach.
 
     Returns:
         [C * kernel, D * other kernel], channels before kernel.
@@ -181,7 +163,11 @@ def cross_patch_gram(x: Tensor, axes: Axes, other: Tensor, others: Axes) -> Tens
 def _at_outputs(
     A: Tensor, given: tuple[Tensor, Tensor], pair: tuple[Axes, Axes], groups: int
 ) -> Tensor:
-    """[groups, C, *kernel, D, *kernel] of all integer positions -> a matrix of the outputs'."""
+    """Return [groups, C, *kernel, D, *kernel] of all integer positions as a matrix of the outputs'.
+
+    Positions that are no outputs, but touch the input with both windows, lie along its borders:
+    one axis after the other, their products are taken off.
+    """
     x, other = given
     axes, others = pair
     dims = len(axes)
@@ -203,7 +189,10 @@ def _at_outputs(
 def _lines(
     x: Tensor, at: int, touched: Touched, dilation: int, others: Axes, groups: int
 ) -> Tensor:
-    """[groups, C, *kernel, N * S]: patches at one place of an axis, where only some taps touch."""
+    """Return patches at one place of an axis, where only some taps touch.
+
+    [groups, C, *kernel, N * S].
+    """
     first, last, start = touched
     lines = x.narrow(2 + at, start, (last - first - 1) * dilation + 1)
     lines = lines.movedim(2 + at, 2)[:, :, ::dilation]
@@ -213,7 +202,9 @@ def _lines(
 
 
 def _everywhere(R: Tensor, axes: Axes, others: Axes) -> Tensor:
-    """[groups, a, b, *lags] -> the sum over all integer positions, [groups, a, *k, b, *l].
+    """Return correlations [groups, a, b, *lags] as sums over all integer positions.
+
+    [groups, a, *k, b, *l], for the taps k and l of both kernels.
 
     Lags are those of the tap of a, less that of b, from the lowest on.
     """
@@ -225,14 +216,14 @@ def _everywhere(R: Tensor, axes: Axes, others: Axes) -> Tensor:
     for taps in itertools.product(*map(range, other)):
         lowest = [n - 1 - l for n, l in zip(other, taps, strict=True)]
         lags = (slice(low, low + k) for low, k in zip(lowest, kernel, strict=True))
-        place: Any = (..., *taps)
-        there: Any = (..., *lags)
+        place: tuple[int | EllipsisType, ...] = (..., *taps)
+        there: tuple[slice | EllipsisType, ...] = (..., *lags)
         result[place] = R[there].permute(order)
     return result
 
 
 def _autocorrelation(x: Tensor, axes: Axes, groups: int) -> Tensor:
-    """R[a, b, lag] = sum over u of x_a(u + lag) x_b(u), of one group's channels."""
+    """Return R[a, b, lag] = sum over u of x_a(u + lag) x_b(u), of one group's channels."""
     dims = len(axes)
     # R[a, b, -lag] = R[b, a, lag], so half of the lags of the first axis are enough.
     pad = [0] * (2 * dims - 2) + [0, axes[0].reach]
@@ -246,7 +237,7 @@ def _autocorrelation(x: Tensor, axes: Axes, groups: int) -> Tensor:
 
 
 def _crosscorrelation(x: Tensor, axes: Axes, other: Tensor, others: Axes) -> Tensor:
-    """R[0, a, b, lag] = sum over u of x_a(u + lag) other_b(u)."""
+    """Return R[0, a, b, lag] = sum over u of x_a(u + lag) other_b(u)."""
     pairs = list(zip(axes, others, strict=True))
     taps = [one.kernel + two.kernel - 1 for one, two in pairs]
     lows = [two.reach + one.low - two.low for one, two in pairs]
@@ -264,7 +255,10 @@ def _crosscorrelation(x: Tensor, axes: Axes, other: Tensor, others: Axes) -> Ten
 def _correlation(
     by: Tensor, x: Tensor, taps: list[int], padding: list[int], axes: Axes, groups: int
 ) -> Tensor:
-    """As the gradient of a weight: [b, a, *taps], the sum over u of by_b(u) x_a(u + tap)."""
+    """Return the sum over u of by_b(u) x_a(u + tap), [b, a, *taps].
+
+    That is the gradient of a convolution's weight, which libraries have tuned kernels for.
+    """
     dims = len(axes)
     with unrounded() if x.is_cuda else nullcontext():
         found: Tensor = torch.ops.aten.convolution_backward(
@@ -284,7 +278,7 @@ def _correlation(
 
 
 def _line_patches(lines: Tensor, others: Sequence[Axis]) -> Tensor:
-    """[N, C, taps, *space] -> [C, taps, N * S, *kernel of the other axes]."""
+    """Return [N, C, taps, *space] as [C, taps, N * S, *kernel of the other axes]."""
     pad = [amount for axis in reversed(others) for amount in (axis.low, axis.high)]
     lines = F.pad(lines, pad)
     for at, axis in enumerate(others):

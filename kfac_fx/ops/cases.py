@@ -1,4 +1,4 @@
-"""Statistics of a parameter that is broadcast over the cases: its own per-case gradients.
+"""Taps of a parameter that is broadcast over the cases: its own per-case gradients.
 
 The parameter is expanded along the cases by a view, so its consumer's backward returns one
 gradient a case before they are summed.
@@ -8,20 +8,35 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kfac_fx.ops.positions import case_covariance, gradient_factor
-from kfac_fx.ops.rows import Statistic
-from kfac_fx.ops.tap import define, recording, tapped
+from kfac_fx.ops.gram import Statistic
+from kfac_fx.ops.kronecker import (
+    WHOLE,
+    FactorForm,
+    KroneckerStatistics,
+    case_covariance,
+    form_of,
+    gradient_factor,
+    over_cases,
+)
+from kfac_fx.ops.options import TapOptions
+from kfac_fx.ops.tap import define_tap, tapped
 
 
 @dataclass(frozen=True)
 class CaseStatistics:
-    """(C,): the summed outer product (or its diagonal) of per-case gradients.
+    """(C,): the summed outer product of per-case gradients, or its diagonal.
 
-    ``per_case``: whether the first dimension counts the cases; else the whole batch is one case.
+    C = sum over cases of u u^T, u [P] the gradient of a case with respect to the parameter's P
+    entries. docs/explanation/mathematics.md, section 4, "any other parameter".
+
+    Attributes:
+        dim: dimensions of C: 2 for the full matrix [P, P], 1 for the diagonal.
+        per_case: whether the first dimension of g counts the cases; else the batch is one case.
     """
 
     dim: int
@@ -34,6 +49,7 @@ class CaseStatistics:
         wanted: Sequence[bool],
         dtype: torch.dtype,
     ) -> list[Statistic | None]:
+        """Return (C,); the saved tensors are slopes that g is multiplied by."""
         cases = g.shape[0] if self.per_case else 1
         u = g.to(dtype).reshape(cases, 1, -1)
         for slope in tensors:
@@ -42,86 +58,107 @@ class CaseStatistics:
 
 
 @dataclass(frozen=True)
-class RowStatistics:
+class CaseOptions(TapOptions):
+    """Options of the tap for per-case gradients; it has none."""
+
+
+@dataclass(frozen=True)
+class RowOptions(TapOptions):
+    """Options of the tap for a matrix of rows.
+
+    Attributes:
+        one_case: whether the whole batch counts as one case, as nothing tells the cases apart.
+    """
+
+    one_case: bool
+
+
+@dataclass(frozen=True)
+class RowStatistics(KroneckerStatistics):
     """(A, G) of rows [T, D], each an embedding that every case looks up once (the expand form).
 
-    A is the identity, kept as a vector; G = sum over cases and rows of g g^T / T, or without the
-    division and with T where the positions of several uses are counted.
+    Rows count as uncorrelated, so A is the identity, kept as a vector [T]; G = sum over cases and
+    rows of g g^T / T, [D, D]. docs/explanation/mathematics.md, section 4, "any other parameter",
+    where a full covariance of T D entries is too large.
+
+    Attributes:
+        rows: T.
+        per_case: whether the first dimension of g counts the cases; else the batch is one case.
+        G: how G is kept.
     """
 
     rows: int
     per_case: bool
-    diagonal: bool
+    G: FactorForm = WHOLE
 
-    def __call__(
-        self,
-        g: Tensor,
-        tensors: Sequence[Tensor | None],
-        wanted: Sequence[bool],
-        dtype: torch.dtype,
-    ) -> list[Statistic | None]:
+    def inputs(self, g: Tensor, tensors: Sequence[Tensor | None], dtype: torch.dtype) -> Statistic:
+        """Return the identity's diagonal."""
+        return torch.ones(self.rows, dtype=dtype, device=g.device)
+
+    def gradients(
+        self, g: Tensor, tensors: Sequence[Tensor | None], dtype: torch.dtype, *, divide: bool
+    ) -> Statistic:
+        """Return G over the entries of a row."""
         u = g.to(dtype).reshape(g.shape[0] if self.per_case else 1, self.rows, -1)
         for slope in tensors:
             u = u if slope is None else u * slope.to(dtype).reshape(self.rows, -1)
-        A = torch.ones(self.rows, dtype=dtype, device=g.device)
-        one_use = len(wanted) == 2
-        G = gradient_factor(u, reduce=False, divide=one_use, diagonal=self.diagonal)
-        count = [] if one_use else [torch.full_like(A[0], self.rows)]
-        return [A, G, *count]
+        return gradient_factor(u, reduce=False, divide=divide, form=self.G)
+
+    def positions(self, g: Tensor, tensors: Sequence[Tensor | None]) -> float:
+        """Return T."""
+        return self.rows
 
 
-def over_cases(p: Tensor, like: Tensor) -> tuple[Tensor, bool]:
-    """p viewed with one copy for each case of ``like``, and whether it is broadcast over them."""
-    missing = like.dim() - p.dim()
-    if missing > 0:
-        lead = (like.shape[0],) + (1,) * (missing - 1)
-        return p.expand(*lead, *p.shape), True
-    if missing == 0 and p.dim() > 0 and p.shape[0] == 1:
-        return p.expand(like.shape[0], *p.shape[1:]), True
-    return p, False
+class _Spread(NamedTuple):
+    """A parameter on its way to be tapped.
+
+    Attributes:
+        q: with a copy for each case, where there is one.
+        per_case: whether there is.
+        slopes: dq/dp, entry by entry, where q was computed from the parameter p; else nothing.
+    """
+
+    q: Tensor
+    per_case: bool
+    slopes: list[Tensor]
+
+
+def _spread(q: Tensor, tensors: Sequence[Tensor | None]) -> _Spread:
+    """Return q over the cases; ``tensors`` are what depends on them, and p, or None each."""
+    like, p = tensors
+    slopes = [] if p is None or not q.requires_grad else [_slope(p, q)]
+    if like is None:  # an expansion in the model has made the copies already
+        return _Spread(q, True, slopes)
+    q, per_case = over_cases(q, like)
+    return _Spread(q, per_case, slopes)
 
 
 def _slope(p: Tensor, q: Tensor) -> Tensor:
-    """dq/dp, entry by entry, of a q that was computed from p entry by entry."""
+    """Return dq/dp, entry by entry, of a q that was computed from p entry by entry."""
     with torch.enable_grad():
         (slope,) = torch.autograd.grad(q.sum(), p, retain_graph=True)
     return slope
 
 
-def _tap(q: Tensor, like: Tensor | None, p: Tensor | None, C: Tensor) -> Tensor:
-    if not recording([C]):
-        return q
-    q, per_case, slopes = _spread(q, like, p)
-    return tapped(q, CaseStatistics(C.dim(), per_case), slopes, [C])
-
-
-def _row_tap(
-    q: Tensor,
-    like: Tensor | None,
-    p: Tensor | None,
-    A: Tensor,
-    G: Tensor,
-    positions: Tensor | None,
-    one_case: bool,
+def _cases(
+    q: Tensor, tensors: Sequence[Tensor | None], factors: Sequence[Tensor], _: CaseOptions
 ) -> Tensor:
-    factors = [A, G] if positions is None else [A, G, positions]
-    if not recording(factors):
-        return q
-    q, per_case, slopes = _spread(q, like, p)
-    statistics = RowStatistics(A.shape[0], per_case and not one_case, G.dim() == 1)
-    return tapped(q, statistics, slopes, factors)
+    found = _spread(q, tensors)
+    statistics = CaseStatistics(factors[0].dim(), found.per_case)
+    return tapped(found.q, statistics, found.slopes, factors)
 
 
-def _spread(q: Tensor, like: Tensor | None, p: Tensor | None) -> tuple[Tensor, bool, list[Tensor]]:
-    """q with a copy for each case, whether it has one, and the slopes dq/dp."""
-    slopes = [] if p is None or not q.requires_grad else [_slope(p, q)]
-    q, per_case = (q, True) if like is None else over_cases(q, like)
-    return q, per_case, slopes
+def _rows(
+    q: Tensor,
+    tensors: Sequence[Tensor | None],
+    factors: Sequence[Tensor],
+    options: RowOptions,
+) -> Tensor:
+    found = _spread(q, tensors)
+    A, G = factors[:2]
+    per_case = found.per_case and not options.one_case
+    return tapped(found.q, RowStatistics(A.shape[0], per_case, form_of(G)), found.slopes, factors)
 
 
-define("cases(Tensor q, Tensor? like, Tensor? p, Tensor C) -> Tensor", _tap)
-define(
-    "case_rows(Tensor q, Tensor? like, Tensor? p, Tensor A, Tensor G, Tensor? positions, "
-    "bool one_case) -> Tensor",
-    _row_tap,
-)
+define_tap("cases", CaseOptions, _cases, tensors=("like?", "p?"), factors=("C",))
+define_tap("case_rows", RowOptions, _rows, tensors=("like?", "p?"))

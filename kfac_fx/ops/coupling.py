@@ -2,12 +2,17 @@
 
 The earlier use i makes a *link*, a zero without memory in the shape of its own positions with the
 later use's features. The later use j reads it, and its backward returns its own derivatives as the
-link's derivative; i's backward then holds g_i and g_j together.
+link's derivative; i's backward then holds g_i and g_j together. Keeping g_j for i in a variable
+instead would need an order of backward calls that autograd does not promise, and would not survive
+a compiler; a derivative that flows along an edge of the graph does both.
+
+The formulas are those of docs/explanation/mathematics.md, section 7.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,7 +27,11 @@ from kfac_fx.ops.alignment import (
 )
 from kfac_fx.ops.cross_input import Input, cross_input
 from kfac_fx.ops.sides import Side, derivative_rows, row_shape, side_of
-from kfac_fx.ops.tap import buffer_of, constant, define, is_paused, joined, recording
+from kfac_fx.ops.state import is_paused
+from kfac_fx.ops.tap import buffer_of, constant, define, joined, recording
+
+Context: TypeAlias = Any
+"""What autograd hands from a forward to its backward; attributes are set on it freely."""
 
 
 class _Link(torch.autograd.Function):
@@ -34,25 +43,31 @@ class _Link(torch.autograd.Function):
         return y.new_zeros(()).expand(y.shape), G.new_zeros(()).expand(shape)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         _, ctx.G, ctx.side = inputs
 
     @staticmethod
-    def jvp(ctx: Any, y: Tensor, *_: None) -> tuple[Tensor, Tensor]:
+    def jvp(ctx: Context, y: Tensor, *_: None) -> tuple[Tensor, Tensor]:
         zero, link = _Link.apply(y, ctx.G, ctx.side)
         return zero, link
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor, later: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, g: Tensor, later: Tensor) -> tuple[Tensor | None, ...]:
         if not ctx.needs_input_grad[1] or is_paused(ctx.G):
             return None, None, None
         rows, scale = derivative_rows(ctx.side, g, ctx.G.dtype)
+        # ``later`` has been multiplied by its own side's scale already.
         return None, rows.flatten(0, -2).mT @ later.flatten(0, -2) * scale, None
 
 
 class _Sides(NamedTuple):
-    """Both uses, whether parts of a case that count as cases come in the other's order, and the
-    homogeneous coordinate.
+    """Two uses and how their rows fit together.
+
+    Attributes:
+        later: the use j.
+        earlier: the use i.
+        ordered: whether rows that one use counts as cases follow the other's positions.
+        one: the homogeneous coordinate, the input of the bias; 0 for the derivative in a direction.
     """
 
     later: Side
@@ -71,19 +86,19 @@ class _Couple(torch.autograd.Function):
         return y.new_zeros(()).expand(y.shape)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: Context, inputs: tuple[Any, ...], output: Tensor) -> None:
         _, x, earlier_x, ctx.A, link, ctx.sides = inputs
         ctx.save_for_backward(x, earlier_x)
         ctx.link_shape = tuple(link.shape)
 
     @staticmethod
-    def jvp(ctx: Any, y: Tensor, x: Tensor, earlier_x: Tensor, *others: Any) -> Tensor:
+    def jvp(ctx: Context, y: Tensor, x: Tensor, earlier_x: Tensor, *others: Any) -> Tensor:
         link = others[1]
         zero: Tensor = _Couple.apply(y, x, earlier_x, ctx.A, link, ctx.sides._replace(one=0.0))
         return zero
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, g: Tensor) -> tuple[Tensor | None, ...]:
         there = ctx.link_shape[:-1]
         later, earlier, ordered, _ = ctx.sides
         here = row_shape(later, g.shape)
@@ -91,16 +106,23 @@ class _Couple(torch.autograd.Function):
         common = common_grid(there, here, known)
         A = derivative = None
         if ctx.needs_input_grad[3] and not is_paused(ctx.A):
-            A = _cross_input(ctx, there, here, common, g.shape)
+            A = _cross_input(ctx, there, common, g.shape)
         if ctx.needs_input_grad[4]:
             derivative = _handed_back(ctx, g, there, common)
         return None, None, None, A, derivative, None
 
 
 def _cross_input(
-    ctx: Any, there: tuple[int, ...], here: tuple[int, ...], common: Common | None, shape: Any
+    ctx: Context, there: tuple[int, ...], common: Common | None, shape: Sequence[int]
 ) -> Tensor:
-    """sum over the grid of abar_i abar_j^T / sqrt(N_i N_j)."""
+    """Return A_ij, the sum over the grid of abar_i abar_j^T / sqrt(N_i N_j).
+
+    Where cases do not match, A_ij is zero: the pair then counts as independent.
+
+    Args:
+        there: (cases, *positions) of the earlier use.
+        shape: of the later use's output.
+    """
     A: Tensor = ctx.A
     if common is None:
         return torch.zeros_like(A)
@@ -112,8 +134,8 @@ def _cross_input(
     return cross_input(earlier, later, common, sides.one)
 
 
-def _handed_back(ctx: Any, g: Tensor, there: tuple[int, ...], common: Common | None) -> Tensor:
-    """g_j, averaged on the common grid, at the positions of the earlier use."""
+def _handed_back(ctx: Context, g: Tensor, there: tuple[int, ...], common: Common | None) -> Tensor:
+    """Return g_j, averaged on the common grid, at the positions of the earlier use."""
     dtype = ctx.A.dtype
     if common is None:
         return torch.zeros(ctx.link_shape, dtype=dtype, device=g.device)

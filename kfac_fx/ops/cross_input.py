@@ -1,7 +1,8 @@
 """A_ij of two uses: the inputs of both on their common grid, by the cheapest way.
 
 Averages of patches are patches of averages, and equal grids of two stride-1 convolutions need no
-patches at all. The homogeneous coordinate is never stored.
+patches at all. The homogeneous coordinate is never stored: its row and column of A_ij are sums of
+the other side's inputs. docs/explanation/mathematics.md, section 7.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ from torch import Tensor
 
 from kfac_fx.ops.alignment import Common, by_case, pooled
 from kfac_fx.ops.autocorrelation import cross_patch_gram, is_cheaper_crossed, suits
-from kfac_fx.ops.sides import ConvolutionSide, Side
+from kfac_fx.ops.sides import Side
 
 
 class Input(NamedTuple):
-    """The input x of a use.
+    """The input of a use, and how it is laid on the grid.
 
     Attributes:
+        side: reads the use.
+        x: its input.
         positions: (cases, *positions) of the use's output.
         parts: its positions as they are pooled, see ``Common``.
     """
@@ -31,12 +34,18 @@ class Input(NamedTuple):
 
 
 def cross_input(earlier: Input, later: Input, common: Common, one: float) -> Tensor:
-    """sum over the grid of abar_i abar_j^T / sqrt(N_i N_j), [d_i (+ 1), d_j (+ 1)].
+    """Return A_ij, the sum over the grid of abar_i abar_j^T / sqrt(N_i N_j).
 
     Args:
+        earlier: the use i.
+        later: the use j.
+        common: the grid of both.
         one: the homogeneous coordinate.
+
+    Returns:
+        [d_i (+ 1), d_j (+ 1)], with one more for a side that has a bias.
     """
-    uses, biases = (earlier, later), (earlier.side.bias, later.side.bias)
+    uses, biases = (earlier, later), (earlier.side.options.bias, later.side.options.bias)
     product, rows = _without_patches(earlier, later, common), None
     if product is None:
         rows = [_rows(use, common) for use in uses]
@@ -59,14 +68,17 @@ def cross_input(earlier: Input, later: Input, common: Common, one: float) -> Ten
 
 
 def _ones(use: Input, common: Common) -> Tensor:
-    """The constant one of a case, pooled: [positions of the grid]."""
+    """Return the constant one of a case, pooled: [positions of the grid].
+
+    Uneven cells have different norms, so it is not the same number everywhere.
+    """
     return pooled(use.x.new_ones(1, *use.parts, 1), common.grid).flatten()
 
 
 def _rows(use: Input, common: Common) -> Tensor:
-    """The inputs on the grid, [cases, *grid, d]; reduce: the mean over positions."""
+    """Return the inputs on the grid, [cases, *grid, d]; reduce: the mean over positions."""
     side = use.side
-    if isinstance(side, ConvolutionSide) and not side.reduce and use.positions[0] == common.cases:
+    if not side.options.reduce and use.positions[0] == common.cases:
         grid = common.grid
         if len(grid) < len(use.positions) - 1 and grid == (1,):
             grid = (1,) * (len(use.positions) - 1)
@@ -75,16 +87,14 @@ def _rows(use: Input, common: Common) -> Tensor:
             if found is not None:
                 return found.reshape(common.cases, *common.grid, -1)
     rows = side.inputs(use.x, use.positions)
-    rows = rows.mean(1) if side.reduce else rows
+    rows = rows.mean(1) if side.options.reduce else rows
     return pooled(by_case(rows, common.cases, use.parts, side.interleaved), common.grid)
 
 
 def _without_patches(earlier: Input, later: Input, common: Common) -> Tensor | None:
-    """The sum over an equal grid of p_i p_j^T where that is cheaper, else None."""
+    """Return the sum over an equal grid of p_i p_j^T where patches cost more, else None."""
     axes = [
-        each.side.axes(each.x)
-        if isinstance(each.side, ConvolutionSide) and each.positions == (common.cases, *common.grid)
-        else None
+        each.side.axes(each.x) if each.positions == (common.cases, *common.grid) else None
         for each in (earlier, later)
     ]
     if axes[0] is None or axes[1] is None or not suits(earlier.x):

@@ -1,4 +1,4 @@
-"""Statistics of a look-up: A is the diagonal of token counts, kept as a vector."""
+"""Taps of a look-up: A is the diagonal of token counts, kept as a vector."""
 
 from __future__ import annotations
 
@@ -8,88 +8,124 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kfac_fx.ops.cases import over_cases
-from kfac_fx.ops.positions import gradient_factor
-from kfac_fx.ops.rows import Statistic, multiplied
-from kfac_fx.ops.tap import define, recording, tapped
+from kfac_fx.ops.gram import Statistic, multiplied
+from kfac_fx.ops.kronecker import (
+    WHOLE,
+    FactorForm,
+    KroneckerStatistics,
+    form_of,
+    gradient_factor,
+    over_cases,
+)
+from kfac_fx.ops.options import TapOptions
+from kfac_fx.ops.tap import define_tap, tapped
+
+NO_PADDING = -(2**31)
+"""In place of ``padding_idx`` where there is none; torch counts negative ones from the end."""
 
 
 @dataclass(frozen=True)
-class EmbeddingStatistics:
-    """(A, G), and the positions where the block has several uses; always in the expand form.
+class EmbeddingOptions(TapOptions):
+    """Options of a look-up's tap.
 
-    A one-hot input makes A = sum over cases and positions of a a^T / N a diagonal of counts / N.
-    Padding contributes to neither factor and is no position.
+    Attributes:
+        padding_idx: the token that gets no gradient, counted from the front; or ``NO_PADDING``.
     """
 
     padding_idx: int
-    rows: int
-    diagonal: bool
 
-    def __call__(
-        self,
-        g: Tensor,
-        tensors: Sequence[Tensor | None],
-        wanted: Sequence[bool],
-        dtype: torch.dtype,
-    ) -> list[Statistic | None]:
+
+@dataclass(frozen=True)
+class EmbeddingStatistics(KroneckerStatistics):
+    """(A, G) of a look-up in a table [V, D]; always in the expand form.
+
+    A one-hot input makes A = sum over cases and positions of a a^T / N a diagonal of counts / N,
+    [V]; G = sum over cases and positions of g g^T / S, [D, D]. Padding contributes to neither
+    factor and is no position, so S is a mean over the cases. docs/explanation/mathematics.md,
+    section 4, "embedding".
+
+    Attributes:
+        options: what the tap was called with.
+        rows: V.
+        G: how G is kept.
+    """
+
+    options: EmbeddingOptions
+    rows: int
+    G: FactorForm = WHOLE
+
+    def inputs(self, g: Tensor, tensors: Sequence[Tensor | None], dtype: torch.dtype) -> Statistic:
+        """Return the counts of the tokens, divided by the number of cases."""
         (ids,) = tensors
         assert ids is not None
-        cases = ids.shape[0] if ids.dim() else 1
-        counted = (ids != self.padding_idx).to(dtype).reshape(-1)
-        positions = counted.sum().clamp_min(1.0) / cases
-        result: list[Statistic | None] = [None] * len(wanted)
-        if wanted[0]:
-            zeros = torch.zeros(self.rows, dtype=dtype, device=g.device)
-            result[0] = zeros.index_add(0, ids.reshape(-1), counted) / cases
-        if wanted[1]:
-            rows = g.to(dtype).reshape(1, counted.shape[0], g.shape[-1]) * counted.unsqueeze(-1)
-            G = gradient_factor(rows, reduce=False, divide=False, diagonal=self.diagonal)
-            result[1] = multiplied(G) / positions if len(wanted) == 2 else G
-        if len(wanted) > 2 and wanted[2]:
-            result[2] = positions
-        return result
+        zeros = torch.zeros(self.rows, dtype=dtype, device=g.device)
+        return zeros.index_add(0, ids.reshape(-1), self._counted(ids, dtype)) / _cases(ids)
+
+    def gradients(
+        self, g: Tensor, tensors: Sequence[Tensor | None], dtype: torch.dtype, *, divide: bool
+    ) -> Statistic:
+        """Return G over the entries of a row of the table."""
+        (ids,) = tensors
+        assert ids is not None
+        counted = self._counted(ids, dtype)
+        rows = g.to(dtype).reshape(1, counted.shape[0], g.shape[-1]) * counted.unsqueeze(-1)
+        G = gradient_factor(rows, reduce=False, divide=False, form=self.G)
+        return multiplied(G) / self._positions(ids, dtype) if divide else G
+
+    def count(self, g: Tensor, tensors: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor:
+        """Return the mean number of tokens of a case, padding left out."""
+        (ids,) = tensors
+        assert ids is not None
+        return self._positions(ids, dtype)
+
+    def _counted(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return 1 for each token and 0 for padding, flattened."""
+        return (ids != self.options.padding_idx).to(dtype).reshape(-1)
+
+    def _positions(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the mean number of tokens of a case; 1 in all where there is nothing else."""
+        return self._counted(ids, dtype).sum().clamp_min(1.0) / _cases(ids)
 
 
-def _tap(
+def _cases(ids: Tensor) -> int:
+    """Return the number of cases; a single id is one."""
+    return ids.shape[0] if ids.dim() else 1
+
+
+def _embedding(
     y: Tensor,
-    ids: Tensor,
-    like: Tensor | None,
-    A: Tensor,
-    G: Tensor,
-    positions: Tensor | None,
-    padding_idx: int,
+    tensors: Sequence[Tensor | None],
+    factors: Sequence[Tensor],
+    options: EmbeddingOptions,
 ) -> Tensor:
-    factors = [A, G] if positions is None else [A, G, positions]
-    if not recording(factors):
-        return y
+    ids, like = tensors
+    assert ids is not None
+    # Positions, which are the same for all cases, are looked up once: their rows get a copy for
+    # each case of what they are added to, and the ids with them.
     if like is not None and (y.dim() != like.dim() or y.shape[0] != like.shape[0]):
         y, _ = over_cases(y, like)
     if y.shape[:-1] != ids.shape:
         missing = y.dim() - 1 - ids.dim()
         ids = ids.reshape((1,) * missing + ids.shape).expand(y.shape[:-1])
-    statistics = EmbeddingStatistics(padding_idx, A.shape[0], G.dim() == 1)
-    return tapped(y, statistics, [ids], factors)
+    return tapped(y, _statistics(factors, options), [ids], factors)
 
 
 def _table(
-    y: Tensor, ids: Tensor, A: Tensor, G: Tensor, positions: Tensor | None, padding_idx: int
+    y: Tensor,
+    tensors: Sequence[Tensor | None],
+    factors: Sequence[Tensor],
+    options: EmbeddingOptions,
 ) -> Tensor:
     """Rows that are the same for all cases are the positions of one case."""
-    factors = [A, G] if positions is None else [A, G, positions]
-    if not recording(factors):
-        return y
-    statistics = EmbeddingStatistics(padding_idx, A.shape[0], G.dim() == 1)
-    return tapped(y, statistics, [ids.unsqueeze(0)], factors)
+    (ids,) = tensors
+    assert ids is not None
+    return tapped(y, _statistics(factors, options), [ids.unsqueeze(0)], factors)
 
 
-define(
-    "embedding(Tensor y, Tensor ids, Tensor? like, Tensor A, Tensor G, Tensor? positions, "
-    "int padding_idx) -> Tensor",
-    _tap,
-)
-define(
-    "table_embedding(Tensor y, Tensor ids, Tensor A, Tensor G, Tensor? positions, "
-    "int padding_idx) -> Tensor",
-    _table,
-)
+def _statistics(factors: Sequence[Tensor], options: EmbeddingOptions) -> EmbeddingStatistics:
+    A, G = factors[:2]
+    return EmbeddingStatistics(options, A.shape[0], form_of(G))
+
+
+define_tap("embedding", EmbeddingOptions, _embedding, tensors=("ids", "like?"))
+define_tap("table_embedding", EmbeddingOptions, _table, tensors=("ids",))

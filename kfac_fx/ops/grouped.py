@@ -1,4 +1,4 @@
-"""Statistics of a grouped product: rows sorted by expert, one matrix an expert."""
+"""The tap of a grouped product: rows sorted by expert, one matrix an expert."""
 
 from __future__ import annotations
 
@@ -8,52 +8,58 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kfac_fx.ops.gram import gram
-from kfac_fx.ops.tap import define, recording, tapped
+from kfac_fx.ops.gram import Statistic, gram
+from kfac_fx.ops.kronecker import KroneckerStatistics
+from kfac_fx.ops.options import TapOptions
+from kfac_fx.ops.tap import define_tap, tapped
 
 
 @dataclass(frozen=True)
-class GroupedStatistics:
+class GroupedOptions(TapOptions):
+    """Options of a grouped product's tap; it has none."""
+
+
+@dataclass(frozen=True)
+class GroupedStatistics(KroneckerStatistics):
     """(A, G) with a leading axis for the experts; every row is a case of its expert.
 
-    Where the block's uses are counted, each is one position.
-
-    A_e = sum over the rows of expert e of x x^T / n_e, G_e = sum of g g^T, so that A_e (x) G_e is
-    the expert's share of the Fisher. An expert without rows has none.
+    A_e = sum over the rows of expert e of x x^T / n_e, [E, in, in]; G_e = sum of g g^T,
+    [E, out, out], so that A_e (x) G_e is the expert's share of the Fisher. An expert without rows
+    has none. Where the block's uses are counted, each is one position.
+    docs/explanation/mathematics.md, section 4, "linear", for each expert.
     """
 
-    def __call__(
-        self,
-        g: Tensor,
-        tensors: Sequence[Tensor | None],
-        wanted: Sequence[bool],
-        dtype: torch.dtype,
-    ) -> list[Tensor | None]:
+    def inputs(self, g: Tensor, tensors: Sequence[Tensor | None], dtype: torch.dtype) -> Statistic:
+        """Return A of every expert."""
         x, offsets = tensors
         assert x is not None and offsets is not None
-        ends = offsets.tolist()
-        sizes = [end - start for start, end in zip([0, *ends], ends, strict=False)]
-        x, g = (t[: ends[-1]].to(dtype) for t in (x, g))
-        result: list[Tensor | None] = [None] * len(wanted)
-        if wanted[2:] == [True]:
-            result[2] = torch.ones((), dtype=dtype, device=g.device)
-        if wanted[0]:
-            result[0] = torch.stack([gram(part) / max(len(part), 1) for part in x.split(sizes)])
-        if wanted[1]:
-            result[1] = torch.stack([gram(part) for part in g.split(sizes)])
-        return result
+        return torch.stack([gram(part) / max(len(part), 1) for part in _parts(x, offsets, dtype)])
+
+    def gradients(
+        self, g: Tensor, tensors: Sequence[Tensor | None], dtype: torch.dtype, *, divide: bool
+    ) -> Statistic:
+        """Return G of every expert."""
+        _, offsets = tensors
+        assert offsets is not None
+        return torch.stack([gram(part) for part in _parts(g, offsets, dtype)])
 
 
-def _tap(
-    y: Tensor, x: Tensor, offsets: Tensor, A: Tensor, G: Tensor, positions: Tensor | None
+def _parts(rows: Tensor, offsets: Tensor, dtype: torch.dtype) -> Sequence[Tensor]:
+    """Return the rows of each expert.
+
+    Args:
+        offsets: [E], where the rows of each expert end; what comes after the last belongs to none.
+    """
+    ends = offsets.tolist()
+    sizes = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+    parts: Sequence[Tensor] = rows[: ends[-1]].to(dtype).split(sizes)
+    return parts
+
+
+def _record(
+    y: Tensor, tensors: Sequence[Tensor | None], factors: Sequence[Tensor], _: GroupedOptions
 ) -> Tensor:
-    factors = [A, G] if positions is None else [A, G, positions]
-    if not recording(factors):
-        return y
-    return tapped(y, GroupedStatistics(), [x, offsets], factors)
+    return tapped(y, GroupedStatistics(), tensors, factors)
 
 
-define(
-    "grouped(Tensor y, Tensor x, Tensor offsets, Tensor A, Tensor G, Tensor? positions) -> Tensor",
-    _tap,
-)
+define_tap("grouped", GroupedOptions, _record, tensors=("x", "offsets"))

@@ -1,194 +1,191 @@
-"""Statistics of a dense use: s = W abar."""
+"""Taps of dense uses s = W abar: plain ones, those of a table, and projections of attention."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-import torch
 from torch import Tensor
 
-from kfac_fx.ops.positions import case_rows, gradient_factor, input_factor
-from kfac_fx.ops.rows import Statistic
-from kfac_fx.ops.same_input import formed_once
-from kfac_fx.ops.tap import define, recording, tapped
-
-
-@dataclass(frozen=True)
-class LinearStatistics:
-    """(A, G), and the number of positions where the block has several uses."""
-
-    x_dims: Sequence[int]
-    y_dims: Sequence[int]
-    x_groups: Sequence[int]
-    y_groups: Sequence[int]
-    bias: bool
-    reduce: bool
-    diagonal: tuple[bool, bool] = (False, False)
-    cut: tuple[int, int] = (1, 1)
-    one: float = 1.0
-
-    def tangent(self) -> LinearStatistics | None:
-        """Of the derivative W x' in a direction: without the homogeneous coordinate."""
-        return replace(self, one=0.0)
-
-    def inputs(self, tensors: list[Tensor]) -> Tensor:
-        """What the weight multiplies, from the saved tensors."""
-        return tensors[0]
-
-    def __call__(
-        self,
-        g: Tensor,
-        tensors: Sequence[Tensor | None],
-        wanted: Sequence[bool],
-        dtype: torch.dtype,
-    ) -> list[Statistic | None]:
-        x = self.inputs([t for t in tensors if t is not None])
-        if self.x_groups and x.dim() < g.dim():  # matmul broadcasts over the groups
-            x = x.expand(*g.shape[: g.dim() - x.dim()], *x.shape)
-        one_use = len(wanted) == 2
-        result: list[Statistic | None] = [None] * len(wanted)
-        if wanted[0]:
-            result[0] = self._input_factor(x, dtype)
-        if wanted[1]:
-            rows = case_rows(g, self.y_dims, self.y_groups).to(dtype)
-            result[1] = gradient_factor(
-                rows,
-                reduce=self.reduce,
-                divide=one_use,
-                diagonal=self.diagonal[1],
-                cut=self.cut[1],
-            )
-        if not one_use and wanted[2]:
-            positions = 1 if self.reduce else case_rows(g, self.y_dims, self.y_groups).shape[-2]
-            result[2] = torch.full((), positions, dtype=dtype, device=g.device)
-        return result
-
-    def _input_factor(self, x: Tensor, dtype: torch.dtype) -> Statistic:
-        form = (self.bias, self.one, self.reduce, self.diagonal[0], self.cut[0])
-
-        def formed() -> Statistic:
-            rows = case_rows(x, self.x_dims, self.x_groups).to(dtype)
-            bias, one, reduce, diagonal, cut = form
-            return input_factor(rows, bias=bias, one=one, reduce=reduce, diagonal=diagonal, cut=cut)
-
-        return formed_once(x, (self.x_dims, self.x_groups, dtype, *form), formed)
+from kfac_fx.ops.kronecker import LinearOptions, LinearStatistics, case_rows, form_of
+from kfac_fx.ops.options import TapOptions
+from kfac_fx.ops.sides import Side, register_side
+from kfac_fx.ops.tap import define_tap, tapped
 
 
 class TableStatistics(LinearStatistics):
     """(A, G) where the input is the same for all cases: its rows are the positions of one case.
 
     What reaches it of the derivative is summed over the cases, which is one draw of the same
-    second moment where the cases are independent draws of mean zero (the sampled Fisher).
+    second moment where the cases are independent draws of mean zero (the sampled Fisher, see
+    docs/explanation/mathematics.md, section 3). With data targets it is not, so reports say that
+    the batch counts as one case.
     """
 
-    def __call__(
-        self,
-        g: Tensor,
-        tensors: Sequence[Tensor | None],
-        wanted: Sequence[bool],
-        dtype: torch.dtype,
-    ) -> list[Statistic | None]:
-        lifted = [None if t is None else t.unsqueeze(0) for t in tensors]
-        return super().__call__(g.unsqueeze(0), lifted, wanted, dtype)
+    def read(
+        self, g: Tensor, tensors: Sequence[Tensor | None]
+    ) -> tuple[Tensor, Sequence[Tensor | None]]:
+        """Return both with a first dimension for the one case."""
+        return g.unsqueeze(0), [None if t is None else t.unsqueeze(0) for t in tensors]
 
 
-def _cut(factor: Tensor) -> int:
-    """The number of sub-blocks that a factor without groups keeps."""
-    return factor.shape[0] if factor.dim() == 3 else 1
+@dataclass(frozen=True)
+class ProjectionOptions(TapOptions):
+    """Options of one projection of attention's packed ``in_proj_weight``.
 
+    Attributes:
+        start: first output feature that belongs to the projection.
+        length: number of output features.
+        bias: whether the block has a bias.
+        reduce: whether positions are reduced rather than expanded.
+    """
 
-def _record(
-    statistics: type[LinearStatistics],
-    y: Tensor,
-    x: Tensor,
-    A: Tensor,
-    G: Tensor,
-    positions: Tensor | None,
-    *options: Any,
-) -> Tensor:
-    factors = [A, G] if positions is None else [A, G, positions]
-    if not recording(factors):
-        return y
-    return tapped(y, statistics(*_options(A, G, *options)), [x], factors)
-
-
-def _tap(y: Tensor, *arguments: Any) -> Tensor:
-    return _record(LinearStatistics, y, *arguments)
-
-
-def _table(
-    y: Tensor, x: Tensor, A: Tensor, G: Tensor, positions: Tensor | None, *options: Any
-) -> Tensor:
-    *dims, bias, reduce = options
-    if x.dim() == 1:  # a matrix times a vector
-        dims[:2] = [-1], [-1]
-    lifted = ([dim + (dim >= 0) for dim in each] for each in dims)
-    return _record(TableStatistics, y, x, A, G, positions, *lifted, bias, reduce)
-
-
-def _options(A: Tensor, G: Tensor, *options: Any) -> tuple[Any, ...]:
-    """The fields of ``LinearStatistics``: what the tap was called with, and the factors' forms."""
-    _, _, _, y_groups, _, _ = options
-    vector = 1 + (len(y_groups) > 0)
-    diagonal = (A.dim() == vector, G.dim() == vector)
-    return (*options, diagonal, (1, 1) if y_groups else (_cut(A), _cut(G)))
-
-
-_ARGUMENTS = (
-    "(Tensor y, Tensor x, Tensor A, Tensor G, Tensor? positions, int[] x_dims, int[] y_dims, "
-    "int[] x_groups, int[] y_groups, bool bias, bool reduce) -> Tensor"
-)
-define("linear" + _ARGUMENTS, _tap)
-define("table" + _ARGUMENTS, _table)
+    start: int
+    length: int
+    bias: bool
+    reduce: bool
 
 
 @dataclass(frozen=True)
 class ProjectionStatistics(LinearStatistics):
-    """(A, G) of ``length`` output features, x [positions, cases, features] or without cases."""
+    """(A, G) of ``length`` output features, x [positions, cases, features] or without cases.
+
+    nn.MultiheadAttention projects with the cases in the second dimension whatever its
+    ``batch_first`` says, so the first two are exchanged before rows are read.
+
+    Attributes:
+        start: first output feature.
+        length: number of output features.
+    """
 
     start: int = 0
     length: int = 0
 
-    def __call__(
-        self,
-        g: Tensor,
-        tensors: Sequence[Tensor | None],
-        wanted: Sequence[bool],
-        dtype: torch.dtype,
-    ) -> list[Statistic | None]:
+    def read(
+        self, g: Tensor, tensors: Sequence[Tensor | None]
+    ) -> tuple[Tensor, Sequence[Tensor | None]]:
+        """Return this projection's derivatives and the input, cases first."""
         (x,) = tensors
         assert x is not None
         g = g.narrow(-1, self.start, self.length)
-        if x.dim() == 3:
-            x, g = x.transpose(0, 1), g.transpose(0, 1)
-        return super().__call__(g, [x], wanted, dtype)
+        return (g.transpose(0, 1), [x.transpose(0, 1)]) if x.dim() == 3 else (g, [x])
 
 
-def _projection_tap(
+@dataclass(frozen=True)
+class LinearSide(Side):
+    """The rows of a dense use, for couplings.
+
+    Attributes:
+        options: those of the tap; a use with groups is not coupled.
+        interleaved: rows are positions by cases, flattened, so that the cases alternate.
+    """
+
+    options: LinearOptions
+    interleaved: bool = False
+
+    def positions(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Return (cases, *positions): all dimensions of the output but its features."""
+        features = {dim % len(shape) for dim in self.options.y_dims}
+        rest = tuple(size for dim, size in enumerate(shape) if dim not in features)
+        return rest or (1,)
+
+    def inputs(self, x: Tensor, positions: Sequence[int]) -> Tensor:
+        """Return the input by rows."""
+        return case_rows(x, self.options.x_dims)
+
+    def derivatives(self, g: Tensor) -> Tensor:
+        """Return the derivative by rows."""
+        return case_rows(g, self.options.y_dims)
+
+
+@dataclass(frozen=True)
+class ProjectionSide(Side):
+    """The rows of one projection of attention, for couplings; x [positions, cases, features].
+
+    Attributes:
+        options: those of the tap.
+    """
+
+    options: ProjectionOptions
+
+    def positions(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Return (cases, positions), which the output has in the other order."""
+        return tuple(reversed(shape[:-1]))
+
+    def inputs(self, x: Tensor, positions: Sequence[int]) -> Tensor:
+        """Return the input by rows, cases first."""
+        return case_rows(x.transpose(0, -2), [-1])
+
+    def derivatives(self, g: Tensor) -> Tensor:
+        """Return the projection's derivative by rows, cases first."""
+        part = g.narrow(-1, self.options.start, self.options.length)
+        return case_rows(part.transpose(0, -2), [-1])
+
+
+def _linear(
     y: Tensor,
-    x: Tensor,
-    A: Tensor,
-    G: Tensor,
-    positions: Tensor | None,
-    start: int,
-    length: int,
-    bias: bool,
-    reduce: bool,
+    tensors: Sequence[Tensor | None],
+    factors: Sequence[Tensor],
+    options: LinearOptions,
 ) -> Tensor:
-    factors = [A, G] if positions is None else [A, G, positions]
-    if not recording(factors):
-        return y
-    diagonal = (A.dim() == 1, G.dim() == 1)
-    statistics = ProjectionStatistics(
-        [-1], [-1], [], [], bias, reduce, diagonal, (_cut(A), _cut(G)), start=start, length=length
+    return tapped(y, _statistics(LinearStatistics, factors, options), tensors, factors)
+
+
+def _table(
+    y: Tensor,
+    tensors: Sequence[Tensor | None],
+    factors: Sequence[Tensor],
+    options: LinearOptions,
+) -> Tensor:
+    (x,) = tensors
+    if x is not None and x.dim() == 1:  # a matrix times a vector
+        options = replace(options, x_dims=(-1,), y_dims=(-1,))
+    # Dimensions are counted in the tensors with a first dimension for the one case.
+    lifted = LinearOptions(
+        _lifted(options.x_dims),
+        _lifted(options.y_dims),
+        _lifted(options.x_groups),
+        _lifted(options.y_groups),
+        options.bias,
+        options.reduce,
     )
-    return tapped(y, statistics, [x], factors)
+    return tapped(y, _statistics(TableStatistics, factors, lifted), tensors, factors)
 
 
-define(
-    "projection(Tensor y, Tensor x, Tensor A, Tensor G, Tensor? positions, "
-    "int start, int length, bool bias, bool reduce) -> Tensor",
-    _projection_tap,
-)
+def _lifted(dims: Sequence[int]) -> tuple[int, ...]:
+    """Return dimensions as they count after ``unsqueeze(0)``; negative ones do not move."""
+    return tuple(dim + (dim >= 0) for dim in dims)
+
+
+def _statistics(
+    kind: type[LinearStatistics], factors: Sequence[Tensor], options: LinearOptions
+) -> LinearStatistics:
+    """Return the statistics of a use with these buffers."""
+    grouped = len(options.y_groups) > 0
+    A, G = (form_of(factor, grouped=grouped) for factor in factors[:2])
+    return kind(options, A, G)
+
+
+def _projection(
+    y: Tensor,
+    tensors: Sequence[Tensor | None],
+    factors: Sequence[Tensor],
+    options: ProjectionOptions,
+) -> Tensor:
+    dense = LinearOptions((-1,), (-1,), (), (), options.bias, options.reduce)
+    statistics = ProjectionStatistics(
+        dense,
+        form_of(factors[0]),
+        form_of(factors[1]),
+        start=options.start,
+        length=options.length,
+    )
+    return tapped(y, statistics, tensors, factors)
+
+
+define_tap("linear", LinearOptions, _linear)
+define_tap("table", LinearOptions, _table)
+define_tap("projection", ProjectionOptions, _projection)
+
+register_side("linear", LinearOptions, LinearSide)
+register_side("projection", ProjectionOptions, lambda options, _: ProjectionSide(options))

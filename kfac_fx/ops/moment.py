@@ -8,16 +8,36 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kfac_fx.ops.options import TapOptions
 from kfac_fx.ops.sides import Side, side_of
-from kfac_fx.ops.tap import define, recording, tapped
+from kfac_fx.ops.tap import define_tap, tapped
 
 CHUNK = 2**24
 """Entries of per-case gradients that are formed at a time, where positions share the weight."""
 
 
 @dataclass(frozen=True)
+class MomentOptions(TapOptions):
+    """Options of the tap of second moments.
+
+    Attributes:
+        side: the use's side, as ``kfac_fx.ops.sides.side_text`` writes it.
+    """
+
+    side: str
+
+
+@dataclass(frozen=True)
 class MomentStatistics:
-    """(S,): sum over cases of (U_G^T DW_n U_A)^2, DW_n the sum over positions of g abar^T."""
+    """(S,): sum over cases of (U_G^T DW_n U_A)^2, entry by entry, [d_out, d_in].
+
+    DW_n is the gradient of a case, the sum over positions of g abar^T. In the bases of A and G it
+    is nearly uncorrelated, so its second moments replace the products of their eigenvalues.
+    docs/explanation/mathematics.md, section 5.
+
+    Attributes:
+        side: reads the use's input and derivative.
+    """
 
     side: Side
 
@@ -28,15 +48,20 @@ class MomentStatistics:
         wanted: Sequence[bool],
         dtype: torch.dtype,
     ) -> list[Tensor | None]:
+        """Return (S,) from the input and both bases; see ``kfac_fx.ops.tap.Statistics``."""
         x, U_A, U_G = tensors
         assert x is not None and U_A is not None and U_G is not None
         a = self.side.inputs(x, self.side.positions(g.shape)).to(dtype)
-        a = torch.cat([a, torch.ones_like(a[..., :1])], -1) if self.side.bias else a
+        a = torch.cat([a, torch.ones_like(a[..., :1])], -1) if self.side.options.bias else a
         return [projected_moments(a @ U_A, self.side.derivatives(g).to(dtype) @ U_G)]
 
 
 def projected_moments(a: Tensor, g: Tensor) -> Tensor:
-    """sum_n (sum_s g_ns a_ns^T)^2 by entry, of a [N, S, d_in] and g [N, S, d_out]."""
+    """Return sum_n (sum_s g_ns a_ns^T)^2 by entry, of a [N, S, d_in] and g [N, S, d_out].
+
+    With one position a case the square of the outer product is the outer product of the squares:
+    one matrix product instead of a matrix a case.
+    """
     cases, positions, inputs = a.shape
     outputs = g.shape[-1]
     if positions == 1:
@@ -49,10 +74,13 @@ def projected_moments(a: Tensor, g: Tensor) -> Tensor:
     return total
 
 
-def _tap(y: Tensor, x: Tensor, U_A: Tensor, U_G: Tensor, S: Tensor, side: str) -> Tensor:
-    if not recording([S]):
-        return y
-    return tapped(y, MomentStatistics(side_of(side)), [x, U_A, U_G], [S])
+def _record(
+    y: Tensor,
+    tensors: Sequence[Tensor | None],
+    factors: Sequence[Tensor],
+    options: MomentOptions,
+) -> Tensor:
+    return tapped(y, MomentStatistics(side_of(options.side)), tensors, factors)
 
 
-define("moment(Tensor y, Tensor x, Tensor U_A, Tensor U_G, Tensor S, str side) -> Tensor", _tap)
+define_tap("moment", MomentOptions, _record, tensors=("x", "U_A", "U_G"), factors=("S",))

@@ -7,20 +7,22 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from kfac_fx.ops.modes import functional
-
-AT_ONCE = 2**19
-"""Entries that are read at once on a CPU: copies of more may be fresh memory each time, and first
-touches of its pages take longer than what is done with them.
-"""
+from kfac_fx.ops.thresholds import THRESHOLDS
 
 
 def case_parts(first: Tensor, *others: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    """All of them, of as many cases, cut alike along these; to be gone through once.
+    """Return all of the tensors, cut alike along their cases, to be gone through once.
 
-    Whole on a GPU, under a compiler, and if small.
+    They are whole on a GPU, under a compiler, and if ``first`` is small
+    (``Thresholds.at_once``): nothing is gained by cutting there.
+
+    Args:
+        first: [cases, ...]; its size decides.
+        others: of as many cases.
     """
     tensors = first, *others
-    if first.is_cuda or any(map(functional, tensors)) or first.numel() <= AT_ONCE:
+    most = THRESHOLDS.at_once
+    if first.is_cuda or any(map(functional, tensors)) or first.numel() <= most:
         return (tensors,)
-    cases = max(1, AT_ONCE * len(first) // first.numel())
+    cases = max(1, most * len(first) // first.numel())
     return zip(*(t.split(cases) for t in tensors), strict=True)

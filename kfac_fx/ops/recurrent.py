@@ -1,11 +1,14 @@
 """Recurrent layers and cells: torch's own operator, or its steps with taps while recording.
 
-Each operator has the name and the arguments of the one that it stands for, with ``factors`` and
-``reduce`` behind them, and may be called without ``hx`` and without a batch, like the modules of
-torch.nn. ``factors`` holds eight entries a layer and direction: A, G, the number of positions, and
-the covariance C of a bias alone, for the uses of weight_ih and of weight_hh; None where there is no
-such factor. While any of them asks for statistics the steps run one by one; otherwise torch's
+Each operator has the name and the arguments of torch's own, followed by ``factors`` and
+``reduce``, and may be called without ``hx`` and without a batch, like the modules of torch.nn.
+``factors`` holds the ``ProductFactors`` of the uses of weight_ih and of weight_hh, for every layer
+and direction. While any of them asks for statistics the steps run one by one; otherwise torch's
 operator runs.
+
+The whole call is replaced, as no tap after it could see the previous hidden states, which weight_hh
+multiplies. A weight of T steps is used T times: docs/explanation/mathematics.md, section 4, "one
+parameter used several times".
 
 On a CPU both draw the same dropout masks; elsewhere the fused operator has a random stream of its
 own.
@@ -16,19 +19,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kfac_fx.ops.linear import LinearStatistics
-from kfac_fx.ops.rows import Statistic
-from kfac_fx.ops.scale_shift import ScaleShiftStatistics
+from kfac_fx.ops.gram import Statistic
+from kfac_fx.ops.kronecker import LinearOptions, LinearStatistics, ShiftStatistics, form_of
+from kfac_fx.ops.options import TapOptions
 from kfac_fx.ops.tap import Statistics, define, joined, recording, source, tapped
 
 State = tuple[Tensor, ...]
-Step = Callable[[Tensor, Tensor, State], State]
+Hidden = Tensor | Sequence[Tensor] | None
+"""What torch's operators start from: h, or of an LSTM (h, c)."""
+
+TimeStep = Callable[[Tensor, Tensor, State], State]
 """Both pre-activations [N, gates * H] and the state [N, H] (and the cell's) -> the next state."""
 
 
@@ -55,15 +61,69 @@ def _relu(ih: Tensor, hh: Tensor, state: State) -> State:
     return ((ih + hh).relu(),)
 
 
-STEPS: dict[str, Step] = {"lstm": _lstm, "gru": _gru, "rnn_tanh": _tanh, "rnn_relu": _relu}
+STEPS: dict[str, TimeStep] = {"lstm": _lstm, "gru": _gru, "rnn_tanh": _tanh, "rnn_relu": _relu}
 CELLS: dict[str, str] = {f"{name}_cell": name for name in STEPS}
-SLOTS = 4
-"""Factors of one product: A, G, positions, and C of a bias without its weight."""
+
+
+class ProductFactors(NamedTuple):
+    """The factor buffers of one product of a recurrent layer; None where there is no such factor.
+
+    Attributes:
+        A: over the inputs of all steps.
+        G: over the product's outputs, gates stacked.
+        positions: the number of steps, where uses are counted together.
+        C: covariance of a bias whose weight is not in its block.
+    """
+
+    A: Tensor | None
+    G: Tensor | None
+    positions: Tensor | None
+    C: Tensor | None
+
+
+SLOTS = len(ProductFactors._fields)
+"""Entries of an operator's ``factors`` that belong to one product."""
+
+
+@dataclass(frozen=True)
+class RecurrentOptions(TapOptions):
+    """Options that follow the factors of a recurrent operator.
+
+    Attributes:
+        reduce: whether steps are reduced rather than expanded.
+    """
+
+    reduce: bool
+
+
+@dataclass(frozen=True)
+class LayerOptions(TapOptions):
+    """What torch's operators of layers take after the parameters, in their order.
+
+    Attributes:
+        has_biases: whether every product has a bias.
+        num_layers: layers on top of each other.
+        dropout: probability that an output is dropped between layers, in training.
+        train: whether the layer is in training.
+        bidirectional: whether every layer also runs from the last step to the first.
+        batch_first: whether cases are the input's first dimension rather than its second.
+    """
+
+    has_biases: bool
+    num_layers: int
+    dropout: float
+    train: bool
+    bidirectional: bool
+    batch_first: bool
 
 
 @dataclass(frozen=True)
 class _StepStatistics:
-    """Those of a product [N, T, out] whose inputs become known step by step."""
+    """Those of a product [N, T, out] whose inputs become known step by step.
+
+    All steps of a layer share one tap: their derivatives arrive together at its source, and the
+    inputs are stacked only then. A tap a step would multiply T small matrices.
+    """
 
     statistics: Statistics
     inputs: list[Tensor] = field(default_factory=list)
@@ -75,12 +135,21 @@ class _StepStatistics:
         wanted: Sequence[bool],
         dtype: torch.dtype,
     ) -> Sequence[Statistic | None]:
+        """Return those of the product over all steps."""
         x = torch.stack(self.inputs, 1) if wanted[0] else self.inputs[0]
-        return self.statistics(g, _saved(self.statistics, x), wanted, dtype)
+        return self.statistics(g, [x], wanted, dtype)
 
 
-def _saved(statistics: Statistics, x: Tensor) -> list[Tensor | None]:
-    return [x] if isinstance(statistics, LinearStatistics) else [None, None, None]
+class _Recorded(NamedTuple):
+    """One tap of a product.
+
+    Attributes:
+        statistics: what it forms of the product's input and derivative.
+        factors: the buffers that ask for them.
+    """
+
+    statistics: Statistics
+    factors: list[Tensor]
 
 
 @dataclass(frozen=True)
@@ -89,34 +158,36 @@ class _Dense:
 
     weight: Tensor
     bias: Tensor | None
-    factors: Sequence[Tensor | None]
+    factors: ProductFactors
     reduce: bool
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
 
-    def recorded(self) -> Iterator[tuple[Statistics, list[Tensor]]]:
-        """What is recorded of the product, each with its factors."""
+    def recorded(self) -> Iterator[_Recorded]:
+        """Yield what is recorded of the product."""
         A, G, positions, C = self.factors
         if A is not None and G is not None:
             bias = A.shape[-1] > self.weight.shape[1]  # a bias may be left out of the block
-            diagonal = (A.dim() == 1, G.dim() == 1)
+            options = LinearOptions((-1,), (-1,), (), (), bias, self.reduce)
             factors = [A, G] if positions is None else [A, G, positions]
             if recording(factors):
-                yield LinearStatistics((-1,), (-1,), (), (), bias, self.reduce, diagonal), factors
+                yield _Recorded(LinearStatistics(options, form_of(A), form_of(G)), factors)
         if C is not None and recording([C]):
-            yield ScaleShiftStatistics(C.dim(), "none", (), (-1,), False, 0.0, False, True), [C]
+            yield _Recorded(ShiftStatistics((-1,), C.dim()), [C])
 
     def tapped(self, x: Tensor) -> Tensor:
-        """x [N, T, in] or [N, in] -> the recorded product."""
+        """Return the recorded product of x [N, T, in] or [N, in]."""
         y = self(x)
-        for statistics, factors in self.recorded():
-            y = tapped(y, statistics, _saved(statistics, x), factors)
+        for found in self.recorded():
+            # A bias's covariance needs no input, and the model may write into what is not saved.
+            saved = [x] if isinstance(found.statistics, LinearStatistics) else []
+            y = tapped(y, found.statistics, saved, found.factors)
         return y
 
 
 Uses = tuple[_Dense, _Dense]
-"""Those of weight_ih and weight_hh, of one layer and direction."""
+"""The products with weight_ih and weight_hh, of one layer and direction."""
 
 
 def _uses(
@@ -125,7 +196,7 @@ def _uses(
     factors: Sequence[Tensor | None],
     reduce: bool,
 ) -> list[Uses]:
-    """One pair for each layer and direction, from torch's flat list of parameters."""
+    """Return one pair for each layer and direction, from torch's flat list of parameters."""
     width = 4 if biased else 2
     result: list[Uses] = []
     for index in range(len(params) // width):
@@ -135,19 +206,34 @@ def _uses(
             start = (2 * index + side) * SLOTS
             weight, bias = held[side], held[2 + side] if biased else None
             assert weight is not None
-            pair.append(_Dense(weight, bias, factors[start : start + SLOTS], reduce))
+            own = ProductFactors._make(factors[start : start + SLOTS])
+            pair.append(_Dense(weight, bias, own, reduce))
         result.append((pair[0], pair[1]))
     return result
 
 
-def _direction(x: Tensor, state: State, uses: Uses, step: Step, back: bool) -> tuple[Tensor, State]:
-    """One layer in one direction: x [T, N, in] -> hidden states [T, N, H] and the last state."""
+def _direction(
+    x: Tensor, state: State, uses: Uses, step: TimeStep, back: bool
+) -> tuple[Tensor, State]:
+    """Run one layer in one direction.
+
+    Args:
+        x: inputs of all steps, [T, N, in].
+        state: the states to start from, [N, H] each.
+        back: whether it runs from the last step to the first.
+
+    Returns:
+        The hidden states of all steps, [T, N, H], and the last state.
+    """
     ih, hh = uses
     inputs = ih.tapped(x.transpose(0, 1))
     state = tuple(s.to(inputs.dtype) for s in state)
     like = inputs.new_empty(()).expand(*inputs.shape[:2], len(hh.weight))
     seen: list[Tensor] = []
-    zeros = [source(like, _StepStatistics(s, seen), [], fs).unbind(1) for s, fs in hh.recorded()]
+    zeros = [
+        source(like, _StepStatistics(each.statistics, seen), [], each.factors).unbind(1)
+        for each in hh.recorded()
+    ]
     steps = list(zip(inputs.unbind(1), *zeros, strict=True))
     outputs: list[Tensor] = []
     for given, *sources in reversed(steps) if back else steps:
@@ -161,9 +247,9 @@ def _direction(x: Tensor, state: State, uses: Uses, step: Step, back: bool) -> t
 
 
 def _layers(
-    x: Tensor, states: State, uses: list[Uses], step: Step, directions: int, dropout: float
+    x: Tensor, states: State, uses: list[Uses], step: TimeStep, directions: int, dropout: float
 ) -> tuple[Tensor, ...]:
-    """All layers: x [T, N, in], states [layers * directions, N, H]."""
+    """Run all layers on x [T, N, in], from states [layers * directions, N, H]."""
     finals: list[State] = []
     for index, pair in enumerate(uses):
         layer, back = divmod(index, directions)
@@ -179,13 +265,15 @@ def _layers(
     return x, *(torch.stack(parts) for parts in zip(*finals, strict=True))
 
 
-def _states(hx: Any, count: int, zeros: Callable[[], Tensor]) -> State:
+def _states(hx: Hidden, count: int, zeros: Callable[[], Tensor]) -> State:
+    """Return the states to start from: those that are given, or ``count`` of zeros."""
     if hx is None:
         return tuple(zeros() for _ in range(count))
     return (hx,) if isinstance(hx, Tensor) else tuple(hx)
 
 
 def _check(name: str, what: str, found: Sequence[int], wanted: Sequence[int]) -> None:
+    """Raise what torch's own operator would, which does not run while statistics are recorded."""
     if tuple(found) != tuple(wanted):
         raise RuntimeError(f"{name}: expected {what} {tuple(wanted)}, got {tuple(found)}")
 
@@ -193,22 +281,18 @@ def _check(name: str, what: str, found: Sequence[int], wanted: Sequence[int]) ->
 def _run_layers(
     name: str,
     x: Tensor,
-    hx: Any,
+    hx: Hidden,
     params: list[Tensor],
-    has_biases: bool,
-    num_layers: int,
-    dropout: float,
-    train: bool,
-    bidirectional: bool,
-    batch_first: bool,
-    factors: list[Tensor | None],
-    reduce: bool,
+    *rest: Any,
 ) -> tuple[Tensor, ...]:
-    batched, batch = x.dim() == 3, 0 if batch_first else 1
+    """Run layers like ``torch.<name>``; ``rest`` is its options, the factors and ours."""
+    factors: list[Tensor | None] = rest[-2]
+    options, ours = LayerOptions.from_args(rest[:-2]), RecurrentOptions.from_args(rest[-1:])
+    batched, batch = x.dim() == 3, 0 if options.batch_first else 1
     if not batched:
         x = x.unsqueeze(batch)
-    directions = 2 if bidirectional else 1
-    shape = (num_layers * directions, x.shape[batch], params[1].shape[1])
+    directions = 2 if options.bidirectional else 1
+    shape = (options.num_layers * directions, x.shape[batch], params[1].shape[1])
     states = _states(hx, 2 if name == "lstm" else 1, lambda: x.new_zeros(shape))
     if not batched and hx is not None:
         states = tuple(s.unsqueeze(1) for s in states)
@@ -216,14 +300,14 @@ def _run_layers(
     for s in states:
         _check(name, "hidden states of shape", s.shape, shape)
     if recording(factors) and torch.is_grad_enabled():
-        uses = _uses(params, has_biases, factors, reduce)
-        x = x.transpose(0, 1) if batch_first else x
-        result = _layers(x, states, uses, STEPS[name], directions, dropout if train else 0.0)
-        result = (result[0].transpose(0, 1), *result[1:]) if batch_first else result
+        uses = _uses(params, options.has_biases, factors, ours.reduce)
+        dropout = options.dropout if options.train else 0.0
+        x = x.transpose(0, 1) if options.batch_first else x
+        result = _layers(x, states, uses, STEPS[name], directions, dropout)
+        result = (result[0].transpose(0, 1), *result[1:]) if options.batch_first else result
     else:
-        options = (has_biases, num_layers, dropout, train, bidirectional, batch_first)
         fused = getattr(torch, name)
-        result = fused(x, states if name == "lstm" else states[0], params, *options)
+        result = fused(x, states if name == "lstm" else states[0], params, *options.to_args())
     if batched:
         return result
     return result[0].squeeze(batch), *(s.squeeze(1) for s in result[1:])
@@ -232,14 +316,15 @@ def _run_layers(
 def _run_cell(
     name: str,
     x: Tensor,
-    hx: Any,
+    hx: Hidden,
     w_ih: Tensor,
     w_hh: Tensor,
     b_ih: Tensor | None,
     b_hh: Tensor | None,
     factors: list[Tensor | None],
     reduce: bool,
-) -> Any:
+) -> Tensor | tuple[Tensor, ...]:
+    """Run a cell like ``torch.<name>``, or step by step while statistics are recorded."""
     batched = x.dim() == 2
     x = x if batched else x.unsqueeze(0)
     shape = (len(x), w_hh.shape[1])
@@ -260,21 +345,18 @@ def _run_cell(
 
 
 def nested(result: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """(output, h, c) of the operator as nn.LSTM returns them: (output, (h, c))."""
+    """Return (output, h, c) of the operator as nn.LSTM returns them: (output, (h, c))."""
     output, h, c = result
     return output, (h, c)
 
 
-_TAIL = "Tensor?[] factors, bool reduce)"
-_OPTIONS = (
-    "Tensor[] params, bool has_biases, int num_layers, float dropout, bool train, "
-    "bool bidirectional, bool batch_first"
-)
+_TAIL = f"Tensor?[] factors, {RecurrentOptions.schema()})"
 _WEIGHTS = "Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh"
 for _name in STEPS:
     _hx, _more = ("Tensor[]? hx", ", Tensor") if _name == "lstm" else ("Tensor? hx", "")
+    _given = f"Tensor input, {_hx}, Tensor[] params, {LayerOptions.schema()}"
     define(
-        f"{_name}(Tensor input, {_hx}, {_OPTIONS}, {_TAIL} -> (Tensor, Tensor{_more})",
+        f"{_name}({_given}, {_TAIL} -> (Tensor, Tensor{_more})",
         partial(_run_layers, _name),
     )
     _result = "(Tensor, Tensor)" if _name == "lstm" else "Tensor"

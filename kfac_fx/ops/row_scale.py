@@ -7,41 +7,18 @@ through an operator whose backward multiplies by s s^T.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kfac_fx.ops.tap import define, is_paused
+from kfac_fx.ops.row_factors import row_factors
+from kfac_fx.ops.state import is_paused
+from kfac_fx.ops.tap import define
 
-
-def row_factors(result: Tensor, source: Tensor, rows: Sequence[int], entrywise: bool) -> Tensor:
-    """s, one number for each row of a parameter ``source`` that ``result`` is computed from.
-
-    Args:
-        result: of source's shape; with its graph where ``entrywise``.
-        rows: dimensions that count the rows, in order.
-        entrywise: s is the root mean square of the row's slopes that are not zero. Else it is the
-            least-squares slope of the row's entries against the parameter's, with an intercept:
-            g / |v| of a weight normalised to the length g, gain / deviation of a standardised one.
-    """
-    others = [dim for dim in range(source.dim()) if dim not in rows]
-
-    def flat(t: Tensor) -> Tensor:
-        t = t.permute(*rows, *others)
-        return t.reshape(t.shape[: len(rows)].numel(), -1)
-
-    if entrywise and result.requires_grad:
-        with torch.enable_grad():
-            (slope,) = torch.autograd.grad(result.sum(), source, retain_graph=True)
-        slope = flat(slope)
-        count = (slope != 0).sum(1).clamp_min(1)
-        return slope.sum(1).sign() * (slope.square().sum(1) / count).sqrt()
-    x, y = flat(source.detach()), flat(result.detach())
-    x = x - x.mean(1, keepdim=True)
-    return (x * y).sum(1) / x.square().sum(1).clamp_min(torch.finfo(x.dtype).tiny)
+Context: TypeAlias = Any
+"""What autograd hands from a forward to its backward; attributes are set on it freely."""
 
 
 class _RowScaled(torch.autograd.Function):
@@ -52,13 +29,13 @@ class _RowScaled(torch.autograd.Function):
         return G.new_zeros(()).expand(G.shape)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: Context, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         G, s = inputs
         ctx.save_for_backward(s)
         ctx.G = G
 
     @staticmethod
-    def backward(ctx: Any, statistic: Tensor) -> tuple[Tensor | None, None]:
+    def backward(ctx: Context, statistic: Tensor) -> tuple[Tensor | None, None]:
         if is_paused(ctx.G):
             return None, None
         (s,) = ctx.saved_tensors

@@ -1,27 +1,66 @@
-"""Statistics of a scale and a shift: the covariance of their per-case gradients.
+"""Taps of a scale and a shift: the covariance of their per-case gradients.
 
 y = gamma * xhat + beta, so the gradients of a case are the sums over its positions of g * xhat
-and of g. The normalised input xhat is formed again in the backward rather than kept.
+and of g. The normalised input xhat is formed again in the backward rather than kept: it is as large
+as the activations, and the model's own backward keeps it in another form.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kfac_fx.ops.gram import Statistic
+from kfac_fx.ops.kronecker import ShiftStatistics, case_covariance, case_rows
 from kfac_fx.ops.modes import functional
+from kfac_fx.ops.options import Flag, TapOptions
 from kfac_fx.ops.parts import case_parts
-from kfac_fx.ops.positions import case_covariance, case_rows
-from kfac_fx.ops.rows import Statistic
-from kfac_fx.ops.tap import define, recording, tapped
+from kfac_fx.ops.tap import define_tap, tapped
+
+Family = Literal["batch", "layer", "group", "instance", "rms"]
+"""What a normalisation takes its moments over."""
+
+
+@dataclass(frozen=True)
+class ScaleShiftOptions(TapOptions):
+    """Options of a normalisation layer's tap.
+
+    Attributes:
+        family: which normalisation.
+        shape: the normalised shape of "layer" and "rms", (groups,) of "group"; else ().
+        channels: dimensions of the input that scale and shift are along.
+        training: whether moments are those of the batch rather than running ones ("batch",
+            "instance"); the name of a flag in a graph whose mode may change.
+        eps: added to the variance; -1 stands for the machine epsilon that "rms" takes by itself.
+        shift: whether the block has a shift beside its scale.
+    """
+
+    family: Family
+    shape: tuple[int, ...]
+    channels: tuple[int, ...]
+    training: Flag
+    eps: float
+    shift: bool
+
+
+@dataclass(frozen=True)
+class ShiftOptions(TapOptions):
+    """Options of the tap of a bias alone.
+
+    Attributes:
+        channels: dimensions of the output that the bias is along.
+    """
+
+    channels: tuple[int, ...]
 
 
 def _within_cases(x: Tensor, family: str, shape: Sequence[int], eps: float) -> Tensor:
-    """xhat of a norm that looks at each case alone: with a scale of one and no shift."""
+    """Return xhat of a norm that looks at each case alone: with a scale of one and no shift."""
     if family == "layer":
         return F.layer_norm(x, list(shape), eps=eps)
     if family == "rms":
@@ -33,16 +72,19 @@ def _within_cases(x: Tensor, family: str, shape: Sequence[int], eps: float) -> T
 
 @dataclass(frozen=True)
 class ScaleShiftStatistics:
-    """(C,): the summed outer product of per-case gradients of (scale, shift)."""
+    """(C,): the summed outer product of per-case gradients of (scale, shift).
 
+    C = sum over cases of u u^T, u [2 c] the gradients of a case with respect to scale and shift of
+    c channels: [2c, 2c], or c blocks [c, 2, 2]. docs/explanation/mathematics.md, section 4, "scale
+    and shift of a normalisation layer".
+
+    Attributes:
+        options: what the tap was called with.
+        dim: dimensions of C, see ``kfac_fx.ops.kronecker.case_covariance``.
+    """
+
+    options: ScaleShiftOptions
     dim: int
-    family: str
-    shape: Sequence[int]
-    channels: Sequence[int]
-    training: bool
-    eps: float
-    scale: bool
-    shift: bool
 
     def __call__(
         self,
@@ -51,89 +93,96 @@ class ScaleShiftStatistics:
         wanted: Sequence[bool],
         dtype: torch.dtype,
     ) -> list[Statistic | None]:
-        x, *moments = tensors
-        gradients = []
-        if self.scale:
-            assert x is not None
-            running = self.family == "instance" and not self.training
-            if running or self.family == "batch":
-                gradients.append(self._by_channels(g, x, *moments, dtype=dtype))
-            else:
-                gradients.append(self._by_cases(g, x, dtype))
-        if self.shift:
+        """Return (C,) from the input and running moments; see ``kfac_fx.ops.tap.Statistics``."""
+        x, mean, var = tensors
+        assert x is not None
+        family = self.options.family
+        if family == "batch" or (family == "instance" and not self.options.training):
+            gradients = [self._by_channels(g, x, mean, var, dtype)]
+        else:
+            gradients = [self._by_cases(g, x, dtype)]
+        if self.options.shift:
             gradients.append(self._sums(g, dtype))
         return [case_covariance(torch.stack(gradients, 1), self.dim)]
 
     def _by_cases(self, g: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """[N, C]: sums over positions of g * xhat."""
-        one_case = 0 in [dim % x.dim() for dim in self.channels]  # the first dimension is a feature
+        """Return the sums over positions of g * xhat, [N, C]."""
+        given = self.options
+        one_case = 0 in [dim % x.dim() for dim in given.channels]  # the first one is a feature
         found = []
         for by, some in [(g, x)] if one_case else case_parts(g, x):
-            u = _within_cases(some.to(dtype), self.family, self.shape, self.eps)
+            u = _within_cases(some.to(dtype), given.family, given.shape, given.eps)
             found.append(self._sums(_times(u, by), dtype))
         return torch.cat(found)
 
     def _by_channels(
-        self, g: Tensor, x: Tensor, mean: Tensor | None, var: Tensor | None, *, dtype: torch.dtype
+        self, g: Tensor, x: Tensor, mean: Tensor | None, var: Tensor | None, dtype: torch.dtype
     ) -> Tensor:
-        """The same of a norm by moments of whole channels; in training, of the batch's."""
-        if self.training:
+        """Return the same of a norm by moments of whole channels; in training, of the batch's.
+
+        The channel's deviation is one number for all cases, so it is divided by at the end, which
+        saves a pass over the activations.
+        """
+        training = self.options.training
+        if training:
             means = [_lines(some).mean(-1, dtype=dtype) for _, some in case_parts(g, x)]
             mean = torch.cat(means).mean(0)
         assert mean is not None
         sums, squares = [], []
         for by, some in case_parts(g, x):
             centred = _lines(some).to(dtype) - mean.to(dtype).unsqueeze(-1)
-            if self.training:  # by the norm: quicker than the kernels of batch_norm
+            if training:  # by the norm: quicker than the kernels of batch_norm
                 squared = torch.linalg.vector_norm(centred, dim=-1).square() / centred.shape[-1]
                 # Traced by torch 2.11, it keeps a dimension of length one.
                 squares.append(squared.reshape(some.shape[:2]))
             sums.append(self._sums(_times(centred.reshape(some.shape), by), dtype))
-        if self.training:
+        if training:
             var = torch.cat(squares).mean(0)
         assert var is not None
-        return torch.cat(sums) * torch.rsqrt(var.to(dtype) + self.eps)
+        return torch.cat(sums) * torch.rsqrt(var.to(dtype) + self.options.eps)
 
     def _sums(self, t: Tensor, dtype: torch.dtype) -> Tensor:
-        """[N, C]: over positions."""
-        return case_rows(t, self.channels).sum(1, dtype=dtype)
+        """Return the sums over positions, [N, C]."""
+        return case_rows(t, self.options.channels).sum(1, dtype=dtype)
 
 
 def _lines(x: Tensor) -> Tensor:
-    """[N, C, positions]."""
+    """Return x as [N, C, positions]."""
     return x.reshape(*x.shape[:2], -1)
 
 
 def _times(own: Tensor, other: Tensor) -> Tensor:
-    """The product, in the memory of the first, which nobody else needs, where that may be."""
+    """Return the product, in the memory of the first, which nobody else needs, where it may be."""
     other = other.to(own.dtype)
     return own * other if functional(own) or functional(other) else own.mul_(other)
 
 
-def _tap(
+def _scale_shift(
     y: Tensor,
-    x: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-    C: Tensor,
-    family: str,
-    shape: list[int],
-    channels: list[int],
-    training: bool,
-    eps: float,
-    scale: bool,
-    shift: bool,
+    tensors: Sequence[Tensor | None],
+    factors: Sequence[Tensor],
+    options: ScaleShiftOptions,
 ) -> Tensor:
-    if not recording([C]):
-        return y
-    statistics = ScaleShiftStatistics(C.dim(), family, shape, channels, training, eps, scale, shift)
+    x, mean, var = tensors
     # In-place updates of running statistics must not invalidate what the backward reads.
-    moments = [None, None] if training else [mean, var]
-    return tapped(y, statistics, [x if scale else None, *moments], [C])
+    moments = [None, None] if options.training else [mean, var]
+    return tapped(y, ScaleShiftStatistics(options, factors[0].dim()), [x, *moments], factors)
 
 
-define(
-    "scale_shift(Tensor y, Tensor? x, Tensor? mean, Tensor? var, Tensor C, str family, "
-    "int[] shape, int[] channels, bool training, float eps, bool scale, bool shift) -> Tensor",
-    _tap,
+def _shift(
+    y: Tensor,
+    tensors: Sequence[Tensor | None],
+    factors: Sequence[Tensor],
+    options: ShiftOptions,
+) -> Tensor:
+    return tapped(y, ShiftStatistics(options.channels, factors[0].dim()), [], factors)
+
+
+define_tap(
+    "scale_shift",
+    ScaleShiftOptions,
+    _scale_shift,
+    tensors=("x", "mean?", "var?"),
+    factors=("C",),
 )
+define_tap("shift", ShiftOptions, _shift, tensors=(), factors=("C",))

@@ -1,29 +1,27 @@
-"""The two sides of a use that couples: rows of its input and of its derivative, by position."""
+"""The two sides of a use that couples: rows of its input and of its derivative, by position.
+
+An operator that couples registers its side under its own name, in its own file. A graph holds a
+side as one string, since torch's operator schemas know no records: ``side_text`` writes it and
+``side_of`` reads it, both with the options class of the operator.
+"""
 
 from __future__ import annotations
 
-import ast
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from functools import cache
-from math import prod
-from typing import Any, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from kfac_fx.ops.autocorrelation import Axis
-from kfac_fx.ops.convolution import (
-    TRANSPOSED,
-    ConvolutionStatistics,
-    TransposedWindow,
-    Window,
-)
-from kfac_fx.ops.positions import case_rows
+from kfac_fx.ops.options import TapOptions
+from kfac_fx.ops.patches import Axis
 
 
-class Side(Protocol):
-    """Reads a use that has one weight matrix for all positions."""
+class _Shared(Protocol):
+    """The options that all uses that couple have."""
 
     @property
     def bias(self) -> bool:
@@ -33,152 +31,115 @@ class Side(Protocol):
     def reduce(self) -> bool:
         """Whether positions are reduced rather than expanded."""
 
-    @property
-    def interleaved(self) -> bool:
-        """Whether what counts as cases are positions by cases."""
 
-    def positions(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """(cases, *positions) of an output of this shape."""
+class Side(ABC):
+    """Reads a use that has one weight matrix for all positions.
 
-    def inputs(self, x: Tensor, positions: Sequence[int]) -> Tensor:
-        """[cases, S, d_in]: what the weight multiplies."""
-
-    def derivatives(self, g: Tensor) -> Tensor:
-        """[cases, S, d_out]."""
-
-
-@dataclass(frozen=True)
-class LinearSide:
-    """A dense use; features are the dimensions ``x_dims`` of x and ``y_dims`` of y.
-
-    ``interleaved``: rows are positions by cases, flattened; the cases alternate.
+    Cross factors need the rows of both uses apart from their products, since positions are matched
+    in between (docs/explanation/mathematics.md, section 7).
     """
 
-    x_dims: tuple[int, ...]
-    y_dims: tuple[int, ...]
-    bias: bool
-    reduce: bool
+    options: _Shared
+    """The options of the use's tap; a subclass says which."""
+
     interleaved: bool = False
+    """Whether what the use counts as cases are positions by cases, so that cases alternate."""
 
+    @abstractmethod
     def positions(self, shape: Sequence[int]) -> tuple[int, ...]:
-        features = {dim % len(shape) for dim in self.y_dims}
-        rest = tuple(size for dim, size in enumerate(shape) if dim not in features)
-        return rest or (1,)
+        """Return (cases, *positions) of an output of this shape."""
 
+    @abstractmethod
     def inputs(self, x: Tensor, positions: Sequence[int]) -> Tensor:
-        return case_rows(x, self.x_dims)
+        """Return what the weight multiplies: [cases, S, d_in].
 
+        Args:
+            x: the use's input.
+            positions: (cases, *positions) of its output.
+        """
+
+    @abstractmethod
     def derivatives(self, g: Tensor) -> Tensor:
-        return case_rows(g, self.y_dims)
-
-
-@dataclass(frozen=True)
-class ProjectionSide:
-    """``length`` outputs of attention's packed projection, of x [positions, cases, features]."""
-
-    start: int
-    length: int
-    bias: bool
-    reduce: bool
-    interleaved = False
-
-    def positions(self, shape: Sequence[int]) -> tuple[int, ...]:
-        return tuple(reversed(shape[:-1]))
-
-    def inputs(self, x: Tensor, positions: Sequence[int]) -> Tensor:
-        return case_rows(x.transpose(0, -2), [-1])
-
-    def derivatives(self, g: Tensor) -> Tensor:
-        return case_rows(g.narrow(-1, self.start, self.length).transpose(0, -2), [-1])
-
-
-@dataclass(frozen=True)
-class ConvolutionSide:
-    """A convolution without groups: patches are its inputs (KFC)."""
-
-    window: Window | TransposedWindow
-    bias: bool
-    reduce: bool
-    interleaved = False
-
-    def positions(self, shape: Sequence[int]) -> tuple[int, ...]:
-        spatial = len(self.window.kernel)
-        lead = (1,) if len(shape) == spatial + 1 else (shape[0],)
-        return (*lead, *shape[len(shape) - spatial :])
-
-    def inputs(self, x: Tensor, positions: Sequence[int]) -> Tensor:
-        statistics = ConvolutionStatistics(self.window, 1, self.bias, self.reduce)
-        return statistics.patches(self.batched(x), positions[1:]).squeeze(0)
-
-    def batched(self, x: Tensor) -> Tensor:
-        """[N, C, *space], where one case may come without its batch dimension."""
-        return x.unsqueeze(0) if x.dim() == len(self.window.kernel) + 1 else x
+        """Return the derivative with respect to the output by rows: [cases, S, d_out]."""
 
     def axes(self, x: Tensor) -> list[Axis] | None:
-        """The spatial axes of a batch, where a Gram matrix of patches can do without them."""
-        if self.reduce or not isinstance(self.window, Window):
-            return None
-        return self.window.axes(x) if x.dim() == len(self.window.kernel) + 2 else None
+        """Return the spatial axes where a Gram matrix of patches can do without patches."""
+        return None
 
     def pooled_inputs(
         self, x: Tensor, positions: Sequence[int], grid: Sequence[int]
     ) -> Tensor | None:
-        """``pooled`` of the patches, as the patches of the sums over cells: [cases, *grid, d].
-
-        None where cells are uneven, or the window is that of a transposed convolution.
-        """
-        window = self.window
-        pairs = list(zip(positions[1:], grid, strict=True))
-        if not isinstance(window, Window) or any(size % cells for size, cells in pairs):
-            return None
-        each = [size // cells for size, cells in pairs]
-        x = window.padded(self.batched(x))
-        for axis, count in enumerate(each):
-            x = _sums(x, 2 + axis, count, window.stride[axis])
-        x = x / prod(each) ** 0.5 if prod(each) > 1 else x
-        stride = [step * count for step, count in zip(window.stride, each, strict=True)]
-        coarse = Window(window.kernel, stride, window.dilation, [0] * len(window.padding), "zeros")
-        rows: Tensor = coarse.patches(x, 1).squeeze(0).unflatten(1, grid)
-        return rows
-
-    def derivatives(self, g: Tensor) -> Tensor:
-        return self.batched(g).flatten(2).mT
+        """Return ``inputs`` averaged to a coarser grid where that needs none of them, else None."""
+        return None
 
 
-def _sums(x: Tensor, dim: int, count: int, step: int) -> Tensor:
-    """At each place the sum of ``count`` entries from there on, ``step`` apart."""
-    if count == 1:
-        return x
-    size = x.shape[dim] - (count - 1) * step
-    half = _sums(x, dim, count // 2, step)
-    total = half.narrow(dim, 0, size) + half.narrow(dim, count // 2 * step, size)
-    return total + x.narrow(dim, (count - 1) * step, size) if count % 2 else total
+_Options = TypeVar("_Options", bound=TapOptions)
+
+
+class _Kind(NamedTuple):
+    """What an operator registered.
+
+    Attributes:
+        options: the class of its options.
+        side: makes a side of the options and of whether cases alternate.
+    """
+
+    options: type[TapOptions]
+    side: Callable[..., Side]
+
+
+_KINDS: dict[str, _Kind] = {}
+
+
+def register_side(
+    operator: str, options: type[_Options], side: Callable[[_Options, bool], Side]
+) -> None:
+    """Let the uses that a tap operator records have cross factors with others.
+
+    Args:
+        operator: the tap's name.
+        options: the class of its options, with ``bias`` and ``reduce`` among them.
+        side: makes the side from the options and from whether the cases of its rows alternate
+            (``Side.interleaved``).
+    """
+    _KINDS[operator] = _Kind(options, side)
+
+
+def coupling_operators() -> tuple[str, ...]:
+    """Return the names of the tap operators whose uses can have cross factors."""
+    return tuple(_KINDS)
+
+
+def side_text(operator: str, args: Sequence[object], *, interleaved: bool) -> str:
+    """Return a side as a string, for the operators of couplings and moments.
+
+    Args:
+        operator: name of the use's tap.
+        args: the tap's options, in the order of the operator's schema.
+        interleaved: whether its rows are positions by cases, flattened.
+    """
+    options = _KINDS[operator].options.from_args(args)
+    return json.dumps([operator, interleaved, options.to_text()])
 
 
 @cache
 def side_of(text: str) -> Side:
-    """The side that a literal describes: its kind, then the options of its class."""
-    kind, *options = ast.literal_eval(text)
-    if kind == "linear":
-        return LinearSide(*options)
-    if kind == "projection":
-        return ProjectionSide(*options)
-    kernel, stride, dilation, padding, mode, bias, reduce = options
-    window: Any
-    if mode == TRANSPOSED:
-        window = TransposedWindow(kernel, stride, dilation, padding)
-    else:
-        window = Window(kernel, stride, dilation, padding, mode)
-    return ConvolutionSide(window, bias, reduce)
+    """Return the side that ``side_text`` wrote; the same object for the same text."""
+    operator, interleaved, options = json.loads(text)
+    kind = _KINDS[operator]
+    return kind.side(kind.options.from_text(options), interleaved)
 
 
 def derivative_rows(side: Side, g: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:
-    """g by position, [cases, *positions, d], and 1 / sqrt(S); reduce: the sum, [cases, d], and 1.
+    """Return g by position, and what to multiply it by.
 
-    Their product is what the cross factor is a second moment of.
+    Returns:
+        [cases, *positions, d_out] and 1 / sqrt(S); where positions are reduced their sum,
+        [cases, d_out], and 1. The product of the two is what the cross factor is a second moment
+        of, so that G_ii would be the factor G of the use.
     """
     rows = side.derivatives(g).to(dtype)
-    if side.reduce:
+    if side.options.reduce:
         return rows.sum(1), 1.0
     positions = side.positions(g.shape)[1:]
     scale: float = rows.shape[1] ** -0.5
@@ -186,6 +147,6 @@ def derivative_rows(side: Side, g: Tensor, dtype: torch.dtype) -> tuple[Tensor, 
 
 
 def row_shape(side: Side, shape: Sequence[int]) -> tuple[int, ...]:
-    """(cases, *positions) of the rows above, for an output of this shape."""
+    """Return (cases, *positions) of what ``derivative_rows`` makes of an output of this shape."""
     positions = side.positions(shape)
-    return positions[:1] if side.reduce else positions
+    return positions[:1] if side.options.reduce else positions

@@ -6,30 +6,26 @@ derivative g into factor statistics; an *identity* hands g on to y and to the so
 skips what nobody asks for, so ``autograd.grad(loss, factors)`` multiplies no weight gradient and
 ``autograd.grad(loss, parameters)`` no statistic.
 
-Inside of ``notes.noting()``, small taps have no nodes (notes.py), and ``noted_statistics`` forms
-what the sources would.
+While a collection is open, small taps have no nodes (``ops/state.py``), and ``noted_statistics``
+forms what the sources would.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch._functorch.utils import unwrap_dead_wrappers
-from torch.utils.weak import WeakIdKeyDictionary
 
 from kfac_fx.errors import ObservationError
+from kfac_fx.ops.gram import Rows, Statistic, multiplied
 from kfac_fx.ops.library import LIBRARY
 from kfac_fx.ops.modes import forward_mode
-from kfac_fx.ops.notes import Note, noted, open_notes
-from kfac_fx.ops.rows import Statistic, kept_rows, multiplied
-
-_paused: WeakIdKeyDictionary = WeakIdKeyDictionary()
-_passes: WeakIdKeyDictionary = WeakIdKeyDictionary()
+from kfac_fx.ops.options import TapOptions
+from kfac_fx.ops.state import Collection, FactorState, collecting, collecting_now, state_of
 
 
 class Statistics(Protocol):
@@ -42,7 +38,7 @@ class Statistics(Protocol):
         wanted: Sequence[bool],
         dtype: torch.dtype,
     ) -> Sequence[Statistic | None]:
-        """One statistic a factor buffer, None where not wanted.
+        """Return one statistic a factor buffer, None where not wanted.
 
         Args:
             g: derivative with respect to the tapped tensor.
@@ -50,48 +46,6 @@ class Statistics(Protocol):
             wanted: per factor buffer, whether its statistic is asked for.
             dtype: of the factors; products are formed in it.
         """
-
-
-def pause(factors: Iterable[Tensor]) -> None:
-    """Lets backward passes of graphs that are already built skip these factors."""
-    for factor in factors:
-        _paused[factor] = True
-
-
-def resume(factors: Iterable[Tensor]) -> None:
-    """Undoes ``pause``."""
-    for factor in factors:
-        _paused.pop(factor, None)
-
-
-def is_paused(factor: Tensor) -> bool:
-    """Whether backward passes skip the factor."""
-    return bool(_paused) and factor in _paused  # mostly none is, and a weak key costs
-
-
-def passes(factor: Tensor) -> int:
-    """How many taps have delivered statistics of the factor since ``forget_passes``, at least 1."""
-    found: int = _passes.get(factor, 1)
-    return found
-
-
-def forget_passes(factors: Iterable[Tensor]) -> None:
-    """Starts counting anew."""
-    for factor in factors:
-        _passes.pop(factor, None)
-
-
-@contextmanager
-def only(factors: Iterable[Tensor], wanted: Iterable[Tensor]) -> Iterator[None]:
-    """Within the context, backward passes form the statistics of ``wanted`` alone."""
-    skipped = {id(f): f for f in factors}
-    for factor in wanted:
-        skipped.pop(id(factor), None)
-    pause(skipped.values())
-    try:
-        yield
-    finally:
-        resume(skipped.values())
 
 
 class _Unbatched(torch.autograd.Function):
@@ -117,31 +71,37 @@ class _Source(_Unbatched):
     """A zero-strided zero of y's shape whose backward returns the statistics."""
 
     @staticmethod
-    def forward(y: Tensor, statistics: Statistics, saved: int, *tensors: Tensor | None) -> Tensor:
+    def forward(
+        y: Tensor,
+        statistics: Statistics,
+        states: Sequence[FactorState],
+        saved: int,
+        *tensors: Tensor | None,
+    ) -> Tensor:
         return y.new_zeros(()).expand(y.shape)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, ctx.statistics, ctx.saved, *tensors = inputs
+        _, ctx.statistics, ctx.states, ctx.saved, *tensors = inputs
         ctx.save_for_backward(*tensors[: ctx.saved])
         # Buffers are kept by reference: their averages may change before the backward.
         ctx.factors = tuple(tensors[ctx.saved :])
 
     @staticmethod
     def jvp(ctx: Any, y: Tensor, *others: Tensor | None) -> Tensor:
-        tensors = others[2 : 2 + ctx.saved]
-        zero: Tensor = _Source.apply(
-            y, _of_tangents(ctx.statistics), ctx.saved, *tensors, *ctx.factors
-        )
+        tensors = others[3 : 3 + ctx.saved]
+        statistics = _of_tangents(ctx.statistics)
+        zero: Tensor = _Source.apply(y, statistics, ctx.states, ctx.saved, *tensors, *ctx.factors)
         return zero
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        nothing = (None,) * (3 + ctx.saved)
+        nothing = (None,) * (4 + ctx.saved)
         needed = ctx.needs_input_grad[len(nothing) :]
         saved = partial(getattr, ctx, "saved_tensors")
-        found = _delivered(ctx.statistics, g, saved, ctx.factors, needed)
-        return (*nothing, *(multiplied(value) for value in found))
+        found = _delivered(ctx.statistics, g, saved, ctx.factors, ctx.states, needed)
+        # An input factor that was formed for a noted tap may come as rows.
+        return (*nothing, *[v.product() if isinstance(v, Rows) else v for v in found])
 
 
 def _delivered(
@@ -149,40 +109,54 @@ def _delivered(
     g: Tensor,
     saved: Callable[[], Sequence[Tensor | None]],
     factors: Sequence[Tensor],
+    states: Sequence[FactorState],
     needed: Sequence[bool],
 ) -> Sequence[Statistic | None]:
-    """What a tap leaves for its factors, from the derivative that has arrived."""
-    wanted = [n and not is_paused(f) for n, f in zip(needed, factors, strict=True)]
+    """Return what a tap leaves for its factors, from the derivative that has arrived.
+
+    Args:
+        saved: gives what the tap has seen of the forward; it may raise, so only if it is needed.
+        needed: per factor, whether autograd asks for it.
+    """
+    wanted = [n and not state.paused for n, state in zip(needed, states, strict=True)]
     if not any(wanted):
         return [None] * len(wanted)
     if wanted[0]:
-        _passes[factors[0]] = _passes.get(factors[0], 0) + 1
+        states[0].deliveries += 1
     return statistics(g, saved(), wanted, factors[0].dtype)
 
 
 @torch.no_grad()
 def noted_statistics(
-    notes: Sequence[Note], derivatives: Sequence[Tensor | None]
-) -> dict[int, Statistic]:
-    """The sums of the statistics of noted taps, by id of factor buffer.
+    collection: Collection, derivatives: Sequence[Tensor | None]
+) -> list[Statistic | None]:
+    """Return the sums of the statistics of noted taps, in the order of the collection's buffers.
 
     Args:
-        derivatives: at the notes' edges; None where none came.
+        collection: of the pass.
+        derivatives: at the edges of its notes; None where none came.
 
     Raises:
         ObservationError: what a tap has seen was changed in place.
     """
-    found: dict[int, Statistic] = {}
-    for note, g in zip(notes, derivatives, strict=True):
+    found: list[Statistic | None] = [None] * len(collection.places)
+    for note, g in zip(collection.notes, derivatives, strict=True):
         if g is None:
             continue
         needed = [factor.requires_grad for factor in note.factors]
-        with kept_rows():
-            values = _delivered(note.statistics, g, note.seen, note.factors, needed)
-        for key, value in zip(map(id, note.factors), values, strict=True):
-            if value is not None:
-                found[key] = multiplied(found[key]) + multiplied(value) if key in found else value
+        with collecting(collection, forming=True):
+            values = _delivered(note.statistics, g, note.seen, note.factors, note.states, needed)
+        for state, value in zip(note.states, values, strict=True):
+            place = collection.places[state]
+            found[place] = added(found[place], value)
     return found
+
+
+def added(total: Statistic | None, more: Statistic | None) -> Statistic | None:
+    """Return the sum of two statistics of one factor, or the one that there is."""
+    if total is None or more is None:
+        return more if total is None else total
+    return multiplied(total) + multiplied(more)
 
 
 class _Identity(_Unbatched):
@@ -204,11 +178,12 @@ class _Identity(_Unbatched):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, None]:
-        return _handed_on(g, ctx.asked), g, None
+        # Gradients are enabled in a backward only if it may itself be differentiated.
+        return (_handed_on(g, ctx.asked) if torch.is_grad_enabled() else g), g, None
 
 
 def _handed_on(g: Tensor, asked: Callable[[], bool] | None) -> Tensor:
-    """g; where it is itself differentiated, such that statistics cannot miss that in silence."""
+    """Return g, such that statistics cannot miss in silence that it is itself differentiated."""
     if asked is None or not (torch.is_grad_enabled() and g.requires_grad and asked()):
         return g
     adjoint: Tensor = _Adjoint.apply(g, asked)
@@ -250,19 +225,19 @@ def _of_tangents(statistics: Any) -> Statistics:
 
 
 def recording(factors: Iterable[Tensor | None]) -> bool:
-    """Whether any of the factor buffers asks for statistics."""
+    """Return whether any of the factor buffers asks for statistics."""
     return any(factor is not None and buffer_of(factor).requires_grad for factor in factors)
 
 
 def buffer_of(factor: Tensor) -> Tensor:
-    """The buffer itself, out of the wrappers that transforms of torch.func put around it."""
+    """Return the buffer itself, out of the wrappers that transforms of torch.func put around it."""
     while torch._C._functorch.is_functorch_wrapped_tensor(factor):
         factor = torch._C._functorch.get_unwrapped(factor)
     return factor
 
 
 def constant(tensor: Tensor) -> Tensor:
-    """Detached, but for the tangents of forward-mode derivatives, which are uses as well."""
+    """Return it detached, but with the tangents of forward mode, which are uses as well."""
     return tensor if forward_mode() else tensor.detach()
 
 
@@ -272,15 +247,30 @@ def source(
     tensors: Sequence[Tensor | None],
     factors: Sequence[Tensor],
 ) -> Tensor:
-    """A zero of y's shape whose derivative becomes the statistics."""
+    """Return a zero of y's shape whose derivative becomes the statistics.
+
+    Args:
+        y: what is tapped; its derivative is the zero's.
+        statistics: computes them from the derivative.
+        tensors: what they need of the forward.
+        factors: the buffers whose gradients they become.
+    """
     saved = [None if t is None else constant(t) for t in tensors]
     buffers = [buffer_of(factor) for factor in factors]
-    zero: Tensor = _Source.apply(constant(y), statistics, len(saved), *saved, *buffers)
+    states = [state_of(buffer) for buffer in buffers]
+    zero: Tensor = _Source.apply(constant(y), statistics, states, len(saved), *saved, *buffers)
     return zero
 
 
 def joined(y: Tensor, zero: Tensor, asked: Callable[[], bool] | None = None) -> Tensor:
-    """y, whose derivative reaches the zero too."""
+    """Return y, whose derivative reaches the zero too.
+
+    Args:
+        y: what is tapped.
+        zero: from ``source``.
+        asked: whether statistics are asked for, so that a derivative of the derivative would be a
+            use that no tap sees; None leaves that unasked.
+    """
     result: Tensor = _Identity.apply(y, zero, asked)
     return result
 
@@ -291,26 +281,79 @@ def tapped(
     tensors: Sequence[Tensor | None],
     factors: Sequence[Tensor],
 ) -> Tensor:
-    """y, recorded: ``statistics`` gets its derivative and the saved ``tensors`` in the backward.
+    """Return y, recorded: ``statistics`` gets its derivative and the saved tensors in a backward.
 
     Where y has a tangent (torch.func.jvp), that is a further use, and recorded as well.
+
+    Args:
+        y: the result of a use of parameters.
+        statistics: computes the statistics of the use.
+        tensors: what they need of the forward.
+        factors: the buffers whose gradients they become.
     """
     buffers = [buffer_of(factor) for factor in factors]
+    states = [state_of(buffer) for buffer in buffers]
 
     def asked() -> bool:
-        return any(factor.requires_grad and not is_paused(factor) for factor in buffers)
+        pairs = zip(buffers, states, strict=True)
+        return any(buffer.requires_grad and not state.paused for buffer, state in pairs)
 
-    notes = open_notes(y, buffers)
-    if notes is not None:
+    collection = collecting_now.collection
+    if collection is not None and collection.takes(y, states):
         hand_on = partial(_handed_on, asked=asked)
-        return noted(notes, y, statistics, tensors, buffers, hand_on)
+        return collection.note(y, statistics, tensors, buffers, states, hand_on)
     return joined(y, source(y, statistics, tensors, buffers), asked)
 
 
 def define(schema: str, body: Any) -> None:
-    """Registers a tap operator; it is visible in fx and export, traced through by the compiler."""
+    """Register a tap operator; it is visible in fx and export, traced through by the compiler.
+
+    Args:
+        schema: of the operator, in the namespace kfac_fx.
+        body: what it does, in terms of other operators and autograd functions.
+    """
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema)
     LIBRARY.impl(name, body, "CompositeImplicitAutograd")
     # Transforms of torch.func would else run the body beneath them, where no Function can be.
     LIBRARY.impl(name, body, "FuncTorchDynamicLayerFrontMode")
+
+
+Options = TypeVar("Options", bound=TapOptions)
+Record = Callable[[Tensor, Sequence[Tensor | None], Sequence[Tensor], Options], Tensor]
+"""(y, saved tensors, factor buffers, options) -> y, recorded; usually one call of ``tapped``."""
+
+
+def define_tap(
+    name: str,
+    options: type[Options],
+    record: Record[Options],
+    *,
+    tensors: Sequence[str] = ("x",),
+    factors: Sequence[str] = ("A", "G", "positions?"),
+) -> None:
+    """Register the tap operator of one kind of use: ``name(y, *tensors, *factors, *options) -> y``.
+
+    Args:
+        name: under which graphs call it, as ``torch.ops.kfac_fx.<name>``.
+        options: the class of its options, whose fields end the operator's schema.
+        record: called while at least one factor buffer asks for statistics, with the buffers that
+            are there; otherwise the operator returns y as it is.
+        tensors: names of what else the statistics are formed of; one that ends in "?" may be None.
+        factors: names of the factor buffers, with the same mark. "positions?" is a buffer only
+            where the positions of several uses are counted together.
+    """
+    arguments = ("y", *tensors, *factors)
+    schema = ", ".join(
+        [f"Tensor{'?' * word.endswith('?')} {word.rstrip('?')}" for word in arguments]
+        + [options.schema()] * bool(options.schema())
+    )
+    first, last = len(tensors), len(tensors) + len(factors)
+
+    def body(y: Tensor, *given: Any) -> Tensor:
+        buffers = [factor for factor in given[first:last] if factor is not None]
+        if not recording(buffers):
+            return y
+        return record(y, given[:first], buffers, options.from_args(given[last:]))
+
+    define(f"{name}({schema}) -> Tensor", body)

@@ -20,7 +20,8 @@ from kfac_fx.curvature.averages import terms_needed
 from kfac_fx.curvature.inverses import InverseFisher
 from kfac_fx.curvature.parameters import transformed
 from kfac_fx.errors import ParameterChangedError, UnknownOptionError
-from kfac_fx.likelihoods.builtin import Given, fresh_generator, likelihood_of
+from kfac_fx.likelihoods.named import Given, likelihood_of
+from kfac_fx.likelihoods.sampling import fresh_generator
 from kfac_fx.linalg.precision import all_finite
 from kfac_fx.optim.adapt_damping import DampingRule
 from kfac_fx.optim.batch_trust import BatchTrust
@@ -142,16 +143,16 @@ class KFAC(HasCurvature, Optimizer):
         )
         self._recorder = Recorder(
             net,
-            self._inverse.averages.entries,
+            [entry.block for entry in self._inverse.averages.entries],
             known,
             fisher,
             self.generator,
             workers,
             forward=options.forward,
             compile=compile,
+            by_inputs=self._whole.given is None,
         )
         self._recorder.switch(False)
-        self._recorder.by_inputs = self._whole.given is None
 
         # From gradient to update.
         self._rule = DampingRule(
@@ -170,8 +171,7 @@ class KFAC(HasCurvature, Optimizer):
         self.skipped_batches = 0
         self.rejected_steps = 0
         self.skipped_statistics = 0
-        entries = self._inverse.averages.entries
-        self._turn = TapTurn(net, "KFAC", [b for entry in entries for b in entry.buffers])
+        self._turn = TapTurn(net, "KFAC", self._recorder.sources.factors)
 
     def _update_rule(self, *, adaptive: bool, refresh_every: int) -> Rule:
         if not adaptive:

@@ -13,10 +13,11 @@ from torch.utils import _pytree as pytree
 
 from kfac_fx.codegen import compiled_network
 from kfac_fx.errors import LikelihoodError
-from kfac_fx.likelihoods.batch import BatchLikelihood, predictive
-from kfac_fx.likelihoods.builtin import Likelihood, Sum
+from kfac_fx.likelihoods.batch import BatchLikelihood, batch_likelihood
+from kfac_fx.likelihoods.builtin import Likelihood
+from kfac_fx.likelihoods.named import Sum
 from kfac_fx.likelihoods.sampling import seeded
-from kfac_fx.ops import STORE
+from kfac_fx.ops.net_buffers import STORE
 from kfac_fx.parallel import WholeParameters, Workers, drawn_seed, share_of
 from kfac_fx.statistics.forward import Forward, outputs_of
 
@@ -150,7 +151,7 @@ class Objective:
 
         Every process divides by the same count, so that the sum of their losses is the mean.
         """
-        made = predictive(self.likelihood, outputs, targets)
+        made = batch_likelihood(self.likelihood, outputs, targets)
         return made.of_all(self._workers, "outputs")[1]
 
     def loss(self, outputs: Tree, targets: Tree) -> Tensor:

@@ -32,8 +32,8 @@ from kfac_fx.errors import (
     ParameterChangedError,
     StatisticsError,
 )
-from kfac_fx.likelihoods.builtin import Given, fresh_generator, likelihood_of
-from kfac_fx.likelihoods.sampling import forked
+from kfac_fx.likelihoods.named import Given, likelihood_of
+from kfac_fx.likelihoods.sampling import forked, fresh_generator
 from kfac_fx.linalg.precision import all_finite
 from kfac_fx.optim.quadratic import shorten
 from kfac_fx.optim.tap_turns import TapTurn
@@ -150,22 +150,20 @@ class Preconditioner(HasCurvature):
         )
         self._inverse = InverseFisher(net, curvature, options, self.generator, workers)
         workers.begin("Preconditioner", self._inverse.guard.parameters, self.generator)
-        entries = self._inverse.averages.entries
         self._recorder = Recorder(
             net,
-            entries,
+            [entry.block for entry in self._inverse.averages.entries],
             self.likelihood,
             self.fisher,
             self.generator,
             workers,
             forward=forward,
             compile=compile,
+            # Hooks of a compiled network's taps are not reliable; the empirical Fisher alone has to
+            # take its statistics from the user's own backward, wherever that runs.
+            by_inputs=net_is_compiled and self.fisher != "empirical",
         )
-        # Hooks of a compiled network's taps are not reliable; the empirical Fisher alone has to
-        # take its statistics from the user's own backward, wherever that runs.
-        self._recorder.by_inputs = net_is_compiled and self.fisher != "empirical"
-        buffers = [buffer for entry in entries for buffer in entry.buffers]
-        self._turn = TapTurn(net, "Preconditioner", buffers)
+        self._turn = TapTurn(net, "Preconditioner", self._recorder.sources.factors)
         self._arm()
 
     @property

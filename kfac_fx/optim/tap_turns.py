@@ -8,7 +8,7 @@ from weakref import ReferenceType, WeakKeyDictionary, ref
 from torch import Tensor, fx, nn
 
 from kfac_fx.errors import TapsTakenError
-from kfac_fx.ops import STORE
+from kfac_fx.ops.net_buffers import STORE
 
 # Module of factor buffers -> whose turn it is. Graphs that share buffers share their taps, and a
 # copy of a model has buffers of its own. Weak both ways: neither models nor optimizers live longer.

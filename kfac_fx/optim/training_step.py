@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kfac_fx.errors import LikelihoodError, UnknownOptionError
+from kfac_fx.likelihoods.sampling import forked
 from kfac_fx.optim.preconditioner import Preconditioner
-from kfac_fx.statistics.own_pass import LIKELIHOOD, Loss
+from kfac_fx.statistics.own_pass import LIKELIHOOD, Loss, Result
+from kfac_fx.statistics.pass_cache import CompiledPass
+
+log = logging.getLogger("kfac_fx")
 
 
 class TrainingStep:
@@ -34,11 +40,15 @@ class TrainingStep:
     def __init__(self, preconditioner: Preconditioner, loss: Loss | None = None) -> None:
         if preconditioner._workers.size > 1:
             raise UnknownOptionError("a TrainingStep is for one process")
-        self._preconditioner, self._loss = preconditioner, loss
-        self._run = preconditioner._recorder.training(LIKELIHOOD if loss is None else loss)
-        parameters = preconditioner._recorder.net.named_parameters()
-        self._parameters = dict(parameters)
-        self._buffers = dict(preconditioner._recorder.net.named_buffers())
+        self._preconditioner = preconditioner
+        self._recorder = preconditioner._recorder
+        self._loss = loss
+        self._compile = self._recorder.compile
+        own = replace(self._recorder.only_own_passes(), loss=LIKELIHOOD if loss is None else loss)
+        self._plain = CompiledPass(replace(own, statistics=False), self._compile)
+        self._recording = CompiledPass(own, self._compile)
+        self._parameters = dict(own.net.named_parameters())
+        self._buffers = dict(own.net.named_buffers())
 
     def __call__(self, inputs: Any, targets: Any = None) -> Tensor:
         """The loss; its gradients are added to ``.grad``, buffers change as in a forward.
@@ -55,10 +65,12 @@ class TrainingStep:
         if targets is None and self._loss is None:
             raise LikelihoodError("the negative log-likelihood needs targets")
         self._preconditioner._turn.take()
-        due = self._preconditioner.due
-        found, finite = self._run(inputs, targets, due)
-        if not finite:
-            self._preconditioner._skip_statistics("outputs")
+        if self._preconditioner.due:
+            found = self._recorded(inputs, targets)
+            if not self._recorder.add(found.collected):
+                self._preconditioner._skip_statistics("outputs")
+        else:
+            found = self._plain(inputs, targets, 0)
         with torch.no_grad():
             for name, value in found.buffers.items():
                 self._buffers[name].copy_(value)
@@ -70,3 +82,16 @@ class TrainingStep:
                     parameter.grad.add_(gradient)
         assert found.loss is not None
         return found.loss
+
+    def _recorded(self, inputs: Any, targets: Any) -> Result:
+        """Return a pass with statistics of the likelihood, whatever the loss turns out to be."""
+        found = self._recording(inputs, targets, self._recorder.seed())
+        if not found.collected.finite or found.collected.scale is not None:
+            return found
+        # The statistics are of another loss, or of rounding errors: they are taken again.
+        with forked(self._parameters.values()):
+            own = self._recorder.own.run(inputs, targets, self._recorder.seed())
+        if found.loss is not None and bool(found.loss.isfinite()):
+            log.info("statistics take a backward of their own: the loss has other parts")
+            self._recording = CompiledPass(replace(self._recording.own, joint=False), self._compile)
+        return replace(found, collected=own.collected)

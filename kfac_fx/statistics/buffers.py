@@ -1,122 +1,224 @@
-"""The tensors that statistics are gradients of."""
+"""The tensors that statistics are gradients of, and what makes statistics of the gradients.
+
+Autograd returns derivatives in the order in which it was asked for them. ``StatisticSources`` has
+that order, and is the one place where derivatives get their names (``StatisticKey``).
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from kfac_fx.curvature.averages import Entry
-from kfac_fx.ir import CurvatureBlock, Pair
-from kfac_fx.ir.use import StatisticKey
-from kfac_fx.ops import Statistic, multiplied, passes
-from kfac_fx.parallel import StatisticSlot
+from kfac_fx.ir import CurvatureBlock, Moment, Pair
+from kfac_fx.ir.use import Role, StatisticKey
+from kfac_fx.ops.gram import Statistic, forget_input
+from kfac_fx.ops.net_buffers import STORE
+from kfac_fx.ops.state import state_of
 
-Gradients = dict[int, Tensor]
-"""id of a factor buffer or parameter -> what a backward pass returned for it."""
+Statistics = dict[StatisticKey, Statistic]
+"""New statistics by name; some may not be multiplied yet."""
 
-Statistics = dict[int, Statistic]
-"""The same; some may not be multiplied yet."""
-
-Shared = tuple[tuple[int, tuple[int, ...]], ...]
-"""(place of a G, places of the A whose calls it is divided by) among the gradients and inputs."""
+Block = CurvatureBlock | Pair | Moment
+"""What has factors: a diagonal block, a pair of blocks, or the moments of a block."""
 
 
-@dataclass
-class Sources:
-    """The tensors that statistics are gradients of.
+class TappedFactor(NamedTuple):
+    """A statistic that taps deliver.
 
     Attributes:
-        inputs: factor buffers that do not depend on the derivative (A, counts).
-        gradients: factor buffers that are quadratic in it (G, C).
-        parameters: those without a tap, whose summed gradient is squared.
-        symmetric: ids of the factor buffers that hold symmetric matrices.
-        shared: the G that several calls of a layer share.
-        keys: names of the factor buffers' statistics, by their ids.
-        untapped: blocks without a tap: the name of their statistic, and their parameters.
+        key: its name.
+        role: how it depends on the derivative.
+        symmetric: whether it holds symmetric matrices [..., n, n].
     """
 
-    inputs: list[Tensor]
-    gradients: list[Tensor]
-    parameters: list[Tensor]
-    symmetric: set[int]
-    shared: Shared
-    keys: dict[int, StatisticKey] = field(default_factory=dict)
-    untapped: list[tuple[StatisticKey, tuple[nn.Parameter, ...]]] = field(default_factory=list)
+    key: StatisticKey
+    role: Role
+    symmetric: bool
+
+
+class UntappedBlock(NamedTuple):
+    """A block without a tap: its statistic is the flat square of its parameters' gradients.
+
+    Attributes:
+        key: name of the statistic.
+        names: of the parameters.
+    """
+
+    key: StatisticKey
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class StatisticNames:
+    """The statistics of a network, in the order in which backward passes are asked for them.
+
+    Attributes:
+        tapped: statistics of taps; first those that do not depend on the derivative.
+        inputs: how many do not.
+        untapped: blocks without a tap.
+        shared: the G that several calls of a layer share, each with the A whose calls are counted.
+    """
+
+    tapped: tuple[TappedFactor, ...]
+    inputs: int
+    untapped: tuple[UntappedBlock, ...]
+    shared: tuple[tuple[StatisticKey, tuple[StatisticKey, ...]], ...]
+
+
+class StatisticSources:
+    """The tensors that statistics are gradients of.
+
+    Args:
+        names: what the statistics are called.
+        factors: buffers of ``names.tapped``.
+        parameters: of ``names.untapped``, block by block.
+
+    Attributes:
+        inputs: the factor buffers that do not depend on the derivative (A, counts).
+        gradients: those that are quadratic in it (G, C).
+        states: what backward passes know of ``factors``.
+    """
+
+    def __init__(
+        self, names: StatisticNames, factors: Sequence[Tensor], parameters: Sequence[Tensor]
+    ) -> None:
+        self.names = names
+        self.factors = tuple(factors)
+        self.parameters = tuple(parameters)
+        self.inputs = self.factors[: names.inputs]
+        self.gradients = self.factors[names.inputs :]
+        self.states = tuple(state_of(factor) for factor in self.factors)
+        keys = [one.key for one in names.tapped]
+        self._state_by_key = dict(zip(keys, self.states, strict=True))
 
     @property
-    def places(self) -> list[StatisticSlot]:
-        """Where all statistics go."""
-        return [
-            StatisticSlot(t, id(t) in self.symmetric) for t in (*self.factors, *self.parameters)
-        ]
+    def wanted(self) -> list[Tensor]:
+        """All tensors that a backward pass is asked for, in its order."""
+        return [*self.factors, *self.parameters]
 
-    @property
-    def factors(self) -> list[Tensor]:
-        """All factor buffers."""
-        return self.inputs + self.gradients
+    def statistics(
+        self, tapped: Sequence[Statistic | None], untapped: Sequence[Tensor | None]
+    ) -> Statistics:
+        """Return the statistics of one recorded pass by name.
 
-    def keyed(self, found: Statistics) -> dict[StatisticKey, Statistic]:
-        """Return statistics by name; those of a block without a tap as one flat vector."""
-        result = {self.keys[key]: value for key, value in found.items() if key in self.keys}
-        for name, parameters in self.untapped:
-            squares = [found.get(id(p)) for p in parameters]
-            if any(square is None for square in squares):
-                continue
-            flat = torch.cat([multiplied(s).reshape(-1) for s in squares if s is not None])
-            dtype = torch.promote_types(parameters[0].dtype, torch.float32).to_real()
-            result[name] = flat.to(dtype)
-        return result
+        Args:
+            tapped: what came to ``factors``.
+            untapped: what came to ``parameters``, as it is. A block counts if all of its have come.
+        """
+        pairs = zip(self.names.tapped, tapped, strict=True)
+        found: Statistics = {one.key: value for one, value in pairs if value is not None}
+        # As for shared positions A (x) G stands for a sum of uncorrelated terms, one a call of the
+        # layer (docs/explanation/mathematics.md, section 4): G is their mean, of a pair's calls the
+        # geometric one. A derivative in forward mode is a call of its own.
+        for key, inputs in self.names.shared:
+            calls = [self._state_by_key[name].deliveries for name in inputs]
+            if key in found and max(calls) > 1:
+                found[key] = found[key] * math.prod(max(1, c) for c in calls) ** (-1 / len(calls))
+        start = 0
+        for block in self.names.untapped:
+            end = start + len(block.names)
+            squares = [squared(g).flatten() for g in untapped[start:end] if g is not None]
+            if len(squares) == len(block.names):
+                found[block.key] = torch.cat(squares).to(squares[0].dtype)
+            start = end
+        return found
+
+    def pause(self) -> None:
+        """Let backward passes of graphs that are already built skip all factors."""
+        for state in self.states:
+            state.paused = True
+
+    @contextmanager
+    def only(self, wanted: Sequence[Tensor]) -> Iterator[None]:
+        """Let backward passes inside form the statistics of some factors alone.
+
+        Args:
+            wanted: ``inputs`` or ``gradients``.
+        """
+        taken = {state_of(factor) for factor in wanted}
+        skipped = [state for state in self.states if state not in taken]
+        for state in skipped:
+            state.paused = True
+        try:
+            yield
+        finally:
+            for state in skipped:
+                state.paused = False
+
+    def forget(self) -> None:
+        """Forget what passes have left in the factors; the only place that does.
+
+        Recorded graphs deliver again, deliveries are counted anew, gradients and the last input
+        factor are let go of.
+        """
+        for factor, state in zip(self.factors, self.states, strict=True):
+            state.paused = False
+            state.deliveries = 0
+            factor.grad = None
+        forget_input()
 
 
-def sources_of(entries: Sequence[Entry]) -> Sources:
-    """Of blocks, pairs and moments."""
-    sources = Sources([], [], [], set(), _shared_uses(entries))
-    for entry in entries:
-        if not entry.block.tapped:
-            sources.parameters.extend(entry.parameters)
-            sources.untapped.append((entry.keys[0], entry.parameters))
+def squared(gradient: Tensor) -> Tensor:
+    """Return |gradient|^2, dense and in float32 at least."""
+    gradient = gradient.to_dense() if gradient.layout is not torch.strided else gradient
+    gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+    return gradient.abs().square() if gradient.is_complex() else gradient.square()
+
+
+def sources_of(net: nn.Module, blocks: Iterable[Block]) -> StatisticSources:
+    """Return the sources of blocks, pairs and moments.
+
+    Args:
+        net: the instrumented module, which holds the factor buffers and the parameters.
+        blocks: whose statistics are wanted; a pair comes after its blocks.
+    """
+    blocks = list(blocks)
+    store = getattr(net, STORE)
+    names_of = {parameter: name for name, parameter in net.named_parameters()}
+    tapped: list[TappedFactor] = []
+    untapped: list[UntappedBlock] = []
+    for block in blocks:
+        if not block.tapped:
+            assert isinstance(block, CurvatureBlock)
+            key = StatisticKey(block.slot, block.factors[0].name)
+            # A tied parameter has several names, and one that the module lists.
+            own = [names_of[net.get_parameter(name)] for name in block.parameters]
+            untapped.append(UntappedBlock(key, tuple(own)))
             continue
-        sources.keys |= {id(b): key for b, key in zip(entry.buffers, entry.keys, strict=True)}
-        for spec, buffer in zip(entry.block.factors, entry.buffers, strict=True):
-            (sources.gradients if spec.role == "gradient" else sources.inputs).append(buffer)
-            if isinstance(entry.block, CurvatureBlock) and spec.role != "count":
-                sources.symmetric |= set() if spec.diagonal else {id(buffer)}
-    return sources
+        for spec in block.factors:
+            symmetric = isinstance(block, CurvatureBlock) and spec.role != "count"
+            key = StatisticKey(block.slot, spec.name)
+            tapped.append(TappedFactor(key, spec.role, symmetric and not spec.diagonal))
+    tapped.sort(key=lambda one: one.role == "gradient")  # stable
+    inputs = sum(one.role != "gradient" for one in tapped)
+    names = StatisticNames(tuple(tapped), inputs, tuple(untapped), _shared_uses(blocks))
+    factors = [getattr(getattr(store, one.key.slot), one.key.factor) for one in tapped]
+    parameters = [net.get_parameter(name) for block in untapped for name in block.names]
+    return StatisticSources(names, factors, parameters)
 
 
-def _shared_uses(entries: Sequence[Entry]) -> Shared:
-    """The G that are divided by the number of calls that were recorded; of pairs, its mean.
+def _shared_uses(
+    blocks: Sequence[Block],
+) -> tuple[tuple[StatisticKey, tuple[StatisticKey, ...]], ...]:
+    """Return the G that are divided by the number of calls that were recorded, with those A.
 
-    As for shared positions A (x) G then stands for a sum of uncorrelated terms, one a call
-    (Martens, Ba & Johnson 2018); a derivative in forward mode is a call of its own. Blocks that
-    count positions at run time need none of this.
+    Of a pair these are the A of both blocks. Blocks that count positions at run time need none of
+    this: their counts are statistics.
     """
-    inputs: dict[str, int] = {}
-    found: list[tuple[int, tuple[int, ...]]] = []
-    place = {"input": 0, "gradient": 0}
-    for entry in entries:
-        block = entry.block
-        roles = [spec.role for spec in block.factors] if block.tapped else []
-        if roles == ["input", "gradient"]:
-            ends = (block.earlier, block.later) if isinstance(block, Pair) else (block.name,)
-            inputs.setdefault(block.name, place["input"])
-            if all(end in inputs for end in ends):
-                found.append((place["gradient"], tuple(inputs[end] for end in ends)))
-        for role in roles:
-            place["gradient" if role == "gradient" else "input"] += 1
+    inputs: dict[str, StatisticKey] = {}
+    found: list[tuple[StatisticKey, tuple[StatisticKey, ...]]] = []
+    for block in blocks:
+        if not block.tapped or [spec.role for spec in block.factors] != ["input", "gradient"]:
+            continue
+        A, G = (StatisticKey(block.slot, spec.name) for spec in block.factors)
+        inputs.setdefault(block.name, A)
+        ends = (block.earlier, block.later) if isinstance(block, Pair) else (block.name,)
+        if all(end in inputs for end in ends):
+            found.append((G, tuple(inputs[end] for end in ends)))
     return tuple(found)
-
-
-def by_calls(sources: Sources, found: Mapping[int, Statistic]) -> Statistics:
-    """Statistics of one recorded pass, with those G divided that several calls share."""
-    result = dict(found)
-    for gradient, inputs in sources.shared:
-        calls = [passes(sources.inputs[place]) for place in inputs]
-        key = id(sources.gradients[gradient])
-        if key in result and any(count > 1 for count in calls):
-            result[key] = result[key] * math.prod(calls) ** (-1 / len(calls))
-    return result

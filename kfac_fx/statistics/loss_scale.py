@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from kfac_fx.likelihoods.batch import output_tensors, predictive, wide
-from kfac_fx.likelihoods.builtin import Bernoulli, Categorical, Likelihood, Normal, Sum
+from kfac_fx.likelihoods.batch import batch_likelihood, output_tensors, wide
+from kfac_fx.likelihoods.builtin import Likelihood
+from kfac_fx.likelihoods.named import Sum
 
 log = logging.getLogger("kfac_fx")
 
@@ -34,25 +35,36 @@ class Comparison(NamedTuple):
 
     @property
     def ratio(self) -> float:
-        """The factor that brings n nearest to s."""
+        """The factor that brings n nearest to s: the loss's, if they are proportional."""
         return self.dot / self.power if self.power else 0.0
 
     def proportional(self, tolerance: float) -> bool:
-        """Whether s = c n with c above zero, up to a share of the length of s."""
+        """Return whether s = c n with c above zero, up to a share of the length of s."""
         return self.ratio > 0 and self.rest <= tolerance**2 * self.seen
 
     def reduction(self, count: float) -> float:
-        """The nearer of a sum (1) and a mean (1 / count)."""
+        """Return the nearer of a sum (1) and a mean (1 / count), for a loss that is another one."""
         return 1.0 if self.ratio * count**0.5 > 1 else 1 / count
 
 
 def tells(power: float, terms: float) -> bool:
-    """Whether the likelihood's derivatives are more than rounding errors of a perfect fit."""
+    """Return whether the likelihood's derivatives are more than rounding errors of a perfect fit.
+
+    Args:
+        power: their squared length.
+        terms: how many terms they are of.
+    """
     return power > 1e-6 * terms
 
 
 def compared(loss: Tensor, nll: Tensor, outputs: Any) -> Tensor:
-    """[4], the numbers of a ``Comparison``; both scalars are functions of the outputs."""
+    """Return the numbers of a ``Comparison``, [4], without a look at values: it can be traced.
+
+    Args:
+        loss: a scalar function of the outputs.
+        nll: the summed negative log-likelihood of the same outputs.
+        outputs: that both are differentiated by.
+    """
     wrt = [output for output in output_tensors(outputs) if output.requires_grad]
     s, n = (
         torch.autograd.grad(
@@ -64,9 +76,11 @@ def compared(loss: Tensor, nll: Tensor, outputs: Any) -> Tensor:
 
 
 def scale_of(numbers: Tensor) -> float | None:
-    """The factor c with loss = c * summed negative log-likelihood, from ``compared``.
+    """Return the factor c with loss = c * summed negative log-likelihood, from ``compared``.
 
-    None where it is not seen: the loss has parts of its own, or both are rounding errors.
+    None where it is not seen: the loss has parts of its own, or both are rounding errors. The
+    tolerance is tighter than ``LossScale``'s, as statistics of such a loss are of no use at all:
+    a pass of the recorder's own can take others.
     """
     comparison = Comparison(*numbers.tolist())
     return comparison.ratio if comparison.proportional(1e-3) else None
@@ -89,20 +103,26 @@ class LossScale:
     """Compares the loss's derivatives in the outputs with those of the likelihood.
 
     Args:
+        likelihood: whose derivatives the loss's are compared with.
+        outputs: of the forward, whose own graph is left alone.
+        targets: as the likelihood takes them.
         count: number of likelihood terms, or the sum of their weights.
     """
 
     def __init__(
         self, likelihood: Likelihood | Sum, outputs: Any, targets: Any, count: float
     ) -> None:
-        self._likelihood, self._outputs, self._targets = likelihood, outputs, targets
+        self._likelihood = likelihood
+        self._outputs = outputs
+        self._targets = targets
         self._count = count
         self._expected = self._derivative(self._some_cases())
 
     def __call__(self, seen: Mapping[int, Tensor | None]) -> float:
-        """The factor, from the loss's derivatives by place of the output.
+        """Return the factor, from the loss's derivatives by place of the output.
 
-        Near a perfect fit both are rounding errors, and either reduction may be meant.
+        Where the loss is another one, it counts as a sum or as a mean, whatever is nearer; near a
+        perfect fit, where both derivatives are rounding errors, without a warning.
         """
         comparison, terms = self._compare(seen)
         if comparison.proportional(0.01):
@@ -117,7 +137,7 @@ class LossScale:
         return comparison.reduction(self._count)
 
     def _compare(self, seen: Mapping[int, Tensor | None]) -> tuple[Comparison, float]:
-        """The comparison, and the terms in it."""
+        """Return the comparison, and the number of terms in it."""
         expected = self._expected
         if expected.cases.step and not expected.tells:  # ignored targets, say
             expected = self._derivative(slice(None))
@@ -128,17 +148,21 @@ class LossScale:
         return Comparison(*products.tolist()), expected.terms
 
     def _some_cases(self) -> slice:
-        """Cases that tell the reduction; all where terms may depend on other cases."""
+        """Return cases that tell the reduction; all where terms may depend on other cases.
+
+        Comparing all outputs would cost as much as the loss itself, for a number that a few cases
+        have, too.
+        """
         tensors = pytree.tree_leaves((self._outputs, self._targets))
         sizes = {t.shape[0] if isinstance(t, Tensor) and t.dim() else 0 for t in tensors}
         (cases,) = sizes if len(sizes) == 1 else (0,)
         outputs = sum(tensor.numel() for tensor in output_tensors(self._outputs))
         step = min(cases // 4, outputs // COMPARED)
-        known = isinstance(self._likelihood, (Categorical, Bernoulli, Normal))
-        return slice(None, None, step if known and step > 1 else None)
+        casewise = getattr(self._likelihood, "casewise", False)
+        return slice(None, None, step if casewise and step > 1 else None)
 
     def _derivative(self, cases: slice) -> _Expected:
-        """Of the likelihood, in the outputs of some cases."""
+        """Return the likelihood's derivative in the outputs of some cases."""
 
         def leaf(output: Any) -> Any:
             differentiable = isinstance(output, Tensor) and output.is_floating_point()
@@ -146,25 +170,25 @@ class LossScale:
 
         outputs, targets = _some((self._outputs, self._targets), cases)
         outputs = pytree.tree_map(leaf, wide(outputs))
-        made = predictive(self._likelihood, outputs, targets)
+        made = batch_likelihood(self._likelihood, outputs, targets)
         wrt = output_tensors(outputs)
         found = torch.autograd.grad(made.nll(), wrt, allow_unused=True, materialize_grads=True)
         return _Expected(cases, _flat(found).double(), made.count)
 
 
 def _some(tree: Any, cases: slice) -> Any:
-    """The cases of every tensor in a tree."""
+    """Return the cases of every tensor in a tree."""
     return pytree.tree_map(lambda leaf: leaf[cases], tree) if cases.step else tree
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
-    """In float32 at least."""
+    """Return all entries in one vector, in float32 at least."""
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     return flat.to(torch.promote_types(flat.dtype, torch.float32))
 
 
 def _products(s: Tensor, n: Tensor) -> Tensor:
-    """[4], the numbers of a ``Comparison``."""
+    """Return the numbers of a ``Comparison``, [4]."""
     power, dot = n @ n, s @ n
     ratio = torch.where(power > 0, dot / power, 0.0)
     return torch.stack([power, dot, s @ s, (s - ratio * n).square().sum()])

@@ -1,47 +1,134 @@
-"""Switches the taps on for a step, and gathers what its backward passes leave."""
+"""The statistics of one step at a time: switches the taps, and gathers what passes leave."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
-from kfac_fx.curvature.averages import Entry
+from kfac_fx.config import Fisher
 from kfac_fx.errors import ObservationError, UnknownOptionError
-from kfac_fx.ir.use import StatisticKey
 from kfac_fx.likelihoods.batch import output_tensors
-from kfac_fx.likelihoods.builtin import Likelihood, Sum
-from kfac_fx.likelihoods.sampling import forked
-from kfac_fx.ops import Statistic, forget_input, forget_passes, pause, resume, switch
-from kfac_fx.parallel import Workers, drawn_seed
-from kfac_fx.statistics.buffers import by_calls, sources_of
+from kfac_fx.likelihoods.builtin import Likelihood
+from kfac_fx.likelihoods.named import Sum
+from kfac_fx.ops.gram import Rows
+from kfac_fx.ops.net_buffers import switch
+from kfac_fx.ops.tap import added
+from kfac_fx.parallel import StatisticSlot, Values, Workers, drawn_seed
+from kfac_fx.statistics.buffers import Block, Statistics, StatisticSources, sources_of
+from kfac_fx.statistics.empirical import EmpiricalStatistics
 from kfac_fx.statistics.forward import Forward, run_network
-from kfac_fx.statistics.observation import Observation, StepStatistics, squared
-from kfac_fx.statistics.own_pass import Loss, PurePass, Result
+from kfac_fx.statistics.own_pass import OwnPass
 from kfac_fx.statistics.pass_cache import CompiledPass
-from kfac_fx.statistics.user_graph import calls, check_recorded
+from kfac_fx.statistics.sampled import Collected, SampledStatistics
+from kfac_fx.statistics.swap_tensors import Places
+from kfac_fx.statistics.user_graph import BackwardWatch
 
-log = logging.getLogger("kfac_fx")
+
+class StepStatistics:
+    """Statistics of one step, from one or several micro-batches and processes.
+
+    Each weighs by its number of likelihood terms, as if they had been one batch.
+
+    Args:
+        sources: the tensors that the statistics are gradients of.
+        workers: the processes whose statistics are added up.
+    """
+
+    def __init__(self, sources: StatisticSources, workers: Workers) -> None:
+        self._workers = workers
+        self._keys = [one.key for one in sources.names.tapped]
+        self._inputs = set(self._keys[: sources.names.inputs])
+        pairs = zip(sources.names.tapped, sources.factors, strict=True)
+        self._places = [StatisticSlot(factor, one.symmetric) for one, factor in pairs]
+        parameters = iter(sources.parameters)
+        for block in sources.names.untapped:
+            own = [next(parameters) for _ in block.names]
+            flat = torch.zeros((), dtype=own[0].dtype, device=own[0].device)
+            self._keys.append(block.key)
+            self._places.append(StatisticSlot(flat.expand(sum(p.numel() for p in own)), False))
+        self._sums: list[tuple[Callable[[], Values], float]] = []
+        self._count = 0.0
+
+    def add(self, collected: Collected) -> None:
+        """Take over the statistics of one pass; their sum over the processes starts.
+
+        Derivatives are of a sum over the terms of this process: those of a mean over the terms of
+        all, squared and summed over the cases, are 1 / total of it. Statistics of inputs are means
+        over this process's cases.
+        """
+        assert collected.scale is not None
+        found = collected.statistics
+        squares = 1 / (collected.scale**2 * collected.total)
+        means = collected.count / collected.total
+        for factor, inputs in ((squares, False), (means, True)):
+            keys = [key for key in found if (key in self._inputs) == inputs]
+            if factor == 1.0 or not keys:
+                continue
+            tensors = []
+            for key in keys:
+                value = found[key]
+                if isinstance(value, Rows):
+                    found[key] = value * factor
+                else:
+                    tensors.append(value)
+            if tensors:
+                torch._foreach_mul_(tensors, factor)
+        values = [found.get(key) for key in self._keys]
+        self._sums.append((self._workers.start_sum(self._places, values), collected.total))
+        self._count += collected.total
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was added."""
+        return not self._sums
+
+    def take(self) -> Statistics:
+        """Return the statistics in the scale of one likelihood term, and start anew.
+
+        It waits for the sums.
+        """
+        mean: Statistics = {}
+        for finished, count in self._sums:
+            weight = count / self._count
+            for key, value in zip(self._keys, finished(), strict=True):
+                more = value if value is None or weight == 1.0 else value * weight
+                total = added(mean.get(key), more)
+                if total is not None:
+                    mean[key] = total
+        self.forget()
+        return mean
+
+    def forget(self) -> None:
+        """Start anew."""
+        self._sums = []
+        self._count = 0.0
 
 
 class Recorder:
     """The statistics of one step at a time.
 
+    ``observe`` takes the user's own forward, ``observe_inputs`` runs a pass of the recorder's own;
+    ``take`` ends the step.
+
     Args:
         net: carries the taps.
-        entries: blocks with their buffers and parameters.
+        blocks: whose statistics are wanted: diagonal blocks, then pairs and moments of them.
+        likelihood: of the outputs.
         fisher: "sampled", "exact" or "empirical".
         generator: of the draws.
         workers: the processes whose statistics are added up.
         forward: from (network, inputs) to outputs, of passes of the recorder's own.
         compile: those passes; a name is that of a backend of torch.compile.
+        by_inputs: whether statistics come from passes of the recorder's own from the first on.
 
     Attributes:
+        sources: the tensors that statistics are gradients of.
         by_inputs: whether statistics come from passes of its own: the taps stay off in others.
+        own: such a pass, node by node.
+        compile: as given.
 
     Raises:
         UnknownOptionError: the empirical Fisher of a sum of likelihoods.
@@ -50,97 +137,48 @@ class Recorder:
     def __init__(
         self,
         net: nn.Module,
-        entries: Sequence[Entry],
+        blocks: Iterable[Block],
         likelihood: Likelihood | Sum,
-        fisher: str,
+        fisher: Fisher,
         generator: torch.Generator,
         workers: Workers,
         *,
         forward: Forward = run_network,
         compile: bool | str = False,
+        by_inputs: bool = False,
     ) -> None:
         if fisher == "empirical" and isinstance(likelihood, Sum):
             raise UnknownOptionError(
                 "fisher='empirical' reuses the training backward, which mixes the gradients of the "
                 "parts of a sum of likelihoods: use 'sampled' or 'exact'"
             )
-        self._likelihood, self._fisher, self._generator = likelihood, fisher, generator
+        self.net = net
+        self.by_inputs = by_inputs
+        self.compile = compile
+        self.sources = sources_of(net, blocks)
+        self._generator = generator
         self._workers = workers
-        self._sources = sources_of(entries)
-        self._observation: Observation | None = None
-        self._compared = False
-        self._statistics = StepStatistics(self._sources, workers)
-        self._make: Callable[..., CompiledPass] = lambda **wanted: CompiledPass(
-            PurePass(net, self._sources, likelihood, fisher, forward, workers, **wanted), compile
-        )
-        self._pass = self._make()
-        self.net, self.by_inputs = net, False
+        self.own = OwnPass(net, self.sources, likelihood, fisher, forward, workers, Places(net))
+        self._pass = CompiledPass(self.own, compile)
+        self._sampled = SampledStatistics(self.sources, likelihood, fisher, workers, self.seed)
+        self._empirical = EmpiricalStatistics(self.sources, likelihood, workers)
+        self._backward: BackwardWatch | None = None
+        self._step = StepStatistics(self.sources, workers)
 
     @property
     def observing(self) -> bool:
         """Whether a pass was observed since the taps were switched."""
-        return self._observation is not None or not self._statistics.empty
+        return self._backward is not None or not self._step.empty
 
     def switch(self, on: bool) -> None:
-        """Lets the forward passes from now on record or not; forgets what was not taken."""
-        if self._observation is not None:
-            self._observation.close()
-        self._observation, self._statistics = None, StepStatistics(self._sources, self._workers)
-        resume(self._sources.factors)
-        self._clear()
-        switch(self.net, self._sources.factors, on and not self.by_inputs)
-
-    def observe_inputs(self, inputs: Any, targets: Any) -> bool:
-        """Records a pass of its own; False if some outputs are not finite.
-
-        Raises:
-            LikelihoodError, ObservationError: see ``Preconditioner.observe``.
-        """
-        self._check_targets(targets)
-        return self._add(self._pass(inputs, targets, self._seed()))
-
-    def _add(self, found: Result) -> bool:
-        self.by_inputs = True
-        pause(self._sources.factors)  # of a training forward that was recorded
-        if found.finite:
-            factors = self._sources.factors if found.count > 0 else ()
-            if factors and not any(id(factor) in found.statistics for factor in factors):
-                raise ObservationError(
-                    "the pass came to no layer that is recorded: a closure must return what the "
-                    "network that it is given computes, lambda net: net(x)"
-                )
-            assert found.scale is not None
-            self._statistics.add(found.statistics, found, found.scale)
-        return found.finite
-
-    def training(self, loss: Loss | str) -> Callable[[Any, Any, bool], tuple[Result, bool]]:
-        """Passes with a loss, and with statistics if asked; the flag says if outputs were finite.
-
-        The taps stay off from now on in passes that are not the recorder's own.
-        """
-        plain = self._make(loss=loss, statistics=False)
-        recording = self._make(loss=loss)
-        self.by_inputs = True
-        self.switch(False)
-
-        def run(inputs: Any, targets: Any, record: bool) -> tuple[Result, bool]:
-            nonlocal recording
-            if not record:
-                return plain(inputs, targets, 0), True
-            found = recording(inputs, targets, self._seed())
-            if found.finite and found.scale is None:
-                with forked(self.net.parameters()):
-                    own = self._pass.pure.run(inputs, targets, self._seed())
-                found = replace(found, statistics=own.statistics, scale=1.0)
-                if found.loss is not None and bool(found.loss.isfinite()):
-                    log.info("statistics take a backward of their own: the loss has other parts")
-                    recording = self._make(loss=loss, one_backward=False)
-            return found, self._add(found)
-
-        return run
+        """Let the forward passes from now on record or not; what was not taken is forgotten."""
+        self._end_step()
+        on = on and not self.by_inputs
+        if any(factor.requires_grad != on for factor in self.sources.factors):
+            switch(self.net, self.sources.factors, on)
 
     def observe(self, outputs: Any, targets: Any) -> bool:
-        """Records a forward pass, or prepares to; False if some outputs are not finite.
+        """Record a forward pass, or prepare to; False if some outputs are not finite.
 
         Raises:
             LikelihoodError, ObservationError: see ``Preconditioner.observe``.
@@ -150,80 +188,98 @@ class Recorder:
                 "statistics come from the inputs, because the net is compiled or inputs were "
                 "given before: call observe(outputs, targets, inputs=...)"
             )
-        if self._observation is not None and not self._observation.passed:
+        if self._backward is not None and not self._backward.passed:
             raise ObservationError("observe() was called twice before loss.backward()")
-        self._harvest()
-        self._clear()  # of backward passes that nobody observed
+        self._finish()
+        self.sources.forget()  # what backward passes left that nobody observed
         self._check_targets(targets)
-        observation = Observation(self._likelihood, outputs, targets, self._sources)
-        check_recorded(output_tensors(outputs), self._sources.factors)
-        finite = observation.agree(self._workers)
-        if finite and self._fisher == "empirical":
-            if not self._compared:  # once: it takes a walk through the graph
-                observation.behind = calls(output_tensors(outputs), self._sources.factors)
-            observation.expect()
-        elif finite:
-            found = observation.record(self._fisher, self._seed())
-            self._statistics.add(found, observation)
-            pause(self._sources.factors)  # the training backward need not record again
-        observation.watch()
-        self._observation = observation
-        return finite
+        if self.own.fisher == "empirical":
+            watch = self._empirical.watch(outputs, targets)
+            self._backward = watch or BackwardWatch(output_tensors(outputs))
+            return watch is not None
+        collected = self._sampled.collect(outputs, targets)
+        if collected.finite:
+            self._step.add(collected)
+        self._backward = BackwardWatch(output_tensors(outputs))
+        return collected.finite
 
-    def _check_targets(self, targets: Any) -> None:
-        if self._fisher == "empirical" and targets is None:
-            raise ObservationError("fisher='empirical' needs observe(outputs, targets)")
+    def observe_inputs(self, inputs: Any, targets: Any) -> bool:
+        """Record a pass of the recorder's own; False if some outputs are not finite.
 
-    def _seed(self) -> int:
-        """Of the draws of a pass, if there are any."""
-        draws = self._fisher == "sampled" or (self._fisher == "exact" and self._sources.parameters)
-        return drawn_seed(self._generator, self._workers) if draws else 0
-
-    def take(self) -> dict[StatisticKey, Statistic]:
-        """The step's statistics in the scale of one likelihood term; empty if there are none.
-
-        They are the caller's alone: a refresh that follows has their memory.
+        Raises:
+            LikelihoodError, ObservationError: see ``Preconditioner.observe``.
         """
-        self._harvest()
-        found = self._sources.keyed(self._statistics.mean())
-        self._statistics = StepStatistics(self._sources, self._workers)
-        self._clear()
+        self._check_targets(targets)
+        return self.add(self._pass(inputs, targets, self.seed()).collected)
+
+    def take(self) -> Statistics:
+        """Return the step's statistics in the scale of one likelihood term, and end the step.
+
+        They are empty if there are none. They are the caller's alone: a refresh that follows has
+        their memory.
+
+        Raises:
+            ObservationError: of empirical statistics, no backward has come to the outputs, or
+                several have.
+        """
+        self._finish()
+        found = self._step.take()
+        self._end_step()
         return found
 
-    def _harvest(self) -> None:
-        """Takes what the last observed backward left; another micro-batch may follow."""
-        observation, self._observation = self._observation, None
-        if observation is None:
-            return
-        observation.close()
-        resume(self._sources.factors)
-        if observation.expects:
-            if observation.count <= 0:
-                self._statistics.add({}, observation)
-                return
-            scale = self._scale_of(observation)
-            found = {id(f): f.grad for f in self._sources.factors if f.grad is not None}
-            found |= {key: squared(g) for key, g in observation.gradients.items()}
-            self._statistics.add(by_calls(self._sources, found), observation, scale)
+    # What passes with a loss need (``TrainingStep``).
 
-    def _scale_of(self, observation: Observation) -> float:
-        """The loss's; what was gathered for the step is dropped if there is none."""
+    def only_own_passes(self) -> OwnPass:
+        """Return the recorder's own pass, from which alone statistics come from now on."""
+        self.by_inputs = True
+        self.switch(False)
+        return self.own
+
+    def seed(self) -> int:
+        """Return the seed of the draws of the next pass; 0 if there are none."""
+        return drawn_seed(self._generator, self._workers) if self.own.draws else 0
+
+    def add(self, collected: Collected) -> bool:
+        """Add the statistics of a pass of the recorder's own; False if it was not finite.
+
+        Raises:
+            ObservationError: no tap was passed.
+        """
+        self.by_inputs = True
+        self.sources.pause()  # of a training forward that was recorded
+        if collected.finite:
+            wanted = bool(self.sources.factors) and collected.count > 0
+            tapped = (one.key for one in self.sources.names.tapped)
+            if wanted and not any(key in collected.statistics for key in tapped):
+                raise ObservationError(
+                    "the pass came to no layer that is recorded: a closure must return what the "
+                    "network that it is given computes, lambda net: net(x)"
+                )
+            self._step.add(collected)
+        return collected.finite
+
+    def _check_targets(self, targets: Any) -> None:
+        if self.own.fisher == "empirical" and targets is None:
+            raise ObservationError("fisher='empirical' needs observe(outputs, targets)")
+
+    def _finish(self) -> None:
+        """Take what the last observed backward left; another micro-batch may follow."""
+        if self._backward is not None:
+            self._backward.close()
+            self._backward = None
         try:
-            scale = observation.loss_scale()
+            collected = self._empirical.finish()
         except ObservationError:
-            self._statistics = StepStatistics(self._sources, self._workers)
-            self._clear()
+            self._end_step()  # half of a step is none
             raise
-        if observation.strays:
-            log.warning(
-                "loss.backward() also came through a forward whose outputs were not observed; it "
-                "is in the statistics: give observe() all outputs at once, or use fisher='sampled'"
-            )
-        self._compared = True
-        return scale
+        if collected is not None:
+            self._step.add(collected)
 
-    def _clear(self) -> None:
-        forget_passes(self._sources.factors)
-        forget_input()
-        for factor in self._sources.factors:
-            factor.grad = None
+    def _end_step(self) -> None:
+        """Forget all that the step has left."""
+        if self._backward is not None:
+            self._backward.close()
+            self._backward = None
+        self._empirical.stop()
+        self._step.forget()
+        self.sources.forget()

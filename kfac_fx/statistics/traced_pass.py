@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kfac_fx.codegen import compiled, graphed
+from kfac_fx.codegen.compile import compiled, graphed
 from kfac_fx.codegen.functional import (
     Lifted,
     NotFunctionalError,
@@ -26,12 +26,24 @@ from kfac_fx.codegen.functional import (
     split_at_last,
     traced,
 )
-from kfac_fx.likelihoods.batch import BatchLikelihood, Part, output_tensors, singles, wide
-from kfac_fx.likelihoods.fisher_root import exact_rows
-from kfac_fx.likelihoods.sampling import Noise, draw, noise_of, seeded
+from kfac_fx.ir.use import StatisticKey
+from kfac_fx.likelihoods.batch import (
+    BatchTerms,
+    Terms,
+    batch_likelihood,
+    output_tensors,
+    root_rows,
+    singles,
+    wide,
+)
+from kfac_fx.likelihoods.builtin import Noise, noise_of
+from kfac_fx.likelihoods.named import Sum
+from kfac_fx.likelihoods.sampling import seeded
+from kfac_fx.ops.gram import multiplied
 from kfac_fx.statistics.buffers import Statistics
-from kfac_fx.statistics.loss_scale import compared, scale_of
-from kfac_fx.statistics.own_pass import PurePass, Result
+from kfac_fx.statistics.loss_scale import scale_of
+from kfac_fx.statistics.own_pass import OwnPass, Result
+from kfac_fx.statistics.sampled import Collected
 
 
 @dataclass(frozen=True)
@@ -40,14 +52,14 @@ class Facts:
 
     Attributes:
         outputs: stands in for the outputs; its values are NaN, so that nobody relies on them.
-        terms: of each part of the likelihood, the shape of its terms.
-        noises: of each part's draw.
+        shapes: of each part of the likelihood, the shape of its terms.
+        noises: of each part's draw; None for a distribution that draws by itself.
         columns: of the output Fisher's root.
         masks: random operators in the forward.
     """
 
     outputs: Any
-    terms: tuple[torch.Size, ...]
+    shapes: tuple[torch.Size, ...]
     noises: tuple[Noise | None, ...]
     columns: int
     masks: int
@@ -63,26 +75,30 @@ class _CountRandom(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def facts_of(pure: PurePass, inputs: Any) -> Facts:
-    """By a pass without values.
+def facts_of(own: OwnPass, inputs: Any) -> Facts:
+    """Return what a pass without values tells.
+
+    Args:
+        own: the pass.
+        inputs: of a batch; only shapes and dtypes of its tensors count.
 
     Raises:
         LikelihoodError: the outputs do not fit the likelihood.
         NotFunctionalError: the code asks for values.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    state, batch = pytree.tree_map_only(Tensor, mode.from_tensor, (pure.state(), inputs))
+    state, batch = pytree.tree_map_only(Tensor, mode.from_tensor, (own.state(), inputs))
     distributions, columns = [], 0
     with functional_errors(), torch.no_grad(), mode, _CountRandom() as random:
-        outputs = pure.outputs(pure.leaves(state), batch)
+        outputs = own.outputs(own.leaves(state), batch)
         masks = random.count
-        if pure.uses_terms:
-            found = singles(pure.likelihood, wide(outputs), None)
+        if own.uses_terms:
+            found = singles(own.likelihood, wide(outputs), None)
             distributions = [one.likelihood.distribution(one.outputs) for one in found]
-        if pure.columns:
-            rows = (r for d in distributions for r in exact_rows(d, None))
+        if own.columns:
+            rows = (r for d in distributions for r in root_rows(d, None))
             columns = sum(r.shape[1] for r in rows)
-        noises = tuple(noise_of(d) for d in distributions) if pure.draws else ()
+        noises = tuple(noise_of(d) for d in distributions) if own.draws else ()
     stand_ins = pytree.tree_map_only(Tensor, _stand_in, wide(outputs))
     return Facts(stand_ins, tuple(d.batch_shape for d in distributions), noises, columns, masks)
 
@@ -93,44 +109,64 @@ def _stand_in(like: Tensor) -> Tensor:
     return torch.full((), float("nan"), dtype=like.dtype, device=like.device).expand(like.shape)
 
 
-class Terms(NamedTuple):
-    """Of each part of the likelihood; targets and weights as ``terms`` returned them.
-
-    Attributes:
-        shares: of parts of a sum, tensors because they depend on the batch; else empty.
-        counted: whether a part has terms.
-    """
-
-    targets: tuple[Any, ...]
-    weights: tuple[Tensor | None, ...]
-    shares: tuple[Tensor, ...]
-    counted: tuple[bool, ...]
-
-
-@dataclass
+@dataclass(frozen=True)
 class Arguments:
-    """Of one call.
+    """What a program is called with, but for noise.
 
     Attributes:
+        state: of the network.
+        inputs: as ``forward`` takes them.
         targets: for the loss, as they were given.
+        terms: of each part of the likelihood, None for a part that no process has terms of. Their
+            shares are tensors where they depend on the batch, and their counts are not given.
     """
 
     state: Mapping[str, Tensor]
     inputs: Any
     targets: Any
-    terms: Terms
+    terms: tuple[Terms | None, ...]
 
     def flat(self, noises: Sequence[Tensor | None], select: Tensor | None) -> tuple[list[Any], Any]:
-        """Leaves and their tree; ``select`` comes last."""
-        batch = self.inputs, self.targets, tuple(self.terms)
+        """Return the leaves and their tree; ``select`` comes last."""
+        batch = self.inputs, self.targets, self.terms
         return pytree.tree_flatten((dict(self.state), *batch, tuple(noises), select))
+
+
+def arguments(
+    own: OwnPass, facts: Facts, inputs: Any, targets: Any, agreed: BatchTerms
+) -> Arguments:
+    """Return the arguments of a batch.
+
+    Args:
+        own: the pass.
+        facts: of a batch of this form.
+        inputs, targets: the batch.
+        agreed: its terms, with those of all processes counted.
+    """
+    shares: Sequence[Any] = [1.0 for _ in agreed.parts]
+    if agreed.weighted:
+        like = output_tensors(facts.outputs)[0]
+        known = [0.0 if part is None else part.share for part in agreed.parts]
+        shares = torch.tensor(known, dtype=like.dtype, device=like.device).unbind()
+    needed = own.uses_targets
+    terms = tuple(
+        part and Terms(part.targets if needed else None, part.weights, 0.0, share)
+        for part, share in zip(agreed.parts, shares, strict=True)
+    )
+    return Arguments(own.state(), inputs, targets if callable(own.loss) else None, terms)
 
 
 @dataclass
 class _Outputs:
-    """What the outputs of a program are, behind the flag of finite outputs."""
+    """What the outputs of a program are, after the flag of finite outputs.
 
-    present: list[bool]
+    Attributes:
+        statistics: their names.
+        compared: whether a comparison of the loss with the likelihood follows.
+        gradients, buffers: their names; the loss comes before them, if there is one.
+    """
+
+    statistics: list[StatisticKey]
     compared: bool
     gradients: list[str]
     buffers: list[str]
@@ -138,6 +174,12 @@ class _Outputs:
 
 class PassProgram:
     """One pass, traced and compiled for one form of arguments.
+
+    Args:
+        own: the pass.
+        facts: of a batch of this form.
+        given: such a batch.
+        compile: True, or the name of a backend of torch.compile.
 
     Attributes:
         once, each: the graphs. ``each`` runs for every column of the exact Fisher, on what
@@ -148,11 +190,13 @@ class PassProgram:
         NotFunctionalError: there is no such graph.
     """
 
-    def __init__(self, pure: PurePass, facts: Facts, given: Arguments, compile: bool | str) -> None:
-        self._pure, self._facts = pure, facts
-        counted = zip(facts.noises, given.terms.counted, strict=False)
-        self._kinds = [noise for noise, there in counted if there]
-        leaves, tree = given.flat(self._noises(0), self._column(0) if pure.columns else None)
+    def __init__(self, own: OwnPass, facts: Facts, given: Arguments, compile: bool | str) -> None:
+        self._own = own
+        self._facts = facts
+        # Parts without terms are left out of the program, and of its draws.
+        kinds = zip(facts.noises, given.terms, strict=False)
+        self._kinds = [noise for noise, terms in kinds if terms is not None]
+        leaves, tree = given.flat(self._noises(0), self._column(0) if own.columns else None)
 
         def function(*tensors: Tensor) -> list[Tensor]:
             rest = iter(tensors)
@@ -167,8 +211,9 @@ class PassProgram:
         self._seeded = bool(random_nodes(module.graph))
         if self._seeded and self._kinds != [None]:
             raise NotFunctionalError("random numbers are drawn after the forward")
-        self.once, self.each = module, None
-        if pure.columns:
+        self.once = module
+        self.each = None
+        if own.columns:
             self.once, self.each, self._places = split_at_last(module)
             self._check_summed()
         options = {"fallback_random": True} if self._seeded else None
@@ -183,57 +228,37 @@ class PassProgram:
         state: Mapping[str, Tensor],
         inputs: Any,
         targets: Any,
-        terms: Any,
+        terms: tuple[Terms | None, ...],
         noises: Sequence[Tensor | None],
         select: Tensor | None,
     ) -> list[Tensor]:
-        pure = self._pure
-        found: list[Tensor | None] = []
-        numbers: list[Tensor] = []  # of the loss: its comparison with the likelihood, itself
-        gradients: Mapping[str, Tensor] = {}
+        """Run the pass on tensors that stand for values; its results are the program's outputs."""
+        own = self._own
+        made = None
         with torch.enable_grad():
-            leaves = pure.leaves(state)
-            outputs = pure.outputs(leaves, inputs)
-            together = pure.together(outputs)
-            with no_autocast():
-                made = self._predictive(outputs, Terms(*terms)) if pure.uses_terms else None
-                if made is not None and together:
-                    loss = pure.loss_of(outputs, targets, made)
-                    numbers = [compared(loss, made.nll(), outputs), loss.detach()]
-                    found, gradients = pure.found_with(leaves, loss)
-                elif made is not None and pure.statistics:
-                    found = pure.found(leaves, made, _draws(made, noises), select)
-                if pure.loss is not None and not numbers:
-                    loss = pure.loss_of(outputs, targets, made)
-                    numbers = [loss.detach()]
-                    gradients = pure.gradients(leaves, loss)
-        buffers = pure.buffers(leaves) if pure.loss is not None else {}
-        present = [value is not None for value in found]
-        self._outputs = _Outputs(present, together, [*gradients], [*buffers])
+            leaves = own.leaves(state)
+            outputs = own.outputs(leaves, inputs)
+            if own.uses_terms:
+                known = BatchTerms(terms, isinstance(own.likelihood, Sum), 0.0)
+                with no_autocast():
+                    made = batch_likelihood(own.likelihood, wide(outputs), terms=known)
+            values = own.evaluate(leaves, outputs, targets, made, noises, select=select)
+        buffers = own.buffers(leaves)
+        compared = values.comparison is not None
+        self._outputs = _Outputs([*values.statistics], compared, [*values.gradients], [*buffers])
         finite = torch.stack([t.isfinite().all() for t in output_tensors(outputs)]).all()
-        statistics = [value for value in found if value is not None]
-        return [finite, *statistics, *numbers, *gradients.values(), *buffers.values()]
-
-    def _predictive(self, outputs: Any, terms: Terms) -> BatchLikelihood:
-        pure = self._pure
-        parts = tuple(
-            Part(
-                one.likelihood.distribution(one.outputs),
-                terms.targets[k],
-                terms.weights[k],
-                terms.shares[k] if terms.shares else 1.0,
-            )
-            for k, one in enumerate(singles(pure.likelihood, wide(outputs), None))
-            if terms.counted[k]
-        )
-        return BatchLikelihood(parts, bool(terms.shares), 1.0)
+        statistics = [multiplied(value) for value in values.statistics.values()]
+        numbers = [number for number in (values.comparison, values.loss) if number is not None]
+        return [finite, *statistics, *numbers, *values.gradients.values(), *buffers.values()]
 
     @torch.no_grad()
     def __call__(self, given: Arguments, seed: int, count: float, total: float) -> Result:
-        """Runs the program.
+        """Run the program on a batch of its form.
 
         Args:
-            count, total: of likelihood terms, for the result.
+            given: the batch, and the state of the network.
+            seed: of the draws.
+            count, total: of likelihood terms here and in all processes, for the result.
         """
         masks = [lifted() for lifted in self.lifted]
         arguments = [*masks, *_tensors(given.flat(self._noises(seed), None)[0])]
@@ -249,7 +274,7 @@ class PassProgram:
         return [noise and noise.sample(seed + k) for k, noise in enumerate(self._kinds)]
 
     def _all_columns(self, arguments: list[Tensor]) -> list[Tensor]:
-        """Sums over the columns."""
+        """Run the part that depends on the column for all of them, and add their results up."""
         assert self._each is not None
         free = sum(not tied for tied, _ in self._places)
         first = self._once(*arguments)
@@ -264,11 +289,12 @@ class PassProgram:
         return [total[place] if tied else first[place] for tied, place in self._places]
 
     def _check_summed(self) -> None:
-        """Only what is quadratic in the derivative may be summed over the columns."""
-        inputs = len(self._pure.sources.inputs)
-        present = [k for k, there in enumerate(self._outputs.present) if there]
-        pairs = zip(present, self._places[1:], strict=False)  # behind the flag
-        if any(tied and k < inputs for k, (tied, _) in pairs):
+        """Check that only what is quadratic in the derivative is summed over the columns."""
+        named = self._own.sources.names.tapped
+        quadratic = {one.key for one in named if one.role == "gradient"}
+        pairs = zip(self._outputs.statistics, self._places[1:], strict=False)  # after the flag
+        tapped = {one.key for one in named}
+        if any(tied and key in tapped - quadratic for key, (tied, _) in pairs):
             raise NotFunctionalError("statistics of inputs depend on the derivative")
 
     def _column(self, index: int) -> Tensor:
@@ -278,28 +304,18 @@ class PassProgram:
         return select
 
     def _result(self, results: list[Tensor], count: float, total: float) -> Result:
+        """Return what the outputs of the program are."""
         names = self._outputs
         finite, *rest = results
-        own = [t for t, there in zip(self._pure.own, names.present, strict=False) if there]
-        statistics: Statistics = {id(t): value for t, value in zip(own, rest, strict=False)}
-        rest = rest[len(own) :]
-        scale: float | None = 1.0
-        if names.compared:
-            scale = scale_of(rest.pop(0))
-        loss = None if self._pure.loss is None else rest.pop(0)
+        statistics: Statistics = dict(zip(names.statistics, rest, strict=False))
+        rest = rest[len(statistics) :]
+        scale = scale_of(rest.pop(0)) if names.compared else 1.0
+        loss = None if self._own.loss is None else rest.pop(0)
         gradients = dict(zip(names.gradients, rest, strict=False))
         buffers = dict(zip(names.buffers, rest[len(gradients) :], strict=True))
-        fine = not self._pure.statistics or bool(finite)
-        return Result(statistics, count, total, fine, loss, gradients, buffers, scale)
-
-
-def _draws(made: BatchLikelihood, noises: Sequence[Tensor | None]) -> list[Tensor]:
-    """Targets of each part; without noise the distribution draws by itself."""
-    with torch.no_grad():
-        return [
-            part.distribution.sample() if noise is None else draw(part.distribution, noise)
-            for part, noise in zip(made.parts, noises, strict=False)
-        ]
+        fine = not self._own.statistics or bool(finite)
+        collected = Collected(fine, statistics, count, total, scale)
+        return Result(collected, loss, gradients, buffers)
 
 
 def _tensors(leaves: Iterable[Any]) -> list[Tensor]:

@@ -1,28 +1,40 @@
-"""The graph behind the outputs of a forward: whether, and how often, taps record in it."""
+"""The user's own forward and backward pass: the graph of the outputs, and what comes through it."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from kfac_fx.errors import ObservationError
+from kfac_fx.ops.state import FactorState, known_state
 
 AFTER_BACKWARD = "observe() must come before loss.backward(), which frees the graph it needs"
 
 
-def check_recorded(outputs: Sequence[Tensor], factors: Sequence[Tensor]) -> None:
-    """Whether the graph behind the outputs has a tap that records and is still there.
+def check_recorded(outputs: Sequence[Tensor], states: Sequence[FactorState]) -> None:
+    """Check that taps recorded the forward of the outputs, and that its graph is still there.
+
+    Args:
+        outputs: of the forward, with their graph.
+        states: of the factor buffers.
 
     Raises:
-        ObservationError: it has none, or a backward pass has freed it.
+        ObservationError: the graph has no such tap, or a backward pass has freed it.
     """
-    tap = next(_taps(outputs, factors), None)
-    if tap is not None:
-        _check_alive(tap[0])
-    elif factors:
+    for tap, _ in _taps(outputs, states):
+        # One tap tells it all: the first one that is found, near the outputs.
+        try:
+            _ = tap.saved_tensors
+        except RuntimeError as error:
+            raise ObservationError(AFTER_BACKWARD) from error
+        return
+    if states:
         raise ObservationError(
             "the outputs were not computed by the transformed module while it was recording: pass "
             "what net(x) returned, computed after the Preconditioner was made and with gradients "
@@ -30,29 +42,128 @@ def check_recorded(outputs: Sequence[Tensor], factors: Sequence[Tensor]) -> None
         )
 
 
-def calls(outputs: Sequence[Tensor], factors: Sequence[Tensor]) -> Counter[int]:
-    """How many taps of each factor are behind the outputs, by the factor's id."""
-    return Counter(key for _, key in _taps(outputs, factors))
+def tap_counts(outputs: Sequence[Tensor], states: Sequence[FactorState]) -> Counter[FactorState]:
+    """Return how many taps of each factor are in the graph of the outputs."""
+    return Counter(state for _, state in _taps(outputs, states))
 
 
-def _taps(outputs: Sequence[Tensor], factors: Sequence[Tensor]) -> Iterator[tuple[Any, int]]:
-    """Nodes of the graph that deliver statistics, and the ids of the factors."""
-    wanted = {id(factor) for factor in factors}
+def _taps(
+    outputs: Sequence[Tensor], states: Sequence[FactorState]
+) -> Iterator[tuple[Any, FactorState]]:
+    """Yield the nodes of the graph that deliver statistics, with the factors' states."""
+    wanted = set(states)
     todo = [output.grad_fn for output in outputs]
     seen = set(todo)
     while todo and wanted:
         node = todo.pop()
         for following, _ in node.next_functions if node is not None else ():
-            key = id(getattr(following, "variable", None))
-            if key in wanted:
-                yield node, key
+            leaf = getattr(following, "variable", None)
+            state = None if leaf is None else known_state(leaf)
+            if state in wanted:
+                yield node, state
             elif following is not None and following not in seen:
                 seen.add(following)
                 todo.append(following)
 
 
-def _check_alive(tap: Any) -> None:
-    try:
-        _ = tap.saved_tensors
-    except RuntimeError as error:
-        raise ObservationError(AFTER_BACKWARD) from error
+class BackwardWatch:
+    """Notices backward passes through the outputs of one forward.
+
+    They are told apart by autograd's graph-task id: ``torch.autograd.grad`` for a penalty or a log
+    has one, too, but brings no statistics.
+
+    Args:
+        outputs: of the forward.
+        leaves: tensors that statistics are accumulated in, as gradients.
+    """
+
+    def __init__(self, outputs: Sequence[Tensor], leaves: Iterable[Tensor] = ()) -> None:
+        self._seen: dict[int, dict[int, Tensor | None]] = {}
+        self._arrived: list[tuple[int, int]] = []
+        self._last = -1
+        self._handles: list[RemovableHandle] = [
+            output.register_hook(partial(self._see, index))
+            for index, output in enumerate(outputs)
+            if output.requires_grad
+        ]
+        self._handles += [leaf.register_post_accumulate_grad_hook(self._arrive) for leaf in leaves]
+
+    def _see(self, index: int, gradient: Tensor | None) -> None:
+        self._last = torch._C._current_graph_task_id()
+        self._seen.setdefault(self._last, {})[index] = gradient
+
+    def _arrive(self, _: Tensor) -> None:
+        self._arrived.append((torch._C._current_graph_task_id(), self._last))
+
+    @property
+    def passed(self) -> bool:
+        """Whether one has come."""
+        return bool(self._seen)
+
+    @property
+    def nested(self) -> bool:
+        """Whether statistics came in runs inside of others (reentrant checkpoints)."""
+        return any(run not in self._seen for run, _ in self._arrived)
+
+    def close(self) -> None:
+        """Stop watching."""
+        for handle in self._handles:
+            handle.remove()
+
+    def recorded(self) -> dict[int, Tensor | None]:
+        """Return what came to the outputs in the backward pass that brought statistics.
+
+        If none did, it is the last one; derivatives are by the index of the output.
+
+        Raises:
+            ObservationError: no backward came, or several that brought statistics did.
+        """
+        if not self._seen:
+            raise ObservationError(
+                "fisher='empirical' needs loss.backward() before step(), of a loss of the outputs "
+                "that observe() got"
+            )
+        # A run that came to no output is nested in the one that came to them last.
+        runs = {run if run in self._seen else outer for run, outer in self._arrived} - {-1}
+        if len(runs) > 1:
+            raise ObservationError(
+                f"{len(runs)} backward passes came through one forward, whose statistics cannot be "
+                "told apart: add the losses up and call backward() once, or use fisher='sampled'"
+            )
+        return self._seen[runs.pop() if runs else self._last]
+
+
+class GradientWatch:
+    """Adds up what backward passes bring to parameters; ``autograd.grad()`` brings nothing.
+
+    A parameter's ``.grad`` will not do: it also holds other micro-batches, and may be clipped or
+    unscaled by the time it is read.
+
+    Args:
+        parameters: in the order of ``gradients``.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self.gradients: list[Tensor | None] = [None] * len(parameters)
+        self._arrived: list[Tensor | None] = [None] * len(parameters)
+        self._handles: list[RemovableHandle] = []
+        for place, parameter in enumerate(parameters):
+            self._handles += [
+                parameter.register_hook(partial(self._arrive, place)),
+                parameter.register_post_accumulate_grad_hook(partial(self._accumulate, place)),
+            ]
+
+    def _arrive(self, place: int, gradient: Tensor) -> None:
+        self._arrived[place] = gradient.detach()
+
+    def _accumulate(self, place: int, _: Tensor) -> None:
+        more = self._arrived[place]
+        assert more is not None
+        self._arrived[place] = None
+        total = self.gradients[place]
+        self.gradients[place] = more.clone() if total is None else total + more
+
+    def close(self) -> None:
+        """Stop watching."""
+        for handle in self._handles:
+            handle.remove()

@@ -1,13 +1,21 @@
-"""Where boxes go when Graphviz is missing: every module a rectangle of rows of its parts."""
+"""Where boxes go when Graphviz is missing: every module a rectangle of rows of its parts.
+
+This is no drawing of a graph in general. Models are nested and mostly go straight on, so that rows
+by the longest way, module by module, need no search and are readable.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from kfac_fx.viz.module_tree import Group, Item, Leaf, leaves
 from kfac_fx.viz.picture import Line, Picture
-from kfac_fx.viz.tree import Group, Item, Leaf, leaves
 
-GAP, ROW_GAP, PAD, HEAD = 0.35, 0.55, 0.18, 0.26
+# Inches: between boxes of a row, between rows, around the parts of a module, for its heading.
+GAP = 0.35
+ROW_GAP = 0.55
+PAD = 0.18
+HEAD = 0.26
 
 
 @dataclass
@@ -15,7 +23,14 @@ class Box:
     """A rectangle in inches, y downwards, its corner relative to the box that holds it.
 
     Attributes:
+        title: what is written in it.
         block: of a leaf; empty for a module.
+        width: of the whole.
+        height: of the whole.
+        copies: how many equal modules it stands for.
+        x: of the left edge.
+        y: of the upper edge.
+        inside: the boxes of a module's parts.
     """
 
     title: str
@@ -29,15 +44,21 @@ class Box:
 
 
 def arranged(picture: Picture) -> Box:
-    """Boxes that overlap nowhere: parts of a module are ranked by the lines between them."""
+    """Return boxes that overlap nowhere: parts of a module are ranked by the lines between them.
+
+    Args:
+        picture: the boxes and lines.
+    """
     root = _box(picture.root, picture)
     _shift(root, 0.0, 0.0)
     return root
 
 
 def _box(item: Item, picture: Picture) -> Box:
+    """Return the box of a block or module, with corners relative to it."""
     if isinstance(item, Leaf):
         node = picture.nodes[item.block]
+        # matplotlib knows the width of a text only once it is drawn: these are widths of letters.
         widths = [0.088 * len(node.title), *(0.066 * len(line) for line in node.lines)]
         height = 0.3 + 0.145 * len(node.lines) + 0.3 * node.size
         width = max(1.0 + 1.2 * node.size, 0.2 + max(widths))
@@ -53,7 +74,8 @@ def _box(item: Item, picture: Picture) -> Box:
         row = rows[rank]
         x = outer + (widest - sum(p.width for p in row) - GAP * (len(row) - 1)) / 2
         for part in row:
-            part.x, part.y = x, y
+            part.x = x
+            part.y = y
             x += part.width + GAP
         y += max(part.height for part in row) + ROW_GAP
     title = item.name if item.copies == 1 else f"{item.name}  × {item.copies}"
@@ -62,7 +84,9 @@ def _box(item: Item, picture: Picture) -> Box:
 
 
 def _ranks(group: Group, lines: list[Line]) -> list[int]:
-    """The longest way to each child; one without lines stands beside the one before it."""
+    """Return the longest way to each child; one without lines stands beside the one before it."""
+    # Lines between blocks deep inside count for the children that hold them; lines to the outside
+    # rank nothing here, but say that a child is part of the flow.
     of = {leaf.block: at for at, child in enumerate(group.children) for leaf in leaves(child)}
     before: dict[int, set[int]] = {at: set() for at in range(len(group.children))}
     linked = set()
@@ -84,7 +108,8 @@ def _ranks(group: Group, lines: list[Line]) -> list[int]:
 
 
 def _shift(box: Box, x: float, y: float) -> None:
-    """Makes corners absolute."""
-    box.x, box.y = box.x + x, box.y + y
+    """Make corners absolute."""
+    box.x += x
+    box.y += y
     for part in box.inside:
         _shift(part, box.x, box.y)

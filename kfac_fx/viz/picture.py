@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from kfac_fx.ir import CurvatureBlock, CurvatureGraph
 from kfac_fx.reading.report import CurvatureReport
 from kfac_fx.viz.facts import count, shapes
-from kfac_fx.viz.tree import Group, Leaf, Tree, leaves, module_tree
+from kfac_fx.viz.module_tree import Group, Leaf, Tree, leaves, module_tree
 
 COLOURS: Mapping[str, str] = {
     "linear": "#9ecae1",
@@ -23,8 +23,12 @@ COLOURS: Mapping[str, str] = {
     "shift": "#e6d5f5",
     "generic": "#d9d9d9",
 }
+# Of kinds that rules of one's own add.
 OTHERS = ("#ffed6f", "#b3de69", "#80cdc1", "#f4a582", "#bebada")
-COUPLED, THIN, FALLBACK = "#c2410c", "#8a94a0", "#b91c1c"
+COUPLED = "#c2410c"
+THIN = "#8a94a0"
+FALLBACK = "#b91c1c"
+
 NEAR = 0.25
 """Dependencies of smaller weight (past more than three blocks) are left out where they are many."""
 FEW = 0.5
@@ -36,7 +40,10 @@ class Node:
     """A box.
 
     Attributes:
+        block: the name of the block that is drawn.
+        title: its name relative to its module.
         lines: below the title.
+        colour: of its kind.
         size: from 0 (100 parameters or fewer) to 1 (100 millions).
         fallback: why the block is weaker than its kind allows, if it is.
     """
@@ -54,7 +61,8 @@ class Line:
     """Dependencies and couplings between two boxes.
 
     Attributes:
-        source, target: blocks in forward order.
+        source: the block that comes first in the forward pass.
+        target: the other one.
         coupled: how many of the pairs that it stands for are couplings.
         pairs: how many it stands for.
         onward: whether it leads from one copy of a fold to the next.
@@ -72,7 +80,7 @@ class Line:
 
     @property
     def label(self) -> str:
-        """The couplings' values, or their range; how many are coupled where not all are."""
+        """The couplings' values or their range, and how many are coupled where not all are."""
         if not self.coupled:
             return ""
         low, high = (f"{value:.2f}" for value in (min(self.values), max(self.values)))
@@ -85,6 +93,9 @@ class Picture:
     """Boxes by block, the hierarchy that holds them, and lines.
 
     Attributes:
+        tree: the hierarchy, and which block stands for which.
+        nodes: boxes by the block that is drawn.
+        lines: between boxes.
         kinds: (name, colour) of the legend.
         caption: lines of the legend.
         measured: whether couplings are labelled by strength rather than weight.
@@ -99,16 +110,17 @@ class Picture:
 
     @property
     def root(self) -> Group:
-        """The hierarchy."""
+        """The outermost group, the model."""
         return self.tree.root
 
 
 def picture(
     curvature: CurvatureGraph, report: CurvatureReport | None = None, *, fold: bool = True
 ) -> Picture:
-    """The boxes and lines of a curvature graph.
+    """Return the boxes and lines of a curvature graph.
 
     Args:
+        curvature: the graph.
         report: of a preconditioner; adds statistics to boxes, and couplings are those in use.
         fold: whether three or more equal modules in a row become one.
     """
@@ -129,7 +141,7 @@ def picture(
 
 
 def _colours(blocks: Iterable[CurvatureBlock]) -> dict[str, str]:
-    """Of the kinds that occur; kinds of rules of one's own take those that are left."""
+    """Return the colours of the kinds that occur; kinds of rules of one's own take other ones."""
     found: dict[str, str] = {}
     for block in blocks:
         spare = OTHERS[sum(kind not in COLOURS for kind in found) % len(OTHERS)]
@@ -138,10 +150,12 @@ def _colours(blocks: Iterable[CurvatureBlock]) -> dict[str, str]:
 
 
 def _node(leaf: Leaf, block: CurvatureBlock, colour: str, report: CurvatureReport | None) -> Node:
+    """Return the box of a leaf, of which ``block`` is the first."""
     title = leaf.name if leaf.copies == 1 else f"{leaf.name}  × {leaf.copies}"
     lines = [f"{shapes(block)}", f"{count(block.parameter_count)} parameters"]
     if report is not None and block.name in report.blocks:
         lines += report.blocks[block.name].lines()
+    # Areas by the logarithm: parameters of blocks differ by factors of a million.
     size = (math.log10(max(block.parameter_count, 1)) - 2) / 6
     if block.reason is not None:
         lines.append(f"fallback: {block.approximation}")
@@ -149,6 +163,7 @@ def _node(leaf: Leaf, block: CurvatureBlock, colour: str, report: CurvatureRepor
 
 
 def _total(curvature: CurvatureGraph) -> str:
+    """Return blocks and parameters in all, and parameters that have no block."""
     blocks, total = len(curvature.blocks), curvature.coverage.total
     text = f"{blocks:,} blocks, {count(total)} parameters"
     left = {kind: len(getattr(curvature, kind)) for kind in ("frozen", "excluded", "unused")}
@@ -158,7 +173,7 @@ def _total(curvature: CurvatureGraph) -> str:
 def _lines(
     curvature: CurvatureGraph, tree: Tree, report: CurvatureReport | None
 ) -> tuple[list[Line], int]:
-    """Lines between the boxes, and how many dependencies are left out."""
+    """Return the lines between the boxes, and how many dependencies are left out."""
     weights = {(edge.source, edge.target): edge.weight for edge in curvature.edges}
     place = {name: index for index, name in enumerate(curvature.blocks)}
     values: dict[tuple[str, str], float] = {}
@@ -166,8 +181,12 @@ def _lines(
     for child, parent in _forest(curvature, report):
         source, target = sorted((child, parent), key=place.__getitem__)
         pair = source, target
-        measured = report.couplings[child, parent].strength if report else weights.get(pair, 0.0)
-        values[pair], children[pair] = measured, child
+        values[pair] = (
+            report.couplings[child, parent].strength if report else weights.get(pair, 0.0)
+        )
+        children[pair] = child
+    # Residual networks have a dependency for every pair of layers along the stream: all of them
+    # would hide the picture. A few more than the near ones are no harm.
     near = _near(weights)
     if len(weights) - len(near) <= len(place) * FEW:
         near = set(weights)
@@ -190,6 +209,7 @@ def _lines(
 
 
 def _forest(curvature: CurvatureGraph, report: CurvatureReport | None) -> Iterator[tuple[str, str]]:
+    """Yield (child, parent) of the couplings in use, or of the transform's own without a report."""
     if report is not None:
         yield from report.couplings
     else:
@@ -197,7 +217,10 @@ def _forest(curvature: CurvatureGraph, report: CurvatureReport | None) -> Iterat
 
 
 def _near(weights: Mapping[tuple[str, str], float]) -> set[tuple[str, str]]:
-    """Pairs of a large weight, or of the largest at one of their ends."""
+    """Return pairs of a large weight, or of the largest at one of their ends.
+
+    So every block keeps its nearest neighbours, however far away they are.
+    """
     into: dict[str, float] = {}
     out: dict[str, float] = {}
     for (source, target), weight in weights.items():

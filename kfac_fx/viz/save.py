@@ -6,37 +6,36 @@ import io
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import networkx as nx
 
 from kfac_fx.errors import FormatError, UnknownOptionError
 from kfac_fx.ir import CurvatureGraph
+from kfac_fx.reading.inspection import HasCurvature
 from kfac_fx.reading.report import CurvatureReport
-from kfac_fx.viz.dot import MANY, dot_graph
-from kfac_fx.viz.extras import INSTALL_DOT, has_dot
-from kfac_fx.viz.headings import clear_headings
-from kfac_fx.viz.networks import to_networkx
+from kfac_fx.viz.draw_graphviz import MANY, clear_headings, dot_graph
+from kfac_fx.viz.draw_matplotlib import plain_figure
+from kfac_fx.viz.extras import INSTALL_DOT, DotGraph, has_dot
+from kfac_fx.viz.facts import to_networkx
+from kfac_fx.viz.json_format import to_json
 from kfac_fx.viz.page import page
 from kfac_fx.viz.picture import Picture, picture
-from kfac_fx.viz.plain import plain_figure
-from kfac_fx.viz.serial import to_json
 
 log = logging.getLogger("kfac_fx")
+
 
 PICTURES = ("svg", "png", "pdf")
 SUFFIXES = (*PICTURES, "dot", "graphml", "json", "html")
 DPI = 110
+"""Pixels an inch of a png, and of what matplotlib draws."""
 
 
 def to_pydot(
     curvature: CurvatureGraph,
-    preconditioner: Any = None,
+    preconditioner: HasCurvature | None = None,
     *,
     fold: bool = True,
     direction: str = "TB",
-) -> Any:
-    """The picture as a ``pydot.Dot``; arguments as for ``save``.
+) -> DotGraph:
+    """Return the picture as a ``pydot.Dot``; arguments as for ``save``.
 
     Raises:
         MissingExtraError: pydot is not installed.
@@ -47,17 +46,20 @@ def to_pydot(
 def save(
     curvature: CurvatureGraph,
     path: str | Path,
-    preconditioner: Any = None,
+    preconditioner: HasCurvature | None = None,
     *,
     fold: bool = True,
     direction: str = "TB",
 ) -> None:
-    """Writes svg, png, pdf, dot, graphml, json or html, as the suffix says.
+    """Write svg, png, pdf, dot, graphml, json or html, as the suffix says.
 
     Without Graphviz's ``dot``, matplotlib draws, and a warning says what to install.
 
     Args:
-        preconditioner: whose statistics are shown on the boxes, and whose couplings are drawn.
+        curvature: the graph.
+        path: of the file; an older one is replaced.
+        preconditioner: whose statistics are shown on the boxes, and whose couplings are drawn; None
+            for the transform's own couplings, without statistics.
         fold: whether equal modules in a row become one, "× 12".
         direction: of the forward pass: "TB", downwards, or "LR", to the right.
 
@@ -73,6 +75,7 @@ def save(
         raise UnknownOptionError(f"direction={direction!r} is unknown; valid are 'TB', 'LR'")
     report = _report(preconditioner)
 
+    # Each is called for its own suffix only: a JSON file needs neither pydot nor a picture.
     def drawn() -> Picture:
         return picture(curvature, report, fold=fold)
 
@@ -87,7 +90,16 @@ def save(
 
 
 def rendered(shown: Picture, suffix: str, direction: str) -> bytes:
-    """A picture as the content of a file, by Graphviz, or by matplotlib where that is missing."""
+    """Return a picture as the content of a file.
+
+    Args:
+        shown: the picture.
+        suffix: "svg", "png" or "pdf".
+        direction: of the forward pass; matplotlib's pictures always go downwards.
+
+    Raises:
+        MissingExtraError: pydot, or matplotlib in place of Graphviz, is not installed.
+    """
     if has_dot():
         graph = dot_graph(shown, direction=direction)
         if len(shown.nodes) <= MANY:
@@ -96,6 +108,7 @@ def rendered(shown: Picture, suffix: str, direction: str) -> bytes:
             graph.set("dpi", str(DPI))
         content: bytes = graph.create(prog="dot", format=suffix, encoding="utf-8")
         return content
+    # Graphviz is a program, which pip cannot install: a picture of less beauty is better than none.
     log.warning("%s; matplotlib draws instead", INSTALL_DOT)
     buffer = io.BytesIO()
     plain_figure(shown).savefig(buffer, format=suffix, dpi=DPI)
@@ -103,6 +116,8 @@ def rendered(shown: Picture, suffix: str, direction: str) -> bytes:
 
 
 def _graphml(curvature: CurvatureGraph) -> bytes:
+    import networkx as nx  # late, as in facts.py
+
     buffer = io.BytesIO()
     nx.write_graphml(to_networkx(curvature), buffer)
     return buffer.getvalue()
@@ -112,6 +127,7 @@ def _page(
     curvature: CurvatureGraph, report: CurvatureReport | None, fold: bool, direction: str
 ) -> str:
     pictures = [picture(curvature, report, fold=fold)]
+    # The reader may switch between both, where there is something to unfold.
     if fold:
         unfolded = picture(curvature, report, fold=False)
         if len(unfolded.nodes) > len(pictures[0].nodes):
@@ -120,10 +136,9 @@ def _page(
     return page(curvature, report, pictures, drawings)
 
 
-def _report(preconditioner: Any) -> CurvatureReport | None:
+def _report(preconditioner: HasCurvature | None) -> CurvatureReport | None:
     if preconditioner is None:
         return None
-    found = preconditioner.report()
-    if not isinstance(found, CurvatureReport):
+    if not isinstance(preconditioner, HasCurvature):
         raise FormatError(f"{type(preconditioner).__name__} is no Preconditioner")
-    return found
+    return preconditioner.report()

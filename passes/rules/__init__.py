@@ -1,37 +1,77 @@
-"""One file a kind of parameter use; the order is the order in which they are asked."""
+"""The rules that recognise parameter uses: one file a kind, found by being in this folder.
 
-from collections.abc import Iterator, Mapping
-from types import MappingProxyType
-from typing import Any
+The steps for a new kind are in docs/guides/add_a_layer_kind.md.
+"""
 
-from kfac_fx.capture.dialect import add_operation
-from kfac_fx.passes.rules.base import Refusal, Rule, Site
-from kfac_fx.passes.rules.bilinear import BilinearRule
-from kfac_fx.passes.rules.convolution import ConvolutionRule
-from kfac_fx.passes.rules.embedding import EmbeddingRule
-from kfac_fx.passes.rules.embedding_bag import EmbeddingBagRule
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from types import MappingProxyType, TracebackType
+
+from kfac_fx.capture.dialect import add_operation, remove_operation
+from kfac_fx.passes.rules.base import BUILT_IN, Refusal, Rule, Rules, Site, Target
 from kfac_fx.passes.rules.generic import generic_use
-from kfac_fx.passes.rules.grouped import GroupedRule
-from kfac_fx.passes.rules.linear import LinearRule, dense_use
-from kfac_fx.passes.rules.normalization import NormalizationRule
-from kfac_fx.passes.rules.recurrent import RecurrentRule
-from kfac_fx.passes.rules.transposed_convolution import TransposedConvolutionRule
+from kfac_fx.passes.rules.linear import dense_use
 
-RULES: list[Rule] = [
-    LinearRule(),
-    BilinearRule(),
-    ConvolutionRule(),
-    TransposedConvolutionRule(),
-    EmbeddingRule(),
-    EmbeddingBagRule(),
-    GroupedRule(),
-    NormalizationRule(),
-    RecurrentRule(),
-]
+# A rule's file adds it to BUILT_IN by ``layer_kind``. No two of the library's rules are asked about
+# the same operation, so the order of the files does not matter.
+for _file in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_file.name}")
 
 
-def register_rule(rule: Rule, operations: Mapping[Any, str] = MappingProxyType({})) -> None:
-    """Adds a rule of one's own; it is asked before the others.
+_registered: list[Rule] = []
+
+
+def default_rules() -> Rules:
+    """Return the rules that an analysis asks unless it is given others.
+
+    Those that ``register_rule`` added come first, the last one before the others.
+    """
+    return Rules((*_registered, *BUILT_IN))
+
+
+class Registration:
+    """A rule that is registered, until ``remove`` or the end of a ``with`` block.
+
+    Args:
+        rule: is asked before the others from now on.
+        operations: words for targets, as ``register_rule`` takes them.
+    """
+
+    def __init__(self, rule: Rule, operations: Mapping[Target, str]) -> None:
+        self._rule = rule
+        self._words = {target: add_operation(target, words) for target, words in operations.items()}
+        _registered.insert(0, rule)
+
+    def remove(self) -> None:
+        """Undo the registration; modules that were transformed with the rule keep their taps.
+
+        Nothing happens the second time.
+        """
+        if not any(rule is self._rule for rule in _registered):
+            return
+        _registered[:] = [rule for rule in _registered if rule is not self._rule]
+        for target, before in self._words.items():
+            remove_operation(target, before)
+
+    def __enter__(self) -> Registration:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.remove()
+
+
+def register_rule(
+    rule: Rule, operations: Mapping[Target, str] = MappingProxyType({})
+) -> Registration:
+    """Add a rule of one's own; it is asked before the others.
 
     Args:
         rule: an object with ``kind``, ``operations`` and ``match`` (see ``Rule``); ``match`` for a
@@ -39,24 +79,22 @@ def register_rule(rule: Rule, operations: Mapping[Any, str] = MappingProxyType({
         operations: targets that the vocabulary does not know (a function wrapped by
             ``torch.fx.wrap``, an operator, a method's name) and the operation that each stands for
             with the names of its arguments: ``{my_linear: "my_linear input weight"}``.
+
+    Returns:
+        What undoes it: ``.remove()``, or the end of a ``with`` block.
     """
-    for target, words in operations.items():
-        add_operation(target, words)
-    RULES.insert(0, rule)
-
-
-def rules_for(operation: str) -> Iterator[Rule]:
-    """The rules that look at an operation, in the order in which they are asked."""
-    return (rule for rule in RULES if operation in rule.operations)
+    return Registration(rule, operations)
 
 
 __all__ = [
-    "RULES",
+    "BUILT_IN",
     "Refusal",
+    "Registration",
     "Rule",
+    "Rules",
     "Site",
+    "default_rules",
     "dense_use",
     "generic_use",
     "register_rule",
-    "rules_for",
 ]

@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
 from kfac_fx.capture.dialect import Call
-from kfac_fx.ir.use import NodeRef, ParameterUse, Tap
+from kfac_fx.capture.layer_calls import Member, ModuleCall
+from kfac_fx.ir.use import NodeRef
+from kfac_fx.ops.bilinear import BilinearOptions
 from kfac_fx.passes.rules.base import (
     Answer,
     Refusal,
     Site,
-    kronecker_factors,
+    kronecker_use,
+    layer_kind,
     shift_use,
-    too_wide,
 )
 
+_WORDS = "bilinear input other weight bias"
 
+
+def _layer_call(layer: nn.Bilinear, member: Callable[[str], Member | None]) -> ModuleCall:
+    """Return what nn.Bilinear runs, which takes two inputs."""
+    held = {"weight": member("weight"), "bias": member("bias")}
+    return ModuleCall("bilinear", held, inputs=("input", "other"))
+
+
+@layer_kind(
+    {F.bilinear: _WORDS, torch.bilinear: _WORDS, torch.ops.aten.bilinear.default: _WORDS},
+    modules={nn.Bilinear: _layer_call},
+)
 class BilinearRule:
     """F.bilinear and nn.Bilinear; weight [out, in1, in2]."""
 
@@ -21,6 +41,7 @@ class BilinearRule:
     operations = frozenset({"bilinear"})
 
     def match(self, call: Call, site: Site) -> Answer:
+        """Return the use of the weight as a matrix [out, in1 * in2]."""
         weight, bias = site.parameter(call.get("weight")), site.parameter(call.get("bias"))
         if weight is None:
             return None if bias is None else shift_use(call, site, bias, (-1,))
@@ -30,25 +51,15 @@ class BilinearRule:
         if not all(site.view.depends_on_data(x) for x in inputs):
             return Refusal("bilinear: an input is no activation")
         outputs, first, second = weight.layout.shape
-        extra: list[ParameterUse] = []
-        if bias is not None and weight.name in site.alone:
-            extra, bias = [shift_use(call, site, bias, (-1,))], None
-        layouts = [weight.layout.reshape((outputs, first * second))]
-        factors = kronecker_factors(site, first * second, outputs, bias=bias is not None)
-        use = ParameterUse(
-            kind=self.kind,
-            node=call.node.name,
-            parameters=(weight.name,) if bias is None else (weight.name, bias.name),
-            layouts=tuple(layouts if bias is None else [*layouts, bias.layout]),
-            factors=factors,
-            approximation="kronecker",
-            tap=Tap(
-                "bilinear",
-                call.node.name,
-                tuple(NodeRef(x.name) for x in inputs),
-                (bias is not None, site.reduce),
-            ),
-            path=(*weight.path, call.operation),
-            reason=too_wide(site, factors),
+        return kronecker_use(
+            call,
+            site,
+            self.kind,
+            weight=weight,
+            matrix=weight.layout.reshape((outputs, first * second)),
+            bias=bias,
+            channels=(-1,),
+            operator="bilinear",
+            tensors=[NodeRef(x.name) for x in inputs],
+            options=lambda biased: BilinearOptions(biased, site.reduce),
         )
-        return [use, *extra]

@@ -1,29 +1,43 @@
-"""Embeddings: A holds token frequencies as a vector, G is over the embedding's dimensions."""
+"""Embeddings and bags of them: A is over the tokens, G over the embedding's dimensions."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from torch import fx
 
 from kfac_fx.capture.dialect import Call
 from kfac_fx.capture.graph_view import GraphView
+from kfac_fx.config import MAX_FULL_DIM
 from kfac_fx.ir.use import FactorSpec, NodeRef, ParameterUse, Tap
+from kfac_fx.ops.embedding import NO_PADDING, EmbeddingOptions
+from kfac_fx.ops.embedding_bag import EmbeddingBagOptions
 from kfac_fx.passes.rules.base import (
     ONE_CASE,
     Answer,
+    GraphValue,
     Refusal,
     Site,
     broadcast_with,
     expanded_over_cases,
     gradient_side,
     joined,
+    layer_kind,
+    node_ref,
+    too_wide,
 )
 
-NO_PADDING = -(2**31)
+BAG_MODES = ("sum", "mean", "max")
+"""The modes of a bag, in the order of the numbers that ATen's operator has for them."""
+
+BAG_TENSORS = ("input", "offsets", "per_sample_weights")
+
+TOKENS_UNCORRELATED = (
+    f"tokens of one bag count as uncorrelated: A is a vector above {MAX_FULL_DIM} rows"
+)
 
 
+@layer_kind()
 class EmbeddingRule:
     """F.embedding, nn.Embedding and table[ids] with dense gradients.
 
@@ -35,13 +49,14 @@ class EmbeddingRule:
     operations = frozenset({"embedding", "index", "getitem"})
 
     def match(self, call: Call, site: Site) -> Answer:
+        """Return the use of a table [rows, width] as a matrix [width, rows] with diagonal A."""
         table = call.get("input" if call.operation == "getitem" else "weight")
         weight = site.parameter(table)
         if weight is None or site.view.reference(call.node) is not None:
             return None  # none, or a piece of it by a constant index
         if len(weight.layout.shape) != 2:
             return Refusal(f"embedding: the table is seen as {weight.layout.shape}")
-        if (reason := changed(call)) is not None:
+        if (reason := _changed(call)) is not None:
             return Refusal(f"embedding: {reason}")
         ids = _ids(call)
         if not isinstance(ids, fx.Node):
@@ -62,7 +77,8 @@ class EmbeddingRule:
             padding = NO_PADDING  # ATen says -1 where there is none
         elif padding < 0:
             padding += rows
-        tap = Tap("embedding", tapped.name, (NodeRef(ids.name), like), (padding,), consumer)
+        options = EmbeddingOptions(padding).to_args()
+        tap = Tap("embedding", tapped.name, (NodeRef(ids.name), like), options, consumer)
         use = ParameterUse(
             kind=self.kind,
             node=call.node.name,
@@ -80,14 +96,14 @@ class EmbeddingRule:
 
 
 def as_table(use: ParameterUse) -> ParameterUse:
-    """The use of an embedding, recorded at its call: all cases are one."""
+    """Return the use of an embedding, recorded at its call: all cases are one."""
     assert use.tap is not None
     tap = Tap("table_embedding", use.node, use.tap.tensors[:1], use.tap.options)
     return replace(use, tap=tap, reason=joined(use.reason, ONE_CASE))
 
 
-def changed(call: Call) -> str | None:
-    """Which option makes the gradient another than that of a dense use, if one does."""
+def _changed(call: Call) -> str | None:
+    """Return which option makes the gradient another than that of a dense use, if one does."""
     for name in ("scale_grad_by_freq", "sparse"):
         if call.get(name):
             return f"{name}=True changes the gradient"
@@ -95,7 +111,7 @@ def changed(call: Call) -> str | None:
 
 
 def _last_cast(view: GraphView, node: fx.Node) -> fx.Node:
-    """The node behind casts that are each the only use of what they cast."""
+    """Return the last of casts that are each the only use of what they cast."""
     while len(node.users) == 1:
         user = next(iter(node.users))
         call = view.call(user)
@@ -105,10 +121,77 @@ def _last_cast(view: GraphView, node: fx.Node) -> fx.Node:
     return node
 
 
-def _ids(call: Call) -> Any:
+def _ids(call: Call) -> GraphValue:
+    """Return what the table is indexed by; None where it is more than one index."""
     if call.operation == "getitem":
         return call.get("index")
     if call.operation == "index":
         indices = call.get("indices")
         return indices[0] if len(indices) == 1 else None
     return call.get("input")
+
+
+@layer_kind()
+class EmbeddingBagRule:
+    """F.embedding_bag and nn.EmbeddingBag that sum or average; every bag is a case.
+
+    The tokens of one bag are correlated, so A is a matrix where the table is small enough.
+    """
+
+    kind = "embedding"
+    operations = frozenset({"embedding_bag", "embedding_bag_tuple"})
+
+    def match(self, call: Call, site: Site) -> Answer:
+        """Return the use of a table [rows, width] as a matrix [width, rows]."""
+        weight = site.parameter(call.get("weight"))
+        if weight is None:
+            return None
+        reason = _changed(call) or _unfit(call, site, weight.layout.shape)
+        tapped = _result(call)
+        if reason is not None or tapped is None:
+            return Refusal(f"embedding_bag: {reason or 'its result is not read once'}")
+        rows, width = weight.layout.shape
+        padding = call.get("padding_idx")
+        padding = NO_PADDING if padding is None else padding % rows
+        tensors = tuple(node_ref(call.get(name)) for name in BAG_TENSORS)
+        options = EmbeddingBagOptions(_mode(call) == "mean", padding)
+        matrix = rows <= min(MAX_FULL_DIM, site.max_factor_dim)
+        A = FactorSpec("A", (rows, rows) if matrix else (rows,), "input", diagonal=not matrix)
+        G = gradient_side(site, width)
+        return ParameterUse(
+            kind=self.kind,
+            node=call.node.name,
+            parameters=(weight.name,),
+            layouts=(weight.layout.transpose(0, 1),),
+            factors=(A, G),
+            approximation="kronecker",
+            tap=Tap("embedding_bag", tapped.name, tensors, options.to_args()),
+            path=(*weight.path, call.operation),
+            reason=joined(None if matrix else TOKENS_UNCORRELATED, too_wide(site, (G,))),
+        )
+
+
+def _mode(call: Call) -> object:
+    """Return the name of a bag's mode."""
+    mode = call.get("mode", "sum" if call.operation == "embedding_bag_tuple" else "mean")
+    return BAG_MODES[mode] if isinstance(mode, int) and mode in range(3) else mode
+
+
+def _unfit(call: Call, site: Site, shape: tuple[int, ...]) -> str | None:
+    """Return why the call is no dense use of the table, if it is not."""
+    if _mode(call) not in ("sum", "mean"):
+        return f"mode={_mode(call)!r} reads another row in every dimension"
+    if len(shape) != 2:
+        return f"the table is seen as {shape}"
+    if not isinstance(call.get("input"), fx.Node):
+        return "its ids are no tensor of the graph"
+    given = (call.get(name) for name in BAG_TENSORS)
+    return None if any(map(site.view.is_per_case, given)) else "its bags are the same for all cases"
+
+
+def _result(call: Call) -> fx.Node | None:
+    """Return the node of the embedded bags: ATen's operator returns three other tensors too."""
+    if call.operation == "embedding_bag":
+        return call.node
+    first = [user for user in call.node.users if user.args[1:] == (0,)]
+    return first[0] if len(first) == 1 else None

@@ -15,6 +15,7 @@ from kfac_fx.capture.graph_view import Consumer, GraphView
 from kfac_fx.capture.parameter_paths import ancestors
 from kfac_fx.ir.layout import Layout
 from kfac_fx.ir.use import FactorSpec, NodeRef, ParameterUse, Tap
+from kfac_fx.ops.cases import RowOptions
 from kfac_fx.passes.rules.base import (
     BROADCASTING,
     Site,
@@ -220,7 +221,7 @@ def _row_use(
 
 def as_rows(tap: Tap, one_case: bool = False) -> Tap:
     """A tap for the rows of the same gradients."""
-    return replace(tap, operator="case_rows", options=(one_case,))
+    return replace(tap, operator="case_rows", options=RowOptions(one_case).to_args())
 
 
 def _refused(view: GraphView, consumers: list[Consumer], refusals: Mapping[str, str]) -> bool:

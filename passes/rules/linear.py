@@ -1,36 +1,42 @@
-"""Dense uses: linear, matmul, addmm and einsum with a parameter."""
+"""Dense uses: linear, matmul, addmm and einsum with a parameter; projections of attention."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from math import prod
-from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
 from kfac_fx.capture.dialect import Call
+from kfac_fx.capture.graph_view import GraphView
 from kfac_fx.capture.parameter_paths import Reference
 from kfac_fx.ir.layout import Layout
 from kfac_fx.ir.use import NodeRef, ParameterUse, Tap
-from kfac_fx.passes.rules.attention import attention_uses
+from kfac_fx.ops.kronecker import LinearOptions
+from kfac_fx.ops.linear import ProjectionOptions
 from kfac_fx.passes.rules.base import (
-    ONE_CASE,
     Answer,
+    GraphValue,
     Refusal,
     Site,
-    joined,
     kronecker_factors,
+    kronecker_use,
+    layer_kind,
     shift_use,
     too_wide,
 )
-from kfac_fx.passes.rules.derived import apart, through_derivation, weight_of
 
 ELLIPSIS = "\N{HORIZONTAL ELLIPSIS}"
+
+PROJECTIONS = frozenset({"in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"})
+"""Parameters of nn.MultiheadAttention whose rows make queries, keys and values."""
 
 
 def dense_use(
     call: Call,
     site: Site,
-    x: Any,
+    x: GraphValue,
     weight: Reference,
     matrix: Layout,
     dims: tuple[tuple[int, ...], tuple[int, ...]],
@@ -38,50 +44,42 @@ def dense_use(
     bias: Reference | None = None,
     group_dims: tuple[tuple[int, ...], tuple[int, ...]] = ((), ()),
 ) -> Answer:
-    """Kronecker uses of a matrix, layout [out, in] or [groups, out, in], and of its bias.
+    """Return the Kronecker uses of a matrix and of its bias, for a call that is dense in both.
 
     Args:
-        dims: the feature dimensions of x and y.
-        group_dims: the dimensions of x and y that count the groups.
+        call: what multiplies by the weight.
+        site: the graph around it.
+        x: what the weight multiplies; anything but a node of the graph is refused.
+        weight: the parameter, or the one that the weight is computed from.
+        matrix: from its shape to [out, in], or [groups, out, in].
+        dims: the feature dimensions of x and of the result.
+        bias: what is added to the result's features.
+        group_dims: the dimensions of x and of the result that count the groups.
     """
     if not isinstance(x, fx.Node):
         return Refusal(f"{call.operation}: the other operand is no tensor of the graph")
-    table = not site.view.is_per_case(x)
-    *lead, outputs, inputs = matrix.shape
-    extra: list[ParameterUse] = []
-    if bias is not None and (apart(weight, site) or prod(bias.layout.shape) != outputs):
-        extra, bias = [shift_use(call, site, bias, dims[1])], None
-    parameters, layouts = [weight.name], [matrix]
-    if bias is not None:
-        parameters.append(bias.name)
-        layouts.append(bias.layout.reshape((outputs,)))
-    factors = kronecker_factors(
+    x_dims, y_dims = dims
+    x_groups, y_groups = group_dims
+    one_case = not site.view.is_per_case(x)
+    return kronecker_use(
+        call,
         site,
-        inputs,
-        outputs,
-        bias=bias is not None,
-        lead=tuple(lead),
-        cuttable=True,
-    )
-    use = ParameterUse(
-        kind="linear",
-        node=call.node.name,
-        parameters=tuple(parameters),
-        layouts=tuple(layouts),
-        factors=factors,
-        approximation="kronecker",
-        tap=Tap(
-            "table" if table else "linear",
-            call.node.name,
-            (NodeRef(x.name),),
-            (*dims, *group_dims, bias is not None, site.reduce),
+        LinearRule.kind,
+        weight=weight,
+        matrix=matrix,
+        bias=bias,
+        channels=y_dims,
+        operator="table" if one_case else "linear",
+        tensors=(NodeRef(x.name),),
+        options=lambda biased: LinearOptions(
+            x_dims, y_dims, x_groups, y_groups, biased, site.reduce
         ),
-        path=(*weight.path, call.operation),
-        reason=joined(too_wide(site, factors), ONE_CASE if table else None),
+        cuttable=True,
+        one_case=one_case,
     )
-    return [through_derivation(use, weight), *extra]
 
 
+@layer_kind()
 class LinearRule:
     """F.linear and nn.Linear; x @ W, W @ x, addmm(b, x, W); bmm and einsum, also with groups."""
 
@@ -89,6 +87,7 @@ class LinearRule:
     operations = frozenset({"linear", "matmul", "addmm", "baddbmm", "einsum"})
 
     def match(self, call: Call, site: Site) -> Answer:
+        """Return the dense use of the one operand that is a parameter."""
         if call.operation == "linear":
             return self._linear(call, site)
         if call.operation == "matmul":
@@ -98,7 +97,7 @@ class LinearRule:
         return self._addmm(call, site)
 
     def _linear(self, call: Call, site: Site) -> Answer:
-        x, weight = call.get("input"), weight_of(call.get("weight"), site)
+        x, weight = call.get("input"), site.weight(call.get("weight"))
         bias = site.parameter(call.get("bias"))
         if weight is None:
             return None if bias is None else shift_use(call, site, bias, (-1,))
@@ -107,14 +106,14 @@ class LinearRule:
         answer = dense_use(call, site, x, weight, weight.layout, ((-1,), (-1,)), bias=bias)
         if not isinstance(answer, list):
             return answer
-        return [*attention_uses(site, answer[0]), *answer[1:]]
+        return [*_by_projection(site, answer[0]), *answer[1:]]
 
     def _matmul(
-        self, call: Call, site: Site, left: Any, right: Any, bias: Reference | None
+        self, call: Call, site: Site, left: GraphValue, right: GraphValue, bias: Reference | None
     ) -> Answer:
-        weight, x, side = weight_of(right, site), left, -1
+        weight, x, side = site.weight(right), left, -1
         if weight is None:
-            weight, x, side = weight_of(left, site), right, -2
+            weight, x, side = site.weight(left), right, -2
         if weight is None:
             return None
         axes = len(weight.layout.shape)
@@ -132,17 +131,17 @@ class LinearRule:
     def _addmm(self, call: Call, site: Site) -> Answer:
         bias = site.parameter(call.get("bias"))
         left, right = call.get("input"), call.get("other")
-        if weight_of(left, site) is None and weight_of(right, site) is None:
+        if site.weight(left) is None and site.weight(right) is None:
             return None if bias is None else shift_use(call, site, bias, (-1,))
         if call.get("alpha", 1) != 1 or (bias is not None and call.get("beta", 1) != 1):
             return Refusal(f"{call.operation}: alpha and beta other than 1")
-        if weight_of(right, site) is None or call.operation == "baddbmm":
-            bias = None  # no bias of the output's features: it goes its own way
+        if site.weight(right) is None or call.operation == "baddbmm":
+            bias = None  # not one number an output feature: the generic rule takes it
         return self._matmul(call, site, left, right, bias)
 
     def _einsum(self, call: Call, site: Site) -> Answer:
         operands = call.get("operands")
-        weights = [weight_of(operand, site) for operand in operands]
+        weights = [site.weight(operand) for operand in operands]
         held = [weight for weight in weights if weight is not None]
         if not held:
             return None
@@ -176,15 +175,71 @@ class LinearRule:
         return dense_use(call, site, operands[1 - at], weight, matrix, dims, group_dims=group_dims)
 
 
+def _by_projection(site: Site, use: ParameterUse | Refusal) -> Sequence[ParameterUse | Refusal]:
+    """Return a dense use as one use for each projection of attention that it packs.
+
+    nn.MultiheadAttention defines both: rows [i d, (i + 1) d) of ``in_proj_weight`` make q, k and v,
+    and every projection sees [length, cases, features], whatever ``batch_first`` says. Other packed
+    projections are cut in the graph in the same way as gates and gated units are, so what their
+    pieces mean is not known: they stay one block, whose G also holds how the pieces go together.
+    """
+    if isinstance(use, Refusal):
+        return [use]
+    width = _width(site.view, use.parameters[0])
+    start = _first_row(use.layouts[0])
+    tap = use.tap
+    if width is None or start is None or tap is None or tap.scale or tap.operator != "linear":
+        return [use]
+    outputs, inputs = use.layouts[0].shape
+    if start % width or outputs % width:
+        return [use]
+    bias = len(use.parameters) == 2
+    factors = kronecker_factors(site, inputs, width, bias=bias, cuttable=True)
+    found = []
+    for row in range(0, outputs, width):
+        options = ProjectionOptions(row, width, bias, site.reduce)
+        found.append(
+            replace(
+                use,
+                layouts=tuple(layout.narrow(0, row, width) for layout in use.layouts),
+                factors=factors,
+                tap=Tap("projection", tap.node, tap.tensors, options.to_args()),
+                reason=too_wide(site, factors),
+            )
+        )
+    return found
+
+
+def _width(view: GraphView, name: str) -> int | None:
+    """Return the number of rows of one projection, if the parameter belongs to attention."""
+    path, _, leaf = name.rpartition(".")
+    try:
+        owner = view.module.get_submodule(path)
+    except AttributeError:
+        return None
+    if not isinstance(owner, nn.MultiheadAttention) or leaf not in PROJECTIONS:
+        return None
+    return int(owner.embed_dim)
+
+
+def _first_row(layout: Layout) -> int | None:
+    """Return where the rows that are seen begin; None where the matrix is seen in another way."""
+    if not layout.steps:
+        return 0
+    step = layout.steps[0]
+    rows = len(layout.steps) == 1 and step.view == "narrow" and step.argument[0] == 0
+    return step.argument[1] if rows else None
+
+
 def _dims(term: str, letters: list[str]) -> tuple[int, ...]:
-    """Where the letters stand; behind an ellipsis they are counted from the end."""
+    """Return where the letters stand; after an ellipsis they are counted from the end."""
     gap = term.find(ELLIPSIS) if ELLIPSIS in term else len(term)
     places = [term.index(c) for c in letters]
     return tuple(place if place < gap else place - len(term) for place in places)
 
 
-def _einsum_terms(equation: Any) -> tuple[str, str, str] | None:
-    """The letters of both operands and of the result, or None where they are not plain."""
+def _einsum_terms(equation: GraphValue) -> tuple[str, str, str] | None:
+    """Return the letters of both operands and of the result; None where one is repeated."""
     if not isinstance(equation, str):
         return None
     equation = equation.replace(" ", "").replace("...", ELLIPSIS)

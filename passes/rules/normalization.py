@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import cast
 
 from kfac_fx.capture.dialect import Call
-from kfac_fx.ir.use import ParameterUse, Tap
+from kfac_fx.ir.use import Argument, ParameterUse, Tap
+from kfac_fx.ops.options import Flag
+from kfac_fx.ops.scale_shift import Family, ScaleShiftOptions
 from kfac_fx.passes.rules.base import (
     ROWS_AS_CASES,
     Answer,
@@ -13,6 +15,7 @@ from kfac_fx.passes.rules.base import (
     Site,
     covariance_factor,
     joined,
+    layer_kind,
     node_ref,
     plain,
     shift_use,
@@ -20,6 +23,7 @@ from kfac_fx.passes.rules.base import (
 )
 
 
+@layer_kind()
 class NormalizationRule:
     """Batch, layer, group, instance and RMS normalisation."""
 
@@ -27,6 +31,7 @@ class NormalizationRule:
     operations = frozenset({"batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm"})
 
     def match(self, call: Call, site: Site) -> Answer:
+        """Return the use of scale and shift, or of whichever there is."""
         weight, bias = site.parameter(call.get("weight")), site.parameter(call.get("bias"))
         held = [p for p in (weight, bias) if p is not None]
         if not held:
@@ -57,7 +62,7 @@ class NormalizationRule:
                 "scale_shift",
                 call.node.name,
                 self._tensors(call),
-                self._options(call, shape, channels, shift=bias is not None),
+                self._options(call, shape, channels, shift=bias is not None).to_args(),
             ),
             path=(*held[0].path, call.operation),
             # 2x2 blocks are what a large layer gets by design, a diagonal is not.
@@ -69,6 +74,7 @@ class NormalizationRule:
 
     @staticmethod
     def _shape(call: Call) -> tuple[int, ...] | None:
+        """Return the normalised shape, or (groups,); None where it is computed."""
         shape = call.get("normalized_shape", call.get("num_groups", ()))
         shape = (shape,) if isinstance(shape, int) else shape
         if not isinstance(shape, (list, tuple)) or not all(isinstance(s, int) for s in shape):
@@ -76,18 +82,19 @@ class NormalizationRule:
         return tuple(shape)
 
     @staticmethod
-    def _tensors(call: Call) -> tuple[Any, ...]:
-        names = ("input", "running_mean", "running_var")
-        return tuple(node_ref(call.get(name)) for name in names)
+    def _tensors(call: Call) -> tuple[Argument, ...]:
+        """Return what the tap saves to form the normalised input again."""
+        return tuple(node_ref(call.get(name)) for name in ("input", "running_mean", "running_var"))
 
     @staticmethod
     def _options(
         call: Call, shape: tuple[int, ...], channels: tuple[int, ...], *, shift: bool
-    ) -> tuple[Any, ...]:
-        family = call.operation.removesuffix("_norm")
+    ) -> ScaleShiftOptions:
+        """Return the tap's options; eps of RMSNorm may be left to the input's precision."""
+        family = cast(Family, call.operation.removesuffix("_norm"))
         # instance_norm looks at its input unless told otherwise, batch_norm does not.
-        training = node_ref(call.get("training", family == "instance"))
+        training = cast(Flag, node_ref(call.get("training", family == "instance")))
         eps = call.get("eps")
         if eps is None:
             eps = -1.0 if family == "rms" else 1e-5
-        return family, shape, channels, training, float(eps), True, shift
+        return ScaleShiftOptions(family, shape, channels, training, float(eps), shift)

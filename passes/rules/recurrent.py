@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+from dataclasses import fields, replace
 
 from kfac_fx.capture.dialect import Call
 from kfac_fx.capture.parameter_paths import Reference
-from kfac_fx.ir.use import ParameterUse, Tap
-from kfac_fx.ops.recurrent import CELLS, SLOTS, STEPS
+from kfac_fx.ir.use import Argument, ParameterUse, Tap
+from kfac_fx.ops.recurrent import CELLS, SLOTS, STEPS, LayerOptions, RecurrentOptions
 from kfac_fx.passes.rules.base import (
     Answer,
+    GraphValue,
     Refusal,
     Site,
     kronecker_factors,
+    layer_kind,
     node_ref,
     plain,
     shift_use,
     too_wide,
 )
 
-_OPTIONS = ("has_biases", "num_layers", "dropout", "train", "bidirectional", "batch_first")
 _WEIGHTS = ("w_ih", "w_hh", "b_ih", "b_hh")
 
 
+@layer_kind()
 class RecurrentRule:
     """nn.LSTM, nn.GRU, nn.RNN and their cells; the taps need an operator in the node's place.
 
@@ -35,6 +36,7 @@ class RecurrentRule:
     operations = frozenset(STEPS) | frozenset(CELLS) | {"packed_recurrent"}
 
     def match(self, call: Call, site: Site) -> Answer:
+        """Return the uses at every product of the layers; all share one tap, in their slots."""
         cell = call.operation in CELLS
         params = [call.get(name) for name in _WEIGHTS] if cell else list(call.get("params"))
         held = [site.parameter(value) for value in params]
@@ -64,7 +66,7 @@ class RecurrentRule:
         bias: Reference | None,
         tap: Tap,
     ) -> list[ParameterUse]:
-        """The uses at one product: the weight with its bias, or either one alone."""
+        """Return the uses at one product: the weight with its bias, or either one alone."""
         uses: list[ParameterUse] = []
         if bias is not None and (weight is None or weight.name in site.alone):
             shift = shift_use(call, site, bias, (-1,))
@@ -89,7 +91,7 @@ class RecurrentRule:
 
 
 def _unfit(call: Call, site: Site, params: int) -> str | None:
-    """Why the call as a whole cannot be recorded, if it cannot."""
+    """Return why the call as a whole cannot be recorded, if it cannot."""
     if call.operation == "packed_recurrent":
         return "a PackedSequence mixes the steps of its cases"
     if not site.view.depends_on_data(call.get("input")):
@@ -102,10 +104,13 @@ def _unfit(call: Call, site: Site, params: int) -> str | None:
     return None
 
 
-def _tap(call: Call, site: Site, params: list[Any], slots: int) -> Tap:
-    tensors: tuple[Any, ...] = (node_ref(call.get("input")), node_ref(call.get("hx")))
+def _tap(call: Call, site: Site, params: list[GraphValue], slots: int) -> Tap:
+    """Return the tap of all products of a call; the layer's own options may name flags."""
+    tensors: tuple[Argument, ...] = (node_ref(call.get("input")), node_ref(call.get("hx")))
     if call.operation in CELLS:
-        tensors += node_ref(params)
+        tensors += tuple(node_ref(value) for value in params)
     else:
-        tensors += (node_ref(params), *(node_ref(call.get(name)) for name in _OPTIONS))
-    return Tap(call.operation, call.node.name, tensors, (site.reduce,), slots=slots)
+        names = [option.name for option in fields(LayerOptions)]
+        tensors += (node_ref(params), *(node_ref(call.get(name)) for name in names))
+    options = RecurrentOptions(site.reduce).to_args()
+    return Tap(call.operation, call.node.name, tensors, options, slots=slots)

@@ -144,6 +144,7 @@ def test_functional_dropout_is_off_in_eval(name: str) -> None:
 @both_recordings
 @every_network
 def test_deepcopy(network: Network, recording: bool) -> None:
+    """A copy has parameters and taps of its own, and computes the same."""
     _, net = pair(network)
     arm(net, recording)
     twin = copy.deepcopy(net)

@@ -64,6 +64,7 @@ def test_inspect_prints_the_table(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_inspect_json(capsys: pytest.CaptureFixture[str]) -> None:
+    """Blocks, coverage and couplings of a model that a factory makes from --kwargs."""
     command = ["inspect", "test_cli:Configured", "--kwargs", '{"layers": 3}', "--json"]
     command += ["--input", "ids=int64[N,T=7]", "--input", "mask=float32[N,T]"]
     assert main(command) == 0
@@ -109,6 +110,7 @@ def test_draw_writes_files(
 
 
 def test_excluded_parameters(capsys: pytest.CaptureFixture[str]) -> None:
+    """What --exclude left out is printed by name."""
     command = ["inspect", "test_cli:Configured", "--input", "int64[N,7]"]
     assert main([*command, "--input", "float32[N,7]", "--exclude", "layers.*"]) == 0
     assert "excluded: layers.0.weight, layers.0.bias" in capsys.readouterr().out
@@ -144,6 +146,7 @@ def test_excluded_parameters(capsys: pytest.CaptureFixture[str]) -> None:
 def test_wrong_arguments(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """One line on standard error that says what is wrong, and exit code 2."""
     assert main(arguments) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -168,7 +171,7 @@ def test_inputs_that_do_not_fit_the_model(capsys: pytest.CaptureFixture[str]) ->
 
 def test_quiet_is_quiet(capfd: pytest.CaptureFixture[str]) -> None:
     # torch.export gives up on this model, and says much while it does.
-    assert main(["inspect", "hard_models:DataBranch", "--input", "float32[N,4]", "-q"]) == 0
+    assert main(["inspect", "support.hard_models:DataBranch", "--input", "float32[N,4]", "-q"]) == 0
     out, err = capfd.readouterr()
     assert out.startswith("block") and err == ""
 
@@ -176,6 +179,7 @@ def test_quiet_is_quiet(capfd: pytest.CaptureFixture[str]) -> None:
 def test_missing_extra(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A drawing without pydot names the extra to install, and writes nothing."""
     monkeypatch.setitem(sys.modules, "pydot", None)
     assert main(["draw", *LINEAR, "-o", str(tmp_path / "x.dot")]) == 1
     assert "pip install kfac_fx[viz]" in capsys.readouterr().err

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from support.steps import one_step
 from torch import Tensor, nn
 
 import kfac_fx
@@ -49,10 +50,8 @@ def recorded(depth: int, **options: object) -> kfac_fx.Preconditioner:
         damping=1e-2,
         **options,  # type: ignore[arg-type]
     )
-    outputs = net(torch.randn(5, 2, 4, 4, dtype=torch.float64))
-    pre.observe(outputs)
-    outputs.square().mean().backward()
-    pre.step()
+    x = torch.randn(5, 2, 4, 4, dtype=torch.float64)
+    one_step(pre, net, x, lambda outputs: outputs.square().mean())
     return pre
 
 
@@ -118,6 +117,7 @@ def test_depth_adds_no_calls() -> None:
 
 
 def test_compiling_batches() -> None:
+    """Only a compiled program stacks blocks of equal shapes; both give the same updates."""
     pre = recorded(2, compile="eager")
     plain = recorded(2)
     assert "stack" in pre.program.apply_module.code
@@ -170,6 +170,7 @@ def test_stacks_of_a_refresh_take_no_memory() -> None:
 
 
 def test_joined() -> None:
+    """Slices of one tensor are joined without a copy, everything else is stacked."""
     whole = torch.randn(4, 2, 3)
     pieces = list(whole.unbind())
     assert joined(pieces).data_ptr() == whole.data_ptr() and torch.equal(joined(pieces), whole)

@@ -133,6 +133,7 @@ def test_off_is_the_plain_model(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["mlp", pytest.param("conv2d", marks=pytest.mark.slow)])
 def test_inductor(name: str) -> None:
+    """Outputs, gradients and statistics under inductor, recording or not."""
     network = BY_NAME[name]
     net = kfac_fx.transform(network.build())
     compiled = torch.compile(net, fullgraph=True)

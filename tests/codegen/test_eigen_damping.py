@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 
 import pytest
 import torch
 from support import oracles
+from support.asserts import assert_near
 from support.dense_updates import MODELS, Gradients
 from support.networks import Conv1D
 from support.oracles import Categorical, Measure, Normal
@@ -17,12 +19,9 @@ from torch import Tensor, nn
 import kfac_fx
 from kfac_fx.errors import StatisticsError, UnknownOptionError
 
+assert_close = functools.partial(assert_near, rtol=1e-9)
 pytestmark = pytest.mark.usefixtures("float64")
 DAMPINGS = [1e-6, 1e-2, 10.0]
-
-
-def assert_equal(got: Tensor, want: Tensor) -> None:
-    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9 * want.abs().max().item())
 
 
 def solve(A: Tensor, G: Tensor, V: Tensor, damping: float) -> Tensor:
@@ -66,7 +65,7 @@ def test_against_dense_inverse(measure: Measure, kind: str, damping: float) -> N
         options = getattr(layer, "groups", 1), isinstance(layer, Conv1D)
         want = expected(given, name, found.factors[name], damping, *options)
         for key, value in want.items():
-            assert_equal(updates[key], value)
+            assert_close(updates[key], value)
 
 
 @pytest.mark.parametrize("damping", DAMPINGS)
@@ -84,13 +83,14 @@ def test_other_blocks_do_not_change(measure: Measure, damping: float) -> None:
             if approximation != "kronecker":
                 want = solve_block(given, name, found.factors[name], damping)
                 for key, value in want.items():
-                    assert_equal(updates[key], value)
+                    assert_close(updates[key], value)
 
 
 @pytest.mark.parametrize("damping", DAMPINGS)
 @pytest.mark.parametrize("limit", LIMITS)
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 def test_cut_sides(measure: Measure, limit: int, bias: bool, damping: float) -> None:
+    """Sides in sub-blocks: the blocks that are left out count as zero."""
     net = kfac_fx.transform(
         head(bias), max_factor_dim=limit, large_factors="blocks", structure="block_diagonal"
     )
@@ -103,7 +103,7 @@ def test_cut_sides(measure: Measure, limit: int, bias: bool, damping: float) -> 
     given = dict(zip(names, (V[:, :6], V[:, -1]), strict=False))
     U = found.preconditioner.apply(given)
     got = torch.cat([U["2.weight"], *(U[n][:, None] for n in names[1:])], 1)
-    assert_equal(got, solve(A, G, V, damping))
+    assert_close(got, solve(A, G, V, damping))
 
 
 @pytest.mark.parametrize("limit", [5, 6, 8])
@@ -115,19 +115,20 @@ def test_diagonal_sides(measure: Measure, limit: int) -> None:
     assert [f.dim() for f in (A, G)] == [1 + (limit > 7), 1]
     V = torch.randn(9, 7)
     U = found.preconditioner.apply({"2.weight": V[:, :6], "2.bias": V[:, 6]})
-    assert_equal(torch.cat([U["2.weight"], U["2.bias"][:, None]], 1), solve(A, G, V, 1e-2))
+    assert_close(torch.cat([U["2.weight"], U["2.bias"][:, None]], 1), solve(A, G, V, 1e-2))
     names = found.preconditioner.program.inverse_names
     assert ("A_basis_2" in names, "G_basis_2" in names) == (limit > 7, False)
 
 
 def test_embedding(measure: Measure) -> None:
+    """A diagonal A with words that never came: damping alone is inverted there."""
     model = nn.Sequential(nn.Embedding(7, 3), nn.Flatten(), nn.Linear(12, 2))
     net = kfac_fx.transform(model, structure="block_diagonal")
     found = measure(net, torch.randint(6, (5, 4)), None, Categorical(), tikhonov="exact")
     A, G = found.factors["0"]
     V = torch.randn(7, 3)
     assert A.dim() == 1 and A.min() == 0
-    assert_equal(found.preconditioner.apply({"0.weight": V})["0.weight"].T, solve(A, G, V.T, 1e-2))
+    assert_close(found.preconditioner.apply({"0.weight": V})["0.weight"].T, solve(A, G, V.T, 1e-2))
 
 
 def test_dead_units_leave_lambda(measure: Measure) -> None:
@@ -136,7 +137,7 @@ def test_dead_units_leave_lambda(measure: Measure) -> None:
     net = kfac_fx.transform(model, structure="block_diagonal")
     found = measure(net, torch.zeros(6, 4), None, Normal(), damping=0.04, tikhonov="exact")
     V = torch.randn(5, 4)
-    assert_equal(found.preconditioner.apply({"0.weight": V})["0.weight"], V / 0.04)
+    assert_close(found.preconditioner.apply({"0.weight": V})["0.weight"], V / 0.04)
 
 
 def test_sums_stay_factored_and_say_so(caplog: pytest.LogCaptureFixture) -> None:
@@ -171,7 +172,7 @@ def test_couplings_are_refused(measure: Measure) -> None:
     A, G = (found := measure(net, x, None, Normal(), **options)).factors["2"]
     V = torch.randn(9, 7)
     U = found.preconditioner.apply({"2.weight": V[:, :6], "2.bias": V[:, 6]})
-    assert_equal(torch.cat([U["2.weight"], U["2.bias"][:, None]], 1), solve(A, G, V, 1e-2))
+    assert_close(torch.cat([U["2.weight"], U["2.bias"][:, None]], 1), solve(A, G, V, 1e-2))
 
 
 def test_program_reads_and_compiles(measure: Measure) -> None:
@@ -191,8 +192,8 @@ def test_program_reads_and_compiles(measure: Measure) -> None:
     again = refresh(torch.tensor(1e-2), *factors)
     apply = torch.compile(program.apply_module, backend="eager", fullgraph=True)
     for name, value in want.items():
-        assert_equal(names["apply"](*given, *gradients)[name], value)
-        assert_equal(apply(*(again[n] for n in program.inverse_names), *gradients)[name], value)
+        assert_close(names["apply"](*given, *gradients)[name], value)
+        assert_close(apply(*(again[n] for n in program.inverse_names), *gradients)[name], value)
 
 
 def test_text_of_a_sum_is_complete() -> None:
@@ -211,7 +212,7 @@ def test_text_of_a_sum_is_complete() -> None:
     given = [inverses[name] for name in pre.program.inverse_names]
     want = pre.apply(gradients)
     for name, value in names["apply"](*given, *gradients.values()).items():
-        assert_equal(value, want[name])
+        assert_close(value, want[name])
 
 
 def test_inverses_of_another_form_are_not_restored(measure: Measure) -> None:
@@ -225,7 +226,7 @@ def test_inverses_of_another_form_are_not_restored(measure: Measure) -> None:
         pre.apply({"2.weight": V[:, :6]})
     pre.refresh()
     U = pre.apply({"2.weight": V[:, :6], "2.bias": V[:, 6]})["2.weight"]
-    assert_equal(U, solve(*old.factors["2"], V, 1e-2)[:, :6])
+    assert_close(U, solve(*old.factors["2"], V, 1e-2)[:, :6])
     again = kfac_fx.Preconditioner(net, "normal", tikhonov="exact")
     again.load_state_dict(pre.state_dict())
     given = {"2.weight": V[:, :6]}

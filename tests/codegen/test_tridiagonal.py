@@ -49,6 +49,7 @@ def assert_dense(pre: object) -> Tensor:
 
 @pytest.mark.parametrize("depth", range(3, 9))
 def test_chain(depth: int, measure: Measure) -> None:
+    """Each layer is coupled with the next."""
     pre = recorded(chain(depth), measure)
     layers = list(pre.curvature.blocks)
     assert pre.curvature.parent == dict(itertools.pairwise(layers))
@@ -58,6 +59,7 @@ def test_chain(depth: int, measure: Measure) -> None:
 @pytest.mark.parametrize("build", [Residual, Branches])
 @pytest.mark.parametrize("couplings", ["topology", "data"])
 def test_forest(build: type[nn.Module], couplings: str, measure: Measure) -> None:
+    """Forks and joins: one parent for every layer but the last."""
     pre = recorded(build(), measure, couplings=couplings)
     assert len(pre.couplings) == len(pre.curvature.blocks) - 1
     assert_dense(pre)
@@ -185,6 +187,7 @@ def test_near_singular_conditional_is_clamped(measure: Measure) -> None:
 
 
 def test_state_survives(measure: Measure) -> None:
+    """Another preconditioner with the state has the same forest and the same updates, bitwise."""
     pre = recorded(Residual(), measure, couplings="data")
     state = pre.state_dict()
     again = kfac_fx.Preconditioner(

@@ -10,6 +10,7 @@ from support import oracles
 from support.asserts import assert_near
 from support.dense_blocks import assembled, indices, matrices
 from support.oracles import Categorical, Likelihood, Normal
+from support.steps import one_step
 from torch import Tensor, nn
 
 import kfac_fx
@@ -56,11 +57,10 @@ def prepared(model: nn.Module, inputs: Tensor | None = None, **options: object) 
 
 
 def cycle(net: nn.Module, pre: object, x: Tensor, y: Tensor | None = None) -> None:
-    net.zero_grad()
-    outputs = net(x)
-    pre.observe(outputs, y)
-    Normal().nll(outputs, torch.zeros_like(outputs) if y is None else y).backward()
-    pre.step()
+    def loss(outputs: Tensor) -> Tensor:
+        return Normal().nll(outputs, torch.zeros_like(outputs) if y is None else y)
+
+    one_step(pre, net, x, loss, y)
 
 
 def dense_moments(
@@ -209,6 +209,7 @@ def test_new_bases_keep_the_diagonal() -> None:
 
 
 def test_state_survives() -> None:
+    """Training goes on bitwise from a state: bases, eigenvalues and averages are in it."""
     model, x = vectors(), torch.randn(8, 4)
     net, pre = prepared(model, ema_decay=0.9)
     for _ in range(3):
@@ -254,7 +255,8 @@ def test_taps_cost_nothing_else() -> None:
         assert_near(one, two, 1e-12)
 
 
-def test_errors() -> None:
+def test_what_ekfac_cannot_do_is_an_error() -> None:
+    """Taps without moments, couplings, running models, and operators without statistics."""
     net = kfac_fx.transform(vectors())
     with pytest.raises(UnknownOptionError, match=r"transform\(..., ekfac=True\)"):
         kfac_fx.Preconditioner(net, structure="block_diagonal", tikhonov="ekfac")

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.processes import run_in_world
+from support.steps import one_step
 from torch import Tensor, nn
 
 import kfac_fx
@@ -48,11 +49,8 @@ def trained(
 def step(preconditioner: kfac_fx.Preconditioner, net: nn.Module, steps: int, device: str) -> None:
     draws = seeded(1)
     for _ in range(steps):
-        net.zero_grad()
-        outputs = net(torch.randn(64, 6, generator=draws).to(device))
-        preconditioner.observe(outputs)
-        (outputs - 1).square().sum().div(128).backward()
-        preconditioner.step()
+        x = torch.randn(64, 6, generator=draws).to(device)
+        one_step(preconditioner, net, x, lambda outputs: (outputs - 1).square().sum().div(128))
 
 
 def gradient(net: nn.Module) -> Tensor:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from support.asserts import assert_same
 from support.processes import run_in_world
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -225,21 +226,19 @@ def world(request: pytest.FixtureRequest) -> list[dict[Any, Any]]:
     return found
 
 
-def assert_same(one: Parameters, other: Parameters, tolerance: float) -> None:
-    for name, value in one.items():
-        torch.testing.assert_close(value, other[name], rtol=0, atol=tolerance, msg=name)
-
-
 @pytest.mark.parametrize(("kind", "structure", "fisher"), PRECONDITIONED)
 def test_preconditioner(world: Any, kind: str, structure: str, fisher: str) -> None:
+    """Parameters are those of one process with the whole batch, and equal everywhere."""
     if (kind, structure, fisher) not in world[0]:
         pytest.skip("in the slow tests")
     alone = with_preconditioner("alone", structure, fisher, 1)
     before = whole(build())
     assert max(float((alone[n] - before[n]).abs().max()) for n in alone) > 0.1
     for found in world:
-        assert_same(found[kind, structure, fisher], alone, 1e-8)
-        assert_same(found[kind, structure, fisher], world[0][kind, structure, fisher], 0.0)
+        assert_same(found[kind, structure, fisher], alone, rtol=0, atol=1e-8)
+        assert_same(
+            found[kind, structure, fisher], world[0][kind, structure, fisher], rtol=0, atol=0.0
+        )
 
 
 @pytest.mark.parametrize(("kind", "structure", "lr"), OPTIMIZED)
@@ -252,8 +251,10 @@ def test_kfac(world: Any, kind: str, structure: str, lr: float | None) -> None:
     assert lr is not None or alone["counts"][1] >= 1
     for found in world:
         one = found[kind, structure, lr]
-        assert_same(one["parameters"], alone["parameters"], 1e-6)
-        assert_same(one["parameters"], world[0][kind, structure, lr]["parameters"], 0.0)
+        assert_same(one["parameters"], alone["parameters"], rtol=0, atol=1e-6)
+        assert_same(
+            one["parameters"], world[0][kind, structure, lr]["parameters"], rtol=0, atol=0.0
+        )
         assert one["counts"] == alone["counts"]
         torch.testing.assert_close(one["decisions"], alone["decisions"], rtol=1e-5, atol=1e-6)
 

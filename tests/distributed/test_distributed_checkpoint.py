@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from support.asserts import assert_same
 from support.processes import PRELOADED, free_port, run_in_world
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -124,16 +125,11 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[dict[str,
     return folder, found
 
 
-def assert_same(one: dict[str, Tensor], other: dict[str, Tensor], tolerance: float) -> None:
-    for name, value in one.items():
-        torch.testing.assert_close(value, other[name], rtol=0, atol=tolerance, msg=name)
-
-
 def test_one_process_goes_on(saved: Any) -> None:
     folder, found = saved
     alone = go_on(folder, ("ddp", "fsdp", "kfac"))
     for kind, parameters in alone.items():
-        assert_same(parameters, found[0][kind], 1e-9)
+        assert_same(parameters, found[0][kind], rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
@@ -143,7 +139,7 @@ def test_so_many_processes_go_on(saved: Any, size: int) -> None:
     for one in run_in_world(size, go_on, folder):
         assert isinstance(one, dict), one
         for kind, parameters in one.items():
-            assert_same(parameters, found[0][kind], 0.0 if size == 2 else 1e-9)
+            assert_same(parameters, found[0][kind], rtol=0, atol=0.0 if size == 2 else 1e-9)
 
 
 def test_every_tensor_is_written_once(saved: Any) -> None:
@@ -273,4 +269,4 @@ def test_killed_processes(tmp_path: Path, kills: int) -> None:
     wait(start(run, steps), 60 + steps)
     assert (run / "said-0").read_text() == "finished"
     one, other = (torch.load(folder / "parameters.pt") for folder in (plain, run))
-    assert_same(one, other, 0.0)
+    assert_same(one, other, rtol=0, atol=0.0)

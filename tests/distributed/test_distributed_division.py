@@ -129,6 +129,7 @@ def world(request: pytest.FixtureRequest) -> list[dict[Any, Any]]:
 @pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("fraction", FRACTIONS)
 def test_parameters(world: Any, structure: str, fraction: float, float64: None) -> None:
+    """Who computes and who keeps inverses makes no difference to the parameters."""
     _, alone = trained(structure, ALONE, slice(None))
     for one in world:
         for name, value in one[structure, fraction]["parameters"].items():
@@ -219,6 +220,7 @@ def test_stale_inverses(world: Any, staleness: int, float64: None) -> None:
 
 
 def test_mistakes(world: Any) -> None:
+    """Fractions out of range, and options that a division cannot serve, are errors."""
     for one in world:
         fraction, stale, ekfac = one["mistakes"]
         assert "memory_fraction lie in [0, 1]" in fraction
@@ -357,6 +359,7 @@ def test_simulated_seconds() -> None:
 
 
 def test_measured_costs() -> None:
+    """A time for every block, once there are statistics."""
     net = kfac_fx.transform(build().float())
     preconditioner = kfac_fx.Preconditioner(net)
     with pytest.raises(errors.StatisticsError, match="no statistics yet"):

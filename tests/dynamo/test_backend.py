@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 import logging
-import os
-import subprocess
 import sys
 import weakref
 from importlib.metadata import entry_points
@@ -16,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from support.networks import BY_NAME, NETWORKS, Network
+from support.processes import ROOT, run_python
 from torch import Tensor, fx, nn
 from torch._dynamo.utils import counters
 
@@ -23,7 +22,6 @@ import kfac_fx
 from kfac_fx import passes
 from kfac_fx.errors import CoverageError, KFACError, ObservationError, UnknownOptionError
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("float64", "fresh")
 
 
@@ -227,7 +225,7 @@ def compiled_and_reference(
     return Runner(compiled, network, **options), Runner(net, network, **options)
 
 
-def assert_same(got: Runner, want: Runner) -> None:
+def assert_same_step(got: Runner, want: Runner) -> None:
     found, wanted = got.pre.factors, dict(want.pre.factors)
     if want.network.name == "ByValue":
         del wanted["other"]  # did not run
@@ -263,7 +261,7 @@ def test_factors_are_those_of_transform(network: Network) -> None:
     got, want = compiled_and_reference(network, "eager", dynamic)
     for n in (4, 6):
         torch.testing.assert_close(got.step(n), want.step(n), rtol=1e-9, atol=1e-12)
-    assert_same(got, want)
+    assert_same_step(got, want)
 
 
 @pytest.mark.parametrize(
@@ -278,7 +276,7 @@ def test_compiled_by_aot(name: str) -> None:
     got, want = compiled_and_reference(network, "aot_eager")
     for n in (4, 6, 3):
         torch.testing.assert_close(got.step(n), want.step(n), rtol=1e-9, atol=1e-12)
-    assert_same(got, want)
+    assert_same_step(got, want)
 
 
 # ------------------------------------------------------------------------------ its own behaviour
@@ -336,6 +334,7 @@ def test_graphs_are_shown() -> None:
 
 
 def test_options() -> None:
+    """Options of the backend are those of transform()."""
     compiled = compiled_mlp(structure="block_diagonal", exclude=("2",))
     compiled(*six(4))
     curvature = kfac_fx.Preconditioner(compiled, "normal").curvature
@@ -398,7 +397,7 @@ def test_second_backwards(fisher: str, donated: bool) -> None:
         except ObservationError as error:
             assert donated and "donated_buffer" in str(error)
         else:
-            assert_same(got, want)
+            assert_same_step(got, want)
 
 
 def test_passes_from_inputs_are_refused() -> None:
@@ -426,7 +425,7 @@ def test_models_that_share_graphs() -> None:
     for runner in (*runners, *wanted):
         runner.step(4)
     for got, want in zip(runners, wanted, strict=True):
-        assert_same(got, want)
+        assert_same_step(got, want)
     one, two = (runner.pre.factors["last.0"][0] for runner in runners)
     assert not torch.allclose(one, two)
 
@@ -478,7 +477,7 @@ def test_compiled_in_place_and_evaluated_between_steps() -> None:
             with torch.no_grad():
                 outputs_of(module, network, 5)
             module.train()
-    assert_same(got, want)
+    assert_same_step(got, want)
 
 
 def test_nothing_is_kept_alive() -> None:
@@ -494,8 +493,7 @@ def test_nothing_is_kept_alive() -> None:
 
 
 RUN = """
-import sys, torch
-sys.path.insert(0, sys.argv[1])
+import torch
 torch.set_num_threads(1)
 from torch import nn
 torch.manual_seed(0)
@@ -531,6 +529,7 @@ def installed(folder: Path) -> None:
 
 
 def test_entry_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch finds the backend by the name in the package metadata."""
     installed(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     found = entry_points(group="torch_dynamo_backends", name="kfac_fx")
@@ -542,8 +541,5 @@ def test_entry_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_by_name_with_inductor(tmp_path: Path) -> None:
     """Nothing of ours is imported before."""
     installed(tmp_path)
-    path = os.pathsep.join([str(tmp_path), str(ROOT)])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", "-c", RUN, str(ROOT / "tests")]
-    done = subprocess.run(command, check=True, env=environment, capture_output=True, text=True)
+    done = run_python("-c", RUN, path=(tmp_path, ROOT))
     assert done.stdout.split() == ["equal", "3"]

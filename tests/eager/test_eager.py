@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from support import oracles
 from support.networks import NETWORKS, Network
 from support.oracles import Categorical, Measure, Normal, close
+from support.steps import cloned_factors
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -201,6 +202,7 @@ def assert_same_behaviour(net: nn.Module, model: nn.Module, x: Tensor) -> None:
 @every_model
 @pytest.mark.parametrize("recording", [False, True], ids=["off", "on"])
 def test_drop_in(build: Callable[[], nn.Module], recording: bool) -> None:
+    """Names, state, outputs and gradients of the model itself, on every path through it."""
     model = build()
     reference, net = copy.deepcopy(model), transformed(model)
     arm(net, recording)
@@ -293,7 +295,7 @@ def recorded(
     preconditioner.observe(outputs)
     outputs.square().sum().backward()
     preconditioner.step()
-    return {name: tuple(f.clone() for f in fs) for name, fs in preconditioner.factors.items()}
+    return cloned_factors(preconditioner)
 
 
 # ------------------------------------------------------------------------------------- modes
@@ -313,6 +315,7 @@ class Modes(Base):
 
 @pytest.mark.parametrize("recording", [False, True], ids=["off", "on"])
 def test_modes(recording: bool) -> None:
+    """train() and eval() reach the model, and batch normalisation counts a batch once."""
     model = Modes()
     reference = copy.deepcopy(model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -376,6 +379,7 @@ class Checkpointed(Base):
 
 
 def test_activation_checkpoint(measure: Measure) -> None:
+    """What is computed twice is recorded once, and the block says why it is what it is."""
     model = Checkpointed()
     reference, net, x = copy.deepcopy(model), transformed(model), batch()
     assert "activation_checkpoint" in str(net.curvature.blocks["deep.0"].reason)
@@ -497,6 +501,7 @@ def test_pickling_is_refused() -> None:
 
 
 def test_transform_again(measure: Measure) -> None:
+    """A net that was transformed is not wrapped twice."""
     net = transformed(Branch())
     again = transformed(net)
     assert again.source is net.source

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -14,6 +11,7 @@ import pytest
 import torch
 from support.asserts import assert_same
 from support.networks import BY_NAME, Network
+from support.processes import run_python
 from support.steps import step_on_fixed_data as step
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
@@ -118,6 +116,7 @@ def test_programs_keep_their_mode() -> None:
 
 
 def test_without_annotations() -> None:
+    """A program without taps names the pass that inserts them."""
     program = exported(BY_NAME["mlp"].build(), BY_NAME["mlp"])
     with pytest.raises(KFACError, match="KFACTransform"):
         kfac_fx.Preconditioner(program.module())
@@ -168,6 +167,7 @@ import sys, torch
 torch.set_default_dtype(torch.float64)
 torch.set_num_threads(1)
 from support.networks import BY_NAME
+from support.processes import run_python
 from support.steps import step_on_fixed_data
 found = {}
 for name in sys.argv[2:]:
@@ -192,11 +192,7 @@ def test_saved_loaded_and_recorded_in_another_process(tmp_path: Path) -> None:
             warnings.simplefilter("ignore")
             torch.export.save(program, tmp_path / f"{name}.pt2")
         want[name] = step(net, network)
-    tests = Path(__file__).resolve().parents[1]
-    paths = os.pathsep.join([str(tests), str(tests.parent)])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", "-c", RUN, str(tmp_path), *names]
-    subprocess.run(command, check=True, env=environment)
+    run_python("-c", RUN, tmp_path, *names)
     found = torch.load(tmp_path / "found.pt")
     for name in names:
         assert_equal(found[name], want[name])

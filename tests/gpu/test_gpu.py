@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.asserts import assert_same
 from support.networks import NETWORKS, Network
 from torch import Tensor, nn
 
@@ -71,18 +72,12 @@ def preconditioned(
     return factors, updates
 
 
-def assert_equal(found: Found, want: Found, rtol: float, atol: float) -> None:
-    assert found.keys() == want.keys()
-    for name, value in want.items():
-        torch.testing.assert_close(found[name], value, rtol=rtol, atol=atol, msg=name)
-
-
 @pytest.mark.parametrize("structure", ["block_diagonal", "block_tridiagonal"])
 @pytest.mark.parametrize("network", NETWORKS, ids=str)
 def test_every_network(network: Network, structure: str) -> None:
     cpu, gpu = (preconditioned(network, device, structure) for device in BOTH)
-    assert_equal(gpu[0], cpu[0], 1e-9, 1e-11)
-    assert_equal(gpu[1], cpu[1], 1e-7, 1e-9)
+    assert_same(gpu[0], cpu[0], 1e-9, 1e-11)
+    assert_same(gpu[1], cpu[1], 1e-7, 1e-9)
 
 
 @pytest.mark.parametrize("tikhonov", ["factored", "exact", "ekfac"])
@@ -107,7 +102,7 @@ def test_equal_blocks(tikhonov: str) -> None:
             outputs.square().sum().backward()
             preconditioner.step()
         found.append({n: p.grad.cpu() for n, p in net.named_parameters()})
-    assert_equal(found[1], found[0], 1e-6, 1e-9)
+    assert_same(found[1], found[0], 1e-6, 1e-9)
 
 
 @pytest.mark.parametrize("tikhonov", ["factored", "exact"])

@@ -13,8 +13,8 @@ from torch import distributions as D
 
 import kfac_fx
 from kfac_fx import likelihoods
-from kfac_fx.likelihoods.builtin import Softmax
-from kfac_fx.likelihoods.sampling import draw, drawn
+from kfac_fx.likelihoods.batch import drawn
+from kfac_fx.likelihoods.builtin import Softmax, draw
 
 pytestmark = pytest.mark.usefixtures("float64")
 both_fishers = pytest.mark.parametrize("fisher", ["exact", "empirical"])
@@ -71,7 +71,7 @@ SAMPLED: dict[str, tuple[Likelihood, object, tuple[int, ...]]] = {
 
 
 @pytest.mark.parametrize("kind", SAMPLED)
-def test_sampled_is_unbiased(measure: Measure, kind: str) -> None:
+def test_sampled_factors_have_the_exact_mean(measure: Measure, kind: str) -> None:
     """The mean of 32 independent estimates, each of 200 draws a case, within 5 standard errors."""
     likelihood, given, shape = SAMPLED[kind]
     model, x = Net(), torch.randn(shape)
@@ -211,6 +211,7 @@ class ClassesFirst(nn.Module):
 
 @both_fishers
 def test_class_axis(measure: Measure, fisher: str) -> None:
+    """Classes on an axis that is not the last."""
     model, x, likelihood = ClassesFirst(), torch.randn(4, 2, 3, 4), Categorical(dim=1)
     y = likelihood.draw(model(x))
     given = likelihoods.Categorical(dim=1)
@@ -222,6 +223,7 @@ def test_class_axis(measure: Measure, fisher: str) -> None:
 @both_fishers
 @pytest.mark.parametrize("variance", [0.25, 4.0])
 def test_variance(measure: Measure, variance: float, fisher: str) -> None:
+    """A normal likelihood of known variance scales the Fisher by its inverse."""
     model, x, likelihood = Net(), torch.randn(5, 4), Normal(variance)
     y = likelihood.draw(model(x))
     given = likelihoods.Normal(variance=variance)
@@ -278,6 +280,7 @@ DISTRIBUTIONS: dict[str, tuple[Likelihood, Callable[[Tensor], D.Distribution]]] 
 
 @pytest.mark.parametrize("kind", DISTRIBUTIONS)
 def test_distribution(measure: Measure, kind: str) -> None:
+    """A callable from outputs to a torch distribution is a likelihood."""
     likelihood, given = DISTRIBUTIONS[kind]
     model, x = Net(), torch.randn(6, 4)
     y = likelihood.draw(model(x))

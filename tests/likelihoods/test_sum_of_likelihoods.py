@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from support import oracles
 from support.oracles import Categorical, Joint, Normal, close
+from support.steps import cloned_factors, one_step
 from torch import Tensor, nn
 
 import kfac_fx
@@ -50,16 +51,18 @@ def factors(
     net: nn.Module, likelihood: likelihoods.Sum, x: Tensor, fisher: str, **options: Any
 ) -> dict[str, tuple[Tensor, ...]]:
     preconditioner = kfac_fx.Preconditioner(net, likelihood, damping=1e-2, fisher=fisher, **options)
-    outputs = net(x)
-    preconditioner.observe(outputs)
-    tensors = outputs.values() if isinstance(outputs, dict) else outputs
-    sum(tensor.sum() for tensor in tensors).backward()
-    preconditioner.step()
-    return {name: tuple(f.clone() for f in group) for name, group in preconditioner.factors.items()}
+
+    def total(outputs: Any) -> Tensor:
+        tensors = outputs.values() if isinstance(outputs, dict) else outputs
+        return sum(tensor.sum() for tensor in tensors)
+
+    one_step(preconditioner, net, x, total)
+    return cloned_factors(preconditioner)
 
 
 @pytest.mark.parametrize(("form", "likelihood"), [("tuple", TUPLE), ("dict", NAMED)])
 def test_exact_factors(form: str, likelihood: likelihoods.Sum) -> None:
+    """Those of the weighted sum of the mean NLLs, outputs in tuples and in dictionaries."""
     flat, model = twins(form)
     x = torch.randn(6, 4)
     found = factors(kfac_fx.transform(model), likelihood, x, "exact")
@@ -67,7 +70,7 @@ def test_exact_factors(form: str, likelihood: likelihoods.Sum) -> None:
         close(found[name], oracles.kronecker(flat, [name], x, None, JOINT))
 
 
-def test_sampled_is_unbiased() -> None:
+def test_sampled_factors_of_a_sum_have_the_exact_mean() -> None:
     """The mean of 32 independent estimates, each of 200 draws a case, within 5 standard errors."""
     flat, model = twins("tuple")
     x, net = torch.randn(2, 4), kfac_fx.transform(model)
@@ -141,6 +144,7 @@ def test_outputs_that_do_not_fit(kind: str) -> None:
 
 
 def test_wrong_sums() -> None:
+    """No part, a weight that is not positive, an unknown name, and the empirical Fisher."""
     for parts in (
         [],
         [("normal", 0.0)],

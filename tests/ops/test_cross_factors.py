@@ -116,6 +116,7 @@ CASES = (
 @pytest.mark.parametrize("fisher", ["exact", "empirical"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_cross_factors(case: Case, fisher: str, measure: Measure) -> None:
+    """Of every pair of kinds that can be coupled."""
     likelihood = Categorical() if fisher == "exact" else Normal()
     x = torch.randn(5, *case.shape)
     model = case.model()
@@ -139,6 +140,7 @@ def test_joint_moments_are_positive(case: Case, measure: Measure) -> None:
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[2], CASES[5], CASES[-1]], ids=str)
 def test_reduce(case: Case, measure: Measure) -> None:
+    """Positions are summed before the outer product."""
     model, x = case.model(), torch.randn(4, *case.shape)
     net = kfac_fx.transform(model, weight_sharing="reduce")
     pre = measure(net, x, None, Categorical()).preconditioner
@@ -165,7 +167,7 @@ def test_averages_are_one_gram_matrix(measure: Measure) -> None:
     close(pre.cross_factors[case.layers], [(a + b) / 2 for a, b in zip(*parts, strict=True)])
 
 
-def test_sampled_is_unbiased(measure: Measure) -> None:
+def test_sampled_cross_factors_have_the_exact_mean(measure: Measure) -> None:
     case = CASES[5]
     model, x = case.model(), torch.randn(4, *case.shape)
     net = kfac_fx.transform(model)

@@ -82,6 +82,7 @@ def blocks_of(net: nn.Module, name: str) -> list[Any]:
 def test_packed(
     measure: Measure, kind: str, batch_first: bool, capture: str, sharing: str, bias: bool
 ) -> None:
+    """Each third of in_proj_weight against a twin with three layers."""
     model, likelihood = Attends(kind, batch_first, bias), Categorical()
     inputs = (torch.randn(N, T, D), torch.randn(N, S, D))
     twin = Twin(model)

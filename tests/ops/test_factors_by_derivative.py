@@ -24,6 +24,7 @@ import kfac_fx
 def test_transposed_convolution(
     stride: int, padding: int, dilation: int, output_padding: int
 ) -> None:
+    """Every geometry that torch allows."""
     if output_padding >= max(stride, dilation):
         pytest.skip("torch refuses it")
     layer = nn.ConvTranspose1d(2, 3, 3, stride, padding, output_padding, dilation=dilation)
@@ -60,6 +61,7 @@ def test_grouped_transposed_convolution_is_one_block_a_group() -> None:
 
 @pytest.mark.usefixtures("float64")
 def test_bilinear() -> None:
+    """The input is the outer product of both inputs."""
     layer, inputs = nn.Bilinear(2, 4, 3), (torch.randn(5, 2), torch.randn(5, 4))
     model = WrappedPair(layer, 3)
     want = oracle(model, inputs, lambda w: w.flatten(1), 1)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import kfac_fx
-from kfac_fx.ops.convolution import ConvolutionStatistics, TransposedWindow, Window
+from kfac_fx.ops.convolution import ConvolutionOptions, ConvolutionStatistics, PaddingMode
+from kfac_fx.ops.kronecker import FactorForm
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -86,6 +87,7 @@ def test_conv2d(
     size: tuple[int, int],
     bias: bool,
 ) -> None:
+    """Every geometry, with and without a bias."""
     conv = nn.Conv2d(4, 4, kernel, stride, padding, dilation, groups, bias)
     check(measure, conv, size, Categorical())
 
@@ -96,6 +98,7 @@ def test_conv2d(
 def test_padding_modes(
     measure: Measure, mode: str, padding: int | tuple[int, int] | str, groups: int
 ) -> None:
+    """Borders that are no zeros are inputs like others."""
     conv = nn.Conv2d(2, 4, 3, padding=padding, padding_mode=mode, groups=groups)
     check(measure, conv, (4, 5), Categorical())
 
@@ -106,6 +109,7 @@ def test_padding_modes(
 def test_estimators(
     measure: Measure, likelihood: Likelihood, fisher: str, groups: int, channels: int
 ) -> None:
+    """Every likelihood, exact and empirical."""
     conv = nn.Conv2d(channels, 2 * channels, 3, padding=1, groups=groups)
     check(measure, conv, (4, 3), likelihood, fisher)
 
@@ -117,6 +121,7 @@ def test_estimators(
 def test_conv1d(
     measure: Measure, stride: int, padding: int | str, dilation: int, groups: int
 ) -> None:
+    """Every geometry in one dimension."""
     if padding == "same" and stride != 1:
         pytest.skip("torch refuses the combination")
     conv = nn.Conv1d(4, 4, 3, stride, padding, dilation, groups)
@@ -135,6 +140,7 @@ CONV3D = [
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize("arguments", CONV3D)
 def test_conv3d(measure: Measure, arguments: tuple) -> None:
+    """Every geometry in three dimensions."""
     check(measure, nn.Conv3d(2, 2, *arguments), (3, 4, 5), Bernoulli())
 
 
@@ -173,6 +179,7 @@ class FunctionalConv(nn.Module):
 
 @pytest.mark.parametrize("groups", [1, 2])
 def test_functional(measure: Measure, groups: int) -> None:
+    """F.conv2d with parameters of the model itself."""
     model, x = FunctionalConv(groups), torch.randn(3, 4, 5, 5)
     reference = nn.Sequential(nn.Conv2d(4, 4, 3, 2, 1, groups=groups), nn.Tanh(), MeanOfPixels())
     reference[0].weight.data, reference[0].bias.data = model.kernel.data, model.shift.data
@@ -188,6 +195,7 @@ class MeanOfPixels(nn.Module):
 
 @pytest.mark.parametrize("layout", ["channels_last", "strided"])
 def test_memory_layouts(measure: Measure, layout: str) -> None:
+    """The order of the axes in memory makes no difference."""
     model, x = Net(nn.Conv2d(2, 3, 3, padding=1)), torch.randn(3, 2, 4, 5)
     model(x)
     if layout == "channels_last":
@@ -213,20 +221,27 @@ def test_duplicated_batch_and_reduction(measure: Measure, fisher: str, groups: i
     close(mean["conv"], want)
 
 
-WINDOW = Window([3, 3], [1, 1], [1, 1], [1] * 4, "zeros")
-SHRUNK = Window([3, 3], [2, 2], [1, 1], [1] * 4, "reflect")
-GROWN = TransposedWindow([3, 3], [2, 2], [1, 1], [1, 1])
+def options(
+    stride: int, mode: PaddingMode, groups: int, bias: bool, reduce: bool
+) -> ConvolutionOptions:
+    """Of a 3x3 convolution with one position around it."""
+    padding = (1,) * (2 if mode == "transposed" else 4)
+    strides = (stride, stride)
+    return ConvolutionOptions((3, 3), strides, (1, 1), padding, mode, groups, bias, reduce)
+
+
+DIAGONAL = FactorForm(diagonal=True)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize(
     ("statistics", "side"),
     [
-        (ConvolutionStatistics(WINDOW, 1, True, False), 9),
-        (ConvolutionStatistics(WINDOW, 2, True, False, (False, True)), 9),
-        (ConvolutionStatistics(SHRUNK, 1, False, True), 5),
-        (ConvolutionStatistics(SHRUNK, 2, True, False, (True, False), 0.0), 5),
-        (ConvolutionStatistics(GROWN, 1, True, False), 17),
+        (ConvolutionStatistics(options(1, "zeros", 1, True, False)), 9),
+        (ConvolutionStatistics(options(1, "zeros", 2, True, False), G=DIAGONAL), 9),
+        (ConvolutionStatistics(options(2, "reflect", 1, False, True)), 5),
+        (ConvolutionStatistics(options(2, "reflect", 2, True, False), A=DIAGONAL, one=0.0), 5),
+        (ConvolutionStatistics(options(2, "transposed", 1, True, False)), 17),
     ],
 )
 def test_traced_a_is_one_operator(

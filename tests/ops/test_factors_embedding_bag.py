@@ -173,6 +173,7 @@ def test_bags_of_one_token_are_embeddings(measure: Measure) -> None:
 @pytest.mark.parametrize("capture", ["export", "eager"])
 @pytest.mark.parametrize("mode", ["sum", "mean"])
 def test_other_routes(measure: Measure, mode: str, capture: str) -> None:
+    """Exported and running models, bags by offsets and in rows."""
     x = weights_of(BAGS, None, mode == "mean")
     options: dict[str, Any] = {"example_inputs": flat(BAGS), "capture": capture}
     check(measure, Offset(mode=mode), flat(BAGS), x, **options)

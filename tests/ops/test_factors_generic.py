@@ -58,6 +58,7 @@ ELEMENTWISE: dict[str, tuple[Use, tuple[int, ...]]] = {
 @pytest.mark.parametrize("likelihood", LIKELIHOODS, ids=lambda one: one.name)
 @pytest.mark.parametrize("kind", ELEMENTWISE)
 def test_elementwise(measure: Measure, kind: str, likelihood: Likelihood, fisher: str) -> None:
+    """A full covariance of the per-case gradients."""
     model, x = Net(*ELEMENTWISE[kind]), torch.randn(5, 3, 4)
     y = likelihood.draw(model(x))
     net = kfac_fx.transform(model)

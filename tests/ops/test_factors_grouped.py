@@ -28,6 +28,7 @@ class Experts(nn.Module):
 
 @pytest.mark.parametrize("route", ["symbolic_trace", "eager"])
 def test_experts(measure: Measure, route: str) -> None:
+    """One block an expert, over the rows that it got; one got none."""
     model, x = Experts(), torch.randn(sum(ROWS), 4)
     y = Normal().draw(model(x))
     net = kfac_fx.transform(model, (x,), capture=route)

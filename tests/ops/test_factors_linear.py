@@ -20,7 +20,7 @@ both_fishers = pytest.mark.parametrize("fisher", ["exact", "empirical"])
 both_sharings = pytest.mark.parametrize("sharing", ["expand", "reduce"])
 
 
-def mlp() -> nn.Module:
+def two_layers() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3, bias=False))
 
 
@@ -28,7 +28,8 @@ def mlp() -> nn.Module:
 @every_likelihood
 @pytest.mark.parametrize("shape", [(6, 4), (5, 3, 4)], ids=["vectors", "tokens"])
 def test_mlp(measure: Measure, shape: tuple[int, ...], likelihood: Likelihood, fisher: str) -> None:
-    model, x = mlp(), torch.randn(shape)
+    """Both layers, on vectors and on tokens."""
+    model, x = two_layers(), torch.randn(shape)
     y = likelihood.draw(model(x))
     factors = measure(kfac_fx.transform(model), x, y, likelihood, fisher).factors
     for name in ("0", "2"):
@@ -38,7 +39,8 @@ def test_mlp(measure: Measure, shape: tuple[int, ...], likelihood: Likelihood, f
 @both_fishers
 @every_likelihood
 def test_reduce(measure: Measure, likelihood: Likelihood, fisher: str) -> None:
-    model, x = mlp(), torch.randn(5, 3, 4)
+    """Positions of a case are summed before the outer product."""
+    model, x = two_layers(), torch.randn(5, 3, 4)
     y = likelihood.draw(model(x))
     net = kfac_fx.transform(model, weight_sharing="reduce")
     factors = measure(net, x, y, likelihood, fisher).factors
@@ -51,7 +53,7 @@ def test_reduce(measure: Measure, likelihood: Likelihood, fisher: str) -> None:
 def test_sharing_modes_on_other_axes(
     measure: Measure, shape: tuple[int, ...], sharing: str
 ) -> None:
-    model, x = mlp(), torch.randn(shape)
+    model, x = two_layers(), torch.randn(shape)
     net = kfac_fx.transform(model, weight_sharing=sharing)
     factors = measure(net, x, None, Normal()).factors
     close(factors["0"], oracles.kronecker(model, ["0"], x, None, Normal(), "exact", sharing))
@@ -147,6 +149,7 @@ def check_functional(
 @both_fishers
 @pytest.mark.parametrize("way", WAYS)
 def test_ways(measure: Measure, way: str, fisher: str) -> None:
+    """Every way to write x W^T."""
     check_functional(
         measure, Functional(WAYS[way], False), torch.randn(6, 4), fisher, Categorical()
     )
@@ -155,6 +158,7 @@ def test_ways(measure: Measure, way: str, fisher: str) -> None:
 @both_fishers
 @pytest.mark.parametrize("way", TRANSPOSED_WAYS)
 def test_transposed_ways(measure: Measure, way: str, fisher: str) -> None:
+    """Every way to write x W."""
     model = Functional(TRANSPOSED_WAYS[way], True)
     check_functional(measure, model, torch.randn(6, 4), fisher, Bernoulli())
 
@@ -178,7 +182,7 @@ def test_ways_over_tokens(measure: Measure, way: str, fisher: str) -> None:
 def test_hf_conv1d(measure: Measure) -> None:
     """Rows flattened inside may be counted as cases: A (x) G is the same, and is compared."""
     model = nn.Sequential(Conv1D(4, 5), nn.Tanh(), Conv1D(5, 3))
-    reference = mlp()
+    reference = two_layers()
     reference[2] = nn.Linear(5, 3)
     for mine, theirs in ((reference[0], model[0]), (reference[2], model[2])):
         mine.weight.data, mine.bias.data = theirs.weight.data.T.clone(), theirs.bias.data.clone()
@@ -212,7 +216,7 @@ def test_half_frozen_layer(measure: Measure, part: str) -> None:
 def test_duplicated_batch_and_reduction(
     measure: Measure, likelihood: Likelihood, shape: tuple[int, ...], fisher: str
 ) -> None:
-    model, x = mlp(), torch.randn(shape)
+    model, x = two_layers(), torch.randn(shape)
     y = likelihood.draw(model(x))
     net = kfac_fx.transform(model)
     want = measure(net, x, y, likelihood, fisher).factors

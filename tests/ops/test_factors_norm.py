@@ -13,7 +13,7 @@ from support.oracles import LIKELIHOODS, Bernoulli, Categorical, Likelihood, Mea
 from torch import Tensor, nn
 
 import kfac_fx
-from kfac_fx.ops import parts
+from kfac_fx.ops.thresholds import THRESHOLDS
 
 pytestmark = pytest.mark.usefixtures("float64")
 both_fishers = pytest.mark.parametrize("fisher", ["exact", "empirical"])
@@ -61,6 +61,7 @@ def names_of(norm: nn.Module) -> list[str]:
 def test_independent_cases(
     measure: Measure, kind: str, likelihood: Likelihood, fisher: str
 ) -> None:
+    """Norms in which no case sees another."""
     build, shape = NORMS[kind]
     model, x = Net(build()), torch.randn(5, *shape)
     y = likelihood.draw(model(x))
@@ -99,12 +100,12 @@ def test_batch_norm_in_training(
 
 
 @pytest.mark.parametrize("kind", [*NORMS, *BATCH_NORMS])
-def test_some_cases_at_once(measure: Measure, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_some_cases_at_once(measure: Measure, kind: str) -> None:
     """As large batches are read: parts of two cases, and a rest."""
     _, shape = (NORMS | BATCH_NORMS)[kind]
-    monkeypatch.setattr(parts, "AT_ONCE", 2 * math.prod(shape))
     check = test_independent_cases if kind in NORMS else test_batch_norm_in_training
-    check(measure, kind, likelihood=Categorical(), fisher="empirical")
+    with THRESHOLDS.changed(at_once=2 * math.prod(shape)):
+        check(measure, kind, likelihood=Categorical(), fisher="empirical")
 
 
 class FunctionalNorms(nn.Module):
@@ -122,6 +123,7 @@ class FunctionalNorms(nn.Module):
 
 @both_fishers
 def test_functional(measure: Measure, fisher: str) -> None:
+    """F.layer_norm and its like, and scales that are written out."""
     model, x, likelihood = FunctionalNorms(), torch.randn(5, 3, 4), Categorical()
     y = likelihood.draw(model(x))
     net = kfac_fx.transform(model)
@@ -134,6 +136,7 @@ def test_functional(measure: Measure, fisher: str) -> None:
 @pytest.mark.parametrize("frozen, trained", [("weight", "bias"), ("bias", "weight")])
 @pytest.mark.parametrize("kind", ["layer tokens", "group", "batch2d eval"])
 def test_half_frozen(measure: Measure, kind: str, frozen: str, trained: str) -> None:
+    """A frozen half leaves the covariance of the other half."""
     build, shape = NORMS[kind]
     model, x = Net(build()), torch.randn(5, *shape)
     model(x)
@@ -217,6 +220,7 @@ class FlattenedTokens(nn.Module):
     "name, names", [("norm", ["norm.weight", "norm.bias"]), ("scale", ["scale"])]
 )
 def test_flattened_tokens(measure: Measure, name: str, names: list[str]) -> None:
+    """Tokens that were flattened into cases before the norm."""
     model, x, likelihood = FlattenedTokens(), torch.randn(5, 3, 4), Normal()
     found = measure(kfac_fx.transform(model), x, None, likelihood).factors[name]
     close(found, (oracles.covariance(model, names, x, None, likelihood),))

@@ -53,6 +53,7 @@ def test_linear_on_a_table(measure: Measure, name: str, fisher: str) -> None:
 
 @pytest.mark.parametrize("route", ["export", "eager"])
 def test_other_routes(measure: Measure, route: str) -> None:
+    """Exported and running models."""
     x = torch.randn(5, 3, 4, 4)
     check_table(measure, Relative(), "mlp.0", x, "exact", example_inputs=(x,), capture=route)
 

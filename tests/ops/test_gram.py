@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
+from support.asserts import assert_near
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import kfac_fx
-from kfac_fx.ops import convolution, linear, same_input
-from kfac_fx.ops.gram import gram, homogeneous_gram
-from kfac_fx.ops.same_input import formed_once
+from kfac_fx.ops import convolution, kronecker
+from kfac_fx.ops import gram as second_moments
+from kfac_fx.ops.gram import formed_once, gram, homogeneous_gram
+
+assert_close = functools.partial(assert_near, rtol=1e-12)
 
 SIZES = [(3, 5), (700, 40), (600, 128), (600, 150), (520, 333), (1100, 1100), (64, 500)]
 
@@ -23,20 +28,14 @@ def bordered_rows(rows: Tensor, one: float) -> Tensor:
     return torch.cat([rows, torch.full_like(rows[:, :1], one)], 1)
 
 
-def close(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(
-        found, expected, rtol=1e-12, atol=1e-12 * float(expected.abs().max())
-    )
-
-
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("scale", [1.0, 0.25])
 def test_against_the_whole_product(size: tuple[int, int], scale: float) -> None:
     rows = rows_of(*size)
-    close(gram(rows, scale), scale * rows.T @ rows)
+    assert_close(gram(rows, scale), scale * rows.T @ rows)
     for one in (1.0, 0.0):
         whole = bordered_rows(rows, one)
-        close(homogeneous_gram(rows, scale, one), scale * whole.T @ whole)
+        assert_close(homogeneous_gram(rows, scale, one), scale * whole.T @ whole)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -55,7 +54,7 @@ def test_in_bfloat16_the_result_alone_is_rounded(size: tuple[int, int]) -> None:
 def test_rows_of_any_strides(size: tuple[int, int]) -> None:
     transposed, wide = rows_of(*size[::-1]).T, rows_of(size[0], 2 * size[1])[:, ::2]
     for rows in (transposed, wide):
-        close(gram(rows), rows.T @ rows)
+        assert_close(gram(rows), rows.T @ rows)
 
 
 @pytest.mark.parametrize("size", [(600, 150), (64, 500)])
@@ -69,7 +68,7 @@ def test_traced_it_is_one_call_on_a_cpu(size: tuple[int, int]) -> None:
     opaque = [node for node in module.graph.nodes if "kfac_fx.gram" in str(node.target)]
     assert len(opaque) == (2 if size[0] > 100 else 0)  # few rows are one product
     for found, expected in zip(module(rows), both(rows), strict=True):
-        close(found, expected)
+        assert_close(found, expected)
     torch.library.opcheck(torch.ops.kfac_fx.gram.default, (rows, 0.5, 1.0))
 
 
@@ -78,8 +77,10 @@ def test_where_derivatives_are_taken_of_it() -> None:
     (found,) = torch.autograd.grad(homogeneous_gram(rows).square().sum(), rows)
     whole = bordered_rows(rows, 1.0)
     (expected,) = torch.autograd.grad((whole.T @ whole).square().sum(), rows)
-    close(found, expected)
-    close(torch.func.grad(lambda r: gram(r).sum())(rows.detach()).T[0], 2 * rows.detach().sum(1))
+    assert_close(found, expected)
+    assert_close(
+        torch.func.grad(lambda r: gram(r).sum())(rows.detach()).T[0], 2 * rows.detach().sum(1)
+    )
 
 
 class Attention(nn.Module):
@@ -100,8 +101,8 @@ def test_layers_that_share_an_input_form_its_factor_once(monkeypatch: pytest.Mon
         formed.append(rows.shape)
         return whole(rows, **options)
 
-    whole = linear.input_factor
-    monkeypatch.setattr(linear, "input_factor", counted)
+    whole = kronecker.input_factor
+    monkeypatch.setattr(kronecker, "input_factor", counted)
     net = kfac_fx.transform(Attention().double(), (x := torch.randn(4, 5, 24).double(),))
     pre = kfac_fx.Preconditioner(net, "normal", structure="block_diagonal", fisher="empirical")
     for _ in range(2):  # the averages of both passes
@@ -111,10 +112,10 @@ def test_layers_that_share_an_input_form_its_factor_once(monkeypatch: pytest.Mon
         outputs.square().sum(-1).mean().backward()
         pre.step()
         assert len(formed) == 2
-        assert same_input._last is None  # nothing is kept alive between steps
+        assert second_moments._last is None  # nothing is kept alive between steps
     flat = bordered_rows(x.flatten(0, 1), 1.0)
     for name in "qkv":
-        close(pre.factors[name][0], flat.T @ flat / 4)
+        assert_close(pre.factors[name][0], flat.T @ flat / 4)
 
 
 def test_what_is_formed_once_is_formed_again_when_it_must_be() -> None:
@@ -135,14 +136,14 @@ def test_what_is_formed_once_is_formed_again_when_it_must_be() -> None:
     form_of(x[:, :2], 1)  # other entries
     assert len(calls) == 3
     x.add_(1.0)
-    close(form_of(x[:, :2], 1), x[:, :2].T @ x[:, :2])
+    assert_close(form_of(x[:, :2], 1), x[:, :2].T @ x[:, :2])
     found = form_of(x)
     found.mul_(2.0)  # as averages do
-    close(form_of(x), x.T @ x)
+    assert_close(form_of(x), x.T @ x)
     assert len(calls) == 6
     del x, calls[:]
     for _ in range(20):  # new tensors in the memory of old ones
-        close(form_of(y := rows_of(6, 3)), y.T @ y)
+        assert_close(form_of(y := rows_of(6, 3)), y.T @ y)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -150,8 +151,10 @@ def test_what_is_formed_once_is_formed_again_when_it_must_be() -> None:
 def test_patches_of_some_cases_at_a_time(
     monkeypatch: pytest.MonkeyPatch, bias: bool, groups: int
 ) -> None:
-    window = convolution.Window([3, 3], [2, 2], [1, 1], [1, 1, 1, 1], "zeros")
-    statistics = convolution.ConvolutionStatistics(window, groups, bias, reduce=False)
+    options = convolution.ConvolutionOptions(
+        (3, 3), (2, 2), (1, 1), (1, 1, 1, 1), "zeros", groups, bias, False
+    )
+    statistics = convolution.ConvolutionStatistics(options)
     x = torch.randn(7, 2, 16, 16, dtype=torch.float64)
     monkeypatch.setitem(convolution.AT_ONCE, "cpu", 1)
     counts: list[int] = []
@@ -162,9 +165,9 @@ def test_patches_of_some_cases_at_a_time(
         return patches(self, x, groups)
 
     monkeypatch.setattr(convolution.Window, "patches", counted)
-    found = statistics._input_factor(x, [8, 8])
+    found = statistics.formed(x, [8, 8])
     assert counts == [1] * 7
     rows = torch.nn.functional.unfold(x, 3, padding=1, stride=2).mT.flatten(0, 1)
     for group, part in zip(found, rows.chunk(groups, 1), strict=True):
         part = bordered_rows(part, 1.0) if bias else part
-        close(group, part.T @ part / 7)
+        assert_close(group, part.T @ part / 7)

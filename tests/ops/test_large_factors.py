@@ -19,6 +19,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("limit", LIMITS)
 def test_sub_blocks(measure: Measure, limit: int, bias: bool, sharing: str) -> None:
+    """Factors are the diagonal blocks of the whole ones, and updates those of their inverses."""
     model, x, likelihood = head(bias), torch.randn(5, 2, 4), Categorical()
     net = kfac_fx.transform(
         model, max_factor_dim=limit, large_factors="blocks", weight_sharing=sharing

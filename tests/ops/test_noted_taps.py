@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -19,17 +19,20 @@ from kfac_fx.config import FactorStorage
 from kfac_fx.curvature.factor_storage import Storage
 from kfac_fx.distributed import DataParallel
 from kfac_fx.linalg.packing import mirror
-from kfac_fx.ops import Rows, notes, rows, tap
-from kfac_fx.ops.gram import gram
+from kfac_fx.ops import gram, tap
+from kfac_fx.ops.gram import Rows, stay
+from kfac_fx.ops.state import Collection, collecting
+from kfac_fx.ops.thresholds import THRESHOLDS
 from kfac_fx.optim import KFACOptions
 
 pytestmark = pytest.mark.usefixtures("float64")
 
 
 @pytest.fixture
-def all_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+def all_stay() -> Iterator[None]:
     """All that can stay unmultiplied does."""
-    monkeypatch.setattr(rows, "WIDTH", 1)
+    with THRESHOLDS.changed(slab=1):
+        yield
 
 
 @pytest.fixture
@@ -64,7 +67,7 @@ def factors(pre: kfac_fx.Preconditioner) -> dict[str, Tensor]:
 def recorded(
     net: nn.Module, batches: list[Any], targets: Any = None, **options: Any
 ) -> dict[str, Tensor]:
-    """The factors behind as many folds."""
+    """The factors after as many folds."""
     pre = made(net, **options)
     for inputs in batches:
         torch.manual_seed(5)
@@ -81,23 +84,21 @@ def assert_close(found: dict[str, Tensor], want: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("network", [n for n in NETWORKS if not n.kwargs(5)], ids=str)
 @pytest.mark.usefixtures("all_stay")
-def test_as_taps_with_nodes(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_as_taps_with_nodes(network: Network) -> None:
     """Two statistics each, of few cases and of more."""
     net = kfac_fx.transform(network.build(), **network.captured_with())
     batches = [network.inputs(2), network.inputs(5)]
     found = recorded(net, batches, likelihood=normal(network.pick))
-    monkeypatch.setattr(notes, "SMALL", -1)
-    monkeypatch.setattr(rows, "WIDTH", 10**6)
-    assert_close(found, recorded(net, batches, likelihood=normal(network.pick)))
+    with THRESHOLDS.changed(noted=-1, slab=10**6):
+        assert_close(found, recorded(net, batches, likelihood=normal(network.pick)))
 
 
 @pytest.mark.usefixtures("no_nodes")
-def test_small_taps_have_no_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_taps_have_no_nodes() -> None:
     net = kfac_fx.transform(nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2)))
     recorded(net, [torch.randn(5, 3)])
     recorded(net, [torch.randn(5, 3)], fisher="empirical", targets=torch.randn(5, 2))
-    monkeypatch.setattr(notes, "SMALL", 5 * 4 - 1)
-    with pytest.raises(AssertionError, match="has nodes"):
+    with THRESHOLDS.changed(noted=5 * 4 - 1), pytest.raises(AssertionError, match="has nodes"):
         recorded(net, [torch.randn(5, 3)])
 
 
@@ -200,14 +201,8 @@ def test_state_is_whole() -> None:
     assert_close(factors(other), factors(pre))
 
 
-def trained(
-    width: int,
-    monkeypatch: pytest.MonkeyPatch,
-    lr: float | None,
-    factor_storage: FactorStorage | None,
-) -> list[Tensor]:
-    """Parameters behind three steps of KFAC, which compares statistics with their averages."""
-    monkeypatch.setattr(rows, "WIDTH", width)
+def trained(slab: int, lr: float | None, factor_storage: FactorStorage | None) -> list[Tensor]:
+    """Parameters after three steps of KFAC, which compares statistics with their averages."""
     torch.manual_seed(0)
     net = kfac_fx.transform(nn.Sequential(nn.Linear(80, 90), nn.Tanh(), nn.Linear(90, 9)))
     optimizer = kfac_fx.KFAC(
@@ -217,21 +212,20 @@ def trained(
         generator=torch.Generator().manual_seed(0),
         options=KFACOptions(statistics_fraction=0.5, factor_storage=factor_storage),
     )
-    for _ in range(3):
-        optimizer.step(torch.randn(128, 80), torch.randn(128, 9))
+    with THRESHOLDS.changed(slab=slab):
+        for _ in range(3):
+            optimizer.step(torch.randn(128, 80), torch.randn(128, 9))
     return [p.detach() for p in net.parameters()]
 
 
 @pytest.mark.parametrize("factor_storage", [None, "bfloat16"])
 @pytest.mark.parametrize("lr", [None, 0.1])
-def test_optimizer(
-    lr: float | None, factor_storage: FactorStorage | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_optimizer(lr: float | None, factor_storage: FactorStorage | None) -> None:
     if factor_storage:
         torch.set_default_dtype(torch.float32)
     rough = {"rtol": 1e-3, "atol": 1e-4} if factor_storage else {"rtol": 1e-9, "atol": 1e-11}
-    found = trained(1, monkeypatch, lr, factor_storage)
-    other = trained(10**6, monkeypatch, lr, factor_storage)
+    found = trained(1, lr, factor_storage)
+    other = trained(10**6, lr, factor_storage)
     torch.testing.assert_close(found, other, **rough)
 
 
@@ -276,28 +270,29 @@ def gram_of(d: int, count: int = 3) -> tuple[Rows, Tensor]:
     return Rows(R, 0.7), 0.7 * R.T @ R
 
 
-def test_rows_are_the_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows, "WIDTH", 4)
+def test_rows_are_the_matrix() -> None:
     found, want = gram_of(11)
-    torch.testing.assert_close(found.product(), want)
-    torch.testing.assert_close(found.diagonal(), want.diagonal())
-    torch.testing.assert_close((found * 3.0).product(), 3 * want)
-    found.shared = True
+    with THRESHOLDS.changed(slab=4):
+        torch.testing.assert_close(found.product(), want)
+        torch.testing.assert_close(found.diagonal(), want.diagonal())
+        torch.testing.assert_close((found * 3.0).product(), 3 * want)
+    found.share()
     assert found.product() is found.product()
 
 
-def test_folds_of_both_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folds_of_both_kinds() -> None:
     """Rows write one half, whatever the slabs; a matrix does not make a half whole."""
     storage = Storage()
     average = storage.make((11, 11), torch.zeros(()), True)
     average.held.fill_(float("nan"))
     want = torch.zeros(11, 11)
     for step, width in enumerate((4, 2, 4, 3, 4)):
-        monkeypatch.setattr(rows, "WIDTH", width)
         found, matrix = gram_of(11)
-        found.shared = step == 4
+        if step == 4:
+            found.share()
         weight = 1 / (step + 1)
-        storage.fold([average], [matrix if step == 2 else found], weight)
+        with THRESHOLDS.changed(slab=width):
+            storage.fold([average], [matrix if step == 2 else found], weight)
         want = (1 - weight) * want + weight * matrix
         torch.testing.assert_close(storage.half(average).triu(), want.triu())
     assert average.halved
@@ -306,13 +301,13 @@ def test_folds_of_both_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("all_stay")
-def test_slabs_cover_all_however_many_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slabs_cover_all_however_many_threads() -> None:
     """What could stay when it was recorded enters its average whatever has changed."""
     net, x = kfac_fx.transform(nn.Linear(6, 5)), torch.randn(3, 6)
     pre = made(net)
     pre.observe(inputs=x)
-    monkeypatch.setattr(rows, "WIDTH", 10**6)
-    pre._fold()
+    with THRESHOLDS.changed(slab=10**6):
+        pre._fold()
     bar = torch.cat([x, torch.ones(3, 1)], 1)
     torch.testing.assert_close(next(iter(pre.factors.values()))[0], bar.T @ bar / 3)
 
@@ -328,13 +323,13 @@ def test_mirror() -> None:
 @pytest.mark.usefixtures("all_stay")
 def test_what_stays() -> None:
     """No more memory than the matrix takes, and nothing outside of noted passes."""
-    assert not rows.stay(torch.zeros(4, 5))
-    with rows.kept_rows():
-        assert rows.stay(torch.zeros(4, 5))
-        assert not rows.stay(torch.zeros(5, 5))
-        assert not rows.stay(torch.zeros(2, 4, 5))
-        assert not rows.stay(torch.zeros(4, 5, dtype=torch.complex64))
-        assert not rows.stay(torch.zeros(4, 5, device="meta"))
+    assert not stay(torch.zeros(4, 5))
+    with collecting(Collection([]), forming=True):
+        assert stay(torch.zeros(4, 5))
+        assert not stay(torch.zeros(5, 5))
+        assert not stay(torch.zeros(2, 4, 5))
+        assert not stay(torch.zeros(4, 5, dtype=torch.complex64))
+        assert not stay(torch.zeros(4, 5, device="meta"))
 
 
 class Heads(nn.Module):
@@ -353,7 +348,8 @@ def test_shared_input_is_multiplied_once(
 ) -> None:
     torch.set_default_dtype(torch.float32)
     formed: list[int] = []
-    monkeypatch.setattr(rows, "gram", lambda R, s: (formed.append(R.shape[1]), gram(R, s))[1])
+    whole = gram.gram
+    monkeypatch.setattr(gram, "gram", lambda R, s: (formed.append(R.shape[1]), whole(R, s))[1])
     x = torch.randn(2, 6)
     found = recorded(kfac_fx.transform(Heads()), [x], factor_storage=factor_storage)
     assert formed.count(7) == 1

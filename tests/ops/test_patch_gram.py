@@ -11,18 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kfac_fx
-from kfac_fx.ops import convolution, parts
+from kfac_fx.ops import convolution
 from kfac_fx.ops import cross_input as crossed
 from kfac_fx.ops.alignment import pooled
 from kfac_fx.ops.autocorrelation import (
-    Axis,
     cross_patch_gram,
     is_cheaper,
     is_cheaper_crossed,
     patch_gram,
 )
-from kfac_fx.ops.convolution import Window
-from kfac_fx.ops.sides import ConvolutionSide
+from kfac_fx.ops.convolution import ConvolutionOptions, ConvolutionSide, PaddingMode
+from kfac_fx.ops.patches import Axis, Window
+from kfac_fx.ops.thresholds import THRESHOLDS
 
 
 def oracle(x: Tensor, axes: list[Axis], groups: int) -> Tensor:
@@ -187,10 +187,12 @@ def test_coupled_layers_take_it(bias: bool, kernel: int, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("stride", [(1, 1), (2, 3)])
 @pytest.mark.parametrize("dilation", [(1, 1), (2, 1)])
 def test_averages_of_patches_are_patches_of_averages(
-    mode: str, stride: tuple[int, int], dilation: tuple[int, int]
+    mode: PaddingMode, stride: tuple[int, int], dilation: tuple[int, int]
 ) -> None:
-    window = Window((3, 2), stride, dilation, (1, 0, 2, 1), mode)
-    side = ConvolutionSide(window, True, False)
+    padding = (1, 0, 2, 1)
+    side = ConvolutionSide(
+        ConvolutionOptions((3, 2), stride, dilation, padding, mode, 1, bias=True, reduce=False)
+    )
     x = torch.randn(2, 3, 20, 25, dtype=torch.float64)
     *_, height, width = torch.nn.functional.conv2d(
         F.pad(x, (1, 0, 2, 1)), torch.ones(1, 3, 3, 2).double(), None, stride, 0, dilation
@@ -209,13 +211,13 @@ def test_averages_of_patches_are_patches_of_averages(
     assert side.pooled_inputs(x, positions, (height - 1, width)) is None
 
 
-def test_many_cases_are_correlated_some_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_cases_are_correlated_some_at_once() -> None:
     """In float32 at least, where the parts are added up."""
     x, axes = torch.randn(7, 4, 5, 6), [Axis(5, 3, 1, 1, 1), Axis(6, 3, 1, 1, 1)]
     whole = patch_gram(x, axes, 2)
-    monkeypatch.setattr(parts, "AT_ONCE", 2 * x[0].numel())
-    found = patch_gram(x, axes, 2)
+    with THRESHOLDS.changed(at_once=2 * x[0].numel()):
+        found = patch_gram(x, axes, 2)
+        low = patch_gram(x.bfloat16(), axes, 2)
     torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-4)
-    low = patch_gram(x.bfloat16(), axes, 2)
     assert low.dtype == torch.float32
     torch.testing.assert_close(low, whole, rtol=2e-2, atol=0.5)

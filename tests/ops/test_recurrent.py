@@ -76,6 +76,7 @@ def check(
 @every_kind
 @pytest.mark.parametrize("options", [{}, BIG, {"bias": False}], ids=["plain", "big", "no bias"])
 def test_layers(measure: Measure, kind: str, options: Any, fisher: str, route: str) -> None:
+    """Both weights of every layer and direction."""
     model = Tagger(kind, **options)
     check(measure, model, model.inputs(), Categorical(), fisher, route)
 
@@ -84,6 +85,7 @@ def test_layers(measure: Measure, kind: str, options: Any, fisher: str, route: s
 @every_kind
 @pytest.mark.parametrize("given", [False, True])
 def test_final_states(measure: Measure, kind: str, given: bool, fisher: str) -> None:
+    """A likelihood of the final states, from given first states and from zeros."""
     model = Tagger(kind, last=True, given=given, num_layers=2, bidirectional=True)
     check(measure, model, model.inputs(), Bernoulli(), fisher, "symbolic_trace")
 
@@ -103,6 +105,7 @@ class Stemmed(nn.Module):
 @pytest.mark.parametrize("route", ["symbolic_trace", "export"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_layer_below(measure: Measure, kind: str, route: str) -> None:
+    """Gradients go through the layer to what is below it."""
     model, x, likelihood = Stemmed(kind), torch.randn(N, T, IN), Categorical()
     net = transformed(model, x, route)
     name = "stem" if route == "symbolic_trace" else "model.stem"
@@ -170,6 +173,7 @@ class Cells(nn.Module):
 def test_cells(
     measure: Measure, kind: str, bias: bool, given: bool, fisher: str, route: str
 ) -> None:
+    """Cells in a loop of the model."""
     model = Cells(kind, bias, given)
     check(measure, model, torch.randn(N, T, IN), Normal(), fisher, route)
 
@@ -194,6 +198,7 @@ def run(module: nn.Module, x: Tensor) -> list[Tensor]:
 @every_kind
 @pytest.mark.parametrize("last", [False, True])
 def test_drop_in(kind: str, last: bool, route: str) -> None:
+    """Outputs, gradients, state and modes of the model itself, and of a copy."""
     if last:
         needs_final_states(kind, route)
     model = Tagger(kind, last=last, dropout=0.4, **BIG)
@@ -222,6 +227,7 @@ def test_drop_in(kind: str, last: bool, route: str) -> None:
 
 @every_kind
 def test_unbatched_inputs(kind: str) -> None:
+    """They run as in torch, and fail as in torch."""
     model = nn.Sequential(KINDS[kind](IN, H, batch_first=True))
     reference = copy.deepcopy(model)
     net = kfac_fx.transform(model)

@@ -263,6 +263,7 @@ def test_a_bias_apart_has_its_full_covariance(measure: Measure, name: str) -> No
 
 @pytest.mark.parametrize("stride, dilation", [(1, 2), (2, 1)])
 def test_transposed_convolution(stride: int, dilation: int) -> None:
+    """With dilation or a stride."""
     layer, x = nn.ConvTranspose2d(2, 3, 2, stride, dilation=dilation), torch.randn(3, 2, 3, 2)
     model = Wrapped(layer, layer(x).flatten(1).shape[1])
     want = oracle(model, (x,), lambda w: w.transpose(0, 1).flatten(1), 1)
@@ -271,6 +272,7 @@ def test_transposed_convolution(stride: int, dilation: int) -> None:
 
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN_TANH"])
 def test_recurrent_layer(measure: Measure, kind: str) -> None:
+    """Factors of all gates of fused layers."""
     model, likelihood = Tagger(kind, batch_first=True), Categorical()
     x = model.inputs()
     factors = measure(kfac_fx.transform(model), x, None, likelihood).factors

@@ -26,6 +26,7 @@ class Siamese(nn.Module):
 
 @both_fishers
 def test_siamese(measure: Measure, fisher: str) -> None:
+    """One layer in two branches."""
     model, x, likelihood = Siamese(), (torch.randn(5, 4), torch.randn(5, 4)), Categorical()
     y = likelihood.draw(model(*x))
     factors = measure(kfac_fx.transform(model), x, y, likelihood, fisher).factors
@@ -68,6 +69,7 @@ class Recurrent(nn.Module):
 @both_fishers
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_recurrent_cell(measure: Measure, steps: int, fisher: str) -> None:
+    """One cell in a loop of one to four steps."""
     model, x, likelihood = Recurrent(steps), torch.randn(5, 4, 2), Bernoulli()
     y = likelihood.draw(model(x))
     factors = measure(kfac_fx.transform(model), x, y, likelihood, fisher).factors
@@ -192,6 +194,7 @@ def test_norm_called_twice(measure: Measure, fisher: str) -> None:
 
 
 def test_duplicated_batch(measure: Measure) -> None:
+    """Twice the same cases are the same mean."""
     net, likelihood, x = kfac_fx.transform(shared_module()), Categorical(), torch.randn(5, 4)
     want = measure(net, x, None, likelihood).factors["0"]
     close(measure(net, torch.cat([x, x]), None, likelihood).factors["0"], want)

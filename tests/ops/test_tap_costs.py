@@ -58,7 +58,7 @@ def products(run: Callable[[], Any]) -> Products:
     return mode
 
 
-def mlp() -> nn.Module:
+def normalised() -> nn.Module:
     return nn.Sequential(
         nn.Linear(5, 7), nn.Tanh(), nn.LayerNorm(7), nn.Linear(7, 3), nn.LayerNorm(3)
     )
@@ -81,7 +81,7 @@ def x() -> Tensor:
 
 
 def test_statistics_run_no_weight_gradient(x: Tensor) -> None:
-    net = kfac_fx.transform(mlp())
+    net = kfac_fx.transform(normalised())
     buffers = recorded(net)
     loss = loss_of(net, x)
     found = products(lambda: torch.autograd.grad(loss, buffers))
@@ -90,7 +90,7 @@ def test_statistics_run_no_weight_gradient(x: Tensor) -> None:
 
 
 def test_gradients_run_no_statistics(x: Tensor) -> None:
-    model = mlp()
+    model = normalised()
     plain = products(lambda: torch.autograd.grad(loss_of(model, x), list(model.parameters())))
     net = kfac_fx.transform(model)
     recorded(net)
@@ -100,7 +100,7 @@ def test_gradients_run_no_statistics(x: Tensor) -> None:
 
 
 def test_one_backward_gives_both(x: Tensor) -> None:
-    net = kfac_fx.transform(mlp())
+    net = kfac_fx.transform(normalised())
     buffers = recorded(net)
     loss = loss_of(net, x)
     found = products(loss.backward)
@@ -110,7 +110,7 @@ def test_one_backward_gives_both(x: Tensor) -> None:
 
 @pytest.mark.parametrize("recording", [False, True], ids=["off", "on"])
 def test_forward_runs_no_statistics(x: Tensor, recording: bool) -> None:
-    model = mlp()
+    model = normalised()
     plain = products(lambda: model(x))
     net = kfac_fx.transform(model)
     recorded(net, recording)
@@ -118,7 +118,7 @@ def test_forward_runs_no_statistics(x: Tensor, recording: bool) -> None:
 
 
 def test_off_is_the_plain_model(x: Tensor) -> None:
-    model = mlp()
+    model = normalised()
     plain = products(lambda: loss_of(model, x).backward())
     net = kfac_fx.transform(model)
     buffers = recorded(net, False)
@@ -143,7 +143,7 @@ def cycle(
 @pytest.mark.parametrize("fisher", ["sampled", "exact"])
 def test_training_backward_runs_no_statistics(x: Tensor, fisher: str) -> None:
     """The draws are differentiated in observe(), without weight gradients; then it is over."""
-    model = mlp()
+    model = normalised()
     plain = products(lambda: loss_of(model, x).backward())
     # Cross factors of G have the shapes of weight gradients.
     net = kfac_fx.transform(model, structure="block_diagonal")
@@ -163,7 +163,7 @@ def test_cross_factors_cost_two_products_a_pair(x: Tensor, structure: str) -> No
     """A and G of the pair where they are wanted, none where they are not."""
     counts = []
     for built in ("block_tridiagonal", "block_diagonal"):
-        net = kfac_fx.transform(mlp(), structure=built)
+        net = kfac_fx.transform(normalised(), structure=built)
         preconditioner = kfac_fx.Preconditioner(
             net, structure=structure if built == "block_tridiagonal" else None, damping=1e-2
         )
@@ -175,7 +175,7 @@ def test_cross_factors_cost_two_products_a_pair(x: Tensor, structure: str) -> No
 
 
 def test_empirical_needs_no_backward_of_its_own(x: Tensor) -> None:
-    net = kfac_fx.transform(mlp())
+    net = kfac_fx.transform(normalised())
     preconditioner = kfac_fx.Preconditioner(
         net, likelihood="categorical", damping=1e-2, fisher="empirical"
     )
@@ -186,7 +186,7 @@ def test_empirical_needs_no_backward_of_its_own(x: Tensor) -> None:
 
 @pytest.mark.parametrize("fisher", ["sampled", "exact", "empirical"])
 def test_steps_that_are_not_due_are_free(x: Tensor, fisher: str) -> None:
-    model = mlp()
+    model = normalised()
     plain = products(lambda: torch.autograd.grad(loss_of(model, x), list(model.parameters())))
     net = kfac_fx.transform(model)
     preconditioner = kfac_fx.Preconditioner(

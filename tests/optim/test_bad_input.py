@@ -9,14 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from support.networks import mlp
+from support.steps import one_step
 from torch import Tensor, nn
 
 import kfac_fx
 from kfac_fx import errors
-
-
-def mlp() -> nn.Module:
-    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
 
 
 def make(net: nn.Module, **options: Any) -> kfac_fx.Preconditioner:
@@ -26,7 +24,7 @@ def make(net: nn.Module, **options: Any) -> kfac_fx.Preconditioner:
 
 @pytest.fixture
 def net() -> nn.Module:
-    return kfac_fx.transform(mlp())
+    return kfac_fx.transform(mlp(4, 5, 3))
 
 
 @pytest.fixture
@@ -44,12 +42,7 @@ def gradients(net: nn.Module) -> dict[str, Tensor]:
 
 
 def cycle(preconditioner: kfac_fx.Preconditioner, net: nn.Module, x: Tensor, y: Tensor) -> None:
-    net.zero_grad()
-    outputs = net(x)
-    loss = F.cross_entropy(outputs, y)
-    preconditioner.observe(outputs, y)
-    loss.backward()
-    preconditioner.step()
+    one_step(preconditioner, net, x, lambda outputs: F.cross_entropy(outputs, y), y)
 
 
 def snapshot(preconditioner: kfac_fx.Preconditioner) -> list[Tensor]:
@@ -93,7 +86,7 @@ def test_model_that_fails_by_itself() -> None:
 
 
 def frozen() -> nn.Module:
-    return mlp().requires_grad_(False)
+    return mlp(4, 5, 3).requires_grad_(False)
 
 
 @pytest.mark.parametrize("build", [nn.Tanh, nn.Identity, frozen], ids=["tanh", "empty", "frozen"])
@@ -103,8 +96,9 @@ def test_no_trainable_parameters(build: Callable[[], nn.Module]) -> None:
 
 
 def test_everything_excluded() -> None:
+    """Nothing is left to precondition."""
     with pytest.raises(errors.NoParametersError):
-        kfac_fx.transform(mlp(), exclude=("*",))
+        kfac_fx.transform(mlp(4, 5, 3), exclude=("*",))
 
 
 class Cumulated(nn.Module):
@@ -120,7 +114,7 @@ class Cumulated(nn.Module):
 def test_strict_names_the_fallback() -> None:
     with pytest.raises(errors.CoverageError, match="phase"):
         kfac_fx.transform(Cumulated(), strict=True)
-    assert kfac_fx.transform(mlp(), strict=True).curvature.blocks
+    assert kfac_fx.transform(mlp(4, 5, 3), strict=True).curvature.blocks
 
 
 def test_fallback_is_reported() -> None:
@@ -139,12 +133,12 @@ OPTIONS = [
 @pytest.mark.parametrize("options, valid", OPTIONS, ids=lambda one: str(one))
 def test_unknown_option_of_transform(options: dict[str, Any], valid: str) -> None:
     with pytest.raises(errors.UnknownOptionError, match=valid) as caught:
-        kfac_fx.transform(mlp(), **options)
+        kfac_fx.transform(mlp(4, 5, 3), **options)
     assert isinstance(caught.value, ValueError)
 
 
 def test_couplings_that_were_not_recorded() -> None:
-    net = kfac_fx.transform(mlp(), structure="block_diagonal")
+    net = kfac_fx.transform(mlp(4, 5, 3), structure="block_diagonal")
     with pytest.raises(errors.UnknownOptionError, match="records no cross factors"):
         kfac_fx.Preconditioner(net, structure="block_tridiagonal")
 
@@ -159,6 +153,7 @@ def test_couplings_that_were_not_recorded() -> None:
     ids=["likelihood", "fisher"],
 )
 def test_unknown_option(net: nn.Module, options: dict[str, Any], valid: tuple[str, ...]) -> None:
+    """The message lists what is valid."""
     with pytest.raises(errors.UnknownOptionError) as caught:
         make(net, **options)
     assert all(name in str(caught.value) for name in valid)
@@ -166,6 +161,7 @@ def test_unknown_option(net: nn.Module, options: dict[str, Any], valid: tuple[st
 
 @pytest.mark.parametrize("damping", [-1.0, float("nan"), float("inf")])
 def test_bad_damping(net: nn.Module, damping: float) -> None:
+    """Damping that is not positive and finite."""
     with pytest.raises(errors.DampingError) as caught:
         make(net, damping=damping)
     assert isinstance(caught.value, ValueError)
@@ -182,13 +178,14 @@ def test_bad_damping(net: nn.Module, damping: float) -> None:
     ids=str,
 )
 def test_bad_numbers(net: nn.Module, options: dict[str, Any]) -> None:
+    """Periods, decays and limits out of their range."""
     with pytest.raises((errors.KFACError, ValueError)):
         make(net, **options)
 
 
 def test_net_that_was_not_transformed() -> None:
     with pytest.raises(errors.KFACError, match="transform"):
-        make(mlp())
+        make(mlp(4, 5, 3))
 
 
 def test_all_errors_have_one_root() -> None:
@@ -263,6 +260,7 @@ def test_observe_after_backward(net: nn.Module, x: Tensor, y: Tensor, fisher: st
 
 @pytest.mark.parametrize("fisher", ["sampled", "exact", "empirical"])
 def test_observe_twice(net: nn.Module, x: Tensor, y: Tensor, fisher: str) -> None:
+    """A forward is observed once; the step goes on as if the second call had not been."""
     preconditioner = make(net, fisher=fisher)
     outputs = net(x)
     preconditioner.observe(outputs, y)
@@ -276,7 +274,7 @@ def test_observe_twice(net: nn.Module, x: Tensor, y: Tensor, fisher: str) -> Non
 FOREIGN: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "detached": lambda net, x: net(x).detach(),
     "a leaf": lambda net, x: torch.randn(6, 3, requires_grad=True),
-    "another model": lambda net, x: mlp()(x),
+    "another model": lambda net, x: mlp(4, 5, 3)(x),
     "no grad": lambda net, x: without_grad(net, x),
 }
 
@@ -451,13 +449,13 @@ def test_optimizer_updates_are_no_change(net: nn.Module, x: Tensor, y: Tensor) -
     for _ in range(3):
         cycle(preconditioner, net, x, y)
         optimizer.step()
-    net.load_state_dict(mlp().state_dict())
+    net.load_state_dict(mlp(4, 5, 3).state_dict())
     cycle(preconditioner, net, x, y)
 
 
 # ------------------------------------------------------------------------------- frozen, excluded
 def test_frozen_parameters_are_listed_and_untouched(x: Tensor, y: Tensor) -> None:
-    model = mlp()
+    model = mlp(4, 5, 3)
     model[0].requires_grad_(False)
     net = kfac_fx.transform(model)
     assert set(net.curvature.frozen) == {"0.weight", "0.bias"}
@@ -472,7 +470,7 @@ def test_frozen_parameters_are_listed_and_untouched(x: Tensor, y: Tensor) -> Non
 def test_excluded_parameters_keep_their_gradients(
     x: Tensor, y: Tensor, pattern: str | tuple[str, ...]
 ) -> None:
-    model = mlp()
+    model = mlp(4, 5, 3)
     net = kfac_fx.transform(model, exclude=(pattern,) if isinstance(pattern, str) else pattern)
     assert set(net.curvature.excluded) == {"0.weight", "0.bias"}
     F.cross_entropy(model(x), y).backward()

@@ -7,10 +7,12 @@ they still do; gradient descent's functions have parted.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 
 import pytest
 import torch
+from support.networks import mlp
 from torch import Tensor, nn
 
 import kfac_fx
@@ -43,10 +45,6 @@ class Affine(nn.Module):
             layer.bias.sub_(layer.weight @ self.c)
         else:
             layer.weight.copy_(torch.einsum("oihw,ij->ojhw", layer.weight, inverse))
-
-
-def mlp() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 2))
 
 
 def with_maps(places: dict[int, int], shift: bool = True) -> Callable[[nn.Sequential], Twins]:
@@ -86,9 +84,9 @@ def conv_net() -> nn.Sequential:
 
 
 TWINS: dict[str, tuple[Callable[[], nn.Sequential], Callable[[nn.Sequential], Twins]]] = {
-    "tanh and logistic": (mlp, logistic),
-    "whitened and centred inputs": (mlp, with_maps({0: 4})),
-    "affine maps between layers": (mlp, with_maps({2: 5, 4: 4})),
+    "tanh and logistic": (functools.partial(mlp, 4, 5, 4, 2), logistic),
+    "whitened and centred inputs": (functools.partial(mlp, 4, 5, 4, 2), with_maps({0: 4})),
+    "affine maps between layers": (functools.partial(mlp, 4, 5, 4, 2), with_maps({2: 5, 4: 4})),
     "channels of a convolution": (conv_net, with_maps({0: 2, 2: 3}, shift=False)),
 }
 
@@ -134,6 +132,7 @@ def by_sgd(model: nn.Module, x: Tensor, y: Tensor) -> None:
 @pytest.mark.parametrize("structure", ["block_diagonal", "block_tridiagonal"])
 @pytest.mark.parametrize("name", TWINS)
 def test_functions_agree(name: str, structure: str) -> None:
+    """After K-FAC's updates the twins are the same function; after SGD's they are not."""
     build, twins = TWINS[name]
     model = build()
     shape = (2, 5, 5) if isinstance(model[0], nn.Conv2d) else (4,)

@@ -9,16 +9,13 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from support.networks import mlp
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import kfac_fx
 from kfac_fx import errors
 from kfac_fx.optim import KFACOptions
-
-
-def mlp() -> nn.Module:
-    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5), nn.Tanh(), nn.Linear(5, 3))
 
 
 def conv_net() -> nn.Module:
@@ -36,7 +33,7 @@ def task(n: int = 64, shape: tuple[int, ...] = (6,)) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("structure", ["block_diagonal", "block_tridiagonal"])
 def test_needs_no_tuning(structure: str) -> None:
-    model = mlp()
+    model = mlp(6, 8, 5, 3)
     optimizer = kfac_fx.KFAC(kfac_fx.transform(model, structure=structure), damping=1.0)
     losses = [float(optimizer.step(*task(256))) for _ in range(80)]
     assert losses[-1] < 0.15 * losses[0]
@@ -142,7 +139,7 @@ def adversarial(x: Tensor, y: Tensor, kind: int) -> tuple[Tensor, Tensor]:
 def test_a_thousand_adversarial_batches() -> None:
     """Half of a run's batches are no good: nothing breaks, and little is lost."""
     torch.manual_seed(1)
-    clean, mixed = mlp(), mlp()
+    clean, mixed = mlp(6, 8, 5, 3), mlp(6, 8, 5, 3)
     mixed.load_state_dict(clean.state_dict())
     test_x, test_y = task(4000)
     finals = []
@@ -167,7 +164,7 @@ def test_a_thousand_adversarial_batches() -> None:
 @pytest.mark.parametrize("when", [0, 1, 5])
 def test_a_huge_batch_leaves_no_trace_in_the_averages(when: int) -> None:
     """Its loss is nothing special, as tanh units saturate; even the first batch may be huge."""
-    optimizer = kfac_fx.KFAC(kfac_fx.transform(mlp()), damping=1.0)
+    optimizer = kfac_fx.KFAC(kfac_fx.transform(mlp(6, 8, 5, 3)), damping=1.0)
     for step in range(8):
         x, y = task(256)
         optimizer.step(1e8 * x if step == when else x, y)
@@ -176,7 +173,7 @@ def test_a_huge_batch_leaves_no_trace_in_the_averages(when: int) -> None:
 
 
 def test_data_of_another_scale_are_believed_after_a_while() -> None:
-    optimizer = kfac_fx.KFAC(kfac_fx.transform(mlp()), damping=1.0)
+    optimizer = kfac_fx.KFAC(kfac_fx.transform(mlp(6, 8, 5, 3)), damping=1.0)
     for step in range(30):
         x, y = task(64)
         optimizer.step(x if step < 15 else 100 * x, y)
@@ -236,7 +233,7 @@ def test_positions_count_where_statistics_are_of_few_cases(length: int, expected
 
 
 def test_groups_and_schedulers() -> None:
-    model = mlp()
+    model = mlp(6, 8, 5, 3)
     groups = [
         {"params": model[0].parameters(), "lr": 0.05, "weight_decay": 0.0},
         {"params": model[2].parameters()},
@@ -254,7 +251,7 @@ def test_groups_and_schedulers() -> None:
     "inputs", [lambda x: (x,), lambda x: {"input": x}], ids=["positional", "keywords"]
 )
 def test_inputs_as_the_network_takes_them(inputs: object) -> None:
-    model = mlp()
+    model = mlp(6, 8, 5, 3)
     optimizer = kfac_fx.KFAC(kfac_fx.transform(model), damping=1.0)
     x, y = task()
     first = optimizer.step(inputs(x), y)
@@ -302,7 +299,7 @@ def test_sparse_initialisation_of_the_readme(inputs: int) -> None:
 
 @pytest.mark.parametrize("lr", [None, 0.1])
 def test_report_and_operator_are_of_the_inverses_in_use(lr: float | None) -> None:
-    model = mlp()
+    model = mlp(6, 8, 5, 3)
     net = kfac_fx.transform(model, structure="block_diagonal")
     optimizer = kfac_fx.KFAC(net, damping=1.0, lr=lr, refresh_every=1)
     x, y = task(256)
@@ -324,7 +321,8 @@ def test_report_and_operator_are_of_the_inverses_in_use(lr: float | None) -> Non
 
 
 def test_wrong_arguments() -> None:
-    net = kfac_fx.transform(mlp(), exclude=("0.*",))
+    """Options, parameters without blocks, modules without taps, and steps without targets."""
+    net = kfac_fx.transform(mlp(6, 8, 5, 3), exclude=("0.*",))
     with pytest.raises(errors.UnknownOptionError, match="statistics_fraction"):
         kfac_fx.KFAC(net, options=KFACOptions(statistics_fraction=0.0))
     with pytest.raises(errors.UnknownOptionError, match="fisher"):
@@ -334,6 +332,6 @@ def test_wrong_arguments() -> None:
     with pytest.raises(errors.UnknownOptionError, match="without a curvature block"):
         kfac_fx.KFAC(net, params=list(net.parameters()))
     with pytest.raises(errors.KFACError, match="transform"):
-        kfac_fx.KFAC(mlp())
+        kfac_fx.KFAC(mlp(6, 8, 5, 3))
     with pytest.raises(errors.LikelihoodError, match="targets"):
         kfac_fx.KFAC(net).step(torch.randn(4, 6))

@@ -153,6 +153,7 @@ class Dense:
     "likelihood", [Categorical(), Bernoulli(), Normal(), JOINT], ids=lambda v: v.name
 )
 def test_trajectory(likelihood: Likelihood, structure: str) -> None:
+    """Parameters, lambda, gamma and rho after every iteration."""
     joint = likelihood is JOINT
     ours, theirs = (network(4 if joint else 2) for _ in range(2))
     theirs.load_state_dict(ours.state_dict())

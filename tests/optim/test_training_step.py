@@ -245,6 +245,7 @@ def test_number_of_graphs() -> None:
 
 @pytest.mark.slow
 def test_inductor() -> None:
+    """Three steps under inductor end where three plain ones end."""
     want, _, _ = train("sampled", False, None, False, steps=3)
     found, _, _ = train("sampled", True, None, True, steps=3)
     torch.testing.assert_close(found, want, rtol=1e-9, atol=1e-12)
@@ -276,6 +277,7 @@ def test_sum_of_likelihoods_and_ignored_targets() -> None:
 
 
 def test_gradients_accumulate() -> None:
+    """As loss.backward() does: nothing is set to zero."""
     net = kfac_fx.transform(Network())
     net.eval()
     pre = kfac_fx.Preconditioner(net, compile="eager")
@@ -288,7 +290,7 @@ def test_gradients_accumulate() -> None:
         torch.testing.assert_close(parameter.grad, 2 * once[name])
 
 
-def test_errors() -> None:
+def test_wrong_targets_are_an_error_and_leave_no_gradient() -> None:
     net = kfac_fx.transform(Network())
     (x, y), *_ = batches(1)
     with pytest.raises(kfac_fx.errors.LikelihoodError, match="targets"):

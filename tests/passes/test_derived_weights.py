@@ -198,6 +198,7 @@ APPROXIMATE: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tens
 @pytest.mark.parametrize("route", ["symbolic_trace", "export"])
 @pytest.mark.parametrize("change", APPROXIMATE)
 def test_normalised_weights(measure: Measure, change: str, build: object, route: str) -> None:
+    """The Jacobian of the change is taken as one factor for each row, and the block says so."""
     check_normalised(measure, change, build, route)
 
 
@@ -254,6 +255,7 @@ HELPERS = {
 def test_parametrized_layers(
     measure: Measure, helper: str, build: Callable[[], nn.Module], route: str
 ) -> None:
+    """torch.nn.utils' parametrisations."""
     layer = HELPERS[helper](build())
     x = torch.randn(6, 4) if isinstance(layer, nn.Linear) else torch.randn(6, 2, 4)
     model = nn.Sequential(layer, nn.Tanh(), nn.Flatten(), nn.LazyLinear(3)).eval()

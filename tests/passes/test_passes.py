@@ -5,17 +5,14 @@ from __future__ import annotations
 import copy
 import functools
 import logging
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from support.asserts import assert_same
 from support.networks import BY_NAME, NETWORKS, Network
+from support.processes import run_python
 from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from torch.fx.passes.infra.pass_manager import PassManager as TorchPassManager
@@ -211,6 +208,7 @@ def test_reestablished_where_another_pass_lost_taps() -> None:
 
 # ------------------------------------------------------------------------------------- the manager
 def test_reports() -> None:
+    """One for each pass, those inside another before it."""
     found: list[passes.PassReport] = []
 
     def untouched(module: fx.GraphModule) -> fx.GraphModule:
@@ -331,8 +329,5 @@ def test_log_says_what_was_matched_and_why_not(caplog: pytest.LogCaptureFixture)
 def test_torch_logs_shows_what_was_matched() -> None:
     """As it stands in the README, through torch's own switch."""
     code = "import torch, kfac_fx; kfac_fx.transform(torch.nn.Linear(3, 2))"
-    root = str(Path(__file__).parents[2])
-    environment = {**os.environ, "PYTHONPATH": root, "TORCH_LOGS": "+kfac_fx"}
-    command = [sys.executable, "-W", "ignore", "-c", code]
-    done = subprocess.run(command, check=True, env=environment, capture_output=True, text=True)
+    done = run_python("-c", code, TORCH_LOGS="+kfac_fx")
     assert "linear (kronecker) block of weight, bias, used in linear" in done.stderr

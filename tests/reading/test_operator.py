@@ -56,6 +56,7 @@ def assert_operator(pre: object, dense: Tensor) -> None:
 @pytest.mark.parametrize("tikhonov", ["factored", "exact"])
 @pytest.mark.parametrize("kind", sorted(MODELS.keys() - {"wide norms", "diagonal norm"}))
 def test_block_diagonal(measure: Measure, kind: str, tikhonov: str) -> None:
+    """Every kind of block."""
     build, shape, _ = MODELS[kind]
     if kind == "large elementwise":
         shape = (4,)
@@ -104,6 +105,7 @@ def forest(pre: object, model: nn.Module) -> Tensor:
 def test_block_tridiagonal(
     measure: Measure, build: Callable[[], nn.Module], couplings: str
 ) -> None:
+    """Chains and forests, chosen by topology and by data."""
     model = build()
     net = kfac_fx.transform(model, couplings=couplings)
     pre = measure(net, torch.randn(6, 4), None, Categorical(), damping=DAMPING).preconditioner
@@ -113,6 +115,7 @@ def test_block_tridiagonal(
 
 @pytest.mark.parametrize("seed", range(30))
 def test_random_forests(measure: Measure, seed: int) -> None:
+    """Forests of random graphs."""
     torch.manual_seed(seed)
     model = RandomGraph(seed)
     net = kfac_fx.transform(model)
@@ -192,6 +195,7 @@ def test_conditional_that_is_left_out(measure: Measure) -> None:
 @pytest.mark.parametrize("tikhonov", ["factored", "exact"])
 @pytest.mark.parametrize("limit", LIMITS)
 def test_cut_sides(measure: Measure, limit: int, tikhonov: str) -> None:
+    """Sub-blocks stand where the whole factor would."""
     model = head()
     net = kfac_fx.transform(
         model, max_factor_dim=limit, large_factors="blocks", structure="block_diagonal"
@@ -297,7 +301,8 @@ def test_scipy_takes_it(measure: Measure) -> None:
     assert_near(torch.as_tensor(solution), torch.linalg.solve(dense, x[:, 0]), 1e-5)
 
 
-def test_errors(measure: Measure) -> None:
+def test_wrong_vectors_are_an_error(measure: Measure) -> None:
+    """No statistics, wrong sizes, unknown names, and wrong shapes."""
     net = kfac_fx.transform(chain(2))
     with pytest.raises(StatisticsError, match="block 0: no statistics"):
         kfac_fx.Preconditioner(net).curvature_operator()

@@ -51,7 +51,8 @@ def test_energy_of_the_exact_wave_function_is_two() -> None:
 def test_excess_energy_is_that_of_the_hamiltonian() -> None:
     from problem_equations import WaveFunction
 
-    # exp(-b x^2), six coordinates: kinetic energy 6 b / 2, trap 6 / (32 b), and the repulsion.
+    # exp(-b x^2) in six coordinates: kinetic energy 6 b / 2, trap 6 / (32 b), and a repulsion
+    # of 2 sqrt(b / pi).
     b = 0.2
     energy = 6 * b / 2 + 6 / (32 * b) + 2 * (b / torch.pi) ** 0.5
     found = WaveFunction().evaluate(Gaussian())

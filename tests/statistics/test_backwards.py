@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F
+from support.networks import mlp
 from support.oracles import close
 from torch import Tensor, nn
 
@@ -27,15 +29,12 @@ class Untapped(nn.Module):
         return x @ torch.linalg.matrix_exp(self.p)
 
 
-def mlp() -> nn.Module:
-    return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 3))
-
-
 def losses(outputs: Tensor, y: Tensor) -> Tensor:
     """Neither a sum nor a mean, so that their scale must be seen."""
     return 3.0 * F.cross_entropy(outputs, y, reduction="none") / len(y)
 
 
+small_mlp = functools.partial(mlp, 3, 5, 3)
 Train = Callable[[Tensor, Tensor, list[nn.Parameter]], None]
 
 
@@ -93,7 +92,7 @@ def compiled(request: pytest.FixtureRequest) -> Iterator[bool]:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("build", [mlp, Untapped])
+@pytest.mark.parametrize("build", [small_mlp, Untapped])
 @pytest.mark.parametrize("train", [logged_before, logged_after])
 def test_gradients_for_a_log_are_no_statistics(
     build: type[nn.Module], train: Train, compiled: bool
@@ -103,7 +102,7 @@ def test_gradients_for_a_log_are_no_statistics(
     close(recorded(recorder(model, compiled), train), want)
 
 
-@pytest.mark.parametrize("build", [mlp, Untapped])
+@pytest.mark.parametrize("build", [small_mlp, Untapped])
 @pytest.mark.parametrize("train", [by_halves, by_terms])
 def test_several_that_train_are_refused(
     build: type[nn.Module], train: Train, compiled: bool
@@ -161,7 +160,7 @@ class Twice(nn.Module):
         return self.layer(torch.tanh(self.layer(x)))
 
 
-@pytest.mark.parametrize("build", [mlp, Twice])
+@pytest.mark.parametrize("build", [small_mlp, Twice])
 @pytest.mark.parametrize("second", ["none", "evaluated", "observed", "not observed"])
 def test_a_forward_that_was_not_observed_is_named(
     build: type[nn.Module], second: str, caplog: pytest.LogCaptureFixture

@@ -29,6 +29,7 @@ def scale_of(weights: Tensor, targets: Tensor, c: float) -> float:
 
 @pytest.mark.parametrize("c", [1.0, 1 / CASES, 1e-6, 65536.0])
 def test_any_reduction(c: float) -> None:
+    """Any factor between the loss and the sum is found."""
     ones = torch.ones(CASES, dtype=torch.float64)
     assert scale_of(ones, torch.randint(CLASSES, (CASES,)), c) == pytest.approx(c, rel=1e-12)
 

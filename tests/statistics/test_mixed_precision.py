@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.networks import RMSNorm
+from support.steps import one_step
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -119,10 +120,7 @@ def in_double(model: nn.Module, x: Tensor, y: Tensor, fisher: str) -> Factors:
 
 def step(net: nn.Module, x: Tensor, y: Tensor, fisher: str) -> kfac_fx.Preconditioner:
     preconditioner = kfac_fx.Preconditioner(net, fisher=fisher, damping=1e-2)
-    outputs = net(x)
-    preconditioner.observe(outputs, y)
-    F.cross_entropy(outputs, y).backward()
-    preconditioner.step()
+    one_step(preconditioner, net, x, lambda outputs: F.cross_entropy(outputs, y), y)
     return preconditioner
 
 
@@ -160,6 +158,7 @@ def takes_autocast(model: nn.Module, x: Tensor, dtype: torch.dtype) -> bool:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 @kinds
 def test_autocast(kind: str, dtype: torch.dtype, fisher: str) -> None:
+    """Near the factors of the same model in float64."""
     known(kind, fisher)
     model, x, y = prepared(kind)
     if not takes_autocast(model, x, dtype):

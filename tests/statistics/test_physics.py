@@ -162,7 +162,7 @@ def test_factors_of_a_differential_equation(structure: str) -> None:
             close((A.mT, G.mT), want[one, other])
 
 
-def test_sampled_is_unbiased() -> None:
+def test_sampled_factors_of_residuals_have_the_exact_mean() -> None:
     model, points = network(), (torch.rand(2, 2), torch.rand(1, 2))
     many = points[0].repeat(200, 1), points[1].repeat(200, 1)
     net = kfac_fx.transform(model, structure="block_diagonal")

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch import distributions as D
 
 import kfac_fx
-from kfac_fx.likelihoods.sampling import drawn
+from kfac_fx.likelihoods.batch import drawn
 from kfac_fx.statistics import pass_cache as compiled
 
 pytestmark = pytest.mark.usefixtures("float64", "fresh")
@@ -184,8 +184,8 @@ def test_exact_fisher_is_two_programs() -> None:
     forward = torch.ops.aten.tanh.default
     assert forward in [node.target for node in program.once.graph.nodes]
     assert forward not in [node.target for node in program.each.graph.nodes]
-    inputs = len(pre._recorder._sources.inputs)
-    tied = [tied for tied, _ in program._places[1:]]  # behind the flag of finite outputs
+    inputs = len(pre._recorder.sources.inputs)
+    tied = [tied for tied, _ in program._places[1:]]  # after the flag of finite outputs
     assert not any(tied[:inputs]) and all(tied[inputs:])
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import kfac_fx
+from support.steps import one_step
 
 
 class Wrapped(nn.Module):
@@ -64,8 +65,5 @@ def oracle(
 def measured(model: nn.Module, inputs: tuple[Tensor, ...], block: str) -> tuple[Tensor, ...]:
     net = kfac_fx.transform(model)
     preconditioner = kfac_fx.Preconditioner(net, "normal", fisher="exact")
-    outputs = net(*inputs)
-    preconditioner.observe(outputs)
-    outputs.sum().backward()
-    preconditioner.step()
+    one_step(preconditioner, net, inputs, torch.sum)
     return preconditioner.factors[block]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,8 +38,11 @@ def vectors(*shape: int) -> Callable[[int], tuple[Tensor, ...]]:
 
 
 # -------------------------------------------------------------------------------- linear algebra
-def mlp() -> nn.Module:
-    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
+def mlp(*widths: int) -> nn.Sequential:
+    """Linear layers between these widths (by default 6, 5 and 4), tanh between the layers."""
+    sizes = itertools.pairwise(widths or (6, 5, 4))
+    layers = [layer for a, b in sizes for layer in (nn.Linear(a, b), nn.Tanh())]
+    return nn.Sequential(*layers[:-1])
 
 
 class FunctionalLinear(nn.Module):

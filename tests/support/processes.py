@@ -1,10 +1,13 @@
-"""Starts processes that talk over gloo, and brings back what they return."""
+"""Other processes: Python that runs a script or a line, and groups that talk over gloo."""
 
 from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import socket
+import subprocess
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -16,6 +19,42 @@ import torch
 import torch.distributed as dist
 
 PRELOADED = ["torch", "kfac_fx", "kfac_fx.distributed", "torch.distributed.fsdp"]
+
+
+TESTS = Path(__file__).resolve().parents[1]
+ROOT = TESTS.parent
+
+
+def run_python(
+    *arguments: str | Path,
+    folder: Path = ROOT,
+    timeout: float = 300,
+    path: tuple[Path, ...] = (ROOT, TESTS),
+    **environment: str,
+) -> subprocess.CompletedProcess[str]:
+    """Run this interpreter in a process of its own, on one thread, and return its two outputs.
+
+    Args:
+        folder: Where it runs: what it writes lies there.
+        timeout: Seconds after which it is killed and the test fails.
+        path: What it imports from before what is installed.
+        environment: Variables beside those of this process.
+
+    A failure shows what the process wrote on its standard error.
+    """
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        timeout=timeout,
+        check=False,
+        env=os.environ
+        | {"PYTHONPATH": os.pathsep.join(map(str, path)), "OMP_NUM_THREADS": "1"}
+        | environment,
+    )
+    assert done.returncode == 0, done.stderr
+    return done
 
 
 def free_port() -> int:

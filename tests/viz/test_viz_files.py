@@ -61,6 +61,7 @@ def test_json_of_another_version_is_refused() -> None:
 
 
 def test_networkx(curvature: kfac_fx.CurvatureGraph, tmp_path: Path) -> None:
+    """Nodes, couplings and dependencies, there and in GraphML."""
     graph = curvature.to_networkx()
     assert list(graph) == list(curvature.blocks)
     coupled = {(d["child"], d["parent"]) for _, _, d in graph.edges(data=True) if d["coupled"]}

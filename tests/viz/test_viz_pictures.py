@@ -16,12 +16,11 @@ from torch import nn
 
 import kfac_fx
 from kfac_fx.errors import MissingExtraError, UnknownOptionError
-from kfac_fx.viz.dot import dot_graph
-from kfac_fx.viz.headings import clear_headings
+from kfac_fx.viz.draw_graphviz import clear_headings, dot_graph
+from kfac_fx.viz.draw_matplotlib import plain_figure
 from kfac_fx.viz.layout import Box, arranged
+from kfac_fx.viz.module_tree import Group, Item, leaves, module_tree
 from kfac_fx.viz.picture import FALLBACK, picture
-from kfac_fx.viz.plain import plain_figure
-from kfac_fx.viz.tree import Group, Item, leaves, module_tree
 
 needs_dot = pytest.mark.skipif(shutil.which("dot") is None, reason="needs Graphviz's dot")
 
@@ -156,6 +155,7 @@ def test_without_dot_matplotlib_draws(
 
 @needs_dot
 def test_graphviz_draws(tower: kfac_fx.CurvatureGraph, tmp_path: Path) -> None:
+    """PNG, SVG and PDF; copies that are folded are there unfolded."""
     pytest.importorskip("pydot")
     for suffix, start in (("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")):
         tower.save(tmp_path / f"tower.{suffix}")

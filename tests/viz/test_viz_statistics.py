@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.steps import one_step
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -26,10 +27,7 @@ def recorded(
     """A preconditioner after one step on these inputs."""
     net = kfac_fx.transform(model, **options)
     pre = kfac_fx.Preconditioner(net, fisher="exact", damping=DAMPING, tikhonov=tikhonov)
-    outputs = net(*inputs)
-    pre.observe(outputs)
-    outputs.square().sum().backward()
-    pre.step()
+    one_step(pre, net, inputs, lambda outputs: outputs.square().sum())
     return pre
 
 
@@ -53,6 +51,7 @@ def root(matrix: Tensor) -> Tensor:
 
 @pytest.mark.usefixtures("float64")
 def test_kronecker_blocks() -> None:
+    """Numbers of A and G, without damping and with it."""
     pre = recorded(network(), torch.randn(20, 5))
     report = pre.report()
     assert report.gamma == pytest.approx(DAMPING**0.5)
@@ -91,6 +90,7 @@ def test_strength_is_the_largest_canonical_correlation() -> None:
 
 @pytest.mark.usefixtures("float64")
 def test_other_blocks() -> None:
+    """Norms have no pi; groups have one each."""
     norm = recorded(network(), torch.randn(20, 5)).report().blocks["2"]
     assert norm.pi == ()
     assert norm.factors[0].damping == pytest.approx(DAMPING)
@@ -250,6 +250,7 @@ def test_a_run_is_drawn(tmp_path: Path) -> None:
 
 
 def test_tensorboard(tmp_path: Path) -> None:
+    """Scalars at the steps at which they were recorded."""
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -264,6 +265,7 @@ def test_tensorboard(tmp_path: Path) -> None:
 
 
 def test_without_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error names what to install."""
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(MissingExtraError, match="pip install tensorboard"):
         viz.write_tensorboard([{"loss": 1.0}], tmp_path)

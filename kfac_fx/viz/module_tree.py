@@ -23,6 +23,7 @@ class Leaf:
     Attributes:
         name: relative to the group that holds it.
         members: the names of the blocks, its own first.
+        signature: equal for blocks of equal form.
         copies: how many siblings of this very leaf are folded into it.
     """
 
@@ -39,7 +40,13 @@ class Leaf:
 
 @dataclass
 class Group:
-    """A module that holds several blocks, or equal modules that it stands for."""
+    """A module that holds several blocks, or equal modules that it stands for.
+
+    Attributes:
+        name: relative to the group that holds it; empty for the model.
+        children: in the order of the forward pass.
+        copies: how many equal modules it stands for.
+    """
 
     name: str
     children: list[Leaf | Group] = field(default_factory=list)
@@ -53,42 +60,54 @@ class Group:
 
 Item = Leaf | Group
 
+Places = dict[str, tuple[tuple[int, int], ...]]
+"""Block -> (fold, number of its copy) of every fold that it is in, the innermost first."""
+
 
 @dataclass
 class Tree:
     """The module hierarchy.
 
     Attributes:
+        root: the model.
         shown: block -> the block that stands for it.
-        places: block -> (fold, number of its copy) of every fold that it is in.
+        places: where each block is in folds.
     """
 
     root: Group
     shown: dict[str, str]
-    places: dict[str, tuple[tuple[int, int], ...]]
+    places: Places
 
     def apart(self, one: str, other: str) -> bool:
-        """Whether two blocks lie in different copies of one fold."""
-        mine, others = dict(self.places[one]), dict(self.places[other])
+        """Say whether two blocks lie in different copies of one fold."""
+        mine = dict(self.places[one])
+        others = dict(self.places[other])
         return any(others.get(fold, copy) != copy for fold, copy in mine.items())
 
 
 def module_tree(curvature: CurvatureGraph, *, fold: bool = True) -> Tree:
-    """The hierarchy of a model's blocks, in the order of the forward pass."""
+    """Return the hierarchy of a model's blocks, in the order of the forward pass.
+
+    Args:
+        curvature: its blocks' names are paths of modules.
+        fold: whether equal modules in a row become one; a transformer's picture has a dozen boxes
+            then, not hundreds.
+    """
     root = Group("")
     for block in curvature.blocks.values():
         _place(root, block)
     root.children = [_merged(child) for child in root.children]
-    places: dict[str, tuple[tuple[int, int], ...]] = dict.fromkeys(curvature.blocks, ())
+    places: Places = dict.fromkeys(curvature.blocks, ())
     if fold:
         _fold(root, places)
+        # A fold may leave a group with one child, whose names are joined as before.
         root.children = [_merged(child) for child in root.children]
     shown = {member: leaf.block for leaf in leaves(root) for member in leaf.members}
     return Tree(root, shown, places)
 
 
 def leaves(item: Item) -> Iterator[Leaf]:
-    """From left to right."""
+    """Yield the leaves of a group from left to right, or the leaf itself."""
     if isinstance(item, Leaf):
         yield item
     else:
@@ -97,6 +116,7 @@ def leaves(item: Item) -> Iterator[Leaf]:
 
 
 def _place(root: Group, block: CurvatureBlock) -> None:
+    """Add a block to the group of its module; groups on the way are made."""
     *path, last = block.name.split(".")
     group = root
     for part in path:
@@ -104,13 +124,14 @@ def _place(root: Group, block: CurvatureBlock) -> None:
         if inner is None:
             group.children.append(inner := Group(part))
         group = inner
-    reason = block.reason is None
-    signature = block.kind, block.approximation, block.factors, block.parameter_count, reason
+    # The text of a fallback's reason may name the block: whether there is one must be equal.
+    plain = block.reason is None
+    signature = block.kind, block.approximation, block.factors, block.parameter_count, plain
     group.children.append(Leaf(last, [block.name], signature))
 
 
 def _merged(item: Item) -> Item:
-    """Without groups of one child, whose names are joined."""
+    """Return the item without groups of one child, whose names are joined."""
     if isinstance(item, Leaf):
         return item
     item.children = [_merged(child) for child in item.children]
@@ -122,8 +143,8 @@ def _merged(item: Item) -> Item:
     return child
 
 
-def _fold(group: Group, places: dict[str, tuple[tuple[int, int], ...]]) -> None:
-    """Folds the children of a group, innermost first."""
+def _fold(group: Group, places: Places) -> None:
+    """Fold the children of a group, innermost first: groups are equal if what they hold is."""
     for child in group.children:
         if isinstance(child, Group):
             _fold(child, places)
@@ -139,16 +160,17 @@ def _fold(group: Group, places: dict[str, tuple[tuple[int, int], ...]]) -> None:
 
 
 def _pattern(name: str) -> str:
+    """Return a name without its numbers, in which copies differ."""
     return re.sub(r"\d+", "#", name)
 
 
 def _repetition(keys: Sequence[tuple[str, object]], start: int) -> tuple[int, int]:
-    """(period, copies) of the longest repetition that starts here; (1, 1) where there is none."""
+    """Return (period, copies) of the longest repetition from here on; (1, 1) if there is none."""
     best = (1, 1)
     for period in range(1, LONGEST_PERIOD + 1):
         first = keys[start : start + period]
         if not all("#" in name for name, _ in first):
-            break
+            break  # names without a number are not copies, however equal their layers are
         copies = 1
         while keys[start + copies * period : start + (copies + 1) * period] == first:
             copies += 1
@@ -158,10 +180,8 @@ def _repetition(keys: Sequence[tuple[str, object]], start: int) -> tuple[int, in
     return best
 
 
-def _folded(
-    items: Sequence[Item], period: int, places: dict[str, tuple[tuple[int, int], ...]]
-) -> Item:
-    """The first ``period`` items, standing for all."""
+def _folded(items: Sequence[Item], period: int, places: Places) -> Item:
+    """Return the first ``period`` items, standing for all; note the copy that each block is in."""
     fold = sum(map(len, places.values()))  # a number that no other fold has
     copies = [items[at : at + period] for at in range(0, len(items), period)]
     for number, copy in enumerate(copies):
@@ -174,7 +194,8 @@ def _folded(
     if period > 1:
         return Group(name, list(copies[0]), len(copies))
     (first,) = copies[0]
-    first.name, first.copies = name, first.copies * len(copies)
+    first.name = name
+    first.copies *= len(copies)
     return first
 
 

@@ -1,7 +1,8 @@
 """Dense Fishers of small networks of linear layers, and pictures of matrices.
 
 Parameters are ordered layer by layer, each layer's [W b] with its columns stacked (vec), so that a
-block of the Kronecker form is A (x) G.
+block of the Kronecker form is A (x) G (docs/explanation/mathematics.md, section 1). Everything here
+has as many entries as parameters squared: it is for networks of a few thousand parameters.
 """
 
 from __future__ import annotations
@@ -9,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 
 from kfac_fx.errors import UnknownOptionError
-from kfac_fx.viz.extras import new_figure
+from kfac_fx.viz.extras import Axes, new_figure
 
 if TYPE_CHECKING:
     from kfac_fx.optim import Preconditioner
@@ -26,12 +27,12 @@ LARGEST = 420
 
 
 def exact_fisher(model: nn.Module, names: Sequence[str], x: Tensor) -> Tensor:
-    """F of linear layers under a categorical likelihood, from the Jacobian of every case.
+    """Return F of linear layers under a categorical likelihood, from the Jacobian of every case.
 
     Args:
         model: from [cases, ...] to logits [cases, classes].
-        names: paths of ``nn.Linear`` modules.
-        x: the cases.
+        names: paths of ``nn.Linear`` modules; their order is that of the blocks.
+        x: the cases, over which F is a mean.
 
     Returns:
         [n, n] for the n parameters of the layers.
@@ -47,13 +48,15 @@ def exact_fisher(model: nn.Module, names: Sequence[str], x: Tensor) -> Tensor:
         result: Tensor = functional_call(model, parameters | own, (case[None],))[0]
         return result
 
+    # With S the root of the output Fisher, F is the mean of (S^T J)^T (S^T J): a product of what
+    # one case has, so that F is positive up to rounding.
     J = vmap(jacrev(logits), (None, 0))({key: parameters[key] for key in keys}, x)
     parts = []
     for name, layer in layers.items():
         V = J[f"{name}.weight"]
         if layer.bias is not None:
             V = torch.cat([V, J[f"{name}.bias"][..., None]], -1)
-        parts.append(V.mT.flatten(2))
+        parts.append(V.mT.flatten(2))  # columns stacked, as vec() does
     rows = _root(model(x).detach()).mT @ torch.cat(parts, -1)
     rows = rows.flatten(0, 1)
     return rows.mT @ rows / len(x)
@@ -62,11 +65,13 @@ def exact_fisher(model: nn.Module, names: Sequence[str], x: Tensor) -> Tensor:
 def kronecker_fisher(
     model: nn.Module, names: Sequence[str], x: Tensor, damping: float = 0.0
 ) -> Tensor:
-    """Ftilde: blocks E[a_i a_j^T] (x) E[g_i g_j^T] of all pairs of linear layers.
+    """Return Ftilde: blocks E[a_i a_j^T] (x) E[g_i g_j^T] of all pairs of linear layers.
 
     Args:
-        model, names, x: as for ``exact_fisher``; each layer sees one vector a case.
-        damping: lambda of factored Tikhonov damping of the diagonal blocks.
+        model: from [cases, ...] to logits [cases, classes]; each layer sees one vector a case.
+        names: paths of ``nn.Linear`` modules; their order is that of the blocks.
+        x: the cases.
+        damping: lambda of factored Tikhonov damping of the diagonal blocks; 0 for none.
 
     Returns:
         [n, n].
@@ -81,6 +86,7 @@ def kronecker_fisher(
         for j in range(len(a)):
             A = a[i].mT @ a[j] / len(x)
             G = torch.einsum("knp,knq->pq", g[i], g[j]) / len(x)
+            # Damping belongs to the diagonal: cross blocks are what the couplings are made of.
             if i == j and damping > 0:
                 pi = ((A.trace() / len(A)) / (G.trace() / len(G))).sqrt()
                 A = A + pi * damping**0.5 * torch.eye(len(A), dtype=A.dtype)
@@ -91,9 +97,10 @@ def kronecker_fisher(
 
 
 def dense_inverse(preconditioner: Preconditioner, names: Sequence[str]) -> Tensor:
-    """Fhat^-1 (Fbreve^-1 without couplings) of linear layers, column by column.
+    """Return Fhat^-1 (Fbreve^-1 without couplings) of linear layers, column by column.
 
     Args:
+        preconditioner: has inverses; it is applied to every unit vector.
         names: blocks; gradients of all others are zero.
 
     Returns:
@@ -112,6 +119,7 @@ def dense_inverse(preconditioner: Preconditioner, names: Sequence[str]) -> Tenso
     sizes = [rows * columns for rows, columns, _ in shapes]
     like = preconditioner.factors[names[0]][0]
     result = []
+    # What the program computes is compared here, not a formula that should agree with it.
     for unit in torch.eye(sum(sizes), dtype=like.dtype, device=like.device):
         given: dict[str, Tensor] = {}
         for (rows, columns, keys), part in zip(shapes, unit.split(sizes), strict=True):
@@ -127,12 +135,14 @@ def dense_inverse(preconditioner: Preconditioner, names: Sequence[str]) -> Tenso
     return torch.stack(result, 1)
 
 
-def show_matrix(axes: Any, matrix: Tensor, title: str, sizes: Sequence[int] = ()) -> None:
-    """Draws absolute values on matplotlib's axes, brightened as the paper does (power 0.33).
+def show_matrix(axes: Axes, matrix: Tensor, title: str, sizes: Sequence[int] = ()) -> None:
+    """Draw absolute values on matplotlib's axes, brightened as the paper does (power 0.33).
 
     Args:
+        axes: to draw on.
         matrix: [n, m].
-        sizes: of blocks, between which lines are drawn.
+        title: above it.
+        sizes: of blocks, between which lines are drawn; none where it is empty.
     """
     values = matrix.detach().abs()
     step = max(len(values) // LARGEST, 1)
@@ -151,14 +161,20 @@ def show_matrix(axes: Any, matrix: Tensor, title: str, sizes: Sequence[int] = ()
 def draw_matrices(
     matrices: Mapping[str, Tensor], path: str | Path, *, columns: int = 3, sizes: Sequence[int] = ()
 ) -> None:
-    """Saves heat maps by title, as ``show_matrix`` draws them.
+    """Save heat maps by title, as ``show_matrix`` draws them.
+
+    Args:
+        matrices: by title, from left to right.
+        path: of a picture in one of matplotlib's formats.
+        columns: heat maps in a row, at most.
+        sizes: of blocks, as for ``show_matrix``; the same for all.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
     columns = min(columns, len(matrices))
     rows = -(-len(matrices) // columns)
-    figure = new_figure(3.2 * columns, 3.3 * rows, layout="constrained")
+    figure = new_figure(3.2 * columns, 3.3 * rows, constrained=True)
     grid = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes, (title, matrix) in zip(grid, matrices.items(), strict=False):
         show_matrix(axes, matrix, title, sizes)
@@ -183,7 +199,8 @@ def _leaves(layer: nn.Linear) -> tuple[str, ...]:
 
 
 def _root(logits: Tensor) -> Tensor:
-    """S with S S^T = diag(p) - p p^T, case by case."""
+    """Return S with S S^T = diag(p) - p p^T, case by case: [cases, classes, classes]."""
+    # S = diag(sqrt p) - p sqrt(p)^T needs no decomposition, and p of zero is no special case.
     p = logits.softmax(-1)
     return torch.diag_embed(p.sqrt()) - p[..., None] * p.sqrt()[:, None]
 
@@ -191,7 +208,10 @@ def _root(logits: Tensor) -> Tensor:
 def _vectors(
     model: nn.Module, layers: Mapping[str, nn.Linear], x: Tensor
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Of each layer a [cases, d_in], homogeneous, and g [classes, cases, d_out]."""
+    """Return each layer's a [cases, d_in], homogeneous, and g [classes, cases, d_out].
+
+    g has one derivative a column of the output Fisher's root, so that sums over them are exact.
+    """
     seen: dict[str, tuple[Tensor, Tensor]] = {}
     hooks = [
         layer.register_forward_hook(

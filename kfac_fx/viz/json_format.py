@@ -1,26 +1,35 @@
-"""Curvature graphs as JSON and back, equal to what they were."""
+"""Curvature graphs as JSON and back, equal to what they were; docs/reference/stability.md."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-import networkx as nx
-
 from kfac_fx import ir
 from kfac_fx.errors import FormatError
-from kfac_fx.viz.networks import to_networkx
+from kfac_fx.viz.facts import to_networkx
 
 FORMAT = "kfac_fx.CurvatureGraph"
+"""Tells such a file from other JSON."""
+
 VERSION = 1
+"""Raised when files of an older version can no longer be read."""
 
 
 def to_json(curvature: ir.CurvatureGraph) -> str:
-    """The whole graph, and under "graph" the same blocks and dependencies as networkx writes them.
+    """Return the whole graph as text, with blocks and dependencies as networkx writes them too.
+
+    Under "curvature" is all that ``from_json`` needs; "graph" is for programs that know networkx's
+    format, and is not read back.
+
+    Args:
+        curvature: the graph.
 
     Raises:
         FormatError: a rule of one's own put an object into a tap's options that JSON cannot hold.
     """
+    import networkx as nx  # late, as in facts.py
+
     content = {
         "format": FORMAT,
         "version": VERSION,
@@ -31,7 +40,10 @@ def to_json(curvature: ir.CurvatureGraph) -> str:
 
 
 def from_json(text: str) -> ir.CurvatureGraph:
-    """The inverse of ``to_json``.
+    """Return the curvature graph that ``to_json`` wrote.
+
+    Args:
+        text: JSON of this version; older ones are refused, as half a graph would be a wrong one.
 
     Raises:
         FormatError: the text is no curvature graph of this version.
@@ -41,12 +53,16 @@ def from_json(text: str) -> ir.CurvatureGraph:
         if content["format"] != FORMAT or content["version"] != VERSION:
             raise FormatError(f"this is no {FORMAT} of version {VERSION}")
         return ir.CurvatureGraph.from_plain(content["curvature"])
+    # A file of something else fails in one of these ways, wherever it stops looking like a graph.
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise FormatError(f"this is no JSON of a curvature graph ({error!r})") from error
 
 
 def load(path: str | Path) -> ir.CurvatureGraph:
-    """A curvature graph from a file that ``save("....json")`` wrote.
+    """Return the curvature graph of a file that ``save("....json")`` wrote.
+
+    Args:
+        path: of the file.
 
     Raises:
         FormatError: the file holds something else.

@@ -1,0 +1,124 @@
+"""From what a user gives to a likelihood: a name, a callable, or a sum of several.
+
+A new likelihood with a name is one more line of ``NAMED``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+from torch.distributions import Distribution
+
+from kfac_fx.config import choice
+from kfac_fx.errors import LikelihoodError
+from kfac_fx.likelihoods.builtin import Bernoulli, Categorical, Likelihood, Normal
+
+
+@dataclass(frozen=True)
+class Custom:
+    """Any callable from outputs to a Distribution; wrap in Independent what is one event.
+
+    Draws and exact Fishers work for the families that ``builtin`` knows, and for distributions
+    with a finite support; draws also for all others that have ``sample``.
+    """
+
+    function: Callable[[Any], Distribution]
+
+    def distribution(self, outputs: Any) -> Distribution:
+        result = self.function(outputs)
+        if not isinstance(result, Distribution):
+            raise LikelihoodError(
+                "the likelihood must return a torch.distributions.Distribution, "
+                f"got {type(result).__name__}"
+            )
+        return result
+
+    def terms(self, outputs: Any, targets: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        return targets, None
+
+
+@dataclass(frozen=True)
+class Sum:
+    """Several likelihoods, the objective sum_k weight_k * (mean NLL of a term of part k).
+
+    The parts are (likelihood, weight) by name or by place; outputs and targets are mappings with
+    these names, or tuples in this order. The Fisher is the weighted sum of the parts' Fishers.
+
+    ``Sum({"label": ("categorical", 1.0), "box": ("normal", 0.3)})``
+
+    Attributes:
+        parts: each likelihood as for ``Preconditioner``, or another sum.
+
+    Raises:
+        LikelihoodError: there is no part, or a weight is no finite number of at least zero.
+    """
+
+    parts: Mapping[str, tuple[Any, float]] | Sequence[tuple[Any, float]]
+
+    def __post_init__(self) -> None:
+        for key, part in self.items():
+            if not (isinstance(part, tuple) and len(part) == 2):
+                raise LikelihoodError(f"part {key!r} of a sum must be (likelihood, weight)")
+        found = {key: (likelihood_of(part), _weight(w)) for key, (part, w) in self.items()}
+        if not any(weight for _, weight in found.values()):
+            raise LikelihoodError("a sum of likelihoods needs a part with a weight above zero")
+        object.__setattr__(self, "parts", found if self.named else tuple(found.values()))
+
+    @property
+    def named(self) -> bool:
+        """Whether the parts have names rather than places."""
+        return isinstance(self.parts, Mapping)
+
+    def items(self) -> list[tuple[Any, tuple[Any, float]]]:
+        """Return (name or place, (likelihood, weight)) of the parts."""
+        if isinstance(self.parts, Mapping):
+            return list(self.parts.items())
+        return list(enumerate(self.parts))
+
+
+def _weight(value: float) -> float:
+    if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
+        raise LikelihoodError(
+            f"the weight of a likelihood must be a finite number of at least zero, got {value!r}"
+        )
+    return float(value)
+
+
+NAMED: dict[str, Callable[[], Likelihood]] = {
+    "categorical": Categorical,
+    "bernoulli": Bernoulli,
+    "normal": Normal,
+    "residual": partial(Normal, target=0.0),
+}
+
+Given = str | Likelihood | Sum | Callable[[Any], Distribution]
+"""A name, an object of this module, or a callable from outputs to a distribution."""
+
+
+def likelihood_of(value: Given) -> Likelihood | Sum:
+    """Return the likelihood that a user means.
+
+    Args:
+        value: one of the names in ``NAMED``, an object with the methods of ``Likelihood``, a
+            ``Sum``, or a callable from outputs to a distribution.
+
+    Raises:
+        UnknownOptionError: no likelihood has that name.
+        LikelihoodError: the value is none of these.
+    """
+    if isinstance(value, str):
+        return NAMED[choice("likelihood", value, NAMED)]()
+    if isinstance(value, (Sum, Likelihood)):
+        return value
+    if callable(value):
+        return Custom(value)
+    raise LikelihoodError(
+        f"likelihood must be one of {', '.join(map(repr, NAMED))}, a kfac_fx.likelihoods.Sum or a "
+        "callable from outputs to a torch.distributions.Distribution, got "
+        f"{type(value).__name__}"
+    )

@@ -1,0 +1,320 @@
+"""Second moments of cases and positions, and what every Kronecker use records: A, G, positions.
+
+The formulas are those of docs/explanation/mathematics.md, section 2: A (x) G is the Fisher of the
+mean negative log-likelihood of a case, with likelihood terms left for the averages to count.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from kfac_fx.ops.gram import (
+    Rows,
+    Statistic,
+    cut_gram,
+    formed_once,
+    homogeneous_gram,
+    second_moment,
+    stay,
+)
+from kfac_fx.ops.options import TapOptions
+
+
+def case_rows(t: Tensor, features: Sequence[int], groups: Sequence[int] = ()) -> Tensor:
+    """Return t as [N, S, features]: cases, positions that share the weight, flattened features.
+
+    Args:
+        t: any tensor; the first dimension that is neither feature nor group counts the cases, the
+            others are positions. There may be none: a vector of features is one case.
+        features: dimensions of t that hold the features, in order.
+        groups: dimensions that count independent matrices; where there are any, they are flattened
+            to a first dimension of the result.
+    """
+    if len(features) == 1 and not groups and t.dim() > 1 and features[0] % t.dim() == t.dim() - 1:
+        return t.reshape(t.shape[0], -1, t.shape[-1])  # most uses, in one call
+    last = [dim % t.dim() for dim in features]
+    first = [dim % t.dim() for dim in groups]
+    rest = [dim for dim in range(t.dim()) if dim not in last and dim not in first]
+    t = t.permute(first + rest + last)
+    split = len(first), len(first) + len(rest)
+    lead = t.shape[split[0] : split[1]]
+    sizes = (lead[0] if rest else 1, lead[1:].numel(), t.shape[split[1] :].numel())
+    return t.reshape(t.shape[: split[0]].numel(), *sizes) if first else t.reshape(sizes)
+
+
+def over_cases(p: Tensor, like: Tensor) -> tuple[Tensor, bool]:
+    """Return p viewed with one copy for each case of ``like``, and whether it is broadcast so.
+
+    The consumer's backward then returns one gradient a case, before they are summed.
+    """
+    missing = like.dim() - p.dim()
+    if missing > 0:
+        lead = (like.shape[0],) + (1,) * (missing - 1)
+        return p.expand(*lead, *p.shape), True
+    if missing == 0 and p.dim() > 0 and p.shape[0] == 1:
+        return p.expand(like.shape[0], *p.shape[1:]), True
+    return p, False
+
+
+class FactorForm(NamedTuple):
+    """How one factor is kept; the buffer's shape says it, so it is no option of a tap.
+
+    Attributes:
+        diagonal: as its diagonal alone.
+        blocks: as so many sub-blocks along the diagonal; 1 for a whole matrix.
+    """
+
+    diagonal: bool = False
+    blocks: int = 1
+
+
+WHOLE = FactorForm()
+
+
+def form_of(factor: Tensor, *, grouped: bool = False) -> FactorForm:
+    """Return the form of a factor from its buffer.
+
+    Args:
+        grouped: whether the first dimension counts independent blocks, which are never cut.
+    """
+    if factor.dim() == 1 + grouped:
+        return FactorForm(diagonal=True)
+    return FactorForm(blocks=factor.shape[0]) if factor.dim() == 3 and not grouped else WHOLE
+
+
+def input_factor(
+    rows: Tensor, *, bias: bool, reduce: bool, form: FactorForm = WHOLE, one: float = 1.0
+) -> Statistic:
+    """Return A of docs/explanation/mathematics.md, section 2, from inputs [..., N, S, d].
+
+    expand: A = sum over cases and positions of abar abar^T / N;
+    reduce: A = sum over cases of abar abar^T / N, abar of the mean over positions.
+
+    Args:
+        rows: the inputs of N cases at S positions.
+        bias: whether the homogeneous coordinate is an input, so that A is [d + 1, d + 1].
+        reduce: which of the two; it must be that of ``gradient_factor``.
+        form: how A is kept.
+        one: the homogeneous coordinate; 0 for the derivative in a direction, where it is constant.
+    """
+    cases = rows.shape[-3]
+    flat = rows.mean(-2) if reduce else rows.flatten(-3, -2)
+    if form.blocks > 1:
+        flat = torch.cat([flat, torch.full_like(flat[..., :1], one)], -1) if bias else flat
+        return cut_gram(flat, form.blocks) / cases
+    if form.diagonal:
+        squares = flat.square().sum(-2)
+        if bias:
+            ones = torch.full_like(squares[..., :1], one * flat.shape[-2])
+            squares = torch.cat([squares, ones], -1)
+        return squares / cases
+    if not bias:
+        return second_moment(flat, 1 / cases)
+    if stay(flat):
+        return Rows(pad(flat, (0, 1), value=one), 1 / cases)
+    return homogeneous_gram(flat, 1 / cases, one)
+
+
+def gradient_factor(
+    rows: Tensor, *, reduce: bool, divide: bool, form: FactorForm = WHOLE
+) -> Statistic:
+    """Return G of docs/explanation/mathematics.md, section 2, from g [..., N, S, d].
+
+    expand: G = sum over cases and positions of g g^T / S;
+    reduce: G = sum over cases of (sum over positions of g) (the same)^T.
+    Neither is divided by the number of cases or of likelihood terms: only the loss knows them.
+
+    Args:
+        rows: derivatives of the summed loss for N cases at S positions.
+        reduce: which of the two.
+        divide: whether to divide by S. A block of several uses counts the positions of all of them
+            together and divides once, by their sum (section 4, parameters used several times).
+        form: how G is kept.
+    """
+    flat = rows.sum(-2) if reduce else rows.flatten(-3, -2)
+    scale = 1 / rows.shape[-2] if divide and not reduce else 1.0
+    if form.blocks > 1:
+        return cut_gram(flat, form.blocks) * scale
+    return flat.square().sum(-2) * scale if form.diagonal else second_moment(flat, scale)
+
+
+def case_covariance(u: Tensor, dim: int) -> Statistic:
+    """Return C, the sum over cases of the outer product of per-case gradients.
+
+    See docs/explanation/mathematics.md, section 4 (scale and shift, and parameters of their own).
+
+    Args:
+        u: [N, K, d]: K gradients (of scale and shift, say) of d entries a case.
+        dim: dimensions of the factor: 2 for the full [K d, K d] matrix, 3 for [d, K, K], one small
+            matrix an entry, 1 for the diagonal [K d].
+    """
+    if dim == 2:
+        return second_moment(u.flatten(1))
+    if dim == 3:
+        return torch.einsum("nkd,nld->dkl", u, u)
+    return u.flatten(1).square().sum(0)
+
+
+class KroneckerStatistics(ABC):
+    """(A, G), and the number of positions where a block has several uses.
+
+    A subclass reads what its tap saved and forms one factor a method. What a use counts as its
+    positions must fit its G: G is divided by it where the use is the block's only one.
+    """
+
+    def __call__(
+        self,
+        g: Tensor,
+        tensors: Sequence[Tensor | None],
+        wanted: Sequence[bool],
+        dtype: torch.dtype,
+    ) -> list[Statistic | None]:
+        """Return one statistic a factor buffer; see ``kfac_fx.ops.tap.Statistics``."""
+        g, tensors = self.read(g, tensors)
+        # A third buffer, the count of positions, is there only where uses are counted together.
+        one_use = len(wanted) == 2
+        found: list[Statistic | None] = [None] * len(wanted)
+        if wanted[0]:
+            found[0] = self.inputs(g, tensors, dtype)
+        if wanted[1]:
+            found[1] = self.gradients(g, tensors, dtype, divide=one_use)
+        if not one_use and wanted[2]:
+            found[2] = self.count(g, tensors, dtype)
+        return found
+
+    def read(
+        self, g: Tensor, tensors: Sequence[Tensor | None]
+    ) -> tuple[Tensor, Sequence[Tensor | None]]:
+        """Return the derivative and what the tap saved as the other methods take them."""
+        return g, tensors
+
+    @abstractmethod
+    def inputs(self, g: Tensor, tensors: Sequence[Tensor | None], dtype: torch.dtype) -> Statistic:
+        """Return A, formed in ``dtype``."""
+
+    @abstractmethod
+    def gradients(
+        self, g: Tensor, tensors: Sequence[Tensor | None], dtype: torch.dtype, *, divide: bool
+    ) -> Statistic:
+        """Return G, formed in ``dtype``, divided by the positions where ``divide``."""
+
+    def count(self, g: Tensor, tensors: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor:
+        """Return the number of positions as a tensor."""
+        return torch.full((), self.positions(g, tensors), dtype=dtype, device=g.device)
+
+    def positions(self, g: Tensor, tensors: Sequence[Tensor | None]) -> float:
+        """Return the number of positions of a case; 1 unless a subclass knows better."""
+        return 1.0
+
+
+@dataclass(frozen=True)
+class LinearOptions(TapOptions):
+    """Options of a dense use.
+
+    Attributes:
+        x_dims: the feature dimensions of the input, in the order of the weight's columns.
+        y_dims: the feature dimensions of the output, in the order of the weight's rows.
+        x_groups: dimensions of the input that count independent matrices; there may be none.
+        y_groups: the same of the output.
+        bias: whether the block has a bias, and A the homogeneous coordinate.
+        reduce: whether positions that share the weight are reduced rather than expanded.
+    """
+
+    x_dims: tuple[int, ...]
+    y_dims: tuple[int, ...]
+    x_groups: tuple[int, ...]
+    y_groups: tuple[int, ...]
+    bias: bool
+    reduce: bool
+
+
+@dataclass(frozen=True)
+class LinearStatistics(KroneckerStatistics):
+    """(A, G) of a dense use s = W abar: A over inputs a [N, S, in], G over derivatives g.
+
+    A [in + 1, in + 1] and G [out, out] are ``input_factor`` and ``gradient_factor``; with groups
+    there is one of each a group, along a first dimension. docs/explanation/mathematics.md, section
+    4, "linear".
+
+    Attributes:
+        options: what the tap was called with.
+        A: how A is kept.
+        G: how G is kept.
+        one: the homogeneous coordinate.
+    """
+
+    options: LinearOptions
+    A: FactorForm = WHOLE
+    G: FactorForm = WHOLE
+    one: float = 1.0
+
+    def tangent(self) -> LinearStatistics | None:
+        """Return the statistics of W x', the derivative in a direction x'.
+
+        It is a use of W too, but of W alone: the bias is constant in every direction.
+        """
+        return replace(self, one=0.0)
+
+    def multiplied_by(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        """Return what the weight multiplies, from the saved tensors."""
+        (x,) = tensors
+        assert x is not None
+        return x
+
+    def inputs(self, g: Tensor, tensors: Sequence[Tensor | None], dtype: torch.dtype) -> Statistic:
+        """Return A; the last one again where another use has read the same input."""
+        x, given, form, one = self.multiplied_by(tensors), self.options, self.A, self.one
+        if given.x_groups and x.dim() < g.dim():  # matmul broadcasts over the groups
+            x = x.expand(*g.shape[: g.dim() - x.dim()], *x.shape)
+
+        def formed() -> Statistic:
+            rows = case_rows(x, given.x_dims, given.x_groups).to(dtype)
+            return input_factor(rows, bias=given.bias, reduce=given.reduce, form=form, one=one)
+
+        key = (given.x_dims, given.x_groups, dtype, given.bias, given.reduce, form, one)
+        return formed_once(x, key, formed)
+
+    def gradients(
+        self, g: Tensor, tensors: Sequence[Tensor | None], dtype: torch.dtype, *, divide: bool
+    ) -> Statistic:
+        """Return G over the features of the output."""
+        rows = case_rows(g, self.options.y_dims, self.options.y_groups).to(dtype)
+        return gradient_factor(rows, reduce=self.options.reduce, divide=divide, form=self.G)
+
+    def positions(self, g: Tensor, tensors: Sequence[Tensor | None]) -> float:
+        """Return S, or 1 where positions are reduced."""
+        given = self.options
+        return 1 if given.reduce else case_rows(g, given.y_dims, given.y_groups).shape[-2]
+
+
+@dataclass(frozen=True)
+class ShiftStatistics:
+    """(C,) of a bias alone: the covariance of its per-case gradients, the sums of g over positions.
+
+    docs/explanation/mathematics.md, section 4, "bias alone".
+
+    Attributes:
+        channels: dimensions of the output that the bias is along.
+        dim: dimensions of C, see ``case_covariance``.
+    """
+
+    channels: tuple[int, ...]
+    dim: int
+
+    def __call__(
+        self,
+        g: Tensor,
+        tensors: Sequence[Tensor | None],
+        wanted: Sequence[bool],
+        dtype: torch.dtype,
+    ) -> list[Statistic | None]:
+        """Return (C,); see ``kfac_fx.ops.tap.Statistics``."""
+        sums = case_rows(g, self.channels).sum(1, dtype=dtype)
+        return [case_covariance(sums.unsqueeze(1), self.dim)]

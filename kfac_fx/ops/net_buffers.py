@@ -1,0 +1,64 @@
+"""The factor buffers of an instrumented module, ``net._kfac_fx.<slot>.<factor>``.
+
+They are zeros without memory: statistics are their gradients, averages are kept elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+STORE = "_kfac_fx"
+"""Name of the submodule that holds the factor buffers of an instrumented module."""
+
+
+def factor_buffers(net: Any) -> dict[str, tuple[Tensor, ...]]:
+    """Return block name -> the buffers whose gradients are the statistics.
+
+    They are in the order of the block's factors; a block that has no tap has none.
+    """
+    store = getattr(net, STORE)
+    return {
+        block.name: tuple(
+            getattr(getattr(store, block.slot), factor.name)
+            for factor in (block.factors if block.tapped else ())
+        )
+        for block in net.meta["kfac_fx"].blocks.values()
+    }
+
+
+def all_buffers(net: Any) -> list[Tensor]:
+    """Return all buffers whose gradients are statistics, and the bases of moments."""
+    return list(getattr(net, STORE).buffers())
+
+
+def moment_buffers(net: Any, of: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (U_A, U_G, S) of a ``kfac_fx.ir.Moment``: the bases that taps read, and a buffer."""
+    slot = getattr(getattr(net, STORE), of.slot)
+    return slot.U_A, slot.U_G, slot.S
+
+
+def switch(net: Any, factors: Iterable[Tensor], on: bool) -> None:
+    """Let forward passes from now on record into these buffers, or not.
+
+    Buffers that change are bound anew: where ``use_recursive_dict_tags_for_guards`` holds, as in
+    torch before 2.13, a compiled network looks again only at modules that were written to.
+
+    Args:
+        net: the instrumented module.
+        factors: buffers of it.
+        on: whether they record.
+    """
+    changed = [factor for factor in factors if factor.requires_grad != on]
+    for factor in changed:
+        factor.requires_grad_(on)
+    if not changed:
+        return
+    wanted = set(changed)  # tensors are hashed by identity
+    for module in getattr(net, STORE).modules():
+        for name, buffer in list(module._buffers.items()):
+            if buffer in wanted:
+                module._buffers[name] = None
+                module._buffers[name] = buffer

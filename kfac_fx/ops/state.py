@@ -1,0 +1,206 @@
+"""All that taps remember between their calls.
+
+A tap is called in the forward pass, and again when a backward pass brings its derivative. What
+links the two, and what one tap knows of the others, is here: a ``FactorState`` for each factor
+buffer, and the ``Collection`` that a thread has open.
+
+A collection is for a pass whose backward is asked for statistics alone. Small taps inside of it are
+*noted*: they leave an edge of the graph and what they have seen of the forward, and no autograd
+node. All derivatives then come from one call of ``torch.autograd.grad``, and statistics are formed
+after it, in the order of the forward. That is cheaper than a call back into Python at each tap, and
+keeps all derivatives until the end; so only small tensors are noted.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakIdKeyDictionary
+
+from kfac_fx.errors import ObservationError
+from kfac_fx.ops.modes import forward_mode, saved_elsewhere, traced
+from kfac_fx.ops.thresholds import THRESHOLDS
+
+
+@dataclass(eq=False)
+class FactorState:
+    """What backward passes have to know of one factor buffer. It also stands for its identity.
+
+    Attributes:
+        paused: whether backward passes of graphs that are already built skip the factor.
+        deliveries: how many taps have delivered a statistic of it since the last step; counted for
+            the first factor of each tap.
+    """
+
+    paused: bool = False
+    deliveries: int = 0
+
+
+_states: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def state_of(buffer: Tensor) -> FactorState:
+    """Return the state of a factor buffer, which lives as long as the buffer does."""
+    found: FactorState | None = _states.get(buffer)
+    if found is None:
+        found = _states[buffer] = FactorState()
+    return found
+
+
+def known_state(tensor: Tensor) -> FactorState | None:
+    """Return the state of a factor buffer, or None for a tensor that no tap has seen."""
+    found: FactorState | None = _states.get(tensor)
+    return found
+
+
+def is_paused(buffer: Tensor) -> bool:
+    """Return whether backward passes skip a factor buffer."""
+    state = known_state(buffer)
+    return state is not None and state.paused
+
+
+class Note(NamedTuple):
+    """A tap that was passed.
+
+    Attributes:
+        statistics: computes them; see ``ops/tap.py``.
+        tensors: what it has seen of the forward.
+        versions: of the tensors, when they were seen.
+        factors, states: the factor buffers.
+        edge: where the derivative arrives.
+        guard: the hook that sees derivatives inside of the forward.
+    """
+
+    statistics: Any
+    tensors: list[Tensor | None]
+    versions: list[int]
+    factors: Sequence[Tensor]
+    states: Sequence[FactorState]
+    edge: GradientEdge
+    guard: RemovableHandle
+
+    def seen(self) -> list[Tensor | None]:
+        """Return the tensors.
+
+        Raises:
+            ObservationError: the model has changed one in place since.
+        """
+        if self.versions != _versions(self.tensors):
+            raise ObservationError(
+                "what a layer has read was changed by an in-place operation afterwards, so its "
+                "statistics cannot be formed: use the operation out of place"
+            )
+        return self.tensors
+
+
+class Collection:
+    """The noted taps of one pass.
+
+    Args:
+        buffers: those that the pass records into. Taps with other buffers belong to another
+            network that runs inside of this one, and keep their nodes.
+
+    Attributes:
+        notes: in the order of the forward.
+        places: state of a buffer -> its place among the buffers.
+    """
+
+    def __init__(self, buffers: Sequence[Tensor]) -> None:
+        self.notes: list[Note] = []
+        self.places = {state_of(buffer): place for place, buffer in enumerate(buffers)}
+
+    @property
+    def edges(self) -> list[GradientEdge]:
+        """Where the notes' derivatives arrive; they are asked for beside those of the buffers."""
+        return [note.edge for note in self.notes]
+
+    def takes(self, y: Tensor, states: Sequence[FactorState]) -> bool:
+        """Return whether the tap of y is noted.
+
+        A compiler must see nodes; checkpoints run the forward again, where nothing is noted; and
+        derivatives in forward mode are further uses, which need nodes as well.
+        """
+        if not self.places.keys() >= set(states):
+            return False
+        small = y.numel() <= THRESHOLDS.noted and y.requires_grad and torch.is_grad_enabled()
+        return small and not (traced() or forward_mode() or saved_elsewhere())
+
+    def note(
+        self,
+        y: Tensor,
+        statistics: Any,
+        tensors: Sequence[Tensor | None],
+        factors: Sequence[Tensor],
+        states: Sequence[FactorState],
+        hand_on: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """Return y, noted.
+
+        Args:
+            y: the tapped tensor.
+            statistics: computes the tap's statistics.
+            tensors: what it will need of the forward.
+            factors, states: the factor buffers.
+            hand_on: what derivatives of y inside of the forward go through.
+        """
+        alias: Tensor = torch.ops.aten._unsafe_view(y, y.shape)  # what follows may write into it
+        held = [None if t is None else t.detach() for t in tensors]
+        edge = get_gradient_edge(alias)
+        guard = edge.node.register_prehook(
+            lambda found: tuple(None if g is None else hand_on(g) for g in found)
+        )
+        self.notes.append(Note(statistics, held, _versions(held), factors, states, edge, guard))
+        return alias
+
+
+def _versions(tensors: Sequence[Tensor | None]) -> list[int]:
+    return [0 if t is None else t._version for t in tensors]
+
+
+class Collecting(threading.local):
+    """What this thread collects.
+
+    Attributes:
+        collection: where small taps are noted, if they are.
+        forming: whether statistics of noted taps are being formed, which may stay unmultiplied
+            (``Rows``). Nodes must return tensors to the engine.
+    """
+
+    collection: Collection | None = None
+    forming: bool = False
+
+
+collecting_now = Collecting()
+
+
+@contextmanager
+def collecting(collection: Collection | None, *, forming: bool = False) -> Iterator[None]:
+    """Note small taps inside, or form the statistics of those that were noted.
+
+    A note takes nothing that happens after the context for its own. Other threads, and the passes
+    of other networks inside, go on as they did.
+
+    Args:
+        collection: gets the notes; None lets no tap be noted.
+        forming: whether the forward is over, and statistics are formed inside.
+    """
+    outer = collecting_now.collection
+    was_forming = collecting_now.forming
+    collecting_now.collection = None if forming else collection
+    collecting_now.forming = forming
+    try:
+        yield
+    finally:
+        collecting_now.collection = outer
+        collecting_now.forming = was_forming
+        if collection is not None and not forming:
+            for note in collection.notes:
+                note.guard.remove()

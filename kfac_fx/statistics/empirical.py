@@ -1,0 +1,135 @@
+"""Empirical statistics: the user's own backward pass is taken for theirs."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from kfac_fx.errors import ObservationError
+from kfac_fx.likelihoods.batch import batch_likelihood, output_tensors, wide
+from kfac_fx.likelihoods.builtin import Likelihood
+from kfac_fx.likelihoods.named import Sum
+from kfac_fx.linalg.precision import all_finite
+from kfac_fx.ops.state import FactorState
+from kfac_fx.parallel import Workers
+from kfac_fx.statistics.buffers import StatisticSources
+from kfac_fx.statistics.loss_scale import LossScale
+from kfac_fx.statistics.sampled import Collected
+from kfac_fx.statistics.user_graph import BackwardWatch, GradientWatch, check_recorded, tap_counts
+
+log = logging.getLogger("kfac_fx")
+
+
+@dataclass
+class _Watched:
+    """A forward whose backward pass is waited for.
+
+    Attributes:
+        backward, gradients: notice what the backward brings.
+        expected: finds how the loss is reduced.
+        taps: how many of each factor are in the graph of the outputs; None leaves that unasked.
+        count, total: of likelihood terms, here and in all processes.
+    """
+
+    backward: BackwardWatch
+    gradients: GradientWatch
+    expected: LossScale
+    taps: Counter[FactorState] | None
+    count: float
+    total: float
+
+
+class EmpiricalStatistics:
+    """``watch`` at the forward, ``finish`` after the user's backward.
+
+    Args:
+        sources: the network's factor buffers, and parameters without a tap.
+        likelihood: of the outputs; the Fisher is that of its negative log-likelihood at the given
+            targets, whatever multiple of it the loss is.
+        workers: the processes that share the batch.
+    """
+
+    def __init__(
+        self, sources: StatisticSources, likelihood: Likelihood | Sum, workers: Workers
+    ) -> None:
+        self._sources = sources
+        self._likelihood = likelihood
+        self._workers = workers
+        self._watched: _Watched | None = None
+        self._compared = False
+
+    def watch(self, outputs: Any, targets: Any) -> BackwardWatch | None:
+        """Prepare for the backward pass of a forward; None if some outputs are not finite.
+
+        Raises:
+            LikelihoodError: outputs or targets do not fit the likelihood, or no process has terms.
+            ObservationError: the forward was not recorded, or its graph is gone.
+        """
+        sources = self._sources
+        made = batch_likelihood(self._likelihood, wide(outputs), targets)
+        tensors = output_tensors(outputs)
+        check_recorded(tensors, sources.states)
+        finite = all_finite([tensor.detach() for tensor in tensors])
+        finite, agreed = made.of_all(self._workers, "observe", finite)
+        if not finite:
+            return None
+        # Once: it takes a walk through the whole graph.
+        taps = None if self._compared else tap_counts(tensors, sources.states)
+        expected = LossScale(self._likelihood, outputs, targets, made.count)
+        backward = BackwardWatch(tensors, [*sources.gradients, *sources.parameters])
+        gradients = GradientWatch(sources.parameters)
+        self._watched = _Watched(backward, gradients, expected, taps, made.count, agreed.count)
+        return backward
+
+    def stop(self) -> None:
+        """Stop watching; what was not finished is forgotten."""
+        if self._watched is not None:
+            self._watched.backward.close()
+            self._watched.gradients.close()
+        self._watched = None
+
+    def finish(self) -> Collected | None:
+        """Return what the backward pass has left, or None if none was waited for.
+
+        Raises:
+            ObservationError: no backward has come to the outputs, or several with statistics have.
+        """
+        watched = self._watched
+        self.stop()
+        if watched is None:
+            return None
+        if watched.count <= 0:  # the other processes have terms
+            return Collected(True, {}, watched.count, watched.total)
+        scale = self._scale(watched)
+        if self._strays(watched):
+            log.warning(
+                "loss.backward() also came through a forward whose outputs were not observed; it "
+                "is in the statistics: give observe() all outputs at once, or use fisher='sampled'"
+            )
+        self._compared = True
+        tapped = [factor.grad for factor in self._sources.factors]
+        found = self._sources.statistics(tapped, watched.gradients.gradients)
+        return Collected(True, found, watched.count, watched.total, scale)
+
+    def _scale(self, watched: _Watched) -> float:
+        """Return the factor between the loss and the summed NLL of the targets."""
+        seen = watched.backward.recorded()
+        if None in seen.values():
+            raise ObservationError(
+                "loss.backward() brought no derivative to the outputs: where the loss is compiled "
+                "into one graph with the network, use kfac_fx.TrainingStep, or compile the network "
+                "alone"
+            )
+        return watched.expected(seen)
+
+    def _strays(self, watched: _Watched) -> bool:
+        """Return whether taps delivered more often than there are taps in the observed graph.
+
+        Reentrant checkpoints hide their taps from a walk through the graph.
+        """
+        if watched.taps is None or watched.backward.nested:
+            return False
+        states = self._sources.states
+        return any(state.deliveries > watched.taps[state] > 0 for state in states)
