@@ -50,7 +50,9 @@ def test_refresh_survives_factors_that_rounding_made_indefinite(
 
 
 @pytest.mark.parametrize("structure", ["block_diagonal", "block_tridiagonal"])
-def test_only_what_depends_on_a_failed_factor_is_made_with_eigenvalues(structure: str) -> None:
+def test_only_what_depends_on_a_failed_factor_is_made_with_eigenvalues(
+    structure: str, caplog: pytest.LogCaptureFixture
+) -> None:
     """Other inverses are Cholesky's own, bit by bit; a pair shares the fate of both its ends."""
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
     net = kfac_fx.transform(model, structure=structure)
@@ -61,8 +63,10 @@ def test_only_what_depends_on_a_failed_factor_is_made_with_eigenvalues(structure
     preconditioner.step()
     before = dict(refreshed(preconditioner).inverses)
     A, _ = preconditioner.factors["0"]
-    A.copy_(torch.diag(torch.tensor([1e6, 1.0, -1.0, 1.0])))
+    A.copy_(torch.diag(torch.tensor([100.0, 1.0, -50.0, 1.0])))
+    assert "eigenvalues were raised" not in caplog.text
     preconditioner.refresh()
+    assert "Cholesky failed for A_0: eigenvalues were raised" in caplog.text
     after = refreshed(preconditioner).inverses
     assert after.keys() == before.keys() and all(value.isfinite().all() for value in after.values())
     same = {key for key in before if torch.equal(before[key], after[key])}
