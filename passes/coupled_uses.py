@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 
 from kfac_fx.ir.curvature_graph import CurvatureBlock
+from kfac_fx.ops.convolution import ConvolutionOptions
 from kfac_fx.ops.sides import coupling_operators, side_text
 from kfac_fx.passes.annotations import annotation
 
@@ -38,6 +39,22 @@ def why_alone(block: CurvatureBlock) -> str | None:
     ):
         return "its statistics are not those of a plain layer"
     return None
+
+
+def may_come_first(block: CurvatureBlock) -> bool:
+    """Return whether a block can be the earlier one of a pair.
+
+    Args:
+        block: one that ``why_alone`` has nothing against.
+    """
+    tap = block.uses[0].tap
+    if tap is None or tap.operator != "convolution":
+        return True
+    # A couple sees the earlier use's output by its link alone, which has no positions where they
+    # are reduced. A transposed convolution's patches cannot be read without them: its input's shape
+    # does not tell the output's (``output_padding``), and the backward pass would fail.
+    options = ConvolutionOptions.from_args(tap.options)
+    return not (options.reduce and options.padding_mode == "transposed")
 
 
 def text_of_side(module: nn.Module, block: CurvatureBlock) -> str:

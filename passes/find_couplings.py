@@ -16,7 +16,7 @@ from kfac_fx.ir.curvature_graph import CurvatureBlock, CurvatureGraph, Pair
 from kfac_fx.ir.use import FactorSpec
 from kfac_fx.passes.annotations import graphs_of
 from kfac_fx.passes.base import Analysis, curvature_of
-from kfac_fx.passes.coupled_uses import why_alone
+from kfac_fx.passes.coupled_uses import may_come_first, why_alone
 from kfac_fx.passes.find_edges import find_edges
 
 log = logging.getLogger("kfac_fx")
@@ -46,13 +46,14 @@ def find_couplings(
     layers = {name for name, block in blocks.items() if block.products}
     reasons = {name: why_alone(block) for name, block in blocks.items()}
     able = {name for name, reason in reasons.items() if reason is None}
+    first = {name for name in able if may_come_first(blocks[name])}
     edges = find_edges(view, blocks, layers, able)
     place = {name: index for index, name in enumerate(blocks)}
     # Cross factors are one matrix from two blocks, so both must be of one precision and device.
     weights = {
         (edge.source, edge.target): edge.weight
         for edge in edges
-        if {edge.source, edge.target} <= able and _same_place(module, blocks, edge)
+        if edge.source in first and edge.target in able and _same_place(module, blocks, edge)
     }
     forest = couplings_of(weights, list(blocks))
     ordered = {(e.source, e.target) for e in edges if not _REORDERING & set(e.path)}

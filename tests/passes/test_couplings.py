@@ -100,6 +100,18 @@ def test_shared_layers_are_left_out() -> None:
     assert "no other layer" in curvature.uncoupled["two"]
 
 
+def test_a_reduced_transposed_convolution_comes_first_in_no_pair(measure: Measure) -> None:
+    """Its patches need positions that a link does not have where they are reduced."""
+    up = [nn.ConvTranspose1d(3, 3, 3, stride=2, output_padding=1) for _ in range(2)]
+    head = (nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(3, 2))
+    model = nn.Sequential(nn.Conv1d(3, 3, 3), nn.Tanh(), *up, *head)
+    net = kfac_fx.transform(model, weight_sharing="reduce")
+    assert net.curvature.parent == {"0": "2"}
+    assert kfac_fx.transform(model).curvature.parent == {"0": "2", "2": "3", "3": "6"}
+    measure(net, torch.randn(4, 3, 6), None, Categorical())
+    assert all(p.grad.isfinite().all() for p in net.parameters())
+
+
 class Packed(nn.Module):
     """Attention by torch's module: packed projections, positions before cases."""
 
