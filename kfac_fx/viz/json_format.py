@@ -12,7 +12,7 @@ from kfac_fx.viz.facts import to_networkx
 FORMAT = "kfac_fx.CurvatureGraph"
 """Tells such a file from other JSON."""
 
-VERSION = 1
+VERSION = 2
 """Raised when files of an older version can no longer be read."""
 
 

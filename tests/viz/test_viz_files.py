@@ -58,6 +58,16 @@ def test_json_of_another_version_is_refused() -> None:
     content = json.loads(to_json(kfac_fx.transform(nn.Linear(3, 2)).curvature))
     with pytest.raises(FormatError, match="version"):
         from_json(json.dumps(content | {"version": 0}))
+    with pytest.raises(FormatError, match="version 2"):  # factors had a name, no side and form
+        from_json(json.dumps(content | {"version": 1}))
+
+
+def test_fields_of_a_version_stay() -> None:
+    """Whoever changes the fields of a factor raises VERSION too: old files name them."""
+    content = json.loads(to_json(kfac_fx.transform(nn.Linear(3, 2)).curvature))
+    (block,) = content["curvature"]["blocks"].values()
+    fields = {"type", "side", "shape", "role", "diagonal", "cut", "form"}
+    assert (content["version"], set(block["factors"][0])) == (2, fields)
 
 
 def test_networkx(curvature: kfac_fx.CurvatureGraph, tmp_path: Path) -> None:
