@@ -25,7 +25,7 @@ log = logging.getLogger("kfac_fx")
 
 @dataclass
 class _Matches:
-    """What the rules took and refused in one round over the graph.
+    """The uses that the rules took and refused in one round over the graph.
 
     Attributes:
         uses: by parameter; one use may stand under several (a weight and its bias).

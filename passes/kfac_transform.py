@@ -1,4 +1,4 @@
-"""From a captured module to its instrumented form: every pass of the library as one pass."""
+"""Instrument a captured module: every pass of the library as one pass."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ Group = list[CurvatureBlock]
 
 @dataclass(frozen=True)
 class Recipe:
-    """What programs are emitted from.
+    """The blocks, couplings and options that programs are emitted from.
 
     Attributes:
         curvature: the blocks.

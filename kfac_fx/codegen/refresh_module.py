@@ -16,7 +16,7 @@ from kfac_fx.codegen.leaf import Value
 
 @dataclass(frozen=True)
 class Refreshed:
-    """What one refresh made.
+    """The inverses that one refresh made, and the damping that they are of.
 
     Attributes:
         inverses: by key; of several processes those that this one keeps, which may be none.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from kfac_fx.curvature.outliers import SETTLED, Compared, fit
 from kfac_fx.errors import ParameterChangedError
 from kfac_fx.ir.coupling import Coupling
-from kfac_fx.ir.curvature_graph import CurvatureBlock, CurvatureGraph, Moment, Pair
+from kfac_fx.ir.curvature_graph import CurvatureBlock, CurvatureGraph, Holder, Moment, Pair
 from kfac_fx.ir.use import StatisticKey
 from kfac_fx.linalg.packing import mirror
 from kfac_fx.linalg.precision import all_finite
@@ -25,9 +25,6 @@ from kfac_fx.ops.gram import Rows, Statistic, multiplied
 from kfac_fx.torch_internals import foreach
 
 log = logging.getLogger("kfac_fx")
-
-Holder = CurvatureBlock | Pair | Moment
-"""What has statistics of its own: slot, name and factors."""
 
 LEAST_TERMS = 64
 """Likelihood terms that averages are over at least, where batches are large enough."""
@@ -41,7 +38,7 @@ class EstimateState(TypedDict):
 
 
 class Folded(NamedTuple):
-    """What came of new statistics.
+    """The result of a fold.
 
     Attributes:
         good: whether they were folded; not if one is not finite, or an outlier.

@@ -108,7 +108,9 @@ class InverseFisher:
         # The damping and the number of folds that ``refreshed`` is of.
         self._made_of: tuple[float, int] | None = None
         self._chooses = coupled and curvature.selection == "data" and bool(curvature.pairs)
-        self.program, self._engine = self._generated(curvature.couplings if coupled else ())
+        program, engine = self._generated(curvature.couplings if coupled else ())
+        self.program = program
+        self._engine = engine
 
     def _generated(self, couplings: Sequence[Coupling]) -> tuple[Program, Engine]:
         """Return a program for couplings, and what runs it here."""
@@ -247,7 +249,9 @@ class InverseFisher:
         chosen = chosen_couplings(self.curvature, self.estimate, damping, present)
         if chosen != present:
             log.info("other couplings are more informative: the program is generated again")
-            self.program, self._engine = self._generated(chosen)
+            program, engine = self._generated(chosen)
+            self.program = program
+            self._engine = engine
             self.refreshed = None
 
     def mutual_information(self, couplings: Iterable[Coupling], damping: float) -> float:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kfac_fx.errors import DesynchronisedError, KFACError, WorkerLostError
+from kfac_fx.parallel import Agreement
 
 # torch raises RuntimeError for most failures of communication and says only in the text which. A
 # torch version that words them differently lets its own error through: less clear, but no worse.
@@ -46,7 +47,7 @@ class Control:
                 use_local_synchronization=group is not None,
             )
 
-    def agree(self, call: str, good: bool, amount: float) -> tuple[bool, float]:
+    def agree(self, call: str, good: bool, amount: float) -> Agreement:
         """Return whether it is good in every process, and the sum of the amounts.
 
         Args:
@@ -69,7 +70,7 @@ class Control:
             codes, goods, amounts = torch.stack(found).T
             if not bool((codes == codes[0]).all()):
                 self._tell(call)
-        return bool(goods.all()), float(amounts.sum())
+        return Agreement(bool(goods.all()), float(amounts.sum()))
 
     def _tell(self, call: str) -> None:
         """Gather the names of all calls, which are long, and raise DesynchronisedError."""

@@ -1,4 +1,4 @@
-"""What the refresh of a block costs, modelled from the sizes of its factors."""
+"""Model the cost of a block's refresh from the sizes of its factors."""
 
 from __future__ import annotations
 

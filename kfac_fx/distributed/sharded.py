@@ -58,7 +58,7 @@ class Gathered:
 
     @property
     def given(self) -> Mapping[str, Tensor]:
-        """What the network is run with, the parameters that nobody changes among them."""
+        """Return what the network is run with, the parameters that nobody changes among them."""
         return self._whole | self._rest
 
     @contextmanager

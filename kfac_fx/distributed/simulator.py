@@ -87,7 +87,7 @@ class Compute:
 
 @dataclass(frozen=True)
 class Network:
-    """What sends the messages.
+    """The speed of the links that carry messages.
 
     Args:
         latency: seconds of a message.
@@ -115,7 +115,7 @@ class Network:
 
 @dataclass(frozen=True)
 class Plan:
-    """How the work is divided; as the options of ``DataParallel`` and ``Preconditioner``.
+    """The division of the work; as the options of ``DataParallel`` and ``Preconditioner``.
 
     Args:
         size: number of processes.
@@ -139,7 +139,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What one step takes, on average; messages and memory in bytes.
+    """The predicted time of one step, on average; messages and memory in bytes.
 
     Attributes:
         seconds: by stage; the step takes their sum.
@@ -153,7 +153,7 @@ class Prediction:
 
     @property
     def step(self) -> float:
-        """Seconds of a step."""
+        """Return the seconds of a step."""
         return sum(self.seconds.values())
 
 

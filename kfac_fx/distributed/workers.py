@@ -15,13 +15,14 @@ from torch.distributed.tensor import DTensor
 
 from kfac_fx.codegen.program import Engine, Program
 from kfac_fx.distributed import sharded
-from kfac_fx.distributed.buckets import Bucket, Form, cut
+from kfac_fx.distributed.buckets import Bucket, TensorForm, cut
 from kfac_fx.distributed.control import Control
 from kfac_fx.distributed.engine import Divided
 from kfac_fx.errors import UnknownOptionError
 from kfac_fx.ops.gram import multiplied
 from kfac_fx.parallel import (
     ALONE,
+    Agreement,
     Net,
     StatisticSlot,
     Values,
@@ -126,7 +127,7 @@ class DataParallel:
         self.control.first(state)
         seed.set_state(state)
 
-    def agree(self, call: str, good: bool = True, amount: float = 0.0) -> tuple[bool, float]:
+    def agree(self, call: str, good: bool = True, amount: float = 0.0) -> Agreement:
         return self.control.agree(call, good, amount)
 
     def start_sum(self, slots: Sequence[StatisticSlot], values: Values) -> Callable[[], Values]:
@@ -136,7 +137,7 @@ class DataParallel:
         present = torch.tensor([float(value is not None) for value in values])
         # Which values there are at all is sent with them: in float64 the flags would have a bucket,
         # and so a message, of their own.
-        flags = Form(present.shape, forms[0].dtype, forms[0].device)
+        flags = TensorForm(present.shape, forms[0].dtype, forms[0].device)
         given = [present.to(forms[0].device)] + [multiplied(value) for value in values]
         started = self._started([flags, *forms], given, "statistics")
 
@@ -152,7 +153,7 @@ class DataParallel:
             return
         # Sums of complex tensors are those of their parts, which every backend can add.
         real = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
-        forms = [Form(t.shape, t.dtype, t.device) for t in real]
+        forms = [TensorForm(t.shape, t.dtype, t.device) for t in real]
         started = self._started(forms, real, "gradients")
         for tensor, total in zip(
             real, self._finished(started, len(real), "gradients"), strict=True
@@ -194,7 +195,11 @@ class DataParallel:
     # Messages in buckets.
 
     def start_broadcast(
-        self, source: int, forms: Sequence[Form], values: Sequence[Tensor | None], purpose: str
+        self,
+        source: int,
+        forms: Sequence[TensorForm],
+        values: Sequence[Tensor | None],
+        purpose: str,
     ) -> Callable[[], list[Tensor]]:
         """Start sending one process's tensors to all; what is returned waits for them.
 
@@ -219,7 +224,7 @@ class DataParallel:
         return finished
 
     def _started(
-        self, forms: Sequence[Form], values: Sequence[Tensor | None], purpose: str
+        self, forms: Sequence[TensorForm], values: Sequence[Tensor | None], purpose: str
     ) -> list[_Message]:
         """Start the sums of tensors over the processes; a value that is None counts as zeros."""
         started = []
@@ -246,7 +251,7 @@ def _sharded(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor)
 
 
-def _form_of(slot: StatisticSlot) -> Form:
+def _form_of(slot: StatisticSlot) -> TensorForm:
     # Sums of bfloat16 over many processes would lose what each of them adds.
     dtype = torch.promote_types(slot.like.dtype, torch.float32).to_real()
-    return Form(slot.like.shape, dtype, slot.like.device, slot.symmetric)
+    return TensorForm(slot.like.shape, dtype, slot.like.device, slot.symmetric)

@@ -43,7 +43,7 @@ _serial = itertools.count()
 
 @dataclass(frozen=True)
 class BackendSettings:
-    """What a backend was made with; the same for all models and graphs that it compiles.
+    """The options of a backend, the same for all models and graphs that it compiles.
 
     Attributes:
         inner: name or function of the backend that compiles the graphs.

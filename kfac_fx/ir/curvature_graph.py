@@ -130,6 +130,10 @@ class Moment:
         return f"moments of {self.block}"
 
 
+Holder = CurvatureBlock | Pair | Moment
+"""What has statistics of its own, with a slot, a name and factors."""
+
+
 @dataclass(frozen=True)
 class Coverage:
     """Parameters by the kind of their block; "frozen", "excluded" and "unused" are kinds too.
@@ -144,7 +148,7 @@ class Coverage:
 
     @property
     def total(self) -> int:
-        """Number of scalar parameters of the model."""
+        """Return the number of scalar parameters of the model."""
         return sum(self.scalars.values())
 
 

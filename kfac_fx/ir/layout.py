@@ -1,4 +1,4 @@
-"""How a parameter's tensor is laid out as the matrix of a curvature block."""
+"""The layout of a parameter's tensor as the matrix of a curvature block."""
 
 from __future__ import annotations
 

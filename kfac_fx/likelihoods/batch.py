@@ -1,4 +1,4 @@
-"""What a likelihood says about a batch: distributions of outputs, targets, weights of the terms.
+"""A likelihood on one batch: distributions of outputs, targets, and the weights of the terms.
 
 With one likelihood the objective is the mean over its terms. A ``Sum`` of likelihoods is
 sum_k w_k mean_k; written as one mean over all terms, those of part k weigh w_k C / c_k, with c_k
@@ -113,7 +113,7 @@ class BatchLikelihood:
 
     @property
     def parts(self) -> list[tuple[Distribution, Terms]]:
-        """The distributions that have terms, with these."""
+        """Return the distributions that have terms, with these."""
         pairs = zip(self.distributions, self.terms.parts, strict=True)
         return [(distribution, terms) for distribution, terms in pairs if terms is not None]
 
@@ -130,7 +130,7 @@ class BatchLikelihood:
 
     @property
     def has_targets(self) -> bool:
-        """Whether every part has some."""
+        """Say whether every part has some."""
         return all(terms.targets is not None for _, terms in self.parts)
 
     def nll(self) -> Tensor:

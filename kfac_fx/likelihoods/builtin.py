@@ -93,7 +93,7 @@ class Noise(NamedTuple):
 
 
 class Family(NamedTuple):
-    """What the estimators of the Fisher need to know of a family of distributions.
+    """Draws and the root of the Fisher of a family of distributions, for the estimators.
 
     Attributes:
         noise: from a distribution to the noise that one draw needs. It must not depend on the

@@ -228,11 +228,11 @@ class Rows:
 
     @property
     def halves(self) -> bool:
-        """Whether ``add_to`` leaves what is below the diagonal out of date."""
+        """Say whether ``add_to`` leaves what is below the diagonal out of date."""
         return not self.shared and len(_row_slabs(self.rows.shape[1])) > 1
 
     def add_to(self, average: Tensor, weight: float) -> None:
-        """average <- (1 - weight) average + weight product."""
+        """Replace ``average`` by (1 - weight) average + weight product."""
         if self.shared:
             average.lerp_(self.product(), weight)
             return

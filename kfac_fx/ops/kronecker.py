@@ -65,7 +65,7 @@ def over_cases(p: Tensor, like: Tensor) -> tuple[Tensor, bool]:
 
 
 class FactorForm(NamedTuple):
-    """How one factor is kept; the buffer's shape says it, so it is no option of a tap.
+    """The form in which one factor is kept; the buffer's shape says it, so no tap's option does.
 
     Attributes:
         diagonal: as its diagonal alone.

@@ -56,11 +56,11 @@ class Statistics(Protocol):
 
 
 class _Unbatched(torch.autograd.Function):
-    """What torch.func.vmap cannot go through."""
+    """The base of functions that torch.func.vmap cannot go through; an error says why."""
 
     @classmethod
     def apply(cls, *args: Any) -> Any:
-        """Function's own, without its inspection of signatures, which takes most of its time."""
+        """Call the ``apply`` of autograd functions, without inspecting signatures where it can."""
         # At every layer of every forward: inspection of signatures is most of what apply does.
         if transforms_active():
             return super().apply(*args)
@@ -90,7 +90,10 @@ class _Source(_Unbatched):
 
     @staticmethod
     def setup_context(ctx: Context, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, ctx.statistics, ctx.states, ctx.saved, *tensors = inputs
+        _, statistics, states, saved, *tensors = inputs
+        ctx.statistics = statistics
+        ctx.states = states
+        ctx.saved = saved
         ctx.save_for_backward(*tensors[: ctx.saved])
         # Buffers are kept by reference: their averages may change before the backward.
         ctx.factors = tuple(tensors[ctx.saved :])

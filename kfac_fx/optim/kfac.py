@@ -20,6 +20,7 @@ from kfac_fx.curvature.estimate import terms_needed
 from kfac_fx.curvature.inverses import InverseFisher
 from kfac_fx.curvature.parameters import transformed
 from kfac_fx.errors import ParameterChangedError, UnknownOptionError
+from kfac_fx.likelihoods.builtin import Tree
 from kfac_fx.likelihoods.named import Given, likelihood_of
 from kfac_fx.likelihoods.sampling import fresh_generator
 from kfac_fx.linalg.precision import all_finite
@@ -29,9 +30,9 @@ from kfac_fx.optim.diagnostics import Diagnostics
 from kfac_fx.optim.groups import Groups
 from kfac_fx.optim.kfac_options import KFACOptions
 from kfac_fx.optim.last_step import Buffers, LastStep
-from kfac_fx.optim.objective import Batch, Objective, Tree
+from kfac_fx.optim.objective import Batch, Objective
 from kfac_fx.optim.quadratic import Direction
-from kfac_fx.optim.updates import AdaptiveUpdate, Rule, ScheduledUpdate, Situation
+from kfac_fx.optim.updates import AdaptiveUpdate, ScheduledUpdate, Situation, UpdateRule
 from kfac_fx.parallel import ALONE, Workers
 from kfac_fx.reading.inspection import HasCurvature
 from kfac_fx.statistics.recorder import Recorder
@@ -44,7 +45,7 @@ VERSION = 1
 
 
 class KFAC(HasCurvature, Optimizer):
-    """One call of ``step(inputs, targets)`` is one iteration.
+    """Trains a transformed module; one call of ``step(inputs, targets)`` is one iteration.
 
     With ``lr=None`` the step length and the momentum minimise the quadratic model with the exact
     Fisher, and lambda and gamma adapt themselves; nothing needs tuning. With an ``lr`` (which any
@@ -174,7 +175,7 @@ class KFAC(HasCurvature, Optimizer):
         self.rejected_steps = 0
         self.skipped_statistics = 0
 
-    def _update_rule(self, *, adaptive: bool, refresh_every: int) -> Rule:
+    def _update_rule(self, *, adaptive: bool, refresh_every: int) -> UpdateRule:
         if not adaptive:
             return ScheduledUpdate(
                 self._inverse, self._rule, refresh_every, self._options.trust_region

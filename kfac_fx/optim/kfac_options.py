@@ -10,7 +10,7 @@ from kfac_fx.statistics.forward import Forward, run_network
 
 @dataclass(frozen=True)
 class KFACOptions:
-    """What ``KFAC(..., options=KFACOptions(...))`` takes besides its own keywords.
+    """Options of ``KFAC(..., options=KFACOptions(...))`` besides its own keywords.
 
     T1, T2, tau1, tau2 are the names of Martens & Grosse (2015); the defaults are the paper's, where
     it has a value. An object can serve several optimizers: nothing in it changes.

@@ -1,4 +1,4 @@
-"""What is kept of an optimizer's last step: for its momentum, and to undo it."""
+"""Keep an optimizer's last step: for its momentum, and to undo it."""
 
 from __future__ import annotations
 

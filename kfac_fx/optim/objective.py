@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch.func import functional_call
 from kfac_fx.codegen.compile import compiled_network
 from kfac_fx.errors import LikelihoodError
 from kfac_fx.likelihoods.batch import BatchLikelihood, batch_likelihood
-from kfac_fx.likelihoods.builtin import Likelihood
+from kfac_fx.likelihoods.builtin import Likelihood, Tree
 from kfac_fx.likelihoods.named import Sum
 from kfac_fx.likelihoods.sampling import seeded
 from kfac_fx.ops.net_buffers import STORE
@@ -22,12 +22,9 @@ from kfac_fx.statistics.forward import Forward, outputs_of
 from kfac_fx.statistics.recorder import drawn_seed
 from kfac_fx.torch_internals import pytree
 
-Tree = Any
-"""Whatever the user's network takes or returns: tensors in tuples, lists, mappings; None."""
-
 
 class Batch(NamedTuple):
-    """What ``KFAC.step`` is given.
+    """The inputs and targets that ``KFAC.step`` is given.
 
     Attributes:
         inputs: what the network is called with, or a closure from the network to its outputs.
@@ -89,7 +86,7 @@ class Objective:
         """Draw new masks for the passes that follow, and count the batch's cases."""
         # One seed a batch, for all its passes: each of them starts from it (same_masks).
         self._seed = drawn_seed(self._generator, self._workers)
-        self.cases = int(self._workers.agree("a batch", amount=case_count(batch))[1])
+        self.cases = int(self._workers.agree("a batch", amount=case_count(batch)).amount)
 
     def first(self, batch: Batch, fraction: float, least: int) -> Batch:
         """Return this process's share of the first cases.

@@ -170,7 +170,7 @@ class Preconditioner(HasCurvature):
 
     @property
     def damping(self) -> float:
-        """lambda; a new value takes effect at the next refresh."""
+        """Return lambda; a new value takes effect at the next refresh."""
         return self._damping
 
     @damping.setter

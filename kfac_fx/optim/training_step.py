@@ -19,7 +19,7 @@ log = logging.getLogger("kfac_fx")
 
 
 class TrainingStep:
-    """What forward, ``observe`` and ``loss.backward()`` do, as one function of a batch.
+    """Runs forward, ``observe`` and ``loss.backward()`` as one function of a batch.
 
     With ``Preconditioner(..., compile=True)`` it is one compiled graph where statistics are due,
     another where they are not, for each form of a batch (at most 8). A step of training: ``loss =
@@ -51,7 +51,7 @@ class TrainingStep:
         self._buffers = dict(own.net.named_buffers())
 
     def __call__(self, inputs: Tree, targets: Tree = None) -> Tensor:
-        """The loss; its gradients are added to ``.grad``, buffers change as in a forward.
+        """Return the loss; its gradients are added to ``.grad``, buffers change as in a forward.
 
         Args:
             inputs: what the network is called with: a tensor, a tuple of positional arguments or a

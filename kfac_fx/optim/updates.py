@@ -1,4 +1,4 @@
-"""From the gradient to the update: with the quadratic model (K-FAC), or a learning rate (KFC)."""
+"""Make the update of a gradient: by the quadratic model (K-FAC), or a learning rate (KFC)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LEAST_PRODUCTS = 512
 
 @dataclass(frozen=True)
 class Situation:
-    """What an update is made from.
+    """The gradient, and the state of the run, from which an update is made.
 
     Attributes:
         iteration: from 1.
@@ -52,7 +52,7 @@ class Situation:
 
 @dataclass(frozen=True)
 class Update:
-    """What an iteration is going to do, and what was decided on the way.
+    """The change that an iteration is going to make, and what was decided on the way.
 
     Attributes:
         step: added to the parameters.
@@ -68,12 +68,12 @@ class Update:
     predicted: float = 0.0
 
 
-class Rule(Protocol):
+class UpdateRule(Protocol):
     """Makes the update of one iteration."""
 
     @property
     def damping(self) -> float:
-        """gamma^2 of factored Tikhonov damping, as the next refresh takes it."""
+        """Return gamma^2 of factored Tikhonov damping, as the next refresh takes it."""
 
     def __call__(self, at: Situation) -> Update:
         """Return the update."""

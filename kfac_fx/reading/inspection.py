@@ -1,4 +1,4 @@
-"""What can be read off an inverse Fisher, the same for ``Preconditioner`` and ``KFAC``."""
+"""Read an inverse Fisher, in the same way for ``Preconditioner`` and ``KFAC``."""
 
 from __future__ import annotations
 

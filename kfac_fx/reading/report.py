@@ -1,4 +1,4 @@
-"""What the statistics say: spectra of factors, the damping in force, strength of couplings."""
+"""Report on statistics: spectra of factors, the damping in force, strength of couplings."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ Loss = Callable[[Tree, Tree], Tensor]
 
 @dataclass(frozen=True)
 class Result:
-    """What a pass found.
+    """The loss, gradients, buffers and statistics of a pass.
 
     Attributes:
         collected: the statistics; of a program, ``finite`` is first that of this process.
@@ -64,7 +64,7 @@ class Leaves(NamedTuple):
 
 
 class Values(NamedTuple):
-    """What one evaluation of a pass found; all of it may be traced.
+    """The tensors of one evaluation of a pass; all of them may be traced.
 
     Attributes:
         statistics: in the scale of the loss if ``comparison`` is there, else of the summed
@@ -110,7 +110,7 @@ class OwnPass:
 
     @property
     def draws(self) -> bool:
-        """Whether targets are drawn from the model."""
+        """Say whether targets are drawn from the model."""
         if not self.statistics:
             return False
         return self.fisher == "sampled" or (
@@ -119,17 +119,17 @@ class OwnPass:
 
     @property
     def columns(self) -> bool:
-        """Whether there is a backward for every column of the output Fisher's root."""
+        """Say whether there is a backward for every column of the output Fisher's root."""
         return self.statistics and self.fisher == "exact" and bool(self.sources.factors)
 
     @property
     def uses_terms(self) -> bool:
-        """Whether the likelihood is asked."""
+        """Say whether the likelihood is asked."""
         return self.statistics or self.loss == LIKELIHOOD
 
     @property
     def uses_targets(self) -> bool:
-        """Whether the likelihood is asked about given targets."""
+        """Say whether the likelihood is asked about given targets."""
         empirical = self.statistics and self.fisher == "empirical"
         return empirical or self.loss == LIKELIHOOD
 

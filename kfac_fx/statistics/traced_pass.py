@@ -49,7 +49,7 @@ from kfac_fx.torch_internals.fake_tensors import FakeTensorMode
 
 @dataclass(frozen=True)
 class Facts:
-    """What shapes alone tell of a pass.
+    """The facts about a pass that shapes alone tell.
 
     Attributes:
         outputs: stands in for the outputs; its values are NaN, so that nobody relies on them.
@@ -114,7 +114,7 @@ def _stand_in(like: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Arguments:
-    """What a program is called with, but for noise.
+    """The arguments of a program, but for noise.
 
     Attributes:
         state: of the network.
@@ -163,7 +163,7 @@ def arguments(
 
 @dataclass
 class _Outputs:
-    """What the outputs of a program are, after the flag of finite outputs.
+    """The meanings of a program's outputs, after the flag of finite outputs.
 
     Attributes:
         statistics: their names.

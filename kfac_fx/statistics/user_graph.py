@@ -104,12 +104,12 @@ class BackwardWatch:
 
     @property
     def passed(self) -> bool:
-        """Whether one has come."""
+        """Say whether one has come."""
         return bool(self._seen)
 
     @property
     def nested(self) -> bool:
-        """Whether statistics came in runs inside of others (reentrant checkpoints)."""
+        """Say whether statistics came in runs inside of others (reentrant checkpoints)."""
         return any(run not in self._seen for run, _ in self._arrived)
 
     def close(self) -> None:

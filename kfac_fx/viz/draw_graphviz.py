@@ -23,7 +23,7 @@ MARGIN = 8.0
 
 
 class Point(NamedTuple):
-    """Where something is, in points from the lower left."""
+    """A place in points from the lower left."""
 
     x: float
     y: float

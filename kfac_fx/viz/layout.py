@@ -1,4 +1,4 @@
-"""Where boxes go when Graphviz is missing: every module a rectangle of rows of its parts.
+"""Place boxes where Graphviz is missing: every module is a rectangle of rows of its parts.
 
 This is no drawing of a graph in general. Models are nested and mostly go straight on, so that rows
 by the longest way, module by module, need no search and are readable.

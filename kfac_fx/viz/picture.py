@@ -1,4 +1,4 @@
-"""What a picture of a curvature graph shows, whoever draws it."""
+"""The content of a picture of a curvature graph, whoever draws it."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class Line:
 
     @property
     def label(self) -> str:
-        """The couplings' values or their range, and how many are coupled where not all are."""
+        """Return the couplings' values or range, and how many are coupled where not all are."""
         if not self.coupled:
             return ""
         low, high = (f"{value:.2f}" for value in (min(self.values), max(self.values)))
@@ -114,7 +114,7 @@ class Picture:
 
     @property
     def root(self) -> Group:
-        """The outermost group, the model."""
+        """Return the outermost group, the model."""
         return self.tree.root
 
 

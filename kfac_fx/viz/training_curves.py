@@ -17,7 +17,7 @@ Scale = Literal["log", "linear"]
 
 
 class Panel(NamedTuple):
-    """What one panel shows.
+    """The content of one panel.
 
     Attributes:
         title: above it.

@@ -1,4 +1,4 @@
-"""What a rule gets, what it answers, and what several rules share.
+"""The site that a rule gets, the answers that it gives, and what several rules share.
 
 The steps for a new kind of layer are in docs/guides/add_a_layer_kind.md.
 """

@@ -23,7 +23,7 @@ from kfac_fx.passes.rules.base import (
 
 
 class _Geometry(NamedTuple):
-    """What of a convolution's call must be known before the graph runs.
+    """The arguments of a convolution's call that must be known before the graph runs.
 
     Attributes:
         stride: one number a spatial dimension.

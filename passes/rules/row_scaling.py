@@ -1,4 +1,4 @@
-"""How much of what a weight goes through, on its way from a parameter, is a factor for each row.
+"""Find what part of a weight's way from its parameter is a factor for each row.
 
 What a weight goes through (scaling, standardisation, a mask) is not matched by name: its Jacobian
 is looked at, for the parameter's value and for others near it.
@@ -29,7 +29,7 @@ squared gradient is then the more honest statistic.
 
 
 class RowScaling(NamedTuple):
-    """What a weight goes through, as far as it scales rows.
+    """The operations between a parameter and a weight, as far as they scale rows.
 
     Attributes:
         entrywise: whether each entry is computed from the same entry alone.

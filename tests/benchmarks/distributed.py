@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import kfac_fx
 from kfac_fx.distributed import Compute, DataParallel, Network, Plan, measured_costs, simulate
-from kfac_fx.distributed.buckets import Form, cut
+from kfac_fx.distributed.buckets import TensorForm, cut
 from kfac_fx.linalg.packing import packed_size
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -122,7 +122,7 @@ class Rounds:
         preconditioner.statistics_every = rarely
 
     def packed(self) -> None:
-        forms = [Form(self.square.shape, self.square.dtype, self.square.device, True)]
+        forms = [TensorForm(self.square.shape, self.square.dtype, self.square.device, True)]
         (bucket,) = cut(forms, 2**30)
         list(bucket.unpack(bucket.pack([self.square])))
 

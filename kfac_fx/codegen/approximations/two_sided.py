@@ -1,4 +1,4 @@
-"""What blocks have in common that act on matrices [g, a]: a side G of derivatives, A of inputs."""
+"""The base of blocks that act on matrices [g, a]: a side G of derivatives, A of inputs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ damped_factors = leaf(positive.damped_factors)
 
 
 class Cut(NamedTuple):
-    """How the sides (A, G) of a block are cut along their diagonals.
+    """The cuts of a block's sides (A, G) along their diagonals.
 
     Attributes:
         parts: numbers of sub-blocks; 0 for a side that is whole.
