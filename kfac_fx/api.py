@@ -238,5 +238,6 @@ def _failure(model: nn.Module, reasons: dict[str, CaptureError], have_inputs: bo
     else:
         stops = "; ".join(f"{ROUTES[route]} stops at {why}" for route, why in reasons.items())
         error = CaptureError(f"{name}: {stops}")
+    # The caller raises what it is given; the last route's own error is the one with a line of code.
     error.__cause__ = last
     return error

@@ -95,7 +95,7 @@ class Workers(Protocol):
 
         Args:
             what: name of the class that is made.
-            parameters: by name; their values must be the same everywhere.
+            parameters: the parameters by name; their values must be the same everywhere.
             seed: takes the state of the first process's generator, so that draws agree.
         """
 
@@ -136,7 +136,7 @@ class Workers(Protocol):
         """Copy whole tensors to those of the same names that may be sharded.
 
         Args:
-            values: with all their entries, the same in all processes.
+            values: the values with all their entries, the same in all processes.
             into: every one of its names is written.
         """
 

@@ -64,8 +64,8 @@ class Moments:
 
     Args:
         net: holds the buffers of the bases that taps project on.
-        blocks: by name.
-        moments: of the blocks that are estimated.
+        blocks: the blocks by name.
+        moments: the moments of the blocks that are estimated.
         estimate: has the averages of their factors and of S.
     """
 

@@ -58,7 +58,7 @@ class InverseFisher:
         net: a transformed module; EKFAC writes its bases to buffers there.
         curvature: the module's blocks.
         options: structure, damping, storage of the averages and compilation.
-        generator: of the draws that round averages in bfloat16.
+        generator: the generator of the draws that round averages in bfloat16.
         workers: the processes that share the refresh.
 
     Attributes:
@@ -199,8 +199,9 @@ class InverseFisher:
         """Return the inverse times gradients of covered parameters, by name.
 
         Args:
-            gradients: by name, in the shapes of the parameters. Parameters that are not given count
-                as zero, as the inverse of a coupled block reads its neighbours' gradients too.
+            gradients: the gradients by name, in the shapes of the parameters. Parameters that are
+                not given count as zero, as the inverse of a coupled block reads its neighbours'
+                gradients too.
 
         Raises:
             StatisticsError: there are no inverses yet.

@@ -29,7 +29,7 @@ class Bucket(NamedTuple):
     """Tensors of one dtype and device, by their places in the list that was cut.
 
     Attributes:
-        forms: of the tensors at ``places``.
+        forms: the forms of the tensors at ``places``.
     """
 
     places: tuple[int, ...]

@@ -54,7 +54,7 @@ def measured_costs(preconditioner: Preconditioner, repeats: int = 5) -> dict[str
     """Return the seconds of each block's refresh on this machine; for ``DataParallel(costs=...)``.
 
     Args:
-        preconditioner: with statistics, of one process.
+        preconditioner: a preconditioner with statistics, of one process.
         repeats: runs of each block, of which the median counts.
 
     Raises:

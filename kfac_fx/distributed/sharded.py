@@ -38,7 +38,7 @@ class Gathered:
 
     Args:
         net: a network that FSDP2 has sharded.
-        parameters: by name, those that the optimizer changes.
+        parameters: the parameters by name, those that the optimizer changes.
 
     Attributes:
         net: the network without FSDP's hooks, which would put shards back.

@@ -58,23 +58,24 @@ class DataParallel:
     stays as it is). Running statistics of normalisation layers are each process's own.
 
     Args:
-        process_group: of torch.distributed; None for all processes.
-        memory_fraction: of the inverses' entries, how many each process may hold of blocks that are
-            not its own (KAISA): 1.0 keeps all inverses everywhere, 0.0 sends preconditioned
-            gradients instead.
+        process_group: the process group of torch.distributed; None for all processes.
+        memory_fraction: the share of the inverses' entries that each process may hold of blocks
+            that are not its own (KAISA): 1.0 keeps all inverses everywhere, 0.0 sends
+            preconditioned gradients instead.
         staleness: refreshes after which inverses come into use; above zero they are computed in a
             thread of their own meanwhile. The first are used at once.
         costs: block -> cost of its refresh, in any unit (``measured_costs``), the first process's
             for all; None for a model of it.
         timeout: seconds that a process waits for the others before it raises. It must be longer
             than the slowest process can be late, saving of a checkpoint included.
-        bucket_bytes: of a message; smaller ones start earlier, larger ones cost less latency.
+        bucket_bytes: the bytes of a message; smaller ones start earlier, larger ones cost less
+            latency.
 
     Attributes:
         rank: number of this process, from 0.
         size: number of processes.
         control: agreements between them.
-        group: of torch.distributed, which moves the data.
+        group: the group of torch.distributed, which moves the data.
         traffic: bytes of the messages by purpose ("statistics", "gradients", ...).
 
     Raises:
@@ -205,7 +206,7 @@ class DataParallel:
 
         Args:
             source: rank of the process that has them.
-            forms: of the tensors, known everywhere.
+            forms: the forms of the tensors, known everywhere.
             values: the tensors in that process; elsewhere they are not read.
             purpose: under which ``traffic`` counts the bytes.
         """

@@ -30,7 +30,8 @@ class Terms(NamedTuple):
 
     Attributes:
         targets: fit for ``log_prob``; None where none were given.
-        weights: of the distribution's batch shape; None where all terms count once.
+        weights: one weight a term, in the distribution's batch shape; None where all terms count
+            once.
         amount: number of terms, or the sum of their weights, which a GPU is waited for. It is 0.0
             and not looked at in a traced pass, whose batches differ in it.
         share: what all of the terms are multiplied with; a tensor in a traced pass.
@@ -296,7 +297,7 @@ def batch_likelihood(
     """Return what a likelihood says about the batch of this process.
 
     Args:
-        likelihood: of the outputs, or a sum of several.
+        likelihood: the likelihood of the outputs, or a sum of several.
         outputs: what the network returned, at least in float32 (see ``wide``); for a sum a mapping
             or a tuple with the outputs of its parts.
         targets: in the same form; None where there are none.

@@ -68,8 +68,8 @@ class FactorForm(NamedTuple):
     """The form in which one factor is kept; the buffer's shape says it, so no tap's option does.
 
     Attributes:
-        diagonal: as its diagonal alone.
-        blocks: as so many sub-blocks along the diagonal; 1 for a whole matrix.
+        diagonal: whether the factor is kept as its diagonal alone.
+        blocks: the number of sub-blocks along the diagonal that are kept; 1 for a whole matrix.
     """
 
     diagonal: bool = False

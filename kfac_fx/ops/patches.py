@@ -17,7 +17,7 @@ class Axis(NamedTuple):
     Output t reads the inputs t + dilation * k - low, for k = 0 ... kernel - 1.
 
     Attributes:
-        size: of the input.
+        size: the size of the input.
         kernel: number of taps of the kernel.
         dilation: distance between neighbouring taps.
         low: zeros in front of the input.

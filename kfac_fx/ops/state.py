@@ -85,7 +85,7 @@ class Note(NamedTuple):
     Attributes:
         statistics: computes them; see ``ops/tap.py``.
         tensors: what it has seen of the forward.
-        versions: of the tensors, when they were seen.
+        versions: the versions of the tensors, when they were seen.
         factors, states: the factor buffers.
         edge: where the derivative arrives.
         guard: the hook that sees derivatives inside of the forward.

@@ -72,7 +72,7 @@ class BatchTrust:
 
         Args:
             loss: [], the mean over likelihood terms.
-            gradient: of every parameter.
+            gradient: the gradient of every parameter.
         """
         # They are kept for accept(): a batch counts as usual only after its statistics were taken.
         value, norm = _numbers(loss, gradient)

@@ -59,7 +59,7 @@ class KFAC(HasCurvature, Optimizer):
         params: groups of covered parameters with options of their own (``lr``, ``momentum``,
             ``weight_decay``); by default one group of all.
         lr: learning rate of the stochastic form; None for the adaptive one.
-        momentum: of the stochastic form, in units of the previous update.
+        momentum: the momentum of the stochastic form, in units of the previous update.
         weight_decay: eta, of the l2 term eta / 2 ||theta||^2 of the objective.
         damping: lambda_0 > 0, in the units of the Fisher of one likelihood term. The paper's 150 is
             safe for an adaptive lambda, which shrinks; a fixed one should be far smaller.
@@ -68,7 +68,8 @@ class KFAC(HasCurvature, Optimizer):
         tikhonov: how Kronecker blocks are damped; as for ``Preconditioner``.
         structure: "block_diagonal" leaves the couplings out; None for the transform's own.
         fisher: "sampled" or "exact"; the gradient's pass gives no empirical statistics here.
-        generator: of sampled targets and of masks; its state is part of ``state_dict``.
+        generator: the generator of sampled targets and of masks; its state is part of
+            ``state_dict``.
         workers: the processes that share a batch; gradients are averaged over them here.
         compile: run the program and the passes of statistics and gradient through torch.compile
             (the gradient's unless parameters are sharded); a name is that of a backend.
@@ -77,7 +78,7 @@ class KFAC(HasCurvature, Optimizer):
     Attributes:
         curvature: the blocks and couplings of ``net``.
         structure: the one in use.
-        diagnostics: of the last step, plain numbers by name.
+        diagnostics: the diagnostics of the last step, plain numbers by name.
         skipped_batches: how many batches were left out.
         rejected_steps: how many steps were undone, or not made.
         skipped_statistics: how many batches gave statistics that were not finite, or outliers.
@@ -198,9 +199,9 @@ class KFAC(HasCurvature, Optimizer):
         """Do one iteration on a batch; return its loss before the update.
 
         Args:
-            inputs: as ``observe`` of ``Preconditioner`` takes them. A closure is called several
-                times, with other parameters too; tau1 and tau2 cannot shorten its batch.
-            targets: as the likelihood takes them.
+            inputs: the inputs as ``observe`` of ``Preconditioner`` takes them. A closure is called
+                several times, with other parameters too; tau1 and tau2 cannot shorten its batch.
+            targets: the targets as the likelihood takes them.
 
         Returns:
             The mean negative log-likelihood of a term, [], without the l2 term.

@@ -28,7 +28,7 @@ class Batch(NamedTuple):
 
     Attributes:
         inputs: what the network is called with, or a closure from the network to its outputs.
-        targets: as the likelihood takes them.
+        targets: the targets as the likelihood takes them.
     """
 
     inputs: Tree
@@ -45,8 +45,8 @@ class Objective:
     Args:
         whole: the parameters with all their entries, and the network to run with them.
         likelihood: what the outputs mean.
-        forward: from (network, inputs) to the likelihood's outputs.
-        generator: of the masks' seeds; torch's global random stream is left alone.
+        forward: a function from (network, inputs) to the likelihood's outputs.
+        generator: the generator of the masks' seeds; torch's global random stream is left alone.
         workers: the processes that share a batch.
         compile: run the pass of the gradient through torch.compile, unless parameters are sharded;
             a name is that of a backend.
@@ -92,8 +92,8 @@ class Objective:
         """Return this process's share of the first cases.
 
         Args:
-            batch: of this process.
-            fraction: of the cases of all processes; (0, 1].
+            batch: the batch of this process.
+            fraction: the share of the cases of all processes, in (0, 1].
             least: so many cases are kept at least, where there are as many.
         """
         kept = min(self.cases, max(least, round(fraction * self.cases)))
@@ -133,8 +133,8 @@ class Objective:
         """Return the likelihood's outputs.
 
         Args:
-            inputs: as in ``Batch``.
-            parameters: by name, in place of the module's own; None for those.
+            inputs: the same as in ``Batch``.
+            parameters: the parameters by name, in place of the module's own; None for those.
         """
         net: Callable[..., Tree] = self.net
         parameters = self._whole.given if parameters is None else parameters
@@ -172,7 +172,7 @@ class Objective:
         """Return the loss and its gradients, dense, of all processes.
 
         Args:
-            batch: of this process.
+            batch: the batch of this process.
             parameters: the module's own, or those that it is run with; a gradient each, in order.
         """
         with torch.enable_grad(), self.same_masks():
@@ -194,8 +194,8 @@ class Objective:
         """Return the mean negative log-likelihood of a term, of all processes.
 
         Args:
-            batch: of this process.
-            parameters: by name, in place of the module's own; None for those.
+            batch: the batch of this process.
+            parameters: the parameters by name, in place of the module's own; None for those.
         """
         total = self.loss(self.outputs(batch.inputs, parameters), batch.targets).detach()
         self._workers.sum_([total])

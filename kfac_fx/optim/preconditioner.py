@@ -82,15 +82,15 @@ class Preconditioner(HasCurvature):
         trust_region: largest squared length (in Fhat) of a preconditioned gradient; longer ones are
             shortened: the step sqrt(trust_region / (grad^T Fhat^-1 grad)) of KFC. None for no
             limit.
-        generator: of the draws, on the CPU; its state is part of ``state_dict``. None for one that
-            torch's global stream seeds.
+        generator: the generator of the draws, on the CPU; its state is part of ``state_dict``. None
+            for one that torch's global stream seeds.
         workers: the processes that share a batch (``kfac_fx.distributed.DataParallel``). The
             gradients are averaged over them before ``step()``, as DistributedDataParallel does.
         forward: for ``observe(inputs=...)``: from (network, inputs) to the likelihood's outputs,
             where they are not what the network returns for ``inputs``.
-        factor_storage: of the averages between folds. None: as they are computed, in float32 at
-            least. "bfloat16": half of that, rounded stochastically with draws of ``generator``; not
-            for float64. "host": in CPU memory, pinned; without CUDA as None.
+        factor_storage: the storage of the averages between folds. None: as they are computed, in
+            float32 at least. "bfloat16": half of that, rounded stochastically with draws of
+            ``generator``; not for float64. "host": in CPU memory, pinned; without CUDA as None.
         compile: run the program, and passes for ``observe(inputs=...)``, through torch.compile; a
             name is that of its backend. On a GPU such a pass is a CUDA graph. ``net`` may be
             compiled whatever this says.
@@ -279,9 +279,9 @@ class Preconditioner(HasCurvature):
         """Return Fhat^-1 times the given gradients, by parameter name, with the inverses at hand.
 
         Args:
-            gradients: of the parameters' shapes. Covered parameters that are not given count as
-                zero, and do not appear in the result. A block without statistics (code that never
-                ran) leaves its gradients as they are.
+            gradients: gradients by name, in the parameters' shapes. Covered parameters that are not
+                given count as zero, and do not appear in the result. A block without statistics
+                (code that never ran) leaves its gradients as they are.
 
         Raises:
             GradientError: a name is not covered, or a shape is not its parameter's.

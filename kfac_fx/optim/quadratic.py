@@ -49,8 +49,8 @@ def fisher_gram(
     has parameters squared many entries.
 
     Args:
-        run: from parameters by name to what the likelihood says about the outputs; it is called
-            once a direction, and its outputs must not depend on random numbers that change.
+        run: a function from parameters by name to what the likelihood says about the outputs; it is
+            called once a direction, and its outputs must not depend on random numbers that change.
         parameters: where the derivatives are taken.
         directions: v_1 to v_n.
     """
@@ -121,7 +121,7 @@ class QuadraticModel:
         Args:
             directions: v_1 to v_n.
             gram: v_i^T F v_j, [n, n].
-            gradient: of the objective with its l2 term.
+            gradient: the gradient of the objective with its l2 term.
             damping: lambda + eta. Too little of it makes steps that the model is wrong about.
         """
         dots = inner_products([*directions, gradient])
@@ -178,7 +178,7 @@ def shorten(updates: Direction, gradient: Parameters, largest: float) -> None:
 
     Args:
         updates: Fhat^-1 times the gradient; other names in it are left alone.
-        gradient: by the names that are scaled.
+        gradient: the gradient, by the names of what is scaled.
         largest: above zero.
     """
     lengths = [(gradient[n] * updates[n].conj()).sum().real.double() for n in gradient]

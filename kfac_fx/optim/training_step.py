@@ -30,8 +30,8 @@ class TrainingStep:
 
     Args:
         preconditioner: gets the statistics; ``observe`` is not called any more.
-        loss: from the network's outputs and the targets to a scalar; what else it reads is taken
-            for constant. None for the mean negative log-likelihood of a term.
+        loss: a function from the network's outputs and the targets to a scalar; what else it reads
+            is taken for constant. None for the mean negative log-likelihood of a term.
 
     Raises:
         UnknownOptionError: the preconditioner has several workers.

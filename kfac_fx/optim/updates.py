@@ -32,10 +32,10 @@ class Situation:
     """The gradient, and the state of the run, from which an update is made.
 
     Attributes:
-        iteration: from 1.
+        iteration: the number of the iteration, from 1.
         batch: the inputs and targets of the iteration.
-        parameters: by name, where the update starts.
-        gradient: of the objective with its l2 term.
+        parameters: the parameters by name, where the update starts.
+        gradient: the gradient of the objective with its l2 term.
         previous: the last update, empty at first; the new one may be written into it.
         rates: learning rate of each parameter's group; only where the user gave one.
         momenta: momentum of each parameter's group; only where the user gave a learning rate.

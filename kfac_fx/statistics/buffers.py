@@ -44,7 +44,7 @@ class UntappedBlock(NamedTuple):
 
     Attributes:
         key: name of the statistic.
-        names: of the parameters.
+        names: the names of the parameters.
     """
 
     key: StatisticKey
@@ -74,7 +74,7 @@ class StatisticSources:
     Args:
         names: what the statistics are called.
         factors: buffers of ``names.tapped``.
-        parameters: of ``names.untapped``, block by block.
+        parameters: the parameters of ``names.untapped``, block by block.
 
     Attributes:
         inputs: the factor buffers that do not depend on the derivative (A, counts).

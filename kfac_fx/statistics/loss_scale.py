@@ -104,8 +104,8 @@ class LossScale:
 
     Args:
         likelihood: whose derivatives the loss's are compared with.
-        outputs: of the forward, whose own graph is left alone.
-        targets: as the likelihood takes them.
+        outputs: the outputs of the forward, whose own graph is left alone.
+        targets: the targets as the likelihood takes them.
         count: number of likelihood terms, or the sum of their weights.
     """
 

@@ -42,7 +42,8 @@ class Result:
 
     Attributes:
         collected: the statistics; of a program, ``finite`` is first that of this process.
-        loss, gradients, buffers: of a pass with a loss; by name.
+        loss: its value, of a pass with a loss.
+        gradients, buffers: the derivatives and the new buffers of such a pass, by name.
     """
 
     collected: Collected
@@ -86,13 +87,13 @@ class OwnPass:
     Attributes:
         net: the instrumented module.
         sources: its own factor buffers, and parameters without a tap.
-        likelihood: of the outputs.
+        likelihood: the likelihood of the outputs.
         fisher: which statistics.
-        forward: from (network, inputs) to outputs.
+        forward: a function from (network, inputs) to outputs.
         workers: the processes that share a batch.
         places: where the module holds its tensors.
-        loss: of the outputs and targets, or LIKELIHOOD for the mean negative log-likelihood of a
-            term; None for statistics alone.
+        loss: a function of the outputs and targets, or LIKELIHOOD for the mean negative
+            log-likelihood of a term; None for statistics alone.
         statistics: whether they are wanted.
         joint: whether empirical statistics may come from the loss's own backward.
     """
@@ -144,7 +145,7 @@ class OwnPass:
         """Return copies of a state that gradients and statistics are taken of.
 
         Args:
-            state: as ``state`` returns it; its tensors may be traced, or without values.
+            state: the state as ``state`` returns it; its tensors may be traced, or without values.
         """
         held = self.places.tensors()
         given = {
@@ -189,10 +190,10 @@ class OwnPass:
 
         Args:
             leaves: that the forward was run with.
-            outputs: of the forward, with their graph; under its autocast.
+            outputs: the outputs of the forward, with their graph; under its autocast.
             targets: for the loss.
             made: what the likelihood says of the outputs; None if nobody asks it.
-            noise: of the draws.
+            noise: the noise of the draws.
             record: False leaves out the statistics, which would be of no use.
             collection: the noted taps of the forward.
             select: the column that a traced pass takes of the exact Fisher.
@@ -271,9 +272,10 @@ class OwnPass:
         """Run the pass node by node.
 
         Args:
-            inputs: as ``forward`` takes them, or a closure; see ``Preconditioner.observe``.
-            targets: of the likelihood and the loss; None where they need none.
-            seed: of the draws.
+            inputs: the inputs as ``forward`` takes them, or a closure; see
+                ``Preconditioner.observe``.
+            targets: the targets of the likelihood and the loss; None where they need none.
+            seed: the seed of the draws.
 
         Raises:
             LikelihoodError, ObservationError: as ``Preconditioner.observe``.

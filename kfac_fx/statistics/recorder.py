@@ -154,11 +154,11 @@ class Recorder:
     Args:
         net: carries the taps.
         blocks: whose statistics are wanted: diagonal blocks, then pairs and moments of them.
-        likelihood: of the outputs.
+        likelihood: the likelihood of the outputs.
         fisher: "sampled", "exact" or "empirical".
-        generator: of the draws.
+        generator: the generator of the draws.
         workers: the processes whose statistics are added up.
-        forward: from (network, inputs) to outputs, of passes of the recorder's own.
+        forward: a function from (network, inputs) to outputs, of passes of the recorder's own.
         compile: those passes; a name is that of a backend of torch.compile.
         by_inputs: whether statistics come from passes of the recorder's own from the first on.
         owner: name of the class that the recorder works for, for messages.
@@ -168,7 +168,7 @@ class Recorder:
         by_inputs: whether statistics come from passes of its own: the taps stay off in others.
         own: such a pass, node by node.
         seed: gives the seed of the draws of the next pass; 0 if there are none.
-        compile: as given.
+        compile: the value as given.
 
     Raises:
         UnknownOptionError: the empirical Fisher of a sum of likelihoods.

@@ -41,8 +41,9 @@ class Collected:
         statistics: in the scale of the derivatives that they were formed of.
         count: number of likelihood terms, or the sum of their weights.
         total: the same of all processes.
-        scale: of the loss whose derivatives the statistics are of, relative to the summed negative
-            log-likelihood; None if it is not seen to be proportional, and they are of no use.
+        scale: the scale of the loss whose derivatives the statistics are of, relative to the summed
+            negative log-likelihood; None if it is not seen to be proportional, and they are of no
+            use.
     """
 
     finite: bool
@@ -101,7 +102,7 @@ def statistics_of(
     """Return the statistics of a scalar's derivative, and more of its derivatives, by one backward.
 
     Args:
-        sources: of the pass.
+        sources: the sources of the pass.
         scalar: is differentiated; the statistics are in its scale.
         collection: the noted taps of the pass, if there are any.
         also: tensors whose derivatives are wanted, too. If there are any, it is the last backward.
@@ -132,7 +133,7 @@ def fisher_statistics(
         made: what the likelihood says of its outputs.
         fisher: "sampled" differentiates at targets from the model, "empirical" at those given, and
             "exact" once for each column of the root of the output Fisher.
-        noise: of the draws.
+        noise: the noise of the draws.
         collection: the noted taps of the pass. Notes serve one backward, so "exact" takes none.
         select: the column that a traced pass takes; see ``BatchLikelihood.exact``.
     """
@@ -177,7 +178,7 @@ class SampledStatistics:
 
     Attributes:
         sources: the network's factor buffers, and parameters without a tap.
-        likelihood: of the outputs.
+        likelihood: the likelihood of the outputs.
         fisher: "sampled" or "exact".
         workers: the processes that share the batch.
         seed: gives the seed of the next draws.

@@ -21,8 +21,8 @@ def check_recorded(outputs: Sequence[Tensor], states: Mapping[Tensor, FactorStat
     """Check that taps recorded the forward of the outputs, and that its graph is still there.
 
     Args:
-        outputs: of the forward, with their graph.
-        states: of the factor buffers that taps record into.
+        outputs: the outputs of the forward, with their graph.
+        states: the states of the factor buffers that taps record into.
 
     Raises:
         ObservationError: the graph has no such tap, or a backward pass has freed it.
@@ -78,7 +78,7 @@ class BackwardWatch:
     has one, too, but brings no statistics.
 
     Args:
-        outputs: of the forward.
+        outputs: the outputs of the forward.
         leaves: tensors that statistics are accumulated in, as gradients.
     """
 

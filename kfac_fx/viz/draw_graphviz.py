@@ -34,7 +34,8 @@ def dot_graph(picture: Picture, *, direction: FlowDirection = "TB") -> DotGraph:
 
     Args:
         picture: the boxes and lines.
-        direction: of the forward pass, as Graphviz has it: "TB", downwards, or "LR", to the right.
+        direction: the direction of the forward pass, as Graphviz has it: "TB", downwards, or "LR",
+            to the right.
 
     Raises:
         MissingExtraError: pydot is not installed.

@@ -24,12 +24,12 @@ class Box:
 
     Attributes:
         title: what is written in it.
-        block: of a leaf; empty for a module.
-        width: of the whole.
-        height: of the whole.
+        block: the block of a leaf; empty for a module.
+        width: the width of the whole.
+        height: the height of the whole.
         copies: how many equal modules it stands for.
-        x: of the left edge.
-        y: of the upper edge.
+        x: the x coordinate of the left edge.
+        y: the y coordinate of the upper edge.
         inside: the boxes of a module's parts.
     """
 

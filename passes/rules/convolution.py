@@ -28,7 +28,7 @@ class _Geometry(NamedTuple):
     Attributes:
         stride: one number a spatial dimension.
         dilation: one number a spatial dimension.
-        padding: as ``ConvolutionOptions`` takes it.
+        padding: the padding as ``ConvolutionOptions`` takes it.
         groups: number of independent convolutions.
     """
 

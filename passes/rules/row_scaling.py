@@ -33,8 +33,8 @@ class RowScaling(NamedTuple):
 
     Attributes:
         entrywise: whether each entry is computed from the same entry alone.
-        share: of the Jacobian's squares that factors for each row account for; None where they are
-            all that it is.
+        share: the share of the Jacobian's squares that factors for each row account for; None
+            where they are all that it is.
     """
 
     entrywise: bool
@@ -45,8 +45,8 @@ def counting_dims(layout: Layout, seen: Layout) -> tuple[int, ...] | None:
     """Return the dimensions of a parameter's view that count the rows of its matrix (or matrices).
 
     Args:
-        layout: from the parameter's shape to the matrices'.
-        seen: from the parameter's shape to the view's.
+        layout: the views from the parameter's shape to the matrices'.
+        seen: the views from the parameter's shape to the view's.
 
     Returns:
         None where a row of the matrix has entries of several of the view's rows.

@@ -66,7 +66,7 @@ def timed(call: Callable[[], Any]) -> float:
 
 
 class Training:
-    """SGD behind a Preconditioner."""
+    """SGD after a Preconditioner."""
 
     def __init__(self, net: Any, **options: Any) -> None:
         self.net = net

@@ -117,7 +117,7 @@ class DampingReport:
 
     Attributes:
         amounts: what is added to the eigenvalues of each factor, [] or one for each group.
-        pi: of factored Tikhonov damping, one for each group; None where it has no place.
+        pi: the pi of factored Tikhonov damping, one for each group; None where it has no place.
         product: what is added to the eigenvalues of the product A (x) G; None where its factors
             are damped.
     """
@@ -257,7 +257,7 @@ class BlockApproximation:
 
         Args:
             values: eigenvalues of the undamped factors, [..., n].
-            damping: of the same block.
+            damping: the damping of the same block.
 
         Returns:
             None where the condition does not follow from the factors.

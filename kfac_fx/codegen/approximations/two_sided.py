@@ -73,10 +73,10 @@ def damp(
     """Emit the factored Tikhonov damping of A and G, and name the results.
 
     Args:
-        build: of the program.
-        slot: of the block, for names.
+        build: the builder of the program.
+        slot: the slot of the block, for names.
         pair: A and G; a diagonal one is a vector and stays one.
-        specs: of both.
+        specs: the records of both factors.
         gamma: the square root of lambda.
     """
     A, G = specs
