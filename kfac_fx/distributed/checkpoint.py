@@ -231,7 +231,7 @@ def _unwanted(part: Part, plain: State, name: str) -> Collection[str]:
     """Return keys of inverses that other processes keep, which need not be read here."""
     if not isinstance(part, (KFAC, Preconditioner)):
         return ()
-    inverse, prefix = part._inverse, name
+    inverse, prefix = part.inverse, name
     if isinstance(part, KFAC):
         plain, prefix = plain["kfac"], f"{name}/kfac"
     if plain["inverse"]["couplings"] != [[c.child, c.parent] for c in inverse.program.couplings]:

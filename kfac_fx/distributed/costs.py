@@ -60,7 +60,7 @@ def measured_costs(preconditioner: Preconditioner, repeats: int = 5) -> dict[str
     Raises:
         StatisticsError: there are no statistics yet.
     """
-    inverse = preconditioner._inverse
+    inverse = preconditioner.inverse
     if not inverse.estimate.recorded:
         raise StatisticsError("no statistics yet: observe a batch and call step() first")
     factors = inverse.estimate.arguments(inverse.program.couplings)

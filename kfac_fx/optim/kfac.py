@@ -127,8 +127,8 @@ class KFAC(HasCurvature, Optimizer):
             factor_storage=options.factor_storage,
             compile=compile,
         )
-        self._inverse = InverseFisher(net, curvature, how, self.generator, workers)
-        parameters = self._inverse.covered.parameters
+        self.inverse = InverseFisher(net, curvature, how, self.generator, workers)
+        parameters = self.inverse.covered.parameters
         defaults = {
             "lr": 1.0 if lr is None else lr,
             "momentum": momentum,
@@ -143,9 +143,9 @@ class KFAC(HasCurvature, Optimizer):
         self._objective = Objective(
             self._whole, known, options.forward, self.generator, workers, compile
         )
-        self._recorder = Recorder(
+        self.recorder = Recorder(
             net,
-            self._inverse.estimate.holders,
+            self.inverse.estimate.holders,
             known,
             fisher,
             self.generator,
@@ -156,7 +156,7 @@ class KFAC(HasCurvature, Optimizer):
             owner="KFAC",
         )
         # The taps stay off in every pass but the one of the statistics: recording takes time.
-        self._recorder.switch(False)
+        self.recorder.switch(False)
 
         # From gradient to update.
         self._rule = DampingRule(
@@ -179,13 +179,13 @@ class KFAC(HasCurvature, Optimizer):
     def _update_rule(self, *, adaptive: bool, refresh_every: int) -> UpdateRule:
         if not adaptive:
             return ScheduledUpdate(
-                self._inverse, self._rule, refresh_every, self._options.trust_region
+                self.inverse, self._rule, refresh_every, self._options.trust_region
             )
         if self._workers.staleness:
             raise UnknownOptionError("stale inverses need an lr: without, gamma is searched")
         return AdaptiveUpdate(
             self._objective,
-            self._inverse,
+            self.inverse,
             self._rule,
             self._options.products_fraction,
             refresh_every,
@@ -211,8 +211,8 @@ class KFAC(HasCurvature, Optimizer):
                 nothing has changed.
             ParameterChangedError: a parameter was replaced, reshaped, cast or moved.
         """
-        self._recorder.take_turn()
-        self._inverse.covered.check()
+        self.recorder.take_turn()
+        self.inverse.covered.check()
         buffers = self._objective.snapshot()
         iteration = self._iteration
         draws = self.generator.get_state()
@@ -221,7 +221,7 @@ class KFAC(HasCurvature, Optimizer):
                 return self._iterate(Batch(inputs, targets), buffers)
             except BaseException:
                 # Also an interrupt from the keyboard: the next step repeats this one bit by bit.
-                self._recorder.switch(False)
+                self.recorder.switch(False)
                 self._objective.restore(buffers)
                 self._iteration = iteration
                 self.generator.set_state(draws)
@@ -246,14 +246,14 @@ class KFAC(HasCurvature, Optimizer):
             self._iteration -= 1
             self._skip(buffers, "statistics")
             return loss
-        if self._inverse.estimate.recorded:
+        if self.inverse.estimate.recorded:
             self._advance(batch, float(loss), gradient, buffers)
         self._trust.accept(self._objective.cases)
         self.diagnostics |= {
             "iteration": self._iteration,
             "loss": float(loss),
             **self._rule.state(),
-            "clamped": self._inverse.clamped,
+            "clamped": self.inverse.clamped,
             **self._counters(),
         }
         return loss
@@ -313,7 +313,7 @@ class KFAC(HasCurvature, Optimizer):
 
     def _record(self, batch: Batch) -> bool:
         """Record where that is due; return False if the statistics are no good."""
-        recorded = self._inverse.estimate.recorded
+        recorded = self.inverse.estimate.recorded
         if (self._iteration - 1) % self._statistics_every and recorded:
             return True
         # tau1 of a small batch is a few cases, whose averages have no inverse to speak of.
@@ -321,19 +321,19 @@ class KFAC(HasCurvature, Optimizer):
         least = math.ceil(terms * self._objective.cases / self._objective.terms)
         part = self._objective.first(batch, self._options.statistics_fraction, least)
         with self.diagnostics.stage("statistics"):
-            if self._recorder.by_inputs:
+            if self.recorder.by_inputs:
                 with self._objective.same_masks():
-                    finite = self._recorder.observe_inputs(part.inputs, part.targets)
+                    finite = self.recorder.observe_inputs(part.inputs, part.targets)
             else:  # sharded parameters, which a pass of the recorder's own does not see whole
-                self._recorder.switch(True)
+                self.recorder.switch(True)
                 with torch.enable_grad(), self._objective.aside():
                     outputs = self._objective.outputs(part.inputs)
-                    finite = self._recorder.observe(outputs, part.targets)
-            found = self._recorder.take()
-        self._recorder.switch(False)
+                    finite = self.recorder.observe(outputs, part.targets)
+            found = self.recorder.take()
+        self.recorder.switch(False)
         # A batch with few cases moves the averages as little as its step moves the parameters.
         decay = self._options.ema_decay ** self._trust.share(self._objective.cases)
-        taken = finite and self._inverse.fold(found, decay, self._trust.widest)
+        taken = finite and self.inverse.fold(found, decay, self._trust.widest)
         self._trust.fitted(taken)
         self.skipped_statistics += not taken
         return taken
@@ -402,7 +402,7 @@ class KFAC(HasCurvature, Optimizer):
                 "rule": self._rule.state(),
                 "previous": self._last.update_copy(),
                 "before": self._last.before(),
-                "inverse": self._inverse.state(),
+                "inverse": self.inverse.state(),
                 "generator": self.generator.get_state(),
                 "counters": self._counters(),
             },
@@ -417,7 +417,7 @@ class KFAC(HasCurvature, Optimizer):
         own = state_dict.get("kfac", {})
         if own.get("version") != VERSION:
             raise ParameterChangedError("this is no state_dict of a KFAC of this version")
-        self._inverse.load(own["inverse"])
+        self.inverse.load(own["inverse"])
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
         self._rule.load(own["rule"])
         self._iteration = own["iteration"]

@@ -38,10 +38,10 @@ class TrainingStep:
     """
 
     def __init__(self, preconditioner: Preconditioner, loss: Loss | None = None) -> None:
-        if preconditioner._workers.size > 1:
+        if preconditioner.recorder.own.workers.size > 1:
             raise UnknownOptionError("a TrainingStep is for one process")
         self._preconditioner = preconditioner
-        self._recorder = preconditioner._recorder
+        self._recorder = preconditioner.recorder
         self._loss = loss
         self._compile = self._recorder.compile
         own = replace(self._recorder.only_own_passes(), loss=LIKELIHOOD if loss is None else loss)
@@ -68,7 +68,7 @@ class TrainingStep:
         if self._preconditioner.due:
             found = self._recorded(inputs, targets)
             if not self._recorder.add(found.collected):
-                self._preconditioner._skip_statistics("outputs")
+                self._preconditioner.skip_statistics("outputs")
         else:
             found = self._plain(inputs, targets, 0)
         # The pass is a function: what a module does to itself in a forward is done here.

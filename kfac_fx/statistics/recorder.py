@@ -202,7 +202,6 @@ class Recorder:
         switch(net, buffers, False)
         for buffer in buffers:
             buffer.grad = None
-        self._workers = workers
         self.own = OwnPass(net, self.sources, likelihood, fisher, forward, workers, Places(net))
         self._pass = CompiledPass(self.own, compile)
         # A pass that draws nothing must not move the generator: ``int`` gives 0.

@@ -116,7 +116,7 @@ class Rounds:
 
     def recorded(self) -> None:
         preconditioner = self.alone.preconditioner
-        preconditioner._recorder.switch(True)  # as step() does before such a step
+        preconditioner.recorder.switch(True)  # as step() does before such a step
         preconditioner.statistics_every, rarely = 1, preconditioner.statistics_every
         self.alone.step()
         preconditioner.statistics_every = rarely
@@ -131,7 +131,7 @@ class Rounds:
         self.recorded()
 
     def round(self) -> None:
-        self.alone.preconditioner._recorder.switch(False)
+        self.alone.preconditioner.recorder.switch(False)
         kinds: dict[str, Callable[[], Any]] = {
             "plain": self.alone.plain,
             "due": self.together.step,
