@@ -153,7 +153,7 @@ class Preconditioner(HasCurvature):
         self.inverse = InverseFisher(net, curvature, options, self.generator, workers)
         # From here on all processes draw from the first one's stream; before it nothing was drawn.
         workers.begin("Preconditioner", self.inverse.covered.parameters, self.generator)
-        # Read by ``TrainingStep``; like ``inverse`` for the library alone, and not in the docstring.
+        # Read by ``TrainingStep``. Like ``inverse`` it is the library's, and not in the docstring.
         self.recorder = Recorder(
             net,
             self.inverse.estimate.holders,
