@@ -152,7 +152,8 @@ class Objective:
         Every process divides by the same count, so that the sum of their losses is the mean.
         """
         made = batch_likelihood(self.likelihood, outputs, targets)
-        return made.of_all(self._workers, "outputs")[1]
+        _, agreed = made.of_all(self._workers, "outputs")
+        return agreed
 
     def loss(self, outputs: Tree, targets: Tree) -> Tensor:
         """Return this process's share of the mean negative log-likelihood of a term, [].

@@ -80,6 +80,20 @@ class Values(NamedTuple):
     gradients: Mapping[str, Tensor] = {}
 
 
+class _Asked(NamedTuple):
+    """The likelihood's answer to the outputs of a pass.
+
+    Attributes:
+        here: with the terms of this process; None if nobody asks the likelihood.
+        everywhere: the same with the terms of all processes counted.
+        finite: whether all outputs are finite, in every process.
+    """
+
+    here: BatchLikelihood | None
+    everywhere: BatchLikelihood | None
+    finite: bool
+
+
 @dataclass(frozen=True)
 class OwnPass:
     """A module with taps, its likelihood and what is wanted of a pass.
@@ -287,31 +301,32 @@ class OwnPass:
             collection = None if self.fisher == "exact" else Collection(leaves.sources.factors)
             with collecting(collection):
                 outputs = self.outputs(leaves, inputs)
-            made, agreed, finite = self._asked(outputs, targets)
+            asked = self._asked(outputs, targets)
+            made = asked.here
+            agreed = asked.everywhere
             # What is not finite would cost a backward for nothing, and without terms there is none.
-            record = finite and made is not None and made.count > 0
+            record = asked.finite and made is not None and made.count > 0
             values = self.evaluate(
                 leaves, outputs, targets, agreed, seed, record=record, collection=collection
             )
         collected = Collected(True, {}, 0.0, 0.0)
         if self.statistics and made is not None and agreed is not None:
             scale = 1.0 if values.comparison is None else scale_of(values.comparison)
-            collected = Collected(finite, values.statistics, made.count, agreed.count, scale)
+            collected = Collected(asked.finite, values.statistics, made.count, agreed.count, scale)
         return Result(collected, values.loss, values.gradients, self.buffers(leaves))
 
-    def _asked(
-        self, outputs: Tree, targets: Tree
-    ) -> tuple[BatchLikelihood | None, BatchLikelihood | None, bool]:
-        """Return what the likelihood says here and in all processes, and if outputs are finite."""
+    def _asked(self, outputs: Tree, targets: Tree) -> _Asked:
+        """Ask the likelihood, if it is needed, and the other processes."""
         if not self.uses_terms:
-            return None, None, True
+            return _Asked(None, None, True)
         with no_autocast():
             made = batch_likelihood(self.likelihood, wide(outputs), targets)
             if not self.statistics:
-                return made, made.of_all(self.workers, "loss")[1], True
+                _, agreed = made.of_all(self.workers, "loss")
+                return _Asked(made, agreed, True)
             finite = all_finite([t.detach() for t in output_tensors(outputs)])
             finite, agreed = made.of_all(self.workers, "observe", finite)
-        return made, agreed, finite
+        return _Asked(made, agreed, finite)
 
 
 def _there(named: Mapping[str, Tensor], found: Sequence[Tensor | None]) -> dict[str, Tensor]:
