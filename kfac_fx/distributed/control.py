@@ -13,11 +13,7 @@ from torch import Tensor
 
 from kfac_fx.errors import DesynchronisedError, KFACError, WorkerLostError
 from kfac_fx.parallel import Agreement
-
-# torch raises RuntimeError for most failures of communication and says only in the text which. A
-# torch version that words them differently lets its own error through: less clear, but no worse.
-SIGNS = ("gloo", "nccl", "connection", "timed out", "timeout", "broken pipe", "socket")
-"""In the lower-case texts of torch's errors of communication, which have no class of their own."""
+from kfac_fx.torch_internals.error_texts import of_communication
 
 
 class Control:
@@ -110,17 +106,11 @@ class Control:
         try:
             yield
         except RuntimeError as error:
-            if not _of_communication(error):
+            # Our own errors pass: a process that is out of step is not lost.
+            if isinstance(error, KFACError) or not of_communication(error):
                 raise
             raise WorkerLostError(
                 f"process {self._rank} of {self._size}, in {call!r}: another process has ended, or "
                 f"did not come within {self._timeout:g} s; end all and start again from a "
                 f"checkpoint ({str(error).splitlines()[0][:200]})"
             ) from error
-
-
-def _of_communication(error: RuntimeError) -> bool:
-    if isinstance(error, KFACError):
-        return False
-    text = str(error).lower()
-    return isinstance(error, dist.DistError) or any(sign in text for sign in SIGNS)

@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kfac_fx.likelihoods.batch import BatchLikelihood
 from kfac_fx.torch_internals import foreach
+from kfac_fx.torch_internals.error_texts import refuses_nested_forward_mode
 
 Direction = dict[str, Tensor]
 """A tensor of the shape of each parameter, by name: a gradient, a proposal, an update."""
@@ -78,7 +79,7 @@ def _derivative(
             tangent: Tensor | None = forward_ad.unpack_dual(terms).tangent
         return made.count, torch.zeros_like(terms) if tangent is None else tangent
     except RuntimeError as error:
-        if "Nested forward mode" not in str(error):
+        if not refuses_nested_forward_mode(error):
             raise
     # The outputs hold forward-mode derivatives themselves (residuals of differential equations).
     # torch.func nests its levels, dual_level does not; it is tried second, as it costs more.

@@ -26,6 +26,7 @@ from kfac_fx.ops.tap import added, noted_statistics
 from kfac_fx.parallel import Workers
 from kfac_fx.statistics.buffers import Statistics, StatisticSources
 from kfac_fx.statistics.user_graph import AFTER_BACKWARD, check_recorded
+from kfac_fx.torch_internals.error_texts import backward_refusal
 
 Noise = int | Sequence[Tensor | None]
 """What draws are made from: a seed, or noise that was made before (see ``BatchLikelihood.draws``).
@@ -75,17 +76,16 @@ def derivatives(
         )
         return found
     except RuntimeError as error:
-        # torch has no other name for these than their texts.
-        text = str(error)
-        if "second time" in text:
+        refusal = backward_refusal(error)
+        if refusal == "freed":
             raise ObservationError(AFTER_BACKWARD) from error
-        if "donated" in text or "retain_graph" in text:
+        if refusal == "compiled":
             raise ObservationError(
                 "a compiled forward keeps no graph for a second backward: give the inputs, "
                 "observe(outputs, inputs=...), use fisher='empirical', or set "
                 "torch._functorch.config.donated_buffer = False before compiling"
             ) from error
-        if "use_reentrant" in text:
+        if refusal == "reentrant":
             raise ObservationError(
                 "a reentrant activation checkpoint allows no backward but the training's: use "
                 "checkpoint(..., use_reentrant=False) or fisher='empirical'"
