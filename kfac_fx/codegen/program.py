@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -281,9 +280,8 @@ class Program:
             factors: in the order of the blocks, then A and G (child by parent) of every coupling.
             present: not looked at; see ``Engine``.
         """
-        # Only a GPU rounds products to TF32; elsewhere there is nothing to forbid.
-        # It would make positive matrices indefinite, see there.
-        with unrounded() if damping.is_cuda else nullcontext():
+        # TF32 would make positive matrices indefinite, see there.
+        with unrounded():
             return self._refresh(damping, factors)
 
     @torch.no_grad()

@@ -215,6 +215,7 @@ class Recorder:
         self._store: nn.Module = getattr(net, STORE)
         self._owner = owner
         self._observed = False
+        self._reference = ref(self)
         self.take_turn()
 
     @property
@@ -227,7 +228,7 @@ class Recorder:
 
         It is this recorder's turn from here on.
         """
-        self.take_turn()
+        _turns[self._store] = self._reference
         self._end_step()
         on = on and not self.by_inputs
         if any(factor.requires_grad != on for factor in self.sources.factors):
@@ -329,7 +330,7 @@ class Recorder:
     def take_turn(self) -> None:
         """Make it this recorder's turn: it switches the taps, or begins a step of its own."""
         self._observed = False
-        _turns[self._store] = ref(self)
+        _turns[self._store] = self._reference
 
     def _check_turn(self) -> None:
         """Take the turn from another recorder, for a forward that has already run.
@@ -342,7 +343,7 @@ class Recorder:
             raise self._taken("is in the middle of a step")
         if not all(factor.requires_grad for factor in self.sources.factors):
             raise self._taken("switched off taps that this one needs")
-        _turns[self._store] = ref(self)
+        _turns[self._store] = self._reference
 
     def _taken(self, what_it_did: str) -> TapsTakenError:
         last = _turns[self._store]()
@@ -374,6 +375,7 @@ class Recorder:
 
     def _end_step(self) -> None:
         """Forget all that the step has left."""
+        self._observed = False
         if self._backward is not None:
             self._backward.close()
             self._backward = None

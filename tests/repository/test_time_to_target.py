@@ -87,7 +87,8 @@ def test_rate_is_bracketed_and_runs_are_kept(tmp_path: Path) -> None:
     assert len(kept.runs) == len(first) + 1
     again = Results(tmp_path / "runs.json")
     run_method(PROBLEMS["regression"], METHODS["SGD"], options, again)
-    assert again.runs == kept.runs
+    # A rate that is too large ends in NaN, which equals nothing but looks like itself.
+    assert repr(again.runs) == repr(kept.runs)
 
 
 def test_places_between_evaluations_are_interpolated_by_the_logarithm() -> None:
