@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, fx
 
-from kfac_fx.codegen.approximations.base import InverseKey, matrices_of
+from kfac_fx.codegen.approximations.base import FlagKey, InverseKey, matrices_of
 from kfac_fx.codegen.approximations.table import TABLES
 from kfac_fx.codegen.builder import source
 from kfac_fx.codegen.compile import compiled
@@ -27,6 +27,7 @@ from kfac_fx.codegen.refresh_module import (
     Refreshed,
     RefreshModule,
     converting,
+    depending_on,
     part_of_refresh,
 )
 from kfac_fx.codegen.stacks import Stacks, given_stacks
@@ -115,7 +116,9 @@ class Refresher:
         self._run = run
         self._robust = robust
         self._given = given
-        self._made: fx.GraphModule | None = None
+        self._whole: RefreshModule | None = None
+        # The part that served last: the same blocks fail again.
+        self._part: tuple[frozenset[FlagKey], fx.GraphModule] | None = None
 
     @torch.no_grad()
     def __call__(self, damping: Tensor, factors: Sequence[Tensor]) -> Refreshed:
@@ -127,16 +130,17 @@ class Refresher:
             flags = self._read(found)
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             log.warning("eigenvalues failed (%s): the refresh is run in float64", error)
-            found = self._raised(damping, factors)
+            found = self._raised(damping, factors, None)
             flags = self._read(found)
         failed = [
-            f"{flag.factor}_{flag.block}"
+            flag
             for (flag, _), count in zip(self._flags, flags, strict=True)
             if count and flag.kind == "failed"
         ]
         if failed:
-            log.warning("Cholesky failed for %s: eigenvalues were raised", ", ".join(failed))
-            found = self._raised(damping, factors)
+            names = ", ".join(f"{flag.factor}_{flag.block}" for flag in failed)
+            log.warning("Cholesky failed for %s: eigenvalues were raised", names)
+            found = {**found, **self._raised(damping, factors, frozenset(failed))}
             flags = self._read(found)
         clamped = 0
         for (flag, _), count in zip(self._flags, flags, strict=True):
@@ -155,17 +159,34 @@ class Refresher:
         counts = [outputs[name].long().abs().sum() for _, name in self._flags]
         return torch.stack(counts).tolist() if counts else []
 
-    def _raised(self, damping: Tensor, factors: Sequence[Tensor]) -> Mapping[str, Tensor]:
+    def _raised(
+        self, damping: Tensor, factors: Sequence[Tensor], failed: frozenset[FlagKey] | None
+    ) -> Mapping[str, Tensor]:
         """Run the refresh with eigenvalues raised, in float64, on the device of the damping.
 
         Cholesky refuses what is not positive to working precision. Eigenvalues cost several times
-        as much, so this is no default, and the program is not even emitted before it is needed.
+        as much, so this is no default, the program is not even emitted before it is needed, and of
+        it only that runs which depends on what has failed: one bad block of a large network must
+        not make its refresh ten times slower.
+
+        Args:
+            damping, factors: see ``Engine.refresh``.
+            failed: flags of factorisations; None for the whole.
         """
-        if self._made is None:
-            self._made = self._robust().module
-        found: Mapping[str, Tensor] = self._made(
-            damping.double(), *(f.to(damping.device, torch.float64) for f in factors)
-        )
+        if self._whole is None:
+            self._whole = self._robust()
+        module = self._whole.module
+        if failed is not None:
+            if self._part is None or self._part[0] != failed:
+                wanted = depending_on(self._whole, failed)
+                self._part = (failed, part_of_refresh(self._whole, wanted).module)
+            module = self._part[1]
+        taken = [node for node in module.graph.nodes if node.op == "placeholder"][1:]
+        given = [
+            factor.to(damping.device, torch.float64) if node.users else factor
+            for node, factor in zip(taken, factors, strict=True)
+        ]
+        found: Mapping[str, Tensor] = module(damping.double(), *given)
         return {
             name: value.to(damping.dtype) if value.is_floating_point() else value
             for name, value in found.items()

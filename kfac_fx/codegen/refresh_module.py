@@ -85,6 +85,26 @@ def part_of_refresh(refresh: RefreshModule, wanted: Collection[InverseKey]) -> R
     return RefreshModule(module, tuple(inverses), tuple(flags))
 
 
+def depending_on(refresh: RefreshModule, flags: Collection[FlagKey]) -> tuple[InverseKey, ...]:
+    """Return the keys of the inverses that are made of the factorisations that flags are of.
+
+    Args:
+        refresh: without batches, in which a factorisation would be of several blocks.
+        flags: of factorisations.
+    """
+    (output,) = (node for node in refresh.module.graph.nodes if node.op == "output")
+    outputs: Value = output.args[0]
+    # A flag and an inverse are two results of one call: what follows from that call is affected.
+    reached: set[fx.Node] = set()
+    todo = [call for flag in flags for call in outputs[flag.name].all_input_nodes]
+    while todo:
+        node = todo.pop()
+        if node not in reached:
+            reached.add(node)
+            todo += node.users
+    return tuple(key for key in refresh.inverses if outputs[key.name] in reached)
+
+
 def converting(refresh: fx.GraphModule) -> fx.GraphModule:
     """Return the program of factors in other precisions and places than the damping, its first.
 

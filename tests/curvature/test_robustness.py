@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.inside import refreshed
 from torch import Tensor, nn
 
 import kfac_fx
@@ -46,6 +47,34 @@ def test_refresh_survives_factors_that_rounding_made_indefinite(
     assert "eigenvalues were raised" in caplog.text
     update = preconditioner.apply({"weight": torch.ones(2, 3)})["weight"]
     assert update.isfinite().all()
+
+
+@pytest.mark.parametrize("structure", ["block_diagonal", "block_tridiagonal"])
+def test_only_what_depends_on_a_failed_factor_is_made_with_eigenvalues(
+    structure: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Other inverses are Cholesky's own, bit by bit; a pair shares the fate of both its ends."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
+    net = kfac_fx.transform(model, structure=structure)
+    preconditioner = kfac_fx.Preconditioner(net, "normal", damping=1e-2)
+    outputs = net(torch.randn(5, 3))
+    preconditioner.observe(outputs)
+    outputs.sum().backward()
+    preconditioner.step()
+    before = dict(refreshed(preconditioner).inverses)
+    A, _ = preconditioner.factors["0"]
+    A.copy_(torch.diag(torch.tensor([100.0, 1.0, -50.0, 1.0])))
+    assert "eigenvalues were raised" not in caplog.text
+    preconditioner.refresh()
+    assert "Cholesky failed for A_0: eigenvalues were raised" in caplog.text
+    after = refreshed(preconditioner).inverses
+    assert after.keys() == before.keys() and all(value.isfinite().all() for value in after.values())
+    same = {key for key in before if torch.equal(before[key], after[key])}
+    slots = {name: block.slot for name, block in net.curvature.blocks.items()}
+    own, last = ({key for key in before if key.block == slots[name]} for name in ("0", "4"))
+    assert own - same and last and same >= last
+    if structure == "block_diagonal":
+        assert same >= before.keys() - own
 
 
 class Counting(nn.Module):
