@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
@@ -127,11 +127,27 @@ def transform(
         Covered(model, exclude)  # a model without parameters is refused before any work is done
         args = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else example_inputs
         kwargs = dict(example_kwargs or {})
-        module, route = capture_model(model, args, kwargs, route=capture, check=check)
+        found = capture_model(model, args, kwargs, route=capture, check=check)
+        module = found.module
+        route = found.route
     # A module that was transformed before, perhaps with other options, starts anew.
     StripTaps()(module)
     KFACTransform(options, route=route)(module)
     return module
+
+
+class Captured(NamedTuple):
+    """A captured model.
+
+    Attributes:
+        module: the graph, or the model that is recorded as it runs.
+        route: how it was captured: "graph_module" or one of ROUTES.
+        kept_whole: calls and sizes that the route does not follow.
+    """
+
+    module: CapturedModule
+    route: str
+    kept_whole: tuple[str, ...] = ()
 
 
 def capture_model(
@@ -141,8 +157,8 @@ def capture_model(
     *,
     route: str = "auto",
     check: bool = True,
-) -> tuple[CapturedModule, str]:
-    """Return the captured module and its route: "graph_module" or one of ROUTES.
+) -> Captured:
+    """Capture a model by the first route that follows it.
 
     Symbolic tracing comes first: it needs no inputs and keeps layers and modes. With example
     inputs, torch.export takes over where tracing fails or would keep a module with parameters whole
@@ -162,14 +178,14 @@ def capture_model(
         model = model.source
         route = "eager"
     if isinstance(model, fx.GraphModule) and route in ("auto", "symbolic_trace"):
-        return from_graph_module(model), "graph_module"
+        return Captured(from_graph_module(model), "graph_module")
     # Without inputs there is nothing to compare, and no other route to take.
     have_inputs = args is not None or bool(kwargs)
     self_check = SelfCheck(model, args or (), kwargs) if check and have_inputs else None
     reasons: dict[str, CaptureError] = {}
     # A capture that keeps something whole works, but the whole part gets a weak block. It is kept
     # aside while later routes are tried, and the last one is taken if none does better.
-    opaque: list[tuple[CapturedModule, str, list[str]]] = []
+    opaque: list[Captured] = []
     for name in ROUTES if route == "auto" else (route,):
         try:
             module = _captured(name, model, args, kwargs)
@@ -185,12 +201,12 @@ def capture_model(
         if name == "export" and fixes_batch(module.graph):
             whole.append("batches of another size")
         if not whole or not have_inputs or route != "auto":
-            return module, name
-        opaque.append((module, name, whole))
+            return Captured(module, name)
+        opaque.append(Captured(module, name, tuple(whole)))
     if opaque:
-        module, name, whole = opaque[-1]
-        log.warning("%s does not follow %s", ROUTES[name], ", ".join(whole))
-        return module, name
+        last = opaque[-1]
+        log.warning("%s does not follow %s", ROUTES[last.route], ", ".join(last.kept_whole))
+        return last
     raise _failure(model, reasons, have_inputs)
 
 
@@ -238,5 +254,6 @@ def _failure(model: nn.Module, reasons: dict[str, CaptureError], have_inputs: bo
     else:
         stops = "; ".join(f"{ROUTES[route]} stops at {why}" for route, why in reasons.items())
         error = CaptureError(f"{name}: {stops}")
+    # The caller raises what it is given; the last route's own error is the one with a line of code.
     error.__cause__ = last
     return error

@@ -33,7 +33,7 @@ def backend(
         inner: name or function of the backend that compiles.
         on_graph: called with each instrumented GraphModule; its ``meta["kfac_fx"]`` is the
             curvature graph of the whole model.
-        options: as for ``kfac_fx.transform``: structure, couplings, exclude, strict,
+        options: the same as for ``kfac_fx.transform``: structure, couplings, exclude, strict,
             weight_sharing, max_factor_dim, large_factors, ekfac, rules.
 
     Raises:
@@ -50,4 +50,5 @@ def default(module: fx.GraphModule, inputs: Sequence[Value]) -> CompiledGraph:
     return _DEFAULT(module, inputs)
 
 
+# Made once: the entry point is called for each graph, and no graph should find other settings.
 _DEFAULT = backend()

@@ -245,7 +245,7 @@ def _size(spec: str, part: str, sizes: dict[str, int]) -> int:
     Args:
         spec: the whole specification, for messages.
         part: a number, a name (the same size wherever it stands), or name=number.
-        sizes: of the names so far; a new one is added.
+        sizes: the sizes of the names so far; a new one is added.
     """
     name, _, given = part.partition("=")
     if given and name.isidentifier() and given.isdigit():

@@ -42,7 +42,7 @@ Option = TypeVar("Option", bound=str)
 
 @dataclass(frozen=True)
 class CurvatureOptions:
-    """How the inverse of the approximate Fisher is made; ``Preconditioner`` and ``KFAC`` fill it.
+    """Options of the inverse of the approximate Fisher; ``Preconditioner`` and ``KFAC`` fill it.
 
     Both optimizers hand these four on unchanged, and only curvature/ reads them. As one value they
     cannot be passed in another order, and a new one does not run through every signature.

@@ -26,7 +26,7 @@ Values = list[Statistic | None]
 
 
 class StatisticSlot(NamedTuple):
-    """Where a statistic is added up: what the processes must know of it to send it.
+    """A factor buffer as the processes see it, whose statistic they send and add up.
 
     Attributes:
         like: a tensor of the statistic's shape, dtype and device; its values are not read.
@@ -35,6 +35,18 @@ class StatisticSlot(NamedTuple):
 
     like: Tensor
     symmetric: bool
+
+
+class Agreement(NamedTuple):
+    """The answer of all processes to one question.
+
+    Attributes:
+        good: whether every process can go on.
+        amount: the sum of the amounts of all.
+    """
+
+    good: bool
+    amount: float
 
 
 class WholeParameters(Protocol):
@@ -51,7 +63,7 @@ class WholeParameters(Protocol):
 
     @property
     def given(self) -> Mapping[str, Tensor] | None:
-        """What the network has to be called with; None where that is its own parameters."""
+        """Return what the network has to be called with; None for its own parameters."""
 
     @contextmanager
     def open(self) -> Iterator[None]:
@@ -83,11 +95,11 @@ class Workers(Protocol):
 
         Args:
             what: name of the class that is made.
-            parameters: by name; their values must be the same everywhere.
+            parameters: the parameters by name; their values must be the same everywhere.
             seed: takes the state of the first process's generator, so that draws agree.
         """
 
-    def agree(self, call: str, good: bool = True, amount: float = 0.0) -> tuple[bool, float]:
+    def agree(self, call: str, good: bool = True, amount: float = 0.0) -> Agreement:
         """Return whether it is good in every process, and the sum of the amounts.
 
         Args:
@@ -124,7 +136,7 @@ class Workers(Protocol):
         """Copy whole tensors to those of the same names that may be sharded.
 
         Args:
-            values: with all their entries, the same in all processes.
+            values: the values with all their entries, the same in all processes.
             into: every one of its names is written.
         """
 
@@ -178,8 +190,8 @@ class Alone:
     def begin(self, what: str, parameters: Mapping[str, Tensor], seed: torch.Generator) -> None:
         pass
 
-    def agree(self, call: str, good: bool = True, amount: float = 0.0) -> tuple[bool, float]:
-        return good, amount
+    def agree(self, call: str, good: bool = True, amount: float = 0.0) -> Agreement:
+        return Agreement(good, amount)
 
     def start_sum(self, slots: Sequence[StatisticSlot], values: Values) -> Callable[[], Values]:
         return lambda: values

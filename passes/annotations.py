@@ -93,7 +93,7 @@ def write_curvature(module: fx.GraphModule, curvature: CurvatureGraph) -> None:
     A module's own meta is lost when others retrace or export the graph; a node's annotation stays.
 
     Args:
-        module: with taps.
+        module: a module with taps.
         curvature: what is written, as plain values.
     """
     try:

@@ -1,4 +1,4 @@
-"""Which blocks can have cross factors, and the forest of those that do."""
+"""Find the pairs of blocks that can have cross factors, and the forest of those that do."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def _nearest(weights: Mapping[tuple[str, str], float]) -> set[tuple[str, str]]:
 def _siblings(
     edges: Iterable[Edge], weights: Mapping[tuple[str, str], float]
 ) -> set[tuple[str, str]]:
-    """Pairs of layers that are joined before another: where they are added, g is the same."""
+    """Return pairs of layers that are joined before another: g is the same where they are added."""
     sources: dict[str, list[str]] = {}
     for edge in edges:
         if (edge.source, edge.target) in weights and "join" in edge.kinds:

@@ -32,7 +32,7 @@ would be all pairs of its layers.
 
 
 class _Reach(NamedTuple):
-    """How a node is reached from a block.
+    """The way on which a node is reached from a block.
 
     Attributes:
         distance: operations passed on the way.

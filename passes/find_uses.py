@@ -25,11 +25,11 @@ log = logging.getLogger("kfac_fx")
 
 @dataclass
 class _Matches:
-    """What the rules took and refused in one round over the graph.
+    """The uses that the rules took and refused in one round over the graph.
 
     Attributes:
-        uses: by parameter; one use may stand under several (a weight and its bias).
-        refusals: by name of node, why a rule that looked at it did not take it.
+        uses: the uses by parameter; one use may stand under several (a weight and its bias).
+        refusals: why a rule that looked at a node did not take it, by the name of the node.
     """
 
     uses: dict[str, list[ParameterUse]] = field(default_factory=dict)

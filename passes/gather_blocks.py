@@ -147,9 +147,9 @@ def _block(
     """Return the block of uses that are summed.
 
     Args:
-        name: of the block.
+        name: the name of the block.
         slot: the same as an identifier.
-        uses: of one form, or of the two that ``summable`` lets pass.
+        uses: the uses of one form, or of the two that ``summable`` lets pass.
         source: file and line of the first use.
         counted: whether positions of a single use are recorded too.
     """
@@ -180,7 +180,7 @@ def _second(use: ParameterUse, swap: bool) -> ParameterUse:
     """Return a use with its factors on the sides that the first form calls A and G.
 
     Args:
-        use: of the second form.
+        use: the use of the second form.
         swap: whether it sees the transposed matrix, so that its A is on the side of G.
     """
     A, G = use.factors

@@ -43,8 +43,9 @@ def insert_links(
 
     Args:
         module: whose graph it is.
-        graph: with taps.
-        blocks: as found in this graph; a pair that is not there, or in another order, is left out.
+        graph: a graph with taps.
+        blocks: the blocks as found in this graph; a pair that is not there, or in another order, is
+            left out.
         pairs: those that have buffers.
     """
     names = taps_of_couplings(graph)

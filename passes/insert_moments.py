@@ -49,8 +49,8 @@ def insert_moments(
 
     Args:
         module: whose graph it is.
-        graph: with taps; is changed in place.
-        blocks: as found in this graph; those of another form are left out.
+        graph: a graph with taps; is changed in place.
+        blocks: the blocks as found in this graph; those of another form are left out.
         curvature: the blocks that have buffers, and their moments.
     """
     taps = taps_of_couplings(graph)

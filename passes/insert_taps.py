@@ -71,7 +71,7 @@ def _insert(
 
     Args:
         graph: is changed in place.
-        nodes: of the graph before any tap, by name.
+        nodes: the nodes of the graph before any tap, by name.
         use: has a tap.
         block: owns the buffers.
     """

@@ -15,7 +15,7 @@ def check_module(module: fx.GraphModule) -> None:
     """Lint the graphs of a module and check its taps.
 
     Args:
-        module: with or without taps; nothing is changed.
+        module: a module with or without taps; nothing is changed.
 
     Raises:
         PassError: a tap reads a buffer that is not there, or names a block that is unknown.

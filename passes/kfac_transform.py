@@ -1,4 +1,4 @@
-"""From a captured module to its instrumented form: every pass of the library as one pass."""
+"""Instrument a captured module: every pass of the library as one pass."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class KFACTransform(GraphPass):
         options: the options as one value; the keywords below replace single ones of it.
         route: how the module was captured; ``curvature.route`` says it.
         on_pass: called with a ``PassReport`` after each of the passes.
-        keywords: as for ``kfac_fx.transform``: structure, couplings, exclude, strict,
+        keywords: the same as for ``kfac_fx.transform``: structure, couplings, exclude, strict,
             weight_sharing, max_factor_dim, large_factors, ekfac, rules.
 
     Raises:

@@ -18,7 +18,7 @@ Pass = Callable[[fx.GraphModule], Any]
 
 
 class PassReport(NamedTuple):
-    """What a callback is told of a pass that has run.
+    """A callback's report of a pass that has run.
 
     Attributes:
         name: the class or function name of the pass.

@@ -37,11 +37,11 @@ def fill(
 
     Args:
         graph: is changed in place.
-        nodes: by name; the node's entry becomes what took its place.
+        nodes: the nodes by name; the node's entry becomes what took its place.
         tap: that of the use; says the operator, its arguments, and where its factors go.
         block: name of the use's block.
         read_factors: makes the nodes that read the block's factors.
-        resolve: from an argument of the tap to a node or value of the graph.
+        resolve: a function from an argument of the tap to a node or value of the graph.
     """
     result = nodes[tap.node]
     if not replaces_node(_operator(result)):
@@ -150,7 +150,7 @@ def _zero_states(graph: fx.Graph, operation: str, arguments: list[Argument]) -> 
     Args:
         graph: gets the nodes that make zeros in the size of the batch.
         operation: name of the layer's operation.
-        arguments: of the operator for batches of inputs.
+        arguments: the arguments of the operator for batches of inputs.
     """
     cell = operation in CELLS
     x = arguments[0]

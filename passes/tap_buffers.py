@@ -22,7 +22,7 @@ def add_slot(store: nn.Module, name: str, factors: Iterable[FactorSpec], like: T
 
     Args:
         store: the submodule that holds all slots.
-        name: of the slot, an identifier.
+        name: the name of the slot, an identifier.
         factors: one buffer each.
         like: its dtype and device are those of the buffers.
     """

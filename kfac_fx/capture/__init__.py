@@ -1,4 +1,4 @@
-"""From an nn.Module to a graph by symbolic tracing, and one view over the dialects of graphs."""
+"""Capture an nn.Module by symbolic tracing, and read graphs of every dialect in one vocabulary."""
 
 from kfac_fx.capture.captured_module import CapturedModule
 from kfac_fx.capture.dialect import Call

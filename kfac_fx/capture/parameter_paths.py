@@ -35,7 +35,7 @@ def seen_through(call: Call, layout: Layout) -> Layout | None:
 
     Args:
         call: what reads the parameter.
-        layout: from the parameter's shape to what the call reads.
+        layout: the views from the parameter's shape to what the call reads.
     """
     operation = call.operation
     if operation == "attribute":
@@ -52,7 +52,7 @@ def split_layouts(call: Call, layout: Layout) -> list[Layout] | None:
 
     Args:
         call: what reads the parameter.
-        layout: from the parameter's shape to what the call reads.
+        layout: the views from the parameter's shape to what the call reads.
     """
     if call.operation not in ("chunk", "split", "unbind"):
         return None
@@ -168,11 +168,11 @@ class Derivation:
 
     Attributes:
         source: the node of the parameter, or of a view of it, that all ways begin at.
-        seen: from the parameter's shape to the source's.
+        seen: the views from the parameter's shape to the source's.
         result: the node of the computed tensor, in the source's shape.
         start: the source's value, in double precision.
-        function: from a value of the source to the result; all else as it is now. Raises ValueError
-            where the operations fail at another value.
+        function: a function from a value of the source to the result; all else as it is now. Raises
+            ValueError where the operations fail at another value.
     """
 
     source: fx.Node
@@ -188,7 +188,7 @@ class Reference:
 
     Attributes:
         name: the parameter's canonical name in the model.
-        layout: from the parameter's shape to the node's.
+        layout: the views from the parameter's shape to the node's.
         path: the parameter's name and the operations that it went through, for messages.
         derived: how the tensor is computed, where it is not the parameter itself seen through
             views.

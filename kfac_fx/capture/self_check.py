@@ -23,7 +23,7 @@ TOLERANCE = 1e-4
 
 
 class Behaviour(NamedTuple):
-    """What one run did.
+    """The outputs and gradients of one run.
 
     Attributes:
         outputs: all tensors that were returned, in order.

@@ -1,1 +1,1 @@
-"""From the curvature graph to programs."""
+"""Generate programs from a curvature graph."""

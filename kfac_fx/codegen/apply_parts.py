@@ -20,7 +20,7 @@ def emit_terms(recipe: Recipe, owned: Collection[str]) -> fx.GraphModule:
     is an end of add to it.
 
     Args:
-        recipe: of all blocks, not batched.
+        recipe: the recipe of all blocks, not batched.
         owned: the blocks; the arguments are their inverses, and the gradients of all.
     """
     build = ProgramBuilder()

@@ -25,7 +25,7 @@ def compiled(
     Args:
         module: the graph.
         compile: False, True for torch's default backend, or the name of a backend.
-        options: of the default backend.
+        options: the options of the default backend.
     """
     if not compile:
         return module
@@ -58,9 +58,9 @@ def graphed(
     overwrites its results when it runs again, so copies are handed out.
 
     Args:
-        module: from tensors to a list of tensors.
-        compile: as for ``compiled``.
-        options: of the default backend.
+        module: the module to run; it maps tensors to a list of tensors.
+        compile: the same as for ``compiled``.
+        options: the options of the default backend.
     """
     if compile not in (True, "inductor"):
         return compiled(module, compile, options)

@@ -199,7 +199,7 @@ def refresh(
 
 
 class Contribution(NamedTuple):
-    """What a pair contributes to a block: ``sign`` times a product of two matrices."""
+    """A pair's contribution to a block: ``sign`` times a product of two matrices."""
 
     block: str
     sign: int

@@ -42,7 +42,7 @@ Group = list[CurvatureBlock]
 
 @dataclass(frozen=True)
 class Recipe:
-    """What programs are emitted from.
+    """The blocks, couplings and options that programs are emitted from.
 
     Attributes:
         curvature: the blocks.
@@ -100,7 +100,7 @@ def emit_refresh(recipe: Recipe, factorise: Factorise = CHOLESKY) -> RefreshModu
     """Emit the program from factors, cross factors and damping to inverses and flags.
 
     Args:
-        recipe: of all blocks.
+        recipe: the recipe of all blocks.
         factorise: how positive matrices are inverted.
     """
     build = ProgramBuilder()
@@ -210,10 +210,10 @@ def terms(
     Each contribution comes in a section of its own, which is open until the next is asked for.
 
     Args:
-        build: of the program.
-        recipe: of all blocks.
+        build: the builder of the program.
+        recipe: the recipe of all blocks.
         inverses: block -> its inverses; blocks that are not there belong to other processes.
-        gradients: of all parameters.
+        gradients: the gradients of all parameters.
     """
     blocks = recipe.curvature.blocks
     every = conditional.CoupledPairs(blocks, recipe.couplings)

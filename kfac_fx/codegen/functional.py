@@ -35,7 +35,8 @@ def traced(
 
     Args:
         function: has no other inputs, and no outputs that it does not return.
-        arguments: of the shapes, dtypes and devices that the graph is for; values do not matter.
+        arguments: tensors of the shapes, dtypes and devices that the graph is for; their values do
+            not matter.
 
     Raises:
         NotFunctionalError: the code depends on the tensors' values, or has no graph.
@@ -253,7 +254,7 @@ class Parts(NamedTuple):
     Attributes:
         once: the arguments but for the last -> its outputs, then what the other part needs of it.
         each: what it needs, then the last argument -> its outputs.
-        places: of every output of the whole: whether it is of ``each``, and its place there.
+        places: for every output of the whole, whether it is of ``each``, and its place there.
     """
 
     once: fx.GraphModule

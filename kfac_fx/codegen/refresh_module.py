@@ -16,10 +16,11 @@ from kfac_fx.codegen.leaf import Value
 
 @dataclass(frozen=True)
 class Refreshed:
-    """What one refresh made.
+    """The inverses that one refresh made, and the damping that they are of.
 
     Attributes:
-        inverses: by key; of several processes those that this one keeps, which may be none.
+        inverses: the inverses by key; of several processes those that this one keeps, which may be
+            none.
         damping: lambda, [], in the precision and on the device of the inverses.
         clamped: entries of conditionals that rounding had pushed to one.
     """

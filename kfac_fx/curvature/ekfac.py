@@ -18,7 +18,7 @@ from kfac_fx.codegen.refresh_module import Refreshed
 from kfac_fx.curvature.estimate import Average, Averages, Estimate
 from kfac_fx.ir.curvature_graph import CurvatureBlock, Moment
 from kfac_fx.linalg.kronecker import moment_scale
-from kfac_fx.linalg.spectral import Side, Spectral
+from kfac_fx.linalg.spectral import SideMatrix, Spectral
 from kfac_fx.ops.net_buffers import moment_buffers
 
 
@@ -32,7 +32,7 @@ class Eigenbasis(NamedTuple):
     def spectrum(self, damping: float, dtype: torch.dtype) -> BlockSpectrum:
         """Return (U_A (x) U_G) diag(S + lambda) (U_A (x) U_G)^T, in another precision."""
         U_A, U_G, S = (value.to(dtype, copy=True) for value in self)
-        sides = Side((U_A,)), Side((U_G,))
+        sides = SideMatrix((U_A,)), SideMatrix((U_G,))
         d = S + damping
         return BlockSpectrum(Spectral(d, sides, sides), U_G.square() @ d @ U_A.square().mT)
 
@@ -64,8 +64,8 @@ class Moments:
 
     Args:
         net: holds the buffers of the bases that taps project on.
-        blocks: by name.
-        moments: of the blocks that are estimated.
+        blocks: the blocks by name.
+        moments: the moments of the blocks that are estimated.
         estimate: has the averages of their factors and of S.
     """
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from kfac_fx.curvature.outliers import SETTLED, Compared, fit
 from kfac_fx.errors import ParameterChangedError
 from kfac_fx.ir.coupling import Coupling
-from kfac_fx.ir.curvature_graph import CurvatureBlock, CurvatureGraph, Moment, Pair
+from kfac_fx.ir.curvature_graph import CurvatureBlock, CurvatureGraph, Holder, Moment, Pair
 from kfac_fx.ir.use import StatisticKey
 from kfac_fx.linalg.packing import mirror
 from kfac_fx.linalg.precision import all_finite
@@ -25,9 +25,6 @@ from kfac_fx.ops.gram import Rows, Statistic, multiplied
 from kfac_fx.torch_internals import foreach
 
 log = logging.getLogger("kfac_fx")
-
-Holder = CurvatureBlock | Pair | Moment
-"""What has statistics of its own: slot, name and factors."""
 
 LEAST_TERMS = 64
 """Likelihood terms that averages are over at least, where batches are large enough."""
@@ -41,7 +38,7 @@ class EstimateState(TypedDict):
 
 
 class Folded(NamedTuple):
-    """What came of new statistics.
+    """The result of a fold.
 
     Attributes:
         good: whether they were folded; not if one is not finite, or an outlier.
@@ -56,7 +53,7 @@ class Average:
     """One running average, kept as it is read; bases of others are in ``factor_storage``.
 
     Args:
-        shape: of the average.
+        shape: the shape of the average.
         like: [], of the precision and on the device that it is read in.
         symmetric: whether it holds symmetric matrices [..., n, n].
 
@@ -211,9 +208,9 @@ class Estimate:
         storage: how averages are kept between folds; None as they are read.
 
     Attributes:
-        blocks: by name.
-        pairs: by the names of the earlier and the later block.
-        moments: by the block's name.
+        blocks: the averages of blocks, by name.
+        pairs: the averages of pairs, by the names of the earlier and the later block.
+        moments: the averages of moments, by the block's name.
         all: those of all three, in this order.
         like: a tensor [] of the precision and on the device that averages are read in.
         folds: how often statistics were folded.
@@ -393,9 +390,9 @@ def fold_in_place(averages: Sequence[Average], new: Sequence[Statistic], weight:
     """Replace each S by (1 - weight) S + weight S_new, all dense ones in one call.
 
     Args:
-        averages: as ``Average`` stores them.
+        averages: the averages as ``Average`` stores them.
         new: statistics in the same precision; rows are multiplied into the average directly.
-        weight: of the new statistics, in (0, 1].
+        weight: the weight of the new statistics, in (0, 1].
     """
     stored: list[Tensor] = []
     values: list[Tensor] = []

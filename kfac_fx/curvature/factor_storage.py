@@ -120,7 +120,7 @@ def storage_of(kind: FactorStorage | None, seeds: torch.Generator) -> Storage | 
 
     Args:
         kind: the option; None for averages in the precision and on the device they are read in.
-        seeds: of the draws that round, for "bfloat16".
+        seeds: the seeds of the draws that round, for "bfloat16".
     """
     if kind is None:
         return None

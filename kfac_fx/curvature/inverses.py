@@ -58,7 +58,7 @@ class InverseFisher:
         net: a transformed module; EKFAC writes its bases to buffers there.
         curvature: the module's blocks.
         options: structure, damping, storage of the averages and compilation.
-        generator: of the draws that round averages in bfloat16.
+        generator: the generator of the draws that round averages in bfloat16.
         workers: the processes that share the refresh.
 
     Attributes:
@@ -108,7 +108,9 @@ class InverseFisher:
         # The damping and the number of folds that ``refreshed`` is of.
         self._made_of: tuple[float, int] | None = None
         self._chooses = coupled and curvature.selection == "data" and bool(curvature.pairs)
-        self.program, self._engine = self._generated(curvature.couplings if coupled else ())
+        program, engine = self._generated(curvature.couplings if coupled else ())
+        self.program = program
+        self._engine = engine
 
     def _generated(self, couplings: Sequence[Coupling]) -> tuple[Program, Engine]:
         """Return a program for couplings, and what runs it here."""
@@ -197,8 +199,9 @@ class InverseFisher:
         """Return the inverse times gradients of covered parameters, by name.
 
         Args:
-            gradients: by name, in the shapes of the parameters. Parameters that are not given count
-                as zero, as the inverse of a coupled block reads its neighbours' gradients too.
+            gradients: the gradients by name, in the shapes of the parameters. Parameters that are
+                not given count as zero, as the inverse of a coupled block reads its neighbours'
+                gradients too.
 
         Raises:
             StatisticsError: there are no inverses yet.
@@ -247,7 +250,9 @@ class InverseFisher:
         chosen = chosen_couplings(self.curvature, self.estimate, damping, present)
         if chosen != present:
             log.info("other couplings are more informative: the program is generated again")
-            self.program, self._engine = self._generated(chosen)
+            program, engine = self._generated(chosen)
+            self.program = program
+            self._engine = engine
             self.refreshed = None
 
     def mutual_information(self, couplings: Iterable[Coupling], damping: float) -> float:

@@ -18,7 +18,7 @@ TINY = 1e-6
 
 
 class Fit(NamedTuple):
-    """How new statistics compare with the averages.
+    """The comparison of new statistics with the averages.
 
     Attributes:
         outlier: one is far longer than its average.

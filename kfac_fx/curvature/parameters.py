@@ -1,4 +1,4 @@
-"""What a net must be, and the parameters that its blocks cover."""
+"""Check that a net was transformed, and read the parameters that its blocks cover."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kfac_fx.passes.annotations import read_curvature
 
 
 class _Expected(NamedTuple):
-    """Where a parameter was at the transform, and what it was like."""
+    """The place, shape, precision and device that a parameter had at the transform."""
 
     owner: nn.Module
     leaf: str

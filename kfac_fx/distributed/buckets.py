@@ -11,8 +11,8 @@ from torch import Tensor
 from kfac_fx.linalg.packing import packed, packed_size, unpacked
 
 
-class Form(NamedTuple):
-    """What a tensor in a bucket is: its shape, dtype, device, and whether it is symmetric."""
+class TensorForm(NamedTuple):
+    """The shape, dtype and device of a tensor in a bucket, and whether it is symmetric."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -21,7 +21,7 @@ class Form(NamedTuple):
 
     @property
     def length(self) -> int:
-        """Entries in the bucket."""
+        """Return the number of entries in the bucket."""
         return packed_size(self.shape) if self.symmetric else self.shape.numel()
 
 
@@ -29,14 +29,14 @@ class Bucket(NamedTuple):
     """Tensors of one dtype and device, by their places in the list that was cut.
 
     Attributes:
-        forms: of the tensors at ``places``.
+        forms: the forms of the tensors at ``places``.
     """
 
     places: tuple[int, ...]
-    forms: tuple[Form, ...]
+    forms: tuple[TensorForm, ...]
 
     def pack(self, values: Sequence[Tensor | None]) -> Tensor:
-        """One flat tensor of the values at the bucket's places; None counts as zeros."""
+        """Return one flat tensor of the values at the bucket's places; None counts as zeros."""
         parts = []
         for place, form in zip(self.places, self.forms, strict=True):
             value = values[place]
@@ -48,15 +48,15 @@ class Bucket(NamedTuple):
         return torch.cat(parts)
 
     def unpack(self, flat: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Place and value of every tensor."""
+        """Yield the place and the value of every tensor."""
         pieces = flat.split([form.length for form in self.forms])
         for place, form, piece in zip(self.places, self.forms, pieces, strict=True):
             whole = unpacked(piece, form.shape) if form.symmetric else piece.reshape(form.shape)
             yield place, whole
 
 
-def cut(forms: Sequence[Form], limit: int) -> list[Bucket]:
-    """Buckets of about ``limit`` bytes, in order; a longer tensor has one of its own."""
+def cut(forms: Sequence[TensorForm], limit: int) -> list[Bucket]:
+    """Return buckets of about ``limit`` bytes, in order; a longer tensor has one of its own."""
     open_: dict[tuple[torch.dtype, torch.device], list[int]] = {}
     filled: list[list[int]] = []
     sizes: dict[tuple[torch.dtype, torch.device], int] = {}

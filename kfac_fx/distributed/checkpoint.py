@@ -83,9 +83,9 @@ class Checkpoints:
 
         Args:
             step: number of the step; a checkpoint of the same step is replaced.
-            parts: by name: a network (wrapped or not), its optimizer, a ``Preconditioner`` or
-                ``KFAC``, and anything else with ``state_dict`` and ``load_state_dict``, whose state
-                is tensors and plain values.
+            parts: the parts by name: a network (wrapped or not), its optimizer, a
+                ``Preconditioner`` or ``KFAC``, and anything else with ``state_dict`` and
+                ``load_state_dict``, whose state is tensors and plain values.
 
         Raises:
             CheckpointError: it could not be written.
@@ -119,7 +119,7 @@ class Checkpoints:
         """Restore the parts of the newest checkpoint; return its step, None if there is none.
 
         Args:
-            parts: as they were saved, in as many processes as there are now.
+            parts: the parts as they were saved, in as many processes as there are now.
 
         Raises:
             CheckpointError: it could not be read, or has other parts.
@@ -231,7 +231,7 @@ def _unwanted(part: Part, plain: State, name: str) -> Collection[str]:
     """Return keys of inverses that other processes keep, which need not be read here."""
     if not isinstance(part, (KFAC, Preconditioner)):
         return ()
-    inverse, prefix = part._inverse, name
+    inverse, prefix = part.inverse, name
     if isinstance(part, KFAC):
         plain, prefix = plain["kfac"], f"{name}/kfac"
     if plain["inverse"]["couplings"] != [[c.child, c.parent] for c in inverse.program.couplings]:

@@ -12,11 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kfac_fx.errors import DesynchronisedError, KFACError, WorkerLostError
-
-# torch raises RuntimeError for most failures of communication and says only in the text which. A
-# torch version that words them differently lets its own error through: less clear, but no worse.
-SIGNS = ("gloo", "nccl", "connection", "timed out", "timeout", "broken pipe", "socket")
-"""In the lower-case texts of torch's errors of communication, which have no class of their own."""
+from kfac_fx.parallel import Agreement
+from kfac_fx.torch_internals.error_texts import of_communication
 
 
 class Control:
@@ -46,7 +43,7 @@ class Control:
                 use_local_synchronization=group is not None,
             )
 
-    def agree(self, call: str, good: bool, amount: float) -> tuple[bool, float]:
+    def agree(self, call: str, good: bool, amount: float) -> Agreement:
         """Return whether it is good in every process, and the sum of the amounts.
 
         Args:
@@ -69,7 +66,7 @@ class Control:
             codes, goods, amounts = torch.stack(found).T
             if not bool((codes == codes[0]).all()):
                 self._tell(call)
-        return bool(goods.all()), float(amounts.sum())
+        return Agreement(bool(goods.all()), float(amounts.sum()))
 
     def _tell(self, call: str) -> None:
         """Gather the names of all calls, which are long, and raise DesynchronisedError."""
@@ -109,17 +106,11 @@ class Control:
         try:
             yield
         except RuntimeError as error:
-            if not _of_communication(error):
+            # Our own errors pass: a process that is out of step is not lost.
+            if isinstance(error, KFACError) or not of_communication(error):
                 raise
             raise WorkerLostError(
                 f"process {self._rank} of {self._size}, in {call!r}: another process has ended, or "
                 f"did not come within {self._timeout:g} s; end all and start again from a "
                 f"checkpoint ({str(error).splitlines()[0][:200]})"
             ) from error
-
-
-def _of_communication(error: RuntimeError) -> bool:
-    if isinstance(error, KFACError):
-        return False
-    text = str(error).lower()
-    return isinstance(error, dist.DistError) or any(sign in text for sign in SIGNS)

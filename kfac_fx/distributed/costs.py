@@ -1,4 +1,4 @@
-"""What the refresh of a block costs, modelled from the sizes of its factors."""
+"""Model the cost of a block's refresh from the sizes of its factors."""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ def measured_costs(preconditioner: Preconditioner, repeats: int = 5) -> dict[str
     """Return the seconds of each block's refresh on this machine; for ``DataParallel(costs=...)``.
 
     Args:
-        preconditioner: with statistics, of one process.
+        preconditioner: a preconditioner with statistics, of one process.
         repeats: runs of each block, of which the median counts.
 
     Raises:
         StatisticsError: there are no statistics yet.
     """
-    inverse = preconditioner._inverse
+    inverse = preconditioner.inverse
     if not inverse.estimate.recorded:
         raise StatisticsError("no statistics yet: observe a batch and call step() first")
     factors = inverse.estimate.arguments(inverse.program.couplings)

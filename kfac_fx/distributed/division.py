@@ -22,11 +22,11 @@ class Division:
     everywhere: frozenset[str]
 
     def computed_by(self, rank: int) -> list[str]:
-        """The blocks that a process refreshes."""
+        """Return the blocks that a process refreshes."""
         return [block for block, owner in self.owner.items() if owner == rank]
 
     def kept_alone(self, rank: int) -> list[str]:
-        """The blocks of which a process alone has the inverses."""
+        """Return the blocks of which a process alone has the inverses."""
         return [block for block in self.computed_by(rank) if block not in self.everywhere]
 
 
@@ -38,7 +38,7 @@ def divide(
     gradients: Mapping[str, int],
     memory_fraction: float,
 ) -> Division:
-    """Balances the costs, by longest processing time first (Graham 1969).
+    """Balance the costs, by longest processing time first (Graham 1969).
 
     Inverses are kept everywhere as long as they take at most ``memory_fraction`` of all entries:
     first those that save the most communication for an entry kept. Trees of coupled blocks of
@@ -82,7 +82,7 @@ def _everywhere(
 
 
 def _trees(blocks: Sequence[str], couplings: Collection[Coupling]) -> list[list[str]]:
-    """The blocks of each tree of couplings among them; children come right before their parents."""
+    """Return the blocks of each tree of couplings; children come right before their parents."""
     parent = {c: p for c, p in parents(couplings).items() if c in blocks and p in blocks}
     children: dict[str, list[str]] = {block: [] for block in blocks}
     for child, above in parent.items():
@@ -100,7 +100,7 @@ def _trees(blocks: Sequence[str], couplings: Collection[Coupling]) -> list[list[
 
 
 def _cut(tree: Sequence[str], costs: Mapping[str, float], limit: float) -> list[list[str]]:
-    """Neighbours in a tree, together as far as they cost no more than ``limit``."""
+    """Return neighbours in a tree, together as far as they cost no more than ``limit``."""
     pieces: list[list[str]] = []
     spent = 0.0
     for block in tree:

@@ -16,15 +16,16 @@ from kfac_fx.codegen.apply_parts import emit_sum, emit_terms, symmetric_inverses
 from kfac_fx.codegen.approximations.base import InverseKey
 from kfac_fx.codegen.program import Program
 from kfac_fx.codegen.refresh_module import Refreshed
-from kfac_fx.distributed.buckets import Form
+from kfac_fx.distributed.buckets import TensorForm
 from kfac_fx.distributed.control import Control
 from kfac_fx.distributed.costs import refresh_costs
 from kfac_fx.distributed.division import Division, divide
 from kfac_fx.linalg.precision import unrounded
+from kfac_fx.parallel import Agreement
 
 
 class Processes(Protocol):
-    """What the engine asks of the processes; ``DataParallel`` has it.
+    """The processes as the engine sees them; ``DataParallel`` implements it.
 
     Attributes:
         rank: number of this process, below ``size``.
@@ -42,11 +43,15 @@ class Processes(Protocol):
     costs: Mapping[str, float] | None
     control: Control
 
-    def agree(self, call: str, good: bool = True, amount: float = 0.0) -> tuple[bool, float]:
+    def agree(self, call: str, good: bool = True, amount: float = 0.0) -> Agreement:
         """Return whether it is good in every process, and the sum of the amounts."""
 
     def start_broadcast(
-        self, source: int, forms: Sequence[Form], values: Sequence[Tensor | None], purpose: str
+        self,
+        source: int,
+        forms: Sequence[TensorForm],
+        values: Sequence[Tensor | None],
+        purpose: str,
     ) -> Callable[[], list[Tensor]]:
         """Start sending one process's tensors to all; what is returned waits for them."""
 
@@ -145,7 +150,7 @@ class Divided:
 
     def _exchanged(self, own: Refreshed) -> Refreshed:
         """Return the inverses that all processes keep, and those that this one keeps alone."""
-        clamped = int(self._workers.agree("refresh", amount=own.clamped)[1])
+        clamped = int(self._workers.agree("refresh", amount=own.clamped).amount)
         started = [
             self._workers.start_broadcast(
                 rank,
@@ -223,7 +228,8 @@ class _Terms:
         self._blocks = [[b for b in self._order if b in found] for found in touched]
         shapes = update_shapes(program.recipe)
         self._forms = [
-            [Form(shapes[b], like.dtype, like.device) for b in blocks] for blocks in self._blocks
+            [TensorForm(shapes[b], like.dtype, like.device) for b in blocks]
+            for blocks in self._blocks
         ]
         self._sum = emit_sum(program.recipe)
 
@@ -247,9 +253,9 @@ class _Terms:
         return result
 
 
-def _inverse_forms(program: Program, like: Tensor) -> dict[InverseKey, Form]:
+def _inverse_forms(program: Program, like: Tensor) -> dict[InverseKey, TensorForm]:
     symmetric = symmetric_inverses(program.recipe)
     return {
-        key: Form(shape, like.dtype, like.device, key in symmetric)
+        key: TensorForm(shape, like.dtype, like.device, key in symmetric)
         for key, shape in program.inverse_shapes().items()
     }

@@ -38,7 +38,7 @@ class Gathered:
 
     Args:
         net: a network that FSDP2 has sharded.
-        parameters: by name, those that the optimizer changes.
+        parameters: the parameters by name, those that the optimizer changes.
 
     Attributes:
         net: the network without FSDP's hooks, which would put shards back.
@@ -58,7 +58,7 @@ class Gathered:
 
     @property
     def given(self) -> Mapping[str, Tensor]:
-        """What the network is run with, the parameters that nobody changes among them."""
+        """Return what the network is run with, the parameters that nobody changes among them."""
         return self._whole | self._rest
 
     @contextmanager

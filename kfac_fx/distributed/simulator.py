@@ -3,7 +3,7 @@
 The model: a step costs training, the apply, and shares of what comes less often (statistics,
 refresh). The refresh takes as long as the process with the most to do. A sum of n bytes over W
 processes moves 2 (W - 1) / W n bytes through every link (ring), a broadcast n; both wait for
-log2 W messages (tree), a sum twice. Of gradients and statistics a share is hidden behind the
+log2 W messages (tree), a sum twice. Of gradients and statistics a share is hidden by the
 backward, which is two thirds of the training.
 
 So a run on many machines can be planned before they are rented: which ``memory_fraction``, how
@@ -35,7 +35,7 @@ class Compute:
         training: forward, backward and the optimizer's update.
         statistics: recording those of its share of a batch.
         apply: preconditioning all gradients.
-        refresh: by block.
+        refresh: seconds of each block's refresh, by name.
     """
 
     training: float
@@ -56,7 +56,7 @@ class Compute:
         """Return an estimate from operation counts, for machines that are not at hand.
 
         Args:
-            program: of the network.
+            program: the program of the network.
             rows: block -> cases times positions of a process's share of a batch.
             products: operations a second of matrix products, a multiplication and an addition two.
             factorisations: operations a second of decompositions; n^3 is one of a Cholesky inverse.
@@ -87,7 +87,7 @@ class Compute:
 
 @dataclass(frozen=True)
 class Network:
-    """What sends the messages.
+    """The speed of the links that carry messages.
 
     Args:
         latency: seconds of a message.
@@ -115,13 +115,14 @@ class Network:
 
 @dataclass(frozen=True)
 class Plan:
-    """How the work is divided; as the options of ``DataParallel`` and ``Preconditioner``.
+    """The division of the work; as the options of ``DataParallel`` and ``Preconditioner``.
 
     Args:
         size: number of processes.
         statistics_every: period of the statistics, in steps.
         refresh_every: period of the refreshes, in steps.
-        memory_fraction: of the inverses' entries, how many a process may hold of others' blocks.
+        memory_fraction: the share of the inverses' entries that a process may hold of blocks that
+            are not its own.
         staleness: refreshes after which inverses come into use.
         itemsize: bytes of an entry in messages and factors.
         overlap: share of the backward during which gradients and statistics are sent; 0 where they
@@ -139,12 +140,14 @@ class Plan:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What one step takes, on average; messages and memory in bytes.
+    """The predicted time of one step, on average; messages and memory in bytes.
 
     Attributes:
-        seconds: by stage; the step takes their sum.
-        messages: of one sum of gradients, one of statistics, one refresh, one apply.
-        memory: of the process with the most: factors, inverses, and the parameters they are for.
+        seconds: the seconds by stage; the step takes their sum.
+        messages: the bytes that one sum of gradients, one of statistics, one refresh and one apply
+            send.
+        memory: the memory of the process with the most: factors, inverses, and the parameters they
+            are for.
     """
 
     seconds: Mapping[str, float]
@@ -153,7 +156,7 @@ class Prediction:
 
     @property
     def step(self) -> float:
-        """Seconds of a step."""
+        """Return the seconds of a step."""
         return sum(self.seconds.values())
 
 
@@ -161,7 +164,7 @@ def simulate(program: Program, compute: Compute, network: Network, plan: Plan) -
     """Predict a step of ``Preconditioner`` in ``plan.size`` processes.
 
     Args:
-        program: of the network.
+        program: the program of the network.
         compute: seconds of one process alone.
         network: seconds of messages.
         plan: how the work is divided.

@@ -15,13 +15,14 @@ from torch.distributed.tensor import DTensor
 
 from kfac_fx.codegen.program import Engine, Program
 from kfac_fx.distributed import sharded
-from kfac_fx.distributed.buckets import Bucket, Form, cut
+from kfac_fx.distributed.buckets import Bucket, TensorForm, cut
 from kfac_fx.distributed.control import Control
 from kfac_fx.distributed.engine import Divided
 from kfac_fx.errors import UnknownOptionError
 from kfac_fx.ops.gram import multiplied
 from kfac_fx.parallel import (
     ALONE,
+    Agreement,
     Net,
     StatisticSlot,
     Values,
@@ -57,23 +58,24 @@ class DataParallel:
     stays as it is). Running statistics of normalisation layers are each process's own.
 
     Args:
-        process_group: of torch.distributed; None for all processes.
-        memory_fraction: of the inverses' entries, how many each process may hold of blocks that are
-            not its own (KAISA): 1.0 keeps all inverses everywhere, 0.0 sends preconditioned
-            gradients instead.
+        process_group: the process group of torch.distributed; None for all processes.
+        memory_fraction: the share of the inverses' entries that each process may hold of blocks
+            that are not its own (KAISA): 1.0 keeps all inverses everywhere, 0.0 sends
+            preconditioned gradients instead.
         staleness: refreshes after which inverses come into use; above zero they are computed in a
             thread of their own meanwhile. The first are used at once.
         costs: block -> cost of its refresh, in any unit (``measured_costs``), the first process's
             for all; None for a model of it.
         timeout: seconds that a process waits for the others before it raises. It must be longer
             than the slowest process can be late, saving of a checkpoint included.
-        bucket_bytes: of a message; smaller ones start earlier, larger ones cost less latency.
+        bucket_bytes: the bytes of a message; smaller ones start earlier, larger ones cost less
+            latency.
 
     Attributes:
         rank: number of this process, from 0.
         size: number of processes.
         control: agreements between them.
-        group: of torch.distributed, which moves the data.
+        group: the group of torch.distributed, which moves the data.
         traffic: bytes of the messages by purpose ("statistics", "gradients", ...).
 
     Raises:
@@ -126,7 +128,7 @@ class DataParallel:
         self.control.first(state)
         seed.set_state(state)
 
-    def agree(self, call: str, good: bool = True, amount: float = 0.0) -> tuple[bool, float]:
+    def agree(self, call: str, good: bool = True, amount: float = 0.0) -> Agreement:
         return self.control.agree(call, good, amount)
 
     def start_sum(self, slots: Sequence[StatisticSlot], values: Values) -> Callable[[], Values]:
@@ -136,7 +138,7 @@ class DataParallel:
         present = torch.tensor([float(value is not None) for value in values])
         # Which values there are at all is sent with them: in float64 the flags would have a bucket,
         # and so a message, of their own.
-        flags = Form(present.shape, forms[0].dtype, forms[0].device)
+        flags = TensorForm(present.shape, forms[0].dtype, forms[0].device)
         given = [present.to(forms[0].device)] + [multiplied(value) for value in values]
         started = self._started([flags, *forms], given, "statistics")
 
@@ -152,7 +154,7 @@ class DataParallel:
             return
         # Sums of complex tensors are those of their parts, which every backend can add.
         real = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
-        forms = [Form(t.shape, t.dtype, t.device) for t in real]
+        forms = [TensorForm(t.shape, t.dtype, t.device) for t in real]
         started = self._started(forms, real, "gradients")
         for tensor, total in zip(
             real, self._finished(started, len(real), "gradients"), strict=True
@@ -194,13 +196,17 @@ class DataParallel:
     # Messages in buckets.
 
     def start_broadcast(
-        self, source: int, forms: Sequence[Form], values: Sequence[Tensor | None], purpose: str
+        self,
+        source: int,
+        forms: Sequence[TensorForm],
+        values: Sequence[Tensor | None],
+        purpose: str,
     ) -> Callable[[], list[Tensor]]:
         """Start sending one process's tensors to all; what is returned waits for them.
 
         Args:
             source: rank of the process that has them.
-            forms: of the tensors, known everywhere.
+            forms: the forms of the tensors, known everywhere.
             values: the tensors in that process; elsewhere they are not read.
             purpose: under which ``traffic`` counts the bytes.
         """
@@ -219,7 +225,7 @@ class DataParallel:
         return finished
 
     def _started(
-        self, forms: Sequence[Form], values: Sequence[Tensor | None], purpose: str
+        self, forms: Sequence[TensorForm], values: Sequence[Tensor | None], purpose: str
     ) -> list[_Message]:
         """Start the sums of tensors over the processes; a value that is None counts as zeros."""
         started = []
@@ -246,7 +252,7 @@ def _sharded(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor)
 
 
-def _form_of(slot: StatisticSlot) -> Form:
+def _form_of(slot: StatisticSlot) -> TensorForm:
     # Sums of bfloat16 over many processes would lose what each of them adds.
     dtype = torch.promote_types(slot.like.dtype, torch.float32).to_real()
-    return Form(slot.like.shape, dtype, slot.like.device, slot.symmetric)
+    return TensorForm(slot.like.shape, dtype, slot.like.device, slot.symmetric)

@@ -32,6 +32,7 @@ class Backend:
             inputs: example inputs, fake tensors among them.
         """
         log.debug("a graph of %d nodes goes to %s", len(module.graph.nodes), self.settings.inner)
-        # What is known of shapes goes with the capture, so it is written down for later.
+        # What is known of shapes goes with the capture, so it is written down: taps are inserted
+        # later, when a Preconditioner asks for them.
         note_facts(module.graph, "example_value")
         return CompiledGraph(module, inputs, self.settings)

@@ -32,10 +32,14 @@ Value = Any
 Group = tuple[int | None, tuple[int, ...]]
 """A Python frame, and the identities of the tensors that it runs with."""
 
+# Dynamo says where an input came from as the text of an expression, and in no other way. All that
+# reads such a text is here: members of modules, tensors of their state, and sizes.
 _MEMBER = re.compile(r"\._(?:modules|parameters|buffers)\['([^']+)'\]")
 _STATE = re.compile(r"\._(?:parameters|buffers)\['[^']+'\]$")
 _SIZE = re.compile(r"(.+)\.size\(\)\[(\d+)\]")
 
+# A backend gets graphs without a word about the model that they belong to. So all of the process
+# are listed, weakly, and a model finds its own by the tensors that they have run with.
 _graphs: weakref.WeakSet[CompiledGraph] = weakref.WeakSet()
 _listeners: list[weakref.WeakMethod[Callable[[Binding], None]]] = []
 _serial = itertools.count()
@@ -43,7 +47,7 @@ _serial = itertools.count()
 
 @dataclass(frozen=True)
 class BackendSettings:
-    """What a backend was made with; the same for all models and graphs that it compiles.
+    """The options of a backend, the same for all models and graphs that it compiles.
 
     Attributes:
         inner: name or function of the backend that compiles the graphs.
@@ -66,7 +70,8 @@ class CompiledGraph:
     """A captured graph: what Dynamo calls in its place.
 
     Args:
-        module: as Dynamo hands it to a backend; it is copied before the inner backend changes it.
+        module: the module as Dynamo hands it to a backend; it is copied before the inner backend
+            changes it.
         inputs: example inputs, as Dynamo hands them over.
         settings: those of the backend.
 

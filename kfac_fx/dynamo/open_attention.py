@@ -33,13 +33,14 @@ def note_facts(graph: fx.Graph, key: str) -> None:
     Their values are fake tensors of a capture, which are gone when the taps are inserted.
 
     Args:
-        graph: as Dynamo captured it.
+        graph: the graph as Dynamo captured it.
         key: the key of the values in the meta of its nodes.
     """
     for node in graph.find_nodes(op="call_function", target=F.multi_head_attention_forward):
         for source in node.all_input_nodes:
             value = source.meta.get(key)
             if isinstance(value, Tensor):
+                # Plain values: a fake tensor would keep its capture's whole mode alive.
                 source.meta[FACTS] = (value.dim(), value.is_floating_point())
 
 
@@ -57,6 +58,7 @@ class OpenAttention(GraphPass):
             except (fx.proxy.TraceError, KeyError, TypeError, RuntimeError) as error:
                 log.info("attention %s stays whole: %s", node.name, error)
                 continue
+            # Where the call stood in the model's code: blocks show it as their source.
             stack = {k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack")}
             for made in inline(graph, node, inner, "", tuple(inputs), {}):
                 made.meta = dict(stack)

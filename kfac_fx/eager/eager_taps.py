@@ -32,7 +32,8 @@ class Placement(NamedTuple):
 
     Attributes:
         tap: says which tensor is tapped.
-        record: from that tensor, and all tensors of the call by node, to the tensor in its place.
+        record: a function from that tensor, and all tensors of the call by node, to the tensor in
+            its place.
         parameters: whose use is recorded.
         factors: what an operator that runs instead of the call is to fill.
     """

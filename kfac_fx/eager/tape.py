@@ -151,7 +151,7 @@ class Tape(TorchFunctionMode):
         """Note a use of a parameter that no rule can look into.
 
         Args:
-            name: of the parameter.
+            name: the name of the parameter.
             by: stands for what uses it; its name is shown as the reason.
         """
         self._new("call_function", by, (self._new("get_attr", name),))

@@ -139,7 +139,7 @@ def expect_sizes(value: torch.Tensor, sizes: tuple[int, ...], name: str) -> None
     Args:
         value: the input.
         sizes: those of its first dimensions; -1 stands for any.
-        name: of the input, for the message.
+        name: the name of the input, for the message.
 
     Raises:
         CaptureError: names the input and both shapes.

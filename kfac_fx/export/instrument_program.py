@@ -114,7 +114,7 @@ def _new_inputs(graph: fx.Graph, place: int, buffers: dict[str, Tensor]) -> dict
     Args:
         graph: is changed in place.
         place: number of the input before which they are inserted.
-        buffers: by path in the module.
+        buffers: the buffers by path in the module.
 
     Returns:
         Path -> placeholder.

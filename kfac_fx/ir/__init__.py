@@ -1,4 +1,4 @@
-"""What the analysis finds, as frozen dataclasses with nodes and parameters by name.
+"""The records of the analysis: frozen dataclasses with nodes and parameters by name.
 
 - ``use``: a parameter's use, what is recorded of it, and the tap that does it.
 - ``layout``: how a parameter is laid out as the matrix of a block.

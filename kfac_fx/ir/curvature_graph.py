@@ -130,6 +130,10 @@ class Moment:
         return f"moments of {self.block}"
 
 
+Holder = CurvatureBlock | Pair | Moment
+"""What has statistics of its own, with a slot, a name and factors."""
+
+
 @dataclass(frozen=True)
 class Coverage:
     """Parameters by the kind of their block; "frozen", "excluded" and "unused" are kinds too.
@@ -144,7 +148,7 @@ class Coverage:
 
     @property
     def total(self) -> int:
-        """Number of scalar parameters of the model."""
+        """Return the number of scalar parameters of the model."""
         return sum(self.scalars.values())
 
 
@@ -153,7 +157,7 @@ class CurvatureGraph:
     """All curvature blocks of a model, in the order of the forward pass.
 
     Attributes:
-        blocks: by name, in the order of the forward pass.
+        blocks: the blocks by name, in the order of the forward pass.
         frozen: parameters without a block, as they do not require a gradient.
         excluded: parameters without a block, as the user left them out.
         unused: parameters without a block, as the outputs do not depend on them.
@@ -279,7 +283,8 @@ class CurvatureGraph:
             preconditioner: whose statistics are shown, and whose couplings are drawn; None for the
                 transform's own couplings, without statistics.
             fold: whether three or more equal modules in a row become one, "× 12".
-            direction: of the forward pass: "TB", downwards, or "LR", to the right (dot only).
+            direction: the direction of the forward pass: "TB", downwards, or "LR", to the right
+                (dot only).
 
         Raises:
             UnknownOptionError: another suffix or direction.

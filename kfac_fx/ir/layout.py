@@ -1,4 +1,4 @@
-"""How a parameter's tensor is laid out as the matrix of a curvature block."""
+"""The layout of a parameter's tensor as the matrix of a curvature block."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class ViewStep(NamedTuple):
 
     Attributes:
         view: its kind.
-        argument: of a "permute", the dimensions; of a "reshape", the new shape; of a "narrow",
+        argument: the dimensions of a "permute", the new shape of a "reshape", and of a "narrow"
             (dimension, start, length).
         start: the shape that the view starts from.
     """
@@ -79,7 +79,7 @@ class Layout:
         """Return this chain followed by a reshape.
 
         Args:
-            shape: as many entries as the chain keeps; one number may be -1, for the rest.
+            shape: the new shape, of as many entries as before; one number may be -1, for the rest.
 
         Raises:
             ValueError: the shape has another number of entries.

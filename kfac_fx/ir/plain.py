@@ -63,7 +63,7 @@ class PlainCodec:
 
 
 def _keys(record: object) -> tuple[str, ...]:
-    """The names of a record's fields."""
+    """Return the names of a record's fields."""
     if is_dataclass(record):
         return tuple(field.name for field in fields(record))
     names: tuple[str, ...] = getattr(record, "_fields")  # noqa: B009  # of a named tuple

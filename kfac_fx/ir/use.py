@@ -30,7 +30,7 @@ class FactorSpec:
         side: which side of the block it belongs to: "A" of the inputs and "G" of the derivatives
             of a Kronecker product, "C" for the covariance of a whole gradient, "S" for second
             moments in known bases, "positions" for a count.
-        shape: of the factor as it is kept.
+        shape: the shape of the factor as it is kept.
         role: how a new statistic is scaled. An "input" factor does not depend on the loss, a
             "gradient" factor is quadratic in its derivative (docs/explanation/mathematics.md,
             section 2), a "count" is a number of positions by which the gradient factors of the
@@ -62,7 +62,7 @@ class StatisticKey(NamedTuple):
     squared gradient of its parameters, under the name of its only factor.
 
     Attributes:
-        slot: of the block, pair or moment, as an identifier.
+        slot: the slot of the block, pair or moment, as an identifier.
         factor: name of one of its factors ("A", "G", "C", ...).
     """
 
@@ -82,7 +82,7 @@ class NodeRef(NamedTuple):
     """Names a value of the graph, in place of the value, in what a tap is called with.
 
     Attributes:
-        name: of a node; with a dot in front, the path of a buffer or flag of the module.
+        name: the name of a node; with a dot in front, the path of a buffer or flag of the module.
     """
 
     # Names survive what nodes do not: copies of a graph, pickling, torch.export and its files.

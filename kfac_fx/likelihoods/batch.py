@@ -1,4 +1,4 @@
-"""What a likelihood says about a batch: distributions of outputs, targets, weights of the terms.
+"""A likelihood on one batch: distributions of outputs, targets, and the weights of the terms.
 
 With one likelihood the objective is the mean over its terms. A ``Sum`` of likelihoods is
 sum_k w_k mean_k; written as one mean over all terms, those of part k weigh w_k C / c_k, with c_k
@@ -30,7 +30,8 @@ class Terms(NamedTuple):
 
     Attributes:
         targets: fit for ``log_prob``; None where none were given.
-        weights: of the distribution's batch shape; None where all terms count once.
+        weights: one weight a term, in the distribution's batch shape; None where all terms count
+            once.
         amount: number of terms, or the sum of their weights, which a GPU is waited for. It is 0.0
             and not looked at in a traced pass, whose batches differ in it.
         share: what all of the terms are multiplied with; a tensor in a traced pass.
@@ -113,7 +114,7 @@ class BatchLikelihood:
 
     @property
     def parts(self) -> list[tuple[Distribution, Terms]]:
-        """The distributions that have terms, with these."""
+        """Return the distributions that have terms, with these."""
         pairs = zip(self.distributions, self.terms.parts, strict=True)
         return [(distribution, terms) for distribution, terms in pairs if terms is not None]
 
@@ -130,7 +131,7 @@ class BatchLikelihood:
 
     @property
     def has_targets(self) -> bool:
-        """Whether every part has some."""
+        """Say whether every part has some."""
         return all(terms.targets is not None for _, terms in self.parts)
 
     def nll(self) -> Tensor:
@@ -296,7 +297,7 @@ def batch_likelihood(
     """Return what a likelihood says about the batch of this process.
 
     Args:
-        likelihood: of the outputs, or a sum of several.
+        likelihood: the likelihood of the outputs, or a sum of several.
         outputs: what the network returned, at least in float32 (see ``wide``); for a sum a mapping
             or a tuple with the outputs of its parts.
         targets: in the same form; None where there are none.

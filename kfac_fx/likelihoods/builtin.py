@@ -51,8 +51,8 @@ class Likelihood(Protocol):
         Only the shape and the dtype of the outputs may be used: compiled passes give stand-ins.
 
         Args:
-            outputs: as ``distribution`` gets them.
-            targets: as the user gave them; None where there are none.
+            outputs: the outputs as ``distribution`` gets them.
+            targets: the targets as the user gave them; None where there are none.
 
         Returns:
             The targets, and weights of the distribution's batch shape, or None where all terms
@@ -68,10 +68,10 @@ class Noise(NamedTuple):
 
     Attributes:
         kind: "exponential" and "normal" have variance one, "uniform" is on [0, 1).
-        shape: of the tensor.
-        dtype: of what is drawn. Noise is in float32 at least: in half precision, draws would
-            repeat each other.
-        device: of the tensor.
+        shape: the shape of the tensor.
+        dtype: the dtype of what is drawn. Noise is in float32 at least: in half precision, draws
+            would repeat each other.
+        device: the device of the tensor.
     """
 
     kind: Literal["exponential", "uniform", "normal"]
@@ -93,12 +93,13 @@ class Noise(NamedTuple):
 
 
 class Family(NamedTuple):
-    """What the estimators of the Fisher need to know of a family of distributions.
+    """Draws and the root of the Fisher of a family of distributions, for the estimators.
 
     Attributes:
-        noise: from a distribution to the noise that one draw needs. It must not depend on the
-            values of the distribution's parameters, so that compiled passes can make it before.
-        draw: from a distribution and such noise to targets y ~ p.
+        noise: a function from a distribution to the noise that one draw needs. It must not depend
+            on the values of the distribution's parameters, so that compiled passes can make it
+            before.
+        draw: a function from a distribution and such noise to targets y ~ p.
         root: the columns of a square root S of the output Fisher, S S^T = F_out. Each is a tensor
             of batch shape + [columns] whose derivative in the outputs is S's, where what is
             multiplied with is detached.
@@ -315,7 +316,7 @@ class Normal:
     density: with variance=0.5 the squared error itself.
 
     Attributes:
-        variance: of every entry of the outputs.
+        variance: the variance of every entry of the outputs.
         target: what the targets are where none are given; 0.0 for residuals of an equation.
     """
 

@@ -1,4 +1,4 @@
-"""From what a user gives to a likelihood: a name, a callable, or a sum of several.
+"""Make a likelihood of what a user gives: a name, a callable, or a sum of several.
 
 A new likelihood with a name is one more line of ``NAMED``.
 """
@@ -73,7 +73,7 @@ class Sum:
 
     @property
     def named(self) -> bool:
-        """Whether the parts have names rather than places."""
+        """Say whether the parts have names rather than places."""
         return isinstance(self.parts, Mapping)
 
     def items(self) -> list[tuple[str | int, tuple[Any, float]]]:

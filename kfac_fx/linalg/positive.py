@@ -279,7 +279,7 @@ Solve = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class Factorise(NamedTuple):
-    """How a refresh inverts and whitens a positive matrix; both say where they failed."""
+    """Two functions that invert and whiten a positive matrix; both say where they failed."""
 
     inverse: Solve
     whitener: Solve

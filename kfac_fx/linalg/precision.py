@@ -57,7 +57,7 @@ def all_finite(tensors: Sequence[Tensor]) -> bool:
     infinite already. The answer is computed on the device and read once: one synchronisation.
 
     Args:
-        tensors: of any shapes, dtypes and devices; empty ones are finite.
+        tensors: the tensors of any shapes, dtypes and devices; empty ones are finite.
     """
     # foreach.norm takes one dtype a call, and reads low precisions as float32.
     by_dtype: dict[torch.dtype, list[Tensor]] = {}

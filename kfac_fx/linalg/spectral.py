@@ -17,7 +17,7 @@ from kfac_fx.linalg.positive import raised
 
 
 @dataclass(frozen=True)
-class Side:
+class SideMatrix:
     """A square matrix that acts on one side of a block.
 
     Attributes:
@@ -29,7 +29,7 @@ class Side:
     diagonal: bool = False
 
     @classmethod
-    def kept(cls, factor: Tensor, *, diagonal: bool, cut: int) -> Side:
+    def kept(cls, factor: Tensor, *, diagonal: bool, cut: int) -> SideMatrix:
         """Return the side that a factor is, without the zeros that fill up its sub-blocks.
 
         Args:
@@ -54,12 +54,12 @@ class Side:
         pieces = V.split([part.shape[-1] for part in self.parts], -2)
         return torch.cat([M @ piece for M, piece in zip(self.parts, pieces, strict=True)], -2)
 
-    def each(self, function: Callable[[Tensor], Tensor]) -> Side:
+    def each(self, function: Callable[[Tensor], Tensor]) -> SideMatrix:
         """Return the side with a function applied to each of its parts."""
-        return Side(tuple(map(function, self.parts)), self.diagonal)
+        return SideMatrix(tuple(map(function, self.parts)), self.diagonal)
 
     @property
-    def mT(self) -> Side:
+    def mT(self) -> SideMatrix:
         """Return the transpose."""
         return self if self.diagonal else self.each(lambda part: part.mT)
 
@@ -75,26 +75,26 @@ class Side:
             return self.parts[0].abs().log().sum()
         return torch.stack([torch.linalg.slogdet(part)[1].sum() for part in self.parts]).sum()
 
-    def as_matrices(self, like: Side) -> Side:
+    def as_matrices(self, like: SideMatrix) -> SideMatrix:
         """Return the side; a diagonal as matrices that are cut as ``like`` is, unless both are."""
         if not self.diagonal or like.diagonal:
             return self
         pieces = self.parts[0].split([part.shape[-1] for part in like.parts], -1)
-        return Side(tuple(map(torch.diag_embed, pieces)))
+        return SideMatrix(tuple(map(torch.diag_embed, pieces)))
 
 
 def kept_pair(
     factors: tuple[Tensor, Tensor], diagonal: tuple[bool, bool], cut: tuple[int, int]
-) -> tuple[Side, Side]:
-    """Return the sides (A, G) that two factors are; see ``Side.kept``."""
+) -> tuple[SideMatrix, SideMatrix]:
+    """Return the sides (A, G) that two factors are; see ``SideMatrix.kept``."""
     A, G = factors
     return (
-        Side.kept(A, diagonal=diagonal[0], cut=cut[0]),
-        Side.kept(G, diagonal=diagonal[1], cut=cut[1]),
+        SideMatrix.kept(A, diagonal=diagonal[0], cut=cut[0]),
+        SideMatrix.kept(G, diagonal=diagonal[1], cut=cut[1]),
     )
 
 
-def outer_diagonal(sides: tuple[Side, Side]) -> Tensor:
+def outer_diagonal(sides: tuple[SideMatrix, SideMatrix]) -> Tensor:
     """Return the diagonal of A (x) G as [..., g, a]."""
     A, G = sides
     return G.entries().unsqueeze(-1) * A.entries().unsqueeze(-2)
@@ -111,8 +111,8 @@ class Spectral:
     """
 
     d: Tensor
-    J: tuple[Side, Side]
-    K: tuple[Side, Side]
+    J: tuple[SideMatrix, SideMatrix]
+    K: tuple[SideMatrix, SideMatrix]
 
     def product(self, V: Tensor) -> Tensor:
         """Return F vec(V), of V [..., g, a]."""
@@ -134,28 +134,28 @@ class Spectral:
         return self.d.log().sum() + 2 * both
 
 
-def _to(sides: tuple[Side, Side], V: Tensor) -> Tensor:
+def _to(sides: tuple[SideMatrix, SideMatrix], V: Tensor) -> Tensor:
     """Return (M_A (x) M_G)^T vec(V), M_G^T V M_A."""
     A, G = sides
     return A.mT.times(G.mT.times(V).mT).mT
 
 
-def _from(sides: tuple[Side, Side], V: Tensor) -> Tensor:
+def _from(sides: tuple[SideMatrix, SideMatrix], V: Tensor) -> Tensor:
     """Return (M_A (x) M_G) vec(V), M_G V M_A^T."""
     A, G = sides
     return A.times(G.times(V).mT).mT
 
 
-def eigenvectors(matrix: Side) -> tuple[Tensor, Side]:
+def eigenvectors(matrix: SideMatrix) -> tuple[Tensor, SideMatrix]:
     """Return eigenvalues [..., n], at least zero, and orthonormal eigenvectors of a side."""
     if matrix.diagonal:
         return matrix.parts[0].clamp_min(0.0), matrix.each(torch.ones_like)
     spectra = [torch.linalg.eigh(part) for part in matrix.parts]
     values = torch.cat([spectrum[0] for spectrum in spectra], -1).clamp_min(0.0)
-    return values, Side(tuple(spectrum[1] for spectrum in spectra))
+    return values, SideMatrix(tuple(spectrum[1] for spectrum in spectra))
 
 
-def diagonalised(A: Side, G: Side, added: Tensor | float = 0.0) -> Spectral:
+def diagonalised(A: SideMatrix, G: SideMatrix, added: Tensor | float = 0.0) -> Spectral:
     """Return A (x) G + added I in the eigenvectors of both.
 
     Args:
@@ -172,7 +172,7 @@ def diagonalised(A: Side, G: Side, added: Tensor | float = 0.0) -> Spectral:
     return Spectral(d, (U_A, U_G), (U_A, U_G))
 
 
-def summed(first: tuple[Side, Side], second: tuple[Side, Side]) -> Spectral:
+def summed(first: tuple[SideMatrix, SideMatrix], second: tuple[SideMatrix, SideMatrix]) -> Spectral:
     """Return A (x) G + A_2 (x) G_2, the second pair positive, in coordinates common to both."""
     (s_A, J_A, K_A), (s_G, J_G, K_G) = (
         _common(other, plain) for plain, other in zip(first, second, strict=True)
@@ -180,7 +180,7 @@ def summed(first: tuple[Side, Side], second: tuple[Side, Side]) -> Spectral:
     return Spectral(1.0 + s_G.unsqueeze(-1) * s_A, (J_A, J_G), (K_A, K_G))
 
 
-def _common(one: Side, other: Side) -> tuple[Tensor, Side, Side]:
+def _common(one: SideMatrix, other: SideMatrix) -> tuple[Tensor, SideMatrix, SideMatrix]:
     """Return (s, J, K) with one = J J^T, other = J diag(s) J^T and K = J^-T."""
     one, other = one.as_matrices(other), other.as_matrices(one)
     if one.diagonal:  # and so is the other, after the line above
@@ -191,7 +191,7 @@ def _common(one: Side, other: Side) -> tuple[Tensor, Side, Side]:
         for one_part, other_part in zip(one.parts, other.parts, strict=True)
     ]
     s, J, K = zip(*found, strict=True)
-    return torch.cat(s, -1), Side(J), Side(K)
+    return torch.cat(s, -1), SideMatrix(J), SideMatrix(K)
 
 
 def common_coordinates(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor, Tensor]:

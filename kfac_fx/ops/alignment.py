@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class Common(NamedTuple):
-    """What two uses share.
+    """The cases and the grid that two uses share.
 
     Attributes:
         cases: number of cases of both.

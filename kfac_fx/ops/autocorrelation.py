@@ -71,7 +71,7 @@ def _saves(cases: int, axes: Axes, others: Axes, lags: int, copies: float) -> bo
 
     Args:
         cases: N.
-        axes: of the one input; with ``others``, of the other.
+        axes: the axes of the one input; with ``others``, of the other.
         lags: number of lags that are formed.
         copies: what the copies of patches cost beside their product, as a share of it.
     """

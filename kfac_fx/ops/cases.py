@@ -116,7 +116,7 @@ class _Spread(NamedTuple):
     """A parameter on its way to be tapped.
 
     Attributes:
-        q: with a copy for each case, where there is one.
+        q: the parameter with a copy for each case, where there is one.
         per_case: whether there is.
         slopes: dq/dp, entry by entry, where q was computed from the parameter p; else nothing.
     """

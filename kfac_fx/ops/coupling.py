@@ -130,7 +130,7 @@ def _cross_input(
 
     Args:
         there: (cases, *positions) of the earlier use.
-        shape: of the later use's output.
+        shape: the shape of the later use's output.
     """
     A: Tensor = ctx.A
     if common is None:

@@ -120,7 +120,7 @@ def _table(
     factors: Sequence[Tensor],
     options: EmbeddingOptions,
 ) -> Tensor:
-    """Rows that are the same for all cases are the positions of one case."""
+    """Tap rows that are the same for all cases: they are the positions of one case."""
     (ids,) = tensors
     assert ids is not None
     return tapped(y, _statistics(factors, options), [ids.unsqueeze(0)], factors)

@@ -78,7 +78,7 @@ def homogeneous_gram(rows: Tensor, scale: float = 1.0, one: float = 1.0) -> Tens
 
     Args:
         rows: the inputs of a layer with a bias.
-        scale: of the whole result.
+        scale: the scale of the whole result.
         one: what is appended; tangents have no constant, so 0.
     """
     count, d = rows.shape[-2:]
@@ -193,7 +193,7 @@ class Rows:
 
     Args:
         rows: [S, d]; nobody else changes them.
-        scale: of the matrix.
+        scale: the scale of the matrix.
 
     Attributes:
         shared: whether several averages take it; then its product is formed once.
@@ -228,11 +228,11 @@ class Rows:
 
     @property
     def halves(self) -> bool:
-        """Whether ``add_to`` leaves what is below the diagonal out of date."""
+        """Say whether ``add_to`` leaves what is below the diagonal out of date."""
         return not self.shared and len(_row_slabs(self.rows.shape[1])) > 1
 
     def add_to(self, average: Tensor, weight: float) -> None:
-        """average <- (1 - weight) average + weight product."""
+        """Replace ``average`` by (1 - weight) average + weight product."""
         if self.shared:
             average.lerp_(self.product(), weight)
             return
@@ -287,10 +287,11 @@ class _Formed(NamedTuple):
     """The last A.
 
     Attributes:
-        storage: of the input; where it is gone, so is what another may have in its place.
+        storage: the storage of the input; where it is gone, so is what another may have in its
+            place.
         key: which entries of the storage, and how A is formed of them.
         value: A, another tensor of its memory, for autograd takes over what nobody else holds.
-        version: of A; who got it may have changed it in place.
+        version: the version of A; who got it may have changed it in place.
     """
 
     storage: StorageWeakRef

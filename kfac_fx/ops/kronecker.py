@@ -65,11 +65,11 @@ def over_cases(p: Tensor, like: Tensor) -> tuple[Tensor, bool]:
 
 
 class FactorForm(NamedTuple):
-    """How one factor is kept; the buffer's shape says it, so it is no option of a tap.
+    """The form in which one factor is kept; the buffer's shape says it, so no tap's option does.
 
     Attributes:
-        diagonal: as its diagonal alone.
-        blocks: as so many sub-blocks along the diagonal; 1 for a whole matrix.
+        diagonal: whether the factor is kept as its diagonal alone.
+        blocks: the number of sub-blocks along the diagonal that are kept; 1 for a whole matrix.
     """
 
     diagonal: bool = False

@@ -11,7 +11,7 @@ LIBRARY = torch.library.Library("kfac_fx", "DEF")
 
 
 def cache_tag(sources: Iterable[Path]) -> str:
-    """Names what the operators are made of."""
+    """Name what the operators are made of."""
     code = b"".join(path.read_bytes() for path in sorted(sources))
     return f"kfac_fx-{hashlib.sha256(code).hexdigest()[:16]}"
 

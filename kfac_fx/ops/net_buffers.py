@@ -19,7 +19,7 @@ class HasSlot(Protocol):
 
     @property
     def slot(self) -> str:
-        """Its name as an identifier."""
+        """Return its name as an identifier."""
 
 
 def factor_buffers(net: nn.Module) -> dict[str, tuple[Tensor, ...]]:

@@ -18,7 +18,7 @@ def case_parts(first: Tensor, *others: Tensor) -> Iterable[tuple[Tensor, ...]]:
 
     Args:
         first: [cases, ...]; its size decides.
-        others: of as many cases.
+        others: further tensors, of as many cases.
     """
     tensors = first, *others
     most = THRESHOLDS.at_once

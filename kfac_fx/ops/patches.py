@@ -1,4 +1,4 @@
-"""Where a convolution reads: the geometry of its windows, and copies of what they hold."""
+"""The geometry of a convolution's windows, and copies of the patches that they read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Axis(NamedTuple):
     Output t reads the inputs t + dilation * k - low, for k = 0 ... kernel - 1.
 
     Attributes:
-        size: of the input.
+        size: the size of the input.
         kernel: number of taps of the kernel.
         dilation: distance between neighbouring taps.
         low: zeros in front of the input.
@@ -32,7 +32,7 @@ class Axis(NamedTuple):
 
     @property
     def reach(self) -> int:
-        """Distance from the first tap to the last."""
+        """Return the distance from the first tap to the last."""
         return (self.kernel - 1) * self.dilation
 
     @property
@@ -50,7 +50,7 @@ class Axis(NamedTuple):
 
 @dataclass(frozen=True)
 class Window:
-    """Where a convolution reads.
+    """The windows in which a convolution reads.
 
     Attributes:
         kernel: taps along each spatial dimension.
@@ -117,7 +117,7 @@ class Window:
 
 @dataclass(frozen=True)
 class TransposedWindow:
-    """What an output position of a transposed convolution reads, seen from the output side.
+    """The windows of a transposed convolution, seen from the output side.
 
     y[t] = sum over kernel positions k and input positions s with s * stride + k * dilation
     - padding = t of W[:, :, k]^T x[s]. That is a convolution of stride 1 over x with stride - 1

@@ -98,7 +98,7 @@ class RecurrentOptions(TapOptions):
 
 @dataclass(frozen=True)
 class LayerOptions(TapOptions):
-    """What torch's operators of layers take after the parameters, in their order.
+    """Arguments of torch's operators of layers after the parameters, in their order.
 
     Attributes:
         has_biases: whether every product has a bias.
@@ -119,7 +119,7 @@ class LayerOptions(TapOptions):
 
 @dataclass(frozen=True)
 class _StepStatistics:
-    """Those of a product [N, T, out] whose inputs become known step by step.
+    """Statistics of a product [N, T, out] whose inputs become known step by step.
 
     All steps of a layer share one tap: their derivatives arrive together at its source, and the
     inputs are stacked only then. A tap a step would multiply T small matrices.

@@ -25,11 +25,11 @@ class _Shared(Protocol):
 
     @property
     def bias(self) -> bool:
-        """Whether the homogeneous coordinate is an input."""
+        """Say whether the homogeneous coordinate is an input."""
 
     @property
     def reduce(self) -> bool:
-        """Whether positions are reduced rather than expanded."""
+        """Say whether positions are reduced rather than expanded."""
 
 
 class Side(ABC):
@@ -77,7 +77,7 @@ _Options = TypeVar("_Options", bound=TapOptions)
 
 
 class _Kind(NamedTuple):
-    """What an operator registered.
+    """The options and the side that an operator registered.
 
     Attributes:
         options: the class of its options.

@@ -32,7 +32,7 @@ from kfac_fx.torch_internals.onlookers import forward_mode, saved_elsewhere, tra
 
 @dataclass(eq=False)
 class FactorState:
-    """What backward passes have to know of one factor buffer. It also stands for its identity.
+    """The state of one factor buffer for backward passes. It also stands for its identity.
 
     Attributes:
         paused: whether backward passes of graphs that are already built skip the factor.
@@ -85,7 +85,7 @@ class Note(NamedTuple):
     Attributes:
         statistics: computes them; see ``ops/tap.py``.
         tensors: what it has seen of the forward.
-        versions: of the tensors, when they were seen.
+        versions: the versions of the tensors, when they were seen.
         factors, states: the factor buffers.
         edge: where the derivative arrives.
         guard: the hook that sees derivatives inside of the forward.
@@ -131,7 +131,7 @@ class Collection:
 
     @property
     def edges(self) -> list[GradientEdge]:
-        """Where the notes' derivatives arrive; they are asked for beside those of the buffers."""
+        """Return where the notes' derivatives arrive; they are asked for beside the buffers'."""
         return [note.edge for note in self.notes]
 
     def takes(self, y: Tensor, states: Sequence[FactorState]) -> bool:
@@ -183,7 +183,7 @@ def _versions(tensors: Sequence[Tensor | None]) -> list[int]:
 
 
 class Collecting(threading.local):
-    """What this thread collects.
+    """The collection that is open in this thread.
 
     Attributes:
         collection: where small taps are noted, if they are.

@@ -51,16 +51,16 @@ class Statistics(Protocol):
             g: derivative with respect to the tapped tensor.
             tensors: what the tap saved of the forward pass.
             wanted: per factor buffer, whether its statistic is asked for.
-            dtype: of the factors; products are formed in it.
+            dtype: the dtype of the factors; products are formed in it.
         """
 
 
 class _Unbatched(torch.autograd.Function):
-    """What torch.func.vmap cannot go through."""
+    """The base of functions that torch.func.vmap cannot go through; an error says why."""
 
     @classmethod
     def apply(cls, *args: Any) -> Any:
-        """Function's own, without its inspection of signatures, which takes most of its time."""
+        """Call the ``apply`` of autograd functions, without inspecting signatures where it can."""
         # At every layer of every forward: inspection of signatures is most of what apply does.
         if transforms_active():
             return super().apply(*args)
@@ -90,7 +90,10 @@ class _Source(_Unbatched):
 
     @staticmethod
     def setup_context(ctx: Context, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, ctx.statistics, ctx.states, ctx.saved, *tensors = inputs
+        _, statistics, states, saved, *tensors = inputs
+        ctx.statistics = statistics
+        ctx.states = states
+        ctx.saved = saved
         ctx.save_for_backward(*tensors[: ctx.saved])
         # Buffers are kept by reference: their averages may change before the backward.
         ctx.factors = tuple(tensors[ctx.saved :])
@@ -143,7 +146,7 @@ def noted_statistics(
     """Return the sums of the statistics of noted taps, in the order of the collection's buffers.
 
     Args:
-        collection: of the pass.
+        collection: the collection of the pass.
         derivatives: at the edges of its notes; None where none came.
 
     Raises:
@@ -284,7 +287,7 @@ def joined(y: Tensor, zero: Tensor, asked: Callable[[], bool] | None = None) -> 
 
     Args:
         y: what is tapped.
-        zero: from ``source``.
+        zero: the zero from ``source``.
         asked: whether statistics are asked for, so that a derivative of the derivative would be a
             use that no tap sees; None leaves that unasked.
     """
@@ -327,7 +330,7 @@ def define(schema: str, body: Callable[..., object]) -> None:
     """Register a tap operator; it is visible in fx and export, traced through by the compiler.
 
     Args:
-        schema: of the operator, in the namespace kfac_fx.
+        schema: the schema of the operator, in the namespace kfac_fx.
         body: what it does, in terms of other operators and autograd functions.
     """
     name = schema.split("(", 1)[0]

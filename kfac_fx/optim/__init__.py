@@ -1,4 +1,4 @@
-"""What trains: the preconditioner of gradients, the whole optimizer, and their options."""
+"""Training: the preconditioner of gradients, the whole optimizer, and their options."""
 
 from kfac_fx.optim.growing_batches import GrowingBatches
 from kfac_fx.optim.kfac import KFAC

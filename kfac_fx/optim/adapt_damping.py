@@ -1,4 +1,4 @@
-"""How lambda and gamma adapt (Martens & Grosse 2015, sections 6.5 and 6.6).
+"""Adapt lambda and gamma (Martens & Grosse 2015, sections 6.5 and 6.6).
 
 The formulas are in docs/explanation/mathematics.md, section 9.
 """
@@ -62,7 +62,7 @@ class DampingRule:
 
     @property
     def total(self) -> float:
-        """lambda + eta: what the quadratic model adds to the diagonal of F."""
+        """Return lambda + eta, which the quadratic model adds to the diagonal of F."""
         return self.damping + self.weight_decay
 
     def candidates(self, iteration: int) -> list[float]:

@@ -1,4 +1,4 @@
-"""Which batches an optimizer believes."""
+"""Decide which batches an optimizer believes."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class BatchTrust:
 
     @property
     def widest(self) -> float:
-        """How many times longer than their averages statistics may be.
+        """Return how many times longer than their averages statistics may be.
 
         After many batches in a row whose statistics were refused, the next are taken as they are:
         the network has changed, not the batches.
@@ -72,7 +72,7 @@ class BatchTrust:
 
         Args:
             loss: [], the mean over likelihood terms.
-            gradient: of every parameter.
+            gradient: the gradient of every parameter.
         """
         # They are kept for accept(): a batch counts as usual only after its statistics were taken.
         value, norm = _numbers(loss, gradient)

@@ -1,4 +1,4 @@
-"""What an optimizer's last step was like, as plain numbers by name."""
+"""Numbers about an optimizer's last step, by name."""
 
 from __future__ import annotations
 

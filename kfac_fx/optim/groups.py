@@ -21,7 +21,7 @@ class Groups:
 
     Args:
         optimizer: has ``param_groups``.
-        names: of the parameters that groups may have, with the parameters.
+        names: the names of the parameters that groups may have, with the parameters.
         whole: the same parameters with all their entries.
 
     Raises:

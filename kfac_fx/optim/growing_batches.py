@@ -23,7 +23,7 @@ class GrowingBatches(Sampler[list[int]]):
         first: m_1.
         full_at: the iteration k with m_k = |S|, which fixes b.
         first_iteration: k of the first batch; where a resumed run goes on.
-        generator: of the draws; None for torch's global one.
+        generator: the generator of the draws; None for torch's global one.
 
     Raises:
         UnknownOptionError: a number is not positive.

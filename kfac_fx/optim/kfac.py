@@ -20,6 +20,7 @@ from kfac_fx.curvature.estimate import terms_needed
 from kfac_fx.curvature.inverses import InverseFisher
 from kfac_fx.curvature.parameters import transformed
 from kfac_fx.errors import ParameterChangedError, UnknownOptionError
+from kfac_fx.likelihoods.builtin import Tree
 from kfac_fx.likelihoods.named import Given, likelihood_of
 from kfac_fx.likelihoods.sampling import fresh_generator
 from kfac_fx.linalg.precision import all_finite
@@ -29,9 +30,9 @@ from kfac_fx.optim.diagnostics import Diagnostics
 from kfac_fx.optim.groups import Groups
 from kfac_fx.optim.kfac_options import KFACOptions
 from kfac_fx.optim.last_step import Buffers, LastStep
-from kfac_fx.optim.objective import Batch, Objective, Tree
+from kfac_fx.optim.objective import Batch, Objective
 from kfac_fx.optim.quadratic import Direction
-from kfac_fx.optim.updates import AdaptiveUpdate, Rule, ScheduledUpdate, Situation
+from kfac_fx.optim.updates import AdaptiveUpdate, ScheduledUpdate, Situation, UpdateRule
 from kfac_fx.parallel import ALONE, Workers
 from kfac_fx.reading.inspection import HasCurvature
 from kfac_fx.statistics.recorder import Recorder
@@ -44,7 +45,7 @@ VERSION = 1
 
 
 class KFAC(HasCurvature, Optimizer):
-    """One call of ``step(inputs, targets)`` is one iteration.
+    """Trains a transformed module; one call of ``step(inputs, targets)`` is one iteration.
 
     With ``lr=None`` the step length and the momentum minimise the quadratic model with the exact
     Fisher, and lambda and gamma adapt themselves; nothing needs tuning. With an ``lr`` (which any
@@ -58,7 +59,7 @@ class KFAC(HasCurvature, Optimizer):
         params: groups of covered parameters with options of their own (``lr``, ``momentum``,
             ``weight_decay``); by default one group of all.
         lr: learning rate of the stochastic form; None for the adaptive one.
-        momentum: of the stochastic form, in units of the previous update.
+        momentum: the momentum of the stochastic form, in units of the previous update.
         weight_decay: eta, of the l2 term eta / 2 ||theta||^2 of the objective.
         damping: lambda_0 > 0, in the units of the Fisher of one likelihood term. The paper's 150 is
             safe for an adaptive lambda, which shrinks; a fixed one should be far smaller.
@@ -67,7 +68,8 @@ class KFAC(HasCurvature, Optimizer):
         tikhonov: how Kronecker blocks are damped; as for ``Preconditioner``.
         structure: "block_diagonal" leaves the couplings out; None for the transform's own.
         fisher: "sampled" or "exact"; the gradient's pass gives no empirical statistics here.
-        generator: of sampled targets and of masks; its state is part of ``state_dict``.
+        generator: the generator of sampled targets and of masks; its state is part of
+            ``state_dict``.
         workers: the processes that share a batch; gradients are averaged over them here.
         compile: run the program and the passes of statistics and gradient through torch.compile
             (the gradient's unless parameters are sharded); a name is that of a backend.
@@ -76,7 +78,7 @@ class KFAC(HasCurvature, Optimizer):
     Attributes:
         curvature: the blocks and couplings of ``net``.
         structure: the one in use.
-        diagnostics: of the last step, plain numbers by name.
+        diagnostics: the diagnostics of the last step, plain numbers by name.
         skipped_batches: how many batches were left out.
         rejected_steps: how many steps were undone, or not made.
         skipped_statistics: how many batches gave statistics that were not finite, or outliers.
@@ -125,8 +127,8 @@ class KFAC(HasCurvature, Optimizer):
             factor_storage=options.factor_storage,
             compile=compile,
         )
-        self._inverse = InverseFisher(net, curvature, how, self.generator, workers)
-        parameters = self._inverse.covered.parameters
+        self.inverse = InverseFisher(net, curvature, how, self.generator, workers)
+        parameters = self.inverse.covered.parameters
         defaults = {
             "lr": 1.0 if lr is None else lr,
             "momentum": momentum,
@@ -141,9 +143,9 @@ class KFAC(HasCurvature, Optimizer):
         self._objective = Objective(
             self._whole, known, options.forward, self.generator, workers, compile
         )
-        self._recorder = Recorder(
+        self.recorder = Recorder(
             net,
-            self._inverse.estimate.holders,
+            self.inverse.estimate.holders,
             known,
             fisher,
             self.generator,
@@ -154,7 +156,7 @@ class KFAC(HasCurvature, Optimizer):
             owner="KFAC",
         )
         # The taps stay off in every pass but the one of the statistics: recording takes time.
-        self._recorder.switch(False)
+        self.recorder.switch(False)
 
         # From gradient to update.
         self._rule = DampingRule(
@@ -174,16 +176,16 @@ class KFAC(HasCurvature, Optimizer):
         self.rejected_steps = 0
         self.skipped_statistics = 0
 
-    def _update_rule(self, *, adaptive: bool, refresh_every: int) -> Rule:
+    def _update_rule(self, *, adaptive: bool, refresh_every: int) -> UpdateRule:
         if not adaptive:
             return ScheduledUpdate(
-                self._inverse, self._rule, refresh_every, self._options.trust_region
+                self.inverse, self._rule, refresh_every, self._options.trust_region
             )
         if self._workers.staleness:
             raise UnknownOptionError("stale inverses need an lr: without, gamma is searched")
         return AdaptiveUpdate(
             self._objective,
-            self._inverse,
+            self.inverse,
             self._rule,
             self._options.products_fraction,
             refresh_every,
@@ -197,9 +199,9 @@ class KFAC(HasCurvature, Optimizer):
         """Do one iteration on a batch; return its loss before the update.
 
         Args:
-            inputs: as ``observe`` of ``Preconditioner`` takes them. A closure is called several
-                times, with other parameters too; tau1 and tau2 cannot shorten its batch.
-            targets: as the likelihood takes them.
+            inputs: the inputs as ``observe`` of ``Preconditioner`` takes them. A closure is called
+                several times, with other parameters too; tau1 and tau2 cannot shorten its batch.
+            targets: the targets as the likelihood takes them.
 
         Returns:
             The mean negative log-likelihood of a term, [], without the l2 term.
@@ -209,8 +211,8 @@ class KFAC(HasCurvature, Optimizer):
                 nothing has changed.
             ParameterChangedError: a parameter was replaced, reshaped, cast or moved.
         """
-        self._recorder.take_turn()
-        self._inverse.covered.check()
+        self.recorder.take_turn()
+        self.inverse.covered.check()
         buffers = self._objective.snapshot()
         iteration = self._iteration
         draws = self.generator.get_state()
@@ -219,7 +221,7 @@ class KFAC(HasCurvature, Optimizer):
                 return self._iterate(Batch(inputs, targets), buffers)
             except BaseException:
                 # Also an interrupt from the keyboard: the next step repeats this one bit by bit.
-                self._recorder.switch(False)
+                self.recorder.switch(False)
                 self._objective.restore(buffers)
                 self._iteration = iteration
                 self.generator.set_state(draws)
@@ -244,14 +246,14 @@ class KFAC(HasCurvature, Optimizer):
             self._iteration -= 1
             self._skip(buffers, "statistics")
             return loss
-        if self._inverse.estimate.recorded:
+        if self.inverse.estimate.recorded:
             self._advance(batch, float(loss), gradient, buffers)
         self._trust.accept(self._objective.cases)
         self.diagnostics |= {
             "iteration": self._iteration,
             "loss": float(loss),
             **self._rule.state(),
-            "clamped": self._inverse.clamped,
+            "clamped": self.inverse.clamped,
             **self._counters(),
         }
         return loss
@@ -311,7 +313,7 @@ class KFAC(HasCurvature, Optimizer):
 
     def _record(self, batch: Batch) -> bool:
         """Record where that is due; return False if the statistics are no good."""
-        recorded = self._inverse.estimate.recorded
+        recorded = self.inverse.estimate.recorded
         if (self._iteration - 1) % self._statistics_every and recorded:
             return True
         # tau1 of a small batch is a few cases, whose averages have no inverse to speak of.
@@ -319,19 +321,19 @@ class KFAC(HasCurvature, Optimizer):
         least = math.ceil(terms * self._objective.cases / self._objective.terms)
         part = self._objective.first(batch, self._options.statistics_fraction, least)
         with self.diagnostics.stage("statistics"):
-            if self._recorder.by_inputs:
+            if self.recorder.by_inputs:
                 with self._objective.same_masks():
-                    finite = self._recorder.observe_inputs(part.inputs, part.targets)
+                    finite = self.recorder.observe_inputs(part.inputs, part.targets)
             else:  # sharded parameters, which a pass of the recorder's own does not see whole
-                self._recorder.switch(True)
+                self.recorder.switch(True)
                 with torch.enable_grad(), self._objective.aside():
                     outputs = self._objective.outputs(part.inputs)
-                    finite = self._recorder.observe(outputs, part.targets)
-            found = self._recorder.take()
-        self._recorder.switch(False)
+                    finite = self.recorder.observe(outputs, part.targets)
+            found = self.recorder.take()
+        self.recorder.switch(False)
         # A batch with few cases moves the averages as little as its step moves the parameters.
         decay = self._options.ema_decay ** self._trust.share(self._objective.cases)
-        taken = finite and self._inverse.fold(found, decay, self._trust.widest)
+        taken = finite and self.inverse.fold(found, decay, self._trust.widest)
         self._trust.fitted(taken)
         self.skipped_statistics += not taken
         return taken
@@ -400,7 +402,7 @@ class KFAC(HasCurvature, Optimizer):
                 "rule": self._rule.state(),
                 "previous": self._last.update_copy(),
                 "before": self._last.before(),
-                "inverse": self._inverse.state(),
+                "inverse": self.inverse.state(),
                 "generator": self.generator.get_state(),
                 "counters": self._counters(),
             },
@@ -415,7 +417,7 @@ class KFAC(HasCurvature, Optimizer):
         own = state_dict.get("kfac", {})
         if own.get("version") != VERSION:
             raise ParameterChangedError("this is no state_dict of a KFAC of this version")
-        self._inverse.load(own["inverse"])
+        self.inverse.load(own["inverse"])
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
         self._rule.load(own["rule"])
         self._iteration = own["iteration"]

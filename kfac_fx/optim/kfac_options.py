@@ -10,7 +10,7 @@ from kfac_fx.statistics.forward import Forward, run_network
 
 @dataclass(frozen=True)
 class KFACOptions:
-    """What ``KFAC(..., options=KFACOptions(...))`` takes besides its own keywords.
+    """Options of ``KFAC(..., options=KFACOptions(...))`` besides its own keywords.
 
     T1, T2, tau1, tau2 are the names of Martens & Grosse (2015); the defaults are the paper's, where
     it has a value. An object can serve several optimizers: nothing in it changes.
@@ -34,8 +34,8 @@ class KFACOptions:
         outlier: a batch whose loss is this many times the running average, or not finite, is not
             trusted (its gradient and statistics: a hundred times as many). If its loss was fine
             before the last step, that step is undone exactly and lambda grows; else it is skipped.
-        forward: from (network, inputs) to the likelihood's outputs, where they are not what the
-            network returns for ``inputs``.
+        forward: a function from (network, inputs) to the likelihood's outputs, where they are not
+            what the network returns for ``inputs``.
         factor_storage: how running averages are kept between folds, as for ``Preconditioner``.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What is kept of an optimizer's last step: for its momentum, and to undo it."""
+"""Keep an optimizer's last step: for its momentum, and to undo it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class LastStep:
     give back what was there.
 
     Attributes:
-        update: by parameter name; empty at first, and after a step that was no good.
+        update: the update by parameter name; empty at first, and after a step that was no good.
         parameters: before the step; empty where there is none to undo.
         buffers: before the step; empty where there is none to undo.
     """
@@ -36,7 +36,7 @@ class LastStep:
         Args:
             parameters: the optimizer's own; the update is added to them.
             buffers: copies from before the forward of this step.
-            update: by the names of ``parameters``; it is kept, not copied.
+            update: the update by the names of ``parameters``; it is kept, not copied.
         """
         if self.parameters.keys() == parameters.keys():  # the memory is there from earlier steps
             kept = [self.parameters[name] for name in parameters]

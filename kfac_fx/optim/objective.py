@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch.func import functional_call
 from kfac_fx.codegen.compile import compiled_network
 from kfac_fx.errors import LikelihoodError
 from kfac_fx.likelihoods.batch import BatchLikelihood, batch_likelihood
-from kfac_fx.likelihoods.builtin import Likelihood
+from kfac_fx.likelihoods.builtin import Likelihood, Tree
 from kfac_fx.likelihoods.named import Sum
 from kfac_fx.likelihoods.sampling import seeded
 from kfac_fx.ops.net_buffers import STORE
@@ -22,16 +22,13 @@ from kfac_fx.statistics.forward import Forward, outputs_of
 from kfac_fx.statistics.recorder import drawn_seed
 from kfac_fx.torch_internals import pytree
 
-Tree = Any
-"""Whatever the user's network takes or returns: tensors in tuples, lists, mappings; None."""
-
 
 class Batch(NamedTuple):
-    """What ``KFAC.step`` is given.
+    """The inputs and targets that ``KFAC.step`` is given.
 
     Attributes:
         inputs: what the network is called with, or a closure from the network to its outputs.
-        targets: as the likelihood takes them.
+        targets: the targets as the likelihood takes them.
     """
 
     inputs: Tree
@@ -48,8 +45,8 @@ class Objective:
     Args:
         whole: the parameters with all their entries, and the network to run with them.
         likelihood: what the outputs mean.
-        forward: from (network, inputs) to the likelihood's outputs.
-        generator: of the masks' seeds; torch's global random stream is left alone.
+        forward: a function from (network, inputs) to the likelihood's outputs.
+        generator: the generator of the masks' seeds; torch's global random stream is left alone.
         workers: the processes that share a batch.
         compile: run the pass of the gradient through torch.compile, unless parameters are sharded;
             a name is that of a backend.
@@ -89,14 +86,14 @@ class Objective:
         """Draw new masks for the passes that follow, and count the batch's cases."""
         # One seed a batch, for all its passes: each of them starts from it (same_masks).
         self._seed = drawn_seed(self._generator, self._workers)
-        self.cases = int(self._workers.agree("a batch", amount=case_count(batch))[1])
+        self.cases = int(self._workers.agree("a batch", amount=case_count(batch)).amount)
 
     def first(self, batch: Batch, fraction: float, least: int) -> Batch:
         """Return this process's share of the first cases.
 
         Args:
-            batch: of this process.
-            fraction: of the cases of all processes; (0, 1].
+            batch: the batch of this process.
+            fraction: the share of the cases of all processes, in (0, 1].
             least: so many cases are kept at least, where there are as many.
         """
         kept = min(self.cases, max(least, round(fraction * self.cases)))
@@ -136,8 +133,8 @@ class Objective:
         """Return the likelihood's outputs.
 
         Args:
-            inputs: as in ``Batch``.
-            parameters: by name, in place of the module's own; None for those.
+            inputs: the same as in ``Batch``.
+            parameters: the parameters by name, in place of the module's own; None for those.
         """
         net: Callable[..., Tree] = self.net
         parameters = self._whole.given if parameters is None else parameters
@@ -155,7 +152,8 @@ class Objective:
         Every process divides by the same count, so that the sum of their losses is the mean.
         """
         made = batch_likelihood(self.likelihood, outputs, targets)
-        return made.of_all(self._workers, "outputs")[1]
+        _, agreed = made.of_all(self._workers, "outputs")
+        return agreed
 
     def loss(self, outputs: Tree, targets: Tree) -> Tensor:
         """Return this process's share of the mean negative log-likelihood of a term, [].
@@ -175,7 +173,7 @@ class Objective:
         """Return the loss and its gradients, dense, of all processes.
 
         Args:
-            batch: of this process.
+            batch: the batch of this process.
             parameters: the module's own, or those that it is run with; a gradient each, in order.
         """
         with torch.enable_grad(), self.same_masks():
@@ -197,8 +195,8 @@ class Objective:
         """Return the mean negative log-likelihood of a term, of all processes.
 
         Args:
-            batch: of this process.
-            parameters: by name, in place of the module's own; None for those.
+            batch: the batch of this process.
+            parameters: the parameters by name, in place of the module's own; None for those.
         """
         total = self.loss(self.outputs(batch.inputs, parameters), batch.targets).detach()
         self._workers.sum_([total])

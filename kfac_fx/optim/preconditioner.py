@@ -82,15 +82,15 @@ class Preconditioner(HasCurvature):
         trust_region: largest squared length (in Fhat) of a preconditioned gradient; longer ones are
             shortened: the step sqrt(trust_region / (grad^T Fhat^-1 grad)) of KFC. None for no
             limit.
-        generator: of the draws, on the CPU; its state is part of ``state_dict``. None for one that
-            torch's global stream seeds.
+        generator: the generator of the draws, on the CPU; its state is part of ``state_dict``. None
+            for one that torch's global stream seeds.
         workers: the processes that share a batch (``kfac_fx.distributed.DataParallel``). The
             gradients are averaged over them before ``step()``, as DistributedDataParallel does.
         forward: for ``observe(inputs=...)``: from (network, inputs) to the likelihood's outputs,
             where they are not what the network returns for ``inputs``.
-        factor_storage: of the averages between folds. None: as they are computed, in float32 at
-            least. "bfloat16": half of that, rounded stochastically with draws of ``generator``; not
-            for float64. "host": in CPU memory, pinned; without CUDA as None.
+        factor_storage: the storage of the averages between folds. None: as they are computed, in
+            float32 at least. "bfloat16": half of that, rounded stochastically with draws of
+            ``generator``; not for float64. "host": in CPU memory, pinned; without CUDA as None.
         compile: run the program, and passes for ``observe(inputs=...)``, through torch.compile; a
             name is that of its backend. On a GPU such a pass is a CUDA graph. ``net`` may be
             compiled whatever this says.
@@ -150,12 +150,13 @@ class Preconditioner(HasCurvature):
         options = CurvatureOptions(
             structure=structure, tikhonov=tikhonov, factor_storage=factor_storage, compile=compile
         )
-        self._inverse = InverseFisher(net, curvature, options, self.generator, workers)
+        self.inverse = InverseFisher(net, curvature, options, self.generator, workers)
         # From here on all processes draw from the first one's stream; before it nothing was drawn.
-        workers.begin("Preconditioner", self._inverse.covered.parameters, self.generator)
-        self._recorder = Recorder(
+        workers.begin("Preconditioner", self.inverse.covered.parameters, self.generator)
+        # Read by ``TrainingStep``. Like ``inverse`` it is the library's, and not in the docstring.
+        self.recorder = Recorder(
             net,
-            self._inverse.estimate.holders,
+            self.inverse.estimate.holders,
             self.likelihood,
             self.fisher,
             self.generator,
@@ -166,11 +167,11 @@ class Preconditioner(HasCurvature):
             # statistics take a pass of their own. Empirical ones are of that very backward.
             by_inputs=net_is_compiled and self.fisher != "empirical",
         )
-        self._recorder.switch(self.due)
+        self.recorder.switch(self.due)
 
     @property
     def damping(self) -> float:
-        """lambda; a new value takes effect at the next refresh."""
+        """Return lambda; a new value takes effect at the next refresh."""
         return self._damping
 
     @damping.setter
@@ -215,13 +216,13 @@ class Preconditioner(HasCurvature):
         if not self.due:
             return
         if inputs is None:
-            finite = self._recorder.observe(outputs, targets)
+            finite = self.recorder.observe(outputs, targets)
         else:
             # The pass draws (dropout): the user's next forward must not see that it ran.
-            with forked(self._inverse.covered.parameters.values()):
-                finite = self._recorder.observe_inputs(inputs, targets)
+            with forked(self.inverse.covered.parameters.values()):
+                finite = self.recorder.observe_inputs(inputs, targets)
         if not finite:
-            self._skip_statistics("outputs")
+            self.skip_statistics("outputs")
 
     def step(self) -> None:
         """Fold statistics, refresh when due, and precondition ``.grad``; after loss.backward().
@@ -237,7 +238,7 @@ class Preconditioner(HasCurvature):
             ParameterChangedError: a parameter was replaced, reshaped, cast or moved.
             TapsTakenError: another object was made or used on the module since ``observe``.
         """
-        covered = self._inverse.covered
+        covered = self.inverse.covered
         covered.check()  # a parameter that was moved would get an update of another device
         given = covered.gradients()
         # All processes are in the same step here, or the error says which are not; a sum would wait
@@ -246,26 +247,26 @@ class Preconditioner(HasCurvature):
             self._workers.agree("step")
         if not given:
             raise GradientError("no parameter has a gradient: call loss.backward() before step()")
-        estimate = self._inverse.estimate
+        estimate = self.inverse.estimate
         none_yet = not estimate.recorded and self.skipped_statistics == 0
-        if none_yet and not self._recorder.observing:
+        if none_yet and not self.recorder.observing:
             # A skipped batch is a reason to have none; a missing call is a mistake to be told of.
             # The next forward is recorded, for the call may be there by then.
-            self._recorder.switch(self.due)
+            self.recorder.switch(self.due)
             raise StatisticsError(
                 "no statistics yet: call observe(outputs) between the forward and loss.backward()"
             )
         if self.due:  # else nothing was observed
-            found = self._recorder.take()
-            if found and not self._inverse.fold(found, self.ema_decay):
-                self._skip_statistics("statistics")
+            found = self.recorder.take()
+            if found and not self.inverse.fold(found, self.ema_decay):
+                self.skip_statistics("statistics")
         # Inverses are missing after the first fold, and where a block got its first statistic.
-        missing = self._inverse.refreshed is None
+        missing = self.inverse.refreshed is None
         if estimate.recorded and (missing or self._steps % self.refresh_every == 0):
-            self._inverse.keep_up(self._damping)
+            self.inverse.keep_up(self._damping)
         self._precondition(given)
         self._steps += 1
-        self._recorder.switch(self.due)  # the next forward records if its step is due
+        self.recorder.switch(self.due)  # the next forward records if its step is due
 
     def refresh(self) -> None:
         """Compute the inverses from the present factors and damping.
@@ -273,21 +274,21 @@ class Preconditioner(HasCurvature):
         Raises:
             StatisticsError: there are no factors yet.
         """
-        self._inverse.refresh(self.damping)
+        self.inverse.refresh(self.damping)
 
     def apply(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return Fhat^-1 times the given gradients, by parameter name, with the inverses at hand.
 
         Args:
-            gradients: of the parameters' shapes. Covered parameters that are not given count as
-                zero, and do not appear in the result. A block without statistics (code that never
-                ran) leaves its gradients as they are.
+            gradients: gradients by name, in the parameters' shapes. Covered parameters that are not
+                given count as zero, and do not appear in the result. A block without statistics
+                (code that never ran) leaves its gradients as they are.
 
         Raises:
             GradientError: a name is not covered, or a shape is not its parameter's.
             StatisticsError: there are no inverses yet.
         """
-        return self._inverse.apply(gradients)
+        return self.inverse.apply(gradients)
 
     # What a step consists of.
 
@@ -296,7 +297,8 @@ class Preconditioner(HasCurvature):
         """Say whether the statistics of this step are wanted."""
         return self._steps % self.statistics_every == 0
 
-    def _skip_statistics(self, what: str) -> None:
+    def skip_statistics(self, what: str) -> None:
+        # For ``TrainingStep`` too. No docstring, as what has one here is promised to users.
         self.skipped_statistics += 1
         log.warning("step %d: non-finite %s, nothing is recorded", self._steps, what)
 
@@ -307,9 +309,9 @@ class Preconditioner(HasCurvature):
         # Of one process the gradients are whole as they are.
         several = self._workers.size > 1
         whole = self._workers.whole(given) if several else given
-        finite = self._inverse.refreshed is not None
+        finite = self.inverse.refreshed is not None
         if finite:
-            updates = self._inverse.precondition(whole)
+            updates = self.inverse.precondition(whole)
             if self.trust_region is not None:
                 shorten(updates, whole, self.trust_region)
             if several:
@@ -338,7 +340,7 @@ class Preconditioner(HasCurvature):
             "skipped_statistics": self.skipped_statistics,
             "skipped_gradients": self.skipped_gradients,
             "generator": self.generator.get_state(),
-            "inverse": self._inverse.state(),
+            "inverse": self.inverse.state(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -349,13 +351,13 @@ class Preconditioner(HasCurvature):
         """
         if state.get("version") != VERSION:
             raise ParameterChangedError("this is no state_dict of a Preconditioner of this version")
-        self._inverse.load(state["inverse"])
+        self.inverse.load(state["inverse"])
         self._steps = int(state["steps"])
         self.damping = state["damping"]
         self.skipped_statistics = int(state["skipped_statistics"])
         self.skipped_gradients = int(state["skipped_gradients"])
         self.generator.set_state(state["generator"])
-        self._recorder.switch(self.due)
+        self.recorder.switch(self.due)
 
 
 def _recorded_module(net: Net) -> Net:

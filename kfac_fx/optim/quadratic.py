@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kfac_fx.likelihoods.batch import BatchLikelihood
 from kfac_fx.torch_internals import foreach
+from kfac_fx.torch_internals.error_texts import refuses_nested_forward_mode
 
 Direction = dict[str, Tensor]
 """A tensor of the shape of each parameter, by name: a gradient, a proposal, an update."""
@@ -49,8 +50,8 @@ def fisher_gram(
     has parameters squared many entries.
 
     Args:
-        run: from parameters by name to what the likelihood says about the outputs; it is called
-            once a direction, and its outputs must not depend on random numbers that change.
+        run: a function from parameters by name to what the likelihood says about the outputs; it is
+            called once a direction, and its outputs must not depend on random numbers that change.
         parameters: where the derivatives are taken.
         directions: v_1 to v_n.
     """
@@ -78,7 +79,7 @@ def _derivative(
             tangent: Tensor | None = forward_ad.unpack_dual(terms).tangent
         return made.count, torch.zeros_like(terms) if tangent is None else tangent
     except RuntimeError as error:
-        if "Nested forward mode" not in str(error):
+        if not refuses_nested_forward_mode(error):
             raise
     # The outputs hold forward-mode derivatives themselves (residuals of differential equations).
     # torch.func nests its levels, dual_level does not; it is tried second, as it costs more.
@@ -121,7 +122,7 @@ class QuadraticModel:
         Args:
             directions: v_1 to v_n.
             gram: v_i^T F v_j, [n, n].
-            gradient: of the objective with its l2 term.
+            gradient: the gradient of the objective with its l2 term.
             damping: lambda + eta. Too little of it makes steps that the model is wrong about.
         """
         dots = inner_products([*directions, gradient])
@@ -178,7 +179,7 @@ def shorten(updates: Direction, gradient: Parameters, largest: float) -> None:
 
     Args:
         updates: Fhat^-1 times the gradient; other names in it are left alone.
-        gradient: by the names that are scaled.
+        gradient: the gradient, by the names of what is scaled.
         largest: above zero.
     """
     lengths = [(gradient[n] * updates[n].conj()).sum().real.double() for n in gradient]

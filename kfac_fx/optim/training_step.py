@@ -19,7 +19,7 @@ log = logging.getLogger("kfac_fx")
 
 
 class TrainingStep:
-    """What forward, ``observe`` and ``loss.backward()`` do, as one function of a batch.
+    """Runs forward, ``observe`` and ``loss.backward()`` as one function of a batch.
 
     With ``Preconditioner(..., compile=True)`` it is one compiled graph where statistics are due,
     another where they are not, for each form of a batch (at most 8). A step of training: ``loss =
@@ -30,18 +30,18 @@ class TrainingStep:
 
     Args:
         preconditioner: gets the statistics; ``observe`` is not called any more.
-        loss: from the network's outputs and the targets to a scalar; what else it reads is taken
-            for constant. None for the mean negative log-likelihood of a term.
+        loss: a function from the network's outputs and the targets to a scalar; what else it reads
+            is taken for constant. None for the mean negative log-likelihood of a term.
 
     Raises:
         UnknownOptionError: the preconditioner has several workers.
     """
 
     def __init__(self, preconditioner: Preconditioner, loss: Loss | None = None) -> None:
-        if preconditioner._workers.size > 1:
+        if preconditioner.recorder.own.workers.size > 1:
             raise UnknownOptionError("a TrainingStep is for one process")
         self._preconditioner = preconditioner
-        self._recorder = preconditioner._recorder
+        self._recorder = preconditioner.recorder
         self._loss = loss
         self._compile = self._recorder.compile
         own = replace(self._recorder.only_own_passes(), loss=LIKELIHOOD if loss is None else loss)
@@ -51,7 +51,7 @@ class TrainingStep:
         self._buffers = dict(own.net.named_buffers())
 
     def __call__(self, inputs: Tree, targets: Tree = None) -> Tensor:
-        """The loss; its gradients are added to ``.grad``, buffers change as in a forward.
+        """Return the loss; its gradients are added to ``.grad``, buffers change as in a forward.
 
         Args:
             inputs: what the network is called with: a tensor, a tuple of positional arguments or a
@@ -68,7 +68,7 @@ class TrainingStep:
         if self._preconditioner.due:
             found = self._recorded(inputs, targets)
             if not self._recorder.add(found.collected):
-                self._preconditioner._skip_statistics("outputs")
+                self._preconditioner.skip_statistics("outputs")
         else:
             found = self._plain(inputs, targets, 0)
         # The pass is a function: what a module does to itself in a forward is done here.

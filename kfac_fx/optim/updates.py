@@ -1,4 +1,4 @@
-"""From the gradient to the update: with the quadratic model (K-FAC), or a learning rate (KFC)."""
+"""Make the update of a gradient: by the quadratic model (K-FAC), or a learning rate (KFC)."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ LEAST_PRODUCTS = 512
 
 @dataclass(frozen=True)
 class Situation:
-    """What an update is made from.
+    """The gradient, and the state of the run, from which an update is made.
 
     Attributes:
-        iteration: from 1.
+        iteration: the number of the iteration, from 1.
         batch: the inputs and targets of the iteration.
-        parameters: by name, where the update starts.
-        gradient: of the objective with its l2 term.
+        parameters: the parameters by name, where the update starts.
+        gradient: the gradient of the objective with its l2 term.
         previous: the last update, empty at first; the new one may be written into it.
         rates: learning rate of each parameter's group; only where the user gave one.
         momenta: momentum of each parameter's group; only where the user gave a learning rate.
@@ -52,7 +52,7 @@ class Situation:
 
 @dataclass(frozen=True)
 class Update:
-    """What an iteration is going to do, and what was decided on the way.
+    """The change that an iteration is going to make, and what was decided on the way.
 
     Attributes:
         step: added to the parameters.
@@ -68,12 +68,12 @@ class Update:
     predicted: float = 0.0
 
 
-class Rule(Protocol):
+class UpdateRule(Protocol):
     """Makes the update of one iteration."""
 
     @property
     def damping(self) -> float:
-        """gamma^2 of factored Tikhonov damping, as the next refresh takes it."""
+        """Return gamma^2 of factored Tikhonov damping, as the next refresh takes it."""
 
     def __call__(self, at: Situation) -> Update:
         """Return the update."""

@@ -12,9 +12,9 @@ from kfac_fx.codegen.approximations.base import BlockSpectrum
 from kfac_fx.errors import OperatorError
 from kfac_fx.linalg.conditional import conditional_scale, conditional_side
 from kfac_fx.linalg.positive import floored_whitener
-from kfac_fx.linalg.spectral import Side, Spectral
+from kfac_fx.linalg.spectral import SideMatrix, Spectral
 
-Sides = tuple[Side, Side]
+Sides = tuple[SideMatrix, SideMatrix]
 """A and G of a block, damped."""
 
 
@@ -48,7 +48,10 @@ def conditional(child: Sides, parent: Sides, cross: Sequence[Tensor]) -> Conditi
     scale, _, indefinite = conditional_scale(s_A, s_G)
     if indefinite:
         return None
-    forward, back = (Side((J_A,)), Side((J_G,))), (Side((K_A,)), Side((K_G,)))
+    forward, back = (
+        (SideMatrix((J_A,)), SideMatrix((J_G,))),
+        (SideMatrix((K_A,)), SideMatrix((K_G,))),
+    )
     return Conditional(Spectral(torch.reciprocal(scale), forward, back), (psi_A, psi_G))
 
 

@@ -1,4 +1,4 @@
-"""What can be read off an inverse Fisher, the same for ``Preconditioner`` and ``KFAC``."""
+"""Read an inverse Fisher, in the same way for ``Preconditioner`` and ``KFAC``."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from kfac_fx.reading.report import CurvatureReport, report_of
 
 
 class HasCurvature:
-    """Reads statistics, the program, reports and the operator off ``_inverse``.
+    """Reads statistics, the program, reports and the operator off ``inverse``.
 
     Both optimizers are read alike, whatever their step is. Nothing here changes them.
     """
 
-    _inverse: InverseFisher
+    # For the rooms of the library: averages, program and inverses. Users have the properties below.
+    inverse: InverseFisher
 
     def _in_force(self) -> float:
         """Return the damping lambda; factored Tikhonov uses gamma = sqrt(lambda)."""
@@ -39,7 +40,7 @@ class HasCurvature:
         convolution first; a side that ``large_factors="blocks"`` cuts is [k, b, b], zeros after
         its end. Other blocks have (C,), the covariance of per-case gradients.
         """
-        return MappingProxyType(self._inverse.factors)
+        return MappingProxyType(self.inverse.factors)
 
     @property
     def cross_factors(self) -> Mapping[tuple[str, str], tuple[Tensor, Tensor]]:
@@ -47,12 +48,12 @@ class HasCurvature:
 
         Their scale is that of ``factors``. Without couplings there are none.
         """
-        return MappingProxyType(self._inverse.cross_factors)
+        return MappingProxyType(self.inverse.cross_factors)
 
     @property
     def couplings(self) -> tuple[Coupling, ...]:
         """Return the forest in use; the transform's own until the data choose another."""
-        return self._inverse.program.couplings
+        return self.inverse.program.couplings
 
     def mutual_information(self, couplings: Iterable[Coupling] | None = None) -> float:
         """Return how much closer to Ftilde a forest is than block-diagonal, in nats.
@@ -66,12 +67,12 @@ class HasCurvature:
             StatisticsError: a pair is not recorded.
         """
         given = self.couplings if couplings is None else tuple(couplings)
-        return self._inverse.mutual_information(given, self._in_force())
+        return self.inverse.mutual_information(given, self._in_force())
 
     @property
     def program(self) -> Program:
         """Return the generated program; ``program.code`` is its text."""
-        return self._inverse.program
+        return self.inverse.program
 
     def curvature_operator(self, dtype: torch.dtype = torch.float64) -> CurvatureOperator:
         """Return Fhat of the present factors and damping, as a linear operator.
@@ -82,7 +83,7 @@ class HasCurvature:
         Raises:
             StatisticsError, OperatorError: see ``CurvatureOperator``.
         """
-        return CurvatureOperator(self._inverse, self._in_force(), dtype)
+        return CurvatureOperator(self.inverse, self._in_force(), dtype)
 
     @property
     def clamped(self) -> int:
@@ -91,7 +92,7 @@ class HasCurvature:
         A few are harmless. Many say that neighbouring layers are almost dependent: the damping is
         too small for the precision.
         """
-        return self._inverse.clamped
+        return self.inverse.clamped
 
     def report(self) -> CurvatureReport:
         """Return spectra of the factors, the damping in force and strengths of couplings.
@@ -99,4 +100,4 @@ class HasCurvature:
         Eigenvalues of all factors are computed, which costs more than a refresh. ``print`` shows
         the report as a table.
         """
-        return report_of(self._inverse, self._in_force() ** 0.5)
+        return report_of(self.inverse, self._in_force() ** 0.5)

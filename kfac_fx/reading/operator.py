@@ -46,7 +46,7 @@ class CurvatureOperator:
     Args:
         inverse: holds the averages.
         damping: lambda.
-        dtype: of the operator; float64 unless the device has none.
+        dtype: the dtype of the operator; float64 unless the device has none.
 
     Attributes:
         shape: (n, n).

@@ -1,4 +1,4 @@
-"""What the statistics say: spectra of factors, the damping in force, strength of couplings."""
+"""Report on statistics: spectra of factors, the damping in force, strength of couplings."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ class FactorReport:
         effective_rank: exp of the entropy of the eigenvalues' shares (Roy & Vetterli 2007).
         damping: what is added to the eigenvalues; the largest of the groups. Zero where the
             product is damped rather than its factors.
-        condition: of the damped factor; the largest of the groups, infinite if it is singular.
+        condition: the condition of the damped factor; the largest of the groups, infinite if it is
+            singular.
     """
 
     name: str
@@ -47,10 +48,11 @@ class BlockReport:
 
     Attributes:
         recorded: number of statistics in its averages.
-        pi: of factored Tikhonov damping, one for each group; empty where it has no place.
+        pi: the pi of factored Tikhonov damping, one for each group; empty where it has no place.
         damping: what is added to the eigenvalues of the product A (x) G; None where its factors
             are damped.
-        condition: of the damped block; None where it does not follow from its factors (sums).
+        condition: the condition of the damped block; None where it does not follow from its factors
+            (sums).
     """
 
     factors: tuple[FactorReport, ...]
@@ -93,7 +95,8 @@ class CurvatureReport:
     """All blocks, and the couplings in use by (child, parent); ``print`` shows a table.
 
     Attributes:
-        gamma: of factored Tikhonov damping, the square root of what other blocks are damped with.
+        gamma: the gamma of factored Tikhonov damping, the square root of what other blocks are
+            damped with.
     """
 
     gamma: float
@@ -178,9 +181,9 @@ def spectra(block: CurvatureBlock, factors: Sequence[Tensor]) -> dict[str, Tenso
     """Return eigenvalues by factor name, undamped, in float64, the largest first.
 
     Args:
-        block: of the factors.
-        factors: as ``Preconditioner.factors`` has them; the groups of a grouped layer are rows of
-            the result.
+        block: the block whose factors they are.
+        factors: the factors as ``Preconditioner.factors`` has them; the groups of a grouped layer
+            are rows of the result.
     """
     specs = matrices_of(block)
     return {s.name: _eigenvalues(s, f) for s, f in zip(specs, factors, strict=True)}

@@ -1,1 +1,1 @@
-"""From a batch to one step's statistics."""
+"""Take the statistics of one step from its batches."""

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kfac_fx.ir.curvature_graph import CurvatureBlock, Moment, Pair
+from kfac_fx.ir.curvature_graph import CurvatureBlock, Holder, Pair
 from kfac_fx.ir.use import Role, StatisticKey
 from kfac_fx.ops.gram import Statistic, forget_input
 from kfac_fx.ops.net_buffers import STORE
@@ -23,9 +23,6 @@ from kfac_fx.ops.state import state_of
 
 Statistics = dict[StatisticKey, Statistic]
 """New statistics by name; some may not be multiplied yet."""
-
-Block = CurvatureBlock | Pair | Moment
-"""What has factors: a diagonal block, a pair of blocks, or the moments of a block."""
 
 
 class TappedFactor(NamedTuple):
@@ -47,7 +44,7 @@ class UntappedBlock(NamedTuple):
 
     Attributes:
         key: name of the statistic.
-        names: of the parameters.
+        names: the names of the parameters.
     """
 
     key: StatisticKey
@@ -77,7 +74,7 @@ class StatisticSources:
     Args:
         names: what the statistics are called.
         factors: buffers of ``names.tapped``.
-        parameters: of ``names.untapped``, block by block.
+        parameters: the parameters of ``names.untapped``, block by block.
 
     Attributes:
         inputs: the factor buffers that do not depend on the derivative (A, counts).
@@ -171,7 +168,7 @@ def squared(gradient: Tensor) -> Tensor:
     return gradient.abs().square() if gradient.is_complex() else gradient.square()
 
 
-def sources_of(net: nn.Module, blocks: Iterable[Block]) -> StatisticSources:
+def sources_of(net: nn.Module, blocks: Iterable[Holder]) -> StatisticSources:
     """Return the sources of blocks, pairs and moments.
 
     Args:
@@ -204,7 +201,7 @@ def sources_of(net: nn.Module, blocks: Iterable[Block]) -> StatisticSources:
 
 
 def _shared_uses(
-    blocks: Sequence[Block],
+    blocks: Sequence[Holder],
 ) -> tuple[tuple[StatisticKey, tuple[StatisticKey, ...]], ...]:
     """Return the G that are divided by the number of calls that were recorded, with those A.
 

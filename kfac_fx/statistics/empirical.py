@@ -29,7 +29,7 @@ class _Watched:
         backward, gradients: notice what the backward brings.
         expected: finds how the loss is reduced.
         taps: how many of each factor are in the graph of the outputs; None leaves that unasked.
-        count, total: of likelihood terms, here and in all processes.
+        count, total: numbers of likelihood terms, here and in all processes.
     """
 
     backward: BackwardWatch
@@ -45,8 +45,8 @@ class EmpiricalStatistics:
 
     Args:
         sources: the network's factor buffers, and parameters without a tap.
-        likelihood: of the outputs; the Fisher is that of its negative log-likelihood at the given
-            targets, whatever multiple of it the loss is.
+        likelihood: the likelihood of the outputs; the Fisher is that of its negative log-likelihood
+            at the given targets, whatever multiple of it the loss is.
         workers: the processes that share the batch.
     """
 

@@ -1,4 +1,4 @@
-"""How a network is run on a batch."""
+"""Run a network on a batch."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ Network = Callable[..., Tree]
 """An instrumented module, or a function that runs it with other tensors."""
 
 Forward = Callable[[Network, Tree], Tree]
-"""From the network (a callable) and a batch's inputs to the outputs of the likelihood."""
+"""Maps the network (a callable) and a batch's inputs to the outputs of the likelihood."""
 
 
 def run_network(net: Network, inputs: Tree) -> Tree:
-    """A tuple is spread as positional arguments, a mapping as keywords."""
+    """Return the outputs; a tuple is spread as positional arguments, a mapping as keywords."""
     if isinstance(inputs, Mapping):
         return net(**inputs)
     return net(*inputs) if isinstance(inputs, tuple) else net(inputs)
 
 
 def outputs_of(forward: Forward, net: Network, inputs: Tree) -> Tree:
-    """What ``forward`` makes of the inputs, or a closure that is given in their place.
+    """Return what ``forward`` makes of the inputs, or what a closure in their place returns.
 
     Raises:
         UnknownOptionError: the closure does not take the network.

@@ -1,4 +1,4 @@
-"""How a loss is reduced: its factor to the summed negative log-likelihood of the targets."""
+"""Find how a loss is reduced: its factor to the summed negative log-likelihood of the targets."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Comparison(NamedTuple):
 
     @property
     def ratio(self) -> float:
-        """The factor that brings n nearest to s: the loss's, if they are proportional."""
+        """Return the factor that brings n nearest to s: the loss's, if they are proportional."""
         return self.dot / self.power if self.power else 0.0
 
     def proportional(self, tolerance: float) -> bool:
@@ -95,7 +95,7 @@ class _Expected(NamedTuple):
 
     @property
     def tells(self) -> bool:
-        """See ``tells``."""
+        """Return ``tells``'s answer; see there."""
         return tells(float(self.derivative.square().sum()), self.terms)
 
 
@@ -104,8 +104,8 @@ class LossScale:
 
     Args:
         likelihood: whose derivatives the loss's are compared with.
-        outputs: of the forward, whose own graph is left alone.
-        targets: as the likelihood takes them.
+        outputs: the outputs of the forward, whose own graph is left alone.
+        targets: the targets as the likelihood takes them.
         count: number of likelihood terms, or the sum of their weights.
     """
 

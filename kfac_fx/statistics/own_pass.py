@@ -38,11 +38,12 @@ Loss = Callable[[Tree, Tree], Tensor]
 
 @dataclass(frozen=True)
 class Result:
-    """What a pass found.
+    """The loss, gradients, buffers and statistics of a pass.
 
     Attributes:
         collected: the statistics; of a program, ``finite`` is first that of this process.
-        loss, gradients, buffers: of a pass with a loss; by name.
+        loss: its value, of a pass with a loss.
+        gradients, buffers: the derivatives and the new buffers of such a pass, by name.
     """
 
     collected: Collected
@@ -64,7 +65,7 @@ class Leaves(NamedTuple):
 
 
 class Values(NamedTuple):
-    """What one evaluation of a pass found; all of it may be traced.
+    """The tensors of one evaluation of a pass; all of them may be traced.
 
     Attributes:
         statistics: in the scale of the loss if ``comparison`` is there, else of the summed
@@ -79,6 +80,20 @@ class Values(NamedTuple):
     gradients: Mapping[str, Tensor] = {}
 
 
+class _Asked(NamedTuple):
+    """The likelihood's answer to the outputs of a pass.
+
+    Attributes:
+        here: with the terms of this process; None if nobody asks the likelihood.
+        everywhere: the same with the terms of all processes counted.
+        finite: whether all outputs are finite, in every process.
+    """
+
+    here: BatchLikelihood | None
+    everywhere: BatchLikelihood | None
+    finite: bool
+
+
 @dataclass(frozen=True)
 class OwnPass:
     """A module with taps, its likelihood and what is wanted of a pass.
@@ -86,13 +101,13 @@ class OwnPass:
     Attributes:
         net: the instrumented module.
         sources: its own factor buffers, and parameters without a tap.
-        likelihood: of the outputs.
+        likelihood: the likelihood of the outputs.
         fisher: which statistics.
-        forward: from (network, inputs) to outputs.
+        forward: a function from (network, inputs) to outputs.
         workers: the processes that share a batch.
         places: where the module holds its tensors.
-        loss: of the outputs and targets, or LIKELIHOOD for the mean negative log-likelihood of a
-            term; None for statistics alone.
+        loss: a function of the outputs and targets, or LIKELIHOOD for the mean negative
+            log-likelihood of a term; None for statistics alone.
         statistics: whether they are wanted.
         joint: whether empirical statistics may come from the loss's own backward.
     """
@@ -110,7 +125,7 @@ class OwnPass:
 
     @property
     def draws(self) -> bool:
-        """Whether targets are drawn from the model."""
+        """Say whether targets are drawn from the model."""
         if not self.statistics:
             return False
         return self.fisher == "sampled" or (
@@ -119,17 +134,17 @@ class OwnPass:
 
     @property
     def columns(self) -> bool:
-        """Whether there is a backward for every column of the output Fisher's root."""
+        """Say whether there is a backward for every column of the output Fisher's root."""
         return self.statistics and self.fisher == "exact" and bool(self.sources.factors)
 
     @property
     def uses_terms(self) -> bool:
-        """Whether the likelihood is asked."""
+        """Say whether the likelihood is asked."""
         return self.statistics or self.loss == LIKELIHOOD
 
     @property
     def uses_targets(self) -> bool:
-        """Whether the likelihood is asked about given targets."""
+        """Say whether the likelihood is asked about given targets."""
         empirical = self.statistics and self.fisher == "empirical"
         return empirical or self.loss == LIKELIHOOD
 
@@ -144,7 +159,7 @@ class OwnPass:
         """Return copies of a state that gradients and statistics are taken of.
 
         Args:
-            state: as ``state`` returns it; its tensors may be traced, or without values.
+            state: the state as ``state`` returns it; its tensors may be traced, or without values.
         """
         held = self.places.tensors()
         given = {
@@ -189,10 +204,10 @@ class OwnPass:
 
         Args:
             leaves: that the forward was run with.
-            outputs: of the forward, with their graph; under its autocast.
+            outputs: the outputs of the forward, with their graph; under its autocast.
             targets: for the loss.
             made: what the likelihood says of the outputs; None if nobody asks it.
-            noise: of the draws.
+            noise: the noise of the draws.
             record: False leaves out the statistics, which would be of no use.
             collection: the noted taps of the forward.
             select: the column that a traced pass takes of the exact Fisher.
@@ -271,9 +286,10 @@ class OwnPass:
         """Run the pass node by node.
 
         Args:
-            inputs: as ``forward`` takes them, or a closure; see ``Preconditioner.observe``.
-            targets: of the likelihood and the loss; None where they need none.
-            seed: of the draws.
+            inputs: the inputs as ``forward`` takes them, or a closure; see
+                ``Preconditioner.observe``.
+            targets: the targets of the likelihood and the loss; None where they need none.
+            seed: the seed of the draws.
 
         Raises:
             LikelihoodError, ObservationError: as ``Preconditioner.observe``.
@@ -285,31 +301,32 @@ class OwnPass:
             collection = None if self.fisher == "exact" else Collection(leaves.sources.factors)
             with collecting(collection):
                 outputs = self.outputs(leaves, inputs)
-            made, agreed, finite = self._asked(outputs, targets)
+            asked = self._asked(outputs, targets)
+            made = asked.here
+            agreed = asked.everywhere
             # What is not finite would cost a backward for nothing, and without terms there is none.
-            record = finite and made is not None and made.count > 0
+            record = asked.finite and made is not None and made.count > 0
             values = self.evaluate(
                 leaves, outputs, targets, agreed, seed, record=record, collection=collection
             )
         collected = Collected(True, {}, 0.0, 0.0)
         if self.statistics and made is not None and agreed is not None:
             scale = 1.0 if values.comparison is None else scale_of(values.comparison)
-            collected = Collected(finite, values.statistics, made.count, agreed.count, scale)
+            collected = Collected(asked.finite, values.statistics, made.count, agreed.count, scale)
         return Result(collected, values.loss, values.gradients, self.buffers(leaves))
 
-    def _asked(
-        self, outputs: Tree, targets: Tree
-    ) -> tuple[BatchLikelihood | None, BatchLikelihood | None, bool]:
-        """Return what the likelihood says here and in all processes, and if outputs are finite."""
+    def _asked(self, outputs: Tree, targets: Tree) -> _Asked:
+        """Ask the likelihood, if it is needed, and the other processes."""
         if not self.uses_terms:
-            return None, None, True
+            return _Asked(None, None, True)
         with no_autocast():
             made = batch_likelihood(self.likelihood, wide(outputs), targets)
             if not self.statistics:
-                return made, made.of_all(self.workers, "loss")[1], True
+                _, agreed = made.of_all(self.workers, "loss")
+                return _Asked(made, agreed, True)
             finite = all_finite([t.detach() for t in output_tensors(outputs)])
             finite, agreed = made.of_all(self.workers, "observe", finite)
-        return made, agreed, finite
+        return _Asked(made, agreed, finite)
 
 
 def _there(named: Mapping[str, Tensor], found: Sequence[Tensor | None]) -> dict[str, Tensor]:

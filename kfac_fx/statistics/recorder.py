@@ -12,13 +12,14 @@ from torch import nn
 
 from kfac_fx.config import Fisher
 from kfac_fx.errors import ObservationError, TapsTakenError, UnknownOptionError
+from kfac_fx.ir.curvature_graph import Holder
 from kfac_fx.likelihoods.batch import output_tensors
 from kfac_fx.likelihoods.builtin import Likelihood, Tree
 from kfac_fx.likelihoods.named import Sum
 from kfac_fx.ops.gram import Rows, multiplied
 from kfac_fx.ops.net_buffers import STORE, all_buffers, switch
 from kfac_fx.parallel import StatisticSlot, Values, Workers
-from kfac_fx.statistics.buffers import Block, Statistics, StatisticSources, sources_of
+from kfac_fx.statistics.buffers import Statistics, StatisticSources, sources_of
 from kfac_fx.statistics.empirical import EmpiricalStatistics
 from kfac_fx.statistics.forward import Forward, run_network
 from kfac_fx.statistics.own_pass import OwnPass
@@ -67,7 +68,7 @@ class StepStatistics:
         workers: the processes whose statistics are added up.
 
     Attributes:
-        passes: what was added and not taken yet.
+        added: the statistics of each pass that were added and not taken yet.
     """
 
     def __init__(self, sources: StatisticSources, workers: Workers) -> None:
@@ -82,7 +83,7 @@ class StepStatistics:
             flat = torch.zeros((), dtype=own[0].dtype, device=own[0].device)
             self._keys.append(block.key)
             self._places.append(StatisticSlot(flat.expand(sum(p.numel() for p in own)), False))
-        self.passes: list[_Pass] = []
+        self.added: list[_Pass] = []
 
     def add(self, collected: Collected) -> None:
         """Take over the statistics of one pass; their sum over the processes starts.
@@ -112,7 +113,7 @@ class StepStatistics:
         summed = None
         if self._workers.size > 1:
             summed = self._workers.start_sum(self._places, values)
-        self.passes.append(_Pass(values, summed, collected.total))
+        self.added.append(_Pass(values, summed, collected.total))
 
     def take(self) -> Statistics:
         """Return the statistics in the scale of one likelihood term, and start anew.
@@ -120,10 +121,10 @@ class StepStatistics:
         It waits for the sums over the processes.
         """
         mean: Statistics = {}
-        passes = self.passes
-        self.passes = []
-        terms = sum(each.total for each in passes)
-        for each in passes:
+        added = self.added
+        self.added = []
+        terms = sum(each.total for each in added)
+        for each in added:
             weight = each.total / terms
             values = each.values if each.summed is None else each.summed()
             for key, value in zip(self._keys, values, strict=True):
@@ -135,7 +136,7 @@ class StepStatistics:
 
     def forget(self) -> None:
         """Start anew; sums over the processes are not waited for, as others may have failed."""
-        self.passes = []
+        self.added = []
 
 
 class Recorder:
@@ -153,11 +154,11 @@ class Recorder:
     Args:
         net: carries the taps.
         blocks: whose statistics are wanted: diagonal blocks, then pairs and moments of them.
-        likelihood: of the outputs.
+        likelihood: the likelihood of the outputs.
         fisher: "sampled", "exact" or "empirical".
-        generator: of the draws.
+        generator: the generator of the draws.
         workers: the processes whose statistics are added up.
-        forward: from (network, inputs) to outputs, of passes of the recorder's own.
+        forward: a function from (network, inputs) to outputs, of passes of the recorder's own.
         compile: those passes; a name is that of a backend of torch.compile.
         by_inputs: whether statistics come from passes of the recorder's own from the first on.
         owner: name of the class that the recorder works for, for messages.
@@ -167,7 +168,7 @@ class Recorder:
         by_inputs: whether statistics come from passes of its own: the taps stay off in others.
         own: such a pass, node by node.
         seed: gives the seed of the draws of the next pass; 0 if there are none.
-        compile: as given.
+        compile: the value as given.
 
     Raises:
         UnknownOptionError: the empirical Fisher of a sum of likelihoods.
@@ -176,7 +177,7 @@ class Recorder:
     def __init__(
         self,
         net: nn.Module,
-        blocks: Iterable[Block],
+        blocks: Iterable[Holder],
         likelihood: Likelihood | Sum,
         fisher: Fisher,
         generator: torch.Generator,
@@ -201,7 +202,6 @@ class Recorder:
         switch(net, buffers, False)
         for buffer in buffers:
             buffer.grad = None
-        self._workers = workers
         self.own = OwnPass(net, self.sources, likelihood, fisher, forward, workers, Places(net))
         self._pass = CompiledPass(self.own, compile)
         # A pass that draws nothing must not move the generator: ``int`` gives 0.
@@ -220,8 +220,8 @@ class Recorder:
 
     @property
     def observing(self) -> bool:
-        """Whether a pass was observed since the taps were switched."""
-        return self._backward is not None or bool(self._step.passes)
+        """Say whether a pass was observed since the taps were switched."""
+        return self._backward is not None or bool(self._step.added)
 
     def switch(self, on: bool) -> None:
         """Let the forward passes from now on record or not; what was not taken is forgotten.
@@ -381,6 +381,6 @@ class Recorder:
             self._backward = None
         if self._empirical is not None:
             self._empirical.stop()
-        if self._step.passes:
+        if self._step.added:
             self._step.forget()
         self.sources.forget()

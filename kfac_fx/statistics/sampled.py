@@ -26,6 +26,7 @@ from kfac_fx.ops.tap import added, noted_statistics
 from kfac_fx.parallel import Workers
 from kfac_fx.statistics.buffers import Statistics, StatisticSources
 from kfac_fx.statistics.user_graph import AFTER_BACKWARD, check_recorded
+from kfac_fx.torch_internals.error_texts import backward_refusal
 
 Noise = int | Sequence[Tensor | None]
 """What draws are made from: a seed, or noise that was made before (see ``BatchLikelihood.draws``).
@@ -41,8 +42,9 @@ class Collected:
         statistics: in the scale of the derivatives that they were formed of.
         count: number of likelihood terms, or the sum of their weights.
         total: the same of all processes.
-        scale: of the loss whose derivatives the statistics are of, relative to the summed negative
-            log-likelihood; None if it is not seen to be proportional, and they are of no use.
+        scale: the scale of the loss whose derivatives the statistics are of, relative to the summed
+            negative log-likelihood; None if it is not seen to be proportional, and they are of no
+            use.
     """
 
     finite: bool
@@ -74,17 +76,16 @@ def derivatives(
         )
         return found
     except RuntimeError as error:
-        # torch has no other name for these than their texts.
-        text = str(error)
-        if "second time" in text:
+        refusal = backward_refusal(error)
+        if refusal == "freed":
             raise ObservationError(AFTER_BACKWARD) from error
-        if "donated" in text or "retain_graph" in text:
+        if refusal == "compiled":
             raise ObservationError(
                 "a compiled forward keeps no graph for a second backward: give the inputs, "
                 "observe(outputs, inputs=...), use fisher='empirical', or set "
                 "torch._functorch.config.donated_buffer = False before compiling"
             ) from error
-        if "use_reentrant" in text:
+        if refusal == "reentrant":
             raise ObservationError(
                 "a reentrant activation checkpoint allows no backward but the training's: use "
                 "checkpoint(..., use_reentrant=False) or fisher='empirical'"
@@ -101,7 +102,7 @@ def statistics_of(
     """Return the statistics of a scalar's derivative, and more of its derivatives, by one backward.
 
     Args:
-        sources: of the pass.
+        sources: the sources of the pass.
         scalar: is differentiated; the statistics are in its scale.
         collection: the noted taps of the pass, if there are any.
         also: tensors whose derivatives are wanted, too. If there are any, it is the last backward.
@@ -132,7 +133,7 @@ def fisher_statistics(
         made: what the likelihood says of its outputs.
         fisher: "sampled" differentiates at targets from the model, "empirical" at those given, and
             "exact" once for each column of the root of the output Fisher.
-        noise: of the draws.
+        noise: the noise of the draws.
         collection: the noted taps of the pass. Notes serve one backward, so "exact" takes none.
         select: the column that a traced pass takes; see ``BatchLikelihood.exact``.
     """
@@ -177,7 +178,7 @@ class SampledStatistics:
 
     Attributes:
         sources: the network's factor buffers, and parameters without a tap.
-        likelihood: of the outputs.
+        likelihood: the likelihood of the outputs.
         fisher: "sampled" or "exact".
         workers: the processes that share the batch.
         seed: gives the seed of the next draws.

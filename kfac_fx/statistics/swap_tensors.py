@@ -28,7 +28,7 @@ def _holders(module: nn.Module) -> tuple[dict[str, Tensor | None], dict[str, Ten
 
 
 class Places:
-    """Where a module and its parts hold their tensors.
+    """The places in which a module and its parts hold their tensors.
 
     Found once, and again when something else is held.
 

@@ -49,13 +49,13 @@ from kfac_fx.torch_internals.fake_tensors import FakeTensorMode
 
 @dataclass(frozen=True)
 class Facts:
-    """What shapes alone tell of a pass.
+    """The facts about a pass that shapes alone tell.
 
     Attributes:
         outputs: stands in for the outputs; its values are NaN, so that nobody relies on them.
-        shapes: of each part of the likelihood, the shape of its terms.
-        noises: of each part's draw; None for a distribution that draws by itself.
-        columns: of the output Fisher's root.
+        shapes: the shape of the terms of each part of the likelihood.
+        noises: the noise of each part's draw; None for a distribution that draws by itself.
+        columns: the number of columns of the output Fisher's root.
         masks: random operators in the forward.
     """
 
@@ -81,7 +81,7 @@ def facts_of(own: OwnPass, inputs: Tree) -> Facts:
 
     Args:
         own: the pass.
-        inputs: of a batch; only shapes and dtypes of its tensors count.
+        inputs: the inputs of a batch; only shapes and dtypes of its tensors count.
 
     Raises:
         LikelihoodError: the outputs do not fit the likelihood.
@@ -114,14 +114,15 @@ def _stand_in(like: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Arguments:
-    """What a program is called with, but for noise.
+    """The arguments of a program, but for noise.
 
     Attributes:
-        state: of the network.
-        inputs: as ``forward`` takes them.
+        state: the state of the network.
+        inputs: the inputs as ``forward`` takes them.
         targets: for the loss, as they were given.
-        terms: of each part of the likelihood, None for a part that no process has terms of. Their
-            shares are tensors where they depend on the batch, and their counts are not given.
+        terms: the terms of each part of the likelihood, None for a part that no process has terms
+            of. Their shares are tensors where they depend on the batch, and their counts are not
+            given.
     """
 
     state: Mapping[str, Tensor]
@@ -144,7 +145,7 @@ def arguments(
 
     Args:
         own: the pass.
-        facts: of a batch of this form.
+        facts: the facts of a batch of this form.
         inputs, targets: the batch.
         agreed: its terms, with those of all processes counted.
     """
@@ -163,7 +164,7 @@ def arguments(
 
 @dataclass
 class _Outputs:
-    """What the outputs of a program are, after the flag of finite outputs.
+    """The meanings of a program's outputs, after the flag of finite outputs.
 
     Attributes:
         statistics: their names.
@@ -182,7 +183,7 @@ class PassProgram:
 
     Args:
         own: the pass.
-        facts: of a batch of this form.
+        facts: the facts of a batch of this form.
         given: such a batch.
         compile: True, or the name of a backend of torch.compile.
 
@@ -271,8 +272,8 @@ class PassProgram:
 
         Args:
             given: the batch, and the state of the network.
-            seed: of the draws.
-            count, total: of likelihood terms here and in all processes, for the result.
+            seed: the seed of the draws.
+            count, total: numbers of likelihood terms here and in all processes, for the result.
         """
         # In the order of the forward, from torch's own stream, as the pass that runs would draw.
         masks = [lifted() for lifted in self.lifted]

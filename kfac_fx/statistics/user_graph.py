@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import NamedTuple
 
 from torch import Tensor
 from torch.autograd.graph import Node
@@ -21,8 +22,8 @@ def check_recorded(outputs: Sequence[Tensor], states: Mapping[Tensor, FactorStat
     """Check that taps recorded the forward of the outputs, and that its graph is still there.
 
     Args:
-        outputs: of the forward, with their graph.
-        states: of the factor buffers that taps record into.
+        outputs: the outputs of the forward, with their graph.
+        states: the states of the factor buffers that taps record into.
 
     Raises:
         ObservationError: the graph has no such tap, or a backward pass has freed it.
@@ -71,6 +72,18 @@ def _taps(
                 todo.append(following)
 
 
+class _Arrival(NamedTuple):
+    """A statistic that has come.
+
+    Attributes:
+        run: graph-task id of the backward pass that brought it.
+        outer: id of the pass that had come to the outputs last.
+    """
+
+    run: int
+    outer: int
+
+
 class BackwardWatch:
     """Notices backward passes through the outputs of one forward.
 
@@ -78,13 +91,13 @@ class BackwardWatch:
     has one, too, but brings no statistics.
 
     Args:
-        outputs: of the forward.
+        outputs: the outputs of the forward.
         leaves: tensors that statistics are accumulated in, as gradients.
     """
 
     def __init__(self, outputs: Sequence[Tensor], leaves: Iterable[Tensor] = ()) -> None:
         self._seen: dict[int, dict[int, Tensor | None]] = {}
-        self._arrived: list[tuple[int, int]] = []
+        self._arrived: list[_Arrival] = []
         self._last = -1
         self._handles: list[RemovableHandle] = [
             output.register_hook(partial(self._see, index))
@@ -100,17 +113,17 @@ class BackwardWatch:
 
     def _arrive(self, _: Tensor) -> None:
         # With the run that came to the outputs last: a reentrant checkpoint starts one inside.
-        self._arrived.append((current_graph_task(), self._last))
+        self._arrived.append(_Arrival(current_graph_task(), self._last))
 
     @property
     def passed(self) -> bool:
-        """Whether one has come."""
+        """Say whether one has come."""
         return bool(self._seen)
 
     @property
     def nested(self) -> bool:
-        """Whether statistics came in runs inside of others (reentrant checkpoints)."""
-        return any(run not in self._seen for run, _ in self._arrived)
+        """Say whether statistics came in runs inside of others (reentrant checkpoints)."""
+        return any(each.run not in self._seen for each in self._arrived)
 
     def close(self) -> None:
         """Stop watching."""
@@ -131,7 +144,7 @@ class BackwardWatch:
                 "that observe() got"
             )
         # A run that came to no output is nested in the one that came to them last.
-        runs = {run if run in self._seen else outer for run, outer in self._arrived} - {-1}
+        runs = {one.run if one.run in self._seen else one.outer for one in self._arrived} - {-1}
         if len(runs) > 1:
             raise ObservationError(
                 f"{len(runs)} backward passes came through one forward, whose statistics cannot be "

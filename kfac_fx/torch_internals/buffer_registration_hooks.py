@@ -17,6 +17,8 @@ import torch
 def no_hooks_left() -> Iterator[None]:
     """Within the context, global hooks of ``register_buffer`` are removed again when it ends."""
     hooks = torch.nn.modules.module._global_buffer_registration_hooks
+    # Others may have hooks of their own here: only those that came meanwhile are removed, whether
+    # the code in the context failed or not.
     before = set(hooks)
     try:
         yield

@@ -16,6 +16,7 @@ from torch.distributions import Distribution
 @contextmanager
 def arguments_unchecked() -> Iterator[None]:
     """Within the context, distributions do not look at the values of their arguments."""
+    # The switch is the class's, for the whole process: users may have set it either way.
     before = Distribution._validate_args
     Distribution.set_default_validate_args(False)
     try:

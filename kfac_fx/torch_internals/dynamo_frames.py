@@ -24,12 +24,15 @@ for it."""
 
 def frame_being_compiled() -> int | None:
     """Return the number of the frame being compiled, the same for all its recompilations."""
+    # The whole id also counts recompilations; with it, two forms of one frame (two batch sizes)
+    # would look like two parts of the model.
     compile_id = CompileContext.current_compile_id()
     return None if compile_id is None else compile_id.frame_id
 
 
 def input_source(node: fx.Node) -> str:
     """Return where Dynamo took an input from, as a Python expression; "" where it does not say."""
+    # "" and no error: an input whose source is not known is taken for data, not for a parameter.
     argument = node.meta.get("grapharg")
     return str(getattr(getattr(argument, "source", None), "name", ""))
 

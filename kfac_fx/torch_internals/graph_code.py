@@ -13,4 +13,6 @@ from torch.fx.graph import _PyTreeCodeGen
 
 def unpacks_inputs(graph: fx.Graph) -> bool:
     """Tell whether a graph's placeholders are the leaves of nested arguments."""
+    # Modules of torch.export have a generator of this kind even where nothing is nested: they stay
+    # whole too, which costs blocks but is never wrong.
     return isinstance(graph._codegen, _PyTreeCodeGen)

@@ -56,12 +56,14 @@ def inside_transform() -> bool:
 
 def forward_mode() -> bool:
     """Tell whether tensors may have tangents, or be wrapped by a transform."""
+    # Either is enough: torch.autograd.forward_ad has levels, torch.func has its own stack.
     level: int = forward_ad._current_level
     return level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def unwrapped(tensor: Tensor) -> Tensor:
     """Return the tensor inside all wrappers that torch.func put around it."""
+    # A loop, as transforms nest: jvp of jvp wraps twice.
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return tensor

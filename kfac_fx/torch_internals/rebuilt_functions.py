@@ -60,9 +60,12 @@ def traceable_attention() -> Function:
     square root of a size does so on symbolic sizes.
     """
     scope: dict[str, object] = {
+        # fx's values are overrides themselves: asked, the function would become one node again.
         "has_torch_function": lambda tensors: False,
+        # The call ran when it was captured, so its masks have passed these checks.
         "_check_key_padding_mask": lambda mask, length, cases: None,
         "_none_or_dtype": lambda mask: None if mask is None else mask.dtype,
+        # A size that is a symbolic value is no number that float() and math.sqrt() take.
         "float": lambda value: value,
         "math": types.SimpleNamespace(sqrt=lambda value: value**0.5),
     }

@@ -31,7 +31,7 @@ def exact_fisher(model: nn.Module, names: Sequence[str], x: Tensor) -> Tensor:
     """Return F of linear layers under a categorical likelihood, from the Jacobian of every case.
 
     Args:
-        model: from [cases, ...] to logits [cases, classes].
+        model: a function from [cases, ...] to logits [cases, classes].
         names: paths of ``nn.Linear`` modules; their order is that of the blocks.
         x: the cases, over which F is a mean.
 
@@ -69,7 +69,8 @@ def kronecker_fisher(
     """Return Ftilde: blocks E[a_i a_j^T] (x) E[g_i g_j^T] of all pairs of linear layers.
 
     Args:
-        model: from [cases, ...] to logits [cases, classes]; each layer sees one vector a case.
+        model: a function from [cases, ...] to logits [cases, classes]; each layer sees one vector a
+            case.
         names: paths of ``nn.Linear`` modules; their order is that of the blocks.
         x: the cases.
         damping: lambda of factored Tikhonov damping of the diagonal blocks; 0 for none.
@@ -141,7 +142,7 @@ def show_matrix(axes: Axes, matrix: Tensor, title: str, sizes: Sequence[int] = (
         axes: to draw on.
         matrix: [n, m].
         title: above it.
-        sizes: of blocks, between which lines are drawn; none where it is empty.
+        sizes: the sizes of blocks, between which lines are drawn; none where it is empty.
     """
     values = matrix.detach().abs()
     step = max(len(values) // LARGEST, 1)
@@ -163,10 +164,10 @@ def draw_matrices(
     """Save heat maps by title, as ``show_matrix`` draws them.
 
     Args:
-        matrices: by title, from left to right.
-        path: of a picture in one of matplotlib's formats.
+        matrices: the matrices by title, from left to right.
+        path: the path of a picture in one of matplotlib's formats.
         columns: heat maps in a row, at most.
-        sizes: of blocks, as for ``show_matrix``; the same for all.
+        sizes: the sizes of blocks, as for ``show_matrix``; the same for all.
 
     Raises:
         MissingExtraError: matplotlib is not installed.

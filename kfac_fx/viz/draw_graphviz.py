@@ -23,7 +23,7 @@ MARGIN = 8.0
 
 
 class Point(NamedTuple):
-    """Where something is, in points from the lower left."""
+    """A place in points from the lower left."""
 
     x: float
     y: float
@@ -34,7 +34,8 @@ def dot_graph(picture: Picture, *, direction: FlowDirection = "TB") -> DotGraph:
 
     Args:
         picture: the boxes and lines.
-        direction: of the forward pass, as Graphviz has it: "TB", downwards, or "LR", to the right.
+        direction: the direction of the forward pass, as Graphviz has it: "TB", downwards, or "LR",
+            to the right.
 
     Raises:
         MissingExtraError: pydot is not installed.

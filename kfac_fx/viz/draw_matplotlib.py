@@ -17,7 +17,7 @@ PLACES = (0.5, 0.38, 0.62)
 
 
 class Point(NamedTuple):
-    """Where something is, in inches, y downwards."""
+    """A place in inches, y downwards."""
 
     x: float
     y: float

@@ -1,4 +1,4 @@
-"""What pictures need beyond torch and networkx, imported when it is used."""
+"""Import what pictures need beyond torch and networkx, when it is used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is said about a block, a dependency or a model, as plain values: text, numbers, lists."""
+"""Describe a block, a dependency or a model by plain values: text, numbers, lists."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def load(path: str | Path) -> CurvatureGraph:
     """Return the curvature graph of a file that ``save("....json")`` wrote.
 
     Args:
-        path: of the file.
+        path: the path of the file.
 
     Raises:
         FormatError: the file holds something else.

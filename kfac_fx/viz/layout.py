@@ -1,4 +1,4 @@
-"""Where boxes go when Graphviz is missing: every module a rectangle of rows of its parts.
+"""Place boxes where Graphviz is missing: every module is a rectangle of rows of its parts.
 
 This is no drawing of a graph in general. Models are nested and mostly go straight on, so that rows
 by the longest way, module by module, need no search and are readable.
@@ -24,12 +24,12 @@ class Box:
 
     Attributes:
         title: what is written in it.
-        block: of a leaf; empty for a module.
-        width: of the whole.
-        height: of the whole.
+        block: the block of a leaf; empty for a module.
+        width: the width of the whole.
+        height: the height of the whole.
         copies: how many equal modules it stands for.
-        x: of the left edge.
-        y: of the upper edge.
+        x: the x coordinate of the left edge.
+        y: the y coordinate of the upper edge.
         inside: the boxes of a module's parts.
     """
 

@@ -34,7 +34,7 @@ class Leaf:
 
     @property
     def block(self) -> str:
-        """The block that is drawn."""
+        """Return the block that is drawn."""
         return self.members[0]
 
 
@@ -54,7 +54,7 @@ class Group:
 
     @property
     def signature(self) -> tuple[object, ...]:
-        """Equal for modules of equal structure."""
+        """Return a value that is equal for modules of equal structure."""
         return self.copies, *((child.name, child.signature) for child in self.children)
 
 

@@ -1,4 +1,4 @@
-"""What a picture of a curvature graph shows, whoever draws it."""
+"""The content of a picture of a curvature graph, whoever draws it."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ class Node:
         block: the name of the block that is drawn.
         title: its name relative to its module.
         lines: below the title.
-        colour: of its kind.
-        size: from 0 (100 parameters or fewer) to 1 (100 millions).
+        colour: the colour of its kind.
+        size: a size from 0 (100 parameters or fewer) to 1 (100 millions).
         fallback: why the block is weaker than its kind allows, if it is.
     """
 
@@ -84,7 +84,7 @@ class Line:
 
     @property
     def label(self) -> str:
-        """The couplings' values or their range, and how many are coupled where not all are."""
+        """Return the couplings' values or range, and how many are coupled where not all are."""
         if not self.coupled:
             return ""
         low, high = (f"{value:.2f}" for value in (min(self.values), max(self.values)))
@@ -114,7 +114,7 @@ class Picture:
 
     @property
     def root(self) -> Group:
-        """The outermost group, the model."""
+        """Return the outermost group, the model."""
         return self.tree.root
 
 
@@ -125,7 +125,8 @@ def picture(
 
     Args:
         curvature: the graph.
-        report: of a preconditioner; adds statistics to boxes, and couplings are those in use.
+        report: the report of a preconditioner. It adds statistics to boxes, and the couplings
+            that are drawn are those in use.
         fold: whether three or more equal modules in a row become one.
     """
     tree = module_tree(curvature, fold=fold)

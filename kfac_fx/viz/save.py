@@ -58,11 +58,11 @@ def save(
 
     Args:
         curvature: the graph.
-        path: of the file; an older one is replaced.
+        path: the path of the file; an older one is replaced.
         preconditioner: whose statistics are shown on the boxes, and whose couplings are drawn; None
             for the transform's own couplings, without statistics.
         fold: whether equal modules in a row become one, "× 12".
-        direction: of the forward pass: "TB", downwards, or "LR", to the right.
+        direction: the direction of the forward pass: "TB", downwards, or "LR", to the right.
 
     Raises:
         UnknownOptionError: another suffix or direction.
@@ -96,7 +96,7 @@ def rendered(shown: Picture, suffix: str, direction: FlowDirection) -> bytes:
     Args:
         shown: the picture.
         suffix: "svg", "png" or "pdf".
-        direction: of the forward pass; matplotlib's pictures always go downwards.
+        direction: the direction of the forward pass; matplotlib's pictures always go downwards.
 
     Raises:
         MissingExtraError: pydot, or matplotlib in place of Graphviz, is not installed.

@@ -32,7 +32,7 @@ def draw_spectra(
 
     Args:
         preconditioner: a ``Preconditioner`` or ``KFAC`` with statistics.
-        path: of a picture in one of matplotlib's formats.
+        path: the path of a picture in one of matplotlib's formats.
         blocks: names; None for all that have statistics.
 
     Raises:

@@ -17,12 +17,12 @@ Scale = Literal["log", "linear"]
 
 
 class Panel(NamedTuple):
-    """What one panel shows.
+    """The content of one panel.
 
     Attributes:
         title: above it.
-        keys: of the record; those that it lacks are left out.
-        scale: of the vertical axis.
+        keys: the keys of the record; those that it lacks are left out.
+        scale: the kind of scale of the vertical axis.
     """
 
     title: str
@@ -53,7 +53,7 @@ def draw_training(record: Record, path: str | Path) -> None:
 
     Args:
         record: one ``KFAC.diagnostics`` an iteration (``record.append(dict(opt.diagnostics))``).
-        path: of a picture in one of matplotlib's formats.
+        path: the path of a picture in one of matplotlib's formats.
 
     Raises:
         UnknownOptionError: the record is empty.
@@ -93,8 +93,8 @@ def write_tensorboard(record: Record, directory: str | Path) -> None:
     """Write every number of a record as a scalar of TensorBoard, under its own name.
 
     Args:
-        record: as for ``draw_training``.
-        directory: of the event file.
+        record: the same as for ``draw_training``.
+        directory: the directory of the event file.
 
     Raises:
         MissingExtraError: TensorBoard is not installed.

@@ -1,4 +1,4 @@
-"""What a rule gets, what it answers, and what several rules share.
+"""The site that a rule gets, the answers that it gives, and what several rules share.
 
 The steps for a new kind of layer are in docs/guides/add_a_layer_kind.md.
 """
@@ -287,7 +287,8 @@ def kronecker_use(
         site: the graph around it.
         kind: the rule's.
         weight: the parameter, or the one that the weight is computed from.
-        matrix: from its shape to [out, in], or [groups, out, in] for independent matrices.
+        matrix: the views from its shape to [out, in], or [groups, out, in] for independent
+            matrices.
         bias: what is added to the outputs. It gets a block of its own where it cannot share the
             weight's (``Site.apart``), or is not one number an output.
         channels: dimensions of the call's result that hold the outputs.

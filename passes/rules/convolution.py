@@ -23,12 +23,12 @@ from kfac_fx.passes.rules.base import (
 
 
 class _Geometry(NamedTuple):
-    """What of a convolution's call must be known before the graph runs.
+    """The arguments of a convolution's call that must be known before the graph runs.
 
     Attributes:
         stride: one number a spatial dimension.
         dilation: one number a spatial dimension.
-        padding: as ``ConvolutionOptions`` takes it.
+        padding: the padding as ``ConvolutionOptions`` takes it.
         groups: number of independent convolutions.
     """
 

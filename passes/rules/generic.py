@@ -143,9 +143,9 @@ def generic_use(
 
     Args:
         site: the graph, and the options that shape uses.
-        name: of the parameter.
+        name: the name of the parameter.
         reason: why its uses do not fit together, if they do not.
-        refusals: by node name, what the rules that looked at it said.
+        refusals: what the rules that looked at a node said, by its name.
     """
     view = site.view
     consumers = list(view.consumers(name))

@@ -51,7 +51,7 @@ def dense_use(
         site: the graph around it.
         x: what the weight multiplies; anything but a node of the graph is refused.
         weight: the parameter, or the one that the weight is computed from.
-        matrix: from its shape to [out, in], or [groups, out, in].
+        matrix: the views from its shape to [out, in], or [groups, out, in].
         dims: the feature dimensions of x and of the result.
         bias: what is added to the result's features.
         group_dims: the dimensions of x and of the result that count the groups.

@@ -1,4 +1,4 @@
-"""How much of what a weight goes through, on its way from a parameter, is a factor for each row.
+"""Find what part of a weight's way from its parameter is a factor for each row.
 
 What a weight goes through (scaling, standardisation, a mask) is not matched by name: its Jacobian
 is looked at, for the parameter's value and for others near it.
@@ -29,12 +29,12 @@ squared gradient is then the more honest statistic.
 
 
 class RowScaling(NamedTuple):
-    """What a weight goes through, as far as it scales rows.
+    """The operations between a parameter and a weight, as far as they scale rows.
 
     Attributes:
         entrywise: whether each entry is computed from the same entry alone.
-        share: of the Jacobian's squares that factors for each row account for; None where they are
-            all that it is.
+        share: the share of the Jacobian's squares that factors for each row account for; None
+            where they are all that it is.
     """
 
     entrywise: bool
@@ -45,8 +45,8 @@ def counting_dims(layout: Layout, seen: Layout) -> tuple[int, ...] | None:
     """Return the dimensions of a parameter's view that count the rows of its matrix (or matrices).
 
     Args:
-        layout: from the parameter's shape to the matrices'.
-        seen: from the parameter's shape to the view's.
+        layout: the views from the parameter's shape to the matrices'.
+        seen: the views from the parameter's shape to the view's.
 
     Returns:
         None where a row of the matrix has entries of several of the view's rows.

@@ -53,7 +53,7 @@ def stages(model: nn.Module, x: Tensor, likelihood: str, structure: str) -> list
     return [
         best(pre.refresh, 7),
         best(lambda: pre.apply(gradients), 20),
-        best(lambda: (record(), pre._recorder.switch(True)), 3),
+        best(lambda: (record(), pre.recorder.switch(True)), 3),
     ]
 
 

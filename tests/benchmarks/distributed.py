@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import kfac_fx
 from kfac_fx.distributed import Compute, DataParallel, Network, Plan, measured_costs, simulate
-from kfac_fx.distributed.buckets import Form, cut
+from kfac_fx.distributed.buckets import TensorForm, cut
 from kfac_fx.linalg.packing import packed_size
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -66,7 +66,7 @@ def timed(call: Callable[[], Any]) -> float:
 
 
 class Training:
-    """SGD behind a Preconditioner."""
+    """SGD after a Preconditioner."""
 
     def __init__(self, net: Any, **options: Any) -> None:
         self.net = net
@@ -116,13 +116,13 @@ class Rounds:
 
     def recorded(self) -> None:
         preconditioner = self.alone.preconditioner
-        preconditioner._recorder.switch(True)  # as step() does before such a step
+        preconditioner.recorder.switch(True)  # as step() does before such a step
         preconditioner.statistics_every, rarely = 1, preconditioner.statistics_every
         self.alone.step()
         preconditioner.statistics_every = rarely
 
     def packed(self) -> None:
-        forms = [Form(self.square.shape, self.square.dtype, self.square.device, True)]
+        forms = [TensorForm(self.square.shape, self.square.dtype, self.square.device, True)]
         (bucket,) = cut(forms, 2**30)
         list(bucket.unpack(bucket.pack([self.square])))
 
@@ -131,7 +131,7 @@ class Rounds:
         self.recorded()
 
     def round(self) -> None:
-        self.alone.preconditioner._recorder.switch(False)
+        self.alone.preconditioner.recorder.switch(False)
         kinds: dict[str, Callable[[], Any]] = {
             "plain": self.alone.plain,
             "due": self.together.step,

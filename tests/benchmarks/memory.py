@@ -60,7 +60,7 @@ def preconditioned(work: Workload, storage: str | None) -> kfac_fx.Preconditione
 def train(work: Workload, preconditioner: kfac_fx.Preconditioner | None, steps: int) -> None:
     """Steps of SGD with momentum; with ``observe`` and ``step`` if there is a preconditioner."""
     optimizer = sgd(work.model.parameters(), work.lr)
-    net = work.model if preconditioner is None else preconditioner._recorder.net
+    net = work.model if preconditioner is None else preconditioner.recorder.net
     for _ in range(steps):
         x, y = (part.to(next(work.model.parameters()).device) for part in work.next())
         optimizer.zero_grad()

@@ -120,7 +120,7 @@ def cosine(method: Method) -> float:
 
 
 class Trained:
-    """A network of one's own behind a Preconditioner, block-diagonal."""
+    """A network of one's own with a Preconditioner, block-diagonal."""
 
     def __init__(self, work: Workload, part: float, sharing: str, **options: Any) -> None:
         self.work = own(work)

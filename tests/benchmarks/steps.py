@@ -174,7 +174,7 @@ def ways(setting: str, compiled: bool) -> Iterator[tuple[str, Callable[..., Call
 
 
 def record_once(work: Workload, net: Any) -> None:
-    """Leaves a network behind that has nothing to record."""
+    """Leave a network that has nothing to record."""
     pre = kfac_fx.Preconditioner(net, work.likelihood, statistics_every=10**9)
     x, y = work.next()
     outputs = net(x)

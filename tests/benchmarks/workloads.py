@@ -119,7 +119,7 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention and a perceptron of four times the width, each behind a LayerNorm."""
+    """Attention and a perceptron of four times the width, each after a LayerNorm."""
 
     def __init__(self, width: int, heads: int, causal: bool) -> None:
         super().__init__()

@@ -145,7 +145,7 @@ def test_stacks_follow_the_inverses(tikhonov: str) -> None:
                     for of in estimate_of(pre).all
                     for spec, average in zip(of.holder.factors, of.all, strict=True)
                 }
-                assert pre._inverse.fold(twice, 0.5)
+                assert pre.inverse.fold(twice, 0.5)
             elif change == "refresh":
                 pre.refresh()
             elif change == "load":

@@ -170,7 +170,7 @@ def test_state_continues_bitwise(options: dict[str, Any]) -> None:
     other.load_state_dict(state)
     found = []
     for preconditioner in (once, other):
-        net = preconditioner._recorder.net
+        net = preconditioner.recorder.net
         step(preconditioner, net, 7, "cpu")
         found.append((gradient(net), [f for fs in preconditioner.factors.values() for f in fs]))
     assert torch.equal(found[0][0], found[1][0])

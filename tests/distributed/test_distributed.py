@@ -55,7 +55,7 @@ def share(values: Tensor, size: int) -> Tensor:
 
 
 def with_preconditioner(kind: str, structure: str, fisher: str, size: int) -> Parameters:
-    """SGD behind a Preconditioner, "alone" or in several processes.
+    """SGD after a Preconditioner, "alone" or in several processes.
 
     "loop" is a plain all-reduce, "inputs" too, with statistics from passes of their own.
     """

@@ -83,8 +83,8 @@ def cases() -> dict[Any, Any]:
                 "parameters": parameters,
                 "entries": entries(inverses),
                 "traffic": dict(workers.traffic),
-                "owner": dict(preconditioner._inverse._engine.division.owner),
-                "everywhere": set(preconditioner._inverse._engine.division.everywhere),
+                "owner": dict(preconditioner.inverse._engine.division.owner),
+                "everywhere": set(preconditioner.inverse._engine.division.everywhere),
             }
     found["stale"] = {s: stale(s) for s in (1, 2)}
     found["mistakes"] = mistakes()
@@ -204,12 +204,12 @@ def test_stale_inverses(world: Any, staleness: int, float64: None) -> None:
 
     def refresh(step: int) -> None:
         fold(preconditioner)  # as step() does before it refreshes
-        preconditioner._recorder.switch(False)
+        preconditioner.recorder.switch(False)
         if step % 2 == 0:
             preconditioner.refresh()
             made.append(refreshed(preconditioner))
         used = max(0, len(made) - 1 - staleness)
-        preconditioner._inverse.use(made[used])
+        preconditioner.inverse.use(made[used])
 
     train(net, preconditioner, 9, slice(None), refresh)
     for one in world:

@@ -41,7 +41,7 @@ class Broken(nn.Module):
 
 
 class ByValue(Broken):
-    """A branch on a value; the layer behind it is in two graphs, of which one runs."""
+    """A branch on a value; the layer after it is in two graphs, of which one runs."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -123,7 +123,7 @@ class EarlyReturn(Base):
 
 
 class Weights(Base):
-    """Parameters of its own behind a branch."""
+    """Parameters of its own after a branch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -138,7 +138,7 @@ class Weights(Base):
 
 
 class LateScale(Base):
-    """A scale behind as many other products as the data say."""
+    """A scale after as many other products as the data say."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -77,7 +77,7 @@ def test_batch_norm(measure: Measure, fisher: str) -> None:
 
 @pytest.mark.parametrize("name", ["mlp", "conv1d", "conv2d", "conv3d", "group_norm", "hf_conv1d"])
 def test_both_routes_agree(measure: Measure, name: str) -> None:
-    """The same model traced symbolically, and behind a check that only export can follow."""
+    """The same model traced symbolically, and after a check that only export can follow."""
     network = BY_NAME[name]
     model = network.build()
     (x,) = network.inputs(5)

@@ -19,6 +19,7 @@ from torch import Tensor
 from kfac_fx import likelihoods
 from kfac_fx.errors import LikelihoodError
 from kfac_fx.likelihoods.batch import BatchLikelihood, batch_likelihood, drawn, wide
+from kfac_fx.parallel import Agreement
 
 pytestmark = pytest.mark.usefixtures("float64")
 assert_close = functools.partial(assert_near, rtol=1e-9)
@@ -154,9 +155,9 @@ class OneOfTwo:
     others_good: bool = True
     size: int = 2
 
-    def agree(self, call: str, good: bool, amount: float = 0.0) -> tuple[bool, float]:
+    def agree(self, call: str, good: bool, amount: float = 0.0) -> Agreement:
         assert call == "observe"
-        return good and self.others_good, amount * (1 + self.more)
+        return Agreement(good and self.others_good, amount * (1 + self.more))
 
 
 def test_a_sum_is_the_weighted_sum_of_mean_nlls() -> None:

@@ -231,7 +231,7 @@ def test_swollen_averages_start_anew(all_stay: None, caplog: pytest.LogCaptureFi
     pre = made(net)
     for value in (1e6, 1.0):
         pre.observe(inputs=torch.full((2, 6), value))
-        assert pre._inverse.fold(pre._recorder.take(), 0.95, outlier=100.0)
+        assert pre.inverse.fold(pre.recorder.take(), 0.95, outlier=100.0)
     assert "start anew" in caplog.text
     torch.testing.assert_close(next(iter(pre.factors.values()))[0], torch.ones(7, 7))
 

@@ -265,7 +265,7 @@ def test_state_handed_on() -> None:
 
 
 def test_bias_of_the_hidden_states_alone(measure: Measure) -> None:
-    """The new gate's derivative is behind the reset gate."""
+    """The new gate's derivative comes through the reset gate."""
     model, name = Tagger("GRU", batch_first=True), "rnn.bias_hh_l0"
     x, likelihood = model.inputs(), Normal()
     net = kfac_fx.transform(model, exclude=["rnn.weight_hh_l0"])

@@ -305,9 +305,9 @@ def test_report_and_operator_are_of_the_inverses_in_use(lr: float | None) -> Non
     x, y = task(256)
     for _ in range(4):
         optimizer.step(x, y)
-    optimizer._inverse.refresh(optimizer._make.damping)
+    optimizer.inverse.refresh(optimizer._make.damping)
     gradients = {name: torch.randn_like(p) for name, p in model.named_parameters()}
-    applied = optimizer._inverse.apply(gradients)
+    applied = optimizer.inverse.apply(gradients)
     solved = optimizer.curvature_operator().solve(gradients)
     for name, value in applied.items():
         torch.testing.assert_close(solved[name].to(value), value, rtol=1e-3, atol=1e-4)

@@ -355,9 +355,9 @@ def test_factors_that_have_not_moved_are_not_inverted_again(
     net = kfac_fx.transform(model)
     pre = kfac_fx.Preconditioner(net, statistics_every=4, refresh_every=1)
     refreshes: list[Any] = []
-    original = pre._inverse._engine.refresh
+    original = pre.inverse._engine.refresh
     monkeypatch.setattr(
-        pre._inverse._engine, "refresh", lambda *a: refreshes.append(a) or original(*a)
+        pre.inverse._engine, "refresh", lambda *a: refreshes.append(a) or original(*a)
     )
 
     def step() -> int:

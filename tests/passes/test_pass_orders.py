@@ -177,7 +177,7 @@ ORDERS = [
 
 @pytest.mark.parametrize("order", ORDERS, ids=lambda order: "-".join(p.__name__ for p in order))
 def test_five_passes_in_many_orders(order: tuple[Pass, ...]) -> None:
-    """With ours before, between and after them, and once more behind the last."""
+    """With ours before, between and after them, and once more after the last."""
     model, want = expected(quantised=True)
     manager = PassManager([pass_result_wrapper(one) for one in (*order, ours)])
     net = manager(fx.symbolic_trace(model)).graph_module
@@ -230,7 +230,7 @@ def test_rewriting_behind_ours_is_noticed() -> None:
 
 
 def test_convolution_and_norm_fused() -> None:
-    """Before ours there is one layer; behind ours the fusion finds no pair, and loses no tap."""
+    """Before ours there is one layer; after ours the fusion finds no pair, and loses no tap."""
     model = Network().eval()
     x = torch.randn(6, 2, 3, 3)
     fused = ours(optimization.fuse(copy.deepcopy(model)))

@@ -327,7 +327,7 @@ def test_log_says_what_was_matched_and_why_not(caplog: pytest.LogCaptureFixture)
 
 
 def test_torch_logs_shows_what_was_matched() -> None:
-    """As it stands in the README, through torch's own switch."""
+    """As it stands in docs/howto/other_passes.md, through torch's own switch."""
     code = "import torch, kfac_fx; kfac_fx.transform(torch.nn.Linear(3, 2))"
     done = run_python("-c", code, TORCH_LOGS="+kfac_fx")
     assert "linear (kronecker) block of weight, bias, used in linear" in done.stderr

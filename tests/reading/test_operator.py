@@ -125,7 +125,7 @@ def test_random_forests(measure: Measure, seed: int) -> None:
 
 
 def test_coupled_convolutions(measure: Measure) -> None:
-    """A resolution that changes, and a dense layer behind it."""
+    """A resolution that changes, and a dense layer after it."""
     model = nn.Sequential(
         nn.Conv2d(1, 2, 3, stride=2), nn.Tanh(), nn.Conv2d(2, 3, 2), nn.Flatten(), nn.Linear(3, 2)
     )

@@ -54,14 +54,14 @@ def test_the_sum_of_a_step_weighs_micro_batches_by_their_terms(net: nn.Module) -
     sources = sources_of(net, net.curvature.blocks.values())
     names = [one.key for one in sources.names.tapped]
     step = StepStatistics(sources, ALONE)
-    assert not step.passes
+    assert not step.added
     parts = [(3.0, 1.0), (5.0, 0.5)]
     for count, scale in parts:
         values = {key: torch.full((1,), count) for key in names}
         step.add(Collected(True, values, count, count, scale))
-    assert step.passes
+    assert step.added
     found = step.take()
-    assert not step.passes and step.take() == {}
+    assert not step.added and step.take() == {}
     inputs, derivatives = names[: sources.names.inputs], names[sources.names.inputs :]
     means = sum(count / 8 * count for count, _ in parts)
     squares = sum(count / 8 * count / (scale**2 * count) for count, scale in parts)

@@ -178,7 +178,7 @@ def test_exact_fisher_is_two_programs() -> None:
     forward = torch.ops.aten.tanh.default
     assert forward in [node.target for node in program.once.graph.nodes]
     assert forward not in [node.target for node in program.each.graph.nodes]
-    inputs = len(pre._recorder.sources.inputs)
+    inputs = len(pre.recorder.sources.inputs)
     tied = [tied for tied, _ in program._places[1:]]  # after the flag of finite outputs
     assert not any(tied[:inputs]) and all(tied[inputs:])
 

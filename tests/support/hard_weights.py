@@ -32,7 +32,7 @@ class Spectral(nn.Module):
 
 
 class Temperature(Layers):
-    """Scalars: a temperature behind exp, and a learned mixing."""
+    """Scalars: a temperature that exp makes, and a learned mixing."""
 
     def __init__(self) -> None:
         super().__init__()

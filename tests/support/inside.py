@@ -25,39 +25,39 @@ def fold(pre: kfac_fx.Preconditioner) -> None:
 
     ``step()`` does it too, but also needs gradients, and makes and compiles the inverses.
     """
-    found = pre._recorder.take()
-    assert not found or pre._inverse.fold(found, pre.ema_decay)
+    found = pre.recorder.take()
+    assert not found or pre.inverse.fold(found, pre.ema_decay)
 
 
 def forget(pre: kfac_fx.Preconditioner) -> None:
     """Begin a step anew, as ``step()`` does at its end."""
-    pre._recorder.switch(True)
+    pre.recorder.switch(True)
 
 
 def observing(pre: kfac_fx.Preconditioner) -> bool:
     """Whether something was observed that was not folded yet."""
-    return pre._recorder.observing
+    return pre.recorder.observing
 
 
 def compiled_passes(pre: kfac_fx.Preconditioner) -> list[Any]:
     """The programs of passes by inputs, one for each kind of call; None where one could not be."""
-    return list(pre._recorder._pass.programs.values())
+    return list(pre.recorder._pass.programs.values())
 
 
 def taken(pre: kfac_fx.Preconditioner) -> list[Any]:
     """The new statistics of a step, in the order of the averages; they do not enter these."""
-    found = pre._recorder.take()
+    found = pre.recorder.take()
     return [found[key] for averages in estimate_of(pre).all for key in averages.keys]
 
 
 def estimate_of(holder: Holder) -> Estimate:
     """The running averages, with what is stored of them and how many statistics are in them."""
-    return holder._inverse.estimate
+    return holder.inverse.estimate
 
 
 def covered(holder: Holder) -> Mapping[str, nn.Parameter]:
     """The parameters that have a block, by name."""
-    return holder._inverse.covered.parameters
+    return holder.inverse.covered.parameters
 
 
 def random_gradients(holder: Holder) -> dict[str, Tensor]:
@@ -67,9 +67,9 @@ def random_gradients(holder: Holder) -> dict[str, Tensor]:
 
 def refreshed(holder: Holder) -> Refreshed:
     """The inverses in use."""
-    return holder._inverse.refreshed
+    return holder.inverse.refreshed
 
 
 def eigenbasis(holder: Holder, block: str) -> tuple[Tensor, Tensor, Tensor]:
     """(U_A, U_G, S) of a block under tikhonov="ekfac": bases, and second moments in them."""
-    return holder._inverse.moments.eigenbasis(block)
+    return holder.inverse.moments.eigenbasis(block)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.distributions import Distribution
@@ -20,6 +22,7 @@ from kfac_fx.torch_internals import (
     dispatch_modes,
     distributions,
     dynamo_frames,
+    error_texts,
     fake_tensors,
     foreach,
     generated_forward,
@@ -288,3 +291,35 @@ def test_pytree() -> None:
     assert pytree.tree_unflatten(leaves, spec) == nested
     assert pytree.tree_map_only(Tensor, lambda t: 0, nested) == {"a": [0, 2], "b": (3,)}
     assert pytree.tree_map(type, nested) == {"a": [Tensor, int], "b": (int,)}
+
+
+def raised(function: Callable[[], object]) -> RuntimeError:
+    with pytest.raises(RuntimeError) as found:
+        function()
+    return found.value
+
+
+def test_texts_of_refused_backward_passes() -> None:
+    x = torch.ones(3, requires_grad=True)
+    loss = x.square().sum()
+    loss.backward()
+    assert error_texts.backward_refusal(raised(loss.backward)) == "freed"
+    y = checkpoint(torch.sin, x, use_reentrant=True).sum()
+    refused = raised(lambda: torch.autograd.grad(y, x))
+    assert error_texts.backward_refusal(refused) == "reentrant"
+    assert error_texts.backward_refusal(RuntimeError("another one")) is None
+
+
+def test_text_of_nested_forward_mode() -> None:
+    def nested() -> None:
+        with torch.autograd.forward_ad.dual_level(), torch.autograd.forward_ad.dual_level():
+            pass
+
+    assert error_texts.refuses_nested_forward_mode(raised(nested))
+    assert not error_texts.refuses_nested_forward_mode(RuntimeError("another one"))
+
+
+def test_text_of_communication() -> None:
+    lost = raised(lambda: dist.TCPStore("127.0.0.1", 1, timeout=timedelta(seconds=0.1)))
+    assert error_texts.of_communication(lost)
+    assert not error_texts.of_communication(RuntimeError("another one"))

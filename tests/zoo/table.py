@@ -45,7 +45,7 @@ factors that float32 could not factorise; "batch": only the batch size of the ex
 
 
 def selected(patterns: Sequence[str]) -> list[Entry]:
-    """Entries whose name, or the part behind the slash, matches one of the globs."""
+    """Entries whose name, or the part after the slash, matches one of the globs."""
     return [
         e
         for e in entries()

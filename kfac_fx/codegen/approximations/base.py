@@ -1,4 +1,4 @@
-"""What an approximation of a block does, and the values that it names.
+"""The interface of an approximation of a block, and the values that it names.
 
 To add one: write its class in a file of this folder (and its linear algebra in ``kfac_fx.linalg``),
 give it a name in ``kfac_fx.ir.use.Approximation`` and a line in ``table.py``. Nothing else compares
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from kfac_fx.codegen.leaf import Value
     from kfac_fx.ir.curvature_graph import CurvatureBlock
     from kfac_fx.ir.use import FactorSpec
-    from kfac_fx.linalg.spectral import Side, Spectral
+    from kfac_fx.linalg.spectral import SideMatrix, Spectral
 
 Invert: TypeAlias = "Callable[[Value], tuple[Value, Value]]"
 """A positive definite matrix -> its inverse, and a flag that is not zero where that failed."""
@@ -91,7 +91,7 @@ class Damping(NamedTuple):
 
 
 class Emitted(NamedTuple):
-    """What the refresh of a block made, by key."""
+    """Inverses and flags that the refresh of a block made, by key."""
 
     inverses: dict[InverseKey, Value]
     flags: dict[FlagKey, Value]
@@ -108,16 +108,16 @@ class BlockSpectrum(NamedTuple):
 
     spectral: Spectral
     diagonal: Tensor
-    sides: tuple[Side, Side] | None = None
+    sides: tuple[SideMatrix, SideMatrix] | None = None
 
 
 @dataclass(frozen=True)
 class DampingReport:
-    """How the factors of one block are damped, for reports.
+    """The damping of one block's factors, for reports.
 
     Attributes:
         amounts: what is added to the eigenvalues of each factor, [] or one for each group.
-        pi: of factored Tikhonov damping, one for each group; None where it has no place.
+        pi: the pi of factored Tikhonov damping, one for each group; None where it has no place.
         product: what is added to the eigenvalues of the product A (x) G; None where its factors
             are damped.
     """
@@ -257,7 +257,7 @@ class BlockApproximation:
 
         Args:
             values: eigenvalues of the undamped factors, [..., n].
-            damping: of the same block.
+            damping: the damping of the same block.
 
         Returns:
             None where the condition does not follow from the factors.

@@ -19,7 +19,7 @@ from kfac_fx.codegen.approximations.base import (
 )
 from kfac_fx.codegen.leaf import Value, leaf
 from kfac_fx.linalg import positive
-from kfac_fx.linalg.spectral import Side, diagonalised
+from kfac_fx.linalg.spectral import SideMatrix, diagonalised
 
 if TYPE_CHECKING:
     from kfac_fx.codegen.builder import ProgramBuilder
@@ -60,7 +60,7 @@ class Covariance(BlockApproximation):
         self, block: CurvatureBlock, factors: Sequence[Tensor], damping: float
     ) -> BlockSpectrum:
         # As a Kronecker block whose side of inputs is the number one.
-        one, C = Side((factors[0].new_ones(1),), diagonal=True), Side((factors[0],))
+        one, C = SideMatrix((factors[0].new_ones(1),), diagonal=True), SideMatrix((factors[0],))
         return BlockSpectrum(diagonalised(one, C, damping), C.entries().unsqueeze(-1) + damping)
 
 

@@ -17,7 +17,7 @@ from kfac_fx.codegen.approximations.base import (
     Invert,
 )
 from kfac_fx.codegen.leaf import Value
-from kfac_fx.linalg.spectral import Side, diagonalised
+from kfac_fx.linalg.spectral import SideMatrix, diagonalised
 
 if TYPE_CHECKING:
     from kfac_fx.codegen.builder import ProgramBuilder
@@ -52,6 +52,6 @@ class Diagonal(BlockApproximation):
         self, block: CurvatureBlock, factors: Sequence[Tensor], damping: float
     ) -> BlockSpectrum:
         # As a Kronecker block whose side of inputs is the number one.
-        one = Side((factors[0].new_ones(1),), diagonal=True)
-        C = Side((factors[0],), diagonal=True)
+        one = SideMatrix((factors[0].new_ones(1),), diagonal=True)
+        C = SideMatrix((factors[0],), diagonal=True)
         return BlockSpectrum(diagonalised(one, C, damping), C.entries().unsqueeze(-1) + damping)

@@ -1,4 +1,4 @@
-"""What blocks have in common that act on matrices [g, a]: a side G of derivatives, A of inputs."""
+"""The base of blocks that act on matrices [g, a]: a side G of derivatives, A of inputs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ damped_factors = leaf(positive.damped_factors)
 
 
 class Cut(NamedTuple):
-    """How the sides (A, G) of a block are cut along their diagonals.
+    """The cuts of a block's sides (A, G) along their diagonals.
 
     Attributes:
         parts: numbers of sub-blocks; 0 for a side that is whole.
@@ -73,10 +73,10 @@ def damp(
     """Emit the factored Tikhonov damping of A and G, and name the results.
 
     Args:
-        build: of the program.
-        slot: of the block, for names.
+        build: the builder of the program.
+        slot: the slot of the block, for names.
         pair: A and G; a diagonal one is a vector and stays one.
-        specs: of both.
+        specs: the records of both factors.
         gamma: the square root of lambda.
     """
     A, G = specs

@@ -1,0 +1,42 @@
+"""Tell torch's errors apart that have one class, RuntimeError, and differ in their texts alone.
+
+Why: a user should be told what to do, which depends on why autograd, forward mode or communication
+refused. No public way: the classes are RuntimeError, and torch promises no text. Where a version
+words an error in another way, torch's own error goes through: less clear, and no worse. Seen on
+torch 2.11 and 2.13.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch.distributed as dist
+
+Refusal = Literal["freed", "compiled", "reentrant"]
+"""Why autograd refuses a backward pass: the graph was freed; it is a compiled graph that gave its
+buffers away, or none was kept; or a reentrant checkpoint allows no backward but the training's."""
+
+COMMUNICATION = ("gloo", "nccl", "connection", "timed out", "timeout", "broken pipe", "socket")
+"""Words of errors of communication, in lower case; newer ones have the class ``DistError``."""
+
+
+def backward_refusal(error: RuntimeError) -> Refusal | None:
+    """Return why autograd refused a backward pass; None for any other error."""
+    text = str(error)
+    # In this order: the text about a freed graph advises retain_graph, too.
+    if "second time" in text:
+        return "freed"
+    if "donated" in text or "retain_graph" in text:
+        return "compiled"
+    return "reentrant" if "use_reentrant" in text else None
+
+
+def refuses_nested_forward_mode(error: RuntimeError) -> bool:
+    """Tell whether a function inside took derivatives in forward mode by autograd's own API."""
+    return "Nested forward mode" in str(error)
+
+
+def of_communication(error: RuntimeError) -> bool:
+    """Tell whether processes could not reach each other."""
+    text = str(error).lower()
+    return isinstance(error, dist.DistError) or any(word in text for word in COMMUNICATION)
