@@ -19,7 +19,7 @@ from kfac_fx.optim.training_step import TrainingStep
 from kfac_fx.passes.rules import register_rule
 
 if TYPE_CHECKING:
-    from kfac_fx import viz
+    from kfac_fx import distributed, passes, viz
 
     __version__: str
 
@@ -34,8 +34,10 @@ __all__ = [
     "Preconditioner",
     "TrainingStep",
     "backend",
+    "distributed",
     "errors",
     "likelihoods",
+    "passes",
     "register_rule",
     "transform",
     "viz",
@@ -43,14 +45,14 @@ __all__ = [
 
 
 def __getattr__(name: str) -> ModuleType | str:
-    """Import ``viz`` and look ``__version__`` up when they are asked for; training needs neither.
+    """Import a room, or look ``__version__`` up, when it is asked for; training needs none of them.
 
     Raises:
         AttributeError: this module has no such name.
     """
-    # This runs only where a name is missing: after the first time, viz is there.
-    if name == "viz":
-        return import_module("kfac_fx.viz")
+    # This runs only where a name is missing: after the first time, the room is there.
+    if name in ("distributed", "passes", "viz"):
+        return import_module(f"kfac_fx.{name}")
     if name == "__version__":
         return _version()
     raise AttributeError(f"module 'kfac_fx' has no attribute {name!r}")
