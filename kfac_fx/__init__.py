@@ -11,6 +11,7 @@ from kfac_fx.api import transform
 from kfac_fx.backend import backend
 from kfac_fx.ir.coupling import Coupling, Edge
 from kfac_fx.ir.curvature_graph import CurvatureBlock, CurvatureGraph
+from kfac_fx.optim.attach import Attachment, attach
 from kfac_fx.optim.growing_batches import GrowingBatches
 from kfac_fx.optim.kfac import KFAC
 from kfac_fx.optim.kfac_options import KFACOptions
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "KFAC",
+    "Attachment",
     "Coupling",
     "CurvatureBlock",
     "CurvatureGraph",
@@ -33,6 +35,7 @@ __all__ = [
     "KFACOptions",
     "Preconditioner",
     "TrainingStep",
+    "attach",
     "backend",
     "distributed",
     "errors",

@@ -356,7 +356,7 @@ class Preconditioner(HasCurvature):
         self.damping = state["damping"]
         self.skipped_statistics = int(state["skipped_statistics"])
         self.skipped_gradients = int(state["skipped_gradients"])
-        self.generator.set_state(state["generator"])
+        self.generator.set_state(state["generator"].cpu())  # trainers load onto the GPU
         self.recorder.switch(self.due)
 
 
