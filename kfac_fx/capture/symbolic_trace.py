@@ -22,9 +22,9 @@ from kfac_fx.capture.dialect import row_of
 from kfac_fx.capture.in_place import update_of, written_in_place
 from kfac_fx.capture.layer_calls import has_parameters, translate
 from kfac_fx.capture.mode_regions import Regions
-from kfac_fx.capture.model_state import version
 from kfac_fx.capture.parameter_paths import ancestors
 from kfac_fx.capture.proxies import WatchedMember, WatchedProxy
+from kfac_fx.capture.run_state import version
 from kfac_fx.capture.undisturbed import undisturbed
 from kfac_fx.capture.value_kinds import ExpectKind, Kind, expect_value, kind_of_call
 from kfac_fx.capture.watching import watched

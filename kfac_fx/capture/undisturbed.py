@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfac_fx.capture.model_state import ModelState, TensorValues
+from kfac_fx.capture.run_state import ModelState, TensorValues
 from kfac_fx.torch_internals.pytree import tree_leaves, tree_map_only
 
 Nested = Any
