@@ -11,12 +11,10 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from kfac_fx.capture.captured_module import CapturedModule, captured_module, share_hooks
+from kfac_fx.capture.captured_module import CapturedModule
 from kfac_fx.capture.graph_modules import from_graph_module
 from kfac_fx.capture.self_check import SelfCheck
-from kfac_fx.capture.symbolic_trace import opaque_calls, trace
-from kfac_fx.capture.train_and_eval import capture_both
-from kfac_fx.capture.undisturbed import undisturbed
+from kfac_fx.capture.symbolic_trace import opaque_calls
 from kfac_fx.config import (
     CAPTURES,
     MAX_FACTOR_DIM,
@@ -28,6 +26,7 @@ from kfac_fx.config import (
     choice,
 )
 from kfac_fx.eager.eager_module import EagerModule, eager_module
+from kfac_fx.eager.guarded import from_trace
 from kfac_fx.eager.record_example import record
 from kfac_fx.errors import CaptureError
 from kfac_fx.export.export_model import fixes_batch, from_export, of_program
@@ -216,11 +215,7 @@ def _captured(
     """Return the model as one route captures it."""
     if route == "symbolic_trace":
         given = _arguments_given(model, args, kwargs)
-        with undisturbed(model):
-            graphs = capture_both(model, lambda m: trace(m, given))
-        module = captured_module(model, *graphs)
-        share_hooks(module, model)
-        return module
+        return from_trace(model, given)
     if args is None and not kwargs:
         raise CaptureError("it needs example_inputs=(...)")
     if route == "export":
@@ -237,9 +232,17 @@ def _captured(
 def _arguments_given(
     model: nn.Module, args: tuple[Value, ...] | None, kwargs: dict[str, Value]
 ) -> frozenset[str]:
-    """Return the names of the arguments of ``forward`` that the example inputs fill."""
-    names = list(inspect.signature(model.forward).parameters)
-    return frozenset(names[: len(args or ())]) | frozenset(kwargs)
+    """Return the names of the arguments of ``forward`` that the example inputs fill.
+
+    None where None is the default is as good as nothing: Python branches on it.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    found = dict(zip(parameters, args or (), strict=False)) | kwargs
+    return frozenset(
+        name
+        for name, value in found.items()
+        if value is not None or name not in parameters or parameters[name].default is not None
+    )
 
 
 def _failure(model: nn.Module, reasons: dict[str, CaptureError], have_inputs: bool) -> CaptureError:

@@ -184,6 +184,8 @@ def translate(module: nn.Module, path: str) -> ModuleCall | None:
     """
     if module._forward_hooks or module._forward_pre_hooks or is_parametrized(module):
         return None
+    if "forward" in vars(module):  # patched on this instance: it runs something else
+        return None
 
     def member(name: str) -> Member | None:
         if getattr(module, name, None) is None:

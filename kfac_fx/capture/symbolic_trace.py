@@ -16,6 +16,7 @@ from torch import fx, nn
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from kfac_fx.capture.dialect import row_of
+from kfac_fx.capture.input_forms import fixed_arguments
 from kfac_fx.capture.layer_calls import has_parameters, translate
 from kfac_fx.errors import CaptureError
 from kfac_fx.torch_internals.operators import runs_nested_graph
@@ -97,13 +98,7 @@ def trace(model: nn.Module, given: Collection[str] = ()) -> fx.Graph:
     Raises:
         CaptureError: symbolic values cannot follow the code; names the user's line.
     """
-    fixed: dict[str, Value] = {}
-    for name, parameter in inspect.signature(model.forward).parameters.items():
-        default = parameter.default
-        simple = default is None or isinstance(default, (bool, str))
-        variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-        if simple and name not in given and not variadic:
-            fixed[name] = default
+    fixed = fixed_arguments(inspect.signature(model.forward), given)
     try:
         return _Tracer().trace(model, concrete_args=fixed or None)
     except Exception as error:  # any code of the user's may run here
