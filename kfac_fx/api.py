@@ -26,7 +26,7 @@ from kfac_fx.config import (
     choice,
 )
 from kfac_fx.eager.eager_module import EagerModule, eager_module
-from kfac_fx.eager.guarded import from_trace
+from kfac_fx.eager.guarded import from_trace, guard_export
 from kfac_fx.eager.record_example import record
 from kfac_fx.errors import CaptureError
 from kfac_fx.export.export_model import fixes_batch, from_export, of_program
@@ -219,7 +219,8 @@ def _captured(
     if args is None and not kwargs:
         raise CaptureError("it needs example_inputs=(...)")
     if route == "export":
-        return from_export(model, args or (), kwargs)
+        module, inputs, constants = from_export(model, args or (), kwargs)
+        return guard_export(module, model, inputs, constants=constants)
     running = eager_module(model, record(model, args or (), kwargs))
     log.warning(
         "%s runs as it is written and is recorded while it does: there is no graph of it that can "

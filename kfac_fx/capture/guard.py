@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from torch import fx, nn
 
 from kfac_fx.capture.input_forms import InputForm
 from kfac_fx.capture.model_state import Change, ModelState
 from kfac_fx.torch_internals.pytree import tree_leaves
-
-if TYPE_CHECKING:
-    from kfac_fx.capture.captured_module import CapturedModule
 
 log = logging.getLogger("kfac_fx")
 
@@ -29,12 +26,25 @@ _TRIALS = 16
 it each time would take longer than the step."""
 
 
+class GuardedNet(Protocol):
+    """A captured module, as its guard sees it; ``kfac_fx.capture.captured_module`` has it."""
+
+    training: bool
+
+    def members_hold(self) -> bool:
+        """Tell whether its children are those of the capture."""
+
+    def follow_source(self) -> None:
+        """Take over what was changed on the model."""
+
+    def _get_name(self) -> str:
+        """Return the name of the model's class."""
+
+
 class StandIn(Protocol):
     """Runs the model in the place of its graph."""
 
-    def run(
-        self, net: CapturedModule, args: tuple[Value, ...], kwargs: dict[str, Value], why: str
-    ) -> Value:
+    def run(self, net: Any, args: tuple[Value, ...], kwargs: dict[str, Value], why: str) -> Value:
         """Return the model's outputs; the taps of ``net`` record where they can."""
 
     def of_copy(self, model: nn.Module) -> StandIn:
@@ -76,7 +86,7 @@ class Guard:
 
     def call(
         self,
-        net: CapturedModule,
+        net: GuardedNet,
         graph: Callable[..., Value],
         args: tuple[Value, ...],
         kwargs: dict[str, Value],
@@ -143,7 +153,7 @@ class Guard:
         return False
 
     def _run_model(
-        self, net: CapturedModule, args: tuple[Value, ...], kwargs: dict[str, Value], why: str
+        self, net: GuardedNet, args: tuple[Value, ...], kwargs: dict[str, Value], why: str
     ) -> Value:
         """Run the model itself, and say so once for each reason."""
         if why not in self._told and len(self._told) < _TRIALS:

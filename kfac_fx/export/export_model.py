@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
@@ -12,11 +12,11 @@ from torch.export import ExportedProgram
 
 from kfac_fx.capture.captured_module import CapturedModule, captured_module
 from kfac_fx.capture.graph_modules import from_graph_module
+from kfac_fx.capture.hooks import refuse_backward_hooks
 from kfac_fx.capture.input_forms import ExportedInputs, Guards
 from kfac_fx.capture.symbolic_trace import user_line
 from kfac_fx.capture.train_and_eval import capture_both
 from kfac_fx.capture.undisturbed import undisturbed
-from kfac_fx.eager.guarded import guard_export, refuse_backward_hooks
 from kfac_fx.errors import CaptureError
 from kfac_fx.torch_internals.buffer_registration_hooks import no_hooks_left
 from kfac_fx.torch_internals.pytree import tree_leaves, tree_map_only
@@ -31,9 +31,21 @@ _GUARDS = "_guards_fn"
 _RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
 
 
-def from_export(
-    model: nn.Module, args: tuple[Value, ...], kwargs: dict[str, Value]
-) -> CapturedModule:
+class Exported(NamedTuple):
+    """A model that was exported, and what that fixed.
+
+    Attributes:
+        module: the graphs, without a guard.
+        inputs: what was fixed about the arguments.
+        constants: whether the graphs hold tensors that the model lacks.
+    """
+
+    module: CapturedModule
+    inputs: ExportedInputs
+    constants: bool
+
+
+def from_export(model: nn.Module, args: tuple[Value, ...], kwargs: dict[str, Value]) -> Exported:
     """Return the model as torch.export sees it with the example inputs, in both modes.
 
     Args:
@@ -59,8 +71,7 @@ def from_export(
         training, evaluation = capture_both(model, graph_of)
     module = captured_module(model, training, evaluation, constants)
     inputs = ExportedInputs(inspect.signature(model.forward), (args, kwargs), guards)
-    guard_export(module, model, inputs, constants=bool(constants))
-    return module
+    return Exported(module, inputs, bool(constants))
 
 
 def doubled(
