@@ -171,6 +171,8 @@ class CapturedModule(fx.GraphModule):
     def __setattr__(self, name: str, value: Value) -> None:
         """Set an attribute; one that the model has is set there, where its code reads it."""
         held = self.__dict__.get("_held")
+        if held is not None and (isinstance(value, nn.Module) or name in held[0]._modules):
+            setattr(held[0], name, value)
         if held is None or name not in held[0].__dict__:
             super().__setattr__(name, value)
             return
