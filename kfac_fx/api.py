@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from kfac_fx.capture.captured_module import CapturedModule
 from kfac_fx.capture.graph_modules import from_graph_module
 from kfac_fx.capture.self_check import SelfCheck
-from kfac_fx.capture.symbolic_trace import opaque_calls
+from kfac_fx.capture.symbolic_trace import opaque_calls, user_line
 from kfac_fx.config import (
     CAPTURES,
     MAX_FACTOR_DIM,
@@ -187,7 +187,7 @@ def capture_model(
     opaque: list[Captured] = []
     for name in ROUTES if route == "auto" else (route,):
         try:
-            module = _captured(name, model, args, kwargs)
+            module = _captured_or_refused(name, model, args, kwargs)
             if self_check is not None:
                 self_check.compare(module)
         except CaptureError as error:
@@ -207,6 +207,22 @@ def capture_model(
         log.warning("%s does not follow %s", ROUTES[last.route], ", ".join(last.kept_whole))
         return last
     raise _failure(model, reasons, have_inputs)
+
+
+def _captured_or_refused(
+    route: str, model: nn.Module, args: tuple[Value, ...] | None, kwargs: dict[str, Value]
+) -> CapturedModule:
+    """Return the model as one route captures it; whatever stops the route is a refusal of it.
+
+    Raises:
+        CaptureError: says why.
+    """
+    try:
+        return _captured(route, model, args, kwargs)
+    except CaptureError:
+        raise
+    except Exception as error:  # code that fx generates or torch runs may fail in any way
+        raise CaptureError(f"{user_line(error)}: {type(error).__name__}: {error}") from error
 
 
 def _captured(
@@ -232,18 +248,10 @@ def _captured(
 
 def _arguments_given(
     model: nn.Module, args: tuple[Value, ...] | None, kwargs: dict[str, Value]
-) -> frozenset[str]:
-    """Return the names of the arguments of ``forward`` that the example inputs fill.
-
-    None where None is the default is as good as nothing: Python branches on it.
-    """
-    parameters = inspect.signature(model.forward).parameters
-    found = dict(zip(parameters, args or (), strict=False)) | kwargs
-    return frozenset(
-        name
-        for name, value in found.items()
-        if value is not None or name not in parameters or parameters[name].default is not None
-    )
+) -> dict[str, Value]:
+    """Return the example inputs by the names of the arguments of ``forward`` that they fill."""
+    names = inspect.signature(model.forward).parameters
+    return dict(zip(names, args or (), strict=False)) | kwargs
 
 
 def _failure(model: nn.Module, reasons: dict[str, CaptureError], have_inputs: bool) -> CaptureError:

@@ -12,8 +12,10 @@ import torch
 from torch import fx, nn
 from torch.fx.graph import PythonCode
 
+from kfac_fx.capture.mode_regions import switches_modes
 from kfac_fx.errors import CaptureError
 from kfac_fx.torch_internals.generated_forward import SPECS, set_forward, with_renamed_specs
+from kfac_fx.torch_internals.modes import modes_put_back
 
 if TYPE_CHECKING:
     from kfac_fx.capture.graph_view import GraphView
@@ -213,6 +215,8 @@ class CapturedModule(fx.GraphModule):
                 return (train if self.training else evaluate)(self, *args, **kwargs)
 
             set_forward(self, forward)
+        if any(map(switches_modes, filter(None, (self.graph, evaluation)))):
+            set_forward(self, modes_put_back(type(self).forward))
         guard: Guard | None = self.__dict__.get("_guard")
         if guard is not None:
             set_forward(self, _guarded(type(self).forward))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Mapping
+import types
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -28,20 +29,20 @@ class InputForm(Protocol):
         """Say in words what does not fit."""
 
 
-def fixed_arguments(signature: inspect.Signature, given: Collection[str]) -> dict[str, Value]:
-    """Return the arguments that are traced at their default, since Python may branch on them.
+def fixed_arguments(signature: inspect.Signature, given: Mapping[str, Value]) -> dict[str, Value]:
+    """Return the arguments that are traced at one value, since Python may branch on them.
 
     Args:
         signature: of the model's ``forward``.
-        given: names of those that callers will pass.
+        given: example inputs by the names of their arguments.
     """
-    return {
-        name: parameter.default
-        for name, parameter in signature.parameters.items()
-        if (parameter.default is None or isinstance(parameter.default, (bool, str)))
-        and name not in given
-        and parameter.kind not in _VARIADIC
-    }
+    fixed: dict[str, Value] = {}
+    for name, parameter in signature.parameters.items():
+        value = given.get(name, parameter.default)
+        simple = value is None or (isinstance(value, (bool, str)) and name not in given)
+        if simple and parameter.kind not in _VARIADIC:
+            fixed[name] = value
+    return fixed
 
 
 class NamedInputs:
@@ -51,20 +52,27 @@ class NamedInputs:
 
     Args:
         signature: of the model's ``forward``.
-        fixed: names of the arguments that were traced at their default.
+        fixed: the arguments that were traced at one value, and it.
+        kinds: the classes of those whose class the code has asked for.
     """
 
-    def __init__(self, signature: inspect.Signature, fixed: Mapping[str, Value]) -> None:
+    def __init__(
+        self,
+        signature: inspect.Signature,
+        fixed: Mapping[str, Value],
+        kinds: Mapping[str, type] = types.MappingProxyType({}),
+    ) -> None:
         parameters = [p for p in signature.parameters.values() if p.kind not in _VARIADIC]
         self._fixed = dict(fixed)
+        self._kinds = dict(kinds)
         self._order = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
         self._names = {p.name for p in parameters if p.kind is not p.POSITIONAL_ONLY}
         self._open = {p.name for p in parameters} - fixed.keys()
         # An argument that was given in the example has no None to stand in for it now.
         self._needed = [p.name for p in parameters if p.default is None and p.name in self._open]
-        kinds = {p.kind for p in signature.parameters.values()}
-        self._any_keyword = inspect.Parameter.VAR_KEYWORD in kinds
-        self._any_number = inspect.Parameter.VAR_POSITIONAL in kinds
+        ways = {p.kind for p in signature.parameters.values()}
+        self._any_keyword = inspect.Parameter.VAR_KEYWORD in ways
+        self._any_number = inspect.Parameter.VAR_POSITIONAL in ways
 
     def fitting(self, given: Given, training: bool) -> Given | None:
         """Return the arguments, None where Python would have taken another branch."""
@@ -75,7 +83,9 @@ class NamedInputs:
         name = self._misfitting(given)
         if name in self._fixed:
             return f"the argument {name}, which was traced as {self._fixed[name]!r}"
-        return f"the argument {name}, which was traced as given"
+        kind = self._kinds.get(name or "")
+        traced = "given" if kind is None else f"of class {kind.__name__}"
+        return f"the argument {name}, which was traced as {traced}"
 
     def _misfitting(self, given: Given) -> str | None:
         args, kwargs = given
@@ -97,7 +107,8 @@ class NamedInputs:
 
     def _fits(self, name: str, value: Value) -> bool:
         if name not in self._fixed:
-            return value is not None
+            kind = self._kinds.get(name)
+            return value is not None if kind is None else isinstance(value, kind)
         then = self._fixed[name]
         return value is then or (type(value) is type(then) and bool(value == then))
 

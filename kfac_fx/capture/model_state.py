@@ -203,7 +203,7 @@ class ModelState:
             return
         self._add(vars(module), Place(path))
         for key, value in vars(module).items():
-            if key in _OWN or (not path and self._own_hooks and key.endswith("_hooks")):
+            if key in _OWN or (not path and self._own_hooks and "_hooks" in key):
                 continue
             if key == "_modules":
                 self._add(value, Place(path, "children"))

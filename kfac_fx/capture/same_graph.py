@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, fx, nn
@@ -15,10 +14,6 @@ from kfac_fx.errors import CaptureError
 
 Value = Any
 """An argument of a node, or what a module holds under a name."""
-
-
-_CONSTANT = re.compile(r"(^|\.)_tensor_constant\d+$")
-"""Names that a tracer gives to tensors that stand nowhere in the model."""
 
 
 class _Flag(NamedTuple):
@@ -37,30 +32,26 @@ class _Step(NamedTuple):
     constant: Value
 
 
-def digest(graph: fx.Graph, root: nn.Module) -> list[_Step]:
+def digest(graph: fx.Graph, constants: Mapping[str, Tensor]) -> list[_Step]:
     """Return a graph as values that can be compared after its nodes are gone.
 
     Args:
         graph: a captured graph, without taps.
-        root: holds the constants that it reads.
+        constants: what it reads and the model lacks, by name.
     """
     found: list[_Step] = []
     names: dict[fx.Node, Value] = {}
-    owned = {name for name, _ in root.named_parameters(remove_duplicate=False)}
-    owned |= {name for name, _ in root.named_buffers(remove_duplicate=False)}
     for node in graph.nodes:
         target = str(node.target)
         if node.op == "get_attr" and target.split(".")[-1] == "training":
             names[node] = _Flag(target.rpartition(".")[0])
             continue
         names[node] = ("node", len(found))
-        constant = None
-        if node.op == "get_attr" and target not in owned:
-            constant = _attribute(root, target)
-            if _CONSTANT.search(target):
-                target = ""  # its number depends on what was traced before
-            elif isinstance(constant, Tensor):
-                constant = None  # a tensor of the user's, which the graph reads as it runs
+        # The name of a constant depends on what was traced before. What the model holds itself is
+        # read as the graph runs.
+        constant = constants.get(target) if node.op == "get_attr" else None
+        if constant is not None:
+            target = ""
         elif node.op == "call_function":
             target = node.target
         args = _named(node.args, names)
@@ -120,12 +111,15 @@ def _same(one: Value, other: Value) -> bool:
     return one is other or bool(one == other)
 
 
-def _attribute(module: nn.Module, path: str) -> Value:
-    """Return what a module has at a path; what is not there is equal to nothing."""
-    value: Value = module
-    for part in path.split("."):
-        value = getattr(value, part, None)
-    return object() if value is None else value
+class Tracer(Protocol):
+    """Knows how a model was traced; ``kfac_fx.eager.guarded`` has it."""
+
+    @property
+    def live(self) -> frozenset[str]:
+        """Return the paths of the layers that the graphs call as they are."""
+
+    def again(self, model: nn.Module) -> tuple[fx.Graph, dict[str, Tensor]]:
+        """Return the graph of a model in its present mode, and the constants that it reads."""
 
 
 class TracedAgain:
@@ -133,26 +127,24 @@ class TracedAgain:
 
     Args:
         model: the user's model.
-        net: its capture, which holds the constants of the graphs.
         graphs: in training and in evaluation, or one for both.
-        trace: traces a model in its present mode; raises CaptureError.
-        live: paths of the layers that the graphs call as they are.
+        constants: what they read and the model lacks, by name.
+        tracer: traces it again.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        net: nn.Module,
         graphs: tuple[fx.Graph, fx.Graph | None],
-        trace: Callable[[nn.Module], fx.Graph],
-        live: frozenset[str],
+        constants: Mapping[str, Tensor],
+        tracer: Tracer,
     ) -> None:
         self._model = model
-        self._trace = trace
-        self._live = live
+        self._tracer = tracer
+        self._live = tracer.live
         training, evaluation = graphs
-        first = digest(training, net)
-        self._digests = {True: first, False: digest(evaluation, net) if evaluation else first}
+        first = digest(training, constants)
+        self._digests = {True: first, False: digest(evaluation, constants) if evaluation else first}
         self._layers = self._translated()
 
     def holds(self, changes: Sequence[Change], training: bool) -> bool:
@@ -163,11 +155,11 @@ class TracedAgain:
         if all(change.place.module in self._live for change in changes):
             return True
         try:
-            graph = self._trace(self._model)
+            graph, constants = self._tracer.again(self._model)
         except CaptureError:
             return False
         flags = {path: module.training for path, module in self._model.named_modules()}
-        return _equal(self._digests[training], digest(graph, self._model), flags)
+        return _equal(self._digests[training], digest(graph, constants), flags)
 
     def of_copy(self, model: nn.Module) -> TracedAgain:
         """Return the same for a copy of the model."""
