@@ -44,7 +44,7 @@ def train(steps: int) -> tuple[list[float], kfac_fx.Preconditioner]:
 
     model = GCN(8, 3)
     net = kfac_fx.transform(model, (x, edges))
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
     preconditioner = kfac_fx.Preconditioner(net, "categorical", damping=1e-2, refresh_every=3)
 
     losses = []

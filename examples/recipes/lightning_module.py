@@ -52,7 +52,7 @@ class Digits(lightning.LightningModule):
     # may be made. With automatic optimisation the whole step, forward and backward too, is a
     # closure in optimizer.step(); attach() knows that.
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        optimizer = torch.optim.SGD(self.net.parameters(), lr=0.05, momentum=0.9)
+        optimizer = torch.optim.SGD(self.net.parameters(), lr=0.02, momentum=0.9)
         self.preconditioner = kfac_fx.Preconditioner(self.net, "categorical", damping=1e-2)
         kfac_fx.attach(self.preconditioner, optimizer)
         return optimizer

@@ -25,6 +25,7 @@ def train(steps: int) -> tuple[list[float], kfac_fx.Preconditioner]:
     torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=11,
+        initializer_range=0.3,
         n_positions=12,
         n_embd=32,
         n_layer=2,
@@ -40,7 +41,7 @@ def train(steps: int) -> tuple[list[float], kfac_fx.Preconditioner]:
     # What is trained gets curvature: the two factors of each adapter are layers of their own. The
     # frozen weights around them are passed through.
     net = kfac_fx.transform(model, example_kwargs={"input_ids": tokens[:2]})
-    optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.1)
+    optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.05)
     preconditioner = kfac_fx.Preconditioner(net, "categorical", damping=1e-2, refresh_every=3)
 
     # The captured network has the adapter in it, for good. Logits without the adapter come from

@@ -471,7 +471,7 @@ class KFAC(HasCurvature, Optimizer):
         self._iteration = own["iteration"]
         self._trust.load(own["trust"])
         self._last.load(own["previous"], own["before"])
-        self.generator.set_state(own["generator"])
+        self.generator.set_state(own["generator"].cpu())
         counters = own["counters"]
         self.skipped_batches = counters["skipped_batches"]
         self.rejected_steps = counters["rejected_steps"]
