@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,10 +18,17 @@ from kfac_fx.likelihoods.builtin import Likelihood, Tree
 from kfac_fx.likelihoods.named import Sum
 from kfac_fx.likelihoods.sampling import seeded
 from kfac_fx.ops.net_buffers import STORE
+from kfac_fx.optim.products import Direction, Parameters, Rows, TracedRows, root_derivatives
 from kfac_fx.parallel import WholeParameters, Workers, share_of
-from kfac_fx.statistics.forward import Forward, outputs_of
+from kfac_fx.statistics.buffers import sources_of
+from kfac_fx.statistics.forward import Forward, outputs_of, run_network
+from kfac_fx.statistics.own_pass import LIKELIHOOD, OwnPass, Result
 from kfac_fx.statistics.recorder import drawn_seed
-from kfac_fx.torch_internals import pytree
+from kfac_fx.statistics.repeated_pass import Extra, RepeatedPass, repeated
+from kfac_fx.statistics.replays import Replays, is_ours
+from kfac_fx.statistics.sampled import Collected
+from kfac_fx.statistics.swap_tensors import Places
+from kfac_fx.torch_internals import foreach, pytree
 
 
 class Batch(NamedTuple):
@@ -33,6 +41,22 @@ class Batch(NamedTuple):
 
     inputs: Tree
     targets: Tree
+
+
+class _Repeats(NamedTuple):
+    """The passes of an objective that may run as traces.
+
+    Attributes:
+        names: the parameters that derivatives are asked for, as they are asked for.
+        held: their names in the module.
+        gradient: from a batch to the loss and its gradients.
+        products: from a batch and directions to derivatives of the output Fisher's root.
+    """
+
+    names: tuple[str, ...]
+    held: tuple[str, ...]
+    gradient: RepeatedPass[Result]
+    products: RepeatedPass[Rows]
 
 
 class Objective:
@@ -81,6 +105,45 @@ class Objective:
         # Factor buffers are the taps': copying them each step would cost as much as the parameters.
         names = [name for name, _ in net.named_buffers() if not name.startswith(STORE)]
         self._buffers = {name: net.get_buffer(name) for name in names}
+        self._alone = own and workers.size == 1 and not compile
+        self._replays: Replays | None = None
+        self._repeats: _Repeats | None = None
+
+    def _repeat(self, names: tuple[str, ...]) -> _Repeats | None:
+        """Return the passes of the gradient and of products that may run as traces.
+
+        Args:
+            names: of the parameters that derivatives are asked for.
+        """
+        if not self._alone:
+            return None
+        net = self.net
+        if self._replays is None:
+            pure = self.forward is run_network and is_ours(self.likelihood)
+            self._replays = Replays(net, pure)
+        if self._repeats is None or self._repeats.names != names:
+            # A parameter that is held twice has one name in the module, and any of its names here.
+            held = {id(parameter): name for name, parameter in net.named_parameters()}
+            trained = tuple(held[id(net.get_parameter(name))] for name in names)
+            own = OwnPass(
+                net,
+                sources_of(net, ()),
+                self.likelihood,
+                "sampled",
+                self.forward,
+                self._workers,
+                Places(net),
+                loss=LIKELIHOOD,
+                statistics=False,
+                trained=trained,
+            )
+            make = partial(TracedRows, names=trained)
+            products: RepeatedPass[Rows] = RepeatedPass(
+                own, self._replays, make, lambda found: [found.rows]
+            )
+            gradient = repeated(own, self._replays)
+            self._repeats = _Repeats(names, trained, gradient, products)
+        return self._repeats
 
     def begin(self, batch: Batch) -> None:
         """Draw new masks for the passes that follow, and count the batch's cases."""
@@ -176,20 +239,77 @@ class Objective:
             batch: the batch of this process.
             parameters: the module's own, or those that it is run with; a gradient each, in order.
         """
-        with torch.enable_grad(), self.same_masks():
+        repeats = self._repeat(tuple(parameters))
+        names = tuple(parameters) if repeats is None else repeats.held
+        plain = partial(self._gradient, batch, dict(zip(names, parameters.values(), strict=True)))
+        with self.same_masks():
+            if repeats is None:
+                found = plain()
+            else:
+                found = repeats.gradient(batch.inputs, batch.targets, Extra(), plain)
+        assert found.loss is not None
+        self.terms = found.collected.total
+        self._take_buffers(found.buffers)
+        # A parameter that the batch does not reach has a gradient of zero, to which the l2 term is
+        # added.
+        dense = []
+        for name, parameter in zip(names, parameters.values(), strict=True):
+            gradient = found.gradients.get(name)
+            dense.append(torch.zeros_like(parameter) if gradient is None else gradient)
+        self._workers.sum_([found.loss, *dense])
+        return found.loss, dense
+
+    def _gradient(self, batch: Batch, parameters: Parameters) -> Result:
+        """Run the pass of the gradient as it is; the network's buffers change."""
+        with torch.enable_grad():
             if self._compiled is None:
                 outputs = self.outputs(batch.inputs)
             else:
                 outputs = outputs_of(self.forward, self._compiled, batch.inputs)
             loss = self.loss(outputs, batch.targets)
-            wrt = list(parameters.values())
-            # Not loss.backward(): the user's .grad stays as it is. A parameter that the batch does
-            # not reach has a gradient of zero, to which the l2 term is added.
-            found = torch.autograd.grad(loss, wrt, allow_unused=True, materialize_grads=True)
-        value = loss.detach()
-        dense = [g.to_dense() if g.is_sparse else g for g in found]
-        self._workers.sum_([value, *dense])
-        return value, dense
+            # Not loss.backward(): the user's .grad stays as it is.
+            found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        gradients = {
+            name: g.to_dense() if g.is_sparse else g
+            for name, g in zip(parameters, found, strict=True)
+            if g is not None
+        }
+        counted = Collected(True, {}, self.terms, self.terms)
+        return Result(counted, loss.detach(), gradients, self._buffers)
+
+    @torch.no_grad()
+    def _take_buffers(self, buffers: Mapping[str, Tensor]) -> None:
+        """Give the network the buffers that a trace has left; a pass has changed them itself."""
+        if buffers and buffers is not self._buffers:
+            foreach.copy_([self._buffers[name] for name in buffers], list(buffers.values()))
+
+    def fisher_gram(
+        self, part: Batch, parameters: Parameters, directions: Sequence[Direction]
+    ) -> Tensor:
+        """Return the products of directions with the exact Fisher, [n, n] in float64.
+
+        Args:
+            part: the cases of this process.
+            parameters: where derivatives are taken.
+            directions: v_1 to v_n, by the names of the parameters.
+        """
+        def run(given: Parameters) -> BatchLikelihood:
+            # Each product runs the network once more, with the same masks and no trace in buffers.
+            with self.aside():
+                outputs = self.outputs(part.inputs, given)
+            return self.likelihood_of_all(outputs, part.targets)
+
+        each = [
+            [one[name].to(p.dtype) for name, p in parameters.items()] for one in directions
+        ]
+        plain = partial(root_derivatives, run, parameters, each)
+        repeats = self._repeat(tuple(parameters))
+        if repeats is None:
+            return plain().gram()
+        tensors = [tensor for direction in each for tensor in direction]
+        with self.same_masks():
+            found = repeats.products(part.inputs, part.targets, Extra(0, tensors), plain)
+        return found.gram()
 
     def value(self, batch: Batch, parameters: Mapping[str, Tensor] | None = None) -> float:
         """Return the mean negative log-likelihood of a term, of all processes.

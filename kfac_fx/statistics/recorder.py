@@ -24,6 +24,7 @@ from kfac_fx.statistics.empirical import EmpiricalStatistics
 from kfac_fx.statistics.forward import Forward, run_network
 from kfac_fx.statistics.own_pass import OwnPass
 from kfac_fx.statistics.pass_cache import CompiledPass
+from kfac_fx.statistics.replays import Replays, is_ours
 from kfac_fx.statistics.sampled import Collected, SampledStatistics
 from kfac_fx.statistics.swap_tensors import Places
 from kfac_fx.statistics.user_graph import BackwardWatch
@@ -169,6 +170,7 @@ class Recorder:
         own: such a pass, node by node.
         seed: gives the seed of the draws of the next pass; 0 if there are none.
         compile: the value as given.
+        replays: the traces of the network's passes.
 
     Raises:
         UnknownOptionError: the empirical Fisher of a sum of likelihoods.
@@ -203,7 +205,10 @@ class Recorder:
         for buffer in buffers:
             buffer.grad = None
         self.own = OwnPass(net, self.sources, likelihood, fisher, forward, workers, Places(net))
-        self._pass = CompiledPass(self.own, compile)
+        # Code that is not the library's may compute other things at the next call.
+        pure = forward is run_network and is_ours(likelihood)
+        self.replays = Replays(net, pure)
+        self._pass = CompiledPass(self.own, compile, self.replays)
         # A pass that draws nothing must not move the generator: ``int`` gives 0.
         self.seed = partial(drawn_seed, generator, workers) if self.own.draws else int
         self._sampled = SampledStatistics(self.sources, likelihood, fisher, workers, self.seed)
