@@ -34,7 +34,10 @@ _PLACE = "place"
 _QUESTIONS = {_ATEN.is_same_size.default, _ATEN._has_same_storage_numel.default}
 """Operators that autograd asks of tangents while it is traced; nobody reads the answers."""
 
-_HIDDEN = {_ATEN.native_batch_norm.default: (3, 4), _ATEN.cudnn_batch_norm.default: (3, 4)}
+_HIDDEN: dict[object, tuple[int, ...]] = {
+    _ATEN.native_batch_norm.default: (3, 4),
+    _ATEN.cudnn_batch_norm.default: (3, 4),
+}
 """Places of arguments that operators write into without saying so in their schema."""
 
 
@@ -196,7 +199,7 @@ def _drop_aliases(graph: fx.Graph) -> None:
             continue
         source = node
         while _is_view(source):
-            source = source.args[0]  # type: ignore[assignment]
+            source = source.args[0]
             if _PLACE in source.meta and source.meta[_PLACE] == node.meta.get(_PLACE):
                 node.replace_all_uses_with(source)
                 graph.erase_node(node)

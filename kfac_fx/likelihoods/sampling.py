@@ -12,9 +12,19 @@ from torch import Tensor
 @contextmanager
 def forked(tensors: Iterable[Tensor]) -> Iterator[list[int]]:
     """Give the streams of the CPU and of the tensors' devices their state back at the end."""
-    devices = sorted({tensor.device.index for tensor in tensors if tensor.is_cuda})
-    with torch.random.fork_rng(devices):
+    devices: list[int] = []
+    if torch.cuda.is_initialized():
+        devices = sorted({tensor.device.index for tensor in tensors if tensor.is_cuda})
+    if devices:
+        with torch.random.fork_rng(devices):
+            yield devices
+        return
+    # Passes do this several times a step: fork_rng asks more than has to be known on a CPU.
+    before = torch.get_rng_state()
+    try:
         yield devices
+    finally:
+        torch.set_rng_state(before)
 
 
 @contextmanager

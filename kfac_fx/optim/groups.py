@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Literal
 
@@ -10,8 +11,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from kfac_fx.errors import UnknownOptionError
-from kfac_fx.optim.quadratic import Direction
+from kfac_fx.optim.products import Direction
 from kfac_fx.parallel import WholeParameters
+from kfac_fx.torch_internals import foreach
 
 GroupOption = Literal["lr", "momentum", "weight_decay"]
 
@@ -54,5 +56,9 @@ class Groups:
         """Return the l2 term: the sum of eta / 2 ||theta||^2 over the groups."""
         # In float64: the reduction ratio is a small difference of two objectives.
         decay = self.options("weight_decay")
-        terms = [0.5 * decay[n] * p.double().square().sum() for n, p in self.parameters().items()]
-        return float(torch.stack(terms).sum())
+        decayed = {name: p for name, p in self.parameters().items() if decay[name]}
+        if not decayed:
+            return 0.0
+        norms = torch.stack(foreach.norm(list(decayed.values()), 2, torch.float64)).tolist()
+        pairs = zip(decayed, norms, strict=True)
+        return math.fsum(0.5 * decay[name] * norm**2 for name, norm in pairs)

@@ -18,7 +18,7 @@ from kfac_fx.likelihoods.builtin import Likelihood, Tree
 from kfac_fx.likelihoods.named import Sum
 from kfac_fx.likelihoods.sampling import seeded
 from kfac_fx.ops.net_buffers import STORE
-from kfac_fx.optim.products import Direction, Parameters, Rows, TracedRows, root_derivatives
+from kfac_fx.optim.products import Derivatives, Direction, Parameters, TracedRows, root_derivatives
 from kfac_fx.parallel import WholeParameters, Workers, share_of
 from kfac_fx.statistics.buffers import sources_of
 from kfac_fx.statistics.forward import Forward, outputs_of, run_network
@@ -56,7 +56,7 @@ class _Repeats(NamedTuple):
     names: tuple[str, ...]
     held: tuple[str, ...]
     gradient: RepeatedPass[Result]
-    products: RepeatedPass[Rows]
+    products: RepeatedPass[Derivatives]
 
 
 class Objective:
@@ -105,6 +105,7 @@ class Objective:
         # Factor buffers are the taps': copying them each step would cost as much as the parameters.
         names = [name for name, _ in net.named_buffers() if not name.startswith(STORE)]
         self._buffers = {name: net.get_buffer(name) for name in names}
+        self._parameters = list(net.parameters())
         self._alone = own and workers.size == 1 and not compile
         self._replays: Replays | None = None
         self._repeats: _Repeats | None = None
@@ -138,7 +139,7 @@ class Objective:
                 trained=trained,
             )
             make = partial(TracedRows, names=trained)
-            products: RepeatedPass[Rows] = RepeatedPass(
+            products: RepeatedPass[Derivatives] = RepeatedPass(
                 own, self._replays, make, lambda found: [found.rows]
             )
             gradient = repeated(own, self._replays)
@@ -169,7 +170,7 @@ class Objective:
     @contextmanager
     def same_masks(self) -> Iterator[None]:
         """Draw inside the random numbers that every pass of the step draws."""
-        with seeded(self._seed, self.net.parameters()):
+        with seeded(self._seed, self._parameters):
             yield
 
     def snapshot(self) -> dict[str, Tensor]:
@@ -293,15 +294,14 @@ class Objective:
             parameters: where derivatives are taken.
             directions: v_1 to v_n, by the names of the parameters.
         """
+
         def run(given: Parameters) -> BatchLikelihood:
             # Each product runs the network once more, with the same masks and no trace in buffers.
             with self.aside():
                 outputs = self.outputs(part.inputs, given)
             return self.likelihood_of_all(outputs, part.targets)
 
-        each = [
-            [one[name].to(p.dtype) for name, p in parameters.items()] for one in directions
-        ]
+        each = [[one[name].to(p.dtype) for name, p in parameters.items()] for one in directions]
         plain = partial(root_derivatives, run, parameters, each)
         repeats = self._repeat(tuple(parameters))
         if repeats is None:

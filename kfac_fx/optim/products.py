@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kfac_fx.codegen.functional import no_autocast
+from kfac_fx.codegen.functional import NotFunctionalError, no_autocast, random_nodes
 from kfac_fx.codegen.replay import replayable
 from kfac_fx.likelihoods.batch import BatchLikelihood, BatchTerms, Terms, batch_likelihood
 from kfac_fx.likelihoods.builtin import Tree
@@ -38,26 +38,26 @@ Run = Callable[[Parameters], BatchLikelihood]
 random numbers that change from call to call."""
 
 
-class Rows(NamedTuple):
+class Derivatives(NamedTuple):
     """The derivatives of the root in directions.
 
     Attributes:
         rows: [n, m], one row a direction, in float64.
-        count: number of likelihood terms.
+        terms: number of likelihood terms.
     """
 
     rows: Tensor
-    count: float
+    terms: float
 
     def gram(self) -> Tensor:
         """Return v_i^T F v_j of one likelihood term for all pairs of directions: [n, n]."""
-        return self.rows @ self.rows.T / self.count
+        return self.rows @ self.rows.T / self.terms
 
 
 @torch.no_grad()
 def root_derivatives(
     run: Run, parameters: Parameters, directions: Sequence[Sequence[Tensor]]
-) -> Rows:
+) -> Derivatives:
     """Return the derivatives of the root in directions.
 
     Args:
@@ -72,7 +72,7 @@ def root_derivatives(
         with _differentiable_forward():
             count, terms = _derivative(run, parameters, tangents)
         rows.append(terms.double())
-    return Rows(torch.stack(rows), count)
+    return Derivatives(torch.stack(rows), count)
 
 
 @contextmanager
@@ -155,15 +155,19 @@ class TracedRows:
         # Under no kernel that the pass itself would not take.
         with _differentiable_forward():
             self.once = replayable(function, [*tensors, *extra.tensors])
+        if len(extra.tensors) > len(names) and random_nodes(self.once.graph):
+            # Each direction's pass draws the masks anew, from the same seed; a trace of all of them
+            # would go on drawing.
+            raise NotFunctionalError("every direction draws the same masks")
         self._forward = type(self.once).forward
 
     @torch.no_grad()
-    def __call__(self, given: Arguments, extra: Extra, count: float) -> Rows:
+    def __call__(self, given: Arguments, extra: Extra, count: float) -> Derivatives:
         """Return the derivatives for other tensors of the same form."""
         # Which kernel a convolution takes is asked when it runs; attention was taken apart before.
         with _without_mkldnn():
             (rows,) = self._forward(self.once, *given.tensors(()), *extra.tensors)
-        return Rows(rows, count)
+        return Derivatives(rows, count)
 
 
 def _run_once(

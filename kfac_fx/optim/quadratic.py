@@ -15,6 +15,7 @@ from torch import Tensor
 from kfac_fx.optim.products import Direction, Parameters
 from kfac_fx.torch_internals import foreach
 
+
 @dataclass(frozen=True)
 class QuadraticModel:
     """M along the proposal Delta and, if there is one, the previous update delta_0.
@@ -68,15 +69,33 @@ def inner_products(directions: Sequence[Direction]) -> Tensor:
     would lose the differences that (alpha, mu) are computed from.
     """
     result = torch.zeros(len(directions), len(directions), dtype=torch.float64)
-    for name, like in directions[0].items():
-        rows = torch.stack([_wide(d[name]) for d in directions])
-        result = result.to(like.device).addmm_(rows, rows.mT)
+    for names in _parts(directions[0]):
+        rows = torch.stack([_flat(direction, names) for direction in directions]).double()
+        result = result.to(rows.device).addmm_(rows, rows.mT)
     return result
 
 
-def _wide(value: Tensor) -> Tensor:
-    real = torch.view_as_real(value) if value.is_complex() else value
-    return real.reshape(-1).to(torch.float64)
+AT_ONCE = 2**20
+"""Entries of a direction that are copied to float64 at once."""
+
+
+def _parts(like: Parameters) -> list[list[str]]:
+    """Return the names in groups that lie on one device: few calls, and no large copies."""
+    parts: list[list[str]] = []
+    size, device = AT_ONCE, None
+    for name, value in like.items():
+        if size + value.numel() > AT_ONCE or value.device != device:
+            parts.append([])
+            size, device = 0, value.device
+        size += value.numel()
+        parts[-1].append(name)
+    return parts
+
+
+def _flat(direction: Parameters, names: Sequence[str]) -> Tensor:
+    values = (direction[name] for name in names)
+    real = (torch.view_as_real(v) if v.is_complex() else v for v in values)
+    return torch.cat([v.reshape(-1) for v in real])
 
 
 def combination(coefficients: Sequence[float], directions: Sequence[Direction]) -> Direction:

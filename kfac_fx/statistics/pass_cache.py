@@ -44,9 +44,7 @@ class CompiledPass:
         programs: form -> program, or None where there is none.
     """
 
-    def __init__(
-        self, own: OwnPass, compile: bool | str, replays: Replays | None = None
-    ) -> None:
+    def __init__(self, own: OwnPass, compile: bool | str, replays: Replays | None = None) -> None:
         self.own = own
         repeats = replays is not None and not compile and own.workers.size == 1
         self._repeated = repeated(own, replays) if repeats and replays is not None else None

@@ -8,7 +8,7 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 from torch import Tensor, fx
 
 from kfac_fx.codegen.functional import NotFunctionalError
-from kfac_fx.likelihoods.batch import BatchTerms, batch_terms, singles
+from kfac_fx.likelihoods.batch import Terms, batch_terms, singles
 from kfac_fx.likelihoods.builtin import Tree
 from kfac_fx.likelihoods.named import Sum
 from kfac_fx.ops.gram import Statistic
@@ -18,9 +18,10 @@ from kfac_fx.statistics.traced_pass import Arguments, Facts, PassProgram, argume
 from kfac_fx.torch_internals import pytree
 
 Found = TypeVar("Found")
+FoundOut = TypeVar("FoundOut", covariant=True)
 
 
-class Traced(Protocol[Found]):
+class Traced(Protocol[FoundOut]):
     """The trace of a pass.
 
     Attributes:
@@ -29,7 +30,7 @@ class Traced(Protocol[Found]):
 
     once: fx.GraphModule
 
-    def __call__(self, given: Arguments, extra: Extra, count: float) -> Found:
+    def __call__(self, given: Arguments, extra: Extra, count: float) -> FoundOut:
         """Run it on a batch of its form.
 
         Args:
@@ -76,7 +77,8 @@ class RepeatedPass(Generic[Found]):
         self._replays = replays
         self._make = make
         self._results = results
-        self._traced: dict[Form, tuple[Facts, Traced[Found]]] = {}
+        self._facts: dict[Form, Facts] = {}
+        self._traced: dict[Form, Traced[Found]] = {}
 
     def __call__(
         self, inputs: Tree, targets: Tree, extra: Extra, plain: Callable[[], Found]
@@ -89,17 +91,22 @@ class RepeatedPass(Generic[Found]):
             plain: runs the pass as it is; its draws from torch's stream are the trace's as well.
         """
         form = None if callable(inputs) else self._form(inputs, targets, extra)
-        if form is None:
+        facts = None if form is None else self._facts_of(form, inputs)
+        if form is None or facts is None:
             return plain()
+        # Targets are checked before the trace runs, which cannot raise.
+        ones = singles(self._own.likelihood, facts.outputs, targets)
+        terms = batch_terms(ones, facts.shapes, isinstance(self._own.likelihood, Sum))
+        _, agreed = terms.agreed(self._own.workers, "observe")
+        given = arguments(self._own, facts, inputs, targets, agreed)
+        form = form._replace(what=(form.what, _kinds(given.terms)))
         if self._replays.proven(form):
-            return self._run(form, inputs, targets, extra)
-        if not self._replays.ready(form):
-            return plain()
-        if form not in self._traced and not self._trace(form, inputs, targets, extra):
+            return self._traced[form](given, extra, agreed.count)
+        if not self._trace(form, facts, given, extra):
             return plain()
         # Both draw what torch's stream has at present; the pass comes last, and is what counts.
         with self._replays.drawing_alike(form):
-            found = self._run(form, inputs, targets, extra)
+            found = self._traced[form](given, extra, agreed.count)
         wanted = plain()
         if not self._replays.prove(form, self._results(found), self._results(wanted)):
             del self._traced[form]
@@ -110,32 +117,31 @@ class RepeatedPass(Generic[Found]):
         tensors = [*state, *_leaves(inputs), *_leaves(targets), *extra.tensors]
         return self._replays.form((id(self), _structure(inputs, targets)), tensors)
 
-    def _trace(self, form: Form, inputs: Tree, targets: Tree, extra: Extra) -> bool:
+    def _facts_of(self, form: Form, inputs: Tree) -> Facts | None:
+        """Return the facts of a form that has come a few times; None before that."""
+        if form not in self._facts and self._replays.ready(form):
+            try:
+                with self._replays.tracing():
+                    self._facts[form] = facts_of(self._own, inputs, real=True)
+            except NotFunctionalError as error:
+                self._replays.refuse(form, str(error))
+        return self._facts.get(form)
+
+    def _trace(self, form: Form, facts: Facts, given: Arguments, extra: Extra) -> bool:
         """Trace a form; return whether there is a trace."""
+        if form in self._traced:
+            return True
+        if not self._replays.begin(form):
+            return False
         try:
             with self._replays.tracing():
-                facts = facts_of(self._own, inputs, real=True)
-                _, given = self._given(facts, inputs, targets)
                 made = self._make(self._own, facts, given, extra)
         except NotFunctionalError as error:
             self._replays.refuse(form, str(error))
             return False
         self._replays.traced(form, made.once)
-        self._traced[form] = facts, made
+        self._traced[form] = made
         return True
-
-    def _given(self, facts: Facts, inputs: Tree, targets: Tree) -> tuple[BatchTerms, Arguments]:
-        """Return the terms of a batch and the arguments of its trace."""
-        # Targets are checked before the trace runs, which cannot raise.
-        ones = singles(self._own.likelihood, facts.outputs, targets)
-        terms = batch_terms(ones, facts.shapes, isinstance(self._own.likelihood, Sum))
-        _, agreed = terms.agreed(self._own.workers, "observe")
-        return agreed, arguments(self._own, facts, inputs, targets, agreed)
-
-    def _run(self, form: Form, inputs: Tree, targets: Tree, extra: Extra) -> Found:
-        facts, traced = self._traced[form]
-        agreed, given = self._given(facts, inputs, targets)
-        return traced(given, extra, agreed.count)
 
 
 class _TracedPass:
@@ -160,6 +166,11 @@ def _results(result: Result) -> list[Statistic]:
     for named in (result.gradients, result.buffers):
         found += [named[name] for name in sorted(named)]
     return found
+
+
+def _kinds(terms: Sequence[Terms | None]) -> tuple[tuple[bool, bool] | None, ...]:
+    """Return which tensors the terms of a batch have: weights may depend on the targets' values."""
+    return tuple([t and (t.targets is None, t.weights is None) for t in terms])
 
 
 def _leaves(tree: Tree) -> list[Tensor]:

@@ -1,15 +1,15 @@
 """Passes of a network that repeat: after a few of one form, their operators are run alone.
 
-A pass is a function of tensors. What surrounds its operators (autograd, modules, taps) costs a small
-network more than the operators do, and is the same at every call. So a pass that has come a few
-times in one form is traced (``codegen/replay.py``), and its trace is run in its place. It has to
-earn that: its results are compared with those of the pass itself, bit by bit, before they are used.
+A pass is a function of tensors. What surrounds its operators (autograd, modules, taps) costs a
+small network more than the operators do, and is the same at every call. So a pass that has come a
+few times in one form is traced (``codegen/replay.py``), and its trace is run in its place. It has
+to earn that: its results are compared with the pass's own, bit by bit, before they are used.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -42,6 +42,12 @@ LARGEST = 2**20
 
 _KINDS = (Tensor, nn.Parameter)
 
+KNOWN = ("torch", "kfac_fx", "_operator", "math", "builtins")
+"""Packages whose functions compute the same of the same tensors."""
+
+PLAIN = (bool, int, float, str, type(None))
+"""Values that are compared at every call."""
+
 
 class Form(NamedTuple):
     """What a trace takes for constant: it is found by this.
@@ -57,17 +63,19 @@ class Form(NamedTuple):
     net: Hashable
 
 
-class _Trace:
+class _Known:
     """What is known of one form of a pass.
 
     Attributes:
         calls: how often it came.
         proofs: how often the trace gave what the pass gave.
         refused: whether the pass runs as it is for good.
+        traced: whether there was a trace.
         draws: whether the trace reads torch's random streams.
     """
 
     def __init__(self) -> None:
+        self.traced = False
         self.calls = 0
         self.proofs = 0
         self.refused = False
@@ -84,9 +92,9 @@ class Replays:
     """
 
     def __init__(self, net: nn.Module, pure: bool) -> None:
-        self._forms: dict[Form, _Trace] = {}
-        self._net = net
-        size = sum(parameter.numel() for parameter in net.parameters())
+        self._forms: dict[Form, _Known] = {}
+        self._parameters = list(net.parameters())
+        size = sum(parameter.numel() for parameter in self._parameters)
         self._possible = pure and size <= LARGEST and is_pure(net)
         self._modules = [*net.modules()] if self._possible else []
         self._plain = [_plain_names(module) for module in self._modules]
@@ -130,24 +138,31 @@ class Replays:
         trace = self._forms.get(form)
         return trace is not None and trace.proofs >= PROOFS
 
-    def ready(self, form: Form | None) -> bool:
-        """Count a call of a form that is run as it is; say whether it should be traced by now."""
-        if form is None:
+    def ready(self, form: Form) -> bool:
+        """Count a call of a form; say whether it has come often enough to be traced."""
+        if form not in self._forms and len(self._forms) >= 2 * MOST_FORMS:
             return False
-        if form not in self._forms and len(self._forms) >= MOST_FORMS:
+        found = self._forms.setdefault(form, _Known())
+        found.calls += 1
+        return not found.refused and found.calls > BEFORE
+
+    def begin(self, form: Form) -> bool:
+        """Say whether a form that is ready may be traced; it is known from then on."""
+        traced = sum(known.traced for known in self._forms.values())
+        if form not in self._forms and traced >= MOST_FORMS:
             return False
-        trace = self._forms.setdefault(form, _Trace())
-        trace.calls += 1
-        return not trace.refused and trace.calls > BEFORE
+        found = self._forms.setdefault(form, _Known())
+        return not found.refused
 
     @contextmanager
     def tracing(self) -> Iterator[None]:
         """Trace inside: torch's random streams stay as they are."""
-        with forked(self._net.parameters()):
+        with forked(self._parameters):
             yield
 
     def traced(self, form: Form, module: fx.GraphModule) -> None:
         """Take note of the trace of a form."""
+        self._forms[form].traced = True
         self._forms[form].draws = bool(random_nodes(module.graph))
 
     @contextmanager
@@ -156,7 +171,7 @@ class Replays:
         if not self._forms[form].draws:
             yield
             return
-        with forked(self._net.parameters()):
+        with forked(self._parameters):
             yield
 
     def refuse(self, form: Form, why: str) -> None:
@@ -177,8 +192,9 @@ class Replays:
 
 def _equal(one: Statistic, other: Statistic) -> bool:
     # Rows that wait for their product belong to large layers: there a trace would lose time.
-    tensors = isinstance(one, Tensor) and isinstance(other, Tensor)
-    alike = tensors and one.dtype == other.dtype and one.layout == other.layout
+    if not (isinstance(one, Tensor) and isinstance(other, Tensor)):
+        return False
+    alike = one.dtype == other.dtype and one.layout == other.layout
     return alike and torch.equal(one, other)
 
 
@@ -191,17 +207,29 @@ def is_pure(net: nn.Module) -> bool:
     Code of others may count its calls, draw from Python's own streams or read tensors that are
     nowhere registered: a trace would take these for constant.
     """
-    if not isinstance(net, CapturedModule) or net.runs_model or net.evaluation is not None:
+    if not isinstance(net, CapturedModule) or net.runs_model:
         return False
     held = {name for name, _ in net.named_parameters(remove_duplicate=False)}
     held |= {name for name, _ in net.named_buffers(remove_duplicate=False)}
-    for node in net.graph.nodes:
-        if node.op == "call_module" and not _is_torch(type(net.get_submodule(str(node.target)))):
-            return False
-        if node.op == "call_function" and not _is_torch(node.target):
-            return False
-        if node.op == "get_attr" and node.target not in held:
-            return False
+    return all(_is_pure(node, net, held) for graph in net.graphs for node in graph.nodes)
+
+
+def _is_pure(node: fx.Node, net: nn.Module, held: set[str]) -> bool:
+    """Say whether a node computes the same of the same tensors.
+
+    Args:
+        node: of a graph of the network.
+        net: the network.
+        held: the names of its parameters and buffers, which are arguments of a trace.
+    """
+    path = str(node.target)
+    if node.op == "call_module":
+        return type(net.get_submodule(path)).__module__.startswith("torch.nn.modules.")
+    if node.op == "call_function":
+        return _is_torch(node.target)
+    if node.op == "get_attr" and path not in held:
+        owner, _, name = path.rpartition(".")  # plain values of modules belong to the form
+        return isinstance(vars(net.get_submodule(owner)).get(name), PLAIN)
     return True
 
 
@@ -213,17 +241,14 @@ def is_ours(likelihood: Likelihood | Sum) -> bool:
 
 
 def _is_torch(target: object) -> bool:
-    if getattr(target, "namespace", None) is not None:  # an operator
-        return target.namespace in ("aten", "prims", "kfac_fx")
+    space = getattr(target, "namespace", None)
+    if space is not None:  # an operator
+        return space in ("aten", "prims", "kfac_fx")
     module = getattr(target, "__module__", None)
-    name = module.partition(".")[0] if isinstance(module, str) else ""
-    if isinstance(target, type):
-        return isinstance(module, str) and module.startswith("torch.nn.modules.")
-    return name in ("torch", "_operator", "math") or module is None
+    return module is None or str(module).partition(".")[0] in KNOWN
 
 
 def _plain_names(module: nn.Module) -> list[str]:
     """Return the names of a module's attributes that are plain values."""
-    plain = (bool, int, float, str, type(None))
     skipped = ("_is_full_backward_hook", "_version")
-    return [n for n, v in vars(module).items() if isinstance(v, plain) and n not in skipped]
+    return [n for n, v in vars(module).items() if isinstance(v, PLAIN) and n not in skipped]

@@ -54,7 +54,7 @@ module_hooks: Callable[[], bool] = _has_any_global_hook
 
 
 def watched() -> bool:
-    """Tell whether anybody looks on who must see every call: a compiler, a mode, fx, a transform."""
+    """Tell whether a compiler, a mode, fx or a transform looks on, who must see every call."""
     return (
         torch.compiler.is_compiling()
         or _symbolic_trace._is_fx_tracing_flag
