@@ -12,12 +12,14 @@ import torch
 from torch import fx, nn
 from torch.fx.graph import PythonCode
 
+from kfac_fx.capture.mode_regions import switches_modes
 from kfac_fx.torch_internals.generated_forward import (
     SPECS,
     Forward,
     set_forward,
     with_renamed_specs,
 )
+from kfac_fx.torch_internals.modes import modes_put_back
 
 if TYPE_CHECKING:
     from kfac_fx.capture.graph_view import GraphView
@@ -94,6 +96,8 @@ class CapturedModule(fx.GraphModule):
             set_forward(self, forward)
         if not self.runs_model and any(short.applies(self.graph) for short in _shortcuts):
             set_forward(self, _Shortened(self, forward, _shortcuts[0]).forward())
+        if any(map(switches_modes, filter(None, (self.graph, evaluation)))):
+            set_forward(self, modes_put_back(type(self).forward))
         return code
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CapturedModule:

@@ -11,7 +11,7 @@ from torch.export import ExportedProgram
 
 from kfac_fx.capture.captured_module import CapturedModule, captured_module
 from kfac_fx.capture.graph_modules import from_graph_module
-from kfac_fx.capture.symbolic_trace import user_line
+from kfac_fx.capture.symbolic_trace import same_constant, user_line
 from kfac_fx.capture.train_and_eval import capture_both
 from kfac_fx.capture.undisturbed import undisturbed
 from kfac_fx.errors import CaptureError
@@ -205,18 +205,11 @@ def _lift_constants(
             # The evaluation's capture numbers its constants anew; the same value gets the same
             # name, so that one graph can still stand for both modes.
             name = f"_constant_{number}"
-            while name in constants and not _same(constants[name], value):
+            while name in constants and not same_constant(constants[name], value):
                 name += "_"
             constants[name] = value
             names[path], number = name, number + 1
         node.target = names[path]
-
-
-def _same(one: Value, other: Value) -> bool:
-    """Tell whether two constants are one, so that both modes can share it."""
-    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        return one.dtype == other.dtype and torch.equal(one, other)
-    return one is other
 
 
 def _attribute(module: nn.Module, path: str) -> Value:

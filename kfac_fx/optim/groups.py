@@ -52,13 +52,18 @@ class Groups:
         groups = self._optimizer.param_groups
         return {self._names[id(p)]: group[key] for group in groups for p in group["params"]}
 
-    def l2(self) -> float:
-        """Return the l2 term: the sum of eta / 2 ||theta||^2 over the groups."""
-        # In float64: the reduction ratio is a small difference of two objectives.
+    def l2(self, parameters: Mapping[str, Tensor] | None = None) -> float:
+        """Return the l2 term: the sum of eta / 2 ||theta||^2 over the groups.
+
+        Args:
+            parameters: theta by name; None for the present ones.
+        """
         decay = self.options("weight_decay")
-        decayed = {name: p for name, p in self.parameters().items() if decay[name]}
+        at = self.parameters() if parameters is None else parameters
+        decayed = {name: p for name, p in at.items() if decay[name]}
         if not decayed:
             return 0.0
+        # In float64: the reduction ratio is a small difference of two objectives.
         norms = torch.stack(foreach.norm(list(decayed.values()), 2, torch.float64)).tolist()
         pairs = zip(decayed, norms, strict=True)
         return math.fsum(0.5 * decay[name] * norm**2 for name, norm in pairs)

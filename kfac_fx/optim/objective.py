@@ -13,8 +13,8 @@ from torch.func import functional_call
 
 from kfac_fx.codegen.compile import compiled_network
 from kfac_fx.errors import LikelihoodError
-from kfac_fx.likelihoods.batch import BatchLikelihood, batch_likelihood
-from kfac_fx.likelihoods.builtin import Likelihood, Tree
+from kfac_fx.likelihoods.batch import BatchLikelihood, batch_likelihood, output_tensors
+from kfac_fx.likelihoods.builtin import Bernoulli, Categorical, Likelihood, Normal, Tree
 from kfac_fx.likelihoods.named import Sum
 from kfac_fx.likelihoods.sampling import seeded
 from kfac_fx.ops.net_buffers import STORE
@@ -29,6 +29,9 @@ from kfac_fx.statistics.replays import Replays, is_ours
 from kfac_fx.statistics.sampled import Collected
 from kfac_fx.statistics.swap_tensors import Places
 from kfac_fx.torch_internals import foreach, pytree
+
+MOST_WIDENED = 2**22
+"""Outputs of a batch whose loss is summed in float64; the copies of more would take much memory."""
 
 
 class Batch(NamedTuple):
@@ -51,12 +54,14 @@ class _Repeats(NamedTuple):
         held: their names in the module.
         gradient: from a batch to the loss and its gradients.
         products: from a batch and directions to derivatives of the output Fisher's root.
+        places: where the module holds its parameters.
     """
 
     names: tuple[str, ...]
     held: tuple[str, ...]
     gradient: RepeatedPass[Result]
     products: RepeatedPass[Derivatives]
+    places: Places
 
 
 class Objective:
@@ -78,6 +83,8 @@ class Objective:
     Attributes:
         cases: number of cases of the batch, in all processes.
         terms: sum of the weights of the terms of the last loss: a case is one, or one a position.
+        start: what ``value`` would return at the parameters of the last gradient, [] in all
+            processes.
     """
 
     def __init__(
@@ -94,7 +101,9 @@ class Objective:
         self.forward = forward
         self.cases = 0
         self.terms = 0.0
+        self.start = torch.zeros(())
         self._whole = whole
+        self._precise = precise(likelihood)
         self._workers = workers
         self._generator = generator
         self._seed = 0
@@ -136,6 +145,7 @@ class Objective:
                 Places(net),
                 loss=LIKELIHOOD,
                 statistics=False,
+                hands_out=True,
                 trained=trained,
             )
             make = partial(TracedRows, names=trained)
@@ -143,7 +153,7 @@ class Objective:
                 own, self._replays, make, lambda found: [found.rows]
             )
             gradient = repeated(own, self._replays)
-            self._repeats = _Repeats(names, trained, gradient, products)
+            self._repeats = _Repeats(names, trained, gradient, products, own.places)
         return self._repeats
 
     def begin(self, batch: Batch) -> None:
@@ -204,6 +214,11 @@ class Objective:
         parameters = self._whole.given if parameters is None else parameters
         if parameters is not None:
             given = dict(parameters)
+            if self._alone and self._repeats is not None and self._repeats.names == tuple(given):
+                # The walk of functional_call through the module costs as much as a small network.
+                held = dict(zip(self._repeats.held, given.values(), strict=True))
+                with self._repeats.places.swapped(held):
+                    return outputs_of(self.forward, self.net, inputs)
 
             def net(*args: Tree, **kwargs: Tree) -> Tree:
                 return functional_call(self.net, given, args, kwargs)
@@ -232,13 +247,14 @@ class Objective:
         return made.nll() / made.count
 
     def gradient(
-        self, batch: Batch, parameters: Mapping[str, Tensor]
+        self, batch: Batch, parameters: Mapping[str, Tensor], compared: bool = False
     ) -> tuple[Tensor, list[Tensor]]:
         """Return the loss and its gradients, dense, of all processes.
 
         Args:
             batch: the batch of this process.
             parameters: the module's own, or those that it is run with; a gradient each, in order.
+            compared: whether ``start`` is wanted.
         """
         repeats = self._repeat(tuple(parameters))
         names = tuple(parameters) if repeats is None else repeats.held
@@ -257,7 +273,11 @@ class Objective:
         for name, parameter in zip(names, parameters.values(), strict=True):
             gradient = found.gradients.get(name)
             dense.append(torch.zeros_like(parameter) if gradient is None else gradient)
-        self._workers.sum_([found.loss, *dense])
+        self.start = found.loss.clone()
+        if compared:
+            with torch.no_grad():
+                self.start = self._compared(found.outputs, batch.targets, self.start)
+        self._workers.sum_([found.loss, self.start, *dense])
         return found.loss, dense
 
     def _gradient(self, batch: Batch, parameters: Parameters) -> Result:
@@ -276,7 +296,8 @@ class Objective:
             if g is not None
         }
         counted = Collected(True, {}, self.terms, self.terms)
-        return Result(counted, loss.detach(), gradients, self._buffers)
+        handed = pytree.tree_map_only(Tensor, Tensor.detach, outputs)
+        return Result(counted, loss.detach(), gradients, self._buffers, handed)
 
     @torch.no_grad()
     def _take_buffers(self, buffers: Mapping[str, Tensor]) -> None:
@@ -318,9 +339,34 @@ class Objective:
             batch: the batch of this process.
             parameters: the parameters by name, in place of the module's own; None for those.
         """
-        total = self.loss(self.outputs(batch.inputs, parameters), batch.targets).detach()
+        total = self._compared(self.outputs(batch.inputs, parameters), batch.targets).detach()
         self._workers.sum_([total])
         return float(total)
+
+    def _compared(self, outputs: Tree, targets: Tree, loss: Tensor | None = None) -> Tensor:
+        """Return this process's share of a loss that is compared with others of the same batch.
+
+        Args:
+            outputs, targets: those of the batch.
+            loss: the loss in the outputs' own precision, where it is known.
+        """
+        # In float32 the loss of a good fit, and what is constant in it, swallow what a step
+        # changes. The outputs themselves are precise enough; of very many the mean is, too.
+        leaves = output_tensors(outputs)
+        if self._precise and sum(leaf.numel() for leaf in leaves) <= MOST_WIDENED:
+            return self.loss(*pytree.tree_map_only(Tensor, _double, (outputs, targets)))
+        return self.loss(outputs, targets) if loss is None else loss
+
+
+def precise(likelihood: Likelihood | Sum) -> bool:
+    """Say whether a likelihood takes outputs of any precision; a user's own may not."""
+    if isinstance(likelihood, Sum):
+        return all(precise(part) for _, (part, _) in likelihood.items())
+    return isinstance(likelihood, (Categorical, Bernoulli, Normal))
+
+
+def _double(value: Tensor) -> Tensor:
+    return value.double() if value.is_floating_point() else value
 
 
 def case_count(batch: Tree) -> int:

@@ -16,9 +16,6 @@ from kfac_fx.optim.products import Direction, Parameters
 from kfac_fx.optim.quadratic import QuadraticModel, combination, inner_products
 from kfac_fx.parallel import Workers
 
-LEAST_PRODUCTS = 512
-"""Cases for products with the exact Fisher: directions that few cases do not see look flat."""
-
 
 @dataclass(frozen=True)
 class Situation:
@@ -32,6 +29,7 @@ class Situation:
         previous: the last update, empty at first; the new one may be written into it.
         rates: learning rate of each parameter's group; only where the user gave one.
         momenta: momentum of each parameter's group; only where the user gave a learning rate.
+        again: whether another update of the same batch was no good, and the damping has grown.
     """
 
     iteration: int
@@ -41,6 +39,7 @@ class Situation:
     previous: Direction
     rates: Mapping[str, float]
     momenta: Mapping[str, float]
+    again: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,6 +97,7 @@ class AdaptiveUpdate:
         inverse: gives proposals.
         rule: has lambda and gamma; it is told which gamma was best.
         fraction: tau2, the share of the batch for products with the exact Fisher.
+        fewest: so many cases are taken for products at least.
         refresh_every: T3.
         workers: the processes over which those products are added up.
     """
@@ -106,6 +106,7 @@ class AdaptiveUpdate:
     inverse: InverseFisher
     rule: DampingRule
     fraction: float
+    fewest: int
     refresh_every: int
     workers: Workers
 
@@ -134,20 +135,19 @@ class AdaptiveUpdate:
         return Update(
             combination(weights, [best.proposal, *previous]),
             {"alpha": weights[0], "mu": sum(weights[1:]), "model": lowest},
-            judged=at.iteration % self.rule.damping_every == 0,
+            judged=self.rule.due(at.iteration),
             predicted=lowest,
         )
 
     def _candidates(self, at: Situation) -> list[_Candidate]:
         """Return a proposal Delta = -Fhat^-1 grad for every gamma that is to be tried."""
+        refresh = due(at.iteration, self.refresh_every) or self.inverse.refreshed is None
+        if refresh:
+            self.rule.scaled(self.inverse.mean_eigenvalue())
         gammas = self.rule.candidates(at.iteration)
         # One gamma may use inverses as they are between refreshes. Several need their own, all of
         # the same averages, else older inverses would be compared with newer ones.
-        refresh = (
-            len(gammas) > 1
-            or due(at.iteration, self.refresh_every)
-            or self.inverse.refreshed is None
-        )
+        refresh = refresh or at.again or len(gammas) > 1
         found = []
         for gamma in gammas:
             if refresh:
@@ -159,7 +159,7 @@ class AdaptiveUpdate:
 
     def _gram(self, at: Situation, directions: list[Direction]) -> Tensor:
         """Return the products of directions with the exact Fisher, [n, n], of all processes."""
-        part = self.objective.first(at.batch, self.fraction, LEAST_PRODUCTS)
+        part = self.objective.first(at.batch, self.fraction, self.fewest)
         gram = self.objective.fisher_gram(part, at.parameters, directions)
         self.workers.sum_([gram])
         return gram

@@ -165,7 +165,7 @@ def _results(result: Result) -> list[Statistic]:
     found += [] if result.loss is None else [result.loss]
     for named in (result.gradients, result.buffers):
         found += [named[name] for name in sorted(named)]
-    return found
+    return found + ([] if result.outputs is None else [result.outputs])
 
 
 def _kinds(terms: Sequence[Terms | None]) -> tuple[tuple[bool, bool] | None, ...]:
