@@ -239,8 +239,7 @@ class Categorical:
         # A GPU would be waited for twice.
         if 0 <= self.ignore_index < classes or targets.is_cuda or not targets.numel():
             return False
-        least, largest = targets.aminmax()
-        return bool(least >= 0) and bool(largest < classes)
+        return int(targets.min()) >= 0 and int(targets.max()) < classes
 
 
 def _class_noise(distribution: D.Categorical) -> Noise:

@@ -18,16 +18,12 @@ from kfac_fx.likelihoods.builtin import Bernoulli, Categorical, Likelihood, Norm
 from kfac_fx.likelihoods.named import Sum
 from kfac_fx.likelihoods.sampling import seeded
 from kfac_fx.ops.net_buffers import STORE
-from kfac_fx.optim.products import Derivatives, Direction, Parameters, TracedRows, root_derivatives
+from kfac_fx.optim.products import Direction, Parameters, root_derivatives
+from kfac_fx.optim.repeats import Repeats
+from kfac_fx.optim.traced_loss import Evaluated, double
 from kfac_fx.parallel import WholeParameters, Workers, share_of
-from kfac_fx.statistics.buffers import sources_of
-from kfac_fx.statistics.forward import Forward, outputs_of, run_network
-from kfac_fx.statistics.own_pass import LIKELIHOOD, OwnPass, Result
+from kfac_fx.statistics.forward import Forward, outputs_of
 from kfac_fx.statistics.recorder import drawn_seed
-from kfac_fx.statistics.repeated_pass import Extra, RepeatedPass, repeated
-from kfac_fx.statistics.replays import Replays, is_ours
-from kfac_fx.statistics.sampled import Collected
-from kfac_fx.statistics.swap_tensors import Places
 from kfac_fx.torch_internals import foreach, pytree
 
 MOST_WIDENED = 2**22
@@ -44,24 +40,6 @@ class Batch(NamedTuple):
 
     inputs: Tree
     targets: Tree
-
-
-class _Repeats(NamedTuple):
-    """The passes of an objective that may run as traces.
-
-    Attributes:
-        names: the parameters that derivatives are asked for, as they are asked for.
-        held: their names in the module.
-        gradient: from a batch to the loss and its gradients.
-        products: from a batch and directions to derivatives of the output Fisher's root.
-        places: where the module holds its parameters.
-    """
-
-    names: tuple[str, ...]
-    held: tuple[str, ...]
-    gradient: RepeatedPass[Result]
-    products: RepeatedPass[Derivatives]
-    places: Places
 
 
 class Objective:
@@ -116,44 +94,18 @@ class Objective:
         self._buffers = {name: net.get_buffer(name) for name in names}
         self._parameters = list(net.parameters())
         self._alone = own and workers.size == 1 and not compile
-        self._replays: Replays | None = None
-        self._repeats: _Repeats | None = None
+        self._repeats: Repeats | None = None
 
-    def _repeat(self, names: tuple[str, ...]) -> _Repeats | None:
-        """Return the passes of the gradient and of products that may run as traces.
+    def _repeat(self, names: tuple[str, ...]) -> Repeats | None:
+        """Return the passes that may run as traces.
 
         Args:
             names: of the parameters that derivatives are asked for.
         """
-        if not self._alone:
-            return None
-        net = self.net
-        if self._replays is None:
-            pure = self.forward is run_network and is_ours(self.likelihood)
-            self._replays = Replays(net, pure)
-        if self._repeats is None or self._repeats.names != names:
-            # A parameter that is held twice has one name in the module, and any of its names here.
-            held = {id(parameter): name for name, parameter in net.named_parameters()}
-            trained = tuple(held[id(net.get_parameter(name))] for name in names)
-            own = OwnPass(
-                net,
-                sources_of(net, ()),
-                self.likelihood,
-                "sampled",
-                self.forward,
-                self._workers,
-                Places(net),
-                loss=LIKELIHOOD,
-                statistics=False,
-                hands_out=True,
-                trained=trained,
+        if self._alone and (self._repeats is None or self._repeats.names != names):
+            self._repeats = Repeats(
+                self.net, names, self.likelihood, self.forward, self._workers, self._widened
             )
-            make = partial(TracedRows, names=trained)
-            products: RepeatedPass[Derivatives] = RepeatedPass(
-                own, self._replays, make, lambda found: [found.rows]
-            )
-            gradient = repeated(own, self._replays)
-            self._repeats = _Repeats(names, trained, gradient, products, own.places)
         return self._repeats
 
     def begin(self, batch: Batch) -> None:
@@ -216,8 +168,7 @@ class Objective:
             given = dict(parameters)
             if self._alone and self._repeats is not None and self._repeats.names == tuple(given):
                 # The walk of functional_call through the module costs as much as a small network.
-                held = dict(zip(self._repeats.held, given.values(), strict=True))
-                with self._repeats.places.swapped(held):
+                with self._repeats.places.swapped(self._repeats.named(given)):
                     return outputs_of(self.forward, self.net, inputs)
 
             def net(*args: Tree, **kwargs: Tree) -> Tree:
@@ -258,29 +209,26 @@ class Objective:
         """
         repeats = self._repeat(tuple(parameters))
         names = tuple(parameters) if repeats is None else repeats.held
-        plain = partial(self._gradient, batch, dict(zip(names, parameters.values(), strict=True)))
+        own = dict(zip(names, parameters.values(), strict=True))
+        plain = partial(self._gradient, batch, own, compared)
         with self.same_masks():
             if repeats is None:
                 found = plain()
             else:
-                found = repeats.gradient(batch.inputs, batch.targets, Extra(), plain)
-        assert found.loss is not None
-        self.terms = found.collected.total
+                found = repeats.gradient(batch.inputs, batch.targets, compared, plain)
+        self.terms = found.terms
+        self.start = found.start
         self._take_buffers(found.buffers)
         # A parameter that the batch does not reach has a gradient of zero, to which the l2 term is
         # added.
         dense = []
-        for name, parameter in zip(names, parameters.values(), strict=True):
+        for name, parameter in own.items():
             gradient = found.gradients.get(name)
             dense.append(torch.zeros_like(parameter) if gradient is None else gradient)
-        self.start = found.loss.clone()
-        if compared:
-            with torch.no_grad():
-                self.start = self._compared(found.outputs, batch.targets, self.start)
         self._workers.sum_([found.loss, self.start, *dense])
         return found.loss, dense
 
-    def _gradient(self, batch: Batch, parameters: Parameters) -> Result:
+    def _gradient(self, batch: Batch, parameters: Parameters, compared: bool) -> Evaluated:
         """Run the pass of the gradient as it is; the network's buffers change."""
         with torch.enable_grad():
             if self._compiled is None:
@@ -290,14 +238,18 @@ class Objective:
             loss = self.loss(outputs, batch.targets)
             # Not loss.backward(): the user's .grad stays as it is.
             found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        value = loss.detach()
+        terms = self.terms
+        start = value.clone()
+        if compared:
+            with torch.no_grad():
+                start = self._compared(outputs, batch.targets, start)
         gradients = {
             name: g.to_dense() if g.is_sparse else g
             for name, g in zip(parameters, found, strict=True)
             if g is not None
         }
-        counted = Collected(True, {}, self.terms, self.terms)
-        handed = pytree.tree_map_only(Tensor, Tensor.detach, outputs)
-        return Result(counted, loss.detach(), gradients, self._buffers, handed)
+        return Evaluated(value, start, terms, gradients, self._buffers)
 
     @torch.no_grad()
     def _take_buffers(self, buffers: Mapping[str, Tensor]) -> None:
@@ -327,10 +279,8 @@ class Objective:
         repeats = self._repeat(tuple(parameters))
         if repeats is None:
             return plain().gram()
-        tensors = [tensor for direction in each for tensor in direction]
         with self.same_masks():
-            found = repeats.products(part.inputs, part.targets, Extra(0, tensors), plain)
-        return found.gram()
+            return repeats.products(part.inputs, part.targets, each, plain).gram()
 
     def value(self, batch: Batch, parameters: Mapping[str, Tensor] | None = None) -> float:
         """Return the mean negative log-likelihood of a term, of all processes.
@@ -352,10 +302,13 @@ class Objective:
         """
         # In float32 the loss of a good fit, and what is constant in it, swallow what a step
         # changes. The outputs themselves are precise enough; of very many the mean is, too.
-        leaves = output_tensors(outputs)
-        if self._precise and sum(leaf.numel() for leaf in leaves) <= MOST_WIDENED:
-            return self.loss(*pytree.tree_map_only(Tensor, _double, (outputs, targets)))
+        if self._widened(sum(leaf.numel() for leaf in output_tensors(outputs))):
+            return self.loss(*pytree.tree_map_only(Tensor, double, (outputs, targets)))
         return self.loss(outputs, targets) if loss is None else loss
+
+    def _widened(self, size: int) -> bool:
+        """Say whether losses of so many outputs are compared in float64."""
+        return self._precise and size <= MOST_WIDENED
 
 
 def precise(likelihood: Likelihood | Sum) -> bool:
@@ -363,10 +316,6 @@ def precise(likelihood: Likelihood | Sum) -> bool:
     if isinstance(likelihood, Sum):
         return all(precise(part) for _, (part, _) in likelihood.items())
     return isinstance(likelihood, (Categorical, Bernoulli, Normal))
-
-
-def _double(value: Tensor) -> Tensor:
-    return value.double() if value.is_floating_point() else value
 
 
 def case_count(batch: Tree) -> int:

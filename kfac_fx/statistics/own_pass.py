@@ -44,14 +44,12 @@ class Result:
         collected: the statistics; of a program, ``finite`` is first that of this process.
         loss: its value, of a pass with a loss.
         gradients, buffers: the derivatives and the new buffers of such a pass, by name.
-        outputs: those of the network, of a pass that hands them out.
     """
 
     collected: Collected
     loss: Tensor | None = None
     gradients: Mapping[str, Tensor] = field(default_factory=dict)
     buffers: Mapping[str, Tensor] = field(default_factory=dict)
-    outputs: Tree = None
 
 
 class Leaves(NamedTuple):
@@ -112,7 +110,6 @@ class OwnPass:
             log-likelihood of a term; None for statistics alone.
         statistics: whether they are wanted.
         joint: whether empirical statistics may come from the loss's own backward.
-        hands_out: whether the network's outputs are wanted, where they are one tensor.
         trained: names of the parameters whose gradients are wanted; None for all that have any.
     """
 
@@ -126,7 +123,6 @@ class OwnPass:
     loss: Loss | Literal["likelihood"] | None = None
     statistics: bool = True
     joint: bool = True
-    hands_out: bool = False
     trained: tuple[str, ...] | None = None
 
     @property

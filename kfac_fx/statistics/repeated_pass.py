@@ -64,6 +64,9 @@ class RepeatedPass(Generic[Found]):
         replays: the traces of its network.
         make: traces it.
         results: the tensors of what it returns, in an order that does not depend on how it ran.
+
+    Attributes:
+        own: the same as given.
     """
 
     def __init__(
@@ -73,7 +76,7 @@ class RepeatedPass(Generic[Found]):
         make: Make[Found],
         results: Callable[[Found], Sequence[Statistic]],
     ) -> None:
-        self._own = own
+        self.own = own
         self._replays = replays
         self._make = make
         self._results = results
@@ -95,10 +98,10 @@ class RepeatedPass(Generic[Found]):
         if form is None or facts is None:
             return plain()
         # Targets are checked before the trace runs, which cannot raise.
-        ones = singles(self._own.likelihood, facts.outputs, targets)
-        terms = batch_terms(ones, facts.shapes, isinstance(self._own.likelihood, Sum))
-        _, agreed = terms.agreed(self._own.workers, "observe")
-        given = arguments(self._own, facts, inputs, targets, agreed)
+        ones = singles(self.own.likelihood, facts.outputs, targets)
+        terms = batch_terms(ones, facts.shapes, isinstance(self.own.likelihood, Sum))
+        _, agreed = terms.agreed(self.own.workers, "observe")
+        given = arguments(self.own, facts, inputs, targets, agreed)
         form = form._replace(what=(form.what, _kinds(given.terms)))
         if self._replays.proven(form):
             return self._traced[form](given, extra, agreed.count)
@@ -113,8 +116,8 @@ class RepeatedPass(Generic[Found]):
         return wanted
 
     def _form(self, inputs: Tree, targets: Tree, extra: Extra) -> Form | None:
-        state = self._own.state().values()
-        tensors = [*state, *_leaves(inputs), *_leaves(targets), *extra.tensors]
+        state = self.own.state()
+        tensors = [*state.values(), *_leaves(inputs), *_leaves(targets), *extra.tensors]
         return self._replays.form((id(self), _structure(inputs, targets)), tensors)
 
     def _facts_of(self, form: Form, inputs: Tree) -> Facts | None:
@@ -122,7 +125,7 @@ class RepeatedPass(Generic[Found]):
         if form not in self._facts and self._replays.ready(form):
             try:
                 with self._replays.tracing():
-                    self._facts[form] = facts_of(self._own, inputs, real=True)
+                    self._facts[form] = facts_of(self.own, inputs, real=True)
             except NotFunctionalError as error:
                 self._replays.refuse(form, str(error))
         return self._facts.get(form)
@@ -135,7 +138,7 @@ class RepeatedPass(Generic[Found]):
             return False
         try:
             with self._replays.tracing():
-                made = self._make(self._own, facts, given, extra)
+                made = self._make(self.own, facts, given, extra)
         except NotFunctionalError as error:
             self._replays.refuse(form, str(error))
             return False
@@ -165,7 +168,7 @@ def _results(result: Result) -> list[Statistic]:
     found += [] if result.loss is None else [result.loss]
     for named in (result.gradients, result.buffers):
         found += [named[name] for name in sorted(named)]
-    return found + ([] if result.outputs is None else [result.outputs])
+    return found
 
 
 def _kinds(terms: Sequence[Terms | None]) -> tuple[tuple[bool, bool] | None, ...]:

@@ -33,7 +33,7 @@ PROOFS = 2
 """Calls in which trace and pass are both run and compared: a constant in the trace that the next
 step changes shows in the second one."""
 
-MOST_FORMS = 8
+MOST_FORMS = 16
 """Forms that are traced; batches whose form changes all the time would never stop it."""
 
 LARGEST = 2**20

@@ -185,8 +185,7 @@ class _Outputs:
     Attributes:
         statistics: their names.
         compared: whether a comparison of the loss with the likelihood follows.
-        gradients, buffers: their names; the loss comes before them, if there is one. Outputs that
-            are handed out come last.
+        gradients, buffers: their names; the loss comes before them, if there is one.
     """
 
     statistics: list[StatisticKey]
@@ -299,13 +298,7 @@ class PassProgram:
         finite = torch.stack([t.isfinite().all() for t in output_tensors(outputs)]).all()
         statistics = [multiplied(value) for value in values.statistics.values()]
         numbers = [number for number in (values.comparison, values.loss) if number is not None]
-        handed = []
-        if own.hands_out:
-            if not isinstance(outputs, Tensor):
-                raise NotFunctionalError("the outputs are no single tensor")
-            handed = [outputs.detach()]
-        found = [finite, *statistics, *numbers, *values.gradients.values(), *buffers.values()]
-        return found + handed
+        return [finite, *statistics, *numbers, *values.gradients.values(), *buffers.values()]
 
     @torch.no_grad()
     def __call__(self, given: Arguments, seed: int, count: float, total: float) -> Result:
@@ -366,7 +359,6 @@ class PassProgram:
         """Return what the outputs of the program are."""
         names = self._outputs
         finite, *rest = results
-        outputs = rest.pop() if self._own.hands_out else None
         statistics: Statistics = dict(zip(names.statistics, rest, strict=False))
         rest = rest[len(statistics) :]
         scale = scale_of(rest.pop(0)) if names.compared else 1.0
@@ -375,7 +367,7 @@ class PassProgram:
         buffers = dict(zip(names.buffers, rest[len(gradients) :], strict=True))
         fine = not self._own.statistics or bool(finite)
         collected = Collected(fine, statistics, count, total, scale)
-        return Result(collected, loss, gradients, buffers, outputs)
+        return Result(collected, loss, gradients, buffers)
 
 
 def _tensors(leaves: Iterable[object]) -> list[Tensor]:
