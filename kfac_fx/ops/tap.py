@@ -23,7 +23,15 @@ from kfac_fx.errors import ObservationError
 from kfac_fx.ops.gram import Rows, Statistic, multiplied
 from kfac_fx.ops.library import LIBRARY
 from kfac_fx.ops.options import TapOptions
-from kfac_fx.ops.state import Collection, FactorState, collecting, collecting_now, state_of
+from kfac_fx.ops.state import (
+    Collection,
+    FactorState,
+    collecting,
+    collecting_now,
+    leave_note,
+    notable,
+    state_of,
+)
 from kfac_fx.torch_internals.onlookers import (
     forward_mode,
     transforms_active,
@@ -322,6 +330,9 @@ def tapped(
     if collection is not None and collection.takes(y, states):
         hand_on = partial(_handed_on, asked=asked)
         return collection.note(y, statistics, tensors, buffers, states, hand_on)
+    if collection is None and all(state.noted for state in states) and notable(y):
+        hand_on = partial(_handed_on, asked=asked)
+        return leave_note(y, statistics, tensors, buffers, states, hand_on)
     zero = _zero(y, statistics, tensors, buffers, states)
     return joined(y, zero, asked)
 

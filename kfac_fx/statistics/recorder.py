@@ -236,6 +236,9 @@ class Recorder:
         _turns[self._store] = self._reference
         self._end_step()
         on = on and not self.by_inputs
+        # One backward asks for sampled statistics; exact ones take several, and empirical ones are
+        # the training's.
+        self.sources.note(on and self.own.fisher == "sampled")
         if any(factor.requires_grad != on for factor in self.sources.factors):
             switch(self.net, self.sources.factors, on)
 

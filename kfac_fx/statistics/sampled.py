@@ -202,7 +202,11 @@ class SampledStatistics:
         made = batch_likelihood(self.likelihood, wide(outputs), targets)
         count = made.terms.count
         tensors = output_tensors(outputs)
-        check_recorded(tensors, self.sources.state_by_buffer)
+        notes = None
+        if self.fisher == "sampled":
+            notes = Collection.of_graph(self.sources.factors, tensors)
+        if notes is None or not notes.notes:
+            check_recorded(tensors, self.sources.state_by_buffer)
         finite = all_finite([tensor.detach() for tensor in tensors])
         finite, agreed = made.terms.agreed(self.workers, "observe", finite)
         if not finite:
@@ -212,6 +216,6 @@ class SampledStatistics:
         found: Statistics = {}
         if count > 0:  # else the other processes have terms
             made = replace(made, terms=agreed)
-            found = fisher_statistics(self.sources, made, self.fisher, seed)
+            found = fisher_statistics(self.sources, made, self.fisher, seed, notes)
         self.sources.pause()
         return Collected(True, found, count, agreed.count)
