@@ -260,7 +260,8 @@ def stay(rows: Tensor) -> bool:
 
 def second_moment(rows: Tensor, scale: float = 1.0) -> Statistic:
     """Return ``gram``, or a copy of rows that stay: until then others may write into them."""
-    if collecting_now.forming and stay(rows):
+    wide = rows.shape[-1] >= 2 * THRESHOLDS.slab  # most are not, and need no closer look
+    if collecting_now.forming and wide and stay(rows):
         return Rows(rows.clone(), scale)
     return gram(rows, scale)
 

@@ -127,7 +127,7 @@ class Note(NamedTuple):
         Raises:
             ObservationError: the model has changed one in place since.
         """
-        if self.versions != _versions(self.tensors):
+        if self.versions != [0 if t is None else t._version for t in self.tensors]:
             raise ObservationError(
                 "what a layer has read was changed by an in-place operation afterwards, so its "
                 "statistics cannot be formed: use the operation out of place"
@@ -150,11 +150,6 @@ class Collection:
     def __init__(self, buffers: Sequence[Tensor]) -> None:
         self.notes: list[Note] = []
         self.places = {state_of(buffer): place for place, buffer in enumerate(buffers)}
-
-    @property
-    def edges(self) -> list[GradientEdge]:
-        """Return where the notes' derivatives arrive; they are asked for beside the buffers'."""
-        return [note.edge for note in self.notes]
 
     def takes(self, y: Tensor, states: Sequence[FactorState]) -> bool:
         """Return whether the tap of y is noted; see ``notable``."""
@@ -184,12 +179,17 @@ class Collection:
         return alias
 
     @classmethod
-    def of_graph(cls, buffers: Sequence[Tensor], outputs: Sequence[Tensor]) -> Collection:
-        """Return the notes that taps of these buffers left in the graph of outputs.
+    def of_graph(cls, states: Sequence[FactorState], outputs: Sequence[Tensor]) -> Collection:
+        """Return the notes that taps left in the graph of outputs.
 
         They are taken out of it: it lives on for the training, and what they hold need not.
+
+        Args:
+            states: those of the buffers that are recorded into.
+            outputs: what a network returned.
         """
-        collection = cls(buffers)
+        collection = cls(())
+        collection.places = {state: place for place, state in enumerate(states)}
         found: list[tuple[int, Seen, Node]] = []
         todo = [output.grad_fn for output in outputs]
         known = set(todo)
@@ -198,10 +198,12 @@ class Collection:
             if node is None:
                 continue
             # Only nodes of the notes' own kind are asked: the question makes a dictionary.
-            if node.name() == _KIND and _KEY in node.metadata:
-                number, seen = node.metadata[_KEY]
+            # torch declares the property as a method.
+            held: Any = node.metadata if node.name() == _KIND else {}
+            if _KEY in held:
+                number, seen = held[_KEY]
                 if collection.places.keys() >= set(seen.states):
-                    del node.metadata[_KEY]
+                    del held[_KEY]
                     seen.guard.remove()
                     found.append((number, seen, node))
             for following, _ in node.next_functions:
@@ -245,7 +247,8 @@ def leave_note(
     # The graph owns the note, and not the other way round: it goes when the graph does.
     node = alias.grad_fn
     assert node is not None
-    node.metadata[_KEY] = next(_numbers), seen
+    held: Any = node.metadata
+    held[_KEY] = next(_numbers), seen
     return alias
 
 
@@ -268,11 +271,8 @@ def _seen(
     guard = alias.grad_fn.register_prehook(
         lambda found: tuple(None if g is None else hand_on(g) for g in found)
     )
-    return alias, Seen(statistics, held, _versions(held), factors, states, guard)
-
-
-def _versions(tensors: Sequence[Tensor | None]) -> list[int]:
-    return [0 if t is None else t._version for t in tensors]
+    versions = [0 if t is None else t._version for t in held]
+    return alias, Seen(statistics, held, versions, factors, states, guard)
 
 
 class Collecting(threading.local):

@@ -149,27 +149,31 @@ def _delivered(
 
 @torch.no_grad()
 def noted_statistics(
-    collection: Collection, derivatives: Sequence[Tensor | None]
+    collection: Collection,
+    derivatives: Sequence[Tensor | None],
+    others: Sequence[Statistic | None],
 ) -> list[Statistic | None]:
     """Return the sums of the statistics of noted taps, in the order of the collection's buffers.
 
     Args:
         collection: the collection of the pass.
         derivatives: at the edges of its notes; None where none came.
+        others: what the nodes of other taps have brought to the buffers.
 
     Raises:
         ObservationError: what a tap has seen was changed in place.
     """
-    found: list[Statistic | None] = [None] * len(collection.places)
-    for note, g in zip(collection.notes, derivatives, strict=True):
-        if g is None:
-            continue
-        needed = [factor.requires_grad for factor in note.factors]
-        with collecting(collection, forming=True):
+    found = list(others)
+    with collecting(collection, forming=True):
+        for note, g in zip(collection.notes, derivatives, strict=True):
+            if g is None:
+                continue
+            needed = [factor.requires_grad for factor in note.factors]
             values = _delivered(note.statistics, g, note.seen, note.factors, note.states, needed)
-        for state, value in zip(note.states, values, strict=True):
-            place = collection.places[state]
-            found[place] = added(found[place], value)
+            for state, value in zip(note.states, values, strict=True):
+                place = collection.places[state]
+                before = found[place]
+                found[place] = value if before is None else added(before, value)
     return found
 
 

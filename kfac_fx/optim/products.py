@@ -22,8 +22,7 @@ from kfac_fx.likelihoods.batch import BatchLikelihood, BatchTerms, Terms, batch_
 from kfac_fx.likelihoods.builtin import Tree
 from kfac_fx.likelihoods.named import Sum
 from kfac_fx.statistics.own_pass import OwnPass
-from kfac_fx.statistics.repeated_pass import Extra
-from kfac_fx.statistics.traced_pass import Arguments, Facts
+from kfac_fx.statistics.traced_pass import Arguments, Extra, Facts
 from kfac_fx.torch_internals import pytree
 from kfac_fx.torch_internals.error_texts import refuses_nested_forward_mode
 

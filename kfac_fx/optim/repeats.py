@@ -15,9 +15,10 @@ from kfac_fx.parallel import Workers
 from kfac_fx.statistics.buffers import sources_of
 from kfac_fx.statistics.forward import Forward, run_network
 from kfac_fx.statistics.own_pass import LIKELIHOOD, OwnPass
-from kfac_fx.statistics.repeated_pass import Extra, RepeatedPass
+from kfac_fx.statistics.repeated_pass import RepeatedPass
 from kfac_fx.statistics.replays import Replays, is_ours
 from kfac_fx.statistics.swap_tensors import Places
+from kfac_fx.statistics.traced_pass import Extra
 
 
 class Repeats:

@@ -15,8 +15,7 @@ from kfac_fx.likelihoods.builtin import Tree
 from kfac_fx.likelihoods.named import Sum
 from kfac_fx.ops.gram import Statistic
 from kfac_fx.statistics.own_pass import OwnPass
-from kfac_fx.statistics.repeated_pass import Extra
-from kfac_fx.statistics.traced_pass import Arguments, Facts
+from kfac_fx.statistics.traced_pass import Arguments, Extra, Facts
 from kfac_fx.torch_internals import pytree
 
 

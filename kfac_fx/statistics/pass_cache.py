@@ -15,10 +15,10 @@ from kfac_fx.likelihoods.batch import BatchTerms, batch_terms, singles
 from kfac_fx.likelihoods.builtin import Tree
 from kfac_fx.likelihoods.named import Sum
 from kfac_fx.statistics.own_pass import OwnPass, Result
-from kfac_fx.statistics.repeated_pass import Extra, repeated
+from kfac_fx.statistics.repeated_pass import repeated
 from kfac_fx.statistics.replays import Replays
 from kfac_fx.statistics.sampled import Collected
-from kfac_fx.statistics.traced_pass import Arguments, Facts, PassProgram, arguments, facts_of
+from kfac_fx.statistics.traced_pass import Arguments, Extra, Facts, PassProgram, arguments, facts_of
 from kfac_fx.torch_internals import pytree
 
 log = logging.getLogger("kfac_fx")

@@ -236,11 +236,13 @@ class Recorder:
         _turns[self._store] = self._reference
         self._end_step()
         on = on and not self.by_inputs
-        # One backward asks for sampled statistics; exact ones take several, and empirical ones are
-        # the training's.
-        self.sources.note(on and self.own.fisher == "sampled")
         if any(factor.requires_grad != on for factor in self.sources.factors):
             switch(self.net, self.sources.factors, on)
+        # One backward asks for sampled statistics; exact ones take several, and empirical ones are
+        # the training's. Another object may have left the taps on, and the notes its way.
+        noted = on and self.own.fisher == "sampled"
+        if any(state.noted != noted for state in self.sources.states):
+            self.sources.note(noted)
 
     def observe(self, outputs: Tree, targets: Tree) -> bool:
         """Record a forward pass, or prepare to; False if some outputs are not finite.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from torch import Tensor, fx
 
@@ -14,7 +14,14 @@ from kfac_fx.likelihoods.named import Sum
 from kfac_fx.ops.gram import Statistic
 from kfac_fx.statistics.own_pass import OwnPass, Result
 from kfac_fx.statistics.replays import Form, Replays
-from kfac_fx.statistics.traced_pass import Arguments, Facts, PassProgram, arguments, facts_of
+from kfac_fx.statistics.traced_pass import (
+    Arguments,
+    Extra,
+    Facts,
+    PassProgram,
+    arguments,
+    facts_of,
+)
 from kfac_fx.torch_internals import pytree
 
 Found = TypeVar("Found")
@@ -38,18 +45,6 @@ class Traced(Protocol[FoundOut]):
             extra: further arguments of the pass.
             count: the number of likelihood terms.
         """
-
-
-class Extra(NamedTuple):
-    """The arguments of a pass beside the batch.
-
-    Attributes:
-        seed: of the draws; 0 if there are none.
-        tensors: others, whose number and shapes belong to the form.
-    """
-
-    seed: int = 0
-    tensors: Sequence[Tensor] = ()
 
 
 Make = Callable[[OwnPass, Facts, Arguments, Extra], Traced[Found]]
@@ -123,6 +118,9 @@ class RepeatedPass(Generic[Found]):
     def _facts_of(self, form: Form, inputs: Tree) -> Facts | None:
         """Return the facts of a form that has come a few times; None before that."""
         if form not in self._facts and self._replays.ready(form):
+            if not self._replays.takes(inputs):
+                self._replays.refuse(form, "the graph is for other inputs")
+                return None
             try:
                 with self._replays.tracing():
                     self._facts[form] = facts_of(self.own, inputs, real=True)

@@ -11,17 +11,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
 from kfac_fx.capture.captured_module import CapturedModule
 from kfac_fx.codegen.functional import random_nodes
-from kfac_fx.likelihoods.builtin import Likelihood
+from kfac_fx.likelihoods.builtin import Likelihood, Tree
 from kfac_fx.likelihoods.named import Sum
 from kfac_fx.likelihoods.sampling import forked
 from kfac_fx.ops.gram import Statistic
+from kfac_fx.statistics.forward import run_network
 from kfac_fx.torch_internals.onlookers import module_hooks, watched
 
 log = logging.getLogger("kfac_fx")
@@ -86,22 +87,23 @@ class Replays:
     """Traces of the passes of one network.
 
     Args:
-        net: an instrumented module.
+        net: an instrumented module; one that is no CapturedModule is never traced.
         pure: whether all code around the network (the likelihood, the function that calls the
             network) is known to compute the same of the same tensors at every call.
     """
 
-    def __init__(self, net: nn.Module, pure: bool) -> None:
+    def __init__(self, net: Any, pure: bool) -> None:
         self._forms: dict[Form, _Known] = {}
         self._parameters = list(net.parameters())
         size = sum(parameter.numel() for parameter in self._parameters)
         self._possible = pure and size <= LARGEST and is_pure(net)
+        self._net = net
         self._modules = [*net.modules()] if self._possible else []
         self._plain = [_plain_names(module) for module in self._modules]
 
     def form(self, what: Hashable, tensors: Sequence[Tensor]) -> Form | None:
         """Return the form of a pass, or None where it is no function of the tensors alone."""
-        if not self._possible or watched() or module_hooks():
+        if not self._possible or watched() or module_hooks() or not self._net.stands():
             return None
         if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
             return None
@@ -116,6 +118,10 @@ class Replays:
                 return None
             shapes.append((t.shape, t.stride(), t.dtype, t.device, t.requires_grad))
         return Form(what, tuple(shapes), net)
+
+    def takes(self, inputs: Tree) -> bool:
+        """Say whether the network's graph is for inputs of this form, rather than its own code."""
+        return bool(run_network(self._net.takes, inputs))
 
     def _net_form(self) -> Hashable | None:
         """Return the plain attributes of all modules; None where a hook would have to run."""

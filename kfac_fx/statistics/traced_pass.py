@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -152,6 +152,18 @@ class Arguments:
         for terms in self.terms:
             found += _tensors(pytree.tree_leaves(terms) if terms is not None else ())
         return found + _tensors(noises)
+
+
+class Extra(NamedTuple):
+    """The arguments of a pass beside the batch.
+
+    Attributes:
+        seed: of the draws; 0 if there are none.
+        tensors: others, whose number and shapes belong to the form.
+    """
+
+    seed: int = 0
+    tensors: Sequence[Tensor] = ()
 
 
 def arguments(

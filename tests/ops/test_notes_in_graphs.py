@@ -158,7 +158,7 @@ def test_after_the_backward() -> None:
     pre = made(net)
     outputs = net(x)
     outputs.sum().backward()
-    with pytest.raises(kfac_fx.errors.ObservationError, match="before loss.backward"):
+    with pytest.raises(kfac_fx.errors.ObservationError, match=r"before loss\.backward"):
         pre.observe(outputs)
 
 
