@@ -16,14 +16,13 @@ from kfac_fx.errors import LikelihoodError
 from kfac_fx.likelihoods.batch import BatchLikelihood, batch_likelihood, output_tensors
 from kfac_fx.likelihoods.builtin import Bernoulli, Categorical, Likelihood, Normal, Tree
 from kfac_fx.likelihoods.named import Sum
-from kfac_fx.likelihoods.sampling import seeded
+from kfac_fx.likelihoods.sampling import drawn_seed, seeded
 from kfac_fx.ops.net_buffers import STORE
 from kfac_fx.optim.products import Direction, Parameters, root_derivatives
 from kfac_fx.optim.repeats import Repeats
 from kfac_fx.optim.traced_loss import Evaluated, double
 from kfac_fx.parallel import WholeParameters, Workers, share_of
 from kfac_fx.statistics.forward import Forward, outputs_of
-from kfac_fx.statistics.recorder import drawn_seed
 from kfac_fx.torch_internals import foreach, pytree
 
 MOST_WIDENED = 2**22

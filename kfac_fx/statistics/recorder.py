@@ -16,6 +16,7 @@ from kfac_fx.ir.curvature_graph import Holder
 from kfac_fx.likelihoods.batch import output_tensors
 from kfac_fx.likelihoods.builtin import Likelihood, Tree
 from kfac_fx.likelihoods.named import Sum
+from kfac_fx.likelihoods.sampling import drawn_seed
 from kfac_fx.ops.gram import Rows, multiplied
 from kfac_fx.ops.net_buffers import STORE, all_buffers, switch
 from kfac_fx.parallel import StatisticSlot, Values, Workers
@@ -47,16 +48,6 @@ class _Pass(NamedTuple):
     values: Values
     summed: Callable[[], Values] | None
     total: float
-
-
-def drawn_seed(generator: torch.Generator, workers: Workers) -> int:
-    """Draw the next seed; processes that share one stream each get a seed of their own.
-
-    The multiplier is the golden ratio's of 64 bits: seeds of neighbouring ranks lie far apart, and
-    no rank's seed is another rank's next one.
-    """
-    seed = int(torch.randint(2**62, (), generator=generator))
-    return (seed + 0x9E3779B97F4A7C15 * workers.rank) % 2**62
 
 
 class StepStatistics:
