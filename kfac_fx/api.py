@@ -11,11 +11,10 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from kfac_fx.capture.captured_module import CapturedModule, captured_module, share_hooks
+from kfac_fx.capture.captured_module import CapturedModule
 from kfac_fx.capture.graph_modules import from_graph_module
 from kfac_fx.capture.self_check import SelfCheck
-from kfac_fx.capture.symbolic_trace import opaque_calls, trace
-from kfac_fx.capture.train_and_eval import capture_both
+from kfac_fx.capture.symbolic_trace import opaque_calls
 from kfac_fx.capture.user_lines import user_line
 from kfac_fx.config import (
     CAPTURES,
@@ -28,6 +27,7 @@ from kfac_fx.config import (
     choice,
 )
 from kfac_fx.eager.eager_module import EagerModule, eager_module
+from kfac_fx.eager.guarded import from_trace, guard_export
 from kfac_fx.eager.record_example import record
 from kfac_fx.errors import CaptureError
 from kfac_fx.export.export_model import fixes_batch, from_export, of_program
@@ -233,15 +233,12 @@ def _captured(
     """Return the model as one route captures it."""
     if route == "symbolic_trace":
         given = _arguments_given(model, args, kwargs)
-        constants: dict[str, torch.Tensor] = {}
-        training, evaluation = capture_both(model, lambda m: trace(m, given, constants))
-        module = captured_module(model, training, evaluation, constants)
-        share_hooks(module, model)
-        return module
+        return from_trace(model, given)
     if args is None and not kwargs:
         raise CaptureError("it needs example_inputs=(...)")
     if route == "export":
-        return from_export(model, args or (), kwargs)
+        module, inputs, constants = from_export(model, args or (), kwargs)
+        return guard_export(module, model, inputs, constants=constants)
     running = eager_module(model, record(model, args or (), kwargs))
     log.warning(
         "%s runs as it is written and is recorded while it does: there is no graph of it that can "

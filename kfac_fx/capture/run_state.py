@@ -238,7 +238,7 @@ def _alike(one: Value, other: Value, depth: int = 4) -> bool:
         return bool(one == other)
     if len(one) != len(other) or (isinstance(one, dict) and list(one) != list(other)):
         return False
-    if isinstance(one, dict):
+    if isinstance(one, dict) and isinstance(other, dict):
         return all(_alike(one[key], other[key], depth - 1) for key in one)
     return all(_alike(a, b, depth - 1) for a, b in zip(one, other, strict=True))
 

@@ -17,6 +17,7 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from kfac_fx.capture.autograd_calls import FunctionCall
 from kfac_fx.capture.dialect import row_of
 from kfac_fx.capture.in_place import update_of, written_in_place
+from kfac_fx.capture.input_forms import fixed_arguments
 from kfac_fx.capture.layer_calls import has_parameters, translate
 from kfac_fx.capture.mode_regions import Regions
 from kfac_fx.capture.parameter_paths import ancestors
@@ -312,13 +313,7 @@ def trace(
     Raises:
         CaptureError: symbolic values cannot follow the code; names the user's line.
     """
-    fixed: dict[str, Value] = {}
-    for name, parameter in inspect.signature(model.forward).parameters.items():
-        default = given.get(name, parameter.default)
-        simple = default is None or (isinstance(default, (bool, str)) and name not in given)
-        variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-        if simple and not variadic:
-            fixed[name] = default
+    fixed = fixed_arguments(inspect.signature(model.forward), given)
     kinds = {name: type(value) for name, value in given.items()}
     tracer = WatchingTracer(kinds, {} if constants is None else constants)
     with undisturbed(model) as before:
