@@ -145,6 +145,7 @@ def form_after(net: nn.Module, pure: bool = True) -> Form | None:
 
 def test_what_is_no_function_of_its_tensors_is_not_traced() -> None:
     net = kfac_fx.transform(mlp())
+    net(torch.randn(2, 6))  # its guard has seen that all is as it was
     assert form_after(net) is not None
     assert form_after(net, pure=False) is None
     made = Replays(net, True)
@@ -163,6 +164,10 @@ def test_what_is_no_function_of_its_tensors_is_not_traced() -> None:
     assert made.form("", [parameter]) is None
     with torch.autocast("cpu"):
         assert made.form("", []) is None
+    net.train()
+    assert made.form("", []) == before
+    net.get_submodule("0").bias = None  # the model itself runs from here on, with other code
+    assert made.form("", []) is None
 
 
 class Counts(nn.Module):
@@ -211,7 +216,7 @@ def test_a_function_of_the_user_is_not_traced(monkeypatch: pytest.MonkeyPatch) -
 def test_hooks_that_come_later_run() -> None:
     """A network that is traced already."""
     network = Network("mlp", mlp, lambda n: (torch.randn(n, 6),))
-    net = kfac_fx.transform(mlp())
+    net = kfac_fx.transform(mlp(), structure="block_diagonal")
     calls: list[int] = []
     for step, _ in enumerate(trained(net, batches(network), lr=1e-2)):
         if step == STEPS - 2:
