@@ -23,7 +23,10 @@ WIDEST = 2.0
 SHORTEST = 0.3
 """The least fraction of its best step that is made, however noisy batches are."""
 
-CEILING = 3.0
+HARM = -0.05
+"""Average held-out ratio below which steps are shortened further."""
+
+CEILING = 100.0
 """Up to so many mean eigenvalues lambda grows because batches contradict each other."""
 
 FURTHEST = 1e12
@@ -85,9 +88,13 @@ class HeldOutRule(DampingRule):
         new = max(1 - MEMORY, 1 / self._judged)
         self._average += new * (ratio - self._average)
         self.damping = min(max(self.damping * self._factor(ratio), self.floor), self.largest)
-        half = 0.5 * self.fraction  # of the step that is judged here
-        self._signal += new * (ratio * (1 - half) + half - self._signal)
-        self.fraction = min(max(self._signal, SHORTEST), 1.0)
+        # What the own batch gained and this one did not is noise, whatever the model is wrong about.
+        noise = min(max(self._own - change / self._predicted, -WIDEST), WIDEST)
+        signal = 1 - noise * (1 - 0.5 * self.fraction)
+        self._signal += new * (signal - self._signal)
+        # Steps that do harm at the floor are shortened below it.
+        floor = SHORTEST if self._average > HARM else SHORTEST / 3
+        self.fraction = min(max(self._signal, floor), 1.0)
         self._predicted = 0.0
         return ratio
 
