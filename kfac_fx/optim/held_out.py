@@ -88,7 +88,7 @@ class HeldOutRule(DampingRule):
         new = max(1 - MEMORY, 1 / self._judged)
         self._average += new * (ratio - self._average)
         self.damping = min(max(self.damping * self._factor(ratio), self.floor), self.largest)
-        # What the own batch gained and this one did not is noise, whatever the model is wrong about.
+        # What the own batch gained and this one did not is noise, however wrong the model is.
         noise = min(max(self._own - change / self._predicted, -WIDEST), WIDEST)
         signal = 1 - noise * (1 - 0.5 * self.fraction)
         self._signal += new * (signal - self._signal)
