@@ -68,7 +68,7 @@ class KFAC(HasCurvature, Optimizer):
         tikhonov: how Kronecker blocks are damped; as for ``Preconditioner``.
         structure: "block_diagonal" leaves the couplings out; None for the transform's own.
         fisher: "sampled" or "exact"; the gradient's pass gives no empirical statistics here.
-        generator: the generator of sampled targets and of masks; its state is part of
+        generator: the generator of sampled statistics and of masks; its state is part of
             ``state_dict``.
         workers: the processes that share a batch; gradients are averaged over them here.
         compile: run the program and the passes of statistics and gradient through torch.compile
