@@ -60,6 +60,7 @@ def measure() -> Measure:
         options = {
             "likelihood": given or likelihood.name,
             "damping": 1e-2,
+            "structure": None,
             "trust_region": None,
             "largest_step": None,
         } | options

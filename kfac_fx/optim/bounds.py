@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -31,6 +32,9 @@ WIDE = (torch.float64, torch.complex128)
 
 LONGEST = 2.0
 """Natural lengths above this many times the usual one are those of an outlier."""
+
+LEAST = 1e-3
+"""Share of its squared length that the trust region leaves a gradient at least."""
 
 MEMORY = 0.9
 """Weight of the old ones in the running average of squared natural lengths."""
@@ -96,7 +100,17 @@ class NaturalLength:
         else:
             kept = min(squared, LONGEST**2 * self.usual)
             self.usual = MEMORY * self.usual + (1 - MEMORY) * kept
-        return math.sqrt(min(kept, self.largest) / squared)
+        # Nats are a scale of losses, but not of all: squared errors of targets in thousands begin
+        # with millions of them, and steps of a hundredth of a nat would get nowhere.
+        return math.sqrt(min(kept, max(self.largest, LEAST * kept)) / squared)
+
+
+class _LayerSums(NamedTuple):
+    """Layers as tensors: their members [layers, parameters], floors, and each parameter's row."""
+
+    members: Tensor
+    least: Tensor
+    rows: Tensor
 
 
 class _Share:
@@ -106,6 +120,10 @@ class _Share:
         parameters: the parameters in its groups.
         layers: the number of each one's layer; the optimizer may have a part of a layer.
         workers: the processes that share sharded parameters.
+
+    Attributes:
+        ids: identities of the parameters.
+        reads: whether lengths are read on the host, which costs nothing where that computes them.
     """
 
     def __init__(
@@ -118,22 +136,17 @@ class _Share:
         self._workers = workers
         here = self._now()
         self._before = [torch.empty_like(tensor) for tensor in here]
+        self._device = here[0].device
+        self.reads = not self._sharded and all(tensor.device.type == "cpu" for tensor in here)
         self._dtype = torch.float32
         for tensor in here:
             self._dtype = torch.promote_types(self._dtype, tensor.dtype)
-        self._device = here[0].device
-        # Sums over layers are one product with a matrix of zeros and ones. Whole tensors among
-        # sharded ones are in every process, and would be counted as often.
-        rows = {layer: row for row, layer in enumerate(dict.fromkeys(layers))}
-        self._row = torch.tensor([rows[layer] for layer in layers])
-        members = torch.zeros(len(rows), len(layers), dtype=self._dtype)
-        members[self._row, torch.arange(len(layers))] = 1.0
-        counts = torch.tensor([float(p.numel()) for p in parameters], dtype=self._dtype)
-        self._least = (SMALL_WEIGHT**2 * (members @ counts)).to(self._device)
-        for index, parameter in enumerate(parameters if self._sharded else ()):
-            members[:, index] /= 1.0 if _is_sharded(parameter) else workers.size
-        self._members = members.to(self._device)
-        self._row = self._row.to(self._device)
+        numbers = {layer: row for row, layer in enumerate(dict.fromkeys(layers))}
+        self._rows = [numbers[layer] for layer in layers]
+        self._least = [0.0] * len(numbers)
+        for row, parameter in zip(self._rows, parameters, strict=True):
+            self._least[row] += SMALL_WEIGHT**2 * parameter.numel()
+        self._sums = None if self.reads else self._layer_sums()
 
     def _now(self) -> list[Tensor]:
         return self._parameters if self._plain else [_here(p) for p in self._parameters]
@@ -150,23 +163,56 @@ class _Share:
         """
         now = self._now()
         steps = foreach.sub(now, self._before)
-        norms = foreach.norm(steps, 2, self._dtype) + foreach.norm(self._before, 2, self._dtype)
-        squares = self._stacked(norms).square_().view(2, -1)
-        sums = squares @ self._members.mT
+        norms = list(foreach.norm([*steps, *self._before], 2, self._dtype))
+        if not self.reads:
+            # Nobody waits for a GPU's answer: all layers are moved, most of them by nothing, which
+            # leaves them as they are bit by bit.
+            foreach.lerp_(now, self._before, self._unread(norms, now, largest))
+            return
+        for index, back in enumerate(self._read(norms, largest)):
+            if back > 0:
+                now[index].lerp_(self._before[index], back)
+
+    def _read(self, norms: list[Tensor], largest: float) -> list[float]:
+        """Return how far each parameter goes back, of its step; 0 for most."""
+        lengths = torch.stack(norms).tolist()
+        count = len(self._rows)
+        moved, weights = [0.0] * len(self._least), [0.0] * len(self._least)
+        for row, step, weight in zip(self._rows, lengths, lengths[count:], strict=False):
+            moved[row] += step * step
+            weights[row] += weight * weight
+        # A step that is not finite is not made up for.
+        back = [
+            max(0.0, 1 - largest * math.sqrt(max(weight, least) / step))
+            if 0 < step < math.inf
+            else 0.0
+            for step, weight, least in zip(moved, weights, self._least, strict=True)
+        ]
+        return [back[row] for row in self._rows]
+
+    def _layer_sums(self) -> _LayerSums:
+        """Return what sums over layers need on a device, made once: copies to it are waited for."""
+        members = torch.zeros(len(self._least), len(self._rows), dtype=self._dtype)
+        for column, (row, parameter) in enumerate(zip(self._rows, self._parameters, strict=True)):
+            # Whole tensors among sharded ones are in every process, and count once in all.
+            whole = self._sharded and not _is_sharded(parameter)
+            members[row, column] = 1.0 / self._workers.size if whole else 1.0
+        made = members, torch.tensor(self._least, dtype=self._dtype), torch.tensor(self._rows)
+        on_device = [tensor.to(self._device) for tensor in made]
+        return _LayerSums(on_device[0], on_device[1], on_device[2])
+
+    def _unread(self, norms: list[Tensor], like: Sequence[Tensor], largest: float) -> list[Tensor]:
+        """Return what ``_read`` does as tensors where the parameters are."""
+        if self._sums is None:
+            self._sums = self._layer_sums()
+        members, least, rows = self._sums
+        squares = torch.stack([norm.to(self._device) for norm in norms]).square_()
+        sums = squares.view(2, -1) @ members.mT
         if self._sharded:
             self._workers.sum_([sums])
-        weights = torch.maximum(sums[1], self._least)
-        # 0 leaves a layer as it is, bit by bit; a step that is not finite is not made up for.
-        back = (1 - largest * (weights / sums[0]).sqrt_()).clamp_min_(0.0).nan_to_num_(0.0, 0.0)
-        # On a GPU nobody waits for the answer: all layers are moved, most of them by nothing.
-        if back.is_cuda or bool(back.any()):
-            foreach.lerp_(now, self._before, self._unstacked(back[self._row], now))
-
-    def _stacked(self, norms: Sequence[Tensor]) -> Tensor:
-        return torch.stack([norm.to(self._device) for norm in norms])
-
-    def _unstacked(self, weights: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-        pairs = zip(weights.unbind(), like, strict=True)
+        back = (1 - largest * (torch.maximum(sums[1], least) / sums[0]).sqrt_()).clamp_min_(0.0)
+        back = torch.where(sums[0].isfinite(), back, 0.0)[rows]
+        pairs = zip(back.unbind(), like, strict=True)
         return [weight.to(tensor.device, tensor.dtype) for weight, tensor in pairs]
 
 

@@ -70,7 +70,9 @@ class Preconditioner(HasCurvature):
         tikhonov: "factored", (A + pi gamma I) (x) (G + gamma / pi I); "exact", A (x) G + lambda I
             (sums of two Kronecker products stay factored); or "ekfac", the same with estimated
             eigenvalues. The last two need structure="block_diagonal".
-        structure: "block_diagonal" leaves the couplings out; None for the transform's own.
+        structure: "block_diagonal" leaves the couplings out, "block_tridiagonal" has those that the
+            transform found, at about one and a half times the cost of a refresh and of statistics;
+            None for the transform's own.
         fisher: "exact" takes every column of the output Fisher's square root (one backward each);
             "sampled" all of them at once with random signs (one backward, the same mean), or draws
             targets from the model where the root is not known; "empirical" reuses the training
@@ -84,8 +86,8 @@ class Preconditioner(HasCurvature):
             Between two refreshes inverses are older than the averages, which costs accuracy and
             saves time.
         trust_region: largest squared length grad^T Fhat^-1 grad of a preconditioned gradient in
-            Fhat; a longer one is shortened, and one that is more than twice as long as usual to
-            that. None for neither.
+            Fhat; a longer one is shortened, to a thirtieth of its length at least, and one that is
+            more than twice as long as usual to that. None for neither.
         largest_step: largest step of the optimizer, in units of the length of a layer's weights: a
             longer one, momentum and learning rate included, is shortened after it. It is the step
             of any torch.optim optimizer that follows ``step()``. None for no limit.
@@ -121,13 +123,13 @@ class Preconditioner(HasCurvature):
         *,
         damping: float | None = None,
         tikhonov: Tikhonov = "factored",
-        structure: Structure | None = None,
+        structure: Structure | None = "block_diagonal",
         fisher: Fisher = "sampled",
         ema_decay: float = 0.95,
         statistics_every: int | None = None,
         refresh_every: int | None = None,
         trust_region: float | None = 1e-2,
-        largest_step: float | None = 0.04,
+        largest_step: float | None = 0.03,
         generator: torch.Generator | None = None,
         workers: Workers = ALONE,
         forward: Forward = run_network,

@@ -17,11 +17,11 @@ from support.networks import mlp
 from torch import Tensor, nn
 
 import kfac_fx
-from kfac_fx.optim.bounds import NaturalLength, TakenStep
+from kfac_fx.optim.bounds import NaturalLength, TakenStep, _Share
 from kfac_fx.parallel import ALONE
 
 pytestmark = pytest.mark.usefixtures("float64")
-LARGEST = 0.04
+LARGEST = 0.03
 
 
 # ------------------------------------------------------------------------------ lengths in Fhat
@@ -64,12 +64,13 @@ def test_a_trust_region_and_the_usual_length() -> None:
     """The share by its definition; the average takes what is cut as it is cut."""
     natural = NaturalLength(1e-3)
     usual = None
-    for squared in (1e-4, 4e-4, 1e-2, 1e-9, 5.0, 5.0):
+    for squared in (1e-4, 4e-4, 1e-2, 1e-9, 5.0, 5.0, 1e3, 1e3, 1e3):
         kept = squared if usual is None else min(squared, 4 * usual)
         usual = kept if usual is None else 0.9 * usual + 0.1 * kept
         gradient = [torch.tensor([squared])]
         share = natural.share(gradient, [torch.ones(1)])
-        assert share == pytest.approx(math.sqrt(min(kept, 1e-3) / squared))
+        largest = max(1e-3, 1e-3 * kept)
+        assert share == pytest.approx(math.sqrt(min(kept, largest) / squared))
         assert natural.usual == pytest.approx(usual)
     assert natural.share([torch.zeros(1)], [torch.ones(1)]) == 1.0
     assert NaturalLength(None).share([torch.ones(1)], [torch.full((1,), 1e9)]) == 1.0
@@ -91,6 +92,20 @@ GROUPS = [["one.weight", "one.bias"], ["head.weight"], ["scale"]]
 
 def bounded(model: nn.Module) -> TakenStep:
     return TakenStep(dict(model.named_parameters()), GROUPS, LARGEST, ALONE)
+
+
+@pytest.fixture(params=["read", "unread"])
+def host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lengths are read on the host, or stay where the parameters are, as on a GPU."""
+    if request.param == "unread":
+        monkeypatch.setattr(_Share, "_read", lambda *_: pytest.fail("a length was read"))
+        plain = _Share.__init__
+
+        def init(self: _Share, *given: object) -> None:
+            plain(self, *given)
+            self.reads = False
+
+        monkeypatch.setattr(_Share, "__init__", init)
 
 
 def backward(model: nn.Module, size: float = 1.0) -> None:
@@ -121,6 +136,7 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
 }
 
 
+@pytest.mark.usefixtures("host")
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_long_steps_are_shortened_in_their_direction(name: str) -> None:
     torch.manual_seed(1)
@@ -143,6 +159,7 @@ def test_long_steps_are_shortened_in_their_direction(name: str) -> None:
             assert F.cosine_similarity(step, want, 0) == pytest.approx(1.0)
 
 
+@pytest.mark.usefixtures("host")
 def test_short_steps_are_left_as_they_are_bit_by_bit() -> None:
     model, twin = Layers(), Layers()
     twin.load_state_dict(model.state_dict())
@@ -157,6 +174,7 @@ def test_short_steps_are_left_as_they_are_bit_by_bit() -> None:
     )
 
 
+@pytest.mark.usefixtures("host")
 def test_one_layer_of_several_is_too_long() -> None:
     model = Layers()
     bound, optimizer = bounded(model), torch.optim.SGD(model.parameters(), lr=1.0)
@@ -170,6 +188,33 @@ def test_one_layer_of_several_is_too_long() -> None:
     for name in ("one.weight", "one.bias", "head.weight"):
         grad = dict(model.named_parameters())[name].grad
         assert torch.equal(after[name], before[name] - grad)
+
+
+@pytest.mark.usefixtures("host")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64])
+def test_other_precisions(dtype: torch.dtype) -> None:
+    weight = nn.Parameter(torch.full((20,), 2.0, dtype=dtype))
+    bound = TakenStep({"weight": weight}, [["weight"]], LARGEST, ALONE)
+    weight.grad = torch.ones_like(weight)
+    bound.arm()
+    torch.optim.SGD([weight], lr=1.0).step()
+    assert float((weight.detach() - 2.0).abs().max()) == pytest.approx(2 * LARGEST, rel=0.05)
+
+
+@pytest.mark.usefixtures("host")
+def test_a_step_that_is_not_finite_is_left_as_it_is() -> None:
+    model = Layers()
+    bound, optimizer = bounded(model), torch.optim.SGD(model.parameters(), lr=1e-3)
+    backward(model)
+    model.one.weight.grad[0, 0] = math.inf
+    before = values(model)
+    bound.arm()
+    optimizer.step()
+    after = values(model)
+    assert torch.equal(after["one.bias"], before["one.bias"] - 1e-3 * model.one.bias.grad)
+    assert (
+        float(after["one.weight"][0, 0]) == -math.inf and after["one.weight"][1:].isfinite().all()
+    )
 
 
 def test_only_the_step_that_follows_is_looked_at() -> None:
