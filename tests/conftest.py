@@ -60,7 +60,7 @@ def measure() -> Measure:
         options = {
             "likelihood": given or likelihood.name,
             "damping": 1e-2,
-            "structure": None,
+            "structure": getattr(getattr(net, "curvature", None), "structure", None),
             "trust_region": None,
             "largest_step": None,
         } | options

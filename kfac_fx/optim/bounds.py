@@ -33,6 +33,12 @@ WIDE = (torch.float64, torch.complex128)
 LONGEST = 2.0
 """Natural lengths above this many times the usual one are those of an outlier."""
 
+TRUST_REGION = 1e-2
+"""Largest squared length of a preconditioned gradient in Fhat."""
+
+LARGEST_STEP = 0.03
+"""Largest step that is taken, in units of the length of a layer's weights."""
+
 LEAST = 1e-3
 """Share of its squared length that the trust region leaves a gradient at least."""
 
@@ -113,31 +119,26 @@ class _LayerSums(NamedTuple):
     rows: Tensor
 
 
-class _Share:
-    """What one optimizer has of the covered parameters: copies from before its step, and layers.
+class LayerSteps:
+    """Compares the lengths of steps, layer by layer, with those of the weights.
 
     Args:
-        parameters: the parameters in its groups.
-        layers: the number of each one's layer; the optimizer may have a part of a layer.
+        parameters: in the order in which steps and weights are given; sharded ones as local parts.
+        layers: the number of each one's layer, in any numbering.
         workers: the processes that share sharded parameters.
 
     Attributes:
-        ids: identities of the parameters.
         reads: whether lengths are read on the host, which costs nothing where that computes them.
     """
 
     def __init__(
-        self, parameters: Sequence[nn.Parameter], layers: Sequence[int], workers: Workers
+        self, parameters: Sequence[Tensor], layers: Sequence[int], workers: Workers
     ) -> None:
-        self.ids = {id(parameter) for parameter in parameters}
-        self._parameters: list[Tensor] = list(parameters)
-        self._sharded = any(_is_sharded(parameter) for parameter in parameters)
-        self._plain = not self._sharded and not any(p.is_complex() for p in parameters)
+        here = [own_entries(parameter) for parameter in parameters]
         self._workers = workers
-        here = self._now()
-        self._before = [torch.empty_like(tensor) for tensor in here]
+        self._sharded = [_is_sharded(parameter) for parameter in parameters]
         self._device = here[0].device
-        self.reads = not self._sharded and all(tensor.device.type == "cpu" for tensor in here)
+        self.reads = not any(self._sharded) and all(t.device.type == "cpu" for t in here)
         self._dtype = torch.float32
         for tensor in here:
             self._dtype = torch.promote_types(self._dtype, tensor.dtype)
@@ -148,8 +149,83 @@ class _Share:
             self._least[row] += SMALL_WEIGHT**2 * parameter.numel()
         self._sums = None if self.reads else self._layer_sums()
 
+    def excess(
+        self, steps: Sequence[Tensor], weights: Sequence[Tensor], largest: float
+    ) -> Sequence[float | Tensor]:
+        """Return which part of each step is too much: 0 for most; floats, or tensors on a GPU.
+
+        Args:
+            steps: by parameter.
+            weights: by parameter, from before the steps.
+            largest: the largest length of a layer's step, in units of its weights' length.
+        """
+        norms = list(foreach.norm([*steps, *weights], 2, self._dtype))
+        return self._read(norms, largest) if self.reads else self._unread(norms, steps, largest)
+
+    def _read(self, norms: list[Tensor], largest: float) -> list[float]:
+        lengths = torch.stack(norms).tolist()
+        count = len(self._rows)
+        moved, weights = [0.0] * len(self._least), [0.0] * len(self._least)
+        for row, step, weight in zip(self._rows, lengths, lengths[count:], strict=False):
+            moved[row] += step * step
+            weights[row] += weight * weight
+        # A step that is not finite is not made up for.
+        excess = [
+            max(0.0, 1 - largest * math.sqrt(max(weight, least) / step))
+            if 0 < step < math.inf
+            else 0.0
+            for step, weight, least in zip(moved, weights, self._least, strict=True)
+        ]
+        return [excess[row] for row in self._rows]
+
+    def _layer_sums(self) -> _LayerSums:
+        """Return what sums over layers need on a device, made once: copies to it are waited for."""
+        members = torch.zeros(len(self._least), len(self._rows), dtype=self._dtype)
+        for column, (row, sharded) in enumerate(zip(self._rows, self._sharded, strict=True)):
+            # Whole tensors among sharded ones are in every process, and count once in all.
+            whole = any(self._sharded) and not sharded
+            members[row, column] = 1.0 / self._workers.size if whole else 1.0
+        made = members, torch.tensor(self._least, dtype=self._dtype), torch.tensor(self._rows)
+        on_device = [tensor.to(self._device) for tensor in made]
+        return _LayerSums(on_device[0], on_device[1], on_device[2])
+
+    def _unread(self, norms: list[Tensor], like: Sequence[Tensor], largest: float) -> list[Tensor]:
+        if self._sums is None:
+            self._sums = self._layer_sums()
+        members, least, rows = self._sums
+        squares = torch.stack([norm.to(self._device) for norm in norms]).square_()
+        sums = squares.view(2, -1) @ members.mT
+        if any(self._sharded):
+            self._workers.sum_([sums])
+        excess = (1 - largest * (torch.maximum(sums[1], least) / sums[0]).sqrt_()).clamp_min_(0.0)
+        excess = torch.where(sums[0].isfinite(), excess, 0.0)[rows]
+        pairs = zip(excess.unbind(), like, strict=True)
+        return [weight.to(tensor.device, tensor.dtype) for weight, tensor in pairs]
+
+
+class _Share:
+    """What one optimizer has of the covered parameters: copies from before its step, and layers.
+
+    Args:
+        parameters: the parameters in its groups.
+        layers: the number of each one's layer; the optimizer may have a part of a layer.
+        workers: the processes that share sharded parameters.
+
+    Attributes:
+        ids: identities of the parameters.
+    """
+
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], layers: Sequence[int], workers: Workers
+    ) -> None:
+        self.ids = {id(parameter) for parameter in parameters}
+        self._parameters: list[Tensor] = list(parameters)
+        self._plain = not any(_is_sharded(p) or p.is_complex() for p in parameters)
+        self._before = [torch.empty_like(tensor) for tensor in self._now()]
+        self._layers = LayerSteps(self._parameters, layers, workers)
+
     def _now(self) -> list[Tensor]:
-        return self._parameters if self._plain else [_here(p) for p in self._parameters]
+        return self._parameters if self._plain else [own_entries(p) for p in self._parameters]
 
     def copy(self) -> None:
         """Keep the parameters as they are."""
@@ -162,58 +238,26 @@ class _Share:
             largest: the largest length of a layer's step, in units of its weights' length.
         """
         now = self._now()
-        steps = foreach.sub(now, self._before)
-        norms = list(foreach.norm([*steps, *self._before], 2, self._dtype))
-        if not self.reads:
-            # Nobody waits for a GPU's answer: all layers are moved, most of them by nothing, which
+        excess = self._layers.excess(foreach.sub(now, self._before), self._before, largest)
+        for parameter, before, back in zip(now, self._before, excess, strict=True):
+            # Nobody waits for a GPU's answer: all are moved there, most of them by nothing, which
             # leaves them as they are bit by bit.
-            foreach.lerp_(now, self._before, self._unread(norms, now, largest))
-            return
-        for index, back in enumerate(self._read(norms, largest)):
-            if back > 0:
-                now[index].lerp_(self._before[index], back)
+            if isinstance(back, Tensor) or back > 0:
+                parameter.lerp_(before, back)
 
-    def _read(self, norms: list[Tensor], largest: float) -> list[float]:
-        """Return how far each parameter goes back, of its step; 0 for most."""
-        lengths = torch.stack(norms).tolist()
-        count = len(self._rows)
-        moved, weights = [0.0] * len(self._least), [0.0] * len(self._least)
-        for row, step, weight in zip(self._rows, lengths, lengths[count:], strict=False):
-            moved[row] += step * step
-            weights[row] += weight * weight
-        # A step that is not finite is not made up for.
-        back = [
-            max(0.0, 1 - largest * math.sqrt(max(weight, least) / step))
-            if 0 < step < math.inf
-            else 0.0
-            for step, weight, least in zip(moved, weights, self._least, strict=True)
-        ]
-        return [back[row] for row in self._rows]
 
-    def _layer_sums(self) -> _LayerSums:
-        """Return what sums over layers need on a device, made once: copies to it are waited for."""
-        members = torch.zeros(len(self._least), len(self._rows), dtype=self._dtype)
-        for column, (row, parameter) in enumerate(zip(self._rows, self._parameters, strict=True)):
-            # Whole tensors among sharded ones are in every process, and count once in all.
-            whole = self._sharded and not _is_sharded(parameter)
-            members[row, column] = 1.0 / self._workers.size if whole else 1.0
-        made = members, torch.tensor(self._least, dtype=self._dtype), torch.tensor(self._rows)
-        on_device = [tensor.to(self._device) for tensor in made]
-        return _LayerSums(on_device[0], on_device[1], on_device[2])
+def layer_numbers(layers: Iterable[Sequence[str]]) -> dict[str, int]:
+    """Return the number of each parameter's layer, by name.
 
-    def _unread(self, norms: list[Tensor], like: Sequence[Tensor], largest: float) -> list[Tensor]:
-        """Return what ``_read`` does as tensors where the parameters are."""
-        if self._sums is None:
-            self._sums = self._layer_sums()
-        members, least, rows = self._sums
-        squares = torch.stack([norm.to(self._device) for norm in norms]).square_()
-        sums = squares.view(2, -1) @ members.mT
-        if self._sharded:
-            self._workers.sum_([sums])
-        back = (1 - largest * (torch.maximum(sums[1], least) / sums[0]).sqrt_()).clamp_min_(0.0)
-        back = torch.where(sums[0].isfinite(), back, 0.0)[rows]
-        pairs = zip(back.unbind(), like, strict=True)
-        return [weight.to(tensor.device, tensor.dtype) for weight, tensor in pairs]
+    Args:
+        layers: names of parameters that are measured together, such as a weight and its bias;
+            slices of one parameter are blocks of one layer.
+    """
+    found: dict[str, int] = {}
+    for number, names in enumerate(layers):
+        for name in names:
+            found.setdefault(name, number)
+    return found
 
 
 def _is_sharded(tensor: Tensor) -> bool:
@@ -221,7 +265,7 @@ def _is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "to_local")
 
 
-def _here(tensor: Tensor) -> Tensor:
+def own_entries(tensor: Tensor) -> Tensor:
     """Return this process's entries of a tensor, in their place, as real numbers."""
     local: Tensor = tensor.to_local() if _is_sharded(tensor) else tensor  # type: ignore[attr-defined]
     return torch.view_as_real(local) if local.is_complex() else local
@@ -238,7 +282,7 @@ class TakenStep:
 
     Args:
         parameters: the covered parameters by name.
-        layers: names of parameters that are measured together, such as a weight and its bias.
+        layers: see ``layer_numbers``.
         largest: the largest length of a step, in units of the weights' length; above zero.
         workers: the processes that share sharded parameters.
     """
@@ -252,10 +296,7 @@ class TakenStep:
     ) -> None:
         self.largest = largest
         self._workers = workers
-        self._layer: dict[int, int] = {}
-        for number, names in enumerate(layers):
-            for name in names:  # slices of one parameter are blocks of one layer
-                self._layer.setdefault(id(parameters[name]), number)
+        self._layer = {id(parameters[n]): number for n, number in layer_numbers(layers).items()}
         self._waiting: set[int] = set()
         self._shares: WeakKeyDictionary[Optimizer, _Share | None] = WeakKeyDictionary()
         self._groups: WeakKeyDictionary[Optimizer, tuple[int, ...]] = WeakKeyDictionary()

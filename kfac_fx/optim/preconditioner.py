@@ -33,7 +33,7 @@ from kfac_fx.errors import (
 from kfac_fx.likelihoods.named import Given, likelihood_of
 from kfac_fx.likelihoods.sampling import forked, fresh_generator
 from kfac_fx.optim import periods
-from kfac_fx.optim.bounds import NaturalLength, TakenStep
+from kfac_fx.optim.bounds import LARGEST_STEP, TRUST_REGION, NaturalLength, TakenStep
 from kfac_fx.parallel import ALONE, Net, Workers
 from kfac_fx.reading.inspection import HasCurvature
 from kfac_fx.statistics.forward import Forward, run_network
@@ -71,8 +71,8 @@ class Preconditioner(HasCurvature):
             (sums of two Kronecker products stay factored); or "ekfac", the same with estimated
             eigenvalues. The last two need structure="block_diagonal".
         structure: "block_diagonal" leaves the couplings out, "block_tridiagonal" has those that the
-            transform found, at about one and a half times the cost of a refresh and of statistics;
-            None for the transform's own.
+            transform found, at about one and a half times the cost of a refresh and of statistics.
+            None for what the transform was asked for, and else block-diagonal.
         fisher: "exact" takes every column of the output Fisher's square root (one backward each);
             "sampled" all of them at once with random signs (one backward, the same mean), or draws
             targets from the model where the root is not known; "empirical" reuses the training
@@ -123,13 +123,13 @@ class Preconditioner(HasCurvature):
         *,
         damping: float | None = None,
         tikhonov: Tikhonov = "factored",
-        structure: Structure | None = "block_diagonal",
+        structure: Structure | None = None,
         fisher: Fisher = "sampled",
         ema_decay: float = 0.95,
         statistics_every: int | None = None,
         refresh_every: int | None = None,
-        trust_region: float | None = 1e-2,
-        largest_step: float | None = 0.03,
+        trust_region: float | None = TRUST_REGION,
+        largest_step: float | None = LARGEST_STEP,
         generator: torch.Generator | None = None,
         workers: Workers = ALONE,
         forward: Forward = run_network,
