@@ -36,8 +36,7 @@ from kfac_fx.optim.kfac_options import KFACOptions
 from kfac_fx.optim.last_step import Buffers, LastStep
 from kfac_fx.optim.objective import Batch, Objective
 from kfac_fx.optim.quadratic import Direction
-from kfac_fx.optim.scheduled_update import ScheduledUpdate
-from kfac_fx.optim.updates import AdaptiveUpdate, Situation, UpdateRule
+from kfac_fx.optim.updates import AdaptiveUpdate, ScheduledUpdate, Situation, UpdateRule
 from kfac_fx.parallel import ALONE, Workers
 from kfac_fx.reading.inspection import HasCurvature
 from kfac_fx.statistics.recorder import Recorder
