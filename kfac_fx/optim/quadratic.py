@@ -136,23 +136,3 @@ def combination(coefficients: Sequence[float], directions: Sequence[Direction]) 
 def cloned(direction: Parameters) -> Direction:
     """Return a copy with memory of its own."""
     return {name: value.clone() for name, value in direction.items()}
-
-
-def shorten(updates: Direction, gradient: Parameters, largest: float) -> None:
-    """Scale Fhat^-1 gradient in place to a squared length of at most ``largest``.
-
-    The squared length in Fhat is gradient^T Fhat^-1 gradient, so that no product with Fhat is
-    needed (docs/explanation/mathematics.md, section 9).
-
-    Args:
-        updates: Fhat^-1 times the gradient; other names in it are left alone.
-        gradient: the gradient, by the names of what is scaled.
-        largest: above zero.
-    """
-    lengths = [(gradient[n] * updates[n].conj()).sum().real.double() for n in gradient]
-    length = torch.stack(lengths).sum().clamp_min(1e-300)
-    # An infinite length would scale the update to zero, which passes for a finite one; not a number
-    # makes it not finite, and the caller skips the step.
-    length = torch.where(length.isfinite(), length, torch.nan)
-    scale = float((largest / length).sqrt().clamp_max(1.0))
-    foreach.mul_([updates[n] for n in gradient], scale)
