@@ -51,8 +51,8 @@ def train(epochs: int, save: str | None = None, resume: str | None = None) -> Ru
     net = kfac_fx.transform(nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10)))
     # On a GPU prepare() would move the parameters; a preconditioner is made where they will stay.
     net.to(accelerator.device)
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
-    preconditioner = kfac_fx.Preconditioner(net, "categorical", damping=1e-2)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.3, momentum=0.9)
+    preconditioner = kfac_fx.Preconditioner(net, "categorical")
     # Before prepare(), which wraps the optimizer: it then skips steps while gradients accumulate,
     # and what does not step is not preconditioned.
     kfac_fx.attach(preconditioner, optimizer)
@@ -75,9 +75,9 @@ def train(epochs: int, save: str | None = None, resume: str | None = None) -> Ru
 
 
 def main() -> None:
-    """Train for four epochs, and for one more from the checkpoint."""
+    """Train for 15 epochs, and for one more from the checkpoint."""
     folder = sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp()
-    print("loss:", *(f"{loss:.3f}" for loss in train(4, save=folder).losses))
+    print("loss:", *(f"{loss:.3f}" for loss in train(15, save=folder).losses))
     print("after a resume:", *(f"{loss:.3f}" for loss in train(1, resume=folder).losses))
 
 

@@ -36,9 +36,9 @@ def train(steps: int) -> tuple[list[float], kfac_fx.Preconditioner]:
 
     # One example is enough; the batch size stays open, and so does the time.
     net = kfac_fx.transform(unet, (images[:2], torch.tensor([3, 5])))
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.3, momentum=0.9)
     # The squared error of the noise is the likelihood of a normal with the network as its mean.
-    preconditioner = kfac_fx.Preconditioner(net, "normal", damping=1e-2, refresh_every=3)
+    preconditioner = kfac_fx.Preconditioner(net, "normal")
 
     losses = []
     for step in range(steps):

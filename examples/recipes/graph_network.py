@@ -44,8 +44,8 @@ def train(steps: int) -> tuple[list[float], kfac_fx.Preconditioner]:
 
     model = GCN(8, 3)
     net = kfac_fx.transform(model, (x, edges))
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
-    preconditioner = kfac_fx.Preconditioner(net, "categorical", damping=1e-2, refresh_every=3)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.3, momentum=0.9)
+    preconditioner = kfac_fx.Preconditioner(net, "categorical")
 
     losses = []
     for _ in range(steps):
@@ -63,8 +63,8 @@ def train(steps: int) -> tuple[list[float], kfac_fx.Preconditioner]:
 
 
 def main() -> None:
-    """Train for 20 steps."""
-    losses, preconditioner = train(20)
+    """Train for 40 steps."""
+    losses, preconditioner = train(40)
     print(preconditioner.curvature)
     print("loss:", *(f"{loss:.3f}" for loss in losses))
 

@@ -48,6 +48,9 @@ def make(folder: str, steps: int) -> tuple[Trainer, kfac_fx.Preconditioner]:
         intermediate_size=32,
         max_position_embeddings=10,
         num_labels=3,
+        # Else the model guesses it from the labels and writes it down in its first forward, and
+        # code that changes the model is no graph.
+        problem_type="single_label_classification",
     )
     model = BertForSequenceClassification(config)
     data = Texts()
@@ -56,8 +59,8 @@ def make(folder: str, steps: int) -> tuple[Trainer, kfac_fx.Preconditioner]:
     example = {"input_ids": data.tokens[:2], "labels": data.labels[:2]}
     net = kfac_fx.transform(model, example_kwargs=example)
 
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.03, momentum=0.9)
-    preconditioner = kfac_fx.Preconditioner(net, "categorical", damping=1e-2, refresh_every=3)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.3, momentum=0.9)
+    preconditioner = kfac_fx.Preconditioner(net, "categorical")
     # The Trainer calls forward, backward and step, so the preconditioner has to hear of them. What
     # the likelihood is about are the logits among all that the model returns.
     kfac_fx.attach(preconditioner, optimizer, outputs=lambda result: result.logits)
@@ -68,9 +71,9 @@ def make(folder: str, steps: int) -> tuple[Trainer, kfac_fx.Preconditioner]:
         per_device_train_batch_size=32,
         gradient_accumulation_steps=2,
         bf16=True,  # layers under autocast; factors and inverses are float32
-        max_grad_norm=0,  # clipping would scale raw gradients; trust_region= bounds a step instead
+        max_grad_norm=0,  # clipping is of raw gradients; the preconditioner bounds its own
         lr_scheduler_type="constant",
-        save_steps=6,
+        save_steps=20,
         logging_steps=1,
         report_to="none",
         use_cpu=True,
@@ -86,15 +89,15 @@ def losses(trainer: Trainer) -> list[float]:
 
 
 def main() -> None:
-    """Train for 12 steps, then once more from the checkpoint of step 6."""
+    """Train for 40 steps, then once more from the checkpoint of step 20."""
     folder = sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp()
-    trainer, _ = make(folder, steps=12)
+    trainer, _ = make(folder, steps=40)
     trainer.train()
     print("loss:", *(f"{loss:.3f}" for loss in losses(trainer)))
     # The optimizer's state holds the preconditioner's, so the Trainer's checkpoint is enough.
-    again, _ = make(folder, steps=12)
-    again.train(resume_from_checkpoint=f"{folder}/checkpoint-6")
-    print("after a resume at step 6:", *(f"{loss:.3f}" for loss in losses(again)[6:]))
+    again, _ = make(folder, steps=40)
+    again.train(resume_from_checkpoint=f"{folder}/checkpoint-20")
+    print("after a resume at step 20:", *(f"{loss:.3f}" for loss in losses(again)[20:]))
 
 
 if __name__ == "__main__":

@@ -52,8 +52,8 @@ class Digits(lightning.LightningModule):
     # may be made. With automatic optimisation the whole step, forward and backward too, is a
     # closure in optimizer.step(); attach() knows that.
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        optimizer = torch.optim.SGD(self.net.parameters(), lr=0.02, momentum=0.9)
-        self.preconditioner = kfac_fx.Preconditioner(self.net, "categorical", damping=1e-2)
+        optimizer = torch.optim.SGD(self.net.parameters(), lr=0.3, momentum=0.9)
+        self.preconditioner = kfac_fx.Preconditioner(self.net, "categorical")
         kfac_fx.attach(self.preconditioner, optimizer)
         return optimizer
 
@@ -82,14 +82,14 @@ def make(folder: str, steps: int) -> tuple[lightning.Trainer, Digits, DataLoader
 
 
 def main() -> None:
-    """Train for 12 steps, save, and go on to step 16 from the file."""
+    """Train for 40 steps, save, and go on to step 44 from the file."""
     folder = sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp()
-    trainer, module, loader = make(folder, steps=12)
+    trainer, module, loader = make(folder, steps=40)
     trainer.fit(module, loader)
     trainer.save_checkpoint(f"{folder}/last.ckpt")
     print("loss:", *(f"{loss:.3f}" for loss in module.losses))
     # The optimizer's state in the checkpoint holds the preconditioner's.
-    trainer, module, loader = make(folder, steps=16)
+    trainer, module, loader = make(folder, steps=44)
     trainer.fit(module, loader, ckpt_path=f"{folder}/last.ckpt")
     print("after a resume:", *(f"{loss:.3f}" for loss in module.losses))
 

@@ -41,8 +41,12 @@ def train(steps: int) -> tuple[list[float], kfac_fx.Preconditioner]:
     # What is trained gets curvature: the two factors of each adapter are layers of their own. The
     # frozen weights around them are passed through.
     net = kfac_fx.transform(model, example_kwargs={"input_ids": tokens[:2]})
-    optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.05)
-    preconditioner = kfac_fx.Preconditioner(net, "categorical", damping=1e-2, refresh_every=3)
+    optimizer = torch.optim.SGD(
+        [p for p in net.parameters() if p.requires_grad], lr=0.3, momentum=0.9
+    )
+    # The second factor of an adapter begins at zero, where a bound in units of the weights' length
+    # would hold it; the trust region bounds the step alone.
+    preconditioner = kfac_fx.Preconditioner(net, "categorical", largest_step=None)
 
     # The captured network has the adapter in it, for good. Logits without the adapter come from
     # the model itself, which has the same parameters.
@@ -65,8 +69,8 @@ def train(steps: int) -> tuple[list[float], kfac_fx.Preconditioner]:
 
 
 def main() -> None:
-    """Train for 15 steps."""
-    losses, preconditioner = train(15)
+    """Train for 40 steps."""
+    losses, preconditioner = train(40)
     print(preconditioner.curvature)
     print("loss:", *(f"{loss:.3f}" for loss in losses))
 

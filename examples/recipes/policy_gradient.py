@@ -72,9 +72,7 @@ def train(updates: int) -> tuple[list[float], kfac_fx.Preconditioner]:
     preconditioner = kfac_fx.Preconditioner(
         net,
         kfac_fx.likelihoods.Sum([("categorical", 1.0), ("normal", 0.5)]),
-        damping=1e-2,
         trust_region=0.02,
-        refresh_every=2,
     )
     rewards = []
     for _ in range(updates):
@@ -94,8 +92,8 @@ def train(updates: int) -> tuple[list[float], kfac_fx.Preconditioner]:
 
 
 def main() -> None:
-    """Train for 40 updates."""
-    rewards, _ = train(40)
+    """Train for 60 updates."""
+    rewards, _ = train(60)
     print("mean reward:", *(f"{reward:.2f}" for reward in rewards))
 
 

@@ -57,17 +57,13 @@ def train(steps: int) -> tuple[list[float], kfac_fx.Preconditioner]:
     # Anchors are matched by Python code that no graph holds. The model runs as it is written, and
     # its layers are recorded while it does.
     net = kfac_fx.transform(model, (images, targets), capture="eager")
-    optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.3, momentum=0.9)
     # The losses are no outputs of a likelihood; what the heads say of every anchor is: a label yes
     # or no, and four numbers of a box. The numbers are their weights.
     likelihood = kfac_fx.likelihoods.Sum(
         {"cls_logits": ("bernoulli", 1.0), "bbox_regression": ("normal", 1.0)}
     )
-    # The losses are divided by the number of boxes and the curvature by that of all anchors, so the
-    # gradient is large beside it: a trust region bounds the step, whatever their ratio is.
-    preconditioner = kfac_fx.Preconditioner(
-        net, likelihood, damping=1e-2, trust_region=0.003, refresh_every=1
-    )
+    preconditioner = kfac_fx.Preconditioner(net, likelihood)
     heads: dict[str, Tensor] = {}
     model.head.register_forward_hook(lambda module, args, result: heads.update(result))
 
@@ -85,8 +81,8 @@ def train(steps: int) -> tuple[list[float], kfac_fx.Preconditioner]:
 
 
 def main() -> None:
-    """Train for 15 steps."""
-    losses, preconditioner = train(15)
+    """Train for 40 steps."""
+    losses, preconditioner = train(40)
     print(preconditioner.curvature)
     print("loss:", *(f"{loss:.3f}" for loss in losses))
 

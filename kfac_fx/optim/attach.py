@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from kfac_fx.errors import ObservationError, ParameterChangedError
 from kfac_fx.likelihoods.builtin import Tree
+from kfac_fx.optim.bounds import before_step
 from kfac_fx.optim.preconditioner import Preconditioner
 
 Value = Any
@@ -77,6 +78,7 @@ class Attachment:
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             self._preconditioner.step()
+            before_step(optimizer, args, kwargs)  # what bounds the step has looked too early
             return None
 
         # Forward and backward are inside of the closure, so the gradients are there at its end.

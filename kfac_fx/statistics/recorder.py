@@ -28,7 +28,7 @@ from kfac_fx.statistics.pass_cache import CompiledPass
 from kfac_fx.statistics.replays import Replays, is_ours
 from kfac_fx.statistics.sampled import Collected, SampledStatistics
 from kfac_fx.statistics.swap_tensors import Places
-from kfac_fx.statistics.user_graph import BackwardWatch, nearest_tap
+from kfac_fx.statistics.user_graph import BackwardWatch
 from kfac_fx.torch_internals import foreach
 
 # Module of factor buffers -> whose turn it is. Graphs that share buffers share their taps, and a
@@ -264,9 +264,7 @@ class Recorder:
         collected = self._sampled.collect(outputs, targets)
         if collected.finite:
             self._step.add(collected)
-        tensors = output_tensors(outputs)
-        tap = nearest_tap(tensors, self.sources.state_by_buffer)
-        self._backward = BackwardWatch(tensors, tap=tap)
+        self._backward = BackwardWatch(output_tensors(outputs), tap=collected.tap)
         return collected.finite
 
     def observe_inputs(self, inputs: Tree, targets: Tree) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, Node
 
 from kfac_fx.config import Fisher
 from kfac_fx.errors import ObservationError
@@ -25,7 +25,7 @@ from kfac_fx.ops.state import Collection
 from kfac_fx.ops.tap import added, noted_statistics
 from kfac_fx.parallel import Workers
 from kfac_fx.statistics.buffers import Statistics, StatisticSources
-from kfac_fx.statistics.user_graph import AFTER_BACKWARD, check_recorded
+from kfac_fx.statistics.user_graph import AFTER_BACKWARD, check_recorded, nearest_tap
 from kfac_fx.torch_internals.error_texts import backward_refusal
 
 Noise = int | Sequence[Tensor | None]
@@ -44,6 +44,8 @@ class Collected:
         scale: the scale of the loss whose derivatives the statistics are of, relative to the summed
             negative log-likelihood; None if it is not seen to be proportional, and they are of no
             use.
+        tap: a node of the forward's graph that its training backward will come to; None where no
+            forward of the user's was recorded.
     """
 
     finite: bool
@@ -51,6 +53,7 @@ class Collected:
     count: float
     total: float
     scale: float | None = 1.0
+    tap: Node | None = None
 
 
 def derivatives(
@@ -205,10 +208,11 @@ class SampledStatistics:
             notes = Collection.of_graph(self.sources.states, tensors)
         if notes is None or not notes.notes:
             check_recorded(tensors, self.sources.state_by_buffer)
+        tap = _last_tap(notes, tensors, self.sources)
         finite = all_finite([tensor.detach() for tensor in tensors])
         finite, agreed = made.terms.agreed(self.workers, "observe", finite)
         if not finite:
-            return Collected(False, {}, count, agreed.count)
+            return Collected(False, {}, count, agreed.count, tap=tap)
         # Of a batch that is skipped nothing is drawn, so the next one has the same draws.
         seed = self.seed()
         found: Statistics = {}
@@ -216,4 +220,13 @@ class SampledStatistics:
             made = replace(made, terms=agreed)
             found = fisher_statistics(self.sources, made, self.fisher, seed, notes)
         self.sources.pause()
-        return Collected(True, found, count, agreed.count)
+        return Collected(True, found, count, agreed.count, tap=tap)
+
+
+def _last_tap(
+    notes: Collection | None, outputs: Sequence[Tensor], sources: StatisticSources
+) -> Node | None:
+    """Return a tap's node in the graph of a forward, near its outputs."""
+    if notes is not None and notes.notes:
+        return notes.notes[-1].edge.node
+    return nearest_tap(outputs, sources.state_by_buffer)

