@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from kfac_fx.capture.servable import is_packed
 from kfac_fx.torch_internals.pytree import tree_flatten
 
 Value = Any
@@ -83,6 +84,8 @@ class NamedInputs:
         name = self._misfitting(given)
         if name in self._fixed:
             return f"the argument {name}, which was traced as {self._fixed[name]!r}"
+        if any(map(is_packed, (*given[0], *given[1].values()))):
+            return f"the argument {name}, which is packed or nested"
         kind = self._kinds.get(name or "")
         traced = "given" if kind is None else f"of class {kind.__name__}"
         return f"the argument {name}, which was traced as {traced}"
@@ -108,7 +111,10 @@ class NamedInputs:
     def _fits(self, name: str, value: Value) -> bool:
         if name not in self._fixed:
             kind = self._kinds.get(name)
-            return value is not None if kind is None else isinstance(value, kind)
+            if value is None or (kind is not None and not isinstance(value, kind)):
+                return False
+            # Layers take these too, but the taps at them do not.
+            return not is_packed(value)
         then = self._fixed[name]
         return value is then or (type(value) is type(then) and bool(value == then))
 

@@ -48,7 +48,8 @@ class CoveredParameters:
         for name in names:
             path, _, leaf = name.rpartition(".")
             owner = modules[path]
-            now = owner.get_parameter(leaf)
+            # Not by get_parameter, which a scripted module refuses.
+            now = getattr(owner, leaf)
             self.parameters[name] = now
             self._expected[name] = _Expected(owner, leaf, now.shape, now.dtype, now.device)
 
@@ -79,7 +80,9 @@ class CoveredParameters:
         for name, was in self._expected.items():
             parameter = self.parameters[name]
             change = None
-            if was.owner._parameters.get(was.leaf) is not parameter:
+            held = was.owner._parameters
+            # A scripted module keeps its parameters elsewhere, and replaces none.
+            if type(held) is dict and held.get(was.leaf) is not parameter:
                 change = "was replaced by another object"
             elif parameter.shape != was.shape:
                 change = f"changed its shape from {tuple(was.shape)} to {tuple(parameter.shape)}"
