@@ -93,6 +93,7 @@ class CapturedModule(fx.GraphModule):
         for name in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
             self.__dict__[name] = model.__dict__[name]
         self.__dict__["_children"] = _children(self)
+        hand_on_items(self, model)
         self.recompile()
 
     def members_hold(self) -> bool:
@@ -265,6 +266,29 @@ CONSTANTS = "_kfac_fx_constants"
 
 def _children(module: nn.Module) -> dict[str, Value]:
     return dict(module._modules)
+
+
+def hand_on_items(module: CapturedModule, model: nn.Module) -> None:
+    """Let ``net[0]`` and ``len(net)`` be what they are of the model, where it has them.
+
+    Args:
+        module: the captured module.
+        model: the user's model.
+    """
+    # fx makes a class of its own for every GraphModule, and Python looks these up on the class.
+    # Only where the model has them: an object with a length of zero counts as false.
+    for name in ("__len__", "__getitem__", "__iter__", "__contains__"):
+        if hasattr(type(model), name):
+            setattr(type(module), name, _handed_on(name))
+
+
+def _handed_on(name: str) -> Callable[..., Value]:
+    """Return a method that asks the model."""
+
+    def method(self: CapturedModule, *args: Value) -> Value:
+        return getattr(type(self.source), name)(self.source, *args)
+
+    return method
 
 
 def _guarded(forward: Callable[..., Value]) -> Callable[..., Value]:

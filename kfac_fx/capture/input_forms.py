@@ -142,11 +142,19 @@ class ExportedInputs:
         signature: of the model's ``forward``; a call may name what the example gave by position.
         example: what the model was exported with.
         guards: of the graph in evaluation and of that in training, by mode.
+        one_differs: whether a batch of one case is something else (a batch norm refuses it). The
+            graph was made of a batch of more.
     """
 
     def __init__(
-        self, signature: inspect.Signature, example: Given, guards: Mapping[bool, Guards | None]
+        self,
+        signature: inspect.Signature,
+        example: Given,
+        guards: Mapping[bool, Guards | None],
+        *,
+        one_differs: bool = False,
     ) -> None:
+        self._one_differs = one_differs
         self._signature = signature
         self._number = len(example[0])
         self._names = list(example[1])
@@ -163,6 +171,8 @@ class ExportedInputs:
             given = spelled
         leaves: list[Value] = []
         if not _fits(given, self._form, leaves):
+            return None
+        if self._one_differs and any(isinstance(t, Tensor) and t.shape[:1] < (2,) for t in leaves):
             return None
         guards = self._guards[training]
         if guards is not None:
