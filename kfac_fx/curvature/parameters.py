@@ -54,15 +54,26 @@ class CoveredParameters:
             self._expected[name] = _Expected(owner, leaf, now.shape, now.dtype, now.device)
 
     def gradients(self) -> dict[str, Tensor]:
-        """Return the gradients that there are, by name.
+        """Return the gradients that there are, by name, once the parameters are checked.
 
         Sparse gradients become dense in their place, as ``Preconditioner`` writes to what it gets
         here: the inverse of a block has no zeros to keep.
+
+        Raises:
+            ParameterChangedError: see ``check``.
         """
-        for parameter in self.parameters.values():
-            if parameter.grad is not None and parameter.grad.layout is not torch.strided:
-                parameter.grad = parameter.grad.to_dense()
-        return {n: p.grad for n, p in self.parameters.items() if p.grad is not None}
+        found = {}
+        for name, parameter in self.parameters.items():
+            owner, leaf, shape, dtype, device = self._expected[name]
+            same = owner._parameters.get(leaf) is parameter and parameter.shape == shape
+            if not (same and parameter.dtype == dtype and parameter.device == device):
+                self.check()
+            gradient = parameter.grad
+            if gradient is not None and gradient.layout is not torch.strided:
+                gradient = parameter.grad = gradient.to_dense()
+            if gradient is not None:
+                found[name] = gradient
+        return found
 
     def in_module_order(self) -> dict[str, nn.Parameter]:
         """Return ``parameters`` in the order of the module's own ``parameters()``."""

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import fx, nn
 
-from kfac_fx.capture.captured_module import CapturedModule, adopt, hand_on_items
+from kfac_fx.capture.captured_module import CapturedModule, adopt
+from kfac_fx.capture.items import hand_on_items
 from kfac_fx.eager.eager_taps import EagerTaps
 from kfac_fx.eager.recordable_uses import every_piece, placeable
 from kfac_fx.eager.tape import Tape, compilers_off

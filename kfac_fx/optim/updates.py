@@ -10,17 +10,10 @@ from torch import Tensor
 
 from kfac_fx.codegen.refresh_module import Refreshed
 from kfac_fx.curvature.inverses import InverseFisher
-from kfac_fx.likelihoods.batch import BatchLikelihood
 from kfac_fx.optim.adapt_damping import DampingRule
 from kfac_fx.optim.objective import Batch, Objective
-from kfac_fx.optim.quadratic import (
-    Direction,
-    Parameters,
-    QuadraticModel,
-    combination,
-    fisher_gram,
-    inner_products,
-)
+from kfac_fx.optim.products import Direction, Parameters
+from kfac_fx.optim.quadratic import QuadraticModel, combination, inner_products
 from kfac_fx.parallel import Workers
 
 
@@ -167,14 +160,7 @@ class AdaptiveUpdate:
     def _gram(self, at: Situation, directions: list[Direction]) -> Tensor:
         """Return the products of directions with the exact Fisher, [n, n], of all processes."""
         part = self.objective.first(at.batch, self.fraction, self.fewest)
-
-        def run(parameters: Parameters) -> BatchLikelihood:
-            # Each product runs the network once more, with the same masks and no trace in buffers.
-            with self.objective.aside():
-                outputs = self.objective.outputs(part.inputs, parameters)
-            return self.objective.likelihood_of_all(outputs, part.targets)
-
-        gram = fisher_gram(run, at.parameters, directions)
+        gram = self.objective.fisher_gram(part, at.parameters, directions)
         self.workers.sum_([gram])
         return gram
 
