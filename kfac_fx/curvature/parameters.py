@@ -140,19 +140,23 @@ def _curvature(net: object) -> CurvatureGraph:
     return found
 
 
-def transformed(net: object, structure: Structure | None) -> tuple[CurvatureGraph, Structure]:
+def transformed(
+    net: object, structure: Structure | None, *, coupled: bool = False
+) -> tuple[CurvatureGraph, Structure]:
     """Return the curvature graph of a transformed module, and the structure that is wanted.
 
     Args:
         net: what ``kfac_fx.transform`` returned, or any GraphModule with its annotated taps.
-        structure: None for the transform's own.
+        structure: None for what the transform was asked for.
+        coupled: whether the couplings are taken where neither asks for a structure.
 
     Raises:
         KFACError: it is another module.
         UnknownOptionError: the structure is unknown, or the module records no cross factors.
     """
     curvature = _curvature(net)
-    wanted = choice("structure", structure or curvature.structure, STRUCTURES)
+    own = curvature.structure if coupled else curvature.preferred
+    wanted = choice("structure", structure or own, STRUCTURES)
     if wanted == "block_diagonal":
         return curvature, "block_diagonal"
     if curvature.structure != "block_tridiagonal":

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from math import isfinite
 from typing import Any, NamedTuple
 
 import torch
@@ -30,13 +31,13 @@ from kfac_fx.likelihoods.batch import (
     BatchTerms,
     Terms,
     batch_likelihood,
-    noise_of,
     output_tensors,
     root_rows,
+    signs_of,
     singles,
     wide,
 )
-from kfac_fx.likelihoods.builtin import Noise, Tree
+from kfac_fx.likelihoods.builtin import Signs, Tree
 from kfac_fx.likelihoods.named import Sum
 from kfac_fx.likelihoods.sampling import seeded
 from kfac_fx.ops.gram import multiplied
@@ -56,14 +57,14 @@ class Facts:
     Attributes:
         outputs: stands in for the outputs; its values are NaN, so that nobody relies on them.
         shapes: the shape of the terms of each part of the likelihood.
-        noises: the noise of each part's draw; None for a distribution that draws by itself.
+        noises: the signs of each part's columns; None for a distribution that draws by itself.
         columns: the number of columns of the output Fisher's root.
         masks: random operators in the forward.
     """
 
     outputs: Tree
     shapes: tuple[torch.Size, ...]
-    noises: tuple[Noise | None, ...]
+    noises: tuple[Signs | None, ...]
     columns: int
     masks: int
 
@@ -101,15 +102,25 @@ def facts_of(own: OwnPass, inputs: Tree, *, real: bool = False) -> Facts:
     with functional_errors(), torch.no_grad(), mode, _CountRandom() as random:
         outputs = own.outputs(own.leaves(state), batch)
         masks = random.count
-        if own.uses_terms:
-            found = singles(own.likelihood, wide(outputs), None)
-            distributions = [one.likelihood.distribution(one.outputs) for one in found]
-        if own.columns:
-            rows = (r for d in distributions for r in root_rows(d, None))
-            columns = sum(r.shape[1] for r in rows)
-        noises = tuple(noise_of(d) for d in distributions) if own.draws else ()
+        # A root has columns for what depends on the outputs, as derivatives tell: a scale that a
+        # network returns has some, a constant has none.
+        with torch.enable_grad():
+            if own.uses_terms:
+                found = singles(own.likelihood, _differentiable(wide(outputs)), None)
+                distributions = [one.likelihood.distribution(one.outputs) for one in found]
+            if own.columns:
+                rows = (r for d in distributions for r in root_rows(d, None))
+                columns = sum(r.shape[1] for r in rows)
+            noises = tuple(signs_of(d) for d in distributions) if own.draws else ()
     stand_ins = pytree.tree_map_only(Tensor, _stand_in, wide(outputs))
     return Facts(stand_ins, tuple(d.batch_shape for d in distributions), noises, columns, masks)
+
+
+def _differentiable(outputs: Tree) -> Tree:
+    def leaf(value: Tensor) -> Tensor:
+        return value.detach().requires_grad_(value.is_floating_point())
+
+    return pytree.tree_map_only(Tensor, leaf, outputs)
 
 
 def _stand_in(like: Tensor) -> Tensor:
@@ -227,6 +238,7 @@ class PassProgram:
 
     def __init__(self, own: OwnPass, facts: Facts, given: Arguments, compile: bool | str) -> None:
         self._own = own
+        self._compile = compile
         self._facts = facts
         # Parts without terms are left out of the program, and of its draws.
         kinds = zip(facts.noises, given.terms, strict=False)
@@ -307,10 +319,17 @@ class PassProgram:
         buffers = own.buffers(leaves)
         compared = values.comparison is not None
         self._outputs = _Outputs([*values.statistics], compared, [*values.gradients], [*buffers])
-        finite = torch.stack([t.isfinite().all() for t in output_tensors(outputs)]).all()
+        finite = self._finite(output_tensors(outputs))
         statistics = [multiplied(value) for value in values.statistics.values()]
         numbers = [number for number in (values.comparison, values.loss) if number is not None]
         return [finite, *statistics, *numbers, *values.gradients.values(), *buffers.values()]
+
+    def _finite(self, outputs: Sequence[Tensor]) -> Tensor:
+        """Return a number that is finite if the outputs are, or a flag for a compiler to fuse."""
+        if self._compile:
+            return torch.stack([t.isfinite().all() for t in outputs]).all()
+        # One operator for the five that tell an entry's.
+        return torch.stack([torch.linalg.vector_norm(t) for t in outputs]).sum()
 
     @torch.no_grad()
     def __call__(self, given: Arguments, seed: int, count: float, total: float) -> Result:
@@ -377,7 +396,7 @@ class PassProgram:
         loss = None if self._own.loss is None else rest.pop(0)
         gradients = dict(zip(names.gradients, rest, strict=False))
         buffers = dict(zip(names.buffers, rest[len(gradients) :], strict=True))
-        fine = not self._own.statistics or bool(finite)
+        fine = not self._own.statistics or (bool(finite) if self._compile else isfinite(finite))
         collected = Collected(fine, statistics, count, total, scale)
         return Result(collected, loss, gradients, buffers)
 
