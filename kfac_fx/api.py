@@ -54,7 +54,7 @@ def transform(
     example_inputs: Value = None,
     *,
     example_kwargs: Mapping[str, Value] | None = None,
-    structure: Structure = "block_tridiagonal",
+    structure: Structure | None = None,
     couplings: Couplings = "topology",
     exclude: Collection[str] = (),
     strict: bool = False,
@@ -79,7 +79,9 @@ def transform(
         example_kwargs: keyword arguments, likewise.
         structure: "block_tridiagonal" couples each layer with the one that follows it, along a
             spanning forest of the graph's dependencies (Martens & Grosse 2015, section 4.3);
-            "block_diagonal" takes layers as independent.
+            "block_diagonal" takes layers as independent. None finds the couplings and leaves them
+            to optimizers that ask for them; others are block-diagonal. With couplings="data" it is
+            "block_tridiagonal".
         couplings: "topology" prefers direct successors to skips; "data" records more pairs, and
             the preconditioner takes those with the most mutual information.
         exclude: names or globs of parameters or modules that are left alone.

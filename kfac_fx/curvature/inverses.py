@@ -107,7 +107,7 @@ class InverseFisher:
         self._workers = workers
         self._refreshes = 0
         # The damping and the number of folds that ``refreshed`` is of.
-        self._made_of: tuple[float, int] | None = None
+        self._made_of: tuple[float | None, int] | None = None
         self._chooses = coupled and curvature.selection == "data" and bool(curvature.pairs)
         program, engine = self._generated(curvature.couplings if coupled else ())
         self.program = program
@@ -162,23 +162,23 @@ class InverseFisher:
             self.refreshed = self.moments.scaled(self.refreshed)
         return folded.good
 
-    def keep_up(self, damping: float) -> None:
+    def keep_up(self, damping: float | None) -> None:
         """Refresh, unless neither the averages nor the damping have moved since the last time.
 
         Inverses that come into use later than they are made count refreshes: these always run.
 
         Args:
-            damping: lambda.
+            damping: see ``refresh``.
         """
         moved = self._made_of != (damping, self.estimate.folds) or self.refreshed is None
         if moved or self._workers.staleness:
             self.refresh(damping)
 
-    def refresh(self, damping: float) -> None:
+    def refresh(self, damping: float | None) -> None:
         """Compute the inverses from the present averages.
 
         Args:
-            damping: lambda.
+            damping: lambda; None for the mean eigenvalue of the averages.
 
         Raises:
             StatisticsError: there are none yet.
@@ -187,11 +187,12 @@ class InverseFisher:
             raise StatisticsError("no statistics yet: nothing to invert")
         self._refreshes += 1
         # At refreshes 1, 2, 4, 8, ...: a choice costs about a refresh, and later ones change less.
+        amount = self.mean_eigenvalue() if damping is None else damping
         if self._chooses and not self._refreshes & (self._refreshes - 1):
-            self._choose_couplings(damping)
+            self._choose_couplings(amount)
         factors = self.estimate.arguments(self.program.couplings)
-        amount = torch.full_like(self.estimate.like, damping)
-        made = self._engine.refresh(amount, factors, self.refreshed)
+        tensor = torch.full_like(self.estimate.like, amount)
+        made = self._engine.refresh(tensor, factors, self.refreshed)
         self.clamped += made.clamped
         self.refreshed = made if self.moments is None else self.moments.rebase(made)
         self._made_of = damping, self.estimate.folds
@@ -242,6 +243,17 @@ class InverseFisher:
     def use(self, refreshed: Refreshed | None) -> None:
         """Take inverses that an earlier refresh made; of several, an optimizer keeps the best."""
         self.refreshed = refreshed
+
+    def damping(self, given: float | None) -> float:
+        """Return the lambda that is in force.
+
+        Args:
+            given: what ``refresh`` is given. For None it is that of the inverses in use; before
+                there are any, that which a refresh would take now.
+        """
+        if given is not None:
+            return given
+        return self.mean_eigenvalue() if self.refreshed is None else float(self.refreshed.damping)
 
     def mean_eigenvalue(self) -> float:
         """Return the mean eigenvalue of the undamped averages; see ``mean_eigenvalue.py``."""

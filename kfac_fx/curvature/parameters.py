@@ -126,6 +126,11 @@ def _curvature(net: object) -> CurvatureGraph:
     return found
 
 
+def _preferred(curvature: CurvatureGraph) -> Structure:
+    tridiagonal = curvature.preferred == "block_tridiagonal"
+    return "block_tridiagonal" if tridiagonal else "block_diagonal"
+
+
 def transformed(net: object, structure: Structure | None) -> tuple[CurvatureGraph, Structure]:
     """Return the curvature graph of a transformed module, and the structure that is wanted.
 
@@ -138,7 +143,7 @@ def transformed(net: object, structure: Structure | None) -> tuple[CurvatureGrap
         UnknownOptionError: the structure is unknown, or the module records no cross factors.
     """
     curvature = _curvature(net)
-    wanted = choice("structure", structure or curvature.structure, STRUCTURES)
+    wanted = choice("structure", structure or _preferred(curvature), STRUCTURES)
     if wanted == "block_diagonal":
         return curvature, "block_diagonal"
     if curvature.structure != "block_tridiagonal":

@@ -19,7 +19,6 @@ from kfac_fx.optim.quadratic import (
     QuadraticModel,
     combination,
     fisher_gram,
-    inner_products,
 )
 from kfac_fx.parallel import Workers
 
@@ -177,48 +176,3 @@ class AdaptiveUpdate:
         gram = fisher_gram(run, at.parameters, directions)
         self.workers.sum_([gram])
         return gram
-
-
-@dataclass(frozen=True)
-class ScheduledUpdate:
-    """KFC's stochastic form: momentum * previous - lr * proposal, within a trust region.
-
-    Attributes:
-        inverse: gives proposals.
-        rule: has lambda, which stays as it is.
-        refresh_every: T3.
-        trust_region: largest squared length lr^2 grad^T Fhat^-1 grad of the new part; None for no
-            limit.
-    """
-
-    inverse: InverseFisher
-    rule: DampingRule
-    refresh_every: int
-    trust_region: float | None
-
-    @property
-    def damping(self) -> float:
-        return self.rule.total
-
-    def __call__(self, at: Situation) -> Update:
-        if due(at.iteration, self.refresh_every) or self.inverse.refreshed is None:
-            self.inverse.keep_up(self.rule.total)
-        proposal = self.inverse.precondition(at.gradient)
-        scale = 1.0
-        if self.trust_region is not None:
-            # The length is of the step that the learning rates of all groups make, not of the
-            # proposal: a small rate needs no shortening.
-            scaled = {name: at.gradient[name] * at.rates[name] ** 2 for name in proposal}
-            length = float(inner_products([scaled, proposal])[0, 1])
-            scale = min(1.0, (self.trust_region / max(length, 1e-300)) ** 0.5)
-        # The previous update is written over: with momentum, no more memory than the update itself.
-        step = {}
-        for name, value in proposal.items():
-            rate = -at.rates[name] * scale
-            previous = at.previous.get(name)
-            step[name] = (
-                value * rate
-                if previous is None
-                else previous.mul_(at.momenta[name]).add_(value, alpha=rate)
-            )
-        return Update(step, {"trust": scale})

@@ -125,7 +125,7 @@ class OwnPass:
 
     @property
     def draws(self) -> bool:
-        """Say whether targets are drawn from the model."""
+        """Say whether random numbers are drawn for the statistics."""
         if not self.statistics:
             return False
         return self.fisher == "sampled" or (

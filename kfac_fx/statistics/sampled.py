@@ -29,8 +29,7 @@ from kfac_fx.statistics.user_graph import AFTER_BACKWARD, check_recorded
 from kfac_fx.torch_internals.error_texts import backward_refusal
 
 Noise = int | Sequence[Tensor | None]
-"""What draws are made from: a seed, or noise that was made before (see ``BatchLikelihood.draws``).
-"""
+"""What draws are made from: a seed, or signs made before (see ``BatchLikelihood.sampled``)."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +130,7 @@ def fisher_statistics(
     Args:
         sources: the tensors that the pass recorded into.
         made: what the likelihood says of its outputs.
-        fisher: "sampled" differentiates at targets from the model, "empirical" at those given, and
+        fisher: "sampled" takes random columns of the output Fisher's root, "empirical" targets, and
             "exact" once for each column of the root of the output Fisher.
         noise: the noise of the draws.
         collection: the noted taps of the pass. Notes serve one backward, so "exact" takes none.

@@ -28,13 +28,13 @@ from kfac_fx.likelihoods.batch import (
     BatchTerms,
     Terms,
     batch_likelihood,
-    noise_of,
     output_tensors,
     root_rows,
+    signs_of,
     singles,
     wide,
 )
-from kfac_fx.likelihoods.builtin import Noise, Tree
+from kfac_fx.likelihoods.builtin import Signs, Tree
 from kfac_fx.likelihoods.named import Sum
 from kfac_fx.likelihoods.sampling import seeded
 from kfac_fx.ops.gram import multiplied
@@ -54,14 +54,14 @@ class Facts:
     Attributes:
         outputs: stands in for the outputs; its values are NaN, so that nobody relies on them.
         shapes: the shape of the terms of each part of the likelihood.
-        noises: the noise of each part's draw; None for a distribution that draws by itself.
+        noises: the signs of each part's columns; None for a distribution that draws by itself.
         columns: the number of columns of the output Fisher's root.
         masks: random operators in the forward.
     """
 
     outputs: Tree
     shapes: tuple[torch.Size, ...]
-    noises: tuple[Noise | None, ...]
+    noises: tuple[Signs | None, ...]
     columns: int
     masks: int
 
@@ -95,15 +95,25 @@ def facts_of(own: OwnPass, inputs: Tree) -> Facts:
     with functional_errors(), torch.no_grad(), mode, _CountRandom() as random:
         outputs = own.outputs(own.leaves(state), batch)
         masks = random.count
-        if own.uses_terms:
-            found = singles(own.likelihood, wide(outputs), None)
-            distributions = [one.likelihood.distribution(one.outputs) for one in found]
-        if own.columns:
-            rows = (r for d in distributions for r in root_rows(d, None))
-            columns = sum(r.shape[1] for r in rows)
-        noises = tuple(noise_of(d) for d in distributions) if own.draws else ()
+        # A root has columns for what depends on the outputs, as derivatives tell: a scale that a
+        # network returns has some, a constant has none.
+        with torch.enable_grad():
+            if own.uses_terms:
+                found = singles(own.likelihood, _differentiable(wide(outputs)), None)
+                distributions = [one.likelihood.distribution(one.outputs) for one in found]
+            if own.columns:
+                rows = (r for d in distributions for r in root_rows(d, None))
+                columns = sum(r.shape[1] for r in rows)
+            noises = tuple(signs_of(d) for d in distributions) if own.draws else ()
     stand_ins = pytree.tree_map_only(Tensor, _stand_in, wide(outputs))
     return Facts(stand_ins, tuple(d.batch_shape for d in distributions), noises, columns, masks)
+
+
+def _differentiable(outputs: Tree) -> Tree:
+    def leaf(value: Tensor) -> Tensor:
+        return value.detach().requires_grad_(value.is_floating_point())
+
+    return pytree.tree_map_only(Tensor, leaf, outputs)
 
 
 def _stand_in(like: Tensor) -> Tensor:
