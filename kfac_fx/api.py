@@ -14,7 +14,8 @@ from torch.export import ExportedProgram
 from kfac_fx.capture.captured_module import CapturedModule
 from kfac_fx.capture.graph_modules import from_graph_module
 from kfac_fx.capture.self_check import SelfCheck
-from kfac_fx.capture.symbolic_trace import opaque_calls, user_line
+from kfac_fx.capture.symbolic_trace import opaque_calls
+from kfac_fx.capture.user_lines import user_line
 from kfac_fx.config import (
     CAPTURES,
     MAX_FACTOR_DIM,
@@ -191,7 +192,8 @@ def capture_model(
         try:
             module = _captured_or_refused(name, model, args, kwargs)
             if self_check is not None:
-                self_check.compare(module)
+                sizes = name == "export"
+                self_check.compare(module, runs_model=module.runs_model, sizes=sizes)
         except CaptureError as error:
             reasons[name] = error
             log.info("%s cannot follow %s: %s", ROUTES[name], type(model).__name__, error)
