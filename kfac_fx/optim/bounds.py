@@ -309,7 +309,8 @@ class TakenStep:
         """Look at the next step of each optimizer that has covered parameters."""
         self._missed = self._missed + 1 if len(self._waiting) == len(self._layer) else 0
         if self._missed == PATIENCE:
-            log.warning(
+            # No warning: curvature is looked at without training, too.
+            log.info(
                 "no step of a torch.optim optimizer was seen between %d calls of step(): "
                 "largest_step bounds nothing where parameters are moved by something else",
                 PATIENCE,

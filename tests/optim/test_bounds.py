@@ -334,7 +334,7 @@ def test_a_step_that_is_compiled(caplog: pytest.LogCaptureFixture) -> None:
 def test_steps_of_something_else_are_named_once(caplog: pytest.LogCaptureFixture) -> None:
     model = Layers()
     bound = bounded(model)
-    with caplog.at_level(logging.WARNING, "kfac_fx"):
+    with caplog.at_level(logging.INFO, "kfac_fx"):
         for _ in range(15):
             backward(model)
             bound.arm()
