@@ -1,6 +1,6 @@
 """Run a benchmark and keep what it prints as a page, with the date, the commit and the machine.
 
-    python tests/benchmarks/page.py docs/benchmarks/memory.md tests/benchmarks/memory.py [ARGUMENTS]
+python tests/benchmarks/page.py docs/benchmarks/memory.md tests/benchmarks/memory.py [ARGUMENTS]
 """
 
 from __future__ import annotations
