@@ -81,7 +81,7 @@ def transform(
         structure: "block_tridiagonal" couples each layer with the one that follows it, along a
             spanning forest of the graph's dependencies (Martens & Grosse 2015, section 4.3);
             "block_diagonal" takes layers as independent. None finds the couplings and leaves them
-            to optimizers that ask for them; others are block-diagonal. With couplings="data" it is
+            to ``KFAC``, and to a ``Preconditioner`` that asks for them. With couplings="data" it is
             "block_tridiagonal".
         couplings: "topology" prefers direct successors to skips; "data" records more pairs, and
             the preconditioner takes those with the most mutual information.

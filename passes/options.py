@@ -44,7 +44,7 @@ class TransformOptions:
     Attributes:
         structure: "block_tridiagonal" couples each layer with one that follows it,
             "block_diagonal" takes layers as independent. None finds the couplings, and leaves them
-            to optimizers that ask for them; with couplings="data" it is "block_tridiagonal".
+            to optimizers that take them; with couplings="data" it is "block_tridiagonal".
         couplings: "topology" takes the couplings from the graph alone, "data" records more pairs,
             so that statistics can choose among them.
         exclude: names or globs of parameters or modules that get no block.
@@ -79,9 +79,9 @@ class TransformOptions:
 
     @property
     def preferred(self) -> Structure:
-        """Return the structure that optimizers take unless they are told another one."""
+        """Return the structure that ``Preconditioner`` takes unless it is told another one."""
         # By the second block-diagonal wins on most problems, so couplings are for who asks: here,
-        # where the forest is chosen by data, or at the optimizer.
+        # where the forest is chosen by data, or there.
         if self.structure is None and self.couplings == "data":
             return "block_tridiagonal"
         return self.structure or "block_diagonal"

@@ -171,7 +171,7 @@ class CurvatureGraph:
         selection: whether the "topology" chose the couplings for good, or the "data" may choose
             others among the pairs.
         moments: blocks whose eigenvalues can be estimated (EKFAC).
-        preferred: the structure that optimizers take unless they are told another one.
+        preferred: the structure that ``Preconditioner`` takes unless it is told another one.
     """
 
     blocks: Mapping[str, CurvatureBlock]

@@ -201,6 +201,10 @@ class Categorical:
             )
         check_targets(targets, shape, "categorical")
         classes = outputs.shape[self.dim]
+        if self._counts_all(targets, classes):
+            # Ones rather than None: programs are compiled for one or the other.
+            weights = torch.ones(shape, dtype=outputs.dtype, device=outputs.device)
+            return targets, weights if self.weight is None else self.weight.to(outputs)[targets]
         # Checked here, as a draw or a log-probability of an impossible class is an index error on
         # a CPU, and silence or a dead device on a GPU.
         counted = targets != self.ignore_index
@@ -212,6 +216,13 @@ class Categorical:
         if self.weight is not None:
             weights = weights * self.weight.to(outputs)[targets]
         return targets, weights
+
+    def _counts_all(self, targets: Tensor, classes: int) -> bool:
+        """Return whether all targets are classes that count; False where it is not worth a look."""
+        # Most batches: two numbers tell. A GPU would be waited for twice.
+        if 0 <= self.ignore_index < classes or targets.is_cuda or not targets.numel():
+            return False
+        return int(targets.min()) >= 0 and int(targets.max()) < classes
 
 
 def _class_root(distribution: D.Categorical) -> Iterator[Tensor]:

@@ -35,9 +35,8 @@ from kfac_fx.optim.held_out import HeldOutRule
 from kfac_fx.optim.kfac_options import KFACOptions
 from kfac_fx.optim.last_step import Buffers, LastStep
 from kfac_fx.optim.objective import Batch, Objective
-from kfac_fx.optim.quadratic import Direction
-from kfac_fx.optim.scheduled_update import ScheduledUpdate
-from kfac_fx.optim.updates import AdaptiveUpdate, Situation, UpdateRule
+from kfac_fx.optim.products import Direction
+from kfac_fx.optim.updates import AdaptiveUpdate, ScheduledUpdate, Situation, UpdateRule
 from kfac_fx.parallel import ALONE, Workers
 from kfac_fx.reading.inspection import HasCurvature
 from kfac_fx.statistics.recorder import Recorder
@@ -76,7 +75,9 @@ class KFAC(HasCurvature, Optimizer):
         refresh_every: T3, the period of the inverses, in iterations; besides, the first three. None
             for 5; where gamma is searched for its period, with an ``lr`` as for ``Preconditioner``.
         tikhonov: how Kronecker blocks are damped; as for ``Preconditioner``.
-        structure: "block_diagonal" leaves the couplings out; as for ``Preconditioner``.
+        structure: "block_diagonal" leaves the couplings out, "block_tridiagonal" has those that the
+            transform found. None for what the transform was asked for; else for the couplings, with
+            an ``lr`` for block-diagonal.
         fisher: "sampled" or "exact"; the gradient's pass gives no empirical statistics here.
         generator: the generator of sampled statistics and of masks; its state is part of
             ``state_dict``.
@@ -120,7 +121,7 @@ class KFAC(HasCurvature, Optimizer):
         options: KFACOptions | None = None,
     ) -> None:
         net = workers.unwrapped(net)
-        curvature, structure = transformed(net, structure)
+        curvature, structure = transformed(net, structure, coupled=lr is None)
         self.curvature = curvature
         self.structure = structure
         self.generator = generator or fresh_generator()

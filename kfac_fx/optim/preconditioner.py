@@ -269,9 +269,8 @@ class Preconditioner(HasCurvature):
             ParameterChangedError: a parameter was replaced, reshaped, cast or moved.
             TapsTakenError: another object was made or used on the module since ``observe``.
         """
-        covered = self.inverse.covered
-        covered.check()  # a parameter that was moved would get an update of another device
-        given = covered.gradients()
+        # With a check: a parameter that was moved would get an update of another device.
+        given = self.inverse.covered.gradients()
         # All processes are in the same step here, or the error says which are not; a sum would wait
         # for the missing one.
         if self._workers.size > 1:

@@ -106,14 +106,13 @@ def statistics_of(
         collection: the noted taps of the pass, if there are any.
         also: tensors whose derivatives are wanted, too. If there are any, it is the last backward.
     """
-    edges = [] if collection is None else collection.edges
+    edges = [] if collection is None else [note.edge for note in collection.notes]
     found = derivatives(scalar, [*sources.wanted, *edges, *also], last=bool(also))
     split = len(sources.factors)
     end = split + len(sources.parameters)
     tapped: Sequence[Statistic | None] = found[:split]
     if collection is not None and edges:
-        noted = noted_statistics(collection, found[end : end + len(edges)])
-        tapped = [added(one, other) for one, other in zip(tapped, noted, strict=True)]
+        tapped = noted_statistics(collection, found[end : end + len(edges)], tapped)
     return sources.statistics(tapped, found[split:end]), found[end + len(edges) :]
 
 
@@ -201,7 +200,11 @@ class SampledStatistics:
         made = batch_likelihood(self.likelihood, wide(outputs), targets)
         count = made.terms.count
         tensors = output_tensors(outputs)
-        check_recorded(tensors, self.sources.state_by_buffer)
+        notes = None
+        if self.fisher == "sampled":
+            notes = Collection.of_graph(self.sources.states, tensors)
+        if notes is None or not notes.notes:
+            check_recorded(tensors, self.sources.state_by_buffer)
         finite = all_finite([tensor.detach() for tensor in tensors])
         finite, agreed = made.terms.agreed(self.workers, "observe", finite)
         if not finite:
@@ -211,6 +214,6 @@ class SampledStatistics:
         found: Statistics = {}
         if count > 0:  # else the other processes have terms
             made = replace(made, terms=agreed)
-            found = fisher_statistics(self.sources, made, self.fisher, seed)
+            found = fisher_statistics(self.sources, made, self.fisher, seed, notes)
         self.sources.pause()
         return Collected(True, found, count, agreed.count)

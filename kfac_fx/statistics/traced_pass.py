@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from kfac_fx.codegen.compile import compiled, graphed
 from kfac_fx.codegen.functional import (
@@ -23,6 +24,7 @@ from kfac_fx.codegen.functional import (
     split_at_last,
     traced,
 )
+from kfac_fx.codegen.replay import replayable
 from kfac_fx.ir.use import StatisticKey
 from kfac_fx.likelihoods.batch import (
     BatchTerms,
@@ -76,12 +78,14 @@ class _CountRandom(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def facts_of(own: OwnPass, inputs: Tree) -> Facts:
+def facts_of(own: OwnPass, inputs: Tree, *, real: bool = False) -> Facts:
     """Return what a pass without values tells.
 
     Args:
         own: the pass.
         inputs: the inputs of a batch; only shapes and dtypes of its tensors count.
+        real: whether the pass is run with copies of the values, which takes less time for a small
+            network; it draws from torch's streams.
 
     Raises:
         LikelihoodError: the outputs do not fit the likelihood.
@@ -89,8 +93,10 @@ def facts_of(own: OwnPass, inputs: Tree) -> Facts:
     """
     # Shapes cost no arithmetic, and are needed before the trace: noise has the shape of the
     # distribution, and the trace is one for each number of columns and masks.
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    state, batch = pytree.tree_map_only(Tensor, mode.from_tensor, (own.state(), inputs))
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    copied = torch.clone if real else fake.from_tensor
+    mode = nullcontext() if real else fake
+    state, batch = pytree.tree_map_only(Tensor, copied, (own.state(), inputs))
     distributions, columns = [], 0
     with functional_errors(), torch.no_grad(), mode, _CountRandom() as random:
         outputs = own.outputs(own.leaves(state), batch)
@@ -147,6 +153,28 @@ class Arguments:
         batch = self.inputs, self.targets, self.terms
         return pytree.tree_flatten((dict(self.state), *batch, tuple(noises), select))
 
+    def tensors(self, noises: Sequence[Tensor | None]) -> list[Tensor]:
+        """Return the tensors among the leaves of ``flat``, without a column, in the same order."""
+        # At every call: the tree is walked only where the user's batch is one.
+        found = [*self.state.values()]
+        for part in (self.inputs, self.targets):
+            found += [part] if isinstance(part, Tensor) else _tensors(pytree.tree_leaves(part))
+        for terms in self.terms:
+            found += _tensors(pytree.tree_leaves(terms) if terms is not None else ())
+        return found + _tensors(noises)
+
+
+class Extra(NamedTuple):
+    """The arguments of a pass beside the batch.
+
+    Attributes:
+        seed: of the draws; 0 if there are none.
+        tensors: others, whose number and shapes belong to the form.
+    """
+
+    seed: int = 0
+    tensors: Sequence[Tensor] = ()
+
 
 def arguments(
     own: OwnPass, facts: Facts, inputs: Tree, targets: Tree, agreed: BatchTerms
@@ -189,13 +217,14 @@ class _Outputs:
 
 
 class PassProgram:
-    """One pass, traced and compiled for one form of arguments.
+    """One pass, traced for one form of arguments, and compiled or run as it is.
 
     Args:
         own: the pass.
         facts: the facts of a batch of this form.
         given: such a batch.
-        compile: True, or the name of a backend of torch.compile.
+        compile: True, or the name of a backend of torch.compile. False runs the operators of the
+            pass one by one: what they write into stays, and they draw from torch's own stream.
 
     Attributes:
         once, each: the graphs. ``each`` runs for every column of the exact Fisher, on what
@@ -221,6 +250,9 @@ class PassProgram:
 
         # All tensors are arguments: what the trace found elsewhere would be a constant of the
         # program, and a parameter's present value would stay in it for ever.
+        if not compile:
+            self._run_as_it_is(replayable(function, _tensors(leaves)))
+            return
         module = traced(function, _tensors(leaves))
         buffers = self._outputs.buffers
         changed = zip(buffers, drop_copies(module, len(buffers)), strict=True)
@@ -231,8 +263,8 @@ class PassProgram:
         self._seeded = bool(random_nodes(module.graph))
         if self._seeded and self._kinds != [None]:
             raise NotFunctionalError("random numbers are drawn after the forward")
-        self.once = module
-        self.each = None
+        self.once: fx.GraphModule = module
+        self.each: fx.GraphModule | None = None
         if own.columns:
             parts = split_at_last(module)
             self.once = parts.once
@@ -246,6 +278,20 @@ class PassProgram:
         whole = on_gpu and self.each is None and not self._seeded
         self._once = (graphed if whole else compiled)(self.once, compile, options)
         self._each = None if self.each is None else compiled(self.each, compile)
+
+    def _run_as_it_is(self, module: fx.GraphModule) -> None:
+        """Take the trace of the pass for the program."""
+        if self._own.columns or None in self._kinds:
+            # A graph that writes into its tensors has no parts, and a distribution that draws by
+            # itself does so under a seed of its own.
+            raise NotFunctionalError("its draws or its columns are not arguments")
+        self.lifted = []
+        self._seeded = False
+        self.once = module
+        self.each = None
+        # Without the wrapper of nn.Module, which costs as much as a few operators.
+        self._once = partial(type(module).forward, module)
+        self._each = None
 
     def _compute(
         self,
@@ -287,7 +333,7 @@ class PassProgram:
         """
         # In the order of the forward, from torch's own stream, as the pass that runs would draw.
         masks = [lifted() for lifted in self.lifted]
-        arguments = [*masks, *_tensors(given.flat(self._noises(seed), None)[0])]
+        arguments = [*masks, *given.tensors(self._noises(seed))]
         streams = seeded(seed, arguments) if self._seeded else nullcontext()
         with no_autocast(), streams:
             if self._each is None:

@@ -165,7 +165,7 @@ def test_sums_stay_factored_and_say_so(caplog: pytest.LogCaptureFixture) -> None
 def test_couplings_are_refused(measure: Measure) -> None:
     net = kfac_fx.transform(head())
     with pytest.raises(UnknownOptionError, match="structure='block_diagonal'"):
-        kfac_fx.Preconditioner(net, tikhonov="exact")
+        kfac_fx.Preconditioner(net, tikhonov="exact", structure="block_tridiagonal")
     with pytest.raises(UnknownOptionError, match="structure='block_diagonal'"):
         kfac_fx.KFAC(net, tikhonov="exact")
     with pytest.raises(UnknownOptionError, match="'factored', 'exact'"):

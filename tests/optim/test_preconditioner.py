@@ -360,13 +360,33 @@ def test_micro_batches_are_one_batch(measure: Measure, fisher: str, reduction: s
     close((flat(preconditioner),), (want,))
 
 
-def test_memory_is_known_before_it_is_taken() -> None:
-    net = kfac_fx.transform(model())
+@pytest.mark.parametrize("structure", [None, "block_diagonal", "block_tridiagonal"])
+def test_memory_is_known_before_it_is_taken(structure: str | None) -> None:
+    net = kfac_fx.transform(model(), structure=structure)
     preconditioner = make(net)
+    assert bool(preconditioner.cross_factors) == (structure == "block_tridiagonal")
     groups = [*preconditioner.factors.values(), *preconditioner.cross_factors.values()]
     taken = sum(factor.numel() for group in groups for factor in group)
     assert net.curvature.factor_elements == taken
     assert net.curvature.memory(8) == 16 * taken
+
+
+def test_couplings_are_for_who_asks() -> None:
+    """At the transform or here; a structure that the transform leaves out is an error."""
+    made = [
+        (None, None, "block_diagonal"),
+        (None, "block_tridiagonal", "block_tridiagonal"),
+        ("block_tridiagonal", None, "block_tridiagonal"),
+        ("block_tridiagonal", "block_diagonal", "block_diagonal"),
+        ("block_diagonal", None, "block_diagonal"),
+    ]
+    for asked, here, want in made:
+        net = kfac_fx.transform(model(), structure=asked)
+        preconditioner = kfac_fx.Preconditioner(net, structure=here)
+        assert preconditioner.structure == want
+        assert bool(preconditioner.couplings) == (want == "block_tridiagonal")
+    chosen = kfac_fx.transform(model(), couplings="data")
+    assert kfac_fx.Preconditioner(chosen).structure == "block_tridiagonal"
 
 
 def test_factors_that_have_not_moved_are_not_inverted_again(
