@@ -32,8 +32,22 @@ from kfac_fx.ir.curvature_graph import CurvatureGraph
 from kfac_fx.ir.use import StatisticKey
 from kfac_fx.ops.gram import Statistic
 from kfac_fx.parallel import Workers
+from kfac_fx.torch_internals import foreach
 
 log = logging.getLogger("kfac_fx")
+
+
+WIDE = (torch.float64, torch.complex128)
+"""Precisions in which sums of squares do not overflow."""
+
+LONGEST = 2.0
+"""Natural lengths above this many times the usual one are those of an outlier."""
+
+LEAST = 1e-3
+"""Share of its squared length that the trust region leaves a gradient at least."""
+
+MEMORY = 0.9
+"""Weight of the old ones in the running average of squared natural lengths."""
 
 
 class InverseState(TypedDict):
@@ -374,3 +388,62 @@ def _check_damping(options: CurvatureOptions, curvature: CurvatureGraph) -> None
         rest = [name for name in able if name not in known]
         if rest:
             log.warning("Kronecker eigenvalues for %s: no plain layers", ", ".join(rest))
+
+
+class NaturalLength:
+    """Says how much of a preconditioned gradient to take, by its length in Fhat.
+
+    Args:
+        largest: the trust region: the largest squared length; None for no limit.
+
+    Attributes:
+        usual: the running average of squared lengths; None before the first.
+    """
+
+    def __init__(self, largest: float | None) -> None:
+        self.largest = largest
+        self.usual: float | None = None
+
+    def share(self, gradient: Sequence[Tensor], updates: Sequence[Tensor]) -> float:
+        """Return the factor, at most 1, that a preconditioned gradient is taken with.
+
+        Its squared length is gradient^T Fhat^-1 gradient, so that no product with Fhat is needed.
+
+        Args:
+            gradient: the gradient of each parameter.
+            updates: Fhat^-1 times it, in the same order.
+
+        Returns:
+            NaN where an entry of either is not finite; one synchronisation for that, too.
+        """
+        squared = 0.0
+        for kind in {(tensor.dtype, tensor.device) for tensor in gradient}:
+            # One product of long vectors in place of three small operations a parameter.
+            both = zip(gradient, updates, strict=True)
+            pairs = [(g, u) for g, u in both if kind == (g.dtype, g.device)]
+            if kind[0].is_complex:
+                pairs = [(torch.view_as_real(g), torch.view_as_real(u)) for g, u in pairs]
+            g, u = (foreach.flattened(list(side)) for side in zip(*pairs, strict=True))
+            if g.dtype in (torch.float16, torch.bfloat16):
+                g = g.float()
+            squared += float(torch.dot(g, u.to(g.dtype)))
+        if not math.isfinite(squared):
+            if all(g.dtype in WIDE for g in gradient):
+                return math.nan
+            # The sum may have overflowed where all entries are finite: once more, with room.
+            wide = [[t.to(WIDE[t.is_complex()]) for t in side] for side in (gradient, updates)]
+            return self.share(wide[0], wide[1])
+        if squared <= 0 or self.largest is None:  # rounding may leave it below zero
+            return 1.0
+        # Near a perfect fit the Fisher has shrunk with the loss, and one hard case makes a gradient
+        # that is a thousand times too long for it: it counts as twice the usual one. What is cut
+        # enters the average cut, so that longer gradients of all cases are believed after a while.
+        kept = squared
+        if self.usual is None:
+            self.usual = squared
+        else:
+            kept = min(squared, LONGEST**2 * self.usual)
+            self.usual = MEMORY * self.usual + (1 - MEMORY) * kept
+        # Nats are a scale of losses, but not of all: squared errors of targets in thousands begin
+        # with millions of them, and steps of a hundredth of a nat would get nowhere.
+        return math.sqrt(min(kept, max(self.largest, LEAST * kept)) / squared)

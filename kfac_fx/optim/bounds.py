@@ -1,15 +1,13 @@
-"""Three bounds that keep a step where the quadratic model can be believed.
+"""The bound on a step that is taken, layer by layer, in units of the weights.
 
-They are of different things, and none replaces another (docs/explanation/mathematics.md, section
-9): the length of a preconditioned gradient in Fhat, the same against its own past, and the length
-of what an optimizer then really does to the weights of a layer.
+It is the third of three (docs/explanation/mathematics.md, section 9). Those on a preconditioned
+gradient, of its length in Fhat, are ``NaturalLength`` in kfac_fx/curvature/inverses.py.
 """
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -25,90 +23,14 @@ from torch.utils.hooks import RemovableHandle
 from kfac_fx.parallel import Workers
 from kfac_fx.torch_internals import foreach
 
-log = logging.getLogger("kfac_fx")
-
-WIDE = (torch.float64, torch.complex128)
-"""Precisions in which sums of squares do not overflow."""
-
-LONGEST = 2.0
-"""Natural lengths above this many times the usual one are those of an outlier."""
-
 TRUST_REGION = 1e-2
 """Largest squared length of a preconditioned gradient in Fhat."""
 
 LARGEST_STEP = 0.03
 """Largest step that is taken, in units of the length of a layer's weights."""
 
-LEAST = 1e-3
-"""Share of its squared length that the trust region leaves a gradient at least."""
-
-MEMORY = 0.9
-"""Weight of the old ones in the running average of squared natural lengths."""
-
 SMALL_WEIGHT = 1e-2
 """Root mean square that weights count as at least: layers that start at zero must be able to."""
-
-PATIENCE = 10
-"""Steps in a row without an optimizer of torch before that is said."""
-
-
-class NaturalLength:
-    """Says how much of a preconditioned gradient to take, by its length in Fhat.
-
-    Args:
-        largest: the trust region: the largest squared length; None for no limit.
-
-    Attributes:
-        usual: the running average of squared lengths; None before the first.
-    """
-
-    def __init__(self, largest: float | None) -> None:
-        self.largest = largest
-        self.usual: float | None = None
-
-    def share(self, gradient: Sequence[Tensor], updates: Sequence[Tensor]) -> float:
-        """Return the factor, at most 1, that a preconditioned gradient is taken with.
-
-        Its squared length is gradient^T Fhat^-1 gradient, so that no product with Fhat is needed.
-
-        Args:
-            gradient: the gradient of each parameter.
-            updates: Fhat^-1 times it, in the same order.
-
-        Returns:
-            NaN where an entry of either is not finite; one synchronisation for that, too.
-        """
-        squared = 0.0
-        for kind in {(tensor.dtype, tensor.device) for tensor in gradient}:
-            # One product of long vectors in place of three small operations a parameter.
-            both = zip(gradient, updates, strict=True)
-            pairs = [(g, u) for g, u in both if kind == (g.dtype, g.device)]
-            if kind[0].is_complex:
-                pairs = [(torch.view_as_real(g), torch.view_as_real(u)) for g, u in pairs]
-            g, u = (foreach.flattened(list(side)) for side in zip(*pairs, strict=True))
-            if g.dtype in (torch.float16, torch.bfloat16):
-                g = g.float()
-            squared += float(torch.dot(g, u.to(g.dtype)))
-        if not math.isfinite(squared):
-            if all(g.dtype in WIDE for g in gradient):
-                return math.nan
-            # The sum may have overflowed where all entries are finite: once more, with room.
-            wide = [[t.to(WIDE[t.is_complex()]) for t in side] for side in (gradient, updates)]
-            return self.share(wide[0], wide[1])
-        if squared <= 0 or self.largest is None:  # rounding may leave it below zero
-            return 1.0
-        # Near a perfect fit the Fisher has shrunk with the loss, and one hard case makes a gradient
-        # that is a thousand times too long for it: it counts as twice the usual one. What is cut
-        # enters the average cut, so that longer gradients of all cases are believed after a while.
-        kept = squared
-        if self.usual is None:
-            self.usual = squared
-        else:
-            kept = min(squared, LONGEST**2 * self.usual)
-            self.usual = MEMORY * self.usual + (1 - MEMORY) * kept
-        # Nats are a scale of losses, but not of all: squared errors of targets in thousands begin
-        # with millions of them, and steps of a hundredth of a nat would get nowhere.
-        return math.sqrt(min(kept, max(self.largest, LEAST * kept)) / squared)
 
 
 class _LayerSums(NamedTuple):
@@ -277,14 +199,16 @@ class TakenStep:
     What comes after a preconditioner is not known to it: a learning rate, a momentum that adds up
     ten gradients, the lengths of Adam. So the step is measured where it is made, by torch's hooks
     of all optimizers: covered parameters are copied before, and a layer that has moved by more than
-    a share of its own length is moved back along its step. Only the step that follows an ``arm`` is
-    looked at; another one (of another phase of training, say) is left alone.
+    a share of its own length is moved back along its step. Only the step that follows one of the
+    owner is looked at; another one (of another phase of training, say) is left alone.
 
     Args:
         parameters: the covered parameters by name.
         layers: see ``layer_numbers``.
         largest: the largest length of a step, in units of the weights' length; above zero.
         workers: the processes that share sharded parameters.
+        steps: gives the number of steps that the owner has made in its life; it does not keep the
+            owner alive.
     """
 
     def __init__(
@@ -293,49 +217,45 @@ class TakenStep:
         layers: Iterable[Sequence[str]],
         largest: float,
         workers: Workers,
+        steps: Callable[[], int],
     ) -> None:
         self.largest = largest
         self._workers = workers
         self._layer = {id(parameters[n]): number for n, number in layer_numbers(layers).items()}
-        self._waiting: set[int] = set()
+        self._steps = steps
+        # The step of the owner that each parameter was last looked at in.
+        self._seen = dict.fromkeys(self._layer, 0)
         self._shares: WeakKeyDictionary[Optimizer, _Share | None] = WeakKeyDictionary()
         self._groups: WeakKeyDictionary[Optimizer, tuple[int, ...]] = WeakKeyDictionary()
-        self._within: Optimizer | None = None
         self._copied = False
-        self._missed = 0
         _watch(self)
 
-    def arm(self) -> None:
-        """Look at the next step of each optimizer that has covered parameters."""
-        self._missed = self._missed + 1 if len(self._waiting) == len(self._layer) else 0
-        if self._missed == PATIENCE:
-            # No warning: curvature is looked at without training, too.
-            log.info(
-                "no step of a torch.optim optimizer was seen between %d calls of step(): "
-                "largest_step bounds nothing where parameters are moved by something else",
-                PATIENCE,
-            )
-        self._waiting = set(self._layer)
-        if self._within is not None:  # called from the closure of an optimizer's step
-            self.before(self._within)
-
     @torch.no_grad()
-    def before(self, optimizer: Optimizer) -> None:
-        """Keep what an optimizer that is about to step has of the parameters."""
-        self._within = optimizer
+    def before(self, optimizer: Optimizer, with_closure: bool) -> None:
+        """Keep what an optimizer that is about to step has of the parameters.
+
+        Args:
+            optimizer: any.
+            with_closure: whether its step runs code of the user's, which may precondition.
+        """
         share = self._share(optimizer)
-        self._copied = share is not None and share.ids <= self._waiting
+        self._copied = share is not None and (with_closure or self._is_next(share, self._steps()))
         if share is not None and self._copied:
             share.copy()
 
     @torch.no_grad()
     def after(self, optimizer: Optimizer) -> None:
         """Shorten the step that an optimizer has made."""
-        self._within = None
         share = self._share(optimizer)
-        if share is not None and self._copied:
-            self._waiting -= share.ids
-            share.shorten(self.largest)
+        steps = self._steps()
+        if share is None or not self._copied or not self._is_next(share, steps):
+            return
+        self._seen.update(dict.fromkeys(share.ids, steps))
+        share.shorten(self.largest)
+
+    def _is_next(self, share: _Share, steps: int) -> bool:
+        """Say whether the owner has made a step since the parameters were last looked at."""
+        return all(self._seen[parameter] != steps for parameter in share.ids)
 
     def _share(self, optimizer: Optimizer) -> _Share | None:
         """Return what an optimizer has of the parameters; None where it has nothing."""
@@ -365,9 +285,12 @@ def _watch(bound: TakenStep) -> None:
     _WATCHED.add(bound)
 
 
-def _before_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
+def _before_step(
+    optimizer: Optimizer, args: Sequence[object], kwargs: Mapping[str, object]
+) -> None:
+    with_closure = len(args) > 1 or kwargs.get("closure") is not None
     for bound in list(_WATCHED):
-        bound.before(optimizer)
+        bound.before(optimizer, with_closure)
 
 
 def _after_step(optimizer: Optimizer, args: object, kwargs: object) -> None:

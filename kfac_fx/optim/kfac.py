@@ -16,19 +16,18 @@ import torch
 from torch import Tensor, fx
 from torch.optim import Optimizer
 
-from kfac_fx.config import CurvatureOptions, Fisher, Structure, Tikhonov, choice
-from kfac_fx.curvature.estimate import terms_needed
-from kfac_fx.curvature.inverses import InverseFisher
+from kfac_fx.config import CurvatureOptions, Fisher, Structure, Tikhonov, choice, period_or_ours
+from kfac_fx.curvature.estimate import STATISTICS, is_due, terms_needed
+from kfac_fx.curvature.inverses import InverseFisher, NaturalLength
 from kfac_fx.curvature.parameters import transformed
 from kfac_fx.errors import ParameterChangedError, UnknownOptionError
 from kfac_fx.likelihoods.builtin import Tree
 from kfac_fx.likelihoods.named import Given, likelihood_of
 from kfac_fx.likelihoods.sampling import fresh_generator
 from kfac_fx.linalg.precision import all_finite
-from kfac_fx.optim import periods
 from kfac_fx.optim.adapt_damping import DampingRule
 from kfac_fx.optim.batch_trust import BatchTrust
-from kfac_fx.optim.bounds import TRUST_REGION, NaturalLength
+from kfac_fx.optim.bounds import TRUST_REGION
 from kfac_fx.optim.diagnostics import Diagnostics
 from kfac_fx.optim.groups import Groups
 from kfac_fx.optim.held_out import HeldOutRule
@@ -130,8 +129,8 @@ class KFAC(HasCurvature, Optimizer):
         if lr is None:
             statistics_every = 1 if statistics_every is None else statistics_every
             refresh_every = options.gamma_every or 5 if refresh_every is None else refresh_every
-        self._statistics_every = periods.checked("statistics_every", statistics_every)
-        refresh_every = periods.checked("refresh_every", refresh_every)
+        self._statistics_every = period_or_ours("statistics_every", statistics_every)
+        refresh_every = period_or_ours("refresh_every", refresh_every)
         self._statistics_fraction = options.statistics_fraction or (1 / 4 if lr is None else 1.0)
         choice("fisher", fisher, ("sampled", "exact"))
         known = likelihood_of(likelihood)
@@ -380,7 +379,7 @@ class KFAC(HasCurvature, Optimizer):
     def _record(self, batch: Batch) -> bool:
         """Record where that is due; return False if the statistics are no good."""
         recorded = self.inverse.estimate.recorded
-        due = periods.is_due(self._iteration - 1, self._statistics_every, periods.STATISTICS)
+        due = is_due(self._iteration - 1, self._statistics_every, STATISTICS)
         if recorded and not due:
             return True
         # tau1 of a small batch is a few cases, whose averages have no inverse to speak of.

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Mapping
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, fx
@@ -18,10 +19,12 @@ from kfac_fx.config import (
     Structure,
     Tikhonov,
     choice,
+    period_or_ours,
     positive,
     within,
 )
-from kfac_fx.curvature.inverses import InverseFisher
+from kfac_fx.curvature.estimate import REFRESHES, STATISTICS, is_due
+from kfac_fx.curvature.inverses import InverseFisher, NaturalLength
 from kfac_fx.curvature.parameters import transformed
 from kfac_fx.errors import (
     DampingError,
@@ -32,8 +35,7 @@ from kfac_fx.errors import (
 )
 from kfac_fx.likelihoods.named import Given, likelihood_of
 from kfac_fx.likelihoods.sampling import forked, fresh_generator
-from kfac_fx.optim import periods
-from kfac_fx.optim.bounds import LARGEST_STEP, TRUST_REGION, NaturalLength, TakenStep
+from kfac_fx.optim.bounds import LARGEST_STEP, TRUST_REGION, TakenStep
 from kfac_fx.parallel import ALONE, Net, Workers
 from kfac_fx.reading.inspection import HasCurvature
 from kfac_fx.statistics.forward import Forward, run_network
@@ -150,13 +152,14 @@ class Preconditioner(HasCurvature):
         self._damping: float | None = None
         self.damping = damping
         self.ema_decay = within("ema_decay", ema_decay, 0.0, 1.0)
-        self.statistics_every = periods.checked("statistics_every", statistics_every)
-        self.refresh_every = periods.checked("refresh_every", refresh_every)
+        self.statistics_every = period_or_ours("statistics_every", statistics_every)
+        self.refresh_every = period_or_ours("refresh_every", refresh_every)
         self._natural = NaturalLength(positive("trust_region", trust_region))
         self.generator = generator or fresh_generator()
         self.skipped_statistics = 0
         self.skipped_gradients = 0
         self._steps = 0
+        self._calls = 0  # of step(); unlike the steps they are no state, and never go back
         self._workers = workers
         options = CurvatureOptions(
             structure=structure, tikhonov=tikhonov, factor_storage=factor_storage, compile=compile
@@ -168,7 +171,14 @@ class Preconditioner(HasCurvature):
         largest_step = positive("largest_step", largest_step)
         if largest_step is not None:
             layers = [block.parameters for block in curvature.blocks.values()]
-            self._taken = TakenStep(self.inverse.covered.parameters, layers, largest_step, workers)
+            own = ref(self)  # no cycle: a preconditioner goes as soon as nobody has it
+            self._taken = TakenStep(
+                self.inverse.covered.parameters,
+                layers,
+                largest_step,
+                workers,
+                lambda: 0 if (found := own()) is None else found._calls,
+            )
         # Read by ``TrainingStep``. Like ``inverse`` it is the library's, and not in the docstring.
         self.recorder = Recorder(
             net,
@@ -292,14 +302,11 @@ class Preconditioner(HasCurvature):
                 self.skip_statistics("statistics")
         # Inverses are missing after the first fold, and where a block got its first statistic.
         missing = self.inverse.refreshed is None
-        if estimate.recorded and (
-            missing or periods.is_due(self._steps, self.refresh_every, periods.REFRESHES)
-        ):
+        if estimate.recorded and (missing or is_due(self._steps, self.refresh_every, REFRESHES)):
             self.inverse.keep_up(self._damping)
         self._precondition(given)
-        if self._taken is not None:
-            self._taken.arm()
         self._steps += 1
+        self._calls += 1
         self.recorder.switch(self.due)  # the next forward records if its step is due
 
     def refresh(self) -> None:
@@ -329,7 +336,7 @@ class Preconditioner(HasCurvature):
     @property
     def due(self) -> bool:
         """Say whether the statistics of this step are wanted."""
-        return periods.is_due(self._steps, self.statistics_every, periods.STATISTICS)
+        return is_due(self._steps, self.statistics_every, STATISTICS)
 
     def skip_statistics(self, what: str) -> None:
         # For ``TrainingStep`` too. No docstring, as what has one here is promised to users.

@@ -10,17 +10,16 @@ from typing import Protocol
 from torch import Tensor
 
 from kfac_fx.codegen.refresh_module import Refreshed
-from kfac_fx.curvature.inverses import InverseFisher
+from kfac_fx.curvature.estimate import REFRESHES, is_due
+from kfac_fx.curvature.inverses import InverseFisher, NaturalLength
 from kfac_fx.optim.adapt_damping import DampingRule
 from kfac_fx.optim.bounds import (
     LARGEST_STEP,
     LayerSteps,
-    NaturalLength,
     layer_numbers,
     own_entries,
 )
 from kfac_fx.optim.objective import Batch, Objective
-from kfac_fx.optim.periods import REFRESHES, is_due
 from kfac_fx.optim.products import Direction, Parameters
 from kfac_fx.optim.quadratic import QuadraticModel, combination, inner_products
 from kfac_fx.parallel import ALONE, Workers

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import logging
 import math
 import pickle
 import weakref
@@ -17,7 +16,8 @@ from support.networks import mlp
 from torch import Tensor, nn
 
 import kfac_fx
-from kfac_fx.optim.bounds import LayerSteps, NaturalLength, TakenStep
+from kfac_fx.curvature.inverses import NaturalLength
+from kfac_fx.optim.bounds import LayerSteps, TakenStep
 from kfac_fx.parallel import ALONE
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -90,8 +90,20 @@ class Layers(nn.Module):
 GROUPS = [["one.weight", "one.bias"], ["head.weight"], ["scale"]]
 
 
-def bounded(model: nn.Module) -> TakenStep:
-    return TakenStep(dict(model.named_parameters()), GROUPS, LARGEST, ALONE)
+class Bounded:
+    """A bound, and an owner that has made so many steps."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter], layers: list[list[str]]) -> None:
+        self.steps = 0
+        me = weakref.ref(self)
+        self.bound = TakenStep(parameters, layers, LARGEST, ALONE, lambda: me().steps)
+
+    def step(self) -> None:
+        self.steps += 1
+
+
+def bounded(model: nn.Module) -> Bounded:
+    return Bounded(dict(model.named_parameters()), GROUPS)
 
 
 @pytest.fixture(params=["read", "unread"])
@@ -149,7 +161,7 @@ def test_long_steps_are_shortened_in_their_direction(name: str) -> None:
             q.grad = p.grad.clone()
         before = values(model)
         twin.load_state_dict(before)
-        bound.arm()
+        bound.step()
         optimizer.step()
         free.step()
         after, other = values(model), values(twin)
@@ -166,7 +178,7 @@ def test_short_steps_are_left_as_they_are_bit_by_bit() -> None:
     bound = bounded(model)
     for parameter, other in zip(model.parameters(), twin.parameters(), strict=True):
         parameter.grad = other.grad = 1e-3 * torch.randn_like(parameter)
-    bound.arm()
+    bound.step()
     for each in (model, twin):
         torch.optim.SGD(each.parameters(), lr=0.1).step()
     assert all(
@@ -181,7 +193,7 @@ def test_one_layer_of_several_is_too_long() -> None:
     backward(model, 1e-5)
     model.scale.grad = torch.ones(7)
     before = values(model)
-    bound.arm()
+    bound.step()
     optimizer.step()
     after = values(model)
     assert lengths(before, after)[2] == pytest.approx(1.0)
@@ -194,9 +206,9 @@ def test_one_layer_of_several_is_too_long() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64])
 def test_other_precisions(dtype: torch.dtype) -> None:
     weight = nn.Parameter(torch.full((20,), 2.0, dtype=dtype))
-    bound = TakenStep({"weight": weight}, [["weight"]], LARGEST, ALONE)
+    bound = Bounded({"weight": weight}, [["weight"]])
     weight.grad = torch.ones_like(weight)
-    bound.arm()
+    bound.step()
     torch.optim.SGD([weight], lr=1.0).step()
     assert float((weight.detach() - 2.0).abs().max()) == pytest.approx(2 * LARGEST, rel=0.05)
 
@@ -208,7 +220,7 @@ def test_a_step_that_is_not_finite_is_left_as_it_is() -> None:
     backward(model)
     model.one.weight.grad[0, 0] = math.inf
     before = values(model)
-    bound.arm()
+    bound.step()
     optimizer.step()
     after = values(model)
     assert torch.equal(after["one.bias"], before["one.bias"] - 1e-3 * model.one.bias.grad)
@@ -225,7 +237,7 @@ def test_only_the_step_that_follows_is_looked_at() -> None:
     optimizer.step()
     assert min(lengths(before, values(model))) > 2
     before = values(model)
-    bound.arm()
+    bound.step()
     optimizer.step()
     assert max(lengths(before, values(model))) <= 1 + 1e-9
     before = values(model)
@@ -238,7 +250,7 @@ def test_what_is_changed_between_is_no_step() -> None:
     model = Layers()
     bound, optimizer = bounded(model), torch.optim.SGD(model.parameters(), lr=1e-9)
     backward(model)
-    bound.arm()
+    bound.step()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(5.0)
@@ -256,7 +268,7 @@ def test_several_optimizers_share_the_parameters() -> None:
     for _ in range(2):
         backward(model)
         before = values(model)
-        bound.arm()
+        bound.step()
         first.step()
         other.step()
         second.step()
@@ -269,7 +281,7 @@ def test_groups_that_are_added_later() -> None:
     for _ in range(2):
         backward(model)
         before = values(model)
-        bound.arm()
+        bound.step()
         optimizer.step()
         assert max(lengths(before, values(model))) <= 1 + 1e-9
         if len(optimizer.param_groups) == 1:
@@ -278,16 +290,16 @@ def test_groups_that_are_added_later() -> None:
 
 
 def test_a_closure_that_preconditions() -> None:
-    """The first step is bounded too, though it began before there was anything to bound."""
+    """Steps are bounded too that began before there was anything to bound."""
     model = Layers()
     bound, optimizer = bounded(model), torch.optim.SGD(model.parameters(), lr=1.0)
 
     def closure() -> float:
         backward(model)
-        bound.arm()
+        bound.step()
         return 0.0
 
-    for _ in range(2):
+    for _ in range(4):
         before = values(model)
         optimizer.step(closure)
         assert lengths(before, values(model)) == pytest.approx([1.0, 1.0, 1.0])
@@ -306,7 +318,7 @@ def test_schedulers_scalers_and_copies() -> None:
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         before = values(model)
-        bound.arm()
+        bound.step()
         scaler.step(optimizer)
         scaler.update()
         scheduler.step()
@@ -314,35 +326,21 @@ def test_schedulers_scalers_and_copies() -> None:
     # The scaler leaves out a step: nothing is bounded, and the next step is as ever.
     backward(model, math.inf)
     before = values(model)
-    bound.arm()
+    bound.step()
     scaler.step(optimizer)
     assert lengths(before, values(model)) == [0.0, 0.0, 0.0]
 
 
-def test_a_step_that_is_compiled(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_step_that_is_compiled() -> None:
     model = Layers()
     bound, optimizer = bounded(model), torch.optim.SGD(model.parameters(), lr=1.0)
     step = torch.compile(optimizer.step, backend="eager")
     for _ in range(2):
         backward(model)
         before = values(model)
-        bound.arm()
+        bound.step()
         step()
         assert lengths(before, values(model)) == pytest.approx([1.0, 1.0, 1.0])
-
-
-def test_steps_of_something_else_are_named_once(caplog: pytest.LogCaptureFixture) -> None:
-    model = Layers()
-    bound = bounded(model)
-    with caplog.at_level(logging.INFO, "kfac_fx"):
-        for _ in range(15):
-            backward(model)
-            bound.arm()
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    parameter -= parameter.grad
-    (record,) = caplog.records
-    assert "largest_step bounds nothing" in record.message
 
 
 def test_it_goes_with_whoever_has_it() -> None:
@@ -350,8 +348,8 @@ def test_it_goes_with_whoever_has_it() -> None:
     bound = bounded(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     backward(model)
-    bound.arm()
-    gone = weakref.ref(bound)
+    bound.step()
+    gone = weakref.ref(bound.bound)
     del bound
     gc.collect()
     assert gone() is None
@@ -396,6 +394,17 @@ def test_any_learning_rate_makes_progress(lr: float, momentum: float) -> None:
     _, found = trained(lr, momentum)
     assert found[-1][0] < found[0][0]
     assert max(ratio for _, ratio in found) <= LARGEST + 1e-9
+
+
+def test_a_preconditioner_goes_with_its_bound() -> None:
+    """Nothing keeps it alive but whoever has it; a state that is loaded starts nothing."""
+    pre, _ = trained(0.1, 0.9, steps=3)
+    state = pre.state_dict()
+    pre.load_state_dict(state)
+    gone = weakref.ref(pre), weakref.ref(pre._taken)
+    del pre
+    gc.collect()
+    assert gone[0]() is None and gone[1]() is None
 
 
 def test_bounds_are_switched_off_by_none() -> None:
