@@ -210,7 +210,9 @@ def main(extra: Sequence[Method] = ()) -> None:
     printed = report(runs, problems, [known[name] for name in options.methods])
     print(printed)
     if options.page:
-        command = " ".join(["python tests/benchmarks/time_to_target.py", *sys.argv[1:]])
+        # Of paths of this machine only the names: a reader has others.
+        given = [Path(a).name if Path(a).is_absolute() else a for a in sys.argv[1:]]
+        command = " ".join(["python tests/benchmarks/time_to_target.py", *given])
         picture = options.picture.name if options.picture else None
         options.page.parent.mkdir(parents=True, exist_ok=True)
         options.page.write_text(page("Training in equal time", command, printed, picture))
