@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from kfac_fx.passes.annotations import read_curvature
 class _Expected(NamedTuple):
     """The place, shape, precision and device that a parameter had at the transform."""
 
-    owner: nn.Module
+    held: Mapping[str, Tensor | None]
     leaf: str
     shape: torch.Size
     dtype: torch.dtype
@@ -48,20 +48,34 @@ class CoveredParameters:
         for name in names:
             path, _, leaf = name.rpartition(".")
             owner = modules[path]
-            now = owner.get_parameter(leaf)
+            # Not by get_parameter, which a scripted module refuses. Such a module keeps parameters
+            # out of Python's sight, and replaces none.
+            now = getattr(owner, leaf)
+            held = owner._parameters if type(owner._parameters) is dict else {leaf: now}
             self.parameters[name] = now
-            self._expected[name] = _Expected(owner, leaf, now.shape, now.dtype, now.device)
+            self._expected[name] = _Expected(held, leaf, now.shape, now.dtype, now.device)
 
     def gradients(self) -> dict[str, Tensor]:
-        """Return the gradients that there are, by name.
+        """Return the gradients that there are, by name, once the parameters are checked.
 
         Sparse gradients become dense in their place, as ``Preconditioner`` writes to what it gets
         here: the inverse of a block has no zeros to keep.
+
+        Raises:
+            ParameterChangedError: see ``check``.
         """
-        for parameter in self.parameters.values():
-            if parameter.grad is not None and parameter.grad.layout is not torch.strided:
-                parameter.grad = parameter.grad.to_dense()
-        return {n: p.grad for n, p in self.parameters.items() if p.grad is not None}
+        found = {}
+        for name, parameter in self.parameters.items():
+            held, leaf, shape, dtype, device = self._expected[name]
+            same = held.get(leaf) is parameter and parameter.shape == shape
+            if not (same and parameter.dtype == dtype and parameter.device == device):
+                self.check()
+            gradient = parameter.grad
+            if gradient is not None and gradient.layout is not torch.strided:
+                gradient = parameter.grad = gradient.to_dense()
+            if gradient is not None:
+                found[name] = gradient
+        return found
 
     def in_module_order(self) -> dict[str, nn.Parameter]:
         """Return ``parameters`` in the order of the module's own ``parameters()``."""
@@ -79,7 +93,7 @@ class CoveredParameters:
         for name, was in self._expected.items():
             parameter = self.parameters[name]
             change = None
-            if was.owner._parameters.get(was.leaf) is not parameter:
+            if was.held.get(was.leaf) is not parameter:
                 change = "was replaced by another object"
             elif parameter.shape != was.shape:
                 change = f"changed its shape from {tuple(was.shape)} to {tuple(parameter.shape)}"
@@ -126,19 +140,23 @@ def _curvature(net: object) -> CurvatureGraph:
     return found
 
 
-def transformed(net: object, structure: Structure | None) -> tuple[CurvatureGraph, Structure]:
+def transformed(
+    net: object, structure: Structure | None, *, coupled: bool = False
+) -> tuple[CurvatureGraph, Structure]:
     """Return the curvature graph of a transformed module, and the structure that is wanted.
 
     Args:
         net: what ``kfac_fx.transform`` returned, or any GraphModule with its annotated taps.
-        structure: None for the transform's own.
+        structure: None for what the transform was asked for.
+        coupled: whether the couplings are taken where neither asks for a structure.
 
     Raises:
         KFACError: it is another module.
         UnknownOptionError: the structure is unknown, or the module records no cross factors.
     """
     curvature = _curvature(net)
-    wanted = choice("structure", structure or curvature.structure, STRUCTURES)
+    own = curvature.structure if coupled else curvature.preferred
+    wanted = choice("structure", structure or own, STRUCTURES)
     if wanted == "block_diagonal":
         return curvature, "block_diagonal"
     if curvature.structure != "block_tridiagonal":
