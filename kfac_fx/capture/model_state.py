@@ -205,9 +205,9 @@ class ModelState:
         for key, value in vars(module).items():
             if key in _OWN or (not path and self._own_hooks and "_hooks" in key):
                 continue
-            if key == "_modules":
+            if key == "_modules" and isinstance(value, dict):
                 self._add(value, Place(path, "children"))
-            else:
+            elif key != "_modules":
                 self._watch(value, Place(path, key), 1)
         if not live:
             self._add_class(type(module), path)
@@ -237,7 +237,7 @@ class ModelState:
         items: Iterable[Watched] = ()
         if isinstance(value, _CONTAINERS):
             self._add(value, place)
-            items = dict.values(value) if isinstance(value, dict) else value
+            items = value.values() if isinstance(value, dict) else value
         elif isinstance(value, tuple):
             items = value
         elif depth <= 2 and (held := _attributes(value)) is not None:
@@ -354,12 +354,9 @@ def _names_in(code: types.CodeType) -> Iterator[str]:
 
 def _copied(container: Watched) -> Watched:
     """Return a copy that later changes of the container do not reach."""
-    if isinstance(container, dict):
-        # What lies in it, whatever its own look-up makes of that: transformers keeps classes in a
-        # dictionary of its own that makes a new object whenever one is asked for.
-        return dict(dict.items(container))
-    if isinstance(container, types.MappingProxyType):
-        return dict(container)
+    if isinstance(container, (dict, types.MappingProxyType)):
+        # The base class's: a mapping may make new values whenever it is read (ACT2FN).
+        return dict(dict.items(container) if isinstance(container, dict) else container)
     return list(container) if type(container) is list else copy.copy(container)
 
 
@@ -389,15 +386,13 @@ def _differing(now: Watched, then: Watched) -> Iterator[tuple[str, str]]:
     if not isinstance(then, dict):
         yield "", f" is {_short(now)}, not {_short(then)}"
         return
-    held = _copied(now)
-    assert isinstance(held, dict)
-    for key in dict.fromkeys((*then, *held)):
-        if key not in held:
+    for key in dict.fromkeys((*then, *now)):
+        if key not in now:
             yield str(key), f".{key} is gone"
         elif key not in then:
             yield str(key), f".{key} is new"
-        elif not _equal(held[key], then[key]):
-            yield str(key), f".{key} is {_short(held[key])}, not {_short(then[key])}"
+        elif not _equal(now[key], then[key]):
+            yield str(key), f".{key} is {_short(now[key])}, not {_short(then[key])}"
 
 
 def _short(value: object) -> str:

@@ -17,6 +17,7 @@ from torch import fx, nn
 from torch.fx.graph import PythonCode
 
 from kfac_fx.capture.captured_module import CapturedModule, adopt
+from kfac_fx.capture.items import hand_on_items
 from kfac_fx.eager.eager_taps import EagerTaps
 from kfac_fx.eager.recordable_uses import every_piece, placeable
 from kfac_fx.eager.tape import Tape, compilers_off
@@ -159,6 +160,7 @@ def eager_module(model: nn.Module, example: fx.Graph) -> EagerModule:
         # The very dictionaries of the model: a buffer that its code sets anew is so for both.
         module.__dict__[name] = model.__dict__[name]
     module.add_module(RUNNER, Runner(model))
+    hand_on_items(module, model)
     module.graph = graph
     module.training = model.training
     module.recompile()
