@@ -96,13 +96,14 @@ def _layout_of(root: Tensor, view: Tensor) -> Layout | None:
     """
     if not is_view_of(view, root) or view.dtype != root.dtype or not view.numel():
         return None
-    order = sorted(range(view.dim()), key=lambda dim: (-view.stride(dim), -view.size(dim), dim))
-    sizes = [view.size(dim) for dim in order]
+    strides = view.stride()
+    order = sorted(range(view.dim()), key=lambda dim: (-strides[dim], -view.shape[dim], dim))
+    sizes = [view.shape[dim] for dim in order]
     full = list(sizes)
     cut = None
     inside = 1  # the entries inside of the dimension at hand, all of them
     for index in reversed(range(len(order))):
-        outer = view.stride(order[index - 1]) if index else root.numel()
+        outer = strides[order[index - 1]] if index else root.numel()
         if sizes[index] * inside != outer:
             if cut is not None or outer % inside:
                 return None
@@ -113,7 +114,7 @@ def _layout_of(root: Tensor, view: Tensor) -> Layout | None:
     try:
         layout = layout.reshape(full)
         if cut is not None:
-            step = max(view.stride(order[cut]), 1)
+            step = max(strides[order[cut]], 1)
             layout = layout.narrow(cut, view.storage_offset() // step, sizes[cut])
         layout = layout.permute(*(order.index(dim) for dim in range(view.dim())))
         found = layout.apply(root)

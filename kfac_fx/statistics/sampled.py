@@ -208,7 +208,9 @@ class SampledStatistics:
             notes = Collection.of_graph(self.sources.states, tensors)
         if notes is None or not notes.notes:
             check_recorded(tensors, self.sources.state_by_buffer)
-        tap = _last_tap(notes, tensors, self.sources)
+            tap = nearest_tap(tensors, self.sources.state_by_buffer)
+        else:
+            tap = notes.notes[-1].edge.node
         finite = all_finite([tensor.detach() for tensor in tensors])
         finite, agreed = made.terms.agreed(self.workers, "observe", finite)
         if not finite:
@@ -221,12 +223,3 @@ class SampledStatistics:
             found = fisher_statistics(self.sources, made, self.fisher, seed, notes)
         self.sources.pause()
         return Collected(True, found, count, agreed.count, tap=tap)
-
-
-def _last_tap(
-    notes: Collection | None, outputs: Sequence[Tensor], sources: StatisticSources
-) -> Node | None:
-    """Return a tap's node in the graph of a forward, near its outputs."""
-    if notes is not None and notes.notes:
-        return notes.notes[-1].edge.node
-    return nearest_tap(outputs, sources.state_by_buffer)
