@@ -16,7 +16,15 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent
 
 from kfac_fx.errors import LikelihoodError
-from kfac_fx.likelihoods.builtin import FAMILIES, Likelihood, Noise, Tree, drawing_family
+from kfac_fx.likelihoods.builtin import (
+    FAMILIES,
+    Likelihood,
+    Noise,
+    OutputFisher,
+    Tree,
+    drawing_family,
+    has_known_fisher,
+)
 from kfac_fx.likelihoods.named import Sum
 from kfac_fx.likelihoods.sampling import seeded
 from kfac_fx.torch_internals import pytree
@@ -102,10 +110,12 @@ class BatchLikelihood:
     Attributes:
         distributions: one for each likelihood that is no sum.
         terms: their terms, in the same order.
+        ones: what they were made of, in the same order.
     """
 
     distributions: tuple[Distribution, ...]
     terms: BatchTerms
+    ones: tuple[Single, ...] = ()
 
     @property
     def count(self) -> float:
@@ -185,13 +195,31 @@ class BatchLikelihood:
         # A traced pass cannot have as many backwards as columns: its graph would grow with them.
         # One column is selected at run time, and the program is run for each.
         start = 0
+        for rows in self.rows():
+            end = start + rows.shape[1]
+            columns = rows.unbind(-1) if select is None else [rows * select[start:end]]
+            for column in columns:
+                yield column.sum()
+            start = end
+
+    def rows(self) -> Iterator[Tensor]:
+        """Yield the columns of the root as rows [cases, columns], scaled for the objective.
+
+        The derivatives of a column's sum over the cases are what ``exact`` is about.
+        """
         for distribution, terms in self.parts:
             for rows in root_rows(distribution, terms.weights):
-                end = start + rows.shape[1]
-                columns = rows.unbind(-1) if select is None else [rows * select[start:end]]
-                for column in columns:
-                    yield self._shared(column.sum(), terms.share**0.5)
-                start = end
+                yield self._shared(rows, terms.share**0.5)
+
+    def known_fisher(self) -> tuple[Tensor, OutputFisher] | None:
+        """Return outputs and their Fisher in closed form; None where none is known."""
+        if len(self.ones) != 1 or self.terms.weighted or self.terms.parts[0] is None:
+            return None
+        (one,) = self.ones
+        if not (has_known_fisher(one.likelihood) and isinstance(one.outputs, Tensor)):
+            return None
+        weights = self.terms.parts[0].weights
+        return one.outputs, one.likelihood.output_fisher(one.outputs.detach(), weights)
 
     def root(self) -> Tensor:
         """Return S^T f, flat: ``count`` times the Fisher is the Gram matrix of its derivatives."""
@@ -322,7 +350,7 @@ def batch_likelihood(
     if terms is None:
         shapes = [distribution.batch_shape for distribution in distributions]
         terms = batch_terms(ones, shapes, isinstance(likelihood, Sum))
-    return BatchLikelihood(distributions, terms)
+    return BatchLikelihood(distributions, terms, tuple(ones))
 
 
 class Single(NamedTuple):

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeGuard, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -61,6 +61,66 @@ class Likelihood(Protocol):
         Raises:
             LikelihoodError: the targets do not fit, or are needed and missing.
         """
+
+
+class OutputFisher(NamedTuple):
+    """F_out of all terms of a batch in closed form: a diagonal less the products of a vector.
+
+    Entries of one term along ``dim`` have F_ij = -v_i v_j; those of different terms are
+    uncorrelated, and so are all where there is no vector.
+
+    Attributes:
+        diagonal: the diagonal of F_out, in the shape of the outputs.
+        vector: v in the same shape, or None.
+        dim: the dimension of the outputs that v is along.
+    """
+
+    diagonal: Tensor
+    vector: Tensor | None = None
+    dim: int = -1
+
+    def along(self, dim: int, *, summed: bool) -> Tensor | None:
+        """Return the sum over all other dimensions of F_out, a matrix over the entries of one.
+
+        Args:
+            dim: the dimension.
+            summed: whether derivatives are added up over the others but the first before their
+                products are taken; then None where they are correlated there.
+        """
+        if self.vector is not None and (self.dim - dim) % self.diagonal.dim() != 0 and summed:
+            return None
+        if self.vector is not None and (self.dim - dim) % self.diagonal.dim() == 0:
+            v = self.vector.movedim(dim, -1).flatten(0, -2)
+            found = torch.addmm(v.new_empty(()), v.mT, v, beta=0, alpha=-1)
+        else:
+            found = self.diagonal.new_zeros(self.diagonal.shape[dim], self.diagonal.shape[dim])
+        # The diagonal as it is: sum p less sum p^2 would lose what a confident model leaves of it.
+        found.diagonal().copy_(self.diagonal.movedim(dim, -1).flatten(0, -2).sum(0))
+        return found
+
+
+@runtime_checkable
+class KnownFisher(Protocol):
+    """A likelihood whose F_out has a closed form, and with it the exact G of the last layer."""
+
+    def output_fisher(self, outputs: Tensor, weights: Tensor | None) -> OutputFisher:
+        """Return F_out of outputs [N, ...], each term times its weight.
+
+        Args:
+            outputs: as ``Likelihood.distribution`` gets them; not differentiated.
+            weights: as ``Likelihood.terms`` returned them.
+        """
+
+
+def has_known_fisher(likelihood: object) -> TypeGuard[KnownFisher]:
+    """Return whether a likelihood knows F_out of the distribution that it returns.
+
+    A subclass with a distribution of its own has another Fisher than the one it inherits.
+    """
+    for kind in type(likelihood).__mro__:
+        if "distribution" in vars(kind):
+            return "output_fisher" in vars(kind)
+    return False
 
 
 class Noise(NamedTuple):
@@ -158,9 +218,13 @@ class Softmax(D.Categorical):
     """Categorical whose logits are normalised by one operator, with one for the derivative.
 
     torch's own takes two or three each, over all classes of all terms.
+
+    Attributes:
+        given: the logits as they were given.
     """
 
     def __init__(self, logits: Tensor) -> None:
+        self.given = logits
         # Distribution.__init__ alone is called: Categorical's would normalise once more.
         self.logits = torch.log_softmax(logits, -1)
         self._param = self.logits
@@ -231,6 +295,14 @@ class Categorical:
             weights = weights * self.weight.to(outputs)[targets]
         return targets, weights
 
+    def output_fisher(self, outputs: Tensor, weights: Tensor | None) -> OutputFisher:
+        p = outputs.softmax(self.dim)
+        a, v = p * (1 - p), p
+        if weights is not None:
+            w = weights.unsqueeze(self.dim % outputs.dim())
+            a, v = w * a, w.sqrt() * v
+        return OutputFisher(a, v, self.dim)
+
 
 def _class_noise(distribution: D.Categorical) -> Noise:
     """Return uniform noise, one number a case, on a CPU; elsewhere one a class.
@@ -263,8 +335,11 @@ def _class_draw(distribution: D.Categorical, noise: Tensor) -> Tensor:
 
 def _class_root(distribution: D.Categorical) -> Iterator[Tensor]:
     # S = diag(sqrt p) - p sqrt(p)^T has S S^T = diag(p) - p p^T. Its column c is
-    # sqrt(p_c) (e_c - p), which is sqrt(p_c) times the gradient of log p(c) in the logits.
-    yield (0.5 * distribution.logits.detach()).exp() * distribution.logits
+    # sqrt(p_c) (e_c - p), and with p held constant that is the gradient of sqrt(p_c) (f_c - p f).
+    # Not of log p(c): the derivative of a softmax cannot be batched over columns.
+    root = (0.5 * distribution.logits.detach()).exp()
+    f = distribution.given if isinstance(distribution, Softmax) else distribution.logits
+    yield root * (f - (root.square() * f).sum(-1, keepdim=True))
 
 
 FAMILIES[D.Categorical] = Family(_class_noise, _class_draw, _class_root)
@@ -286,6 +361,10 @@ class Bernoulli:
     def terms(self, outputs: Tensor, targets: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         check_targets(targets, outputs.shape, "bernoulli")
         return None if targets is None else targets.to(outputs.dtype), None
+
+    def output_fisher(self, outputs: Tensor, weights: Tensor | None) -> OutputFisher:
+        p = outputs.sigmoid()
+        return OutputFisher(p * (1 - p))
 
 
 def _bit_root(distribution: D.Bernoulli) -> Iterator[Tensor]:
@@ -335,6 +414,9 @@ class Normal:
             targets = torch.full_like(outputs, self.target)
         check_targets(targets, outputs.shape, "normal")
         return None if targets is None else targets.to(outputs.dtype), None
+
+    def output_fisher(self, outputs: Tensor, weights: Tensor | None) -> OutputFisher:
+        return OutputFisher(torch.full_like(outputs, 1 / self.variance))
 
 
 def _normal_root(distribution: D.Normal) -> Iterator[Tensor]:

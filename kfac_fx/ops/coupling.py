@@ -63,6 +63,26 @@ class _Link(torch.autograd.Function):
         return None, rows.flatten(0, -2).mT @ later.flatten(0, -2) * scale, None
 
 
+def link_of(node: object) -> Context | None:
+    """Return a node of a graph as the context of a link, or None if it is another."""
+    made_by = getattr(_Link, "_backward_cls")  # noqa: B009  # torch's metaclass sets it
+    return node if isinstance(node, made_by) else None
+
+
+def cross_columns(side: Side, own: Tensor, later: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the sum over columns of G_ij.
+
+    Args:
+        side: the earlier use.
+        own: its derivatives, [K, ...].
+        later: those of the later use, as its node hands them back, [K, ..., d_j].
+        dtype: that of the factor.
+    """
+    _, scale = derivative_rows(side, own[0], dtype)
+    rows = torch.vmap(lambda g: derivative_rows(side, g, dtype)[0])(own)
+    return rows.flatten(0, -2).mT @ later.flatten(0, -2) * scale
+
+
 class _Sides(NamedTuple):
     """Two uses and how their rows fit together.
 

@@ -172,6 +172,12 @@ def added(total: Statistic | None, more: Statistic | None) -> Statistic | None:
     return multiplied(total) + multiplied(more)
 
 
+def source_of(node: object) -> Context | None:
+    """Return a node of a graph as the context of a tap's source, or None if it is another."""
+    made_by = getattr(_Source, "_backward_cls")  # noqa: B009  # torch's metaclass sets it
+    return node if isinstance(node, made_by) else None
+
+
 class _Identity(_Unbatched):
     """y, whose backward hands its derivative to y and to the source."""
 
@@ -193,6 +199,11 @@ class _Identity(_Unbatched):
     def backward(ctx: Context, g: Tensor) -> tuple[Tensor, Tensor, None]:
         # Gradients are enabled in a backward only if it may itself be differentiated.
         return (_handed_on(g, ctx.asked) if torch.is_grad_enabled() else g), g, None
+
+
+def is_identity(node: object) -> bool:
+    """Return whether a node of a graph hands its derivative on as it is, and to a source."""
+    return isinstance(node, getattr(_Identity, "_backward_cls"))  # noqa: B009  # as above
 
 
 def _handed_on(g: Tensor, asked: Callable[[], bool] | None) -> Tensor:

@@ -71,8 +71,8 @@ class Preconditioner(HasCurvature):
             eigenvalues. The last two need structure="block_diagonal".
         structure: "block_diagonal" leaves the couplings out; None for the transform's own.
         fisher: "sampled" draws targets from the model (one more backward), "exact" takes every
-            column of the output Fisher's square root (one backward each), "empirical" reuses the
-            training backward and needs targets.
+            column of the output Fisher's square root (a backward for each block of columns),
+            "empirical" reuses the training backward and needs targets.
         ema_decay: in [0, 1), the largest weight of the old average. Early averages weigh every
             batch alike.
         statistics_every: period of the statistics, counted in calls of ``step``; the first call

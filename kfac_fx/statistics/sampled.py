@@ -10,12 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
 
 from kfac_fx.config import Fisher
-from kfac_fx.errors import ObservationError
 from kfac_fx.likelihoods.batch import BatchLikelihood, batch_likelihood, output_tensors, wide
 from kfac_fx.likelihoods.builtin import Likelihood, Tree
 from kfac_fx.likelihoods.named import Sum
@@ -25,12 +22,9 @@ from kfac_fx.ops.state import Collection
 from kfac_fx.ops.tap import added, noted_statistics
 from kfac_fx.parallel import Workers
 from kfac_fx.statistics.buffers import Statistics, StatisticSources
-from kfac_fx.statistics.user_graph import AFTER_BACKWARD, check_recorded
-from kfac_fx.torch_internals.error_texts import backward_refusal
-
-Noise = int | Sequence[Tensor | None]
-"""What draws are made from: a seed, or noise that was made before (see ``BatchLikelihood.draws``).
-"""
+from kfac_fx.statistics.derivatives import derivatives
+from kfac_fx.statistics.exact import Noise, exact_statistics
+from kfac_fx.statistics.user_graph import check_recorded
 
 
 @dataclass(frozen=True)
@@ -52,45 +46,6 @@ class Collected:
     count: float
     total: float
     scale: float | None = 1.0
-
-
-def derivatives(
-    scalar: Tensor, tensors: Sequence[Tensor | GradientEdge], *, last: bool = False
-) -> Sequence[Tensor | None]:
-    """Return the derivatives of a scalar at tensors and edges of the graph, by one backward.
-
-    Args:
-        scalar: is differentiated.
-        tensors: where; None comes where the scalar does not depend on one.
-        last: whether the graph may be freed.
-
-    Raises:
-        ObservationError: the graph was freed, or was not kept for this backward.
-    """
-    try:
-        found: Sequence[Tensor | None] = torch.autograd.grad(
-            scalar,
-            tensors,  # type: ignore[arg-type]  # edges and tensors may be mixed
-            retain_graph=not last,
-            allow_unused=True,
-        )
-        return found
-    except RuntimeError as error:
-        refusal = backward_refusal(error)
-        if refusal == "freed":
-            raise ObservationError(AFTER_BACKWARD) from error
-        if refusal == "compiled":
-            raise ObservationError(
-                "a compiled forward keeps no graph for a second backward: give the inputs, "
-                "observe(outputs, inputs=...), use fisher='empirical', or set "
-                "torch._functorch.config.donated_buffer = False before compiling"
-            ) from error
-        if refusal == "reentrant":
-            raise ObservationError(
-                "a reentrant activation checkpoint allows no backward but the training's: use "
-                "checkpoint(..., use_reentrant=False) or fisher='empirical'"
-            ) from error
-        raise
 
 
 def statistics_of(
@@ -138,38 +93,9 @@ def fisher_statistics(
         select: the column that a traced pass takes; see ``BatchLikelihood.exact``.
     """
     if fisher == "exact":
-        return _exact_statistics(sources, made, noise, select)
+        return exact_statistics(sources, made, noise, select)
     scalar = made.nll() if fisher == "empirical" else made.sampled(noise)
     return statistics_of(sources, scalar, collection)[0]
-
-
-def _exact_statistics(
-    sources: StatisticSources, made: BatchLikelihood, noise: Noise, select: Tensor | None
-) -> Statistics:
-    """Return the statistics of all columns of the output Fisher's root, or of a selected one.
-
-    A block without a tap has the gradient of the whole batch, whose cases mix: it is sampled.
-    """
-    tapped: list[Statistic | None] = [None] * len(sources.factors)
-    scalars = list(made.exact(select)) if sources.factors else []
-    if select is not None and scalars:
-        tapped = list(derivatives(torch.stack(scalars).sum(), sources.factors))
-    elif scalars:
-        gradients: list[Statistic | None] = [None] * len(sources.gradients)
-        with sources.only(sources.gradients):
-            for scalar in scalars if sources.gradients else ():
-                more = derivatives(scalar, sources.gradients)
-                gradients = [added(one, other) for one, other in zip(gradients, more, strict=True)]
-        inputs: Sequence[Tensor | None] = ()
-        with sources.only(sources.inputs):
-            # Inputs do not depend on the derivative, but every use must be reached.
-            if sources.inputs:
-                inputs = derivatives(torch.stack(scalars).sum(), sources.inputs)
-        tapped = [*inputs, *gradients]
-    untapped: Sequence[Tensor | None] = ()
-    if sources.parameters:
-        untapped = derivatives(made.sampled(noise), sources.parameters)
-    return sources.statistics(tapped, untapped)
 
 
 @dataclass(frozen=True)
