@@ -19,6 +19,7 @@ from kfac_fx.curvature.choose_couplings import chosen_couplings, mutual_informat
 from kfac_fx.curvature.ekfac import Moments
 from kfac_fx.curvature.estimate import Estimate, EstimateState
 from kfac_fx.curvature.factor_storage import storage_of
+from kfac_fx.curvature.mean_eigenvalue import mean_eigenvalue
 from kfac_fx.curvature.parameters import CoveredParameters
 from kfac_fx.errors import (
     GradientError,
@@ -241,6 +242,10 @@ class InverseFisher:
     def use(self, refreshed: Refreshed | None) -> None:
         """Take inverses that an earlier refresh made; of several, an optimizer keeps the best."""
         self.refreshed = refreshed
+
+    def mean_eigenvalue(self) -> float:
+        """Return the mean eigenvalue of the undamped averages; see ``mean_eigenvalue.py``."""
+        return mean_eigenvalue(self.curvature, self.estimate)
 
     # Couplings.
 

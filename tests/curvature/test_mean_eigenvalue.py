@@ -1,0 +1,113 @@
+"""The mean eigenvalue of the estimated Fisher against the traces of dense blocks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.dense_blocks import dense_blocks
+from support.dense_updates import MODELS
+from support.inside import estimate_of
+from support.networks import mlp
+from support.oracles import Categorical, Measure, Normal
+from support.shared_weights import Packed, Tied
+from support.sub_blocks import LIMITS, head, joined
+from torch import Tensor, nn
+
+import kfac_fx
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+def assert_mean(pre: object, traces: list[Tensor], size: int) -> None:
+    want = float(torch.stack(traces).sum()) / size
+    assert pre.inverse.mean_eigenvalue() == pytest.approx(want, rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", sorted(MODELS.keys() - {"wide norms", "diagonal norm"}))
+def test_every_kind_of_block(measure: Measure, kind: str) -> None:
+    build, shape, _ = MODELS[kind]
+    model = build()
+    net = kfac_fx.transform(model, structure="block_diagonal")
+    x = torch.randn(8, *(4,) if kind == "large elementwise" else shape)
+    pre = measure(net, x, None, Normal()).preconditioner
+    placed = dense_blocks(pre, model, 0.0, "exact")
+    size = sum(p.numel() for p in model.parameters())
+    assert_mean(pre, [block.trace() for _, block in placed], size)
+
+
+def test_couplings_change_no_trace(measure: Measure) -> None:
+    model = mlp(4, 5, 3)
+    pre = measure(kfac_fx.transform(model), torch.randn(8, 4), None, Categorical()).preconditioner
+    assert pre.couplings
+    traces = [A.trace() * G.trace() for A, G in pre.factors.values()]
+    assert_mean(pre, traces, 25 + 18)
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+def test_sub_blocks(measure: Measure, limit: int) -> None:
+    """Zeros that fill up the last one count for nothing."""
+    net = kfac_fx.transform(
+        head(), max_factor_dim=limit, large_factors="blocks", structure="block_diagonal"
+    )
+    pre = measure(net, torch.randn(9, 4), None, Normal()).preconditioner
+    traces = []
+    for name, sides in {"0": (5, 6), "2": (7, 9)}.items():
+        A, G = (joined(f, n) for f, n in zip(pre.factors[name], sides, strict=True))
+        traces.append(A.trace() * G.trace())
+    assert_mean(pre, traces, 30 + 63)
+
+
+def test_sums_of_two_products(measure: Measure) -> None:
+    """A vector of token frequencies in one, two matrices in the other."""
+    model, ids = Tied(bias=False), torch.randint(7, (5, 3))
+    net = kfac_fx.transform(model, structure="block_diagonal")
+    pre = kfac_fx.Preconditioner(net, fisher="exact", damping=1e-2)
+    outputs = net(ids)
+    pre.observe(outputs)
+    outputs.square().sum().backward()
+    pre.step()
+    counts, G, A_2, G_2 = pre.factors["embedding"]
+    A, G_mid = pre.factors["mid"]
+    tied = counts.sum() * G.trace() + A_2.trace() * G_2.trace()
+    assert_mean(pre, [tied, A.trace() * G_mid.trace()], 28 + 20)
+
+
+def test_slices_of_one_parameter(measure: Measure) -> None:
+    pre = measure(kfac_fx.transform(Packed("chunk")), torch.randn(6, 4), None, Normal())
+    factors = pre.preconditioner.factors.values()
+    assert_mean(pre.preconditioner, [A.trace() * G.trace() for A, G in factors], 60)
+
+
+@pytest.mark.parametrize("tikhonov", ["exact", "ekfac"])
+def test_other_damping(measure: Measure, tikhonov: str) -> None:
+    net = kfac_fx.transform(mlp(4, 5, 3), structure="block_diagonal", ekfac=tikhonov == "ekfac")
+    pre = measure(net, torch.randn(8, 4), None, Categorical(), tikhonov=tikhonov).preconditioner
+    assert_mean(pre, [A.trace() * G.trace() for A, G in pre.factors.values()], 25 + 18)
+
+
+def test_averages_in_bfloat16(measure: Measure) -> None:
+    net = kfac_fx.transform(mlp(4, 5, 3).float(), structure="block_diagonal")
+    x = torch.randn(8, 4, dtype=torch.float32)
+    options = {"factor_storage": "bfloat16"}
+    pre = measure(net, x, None, Categorical(), **options).preconditioner
+    traces = [A.double().trace() * G.double().trace() for A, G in pre.factors.values()]
+    assert_mean(pre, traces, 25 + 18)
+
+
+def test_a_block_that_never_ran_counts_for_nothing(measure: Measure) -> None:
+    net = kfac_fx.transform(mlp(4, 5, 3), structure="block_diagonal")
+    pre = measure(net, torch.randn(8, 4), None, Categorical()).preconditioner
+    estimate_of(pre).blocks["0"].recorded = 0
+    A, G = pre.factors["2"]
+    assert_mean(pre, [A.trace() * G.trace()], 18)
+
+
+def test_no_scale_is_one(measure: Measure) -> None:
+    """Outputs that depend on nothing: a damping of zero would have no inverse."""
+    model = mlp(4, 5, 3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    net = kfac_fx.transform(nn.Sequential(model, nn.ReLU()), structure="block_diagonal")
+    pre = measure(net, torch.randn(8, 4), None, Normal()).preconditioner
+    assert pre.inverse.mean_eigenvalue() == 1.0
