@@ -8,17 +8,39 @@ inside of the engine every statistic would have a copy for each column.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from kfac_fx.ops.coupling import cross_columns, link_of
-from kfac_fx.ops.gram import Statistic
-from kfac_fx.ops.kronecker import Along
-from kfac_fx.ops.tap import Context, Statistics, added, is_identity, source_of
+if TYPE_CHECKING:
+    from kfac_fx.ops.gram import Statistic
+
+
+Context: TypeAlias = Any
+"""What autograd hands from a forward to its backward, and the node of the graph; attributes are set
+on it freely."""
+
+
+class Statistics(Protocol):
+    """Computes the statistics of one kind of use."""
+
+    def __call__(
+        self,
+        g: Tensor,
+        tensors: Sequence[Tensor | None],
+        wanted: Sequence[bool],
+        dtype: torch.dtype,
+    ) -> Sequence[Statistic | None]:
+        """Return one statistic a factor buffer, None where not wanted.
+
+        Args:
+            g: derivative with respect to the tapped tensor.
+            tensors: what the tap saved of the forward pass.
+            wanted: per factor buffer, whether its statistic is asked for.
+            dtype: the dtype of the factors; products are formed in it.
+        """
 
 
 @runtime_checkable
@@ -36,8 +58,23 @@ class ColumnStatistics(Protocol):
 
         Args:
             g: derivatives by columns, [K, ...].
-            tensors, wanted, dtype: see ``kfac_fx.ops.tap.Statistics``; only factors that are
+            tensors, wanted, dtype: see ``Statistics``; only factors that are
                 quadratic in the derivative are wanted.
+        """
+
+
+class Along(Protocol):
+    """The sums of g g^T of derivatives whose products are known."""
+
+    def __call__(self, dim: int, *, summed: bool) -> Tensor | None:
+        """Return the sum as a matrix over the entries of one dimension of the derivatives.
+
+        Args:
+            dim: the dimension; the sum is over all others, and over the columns.
+            summed: whether derivatives are added up over the positions first.
+
+        Returns:
+            None where that is not known.
         """
 
 
@@ -58,23 +95,45 @@ class OutputStatistics(Protocol):
         """
 
 
-def of_columns(
-    statistics: Statistics,
-    g: Tensor,
-    tensors: Sequence[Tensor | None],
-    wanted: Sequence[bool],
-    dtype: torch.dtype,
-) -> Sequence[Statistic | None]:
-    """Return the sums over columns of statistics of any kind; the arguments are as above."""
-    if isinstance(statistics, ColumnStatistics):
-        return statistics.columns(g, tensors, wanted, dtype)
-    # Always right: the statistics of one column after the other. Kinds whose statistics do not
-    # depend on which case a row is of have a shorter way.
-    total: list[Statistic | None] = [None] * len(wanted)
-    for column in g:
-        found = statistics(column, tensors, wanted, dtype)
-        total = [added(one, other) for one, other in zip(total, found, strict=True)]
-    return total
+Form: TypeAlias = "Callable[[Sequence[Tensor], Sequence[bool]], Sequence[Statistic | None]]"
+"""From derivatives by columns, [K, ...] each, and whether each factor is wanted, to one statistic a
+factor, summed over the columns."""
+
+
+class Recorded(NamedTuple):
+    """The statistics that a node of a graph makes.
+
+    Attributes:
+        factors: the buffers that they are for.
+        form: makes them of the derivatives that arrive at the node.
+        statistics: the object that does, of a tap.
+    """
+
+    factors: Sequence[Tensor]
+    form: Form
+    statistics: object = None
+
+
+_MAKERS: dict[type, Callable[[Context], Recorded]] = {}
+"""By the class of the node; the files of the functions fill it, so that this one needs none."""
+
+
+def node_class(function: type[torch.autograd.Function]) -> type:
+    """Return the class that the nodes of an autograd function have in a graph."""
+    made: type = getattr(function, "_backward_cls")  # noqa: B009  # torch's metaclass sets it
+    return made
+
+
+def register_use(
+    function: type[torch.autograd.Function], recorded: Callable[[Context], Recorded]
+) -> None:
+    """Let the nodes of a function be asked for columns.
+
+    Args:
+        function: the autograd function.
+        recorded: from a node, which is what its ``backward`` gets for ctx, to what it records.
+    """
+    _MAKERS[node_class(function)] = recorded
 
 
 class RecordedUse(NamedTuple):
@@ -82,30 +141,28 @@ class RecordedUse(NamedTuple):
 
     Attributes:
         edges: where the derivatives arrive.
-        factors: the buffers whose statistics it makes.
         shapes: those of the derivatives of one column.
-        form: from the derivatives at the edges, [K, ...] each, and whether each factor is wanted,
-            to one statistic a factor.
+        recorded: what the node makes of them.
     """
 
     edges: tuple[GradientEdge, ...]
-    factors: Sequence[Tensor]
     shapes: Sequence[Sequence[int]]
-    form: Callable[[Sequence[Tensor], Sequence[bool]], Sequence[Statistic | None]]
+    recorded: Recorded
 
     def last_factor(self, along: Along) -> Tensor | None:
         """Return G of the layer that gives the outputs, whose Fisher is known in sums.
 
         Args:
-            along: see ``OutputStatistics``.
+            along: gives the sums.
 
         Returns:
             None where it must be formed of derivatives.
         """
-        source = source_of(self.edges[0].node)
-        if source is None or not isinstance(source.statistics, OutputStatistics):
+        _, _, known = self.recorded
+        if not isinstance(known, OutputStatistics):
             return None
-        return source.statistics.of_outputs(self.shapes[0], along, divide=len(self.factors) == 2)
+        divide = len(self.recorded.factors) == 2
+        return known.of_outputs(self.shapes[0], along, divide=divide)
 
 
 class FoundUses(NamedTuple):
@@ -144,43 +201,13 @@ def recorded_uses(roots: Sequence[Tensor], buffers: Sequence[Tensor]) -> FoundUs
 
 
 def _use_of(node: Node) -> RecordedUse | None:
-    """Return what a node records; None if it is no use, or one that records into no leaf."""
-    source, link = source_of(node), link_of(node)
-    if source is not None:
-        factors, form = source.factors, partial(_of_source, source)
-    elif link is not None:
-        factors, form = (link.G,), partial(_of_link, link)
-    else:
+    """Return what a node records; None if it is none that can be asked for columns."""
+    maker = _MAKERS.get(type(node))
+    if maker is None:
         return None
     shapes = [each.shape for each in node._input_metadata]
     edges = tuple(GradientEdge(node, place) for place in range(len(shapes)))
-    return RecordedUse(edges, factors, shapes, form)
-
-
-def tapped_by(y: Tensor) -> set[Node]:
-    """Return the nodes that make statistics of the derivative of y as it is."""
-    found: set[Node] = set()
-    node = y.grad_fn
-    while is_identity(node):
-        assert node is not None
-        (node, _), (side, _) = node.next_functions[:2]
-        if side is not None:
-            found.add(side)
-    return found
-
-
-def _of_source(
-    source: Context, g: Sequence[Tensor], wanted: Sequence[bool]
-) -> Sequence[Statistic | None]:
-    dtype = source.factors[0].dtype
-    return of_columns(source.statistics, g[0], source.saved_tensors, wanted, dtype)
-
-
-def _of_link(
-    link: Context, g: Sequence[Tensor], wanted: Sequence[bool]
-) -> Sequence[Statistic | None]:
-    own, later = g
-    return [cross_columns(link.side, own, later, link.G.dtype)]
+    return RecordedUse(edges, shapes, maker(node))
 
 
 def _nodes(roots: Sequence[Tensor]) -> Iterator[Node]:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from kfac_fx.ops.autocorrelation import is_cheaper, patch_gram, suits
+from kfac_fx.ops.columns import Along
 from kfac_fx.ops.gram import Statistic, bordered, functional, multiplied
 from kfac_fx.ops.kronecker import (
     WHOLE,
-    Along,
     FactorForm,
     KroneckerStatistics,
     form_of,

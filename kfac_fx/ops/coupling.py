@@ -25,6 +25,7 @@ from kfac_fx.ops.alignment import (
     pooled,
     spread,
 )
+from kfac_fx.ops.columns import Recorded, register_use
 from kfac_fx.ops.cross_input import Input, cross_input
 from kfac_fx.ops.sides import Side, derivative_rows, row_shape, side_of
 from kfac_fx.ops.state import is_paused
@@ -63,24 +64,21 @@ class _Link(torch.autograd.Function):
         return None, rows.flatten(0, -2).mT @ later.flatten(0, -2) * scale, None
 
 
-def link_of(node: object) -> Context | None:
-    """Return a node of a graph as the context of a link, or None if it is another."""
-    made_by = getattr(_Link, "_backward_cls")  # noqa: B009  # torch's metaclass sets it
-    return node if isinstance(node, made_by) else None
+def _recorded(node: Context) -> Recorded:
+    """Return what a link records; see ``kfac_fx.ops.columns.register_use``."""
+    G: Tensor = node.G
+
+    def form(g: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor]:
+        """Return the sum over columns of G_ij, from the derivatives of both uses."""
+        own, later = g
+        _, scale = derivative_rows(node.side, own[0], G.dtype)
+        rows = torch.vmap(lambda one: derivative_rows(node.side, one, G.dtype)[0])(own)
+        return [rows.flatten(0, -2).mT @ later.flatten(0, -2) * scale]
+
+    return Recorded((G,), form)
 
 
-def cross_columns(side: Side, own: Tensor, later: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the sum over columns of G_ij.
-
-    Args:
-        side: the earlier use.
-        own: its derivatives, [K, ...].
-        later: those of the later use, as its node hands them back, [K, ..., d_j].
-        dtype: that of the factor.
-    """
-    _, scale = derivative_rows(side, own[0], dtype)
-    rows = torch.vmap(lambda g: derivative_rows(side, g, dtype)[0])(own)
-    return rows.flatten(0, -2).mT @ later.flatten(0, -2) * scale
+register_use(_Link, _recorded)
 
 
 class _Sides(NamedTuple):

@@ -9,12 +9,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from kfac_fx.ops.columns import Along
 from kfac_fx.ops.gram import (
     Rows,
     Statistic,
@@ -184,7 +185,7 @@ class KroneckerStatistics(ABC):
         wanted: Sequence[bool],
         dtype: torch.dtype,
     ) -> list[Statistic | None]:
-        """Return one statistic a factor buffer; see ``kfac_fx.ops.tap.Statistics``."""
+        """Return one statistic a factor buffer; see ``kfac_fx.ops.columns.Statistics``."""
         # A third buffer, the count of positions, is there only where uses are counted together.
         one_use = len(wanted) == 2
         found: list[Statistic | None] = [None] * len(wanted)
@@ -213,21 +214,6 @@ class KroneckerStatistics(ABC):
     def positions(self, g: Tensor, tensors: Sequence[Tensor | None]) -> float:
         """Return the number of positions of a case; 1 unless a subclass knows better."""
         return 1.0
-
-
-class Along(Protocol):
-    """The sums of g g^T of derivatives whose products are known."""
-
-    def __call__(self, dim: int, *, summed: bool) -> Tensor | None:
-        """Return the sum as a matrix over the entries of one dimension of the derivatives.
-
-        Args:
-            dim: the dimension; the sum is over all others, and over the columns.
-            summed: whether derivatives are added up over the positions first.
-
-        Returns:
-            None where that is not known.
-        """
 
 
 def known_factor(total: Tensor | None, positions: float, form: FactorForm) -> Tensor | None:
@@ -385,7 +371,7 @@ class ShiftStatistics:
         wanted: Sequence[bool],
         dtype: torch.dtype,
     ) -> list[Statistic | None]:
-        """Return (C,); see ``kfac_fx.ops.tap.Statistics``."""
+        """Return (C,); see ``kfac_fx.ops.columns.Statistics``."""
         sums = case_rows(g, self.channels).sum(1, dtype=dtype)
         return [case_covariance(sums.unsqueeze(1), self.dim)]
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from kfac_fx.ops.columns import Along
 from kfac_fx.ops.gram import Statistic
-from kfac_fx.ops.kronecker import Along, LinearOptions, LinearStatistics, case_rows, form_of
+from kfac_fx.ops.kronecker import LinearOptions, LinearStatistics, case_rows, form_of
 from kfac_fx.ops.options import TapOptions
 from kfac_fx.ops.sides import Side, register_side
 from kfac_fx.ops.tap import define_tap, tapped

@@ -48,7 +48,7 @@ class MomentStatistics:
         wanted: Sequence[bool],
         dtype: torch.dtype,
     ) -> list[Tensor | None]:
-        """Return (S,) from the input and both bases; see ``kfac_fx.ops.tap.Statistics``."""
+        """Return (S,) from the input and both bases; see ``kfac_fx.ops.columns.Statistics``."""
         x, U_A, U_G = tensors
         assert x is not None and U_A is not None and U_G is not None
         a = self.side.inputs(x, self.side.positions(g.shape)).to(dtype)

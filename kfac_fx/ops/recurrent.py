@@ -25,11 +25,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kfac_fx.ops.columns import of_columns
+from kfac_fx.ops.columns import Statistics
 from kfac_fx.ops.gram import Statistic
 from kfac_fx.ops.kronecker import LinearOptions, LinearStatistics, ShiftStatistics, form_of
 from kfac_fx.ops.options import TapOptions
-from kfac_fx.ops.tap import Statistics, define, joined, recording, source, tapped
+from kfac_fx.ops.tap import define, joined, of_columns, recording, source, tapped
 
 State = tuple[Tensor, ...]
 Hidden = Tensor | Sequence[Tensor] | None

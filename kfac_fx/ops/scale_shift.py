@@ -81,7 +81,7 @@ class ScaleShiftStatistics:
         wanted: Sequence[bool],
         dtype: torch.dtype,
     ) -> list[Statistic | None]:
-        """Return (C,) from the input and running moments; see ``kfac_fx.ops.tap.Statistics``."""
+        """Return (C,) from the input and running moments; see ``ops.columns.Statistics``."""
         x, mean, var = tensors
         assert x is not None
         family = self.options.family

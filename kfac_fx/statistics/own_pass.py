@@ -25,10 +25,9 @@ from kfac_fx.ops.net_buffers import STORE
 from kfac_fx.ops.state import Collection, collecting
 from kfac_fx.parallel import Workers
 from kfac_fx.statistics.buffers import Statistics, StatisticSources
-from kfac_fx.statistics.exact import Noise
 from kfac_fx.statistics.forward import Forward, outputs_of
 from kfac_fx.statistics.loss_scale import compared, scale_of
-from kfac_fx.statistics.sampled import Collected, fisher_statistics, statistics_of
+from kfac_fx.statistics.sampled import Collected, Noise, fisher_statistics, statistics_of
 from kfac_fx.statistics.swap_tensors import Places
 
 LIKELIHOOD: Literal["likelihood"] = "likelihood"

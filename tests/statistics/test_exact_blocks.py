@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import kfac_fx
 from kfac_fx.likelihoods import Categorical, Sum
-from kfac_fx.statistics import exact
+from kfac_fx.statistics import sampled
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -26,7 +26,7 @@ BY_COLUMN = "one backward pass for each column"
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of a few columns, the last one of fewer."""
-    monkeypatch.setattr(exact, "AT_ONCE", {"cpu": 700, "cuda": 700})
+    monkeypatch.setattr(sampled, "AT_ONCE", {"cpu": 700, "cuda": 700})
 
 
 def refuse(*_: object) -> None:
@@ -41,7 +41,7 @@ def both(
     by_blocks = step()
     assert BY_COLUMN not in caplog.text
     with monkeypatch.context() as patch:
-        patch.setattr(exact, "_by_blocks", refuse)
+        patch.setattr(sampled, "_by_blocks", refuse)
         by_columns = step()
     assert BY_COLUMN in caplog.text
     return by_blocks, by_columns
@@ -274,8 +274,9 @@ def test_a_checkpoint_has_the_same_factors() -> None:
 
 def test_many_classes_take_few_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     """1,000 classes: blocks of columns, and no product of all columns for the last layer."""
-    monkeypatch.setattr(exact, "derivatives", counted := Counter(exact.derivatives))
-    monkeypatch.setattr(exact, "batched_derivatives", batched := Counter(exact.batched_derivatives))
+    counted, batched = Counter(sampled.derivatives), Counter(sampled.batched_derivatives)
+    monkeypatch.setattr(sampled, "derivatives", counted)
+    monkeypatch.setattr(sampled, "batched_derivatives", batched)
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 1000))
     pre = kfac_fx.Preconditioner(kfac_fx.transform(model), fisher="exact")
     pre.observe(inputs=torch.randn(8, 4))
