@@ -18,6 +18,7 @@ from torch.distributions import Distribution, Independent
 from kfac_fx.errors import LikelihoodError
 from kfac_fx.likelihoods.builtin import (
     FAMILIES,
+    Fitting,
     Likelihood,
     Noise,
     OutputFisher,
@@ -335,13 +336,15 @@ def batch_likelihood(
     Raises:
         LikelihoodError: outputs or targets do not fit.
     """
-    if isinstance(likelihood, Sum):
-        ones: Sequence[Single] = singles(likelihood, outputs, targets)
-    else:
-        ones = [Single(likelihood, outputs, targets)]
+    ones: Sequence[Single] = singles(likelihood, outputs, targets)
     if terms is not None:
         present = zip(ones, terms.parts, strict=True)
-        pairs = [(one, part) for one, part in present if part is not None]
+        # A pass that needs no targets is not given them; weights have their shape.
+        pairs = [
+            (one.fitted(part.weights if part.targets is None else part.targets), part)
+            for one, part in present
+            if part is not None
+        ]
         terms = replace(terms, parts=tuple(part for _, part in pairs))
         ones = [one for one, _ in pairs]
     # Distributions first: most errors are of outputs that do not fit, and targets are compared with
@@ -360,6 +363,12 @@ class Single(NamedTuple):
     outputs: Tree
     targets: Tree
     weight: float = 1.0
+
+    def fitted(self, targets: Tree) -> Single:
+        """Return the same, with the likelihood that the shapes of targets tell."""
+        if not isinstance(self.likelihood, Fitting):
+            return self
+        return self._replace(likelihood=self.likelihood.fitted(self.outputs, targets))
 
 
 def batch_terms(ones: Sequence[Single], shapes: Sequence[torch.Size], weighted: bool) -> BatchTerms:
@@ -390,7 +399,7 @@ def singles(
         LikelihoodError: outputs or targets are not those of the parts.
     """
     if not isinstance(likelihood, Sum):
-        return (Single(likelihood, outputs, targets),)
+        return (Single(likelihood, outputs, targets).fitted(targets),)
     given = _by_key(outputs, likelihood, f"outputs{path}")
     known = {} if targets is None else _by_key(targets, likelihood, f"targets{path}")
     found: list[Single] = []

@@ -13,7 +13,7 @@ returns it, so a callable that returns torch's own distributions has them too.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeGuard, runtime_checkable
 
 import torch
@@ -109,6 +109,22 @@ class KnownFisher(Protocol):
         Args:
             outputs: as ``Likelihood.distribution`` gets them; not differentiated.
             weights: as ``Likelihood.terms`` returned them.
+        """
+
+
+@runtime_checkable
+class Fitting(Protocol):
+    """A likelihood that the shapes of a batch tell more about."""
+
+    def fitted(self, outputs: Tensor, targets: Tensor | None) -> Likelihood:
+        """Return the likelihood of this batch.
+
+        Args:
+            outputs: as ``Likelihood.distribution`` gets them; only the shape may be used.
+            targets: as the user gave them, or None.
+
+        Raises:
+            LikelihoodError: the shapes leave open which one it is.
         """
 
 
@@ -244,17 +260,46 @@ class Softmax(D.Categorical):
 class Categorical:
     """Classes with logits along ``dim``: outputs [N, C] or [N, T, C], targets [N] or [N, T].
 
+    Images of logits [N, C, H, W] have targets [N, H, W], which tell that the classes are dimension
+    1, as in ``torch.nn.CrossEntropyLoss``; where no targets are given, ``dim=1`` has to.
+
     Attributes:
         weight: [C], the weight of a term by its target's class (needs targets in ``observe``); the
             Fisher is that of the weighted mean of the terms.
         ignore_index: targets of this value contribute nothing and are not counted.
-        dim: the dimension of the classes; 1 for images of logits [N, C, H, W].
+        dim: the dimension of the classes. None: the one that targets of this shape leave, 1 or the
+            last; without targets the last of outputs [N, C] and [N, T, C].
     """
 
     weight: Tensor | None = None
     ignore_index: int = -100
-    dim: int = -1
+    dim: int | None = None
     casewise: ClassVar[bool] = True
+
+    def fitted(self, outputs: Tensor, targets: Tensor | None) -> Categorical:
+        if self.dim is not None or not isinstance(targets, Tensor) or outputs.dim() < 3:
+            return self
+        # nn.CrossEntropyLoss has the classes first and transformers have them last: targets of an
+        # image would pass for those of tokens if its sides were not looked at.
+        fits = [dim for dim in (1, -1) if outputs.movedim(dim, -1).shape[:-1] == targets.shape]
+        if len(fits) == 1:
+            return replace(self, dim=fits[0])
+        if fits and outputs.dim() > 3:
+            raise self._untold(outputs)
+        return self
+
+    def _untold(self, outputs: Tensor) -> LikelihoodError:
+        return LikelihoodError(
+            f"likelihood categorical cannot tell which dimension of outputs {tuple(outputs.shape)} "
+            "the classes are: give observe(outputs, targets), or kfac_fx.likelihoods.Categorical("
+            "dim=1) for images of logits [N, C, H, W], dim=-1 where they come last"
+        )
+
+    def _along(self, outputs: Tensor) -> int:
+        """Return the dimension of the classes."""
+        if self.dim is None and outputs.dim() > 3:
+            raise self._untold(outputs)
+        return -1 if self.dim is None else self.dim
 
     def distribution(self, outputs: Tensor) -> Distribution:
         check_outputs(outputs, "categorical")
@@ -263,7 +308,7 @@ class Categorical:
                 f"likelihood categorical needs logits [N, C] or [N, T, C], got "
                 f"{tuple(outputs.shape)}; for one logit a case use 'bernoulli'"
             )
-        logits = outputs.movedim(self.dim, -1)
+        logits = outputs.movedim(self._along(outputs), -1)
         if logits.shape[-1] < 2:
             raise LikelihoodError(
                 "likelihood categorical needs at least two classes, got outputs of shape "
@@ -276,13 +321,14 @@ class Categorical:
             if self.weight is not None:
                 raise LikelihoodError("class weights need observe(outputs, targets)")
             return None, None
-        shape = outputs.movedim(self.dim, -1).shape[:-1]
+        dim = self._along(outputs)
+        shape = outputs.movedim(dim, -1).shape[:-1]
         if targets.is_floating_point() or targets.dtype == torch.bool:
             raise LikelihoodError(
                 f"likelihood categorical needs integer class targets, got {targets.dtype}"
             )
         check_targets(targets, shape, "categorical")
-        classes = outputs.shape[self.dim]
+        classes = outputs.shape[dim]
         # Checked here, as a draw or a log-probability of an impossible class is an index error on
         # a CPU, and silence or a dead device on a GPU.
         counted = targets != self.ignore_index
@@ -296,12 +342,13 @@ class Categorical:
         return targets, weights
 
     def output_fisher(self, outputs: Tensor, weights: Tensor | None) -> OutputFisher:
-        p = outputs.softmax(self.dim)
+        dim = self._along(outputs)
+        p = outputs.softmax(dim)
         a, v = p * (1 - p), p
         if weights is not None:
-            w = weights.unsqueeze(self.dim % outputs.dim())
+            w = weights.unsqueeze(dim % outputs.dim())
             a, v = w * a, w.sqrt() * v
-        return OutputFisher(a, v, self.dim)
+        return OutputFisher(a, v, dim)
 
 
 def _class_noise(distribution: D.Categorical) -> Noise:

@@ -21,7 +21,7 @@ from kfac_fx.curvature.inverses import InverseFisher
 from kfac_fx.curvature.parameters import transformed
 from kfac_fx.errors import ParameterChangedError, UnknownOptionError
 from kfac_fx.likelihoods.builtin import Tree
-from kfac_fx.likelihoods.named import Given, likelihood_of
+from kfac_fx.likelihoods.named import Given, check_described, described, likelihood_of
 from kfac_fx.likelihoods.sampling import fresh_generator
 from kfac_fx.linalg.precision import all_finite
 from kfac_fx.optim.adapt_damping import DampingRule
@@ -119,6 +119,7 @@ class KFAC(HasCurvature, Optimizer):
         refresh_every = period("refresh_every", refresh_every)
         choice("fisher", fisher, ("sampled", "exact"))
         known = likelihood_of(likelihood)
+        self._likelihood = known
 
         # Which inverse Fisher, of which parameters.
         how = CurvatureOptions(
@@ -397,6 +398,7 @@ class KFAC(HasCurvature, Optimizer):
             "param_groups": groups,
             "kfac": {
                 "version": VERSION,
+                "likelihood": described(self._likelihood),
                 "iteration": self._iteration,
                 "trust": self._trust.state(),
                 "rule": self._rule.state(),
@@ -417,6 +419,7 @@ class KFAC(HasCurvature, Optimizer):
         own = state_dict.get("kfac", {})
         if own.get("version") != VERSION:
             raise ParameterChangedError("this is no state_dict of a KFAC of this version")
+        check_described(self._likelihood, own.get("likelihood"))
         self.inverse.load(own["inverse"])
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
         self._rule.load(own["rule"])

@@ -31,7 +31,7 @@ from kfac_fx.errors import (
     ParameterChangedError,
     StatisticsError,
 )
-from kfac_fx.likelihoods.named import Given, likelihood_of
+from kfac_fx.likelihoods.named import Given, check_described, described, likelihood_of
 from kfac_fx.likelihoods.sampling import forked, fresh_generator
 from kfac_fx.linalg.precision import all_finite
 from kfac_fx.optim.quadratic import shorten
@@ -235,7 +235,8 @@ class Preconditioner(HasCurvature):
             StatisticsError: nothing was ever observed.
             ObservationError: of empirical statistics, no backward has come to the outputs, or
                 several have.
-            ParameterChangedError: a parameter was replaced, reshaped, cast or moved.
+            ParameterChangedError: a parameter was replaced, reshaped, cast or moved, or one that
+                was frozen at the transform trains now.
             TapsTakenError: another object was made or used on the module since ``observe``.
         """
         covered = self.inverse.covered
@@ -337,6 +338,7 @@ class Preconditioner(HasCurvature):
             "version": VERSION,
             "steps": self._steps,
             "damping": self.damping,
+            "likelihood": described(self.likelihood),
             "skipped_statistics": self.skipped_statistics,
             "skipped_gradients": self.skipped_gradients,
             "generator": self.generator.get_state(),
@@ -348,9 +350,11 @@ class Preconditioner(HasCurvature):
 
         Raises:
             ParameterChangedError: the state belongs to other blocks.
+            LikelihoodError: it is of another likelihood.
         """
         if state.get("version") != VERSION:
             raise ParameterChangedError("this is no state_dict of a Preconditioner of this version")
+        check_described(self.likelihood, state.get("likelihood"))
         self.inverse.load(state["inverse"])
         self._steps = int(state["steps"])
         self.damping = state["damping"]

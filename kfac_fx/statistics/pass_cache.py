@@ -53,7 +53,7 @@ class CompiledPass:
         """
         # What a closure holds would be a constant of the program: the next batch's would differ.
         closure = callable(inputs)
-        facts = self._facts_of(inputs) if self._compile and not closure else None
+        facts = self._facts_of(inputs, targets) if self._compile and not closure else None
         if facts is None:
             return self.own.run(inputs, targets, seed)
         terms = agreed = BatchTerms((), False, 1.0)
@@ -79,11 +79,11 @@ class CompiledPass:
         finite, _ = terms.agreed(self.own.workers, "observe", found.collected.finite)
         return replace(found, collected=replace(found.collected, finite=finite))
 
-    def _facts_of(self, inputs: Tree) -> Facts | None:
-        form = _form(inputs), _plain_state(self.own.net)
+    def _facts_of(self, inputs: Tree, targets: Tree) -> Facts | None:
+        form = _form((inputs, targets)), _plain_state(self.own.net)
         if form not in self._facts:
             try:
-                self._facts[form] = facts_of(self.own, inputs)
+                self._facts[form] = facts_of(self.own, inputs, targets)
             except NotFunctionalError as error:
                 log.warning("the pass is not compiled: %s", error)
                 self._facts[form] = None

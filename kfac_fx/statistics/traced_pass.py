@@ -76,12 +76,13 @@ class _CountRandom(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def facts_of(own: OwnPass, inputs: Tree) -> Facts:
+def facts_of(own: OwnPass, inputs: Tree, targets: Tree) -> Facts:
     """Return what a pass without values tells.
 
     Args:
         own: the pass.
         inputs: the inputs of a batch; only shapes and dtypes of its tensors count.
+        targets: the targets of the batch, of which the same holds.
 
     Raises:
         LikelihoodError: the outputs do not fit the likelihood.
@@ -96,7 +97,7 @@ def facts_of(own: OwnPass, inputs: Tree) -> Facts:
         outputs = own.outputs(own.leaves(state), batch)
         masks = random.count
         if own.uses_terms:
-            found = singles(own.likelihood, wide(outputs), None)
+            found = singles(own.likelihood, wide(outputs), targets)
             distributions = [one.likelihood.distribution(one.outputs) for one in found]
         if own.columns:
             rows = (r for d in distributions for r in root_rows(d, None))
