@@ -11,12 +11,10 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from kfac_fx.capture.captured_module import CapturedModule, captured_module, share_hooks
+from kfac_fx.capture.captured_module import CapturedModule
 from kfac_fx.capture.graph_modules import from_graph_module
 from kfac_fx.capture.self_check import SelfCheck
-from kfac_fx.capture.symbolic_trace import opaque_calls, trace
-from kfac_fx.capture.train_and_eval import capture_both
-from kfac_fx.capture.undisturbed import undisturbed
+from kfac_fx.capture.symbolic_trace import opaque_calls, user_line
 from kfac_fx.config import (
     CAPTURES,
     MAX_FACTOR_DIM,
@@ -28,6 +26,7 @@ from kfac_fx.config import (
     choice,
 )
 from kfac_fx.eager.eager_module import EagerModule, eager_module
+from kfac_fx.eager.guarded import from_trace, guard_export
 from kfac_fx.eager.record_example import record
 from kfac_fx.errors import CaptureError
 from kfac_fx.export.export_model import fixes_batch, from_export, of_program
@@ -205,7 +204,7 @@ def capture_model(
     opaque: list[Captured] = []
     for name in ROUTES if route == "auto" else (route,):
         try:
-            module = _captured(name, model, args, kwargs)
+            module = _captured_or_refused(name, model, args, kwargs)
             if self_check is not None:
                 self_check.compare(module)
         except CaptureError as error:
@@ -227,21 +226,34 @@ def capture_model(
     raise _failure(model, reasons, have_inputs)
 
 
+def _captured_or_refused(
+    route: str, model: nn.Module, args: tuple[Value, ...] | None, kwargs: dict[str, Value]
+) -> CapturedModule:
+    """Return the model as one route captures it; whatever stops the route is a refusal of it.
+
+    Raises:
+        CaptureError: says why.
+    """
+    try:
+        return _captured(route, model, args, kwargs)
+    except CaptureError:
+        raise
+    except Exception as error:  # code that fx generates or torch runs may fail in any way
+        raise CaptureError(f"{user_line(error)}: {type(error).__name__}: {error}") from error
+
+
 def _captured(
     route: str, model: nn.Module, args: tuple[Value, ...] | None, kwargs: dict[str, Value]
 ) -> CapturedModule:
     """Return the model as one route captures it."""
     if route == "symbolic_trace":
         given = _arguments_given(model, args, kwargs)
-        with undisturbed(model):
-            graphs = capture_both(model, lambda m: trace(m, given))
-        module = captured_module(model, *graphs)
-        share_hooks(module, model)
-        return module
+        return from_trace(model, given)
     if args is None and not kwargs:
         raise CaptureError("it needs example_inputs=(...)")
     if route == "export":
-        return from_export(model, args or (), kwargs)
+        module, inputs, constants = from_export(model, args or (), kwargs)
+        return guard_export(module, model, inputs, constants=constants)
     running = eager_module(model, record(model, args or (), kwargs))
     log.warning(
         "%s runs as it is written and is recorded while it does: there is no graph of it that can "
@@ -253,10 +265,10 @@ def _captured(
 
 def _arguments_given(
     model: nn.Module, args: tuple[Value, ...] | None, kwargs: dict[str, Value]
-) -> frozenset[str]:
-    """Return the names of the arguments of ``forward`` that the example inputs fill."""
-    names = list(inspect.signature(model.forward).parameters)
-    return frozenset(names[: len(args or ())]) | frozenset(kwargs)
+) -> dict[str, Value]:
+    """Return the example inputs by the names of the arguments of ``forward`` that they fill."""
+    names = inspect.signature(model.forward).parameters
+    return dict(zip(names, args or (), strict=False)) | kwargs
 
 
 def _failure(model: nn.Module, reasons: dict[str, CaptureError], have_inputs: bool) -> CaptureError:

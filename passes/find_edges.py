@@ -105,7 +105,7 @@ def _incoming(
 ) -> dict[str, _Reach]:
     """Return the nearest way from each block whose output the node reads."""
     found: dict[str, _Reach] = {}
-    if not view.depends_on_data(node):
+    if not view.depends_on_data(node) or view.is_undifferentiated(node):
         return found
     for index, source in enumerate(node.all_input_nodes):
         # Of attention's arguments the values are nearest: the result is linear in them.

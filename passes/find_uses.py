@@ -160,7 +160,7 @@ def _match(site: Site, rules: Rules) -> _Matches:
     matches = _Matches()
     for node in site.view.graph.nodes:
         call = site.view.call(node)
-        if call is None:
+        if call is None or site.view.is_undifferentiated(node):
             continue
         # One tensor inside vmap stands for all cases: a tap would record a single one.
         if site.view.is_mapped(node):

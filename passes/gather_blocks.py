@@ -19,6 +19,9 @@ from kfac_fx.ir.curvature_graph import CurvatureBlock
 from kfac_fx.ir.layout import Layout
 from kfac_fx.ir.use import FactorSpec, ParameterUse
 
+_FOREIGN = ("/torch/", "/kfac_fx/capture/")
+"""Parts of the names of files that are not the user's: torch's and those of the tracer."""
+
 
 def pieces(name: str, uses: Iterable[ParameterUse]) -> list[list[ParameterUse]] | None:
     """Return the uses of a parameter by the piece of it that they use; None if pieces overlap.
@@ -244,6 +247,7 @@ def _source(node: fx.Node) -> str | None:
     """Return file and line of the user's code that made the node, None where that is not known."""
     trace = node.meta.get("stack_trace") or node.stack_trace
     places = re.findall(r'File "([^"]+)", line (\d+)', trace or "")
-    # The last line that is not torch's own; where all are (a model of torch.nn), the last one.
-    own = [place for place in places if "/torch/" not in place[0]] or places
+    # The last line that is neither torch's nor the tracer's; where all are (a model of torch.nn),
+    # the last one.
+    own = [p for p in places if not any(map(p[0].__contains__, _FOREIGN))] or places
     return ":".join(own[-1]) if own else None

@@ -64,6 +64,10 @@ class KFACTransform(GraphPass):
         """Tell whether there are other taps than before."""
         if isinstance(module, CapturedModule) and module.runs_model:
             return self._run_on_running(module)
+        if isinstance(module, CapturedModule):
+            # Where the model itself must run in the place of its graph, its calls are matched with
+            # the blocks by the rules that find them now.
+            module.taps_inserted(partial(uses_of_call, options=self._with_rules()))
         inlined = InlineCalls().run(module)
         if not has_taps(module):
             return bool(self._passes(module).modified) or inlined
@@ -87,13 +91,16 @@ class KFACTransform(GraphPass):
         """Tap a model that runs its own code: its graph is an example and serves the analysis."""
         # Its calls are matched with its blocks long after this: by the rules that find the blocks
         # now, also where one of them is no longer registered by then.
-        rules = self.options.rules or default_rules()
-        options = replace(self.options, rules=rules)
+        uses = partial(uses_of_call, options=self._with_rules())
         for graph in module.graphs:
             strip_taps(graph, module)
         modified = self._passes(module).modified
-        module.taps_inserted(partial(uses_of_call, options=options))
+        module.taps_inserted(uses)
         return bool(modified)
+
+    def _with_rules(self) -> TransformOptions:
+        """Return the options with the rules that are registered now."""
+        return replace(self.options, rules=self.options.rules or default_rules())
 
 
 def analyses(options: TransformOptions, *, route: str, counted: bool = False) -> list[Analysis]:

@@ -12,10 +12,14 @@ import torch
 from torch import fx, nn
 from torch.fx.graph import PythonCode
 
+from kfac_fx.capture.mode_regions import switches_modes
+from kfac_fx.errors import CaptureError
 from kfac_fx.torch_internals.generated_forward import SPECS, set_forward, with_renamed_specs
+from kfac_fx.torch_internals.modes import modes_put_back
 
 if TYPE_CHECKING:
     from kfac_fx.capture.graph_view import GraphView
+    from kfac_fx.capture.guard import Guard
     from kfac_fx.ir.curvature_graph import CurvatureGraph
     from kfac_fx.ir.use import ParameterUse
 
@@ -56,11 +60,129 @@ class CapturedModule(fx.GraphModule):
     def taps_inserted(self, uses_of_call: UsesOfCall) -> None:
         """Take note that the curvature graph is final and the factor buffers are there.
 
-        Taps in a graph need no more, so this does nothing.
+        Taps in a graph need no more; the model itself does where it runs in the graph's place.
 
         Args:
             uses_of_call: finds uses as the blocks of the curvature graph were found.
         """
+        self.__dict__["_uses_of_call"] = uses_of_call
+
+    @property
+    def uses_of_call(self) -> UsesOfCall | None:
+        """Return what ``taps_inserted`` was given, None before."""
+        return self.__dict__.get("_uses_of_call")
+
+    @property
+    def source(self) -> nn.Module | None:
+        """Return the user's model; None where there is only a graph of it."""
+        held = self.__dict__.get("_held")
+        return None if held is None else held[0]
+
+    def watch(self, model: nn.Module, guard: Guard) -> None:
+        """Run the graph from now on while the model is as it was captured.
+
+        Args:
+            model: the user's model; its members are this module's.
+            guard: decides at every call.
+        """
+        # In a tuple it is no submodule: its parameters would appear twice in the state_dict.
+        self.__dict__["_held"] = (model,)
+        self.__dict__["_guard"] = guard
+        # The very dictionaries of the model: a parameter or buffer that is set anew, by name or by
+        # load_state_dict(assign=True), is so for both.
+        for name in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
+            self.__dict__[name] = model.__dict__[name]
+        self.__dict__["_children"] = _children(self)
+        self.recompile()
+
+    def members_hold(self) -> bool:
+        """Tell whether no child was added, removed or replaced by way of this module."""
+        known: dict[str, Value] = self.__dict__["_children"]
+        return known == self._modules
+
+    def follow_source(self) -> None:
+        """Take over what was changed on the model, and hand on to it what was changed here.
+
+        Children are kept in a dictionary of this module's own, as it has some that the model lacks.
+        """
+        model = self.source
+        assert model is not None
+        known = self.__dict__["_children"]
+        own = {name: child for name, child in self._modules.items() if name.startswith(_OURS)}
+        before = {name: child for name, child in known.items() if name not in own}
+        here = {name: child for name, child in self._modules.items() if name not in own}
+        if here != before:
+            model._modules.clear()
+            model._modules.update(here)
+        elif dict(model._modules) != before:
+            self._modules.clear()
+            self._modules.update({**model._modules, **own})
+        self.__dict__["_children"] = _children(self)
+        if "_is_full_backward_hook" in model.__dict__ and self.__dict__.get("_shares_hooks"):
+            self.__dict__["_is_full_backward_hook"] = model.__dict__["_is_full_backward_hook"]
+        for name in self.__dict__.get("_copied", ()):
+            if name in model.__dict__:
+                self.__dict__[name] = model.__dict__[name]
+        # Whoever says model.eval() means the model: its children have followed, and this must too.
+        if model.training != self.training:
+            self.training = model.training
+
+    def train(self, mode: bool = True) -> CapturedModule:
+        """Set the mode, by the model's own ``train`` where it has one (a norm that stays frozen).
+
+        Args:
+            mode: True for training, False for evaluation.
+        """
+        model = self.source
+        if model is None:
+            super().train(mode)
+            return self
+        for name, child in self._modules.items():
+            if name.startswith(_OURS) and child is not None:
+                child.train(mode)
+        model.train(mode)
+        # A model may refuse a mode, or be of another than it is told.
+        self.training = model.training
+        return self
+
+    def state_dict(self, *args: Value, **kwargs: Value) -> Value:
+        """Return the model's own state: by its hooks, and by its class where that says how.
+
+        Args:
+            args: as those of ``torch.nn.Module.state_dict``.
+            kwargs: likewise.
+        """
+        model = self.source
+        return (
+            super().state_dict(*args, **kwargs)
+            if model is None
+            else model.state_dict(*args, **kwargs)
+        )
+
+    def load_state_dict(self, *args: Value, **kwargs: Value) -> Value:
+        """Load a state into the model, as the model does it.
+
+        Args:
+            args: as those of ``torch.nn.Module.load_state_dict``.
+            kwargs: likewise.
+        """
+        model = self.source
+        load = super().load_state_dict if model is None else model.load_state_dict
+        return load(*args, **kwargs)
+
+    def __setattr__(self, name: str, value: Value) -> None:
+        """Set an attribute; one that the model has is set there, where its code reads it."""
+        held = self.__dict__.get("_held")
+        if held is not None and (isinstance(value, nn.Module) or name in held[0]._modules):
+            setattr(held[0], name, value)
+        if held is None or name not in held[0].__dict__:
+            super().__setattr__(name, value)
+            return
+        copied = name in self.__dict__.get("_copied", ())
+        if copied or name not in self.__dict__:
+            setattr(held[0], name, value)
+        if copied or name in self.__dict__:
+            super().__setattr__(name, value)
 
     @property
     def curvature(self) -> CurvatureGraph:
@@ -93,20 +215,69 @@ class CapturedModule(fx.GraphModule):
                 return (train if self.training else evaluate)(self, *args, **kwargs)
 
             set_forward(self, forward)
+        if any(map(switches_modes, filter(None, (self.graph, evaluation)))):
+            set_forward(self, modes_put_back(type(self).forward))
+        guard: Guard | None = self.__dict__.get("_guard")
+        if guard is not None:
+            set_forward(self, _guarded(type(self).forward))
         return code
+
+    def __copy__(self) -> CapturedModule:
+        # As copy.copy of any module: another object with the same members. The class holds the
+        # code, and is shared.
+        copied: CapturedModule = object.__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        return copied
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CapturedModule:
         # fx copies parameters and submodules that the graph reads; the model's others, hooks and
         # non-persistent buffers are copied here, with the same memo, so that shared ones stay so.
+        source = copy.deepcopy(self.source, memo)
         copied: CapturedModule = super().__deepcopy__(memo)  # type: ignore[assignment]
         adopt(copied, copy.deepcopy(_members(self), memo))
         for name in (*HOOKS, "_ddp_params_and_buffers_to_ignore"):
             if name in self.__dict__:
                 copied.__dict__[name] = copy.deepcopy(self.__dict__[name], memo)
         copied.__dict__["evaluation"] = copy.deepcopy(self.evaluation, memo)
+        copied.__dict__["_uses_of_call"] = self.uses_of_call
         copied.training = self.training
-        copied.recompile()
+        if source is None:
+            copied.recompile()
+            return copied
+        if self.__dict__.get("_shares_hooks"):
+            share_hooks(copied, source)
+        copied.watch(source, self.__dict__["_guard"].of_copy(source, self.training))
         return copied
+
+    def __reduce__(self) -> tuple[Value, ...]:
+        raise CaptureError(
+            f"{type(self).__name__} is a graph with taps and cannot be pickled: save state_dict(), "
+            "or pickle the model, and transform again where it is loaded"
+        )
+
+
+_OURS = "_kfac_fx"
+"""Names of this library's own submodules in a captured module begin with it."""
+
+CONSTANTS = "_kfac_fx_constants"
+"""Name of the submodule that holds what graphs read and the model lacks."""
+
+
+def _children(module: nn.Module) -> dict[str, Value]:
+    return dict(module._modules)
+
+
+def _guarded(forward: Callable[..., Value]) -> Callable[..., Value]:
+    """Return a generated ``forward`` that runs as long as the guard finds nothing changed."""
+
+    @functools.wraps(forward)
+    def guarded(self: CapturedModule, *args: Value, **kwargs: Value) -> Value:
+        # A compiler has guards of its own, for what the graph reads; it cannot trace these.
+        if torch.compiler.is_compiling():
+            return forward(self, *args, **kwargs)
+        return self.__dict__["_guard"].call(self, forward, args, kwargs)
+
+    return guarded
 
 
 _EVALUATION = "_evaluation"
@@ -138,6 +309,8 @@ def share_hooks(target: nn.Module, source: nn.Module) -> None:
     """
     for name in HOOKS:
         target.__dict__[name] = source.__dict__[name]
+    target.__dict__["_is_full_backward_hook"] = source.__dict__.get("_is_full_backward_hook")
+    target.__dict__["_shares_hooks"] = True
 
 
 def adopt(target: nn.Module, members: dict[str, Value]) -> None:
@@ -179,22 +352,40 @@ def captured_module(
     module = CapturedModule(nn.Module(), fx.Graph(), type(model).__name__)
     module.evaluation = None
     adopt(module, _members(model))
-    for name, value in constants.items():
-        # A buffer moves with the module; it is no part of the model's state_dict.
-        if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
-            module.register_buffer(name, value, persistent=False)
-        else:
-            setattr(module, name, value)
+    if constants:
+        _own_constants(module, constants, graph, evaluation)
     for path in _reads(graph, evaluation):
         # What is neither parameter, buffer nor submodule of the model (a plain tensor attribute).
         first = path.split(".")[0]
         if not hasattr(module, first):
             setattr(module, first, getattr(model, first))
+            module.__dict__.setdefault("_copied", set()).add(first)
     module.graph = graph
     module.__dict__["evaluation"] = evaluation
     module.training = model.training
     module.recompile()
     return module
+
+
+def _own_constants(
+    module: CapturedModule, constants: Mapping[str, Value], *graphs: fx.Graph | None
+) -> None:
+    """Put constants into a submodule of their own, and let the graphs read them there.
+
+    The dictionaries of the root are the model's, which is to stay as it is.
+    """
+    owner = nn.Module()
+    for name, value in constants.items():
+        # A buffer moves with the module; it is no part of the model's state_dict.
+        if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
+            owner.register_buffer(name, value, persistent=False)
+        else:
+            setattr(owner, name, value)
+    module.add_module(CONSTANTS, owner)
+    for graph in graphs:
+        for node in graph.nodes if graph is not None else ():
+            if node.op in ("get_attr", "call_module") and node.target in constants:
+                node.target = f"{CONSTANTS}.{node.target}"
 
 
 def _reads(*graphs: fx.Graph | None) -> Iterator[str]:

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from kfac_fx.capture.dialect import SHAPE_READERS, Argument, Call, bind, reads_shape_of, row_of
 from kfac_fx.capture.layer_calls import Member, translate
+from kfac_fx.capture.mode_regions import GradMode
 from kfac_fx.capture.parameter_paths import (
     ComputedWeights,
     Reference,
@@ -63,8 +64,12 @@ class GraphView:
         self._data: set[fx.Node] = set()
         self._computed: set[fx.Node] = set()
         self._mapped: set[fx.Node] = set()
+        self._undifferentiated: set[fx.Node] = set()
+        self._grad_mode = GradMode()
         # It reads the tables above as they grow, and runs operations only when it is asked.
-        self._computed_weights = ComputedWeights(module, self._calls, self._references, self._data)
+        self._computed_weights = ComputedWeights(
+            module, self._calls, self._references, self._data, self._undifferentiated
+        )
         for node in graph.nodes:
             self.read(node)
 
@@ -73,11 +78,17 @@ class GraphView:
 
         Its inputs must have been read before, since a node's kind follows from theirs.
         """
+        self._grad_mode.read(node)
+        # Where the model has switched gradients off, a parameter is a constant like any other.
+        if self._grad_mode.off and node.op not in ("get_attr", "placeholder", "output"):
+            self._undifferentiated.add(node)
         self._calls[node] = self._read_call(node)
         self._references[node] = self._read_reference(node)
         self._consumers = None
         if self._carries_data(node):
             self._data.add(node)
+        elif node in self._undifferentiated:
+            pass
         elif self._references[node] or any(a in self._computed for a in node.all_input_nodes):
             self._computed.add(node)
         if _is_mapped(node, self._mapped):
@@ -86,6 +97,10 @@ class GraphView:
     def is_mapped(self, node: fx.Node) -> bool:
         """Tell whether the node's value is inside torch.vmap, whose cases it does not show."""
         return node in self._mapped
+
+    def is_undifferentiated(self, node: fx.Node) -> bool:
+        """Tell whether a call is made while the model has gradients switched off."""
+        return node in self._undifferentiated
 
     def call(self, node: fx.Node) -> Call | None:
         """Return the node in the common vocabulary, None where that has no word for it."""
@@ -185,7 +200,7 @@ class GraphView:
     def _all_consumers(self) -> Iterator[tuple[str, Consumer]]:
         for node in self.graph.nodes:
             # A module that is called whole reads all its parameters, whatever its code does.
-            if node.op == "call_module":
+            if node.op == "call_module" and node not in self._undifferentiated:
                 for parameter in self._modules[str(node.target)].parameters():
                     name = self._names[id(parameter)]
                     yield name, Consumer(node, None, (name,))
@@ -194,6 +209,8 @@ class GraphView:
                 assert reference is not None
                 # A view is followed further; what only reads the shape takes no value at all.
                 viewed = self._references[user] is not None or user in self._pieces
+                if user in self._undifferentiated:
+                    continue
                 if not viewed and not _reads_shape(user) and not reads_shape_of(user, node):
                     yield reference.name, Consumer(user, node, reference.path)
 
@@ -223,6 +240,8 @@ class GraphView:
     def _read_reference(self, node: fx.Node) -> Reference | None:
         if node.op == "get_attr":
             return self._parameter(node)
+        if node in self._undifferentiated:
+            return None
         call = self._calls[node]
         viewed = None if call is None else call.get("input")
         if call is not None and isinstance(viewed, (int, float)):

@@ -182,7 +182,10 @@ def translate(module: nn.Module, path: str) -> ModuleCall | None:
         module: the module that a node calls.
         path: its path in the captured module; "" for that module itself.
     """
-    if module._forward_hooks or module._forward_pre_hooks or is_parametrized(module):
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    if any(map(_may_change_values, hooks)) or is_parametrized(module):
+        return None
+    if "forward" in vars(module):  # patched on this instance: it runs something else
         return None
 
     def member(name: str) -> Member | None:
@@ -196,6 +199,11 @@ def translate(module: nn.Module, path: str) -> ModuleCall | None:
         if rule is not None and type(module).forward is getattr(base, "forward", None):
             return rule(module, member)
     return None
+
+
+def _may_change_values(hook: Callable[..., object]) -> bool:
+    """Tell whether a hook is somebody's own; those of FSDP gather parameters and change nothing."""
+    return not (getattr(hook, "__module__", None) or "").startswith("torch.distributed.")
 
 
 def has_parameters(module: nn.Module) -> bool:

@@ -211,6 +211,7 @@ class ComputedWeights:
         calls: every node of the graph in the common vocabulary, None where that has no word for it.
         references: the nodes that show one whole parameter or a piece of one.
         data: the nodes whose values depend on the model's inputs.
+        undifferentiated: those that are made while gradients are off.
     """
 
     def __init__(
@@ -219,11 +220,13 @@ class ComputedWeights:
         calls: Mapping[fx.Node, Call | None],
         references: Mapping[fx.Node, Reference | None],
         data: Collection[fx.Node],
+        undifferentiated: Collection[fx.Node],
     ) -> None:
         self._module = module
         self._calls = calls
         self._references = references
         self._data = data
+        self._undifferentiated = undifferentiated
         self._found: dict[tuple[fx.Node, frozenset[str]], Reference | None] = {}
 
     def reference(self, value: fx.Node, names: frozenset[str]) -> Reference | None:
@@ -311,13 +314,19 @@ class ComputedWeights:
         values: dict[fx.Node, Value] = {}
         try:
             with torch.random.fork_rng([]), torch.enable_grad():
+                before = torch.get_rng_state()
                 for node in nodes:
                     values[node] = given[node] if node in given else self._run(node, values)
+                # Noise differs from run to run, so no Jacobian that is taken now is the one later.
+                if not torch.equal(torch.get_rng_state(), before):
+                    return None
         except Exception:  # any code of the user's may run here
             return None
         return values
 
     def _run(self, node: fx.Node, values: Mapping[fx.Node, Value]) -> Value:
+        if node in self._undifferentiated:
+            raise ValueError("derivatives do not pass what is computed without gradients")
         if node.op == "get_attr":
             held = attrgetter(str(node.target))(self._module)
             if not isinstance(held, Tensor):

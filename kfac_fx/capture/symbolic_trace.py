@@ -4,20 +4,33 @@ from __future__ import annotations
 
 import inspect
 import linecache
+import operator
 import traceback
 import types
-from collections.abc import Collection
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import fx, nn
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
+from kfac_fx.capture.autograd_calls import FunctionCall
 from kfac_fx.capture.dialect import row_of
+from kfac_fx.capture.in_place import update_of, written_in_place
+from kfac_fx.capture.input_forms import fixed_arguments
 from kfac_fx.capture.layer_calls import has_parameters, translate
+from kfac_fx.capture.mode_regions import Regions
+from kfac_fx.capture.parameter_paths import ancestors
+from kfac_fx.capture.proxies import WatchedMember, WatchedProxy
+from kfac_fx.capture.run_state import version
+from kfac_fx.capture.undisturbed import undisturbed
+from kfac_fx.capture.value_kinds import ExpectKind, Kind, expect_value, kind_of_call
+from kfac_fx.capture.watching import watched
 from kfac_fx.errors import CaptureError
+from kfac_fx.torch_internals.modes import Modes
 from kfac_fx.torch_internals.operators import runs_nested_graph
 from kfac_fx.torch_internals.parametrizations import is_untraceable, is_weight_norm
 
@@ -28,28 +41,150 @@ _TORCH = str(Path(torch.__file__).parent)
 _HERE = str(Path(__file__).parent.parent)
 
 
-class _BufferProxy(fx.proxy.ParameterProxy):
-    """A buffer whose shape is known while tracing, as a parameter's is.
+class WatchingTracer(fx.Tracer):
+    """fx's tracer, which records what fx forgets and refuses what it would get wrong.
 
-    Python code branches on ``self.table.shape``; a plain proxy's shape is symbolic and would stop
-    the trace there.
+    Parametrizations, named outputs and buffers are followed; gradient and autocast regions,
+    in-place operators, random numbers and custom autograd functions are nodes.
+
+    Args:
+        given: classes of the example inputs by the name of the argument.
+        constants: those of earlier traces of the model, by their names in the graphs; this one's
+            are added.
+
+    Attributes:
+        regions: where the model switches modes.
     """
-
-    def __init__(self, tracer: fx.Tracer, node: fx.Node, buffer: torch.Tensor) -> None:
-        fx.Proxy.__init__(self, node, tracer)
-        self.param = buffer  # type: ignore[assignment]
-        self.name = str(node.target)
-
-
-class _Tracer(fx.Tracer):
-    """fx's tracer with parametrizations, named outputs and buffers followed."""
 
     record_stack_traces = True
 
-    def __init__(self) -> None:
+    def __init__(self, given: Mapping[str, type], constants: dict[str, torch.Tensor]) -> None:
         # Code that branches on the shape of a weight takes its branch while it is traced.
         super().__init__(param_shapes_constant=True)
-        self._buffers: dict[int, str] | None = None
+        self.regions = Regions(self._region_node, self.refuse)
+        self._given = given
+        self._constants = constants
+        self._refused: list[str] = []
+        self._members: dict[int, str] = {}
+        self._cached: dict[int, WatchedMember] = {}
+        self._constant_nodes: dict[int, tuple[fx.Node, torch.Tensor, int]] = {}
+        self._kinds: dict[fx.Node, Kind] = {}
+        self._assumed: dict[fx.Node, type] = {}
+        self._modes = Modes()
+
+    def trace(self, root: nn.Module, concrete_args: dict[str, Value] | None = None) -> fx.Graph:  # type: ignore[override]
+        """Return the graph of a module.
+
+        Raises:
+            CaptureError: it does what no graph can follow, also where its own code hid the error.
+        """
+        named = [*root.named_parameters(), *root.named_buffers()]
+        self._members = {id(tensor): name for name, tensor in named}
+        self._modules = dict(root.named_modules(remove_duplicate=False))
+        self._modes = Modes()
+        with watched(self):
+            graph = super().trace(root, concrete_args)
+        if self._refused:
+            raise CaptureError(f"{self._refused[0]} (the code caught the error)")
+        self._finish(graph)
+        return graph
+
+    def refuse(self, reason: str) -> NoReturn:
+        """Stop the trace; it fails too where the user's code catches the error.
+
+        Raises:
+            CaptureError: always.
+        """
+        self._refused.append(f"{running_line()}: {reason}")
+        raise CaptureError(reason)
+
+    # What Python asks of proxies.
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return WatchedProxy(node, self)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        self.refuse("symbolically traced variables cannot be used as inputs to control flow")
+
+    def iter(self, obj: fx.Proxy) -> Iterator[fx.Proxy]:
+        self.refuse("a symbolic value is iterated over, and its length is not known")
+
+    def keys(self, obj: fx.Proxy) -> fx.Proxy:
+        self.refuse("the keys of a symbolic value are asked for")
+
+    def known(self, value: Value) -> Kind:
+        """Return the class of a value where it is certain without an assumption."""
+        if not isinstance(value, fx.Node):
+            return type(value)
+        if value not in self._kinds:
+            if value.op == "placeholder":
+                self._kinds[value] = self._given.get(str(value.target))
+            else:
+                self._kinds[value] = kind_of_call(value, self.known, self._modules)
+        return self._kinds[value]
+
+    def kind(self, node: fx.Node) -> Kind:
+        """Return the class of a value, None where it is not known.
+
+        An input without an example is taken for a tensor; the graph then checks that it is one.
+        """
+        for source in ancestors(node):
+            if source.op == "placeholder" and not str(source.target).startswith("*"):
+                known = self.known(source)
+                default = source.args[0] if source.args else None
+                plain = type(default) if isinstance(default, (int, float)) else torch.Tensor
+                self._assumed[source] = known or plain
+                if known is None:
+                    self._kinds = {source: plain}  # what was asked before knew less
+        return self.known(node)
+
+    # Nodes.
+
+    def create_node(self, kind: str, *args: Value, **kwargs: Value) -> fx.Node:
+        if kind not in ("placeholder", "get_attr"):
+            self.regions.before_node()
+            changed = Modes().difference(self._modes) if kind != "output" else None
+            if changed is not None:
+                self.refuse(f"{changed} is set in the forward, which no graph records")
+        return super().create_node(kind, *args, **kwargs)
+
+    def call(self, func: Value, args: tuple[Value, ...], kwargs: dict[str, Value]) -> fx.Proxy:
+        """Return the proxy of a call of a torch function, as fx spells it."""
+        if torch.overrides.is_tensor_method_or_property(func):
+            return self.create_proxy("call_method", func.__name__, args, kwargs)
+        return self.create_proxy("call_function", func, args, kwargs)
+
+    def create_arg(self, a: Value) -> Value:
+        """Return an argument of a node; its class stays, or it is refused."""
+        kind = type(a)
+        if issubclass(kind, fx.Proxy):
+            return a.node
+        if issubclass(kind, torch.Tensor):
+            return self._tensor_node(a)
+        if issubclass(kind, dict) and kind is not dict:
+            return self._mapping_node(a)
+        plain = kind in (list, tuple, torch.Size) or hasattr(a, "_fields")
+        if issubclass(kind, (list, tuple)) and not plain:
+            self.refuse(f"a container of class {kind.__name__} would become a plain one")
+        if is_dataclass(a) and not isinstance(a, type):
+            self._check_fields(a)
+        return super().create_arg(a)
+
+    def is_member(self, tensor: torch.Tensor) -> bool:
+        """Tell whether a tensor is a parameter or buffer of the model."""
+        return id(tensor) in self._members
+
+    def member(self, tensor: torch.Tensor) -> WatchedMember:
+        """Return the proxy of a parameter or buffer of the model."""
+        if id(tensor) not in self._cached:
+            node = self.create_node("get_attr", self._members[id(tensor)], (), {})
+            self._cached[id(tensor)] = WatchedMember(self, node, tensor)
+        return self._cached[id(tensor)]
+
+    def getattr(self, attr: str, attr_val: Value, parameter_proxy_cache: dict[str, Value]) -> Value:
+        """Make nodes of parameters and buffers: updates would else run now and never again."""
+        tensor = isinstance(attr_val, torch.Tensor)
+        return self.member(attr_val) if tensor and self.is_member(attr_val) else attr_val
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Look into a weight's parametrization, unless it tells modes and gradients apart."""
@@ -62,52 +197,139 @@ class _Tracer(fx.Tracer):
             return False
         return super().is_leaf_module(m, module_qualified_name)
 
-    def create_arg(self, a: Value) -> Value:
-        """Keep the class of a dictionary that is a data class too (a model's named outputs)."""
-        named = is_dataclass(a) and isinstance(a, dict)
-        if named:
-            held = {f.name: self.create_arg(getattr(a, f.name)) for f in fields(a) if f.init}
-            return self.create_node("call_function", type(a), (), held)
-        return super().create_arg(a)
+    def _region_node(self, function: Value, args: tuple[Value, ...]) -> fx.Node:
+        return self.create_node("call_function", function, args, {})
 
-    def getattr(self, attr: str, attr_val: Value, parameter_proxy_cache: dict[str, Value]) -> Value:
-        """Make a buffer a node too: an update of one would else run now and never again."""
-        # fx makes nodes of parameters only. The names are collected at the first buffer, for most
-        # models have none.
-        if isinstance(attr_val, torch.Tensor) and not isinstance(attr_val, nn.Parameter):
-            if self._buffers is None:
-                self._buffers = {id(b): name for name, b in self.root.named_buffers()}
-            name = self._buffers.get(id(attr_val))
-            if name is not None:
-                if name not in parameter_proxy_cache:
-                    node = self.create_node("get_attr", name, (), {})
-                    parameter_proxy_cache[name] = _BufferProxy(self, node, attr_val)
-                return parameter_proxy_cache[name]
-        return super().getattr(attr, attr_val, parameter_proxy_cache)
+    def _tensor_node(self, tensor: torch.Tensor) -> fx.Node:
+        """Return the node that reads a real tensor."""
+        if self.is_member(tensor):
+            return self.member(tensor).node
+        if tensor.requires_grad:
+            self.refuse("a tensor that requires gradients is used, which no module holds")
+        if id(tensor) not in self._constant_nodes:
+            name = self.tensor_attrs.get(tensor)
+            if name is None:
+                name = self._name_of(tensor)
+                self._constants[name] = tensor
+            node = self.create_node("get_attr", name, (), {})
+            self._constant_nodes[id(tensor)] = node, tensor, version(tensor)
+        return self._constant_nodes[id(tensor)][0]
+
+    def _name_of(self, constant: torch.Tensor) -> str:
+        """Return the name of a constant, that of an equal one in the graph of the other mode."""
+        number = 0
+        while True:
+            name = f"_tensor_constant{number}"
+            held = self._constants.get(name)
+            if held is not None and same_constant(held, constant):
+                return name
+            if held is None and not hasattr(self.root, name):
+                return name
+            number += 1
+
+    def updates(self, node: fx.Node, tensor: torch.Tensor | None) -> bool:
+        """Tell whether a node returns a parameter or buffer that it has changed in place."""
+        if tensor is None:
+            return False
+        source = update_of(node)
+        return source is not node and source is self.member(tensor).node
+
+    def _mapping_node(self, mapping: Value) -> fx.Node:
+        """Return a node that makes a mapping of the same class."""
+        keys = set(mapping)
+        if is_dataclass(mapping):
+            # The class of a model's named outputs: a key that is no field has no place in it.
+            self._check_fields(mapping)
+            names = [f.name for f in fields(mapping) if f.init]
+            if not keys <= set(names):
+                self.refuse(f"keys that are no fields are added to a {type(mapping).__name__}")
+            held = {name: self.create_arg(getattr(mapping, name)) for name in names}
+            return self.create_node("call_function", type(mapping), (), held)
+        if type(mapping) is not OrderedDict or vars(mapping):
+            self.refuse(f"a mapping of class {type(mapping).__name__} would become a plain one")
+        pairs = [self.create_arg(pair) for pair in mapping.items()]
+        return self.create_node("call_function", OrderedDict, (pairs,), {})
+
+    def _check_fields(self, value: Value) -> None:
+        """Refuse a data class with attributes that are no fields: a new one would lack them."""
+        extra = set(getattr(value, "__dict__", ())) - {f.name for f in fields(value)}
+        if extra:
+            self.refuse(f"attributes that are no fields are set on a {type(value).__name__}")
+
+    def _finish(self, graph: fx.Graph) -> None:
+        """Give every run constants of its own, and let the graph check what was assumed."""
+        for node, tensor, made in self._constant_nodes.values():
+            if version(tensor) != made:
+                raise CaptureError(f"a constant is changed in place after its use ({node.name})")
+            if node.target in self._constants and written_in_place(node):
+                with graph.inserting_after(node):
+                    copied = graph.call_method("clone", (node,))
+                node.replace_all_uses_with(copied)
+                copied.args = (node,)
+        _replace_asserts(graph)
+        last = [node for node in graph.nodes if node.op == "placeholder"][-1:]
+        for source, kind in self._assumed.items():
+            with graph.inserting_after(last[0]):
+                graph.call_function(ExpectKind(kind), (source, str(source.target)))
 
 
-def trace(model: nn.Module, given: Collection[str] = ()) -> fx.Graph:
+def _replace_asserts(graph: fx.Graph) -> None:
+    """Let inputs that the trace fixed be checked with an error of this library."""
+    for node in list(graph.nodes):
+        text = node.args[1] if node.op == "call_function" and len(node.args) > 1 else None
+        if not isinstance(text, str) or "has been specialized to have value" not in text:
+            continue
+        checked: Value = node.args[0]
+        value: Value = None
+        if node.target is torch._assert:
+            if checked.target is not operator.eq or checked.args[0].op != "placeholder":
+                continue
+            checked, value = checked.args
+        if checked.op == "placeholder":
+            name = str(checked.target).rpartition("_")[0]
+            with graph.inserting_before(node):
+                graph.call_function(expect_value, (checked, value, name))
+            graph.erase_node(node)
+
+
+def same_constant(one: Value, other: Value) -> bool:
+    """Tell whether two constants are one, so that the graphs of both modes can share it."""
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    return one is other
+
+
+def trace(
+    model: nn.Module,
+    given: Mapping[str, Value] = types.MappingProxyType({}),
+    constants: dict[str, torch.Tensor] | None = None,
+) -> fx.Graph:
     """Return the graph of ``model`` in its present mode.
+
+    The model is afterwards as it was, also after an error.
 
     Args:
         model: its ``forward`` is run once, on symbolic values.
-        given: arguments with a default that callers will pass; the others that default to None, a
-            flag or a name are fixed at their default, since Python may branch on them.
+        given: example inputs by the name of their argument; the other arguments that default to
+            None, a flag or a name are fixed at their default, since Python may branch on them.
+        constants: gets the tensors that the graph reads and the model has not, by name; None where
+            the caller has no use for them.
 
     Raises:
         CaptureError: symbolic values cannot follow the code; names the user's line.
     """
-    fixed: dict[str, Value] = {}
-    for name, parameter in inspect.signature(model.forward).parameters.items():
-        default = parameter.default
-        simple = default is None or isinstance(default, (bool, str))
-        variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-        if simple and name not in given and not variadic:
-            fixed[name] = default
-    try:
-        return _Tracer().trace(model, concrete_args=fixed or None)
-    except Exception as error:  # any code of the user's may run here
-        raise CaptureError(f"{user_line(error)}: {error}") from error
+    fixed = fixed_arguments(inspect.signature(model.forward), given)
+    kinds = {name: type(value) for name, value in given.items()}
+    tracer = WatchingTracer(kinds, {} if constants is None else constants)
+    with undisturbed(model) as changes:
+        try:
+            graph = tracer.trace(model, fixed or None)
+        except Exception as error:  # any code of the user's may run here
+            raise CaptureError(f"{user_line(error)}: {error}") from error
+        if found := changes():
+            who = f"the forward of {type(model).__name__}"
+            raise CaptureError(f"{who} {found[0]}, which a graph would not do again")
+    return graph
 
 
 def opaque_calls(model: nn.Module, graph: fx.Graph) -> list[str]:
@@ -137,6 +359,8 @@ def opaque_calls(model: nn.Module, graph: fx.Graph) -> list[str]:
 def _is_foreign(node: fx.Node) -> bool:
     """Tell whether the node calls a Python function that was wrapped to stay whole."""
     target = node.target
+    if isinstance(target, FunctionCall):
+        return False  # its backward is its own, so no route sees more of it
     if not isinstance(target, types.FunctionType) or row_of(node.op, target) is not None:
         return False
     return not target.__module__.startswith("torch.")
@@ -151,14 +375,20 @@ def _is_parameter(model: nn.Module, node: fx.Node) -> bool:
     return module is not None and name in module._parameters
 
 
+def running_line() -> str:
+    """Return the line of the user's own code that runs at present, with file and number."""
+    return _line(traceback.extract_stack())
+
+
 def user_line(error: BaseException) -> str:
     """Return the last line of the user's own code on an error's traceback, with file and number."""
+    return _line(traceback.extract_tb(error.__traceback__))
+
+
+def _line(stack: traceback.StackSummary) -> str:
+    """Return the last line of a stack that is the user's own."""
     # What torch and this library do in between is of no use to who reads the message.
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith((_TORCH, _HERE, "<"))
-    ]
+    frames = [frame for frame in stack if not frame.filename.startswith((_TORCH, _HERE, "<"))]
     if not frames:
         return "in torch"
     frame = frames[-1]

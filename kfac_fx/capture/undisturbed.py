@@ -2,49 +2,45 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from kfac_fx.capture.run_state import ModelState, TensorValues
 from kfac_fx.torch_internals.pytree import tree_leaves, tree_map_only
 
 Nested = Any
 """Inputs or outputs of a user's model: tensors in any nesting of containers and objects."""
 
 
-@contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Put buffers and random number generators back to what they were when the context ends.
+Changes = Callable[[], list[str]]
+"""Says in words what has changed since the context began."""
 
-    A capture runs the user's code: running means would move and dropout would draw other masks in
-    the training that follows.
+
+@contextmanager
+def undisturbed(model: nn.Module, *, runs: bool = False) -> Iterator[Changes]:
+    """Put a model and all random generators back to what they were when the context ends.
+
+    A capture runs the user's code: running means would move, counters would count, a cache would
+    keep a symbolic value, and dropout would draw other masks in the training that follows.
 
     Args:
-        model: whose buffers, those of its submodules too, are put back in place.
+        model: attributes, buffers and what they hold are put back in place, also after an error.
+        runs: the model's own code runs on real tensors and may change parameters, which are kept
+            too; symbolic values and fake tensors never do.
     """
-    saved = [
-        (module._buffers, name, buffer, buffer.detach().clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
+    state = ModelState(model)
+    values = TensorValues(model, parameters=runs)
     devices = {t.device for t in (*model.parameters(), *model.buffers()) if t.is_cuda}
-    state = random.getstate()
     try:
         with torch.random.fork_rng([d.index for d in devices]), torch.enable_grad():
-            yield
+            yield state.changes
     finally:
-        random.setstate(state)
-        for owner, name, buffer, value in saved:
-            # The object first, since a model may have replaced it; then its values.
-            owner[name] = buffer
-            if not buffer.is_meta and not torch.equal(buffer, value):
-                with torch.no_grad():
-                    buffer.copy_(value)
+        state.restore()
+        values.restore()
 
 
 def fresh(inputs: Nested) -> Nested:

@@ -45,11 +45,6 @@ class Runner(nn.Module):
         self.taps: EagerTaps | None = None
         self.training = model.training
 
-    def train(self, mode: bool = True) -> Runner:
-        """Set the mode of this module and of the model, whose submodules are set by others."""
-        self.held[0].training = mode
-        return super().train(mode)
-
     def forward(self, args: tuple[Value, ...], kwargs: dict[str, Value]) -> Value:
         if self.taps is not None and torch.is_grad_enabled() and self.taps.recording():
             if torch.compiler.is_compiling():
@@ -95,6 +90,19 @@ class EagerModule(CapturedModule):
     def recordable(self, uses: Sequence[ParameterUse], graph: fx.Graph) -> list[ParameterUse]:
         """Return the uses in the forms that taps at single calls can record, for every piece."""
         return every_piece(placeable(uses, graph), graph)
+
+    def train(self, mode: bool = True) -> EagerModule:
+        """Set the mode, by the model's own ``train``.
+
+        Args:
+            mode: True for training, False for evaluation.
+        """
+        for name, child in self._modules.items():
+            if name.startswith("_kfac_fx") and child is not None and child is not self.runner:
+                child.train(mode)
+        self.source.train(mode)
+        self.runner.training = self.training = self.source.training
+        return self
 
     def taps_inserted(self, uses_of_call: UsesOfCall) -> None:
         """Let the model be recorded from now on, while statistics are asked for."""

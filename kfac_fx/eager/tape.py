@@ -30,6 +30,7 @@ from kfac_fx.eager.torch_calls import (
     hidden_by,
     in_reentrant_checkpoint,
     is_composed,
+    is_in_place,
     made_by,
     mapped,
     reads_property,
@@ -97,6 +98,7 @@ class Tape(TorchFunctionMode):
         self._alive = [*self.view.parameters.values(), *self._constants.values()]
         self._names = {id(t): name for name, t in self._constants.items()} | self._parameters
         self._nodes: Any = WeakIdKeyDictionary()
+        self._inside: list[Function] = []
 
     def __torch_function__(
         self,
@@ -119,9 +121,19 @@ class Tape(TorchFunctionMode):
             return self._bind(func(*args, **kwargs), func, args, kwargs, detached=True)
         # F.cross_entropy and its like are Python: what they call is recorded, not they themselves,
         # for the rules know the parts. The mode is off within this method, so it is entered anew.
-        if is_composed(func):
-            with self:
-                return without_override_question(func)(*args, **kwargs)
+        if is_composed(func) and func not in self._inside:
+            # Some hand on to a part that asks for an override in their name (F.max_pool2d): the
+            # second time such a function comes it is taken as it is.
+            self._inside.append(func)
+            try:
+                with self:
+                    return without_override_question(func)(*args, **kwargs)
+            finally:
+                self._inside.pop()
+        # A derivative is asked for by the very tensors that the loss was made of, and is itself no
+        # use of them: what made the loss is.
+        if func in (torch.autograd.grad, torch.autograd.backward):
+            return self._bind(func(*args, **kwargs), func, args, kwargs, detached=True)
         return self._use(func, args, kwargs, tensors)
 
     def node(self, tensor: Tensor, *, detached: bool = False) -> fx.Node:
@@ -240,11 +252,21 @@ class Tape(TorchFunctionMode):
         if isinstance(result, Tensor):
             if id(result) not in self._names:
                 self._nodes[result] = node
+                self._written(result, node)
         elif isinstance(result, (tuple, list)):
             for index, item in enumerate(result):
                 if isinstance(item, (Tensor, tuple, list)):
                     args = (node, index)
                     self._results(item, self._new("call_function", operator.getitem, args))
+
+    def _written(self, tensor: Tensor, node: fx.Node) -> None:
+        """Let what a view is of follow a write to it: ``batch[i].copy_(x[i])`` makes a batch."""
+        base = tensor._base
+        if base is None or not is_in_place(node.target) or id(base) in self._names:
+            return
+        known = self._nodes.get(base)
+        if known is not None:
+            self._nodes[base] = self._new("call_method", "__setitem__", (known, 0, node))
 
     def _report(self, node: fx.Node, plans: Sequence[Placement]) -> None:
         """Report parameters that a call uses, is no view of, and no tap records."""
@@ -272,7 +294,7 @@ class Tape(TorchFunctionMode):
             # fx takes plain values only; the rules read no others, so a text stands for them.
             return value if isinstance(value, _PLAIN) else repr(value)
 
-        args, kwargs = mapped(argument, (args, kwargs))
+        args, kwargs = mapped(argument, (args, kwargs), plain=True)
         node = self._new(op, target, args, kwargs)
         if chosen is not None:
             node.meta[CHOSEN] = True

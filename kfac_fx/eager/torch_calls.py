@@ -43,21 +43,29 @@ def tensors_of(value: Value) -> Iterator[Tensor]:
             yield from tensors_of(item)
 
 
-def mapped(change: Callable[[Value], Value], value: Value) -> Value:
-    """Return the same nesting of tuples, lists and dicts with changed leaves."""
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(mapped(change, item) for item in value))
+def mapped(change: Callable[[Value], Value], value: Value, *, plain: bool = False) -> Value:
+    """Return the same nesting of tuples, lists and dicts with changed leaves.
+
+    Args:
+        change: from a leaf to what takes its place.
+        value: a leaf or a nesting of them.
+        plain: return named tuples as tuples; fx makes them anew by a ``__new__`` of their class,
+            which may take other arguments.
+    """
+    if isinstance(value, tuple) and hasattr(value, "_fields") and not plain:
+        return tuple.__new__(type(value), [mapped(change, item) for item in value])
     if isinstance(value, (tuple, list)):
-        return (list if isinstance(value, list) else tuple)(mapped(change, i) for i in value)
+        items = (mapped(change, item, plain=plain) for item in value)
+        return list(items) if isinstance(value, list) else tuple(items)
     if isinstance(value, dict):
-        return {key: mapped(change, item) for key, item in value.items()}
+        return {key: mapped(change, item, plain=plain) for key, item in value.items()}
     return change(value)
 
 
 def made_by(func: Function, args: tuple[Value, ...], result: Value) -> list[Tensor]:
     """Return the tensors that a call returned, or the one that it wrote to."""
-    if getattr(func, "__name__", "") == "__setitem__":
-        result = args[0]
+    if result is None and args:
+        result = args[0]  # __setitem__, and the functions that write to lists of tensors
     return list(tensors_of(result))
 
 
@@ -73,6 +81,12 @@ def spelled(func: Function, args: tuple[Value, ...]) -> tuple[str, Function, tup
     if getattr(Tensor, name, None) is func:
         return "call_method", name, args
     return "call_function", func, args
+
+
+def is_in_place(target: Function) -> bool:
+    """Tell whether a call writes to its first tensor, by torch's convention for names."""
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
 
 
 def reads_property(func: Function) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
@@ -11,23 +12,40 @@ from torch.export import ExportedProgram
 
 from kfac_fx.capture.captured_module import CapturedModule, captured_module
 from kfac_fx.capture.graph_modules import from_graph_module
-from kfac_fx.capture.symbolic_trace import user_line
+from kfac_fx.capture.hooks import refuse_backward_hooks
+from kfac_fx.capture.input_forms import ExportedInputs, Guards
+from kfac_fx.capture.symbolic_trace import same_constant, user_line
 from kfac_fx.capture.train_and_eval import capture_both
 from kfac_fx.capture.undisturbed import undisturbed
 from kfac_fx.errors import CaptureError
 from kfac_fx.torch_internals.buffer_registration_hooks import no_hooks_left
-from kfac_fx.torch_internals.pytree import tree_leaves
+from kfac_fx.torch_internals.pytree import tree_leaves, tree_map_only
 
 log = logging.getLogger("kfac_fx")
 Value = Any
 """An input of the user's model, or what a module holds under a name."""
 
+_GUARDS = "_guards_fn"
+"""Name of the submodule in which torch.export keeps what it assumed of sizes."""
+
 _RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
 
 
-def from_export(
-    model: nn.Module, args: tuple[Value, ...], kwargs: dict[str, Value]
-) -> CapturedModule:
+class Exported(NamedTuple):
+    """A model that was exported, and what that fixed.
+
+    Attributes:
+        module: the graphs, without a guard.
+        inputs: what was fixed about the arguments.
+        constants: whether the graphs hold tensors that the model lacks.
+    """
+
+    module: CapturedModule
+    inputs: ExportedInputs
+    constants: bool
+
+
+def from_export(model: nn.Module, args: tuple[Value, ...], kwargs: dict[str, Value]) -> Exported:
     """Return the model as torch.export sees it with the example inputs, in both modes.
 
     Args:
@@ -38,16 +56,53 @@ def from_export(
     Raises:
         CaptureError: torch.export refuses the model; names the user's line and its reason.
     """
+    refuse_backward_hooks(model, ())
     constants: dict[str, Value] = {}
+    guards: dict[bool, Guards | None] = {}
+    args, kwargs = doubled(args, kwargs)
 
     def graph_of(model: nn.Module) -> fx.Graph:
         module = exported(model, args, kwargs)
+        guards[model.training] = _taken_guards(module)
         _lift_constants(model, module, constants)
         return module.graph
 
     with undisturbed(model):
         training, evaluation = capture_both(model, graph_of)
-    return captured_module(model, training, evaluation, constants)
+    module = captured_module(model, training, evaluation, constants)
+    inputs = ExportedInputs(inspect.signature(model.forward), (args, kwargs), guards)
+    return Exported(module, inputs, bool(constants))
+
+
+def doubled(
+    args: tuple[Value, ...], kwargs: dict[str, Value]
+) -> tuple[tuple[Value, ...], dict[str, Value]]:
+    """Return example inputs of one case as inputs of two, others as they are.
+
+    torch.export takes a size of one for a constant, and the graph would serve no other batch.
+    """
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    if not tensors or any(not t.dim() or t.shape[0] != 1 for t in tensors):
+        return args, kwargs
+    twice: tuple[tuple[Value, ...], dict[str, Value]] = tree_map_only(
+        torch.Tensor,
+        lambda t: torch.cat([t.detach(), t.detach()]).requires_grad_(t.requires_grad),
+        (args, kwargs),
+    )
+    return twice
+
+
+def _taken_guards(module: fx.GraphModule) -> Guards | None:
+    """Take the call of torch's guards out of a graph, and return what it calls.
+
+    In the graph they would be an opaque call for every pass, and raise an AssertionError.
+    """
+    for node in list(module.graph.nodes):
+        if node.op == "call_module" and node.target == _GUARDS:
+            module.graph.erase_node(node)
+            guards: Guards = getattr(module, _GUARDS).forward
+            return guards
+    return None
 
 
 def of_program(program: ExportedProgram) -> CapturedModule:
@@ -128,7 +183,7 @@ def _export(
             dynamic_shapes=shapes.dynamic_shapes(model, args, kwargs),
             strict=False,
         )
-    module = program.module(check_guards=False)
+    module = program.module(check_guards=True)
     assert isinstance(module, fx.GraphModule)
     return module
 
@@ -205,18 +260,11 @@ def _lift_constants(
             # The evaluation's capture numbers its constants anew; the same value gets the same
             # name, so that one graph can still stand for both modes.
             name = f"_constant_{number}"
-            while name in constants and not _same(constants[name], value):
+            while name in constants and not same_constant(constants[name], value):
                 name += "_"
             constants[name] = value
             names[path], number = name, number + 1
         node.target = names[path]
-
-
-def _same(one: Value, other: Value) -> bool:
-    """Tell whether two constants are one, so that both modes can share it."""
-    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        return one.dtype == other.dtype and torch.equal(one, other)
-    return one is other
 
 
 def _attribute(module: nn.Module, path: str) -> Value:

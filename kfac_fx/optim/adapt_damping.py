@@ -9,77 +9,106 @@ import math
 from collections.abc import Mapping
 
 from kfac_fx.errors import DampingError
+from kfac_fx.optim.kfac_options import KFACOptions
 
 LARGEST = 1e4
-"""How many times its first value lambda can become."""
+"""How many times its first value lambda can become by the ratio."""
+
+FLOOR = 1e-12
+"""Of lambda, in mean eigenvalues of the curvature, where no number is given."""
+
+GOOD = 3 / 4
+POOR = 1 / 4
+"""Reduction ratios above and below which the quadratic model is believed more, or less."""
 
 
 class DampingRule:
-    """lambda by the reduction ratio, gamma by greedy search.
+    """lambda by the reduction ratio of a step's own batch, gamma tied to it or searched.
 
     Two numbers, because they serve two purposes: lambda says how far the quadratic model is
     believed, gamma what keeps the factors invertible. The paper found that a gamma tied to lambda
-    is often too large.
+    is often too large, and searches it.
 
     Args:
-        damping: lambda_0, above zero, in the units of the Fisher of one likelihood term.
+        damping: lambda_0, above zero, in the units of the Fisher of one likelihood term. None for
+            the first mean eigenvalue that ``scaled`` is told.
         weight_decay: eta, which the model adds to lambda.
-        smallest: floor of lambda; gamma stays above sqrt(smallest + eta).
-        gamma_limit: gamma stays below this multiple of sqrt(lambda + eta).
-        damping_every: T1; a judgement changes lambda by omega1 = (19/20)^T1, so that its speed does
-            not depend on T1.
-        gamma_every: T2; neighbours of gamma lie omega2 = (19/20)^(T2 / 2) away.
+        options: T1, T2, omega1, omega2 and the limits of lambda and gamma.
 
     Attributes:
-        damping: lambda now.
-        gamma: gamma of factored Tikhonov damping now; starts as sqrt(lambda_0 + eta).
+        damping: lambda now; 1.0 where it has not been found yet.
+        mean: the mean eigenvalue of the curvature at the last refresh; 0 before.
 
     Raises:
         DampingError: damping is not a finite number above zero.
     """
 
-    def __init__(
-        self,
-        damping: float,
-        weight_decay: float,
-        smallest: float,
-        gamma_limit: float,
-        damping_every: int,
-        gamma_every: int,
-    ) -> None:
-        if not (math.isfinite(damping) and damping > 0):
+    def __init__(self, damping: float | None, weight_decay: float, options: KFACOptions) -> None:
+        if damping is not None and not (math.isfinite(damping) and damping > 0):
             raise DampingError(f"damping must be a finite number above zero, got {damping!r}")
-        self.damping = damping
+        self.damping = damping or 1.0
         self.weight_decay = weight_decay
-        self.smallest = smallest
-        self.damping_every = damping_every
-        self.gamma_every = gamma_every
-        self.gamma_limit = gamma_limit
-        self.gamma: float = self.total**0.5
-        self._largest = LARGEST * damping
-        self._omega1 = (19 / 20) ** damping_every
-        self._omega2 = (19 / 20) ** (gamma_every / 2)
+        self.mean = 0.0
+        self._found = damping is not None
+        self._first = self.damping
+        self._smallest = options.smallest_damping
+        self._gamma_limit = options.gamma_limit
+        self._every = options.damping_every or 1
+        self._gamma_every = options.gamma_every
+        self._gamma: float = self.total**0.5
+        self._omega1 = options.omega1 or (19 / 20) ** self._every
+        self._omega2 = options.omega2 or (19 / 20) ** ((options.gamma_every or 0) / 2)
 
     @property
     def total(self) -> float:
         """Return lambda + eta, which the quadratic model adds to the diagonal of F."""
         return self.damping + self.weight_decay
 
+    @property
+    def gamma(self) -> float:
+        """Return gamma of factored Tikhonov damping; a search has moved it since lambda_0."""
+        return self._gamma if self._gamma_every else self.total**0.5
+
+    @property
+    def floor(self) -> float:
+        """Return the least that lambda becomes."""
+        return FLOOR * self.mean if self._smallest is None else self._smallest
+
+    @property
+    def held_out(self) -> bool:
+        """Say whether steps are judged on the next batch, too."""
+        return False
+
+    def scaled(self, mean: float) -> None:
+        """Note the mean eigenvalue of the curvature; the first is lambda_0 where none is given."""
+        self.mean = mean
+        if not self._found:
+            self._found = True
+            self._first = mean
+            self.damping = mean
+            self._gamma = self.total**0.5
+
+    def due(self, iteration: int) -> bool:
+        """Say whether the step of an iteration is judged on its own batch: every T1 are."""
+        return iteration % self._every == 0
+
     def candidates(self, iteration: int) -> list[float]:
         """Return gamma, and every T2 iterations its neighbours too; all within the limits."""
+        if not self._gamma_every:
+            return [self.gamma]
         # The ceiling may lie below the floor while lambda is small: then the floor counts, as too
         # little damping gives steps of any size and too much only short ones.
-        floor = (self.smallest + self.weight_decay) ** 0.5
-        ceiling = max(self.gamma_limit * self.total**0.5, floor)
-        found = [self.gamma]
-        if iteration % self.gamma_every == 0:
-            found += [self.gamma * self._omega2, self.gamma / self._omega2]
+        floor = (self.floor + self.weight_decay) ** 0.5
+        ceiling = max(self._gamma_limit * self.total**0.5, floor)
+        found = [self._gamma]
+        if iteration % self._gamma_every == 0:
+            found += [self._gamma * self._omega2, self._gamma / self._omega2]
         # At a limit two candidates become one, which is not worth a second refresh.
         return list(dict.fromkeys(min(max(gamma, floor), ceiling) for gamma in found))
 
     def choose(self, gamma: float) -> None:
         """Take the candidate whose model was lowest."""
-        self.gamma = gamma
+        self._gamma = gamma
 
     def judge(self, change: float, predicted: float) -> float:
         """Return rho, the change of the objective over the model's; lambda follows it.
@@ -90,23 +119,36 @@ class DampingRule:
         """
         # Between 1/4 and 3/4 the model is as good as it need be, and lambda stays.
         rho = change / predicted if predicted else 1.0
-        if rho > 3 / 4:
-            self.damping = max(self.damping * self._omega1, self.smallest)
-        elif rho < 1 / 4:
-            self.damping = min(self.damping / self._omega1, self._largest)
+        if rho > GOOD:
+            self.damping = max(self.damping * self._omega1, self.floor)
+        elif rho < POOR:
+            self.damping = min(self.damping / self._omega1, self.largest)
         return rho
+
+    @property
+    def largest(self) -> float:
+        """Return the most that lambda becomes by the ratio."""
+        return LARGEST * self._first
 
     def rejected(self) -> None:
         """Raise lambda and gamma after a step that was undone."""
         # Both: a step that made the loss explode was too long whichever of them let it.
-        self.damping = min(self.damping / self._omega1, self._largest)
-        self.gamma = min(self.gamma / self._omega2, self._largest**0.5)
+        self.damping = min(self.damping / self._omega1, self.largest)
+        self._gamma = min(self._gamma / self._omega2, self.largest**0.5)
+
+    def numbers(self) -> dict[str, float]:
+        """Return lambda and gamma, for the diagnostics."""
+        return {"damping": self.damping, "gamma": self.gamma}
 
     def state(self) -> dict[str, float]:
-        """Return lambda and gamma."""
-        return {"damping": self.damping, "gamma": self.gamma}
+        """Return all that a resumed run needs."""
+        own = {"mean": self.mean, "first": self._first, "found": float(self._found)}
+        return {**self.numbers(), **own}
 
     def load(self, state: Mapping[str, float]) -> None:
         """Restore ``state``."""
         self.damping = float(state["damping"])
-        self.gamma = float(state["gamma"])
+        self._gamma = float(state["gamma"])
+        self.mean = float(state["mean"])
+        self._first = float(state["first"])
+        self._found = bool(state["found"])

@@ -50,9 +50,16 @@ class Groups:
         groups = self._optimizer.param_groups
         return {self._names[id(p)]: group[key] for group in groups for p in group["params"]}
 
-    def l2(self) -> float:
-        """Return the l2 term: the sum of eta / 2 ||theta||^2 over the groups."""
-        # In float64: the reduction ratio is a small difference of two objectives.
+    def l2(self, parameters: Mapping[str, Tensor] | None = None) -> float:
+        """Return the l2 term: the sum of eta / 2 ||theta||^2 over the groups.
+
+        Args:
+            parameters: theta by name; None for the present ones.
+        """
         decay = self.options("weight_decay")
-        terms = [0.5 * decay[n] * p.double().square().sum() for n, p in self.parameters().items()]
+        if not any(decay.values()):
+            return 0.0
+        # In float64: the reduction ratio is a small difference of two objectives.
+        at = self.parameters() if parameters is None else parameters
+        terms = [0.5 * decay[n] * p.double().square().sum() for n, p in at.items()]
         return float(torch.stack(terms).sum())

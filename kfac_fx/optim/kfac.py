@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from kfac_fx.optim.adapt_damping import DampingRule
 from kfac_fx.optim.batch_trust import BatchTrust
 from kfac_fx.optim.diagnostics import Diagnostics
 from kfac_fx.optim.groups import Groups
+from kfac_fx.optim.held_out import HeldOutRule
 from kfac_fx.optim.kfac_options import KFACOptions
 from kfac_fx.optim.last_step import Buffers, LastStep
 from kfac_fx.optim.objective import Batch, Objective
@@ -40,15 +42,18 @@ from kfac_fx.torch_internals import foreach
 
 log = logging.getLogger("kfac_fx")
 
-VERSION = 1
+VERSION = 2
 """Of the layout of ``state_dict``; raised when an older one can no longer be read."""
+
+TRIES = 4
+"""How many steps are tried on a batch whose loss they raise, each with more damping."""
 
 
 class KFAC(HasCurvature, Optimizer):
     """Trains a transformed module; one call of ``step(inputs, targets)`` is one iteration.
 
     With ``lr=None`` the step length and the momentum minimise the quadratic model with the exact
-    Fisher, and lambda and gamma adapt themselves; nothing needs tuning. With an ``lr`` (which any
+    Fisher, and lambda is found and adapts itself; nothing needs tuning. With an ``lr`` (which any
     scheduler of torch may change) the form is KFC's: update = momentum * previous - lr * proposal,
     shortened to the trust region, with a fixed lambda. Both are derived in
     docs/explanation/mathematics.md, section 9.
@@ -61,10 +66,11 @@ class KFAC(HasCurvature, Optimizer):
         lr: learning rate of the stochastic form; None for the adaptive one.
         momentum: the momentum of the stochastic form, in units of the previous update.
         weight_decay: eta, of the l2 term eta / 2 ||theta||^2 of the objective.
-        damping: lambda_0 > 0, in the units of the Fisher of one likelihood term. The paper's 150 is
-            safe for an adaptive lambda, which shrinks; a fixed one should be far smaller.
+        damping: lambda_0 > 0, in the units of the Fisher of one likelihood term. None for the mean
+            eigenvalue of the first batch's Fisher; with an ``lr`` for 150.
         statistics_every: period of the statistics, in iterations.
-        refresh_every: T3, the period of the inverses, in iterations; besides, the first three.
+        refresh_every: T3, the period of the inverses, in iterations; besides, the first three. None
+            for 5; where gamma is searched for its period, with an ``lr`` for 20.
         tikhonov: how Kronecker blocks are damped; as for ``Preconditioner``.
         structure: "block_diagonal" leaves the couplings out; None for the transform's own.
         fisher: "sampled" or "exact"; the gradient's pass gives no empirical statistics here.
@@ -73,7 +79,8 @@ class KFAC(HasCurvature, Optimizer):
         workers: the processes that share a batch; gradients are averaged over them here.
         compile: run the program and the passes of statistics and gradient through torch.compile
             (the gradient's unless parameters are sharded); a name is that of a backend.
-        options: the paper's other constants, and guards against bad batches.
+        options: rates of the adaptation, shares of the batch, and guards against bad batches;
+            ``KFACOptions.paper()`` for the constants of the paper.
 
     Attributes:
         curvature: the blocks and couplings of ``net``.
@@ -96,10 +103,10 @@ class KFAC(HasCurvature, Optimizer):
         *,
         lr: float | None = None,
         momentum: float = 0.9,
-        weight_decay: float = 1e-5,
-        damping: float = 150.0,
+        weight_decay: float = 0.0,
+        damping: float | None = None,
         statistics_every: int = 1,
-        refresh_every: int = 20,
+        refresh_every: int | None = None,
         tikhonov: Tikhonov = "factored",
         structure: Structure | None = None,
         fisher: Fisher = "sampled",
@@ -116,6 +123,8 @@ class KFAC(HasCurvature, Optimizer):
         self._options = options = options or KFACOptions()
         self._workers = workers
         self._statistics_every = period("statistics_every", statistics_every)
+        if refresh_every is None:
+            refresh_every = 20 if lr is not None else options.gamma_every or 5
         refresh_every = period("refresh_every", refresh_every)
         choice("fisher", fisher, ("sampled", "exact"))
         known = likelihood_of(likelihood)
@@ -160,14 +169,12 @@ class KFAC(HasCurvature, Optimizer):
         self.recorder.switch(False)
 
         # From gradient to update.
-        self._rule = DampingRule(
-            damping,
-            weight_decay,
-            options.smallest_damping,
-            options.gamma_limit,
-            options.damping_every,
-            options.gamma_every,
-        )
+        self._rule: DampingRule | HeldOutRule
+        if lr is None and options.damping_every is None:
+            self._rule = HeldOutRule(damping, weight_decay, options)
+        else:
+            fixed = 150.0 if damping is None and lr is not None else damping
+            self._rule = DampingRule(fixed, weight_decay, options)
         self._make = self._update_rule(adaptive=lr is None, refresh_every=refresh_every)
         self._trust = BatchTrust(options.outlier)
         self._last = LastStep()
@@ -189,6 +196,7 @@ class KFAC(HasCurvature, Optimizer):
             self.inverse,
             self._rule,
             self._options.products_fraction,
+            self._options.fewest_products,
             refresh_every,
             self._workers,
         )
@@ -242,64 +250,103 @@ class KFAC(HasCurvature, Optimizer):
         if not trusted:
             self._skip(buffers, "loss or gradient")
             return loss
+        if self._undo_if_held_out_fails(batch):
+            buffers = self._objective.snapshot()
+            loss, gradient = self._gradient(batch)
         self._iteration += 1
         if not self._record(batch):
             self._iteration -= 1
             self._skip(buffers, "statistics")
             return loss
         if self.inverse.estimate.recorded:
-            self._advance(batch, float(loss), gradient, buffers)
+            self._advance(batch, gradient, buffers)
         self._trust.accept(self._objective.cases)
         self.diagnostics |= {
             "iteration": self._iteration,
             "loss": float(loss),
-            **self._rule.state(),
+            **self._rule.numbers(),
             "clamped": self.inverse.clamped,
             **self._counters(),
         }
         return loss
 
-    def _advance(self, batch: Batch, loss: float, gradient: Direction, buffers: Buffers) -> None:
-        """Make the step, and judge it where that is due."""
-        parameters = self._groups.parameters()
-        situation = Situation(
+    def _advance(self, batch: Batch, gradient: Direction, buffers: Buffers) -> None:
+        """Make the step, and judge it where that is due; a step that fails may be tried again."""
+        at = Situation(
             self._iteration,
             batch,
-            parameters,
+            self._groups.parameters(),
             gradient,
             self._last.update,
             self._groups.options("lr"),
             self._groups.options("momentum"),
         )
+        if not isinstance(self._rule, HeldOutRule):
+            self._attempt(at, buffers)
+            return
+        damping = None
+        for tried in range(TRIES):
+            if self._attempt(replace(at, again=tried > 0), buffers):
+                if damping is not None:
+                    self._rule.settle(damping)
+                return
+            # Lambda of the first iteration is found by its first attempt.
+            damping = damping or self._rule.damping
+            self._rule.raised(first=self._iteration == 1)
+        self._reject(f"{TRIES} steps raised the loss of their own batch, none is made")
+
+    def _attempt(self, at: Situation, buffers: Buffers) -> bool:
+        """Make a step; return False if it was put back, as the batch's loss grew."""
         with self.diagnostics.stage("update"):
-            made = self._make(situation)
+            made = self._make(at)
         self.diagnostics.update(made.numbers)
         if not all_finite(list(made.step.values())):
             self._last.forget_update()
             self._reject("the update is not finite")
-            return
+            return True
         worth = self._trust.share(self._objective.cases)
         if worth < 1:
             foreach.mul_(list(made.step.values()), worth)
             self.diagnostics["share"] = worth
-        # Before the step, as it changes the parameters in place.
-        before = loss + self._groups.l2() if made.judged else loss
-        self._last.take(parameters, buffers, made.step)
-        if made.judged:
-            self._judge(batch, before, made.predicted)
+        before = float(self._objective.start) + self._groups.l2() if made.judged else 0.0
+        self._last.take(at.parameters, buffers, made.step)
+        # The model of a share w of its best step is w (2 - w) times that of the whole.
+        predicted = made.predicted * worth * (2 - worth)
+        return not made.judged or self._judge(at.batch, before, predicted)
 
-    def _judge(self, batch: Batch, before: float, predicted: float) -> None:
-        """Compare the change of the objective with the model's; undo a step that is no good.
+    def _judge(self, batch: Batch, before: float, predicted: float) -> bool:
+        """Compare the change of the objective with the model's; return False to try again.
 
         Batch and masks are those of the model. On other cases the ratio would say how much the
         cases differ, not how far the model can be believed.
         """
         with self.diagnostics.stage("ratio"), self._objective.aside():
             after = self._objective.value(batch) + self._groups.l2()
+        if isinstance(self._rule, HeldOutRule):
+            # "not <=" rather than ">": a loss that is not a number is no good.
+            if not after <= before:
+                self._last.put_back(self._groups.parameters())
+                return False
+        elif self._trust.grew(before, after):
+            self._undo()
+            return True
+        self.diagnostics["rho"] = self._rule.judge(after - before, predicted)
+        return True
+
+    def _undo_if_held_out_fails(self, batch: Batch) -> bool:
+        """Judge the last step on this batch, which it has not seen; return whether it is undone."""
+        if not (isinstance(self._rule, HeldOutRule) and self._last.parameters):
+            return False
+        # Masks of both passes are this batch's, and so are the moments that BatchNorm takes.
+        with self.diagnostics.stage("ratio"), self._objective.aside():
+            before = self._objective.value(batch, self._last.parameters)
+        before += self._groups.l2(self._last.parameters)
+        after = float(self._objective.start) + self._groups.l2()
         if self._trust.grew(before, after):
             self._undo()
-        else:
-            self.diagnostics["rho"] = self._rule.judge(after - before, predicted)
+            return True
+        self.diagnostics["rho_held_out"] = self._rule.judge_held_out(after - before)
+        return False
 
     # The parts of an iteration.
 
@@ -308,7 +355,8 @@ class KFAC(HasCurvature, Optimizer):
         parameters = self._groups.parameters()
         decay = self._groups.options("weight_decay")
         with self.diagnostics.stage("gradient"):
-            loss, dense = self._objective.gradient(batch, parameters)
+            compared = isinstance(self._make, AdaptiveUpdate)
+            loss, dense = self._objective.gradient(batch, parameters, compared)
         pairs = zip(parameters.items(), dense, strict=True)
         return loss, {n: g.add(p, alpha=decay[n]) if decay[n] else g for (n, p), g in pairs}
 

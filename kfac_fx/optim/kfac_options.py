@@ -1,10 +1,11 @@
-"""Options of KFAC that few runs change: the paper's constants, and guards against bad batches."""
+"""Options of KFAC that few runs change: rates of its rules, and guards against bad batches."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from kfac_fx.config import FACTOR_STORAGES, FactorStorage, choice, period, positive, share, within
+from kfac_fx.errors import UnknownOptionError
 from kfac_fx.statistics.forward import Forward, run_network
 
 
@@ -12,22 +13,29 @@ from kfac_fx.statistics.forward import Forward, run_network
 class KFACOptions:
     """Options of ``KFAC(..., options=KFACOptions(...))`` besides its own keywords.
 
-    T1, T2, tau1, tau2 are the names of Martens & Grosse (2015); the defaults are the paper's, where
-    it has a value. An object can serve several optimizers: nothing in it changes.
+    T1, T2, omega1, omega2, tau1, tau2 are the names of Martens & Grosse (2015), whose own constants
+    are ``KFACOptions.paper()``. An object can serve several optimizers: nothing in it changes.
 
     Args:
-        damping_every: T1, the number of iterations after which lambda is judged by the reduction
-            ratio. Without an ``lr`` only.
-        gamma_every: T2, the number of iterations after which gamma is searched among three values.
-            Each search costs two more refreshes. Without an ``lr`` only.
+        omega1: in (0, 1), what lambda is multiplied with where the model is right, and divided by
+            where it is wrong. None for 0.7; with ``damping_every`` for (19/20)^T1, so that the
+            speed does not depend on T1. Without an ``lr`` only.
+        damping_every: T1, for the paper's rule: lambda is judged after so many iterations, by the
+            reduction ratio of a step's own batch. None for a judgement of each step, on its own
+            batch and on the next. Without an ``lr`` only.
+        gamma_every: T2, the number of iterations after which gamma is searched among three values,
+            which costs two more refreshes. None for gamma^2 = lambda + eta. Without an ``lr`` only.
+        omega2: in (0, 1), the ratio of neighbouring values of that search. None for (19/20)^(T2/2).
+        gamma_limit: a gamma that is searched is at most this multiple of sqrt(lambda + eta). It is
+            infinite in the paper: while lambda is large, its search then prefers gradient descent,
+            stays with it.
+        smallest_damping: floor of lambda, which the paper's rule lacks: lambda of an easy problem
+            falls until rounding makes the inverses useless. None for 1e-12 mean eigenvalues.
         statistics_fraction: tau1 in (0, 1], the first cases of a batch that statistics are of. More
             are taken where the averages would hold fewer than 64 likelihood terms.
-        products_fraction: tau2 in (0, 1], the first cases for products with the exact Fisher, at
-            least 512: directions that few cases do not see look flat, and steps become too long.
-        smallest_damping: floor of lambda, which the paper's rule lacks; at zero, lambda of an easy
-            problem falls until rounding makes the inverses useless.
-        gamma_limit: gamma is at most this multiple of sqrt(lambda + eta). It is infinite in the
-            paper: while lambda is large, its search then prefers gradient descent, stays with it.
+        products_fraction: tau2 in (0, 1], the first cases for products with the exact Fisher.
+        fewest_products: so many cases are taken for products at least: directions that few cases do
+            not see look flat, and steps become too long.
         ema_decay: in [0, 1), the largest weight of the old statistics in a running average.
         trust_region: largest squared length of a step in Fhat; a longer one is shortened (KFC).
             None for no limit. With an ``lr`` only.
@@ -42,25 +50,52 @@ class KFACOptions:
         UnknownOptionError: a number is out of its range, or a name is unknown.
     """
 
-    damping_every: int = 5
-    gamma_every: int = 20
-    statistics_fraction: float = 1 / 8
-    products_fraction: float = 1 / 4
-    smallest_damping: float = 1e-3
+    omega1: float | None = None
+    damping_every: int | None = None
+    gamma_every: int | None = None
+    omega2: float | None = None
     gamma_limit: float = 1.0
+    smallest_damping: float | None = None
+    statistics_fraction: float = 1 / 4
+    products_fraction: float = 1 / 4
+    fewest_products: int = 256
     ema_decay: float = 0.95
     trust_region: float | None = None
     outlier: float = 5.0
     forward: Forward = run_network
     factor_storage: FactorStorage | None = None
 
+    @classmethod
+    def paper(cls) -> KFACOptions:
+        """Return the constants of Martens & Grosse (2015), with a floor and a limit of gamma.
+
+        Their lambda_0 and eta are ``KFAC(damping=150.0, weight_decay=1e-5)``, their T3 the default
+        of ``refresh_every`` where gamma is searched.
+        """
+        return cls(
+            damping_every=5,
+            gamma_every=20,
+            smallest_damping=1e-3,
+            statistics_fraction=1 / 8,
+            fewest_products=512,
+        )
+
     def __post_init__(self) -> None:
         # Here and not in KFAC, so that an object that exists is one that can be used.
-        period("damping_every", self.damping_every)
-        period("gamma_every", self.gamma_every)
+        for name in ("damping_every", "gamma_every"):
+            if getattr(self, name) is not None:
+                period(name, getattr(self, name))
+        period("fewest_products", self.fewest_products)
+        for name in ("omega1", "omega2"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1:
+                raise UnknownOptionError(f"{name} must be a number between 0 and 1, got {value!r}")
+        if self.omega2 is not None and self.gamma_every is None:
+            raise UnknownOptionError("omega2 is of the search of gamma: give gamma_every too")
         share("statistics_fraction", self.statistics_fraction)
         share("products_fraction", self.products_fraction)
         within("ema_decay", self.ema_decay, 0.0, 1.0)
+        positive("smallest_damping", self.smallest_damping)
         positive("trust_region", self.trust_region)
         if self.factor_storage is not None:
             choice("factor_storage", self.factor_storage, FACTOR_STORAGES)

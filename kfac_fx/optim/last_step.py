@@ -48,10 +48,14 @@ class LastStep:
         foreach.add_(list(parameters.values()), [update[name] for name in parameters])
         self.update = update
 
+    def put_back(self, parameters: Parameters) -> None:
+        """Put the parameters back, and forget the step but not that there was none before it."""
+        foreach.copy_(list(parameters.values()), [self.parameters[name] for name in parameters])
+        self.forget_update()
+
     def undo(self, parameters: Parameters) -> Buffers:
         """Put the parameters back; return the buffers from before, and forget the step."""
-        for name, parameter in parameters.items():
-            parameter.copy_(self.parameters[name])
+        self.put_back(parameters)
         # The update is forgotten too: as momentum it would lead back to where the step was undone.
         buffers = self.buffers
         self.forget_update()

@@ -12,8 +12,8 @@ from torch.func import functional_call
 
 from kfac_fx.codegen.compile import compiled_network
 from kfac_fx.errors import LikelihoodError
-from kfac_fx.likelihoods.batch import BatchLikelihood, batch_likelihood
-from kfac_fx.likelihoods.builtin import Likelihood, Tree
+from kfac_fx.likelihoods.batch import BatchLikelihood, batch_likelihood, output_tensors
+from kfac_fx.likelihoods.builtin import Bernoulli, Categorical, Likelihood, Normal, Tree
 from kfac_fx.likelihoods.named import Sum
 from kfac_fx.likelihoods.sampling import seeded
 from kfac_fx.ops.net_buffers import STORE
@@ -21,6 +21,9 @@ from kfac_fx.parallel import WholeParameters, Workers, share_of
 from kfac_fx.statistics.forward import Forward, outputs_of
 from kfac_fx.statistics.recorder import drawn_seed
 from kfac_fx.torch_internals import pytree
+
+MOST_WIDENED = 2**22
+"""Outputs of a batch whose loss is summed in float64; the copies of more would take much memory."""
 
 
 class Batch(NamedTuple):
@@ -54,6 +57,8 @@ class Objective:
     Attributes:
         cases: number of cases of the batch, in all processes.
         terms: sum of the weights of the terms of the last loss: a case is one, or one a position.
+        start: what ``value`` would return at the parameters of the last gradient, [] in all
+            processes.
     """
 
     def __init__(
@@ -70,7 +75,9 @@ class Objective:
         self.forward = forward
         self.cases = 0
         self.terms = 0.0
+        self.start = torch.zeros(())
         self._whole = whole
+        self._precise = precise(likelihood)
         self._workers = workers
         self._generator = generator
         self._seed = 0
@@ -168,13 +175,14 @@ class Objective:
         return made.nll() / made.count
 
     def gradient(
-        self, batch: Batch, parameters: Mapping[str, Tensor]
+        self, batch: Batch, parameters: Mapping[str, Tensor], compared: bool = False
     ) -> tuple[Tensor, list[Tensor]]:
         """Return the loss and its gradients, dense, of all processes.
 
         Args:
             batch: the batch of this process.
             parameters: the module's own, or those that it is run with; a gradient each, in order.
+            compared: whether ``start`` is wanted.
         """
         with torch.enable_grad(), self.same_masks():
             if self._compiled is None:
@@ -187,8 +195,12 @@ class Objective:
             # not reach has a gradient of zero, to which the l2 term is added.
             found = torch.autograd.grad(loss, wrt, allow_unused=True, materialize_grads=True)
         value = loss.detach()
+        self.start = value.clone()
+        if compared:
+            with torch.no_grad():
+                self.start = self._compared(outputs, batch.targets, self.start)
         dense = [g.to_dense() if g.is_sparse else g for g in found]
-        self._workers.sum_([value, *dense])
+        self._workers.sum_([value, self.start, *dense])
         return value, dense
 
     def value(self, batch: Batch, parameters: Mapping[str, Tensor] | None = None) -> float:
@@ -198,9 +210,34 @@ class Objective:
             batch: the batch of this process.
             parameters: the parameters by name, in place of the module's own; None for those.
         """
-        total = self.loss(self.outputs(batch.inputs, parameters), batch.targets).detach()
+        total = self._compared(self.outputs(batch.inputs, parameters), batch.targets).detach()
         self._workers.sum_([total])
         return float(total)
+
+    def _compared(self, outputs: Tree, targets: Tree, loss: Tensor | None = None) -> Tensor:
+        """Return this process's share of a loss that is compared with others of the same batch.
+
+        Args:
+            outputs, targets: those of the batch.
+            loss: the loss in the outputs' own precision, where it is known.
+        """
+        # In float32 the loss of a good fit, and what is constant in it, swallow what a step
+        # changes. The outputs themselves are precise enough; of very many the mean is, too.
+        leaves = output_tensors(outputs)
+        if self._precise and sum(leaf.numel() for leaf in leaves) <= MOST_WIDENED:
+            return self.loss(*pytree.tree_map_only(Tensor, _double, (outputs, targets)))
+        return self.loss(outputs, targets) if loss is None else loss
+
+
+def precise(likelihood: Likelihood | Sum) -> bool:
+    """Say whether a likelihood takes outputs of any precision; a user's own may not."""
+    if isinstance(likelihood, Sum):
+        return all(precise(part) for _, (part, _) in likelihood.items())
+    return isinstance(likelihood, (Categorical, Bernoulli, Normal))
+
+
+def _double(value: Tensor) -> Tensor:
+    return value.double() if value.is_floating_point() else value
 
 
 def case_count(batch: Tree) -> int:

@@ -23,9 +23,6 @@ from kfac_fx.optim.quadratic import (
 )
 from kfac_fx.parallel import Workers
 
-LEAST_PRODUCTS = 512
-"""Cases for products with the exact Fisher: directions that few cases do not see look flat."""
-
 
 @dataclass(frozen=True)
 class Situation:
@@ -39,6 +36,7 @@ class Situation:
         previous: the last update, empty at first; the new one may be written into it.
         rates: learning rate of each parameter's group; only where the user gave one.
         momenta: momentum of each parameter's group; only where the user gave a learning rate.
+        again: whether another update of the same batch was no good, and the damping has grown.
     """
 
     iteration: int
@@ -48,6 +46,7 @@ class Situation:
     previous: Direction
     rates: Mapping[str, float]
     momenta: Mapping[str, float]
+    again: bool = False
 
 
 @dataclass(frozen=True)
@@ -105,6 +104,7 @@ class AdaptiveUpdate:
         inverse: gives proposals.
         rule: has lambda and gamma; it is told which gamma was best.
         fraction: tau2, the share of the batch for products with the exact Fisher.
+        fewest: so many cases are taken for products at least.
         refresh_every: T3.
         workers: the processes over which those products are added up.
     """
@@ -113,6 +113,7 @@ class AdaptiveUpdate:
     inverse: InverseFisher
     rule: DampingRule
     fraction: float
+    fewest: int
     refresh_every: int
     workers: Workers
 
@@ -141,20 +142,19 @@ class AdaptiveUpdate:
         return Update(
             combination(weights, [best.proposal, *previous]),
             {"alpha": weights[0], "mu": sum(weights[1:]), "model": lowest},
-            judged=at.iteration % self.rule.damping_every == 0,
+            judged=self.rule.due(at.iteration),
             predicted=lowest,
         )
 
     def _candidates(self, at: Situation) -> list[_Candidate]:
         """Return a proposal Delta = -Fhat^-1 grad for every gamma that is to be tried."""
+        refresh = due(at.iteration, self.refresh_every) or self.inverse.refreshed is None
+        if refresh:
+            self.rule.scaled(self.inverse.mean_eigenvalue())
         gammas = self.rule.candidates(at.iteration)
         # One gamma may use inverses as they are between refreshes. Several need their own, all of
         # the same averages, else older inverses would be compared with newer ones.
-        refresh = (
-            len(gammas) > 1
-            or due(at.iteration, self.refresh_every)
-            or self.inverse.refreshed is None
-        )
+        refresh = refresh or at.again or len(gammas) > 1
         found = []
         for gamma in gammas:
             if refresh:
@@ -166,7 +166,7 @@ class AdaptiveUpdate:
 
     def _gram(self, at: Situation, directions: list[Direction]) -> Tensor:
         """Return the products of directions with the exact Fisher, [n, n], of all processes."""
-        part = self.objective.first(at.batch, self.fraction, LEAST_PRODUCTS)
+        part = self.objective.first(at.batch, self.fraction, self.fewest)
 
         def run(parameters: Parameters) -> BatchLikelihood:
             # Each product runs the network once more, with the same masks and no trace in buffers.

@@ -82,13 +82,19 @@ class Table(nn.Module):
         return self.head(x + self.position)
 
 
-def test_a_length_that_the_export_fixed_is_refused() -> None:
+def test_a_length_that_the_export_fixed_goes_to_the_model(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     """Where the graph has sizes for constants, another one could be broadcast without a word."""
-    net = kfac_fx.transform(Table(), torch.randn(3, 6, 4))
+    model = Table()
+    net = kfac_fx.transform(model, torch.randn(3, 6, 4))
     assert net.curvature.route == "export" and net(torch.randn(5, 6, 4)).shape == (5, 6, 3)
-    for length in (1, 5):
-        with pytest.raises(kfac_fx.errors.CaptureError, match="dimension 1 was fixed to 6"):
-            net(torch.randn(3, length, 4))
+    assert "was captured" not in caplog.text
+    x = torch.randn(3, 1, 4)
+    close((net(x),), (model(x),))
+    assert "float32[3, 1, 4]" in caplog.text
+    with pytest.raises(RuntimeError, match="must match the size"):
+        net(torch.randn(3, 5, 4))
 
 
 def test_the_check_of_sizes_compiles() -> None:

@@ -7,11 +7,14 @@ import runpy
 import subprocess
 from collections.abc import Iterator
 from importlib import import_module
+from inspect import getdoc
 from pathlib import Path
 
 import pytest
+import torch
 
 import kfac_fx
+from kfac_fx.passes.rules import BUILT_IN
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = {".py", ".md", ".toml", ".txt", ".yml", ".cff", ".html", ""}
@@ -180,3 +183,33 @@ def test_the_table_of_tests_is_up_to_date() -> None:
     """If it is not: ``python docs/tools/where_is_it_tested.py``."""
     script = runpy.run_path(str(ROOT / "docs/tools/where_is_it_tested.py"))
     assert script["PAGE"].read_text(encoding="utf-8") == script["page"]()
+
+
+@pytest.mark.parametrize("name", ["errors", "options", "uses", "command_line"])
+def test_a_page_that_is_written_from_the_code_is_up_to_date(name: str) -> None:
+    """If it is not: ``python docs/tools/reference.py``."""
+    torch.manual_seed(0)
+    script = runpy.run_path(str(ROOT / "docs/tools/reference.py"))
+    assert script["path_of"](name).read_text(encoding="utf-8") == script["page"](name)
+
+
+def test_every_error_says_what_to_do() -> None:
+    silent = [
+        name
+        for name, kind in vars(kfac_fx.errors).items()
+        if isinstance(kind, type) and issubclass(kind, kfac_fx.errors.KFACError)
+        if kind is not kfac_fx.errors.KFACError and "\n\nWhat to do: " not in (getdoc(kind) or "")
+    ]
+    assert not silent
+
+
+def test_every_rule_has_an_example_among_the_uses() -> None:
+    uses = text_of(ROOT / "docs/reference/uses.md").partition("## What each rule")[0]
+    kinds = set(re.findall(r"^\| [^|]* \| (\w+) \|", uses, re.M))
+    assert {rule.kind for rule in BUILT_IN} <= kinds
+
+
+def test_the_readme_is_short() -> None:
+    text = text_of(ROOT / "README.md")
+    assert len(text.splitlines()) <= 150
+    assert len(text.split()) <= 1200

@@ -269,7 +269,9 @@ def test_convolutions_in_forward_mode() -> None:
 def test_products_with_the_exact_fisher() -> None:
     """Of a run's quadratic model: forward mode over forward mode, against the full Jacobian."""
     model, points = network(), batch()
-    optimizer = kfac_fx.KFAC(kfac_fx.transform(model), SUM, damping=0.5, fisher="exact")
+    optimizer = kfac_fx.KFAC(
+        kfac_fx.transform(model), SUM, damping=0.5, fisher="exact", weight_decay=1e-5
+    )
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     loss = optimizer.step(lambda net: poisson(net, points))
     parameters = {name: p.requires_grad_() for name, p in before.items()}

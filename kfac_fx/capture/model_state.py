@@ -1,0 +1,401 @@
+"""What a capture read from a model besides tensors, compared at every call in one pass.
+
+A graph is the path that the model's Python took once: over attributes, flags, children, hooks and
+globals. They may be others at the next call, and the graph would go on as before.
+"""
+
+from __future__ import annotations
+
+import collections
+import copy
+import sys
+import types
+from collections.abc import Collection, Iterable, Iterator
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from kfac_fx.capture.layer_calls import translate
+
+Watched = Any
+"""A container that is looked at: a module's dictionary, a list in an attribute, a class."""
+
+_TENSORS = ("_parameters", "_buffers")
+# What torch keeps in a module for itself, and no forward of a user's reads. Lists of a recurrent
+# layer's weights are made anew whenever it moves.
+_OWN = frozenset({*_TENSORS, "_flat_weights", "_flat_weight_refs", "_compiled_call_impl"})
+_GLOBAL_HOOKS = (
+    "_global_forward_hooks",
+    "_global_forward_pre_hooks",
+    "_global_backward_hooks",
+    "_global_backward_pre_hooks",
+)
+_PLAIN = (int, float, complex, bool, str, bytes, type(None))
+_CONTAINERS = (dict, list, set, collections.deque)
+_DEPTH = 4
+"""How deep containers and objects within attributes are looked at."""
+
+_MOST = 20_000
+"""Most containers that are looked at: a table of a million entries is data and no setting."""
+
+
+class Place(NamedTuple):
+    """Says whose a watched container is.
+
+    Attributes:
+        module: path of the module; "" for the model itself.
+        name: of the attribute that holds it; "" for the module's own dictionary.
+    """
+
+    module: str
+    name: str = ""
+
+    def __str__(self) -> str:
+        return ".".join(part for part in (self.module, self.name) if part) or "the model"
+
+
+class Change(NamedTuple):
+    """One entry that differs from what was captured.
+
+    Attributes:
+        place: the container.
+        key: the entry of it.
+        words: says it to the user.
+    """
+
+    place: Place
+    key: str
+    words: str
+
+
+class ModelState:
+    """Hold what a model's Python can read, and tell cheaply whether it is still so.
+
+    Modes are held apart: in training and in evaluation all flags have one value at the capture.
+
+    Args:
+        model: the user's model, as it was captured.
+        live: paths of modules that the graph calls as they are. What they hold is read at each
+            call, so only that which taps were chosen by is looked at.
+        own_hooks: whether hooks of the model itself run at each call and need no watch.
+    """
+
+    def __init__(self, model: nn.Module, live: Collection[str], *, own_hooks: bool) -> None:
+        self._model = model
+        self._modules: list[nn.Module] = []
+        self._paths: list[str] = []
+        self._places: list[Place] = []
+        self._containers: list[Watched] = []
+        self._seen: set[int] = set()
+        self._globals: list[tuple[dict[str, object], str]] = []
+        self._own_hooks = own_hooks
+        self._live_paths = live
+        for path, module in model.named_modules():
+            self._add_module(module, path, path in live)
+        for name in _GLOBAL_HOOKS:
+            self._watch(getattr(torch_module, name), Place("", f"torch's {name}"), 0)
+        self._tensors = [
+            vars(module)[kind] for module in self._modules for kind in _TENSORS if _held(module)
+        ]
+        now = self._copies()
+        self._kept = {mode: _in_mode(now, mode) for mode in (True, False)}
+        self._ties = _ties(model)
+
+    # The pass of every call.
+
+    def holds(self, training: bool) -> bool:
+        """Tell whether all is as it was.
+
+        Args:
+            training: the mode that the captured module is in.
+        """
+        kinds, containers, values, tensors = self._kept[training]
+        try:
+            # Dictionaries are compared by C code that looks at identities first: some twenty
+            # nanoseconds an entry, where a loop in Python would take ten times as long.
+            return bool(
+                self._containers == containers
+                and [*map(type, self._modules)] == kinds
+                and [space.get(name) for space, name in self._globals] == values
+                and self._kinds_of_tensors() == tensors
+                and (not self._ties or self._tied())
+            )
+        except Exception:  # comparing a user's objects may raise anything
+            return False
+
+    # What is left for calls that find a change.
+
+    def changes(self, training: bool) -> list[Change]:
+        """Return what differs, entry by entry.
+
+        Args:
+            training: the mode that the captured module is in.
+        """
+        kinds, containers, values, tensors = self._kept[training]
+        found: list[Change] = []
+        for place, now, then in zip(self._places, self._containers, containers, strict=True):
+            for key, words in _differing(now, then):
+                # Python adds to a class by itself (its annotations, when they are asked for).
+                if key not in _OWN and (key == "__call__" or not key.startswith("__")):
+                    found.append(Change(place, key, f"{place}{words}"))
+        for path, module, kind in zip(self._paths, self._modules, kinds, strict=True):
+            if type(module) is not kind:
+                place = Place(path)
+                words = f"the class of {place} is {type(module).__name__}, not {kind.__name__}"
+                found.append(Change(place, "__class__", words))
+        for (space, name), value in zip(self._globals, values, strict=True):
+            if not _equal(space.get(name), value):
+                found.append(Change(Place("", f"global {name}"), name, f"the global {name}"))
+        if self._kinds_of_tensors() != tensors:
+            words = "the number, dtypes or devices of parameters and buffers"
+            found.append(Change(Place(""), "tensors", words))
+        if not self._tied():
+            found.append(Change(Place(""), "ties", "parameters that were one are two"))
+        return found
+
+    def flags(self) -> dict[str, bool]:
+        """Return the flag ``training`` of every module by path."""
+        return {p: m.training for p, m in zip(self._paths, self._modules, strict=True)}
+
+    def accept(self, training: bool) -> None:
+        """Take the present state as good: it was found to lead to the same graph.
+
+        Args:
+            training: the mode for which it is so.
+        """
+        self._kept[training] = self._copies()
+        self._ties = _ties(self._model)
+
+    def of_copy(self, model: nn.Module) -> ModelState:
+        """Return the state of a copy of the model, which is as this model is now."""
+        return ModelState(model, self._live_paths, own_hooks=self._own_hooks)
+
+    def known(self) -> object:
+        """Return the present state as a value that ``same`` can compare with a later one."""
+        return self._copies()
+
+    def same(self, other: object) -> bool:
+        """Tell whether the state is that of an earlier ``known``."""
+        try:
+            return bool(self._live() == other)
+        except Exception:  # comparing a user's objects may raise anything
+            return False
+
+    # Building.
+
+    def _add_module(self, module: nn.Module, path: str, live: bool) -> None:
+        """Look at a module's dictionary and, where the graph has looked into it, at all it holds.
+
+        Args:
+            module: one of the model's.
+            path: its path.
+            live: whether the graph calls it as it is.
+        """
+        if id(module) in self._seen:
+            return
+        self._seen.add(id(module))
+        self._modules.append(module)
+        self._paths.append(path)
+        # A layer that is called as it is reads its own settings; those that a tap was chosen by
+        # (the stride of a convolution) may not change behind the tap.
+        if live and translate(module, path) is None:
+            return
+        self._add(vars(module), Place(path))
+        for key, value in vars(module).items():
+            if key in _OWN or (not path and self._own_hooks and "_hooks" in key):
+                continue
+            if key == "_modules":
+                self._add(value, Place(path, "children"))
+            else:
+                self._watch(value, Place(path, key), 1)
+        if not live:
+            self._add_class(type(module), path)
+
+    def _add(self, container: Watched, place: Place) -> None:
+        """Look at the entries of a container, and no deeper."""
+        self._seen.add(id(container))
+        self._places.append(place)
+        self._containers.append(container)
+
+    def _watch(self, value: Watched, place: Place, depth: int) -> None:
+        """Look at a container or a plain object, and at those in it.
+
+        Args:
+            value: what an attribute holds, or what is in that.
+            place: of the attribute.
+            depth: 1 for the attribute's own value.
+        """
+        if depth > _DEPTH or id(value) in self._seen or len(self._places) > _MOST:
+            return
+        if isinstance(value, nn.Module):
+            # Those in a plain list are no children of their module, and run all the same.
+            if depth > 1:
+                for path, inner in value.named_modules():
+                    self._add_module(inner, f"{place}.{path}".strip("."), False)
+            return
+        items: Iterable[Watched] = ()
+        if isinstance(value, _CONTAINERS):
+            self._add(value, place)
+            items = value.values() if isinstance(value, dict) else value
+        elif isinstance(value, tuple):
+            items = value
+        elif depth <= 2 and (held := _attributes(value)) is not None:
+            self._seen.add(id(value))
+            self._add(held, place)
+            # Settings within settings, but no object within an object: a trainer that a module
+            # knows holds all there is, and changes in every step.
+            items = (one for one in held.values() if isinstance(one, (*_CONTAINERS, tuple)))
+        for item in items:
+            if not isinstance(item, (*_PLAIN, Tensor)):
+                self._watch(item, place, depth + 1)
+
+    def _add_class(self, kind: type, path: str) -> None:
+        """Look at the attributes of a user's class, and at the globals that its code reads."""
+        for base in kind.__mro__:
+            if id(base) in self._seen or base.__module__.split(".")[0] in ("torch", "builtins"):
+                continue
+            self._seen.add(id(base))
+            self._places.append(Place(path, f"class {base.__name__}"))
+            self._containers.append(vars(base))
+            for value in list(vars(base).values()):
+                function = getattr(value, "__func__", getattr(value, "fget", value))
+                self._add_globals(function, 2)
+
+    def _add_globals(self, function: object, depth: int) -> None:
+        """Look at the settings that a function reads from its module or its closure."""
+        if not isinstance(function, types.FunctionType) or id(function) in self._seen or not depth:
+            return
+        self._seen.add(id(function))
+        space = function.__globals__
+        if (space.get("__name__") or "").split(".")[0] in ("torch", *sys.stdlib_module_names):
+            return
+        for name in _names_in(function.__code__):
+            value = space.get(name)
+            if isinstance(value, types.FunctionType):
+                self._add_globals(value, depth - 1)
+            elif isinstance(value, (*_PLAIN, *_CONTAINERS, tuple)) and name in space:
+                self._globals.append((space, name))
+                self._watch(value, Place("", f"the global {name}"), 1)
+        for cell in function.__closure__ or ():
+            try:
+                value = cell.cell_contents
+            except ValueError:  # not filled yet
+                continue
+            if isinstance(value, types.FunctionType):
+                self._add_globals(value, depth - 1)
+            elif isinstance(value, _CONTAINERS):
+                self._watch(value, Place("", f"a variable around {function.__name__}"), 1)
+
+    # Values.
+
+    def _kinds_of_tensors(self) -> list[tuple[object, object] | None]:
+        """Return dtype and device of every parameter and buffer, None where there is none."""
+        return [
+            None if tensor is None else (tensor.dtype, tensor.device)
+            for held in self._tensors
+            for tensor in held.values()
+        ]
+
+    def _live(self) -> tuple[list[type], list[Watched], list[object], list[object]]:
+        kinds = [*map(type, self._modules)]
+        values = [space.get(name) for space, name in self._globals]
+        return kinds, self._containers, values, self._kinds_of_tensors()  # type: ignore[return-value]
+
+    def _copies(self) -> tuple[list[type], list[Watched], list[object], list[object]]:
+        kinds, containers, values, tensors = self._live()
+        return kinds, [_copied(one) for one in containers], values, tensors
+
+    def _tied(self) -> bool:
+        """Tell whether tensors that were one object under two names still are."""
+        return all(one.get(a) is other.get(b) for one, a, other, b in self._ties)
+
+
+def _held(module: nn.Module) -> bool:
+    """Tell whether a module keeps its tensors in plain dictionaries (a scripted one does not)."""
+    return all(type(vars(module).get(kind)) is dict for kind in _TENSORS)
+
+
+def _ties(
+    model: nn.Module,
+) -> list[tuple[dict[str, object], str, dict[str, object], str]]:
+    """Return where one tensor stands under two names: a graph reads it under the first."""
+    first: dict[int, tuple[dict[str, object], str]] = {}
+    found = []
+    for module in model.modules():
+        for kind in _TENSORS if _held(module) else ():
+            held = vars(module)[kind]
+            for name, tensor in held.items():
+                if tensor is None:
+                    continue
+                if id(tensor) in first:
+                    found.append((*first[id(tensor)], held, name))
+                else:
+                    first[id(tensor)] = (held, name)
+    return found
+
+
+def _attributes(value: Watched) -> dict[str, object] | None:
+    """Return the attributes of a user's plain object (a configuration), None for all others."""
+    skipped = (Tensor, type, types.ModuleType, types.FunctionType, types.MethodType)
+    if isinstance(value, skipped) or type(value).__module__.split(".")[0] == "torch":
+        return None
+    found = getattr(value, "__dict__", None)
+    return found if isinstance(found, dict) else None
+
+
+def _names_in(code: types.CodeType) -> Iterator[str]:
+    """Yield the names that code, and code within it, looks up."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names_in(constant)
+
+
+def _copied(container: Watched) -> Watched:
+    """Return a copy that later changes of the container do not reach."""
+    if isinstance(container, (dict, types.MappingProxyType)):
+        return dict(container)
+    return list(container) if type(container) is list else copy.copy(container)
+
+
+def _in_mode(
+    state: tuple[list[type], list[Watched], list[object], list[object]], training: bool
+) -> tuple[list[type], list[Watched], list[object], list[object]]:
+    """Return a state with the flags of all modules in one mode, as captures are made."""
+    kinds, containers, values, tensors = state
+    flagged = [
+        {**one, "training": training} if isinstance(one, dict) and "_modules" in one else one
+        for one in containers
+    ]
+    return kinds, flagged, values, tensors
+
+
+def _equal(one: object, other: object) -> bool:
+    try:
+        return one is other or bool(one == other)
+    except Exception:  # comparing a user's objects may raise anything
+        return False
+
+
+def _differing(now: Watched, then: Watched) -> Iterator[tuple[str, str]]:
+    """Yield the entries of a container that differ, as key and in words."""
+    if _equal(now, then):
+        return
+    if not isinstance(then, dict):
+        yield "", f" is {_short(now)}, not {_short(then)}"
+        return
+    for key in dict.fromkeys((*then, *now)):
+        if key not in now:
+            yield str(key), f".{key} is gone"
+        elif key not in then:
+            yield str(key), f".{key} is new"
+        elif not _equal(now[key], then[key]):
+            yield str(key), f".{key} is {_short(now[key])}, not {_short(then[key])}"
+
+
+def _short(value: object) -> str:
+    """Return a value as text that fits into a message."""
+    if isinstance(value, _PLAIN):
+        return repr(value)[:60]
+    return f"a {type(value).__name__}" if not isinstance(value, type) else value.__name__

@@ -1,0 +1,157 @@
+"""Symbolic values that record in-place operators, and refuse what they cannot answer.
+
+fx's own proxies answer Python's questions wrongly in silence: ``x += y`` makes a new value,
+``isinstance(x, Tensor)`` is False, and ``x.tag = 1`` is forgotten. Each of these is recorded here
+where that is exact, and is otherwise a refusal, which names the line.
+"""
+
+from __future__ import annotations
+
+import operator
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from torch import Tensor, fx, nn
+from torch.utils import checkpoint
+
+from kfac_fx.capture.in_place import OPERATORS
+
+if TYPE_CHECKING:
+    from kfac_fx.capture.recording import Recording
+
+Value = Any
+"""What the user's code hands to a symbolic value: a proxy, a tensor, a number."""
+
+_OWN = frozenset({"tracer", "node", "root", "attr", "_node", "param", "name"})
+"""Attributes that proxies themselves have."""
+
+
+class Watched:
+    """What all symbolic values of this library have in common; comes before fx's class.
+
+    Attributes:
+        tracer: made the value, and is told of refusals.
+    """
+
+    if TYPE_CHECKING:
+        tracer: Recording
+        node: fx.Node
+    _is_param = False  # torch's Parameter asks for it in isinstance
+
+    def _class(self) -> type:
+        """Return the class of the value itself, for ``isinstance``.
+
+        Raises:
+            CaptureError: it is not known.
+        """
+        # A checkpoint looks for devices among its inputs, and does without those of no tensors.
+        if sys._getframe(1).f_code.co_filename == checkpoint.__file__:
+            return type(self)
+        kind = self.tracer.kind(self.node)
+        if kind is None:
+            self.tracer.refuse("the class of a symbolic value is asked for (isinstance)")
+        return kind
+
+    __class__ = property(_class)
+
+    def __getattr__(self, name: str) -> WatchedAttribute:
+        if name.startswith("__") and name.endswith("__"):
+            raise AttributeError(name)  # a protocol that the value's class would have
+        node = _node(self)
+        if node is not None and self.tracer.known(node) is Tensor and not hasattr(Tensor, name):
+            raise AttributeError(f"'Tensor' object has no attribute '{name}'")
+        return WatchedAttribute(self, name)  # type: ignore[arg-type]
+
+    def __setattr__(self, name: str, value: Value) -> None:
+        if name not in _OWN:
+            self.tracer.refuse(f"the attribute {name!r} of a tensor is set")
+        object.__setattr__(self, name, value)
+
+    def __setitem__(self, index: Value, value: Value) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+    def _cannot(self, what: str) -> NoReturn:
+        self.tracer.refuse(f"{what} of a symbolic value is asked for")
+
+    def __len__(self) -> int:
+        self._cannot("len()")
+
+    def __float__(self) -> float:
+        self._cannot("float()")
+
+    def __int__(self) -> int:
+        self._cannot("int()")
+
+    def __complex__(self) -> complex:
+        self._cannot("complex()")
+
+    def __repr__(self) -> str:
+        self._cannot("the text")
+
+    def __format__(self, spec: str) -> str:
+        self._cannot("the text")
+
+    def __array__(self, *args: Value, **kwargs: Value) -> NoReturn:
+        self._cannot("the NumPy array")
+
+    def __copy__(self) -> NoReturn:
+        self._cannot("a copy (copy.copy)")
+
+    def __deepcopy__(self, memo: object) -> NoReturn:
+        self._cannot("a copy (copy.deepcopy)")
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        self._cannot("a pickle")
+
+    def __contains__(self, item: Value) -> bool:
+        self._cannot("`in`")
+
+
+def _update(target: Callable[[Value, Value], Value]) -> Callable[[Watched, Value], fx.Proxy]:
+    """Return the method that records an operator in place."""
+
+    def update(self: Watched, other: Value) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", target, (self, other), {})
+
+    return update
+
+
+for _target in OPERATORS:
+    setattr(Watched, f"__{_target.__name__}__", _update(_target))
+
+
+class WatchedProxy(Watched, fx.Proxy):  # type: ignore[misc]
+    """A symbolic value."""
+
+
+class WatchedAttribute(Watched, fx.proxy.Attribute):  # type: ignore[misc]
+    """An attribute of a symbolic value, perhaps a method that is about to be called."""
+
+
+class WatchedMember(Watched, fx.proxy.ParameterProxy):  # type: ignore[misc]
+    """A parameter or buffer; its shape is known, so Python code may branch on it.
+
+    Args:
+        tracer: makes nodes.
+        node: reads the tensor.
+        tensor: the model's own.
+    """
+
+    def __init__(self, tracer: fx.Tracer, node: fx.Node, tensor: Tensor) -> None:
+        fx.Proxy.__init__(self, node, tracer)
+        self.param = tensor  # type: ignore[assignment]
+        self.name = str(node.target)
+
+    @property
+    def _is_param(self) -> bool:  # type: ignore[override]
+        return isinstance(self.param, nn.Parameter)
+
+    __repr__ = Watched.__repr__
+
+
+def _node(value: Watched) -> fx.Node | None:
+    """Return the node of a symbolic value; None for an attribute that is not yet one."""
+    held = object.__getattribute__(value, "__dict__")
+    node: fx.Node | None = held.get("node", held.get("_node"))
+    return node

@@ -1,0 +1,359 @@
+"""Everything that a run of a model's Python code may change: seen, named, and put back.
+
+Attributes of its modules and what they hold (lists, dictionaries, plain objects, generators), plain
+values of their classes and of the globals that their methods name, parameters and buffers.
+"""
+
+from __future__ import annotations
+
+import collections
+import pickle
+import random
+import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+
+Value = Any
+"""What a module holds under a name."""
+
+_SCALARS = (bool, int, float, complex, str, bytes, type(None))
+_HOLDERS = (dict, list, set, collections.deque)
+_LARGE = 1_000_000
+"""Entries of a NumPy array above which it is not copied."""
+_LIMIT = 200_000
+"""Objects that are looked at; what lies beyond is not watched."""
+_OWN = ("_kfac_fx",)
+"""Prefixes of attributes that are this library's own."""
+
+
+class ModelState:
+    """What a model's code may change, as it is now.
+
+    Args:
+        model: its modules are looked into; tensors' values are kept apart (``TensorValues``).
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._seen: dict[int, Value] = {}
+        self._globals_seen: set[tuple[int, str]] = set()
+        self._records: list[tuple[str, Value, Value]] = []
+        self._states: list[tuple[str, Value, Value]] = []
+        self._tensors: list[tuple[str, Tensor, tuple[Value, ...]]] = []
+        for path, module in model.named_modules():
+            name = f"{path or type(model).__name__}"
+            self._object(name, module)
+        for owner in {base for m in model.modules() for base in type(m).__mro__ if _theirs(base)}:
+            self._class(owner)
+        for name, one in zip(("Python", "NumPy"), _shared_generators(), strict=False):
+            self._walk(f"the random generator of {name}", one)
+
+    def changes(self) -> list[str]:
+        """Return in words what is no longer as it was; tensors' values count by their versions."""
+        found: list[str] = []
+        for name, holder, before in self._records:
+            found += _changes(name, before, _contents(holder))
+        found += [f"moves {n}" for n, one, before in self._states if _state(one) != before]
+        found += [f"changes {n} in place" for n, t, before in self._tensors if _marks(t) != before]
+        return found
+
+    def restore(self) -> None:
+        """Put everything back but the values of tensors."""
+        for _, holder, before in self._records:
+            now = _contents(holder)
+            if not _same(now, before):
+                _fill(holder, before)
+        for _, one, before in self._states:
+            if _state(one) != before:
+                _set_state(one, before)
+        for _, tensor, before in self._tensors:
+            if tensor.is_leaf and tensor.requires_grad is not before[0]:
+                tensor.requires_grad_(before[0])
+            if tensor.is_leaf and tensor.grad is not before[1]:
+                tensor.grad = before[1]
+
+    # Looking.
+
+    def _walk(self, name: str, value: Value) -> None:
+        """Take note of a value and of what it holds."""
+        if isinstance(value, _SCALARS) or id(value) in self._seen or len(self._seen) > _LIMIT:
+            return
+        if issubclass(type(value), fx.Proxy) or isinstance(value, fx.Graph):
+            return
+        self._seen[id(value)] = value
+        if isinstance(value, Tensor):
+            self._tensors.append((name, value, _marks(value)))
+        elif _state(value) is not None:
+            self._states.append((name, value, _state(value)))
+        elif isinstance(value, (*_HOLDERS, tuple)):
+            if not isinstance(value, tuple):
+                self._records.append((name, value, _contents(value)))
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            for key, item in list(items):
+                self._walk(f"{name}[{key!r}]" if isinstance(key, (str, int)) else name, item)
+        elif isinstance(value, types.FunctionType):
+            self._function(name, value)
+        elif isinstance(value, types.MethodType):
+            self._walk(name, value.__self__)
+        elif _theirs(type(value)) or isinstance(value, nn.Module):
+            self._object(name, value)
+
+    def _object(self, name: str, value: Value) -> None:
+        """Take note of an object's attributes."""
+        held = getattr(value, "__dict__", None)
+        if not isinstance(held, dict) or id(held) in self._seen:
+            return
+        self._seen[id(value)] = value
+        self._seen[id(held)] = held
+        self._records.append((name, held, dict(held)))
+        for key, item in list(held.items()):
+            if not key.startswith(_OWN):
+                inner = name if key in ("_parameters", "_buffers", "_modules") else f"{name}.{key}"
+                self._walk(inner, item)
+
+    def _class(self, owner: type) -> None:
+        """Take note of the plain values of a class, and of globals that its methods name."""
+        for key, value in list(vars(owner).items()):
+            name = f"{owner.__name__}.{key}"
+            if isinstance(value, types.FunctionType):
+                self._globals(value)
+                self._function(name, value)
+            elif isinstance(value, (*_SCALARS, *_HOLDERS, Tensor)) and not key.startswith("__"):
+                self._records.append((owner.__name__, _Entry(owner, key), [value]))
+                self._walk(name, value)
+
+    def _function(self, name: str, function: types.FunctionType) -> None:
+        """Take note of what a function closes over."""
+        for cell in function.__closure__ or ():
+            try:
+                value = cell.cell_contents
+            except ValueError:
+                continue  # not yet filled
+            if isinstance(value, _SCALARS):
+                self._records.append((name, cell, [value]))
+            elif isinstance(value, (*_HOLDERS, Tensor)):
+                self._walk(name, value)
+
+    def _globals(self, function: types.FunctionType) -> None:
+        """Take note of the plain globals that a function names."""
+        scope = function.__globals__
+        for key in function.__code__.co_names:
+            value = scope.get(key)
+            if value is None or (id(scope), key) in self._globals_seen:
+                continue
+            self._globals_seen.add((id(scope), key))
+            if isinstance(value, (bool, int, float, str)):
+                self._records.append(("the module", _Entry(scope, key), [value]))
+            elif isinstance(value, (*_HOLDERS, Tensor)) or _state(value) is not None:
+                self._walk(f"the global {key}", value)
+
+
+class _Entry:
+    """A single attribute of a class, or a single global."""
+
+    def __init__(self, owner: Value, key: str) -> None:
+        self.owner = owner
+        self.key = key
+
+    def get(self) -> Value:
+        if isinstance(self.owner, dict):
+            return self.owner.get(self.key)
+        return vars(self.owner).get(self.key)
+
+    def set(self, value: Value) -> None:
+        if isinstance(self.owner, dict):
+            self.owner[self.key] = value
+        else:
+            setattr(self.owner, self.key, value)
+
+
+def _theirs(kind: type) -> bool:
+    """Tell whether a class is the user's, or of a library that is not known to be stateless."""
+    top = kind.__module__.partition(".")[0]
+    return top not in sys.stdlib_module_names and top not in ("torch", "numpy", "kfac_fx")
+
+
+def _contents(holder: Value) -> Value:
+    """Return a shallow copy of what a holder has, as a plain dictionary, set or list."""
+    if isinstance(holder, dict):
+        return dict(holder.items())
+    if isinstance(holder, _Entry):
+        return [holder.get()]
+    if isinstance(holder, types.CellType):
+        return [holder.cell_contents]
+    return set(holder) if isinstance(holder, set) else list(holder)
+
+
+def _fill(holder: Value, contents: Value) -> None:
+    """Give a holder the contents that it had, in their order."""
+    if isinstance(holder, _Entry):
+        holder.set(contents[0])
+    elif isinstance(holder, types.CellType):
+        holder.cell_contents = contents[0]
+    elif isinstance(holder, dict):
+        # The base classes' methods: a user's mapping may refuse or interpret a key.
+        base = collections.OrderedDict if isinstance(holder, collections.OrderedDict) else dict
+        base.clear(holder)
+        for key, value in contents.items():
+            base.__setitem__(holder, key, value)
+    else:
+        holder.clear()
+        holder.update(contents) if isinstance(holder, set) else holder.extend(contents)
+
+
+def _same(now: Value, before: Value) -> bool:
+    """Tell whether two contents are the same objects, or equal plain values, in one order."""
+    if isinstance(before, dict):
+        if list(now) != list(before):
+            return False
+        return all(_equal(now[key], value) for key, value in before.items())
+    if isinstance(before, set):
+        return bool(now == before)
+    return len(now) == len(before) and all(map(_equal, now, before))
+
+
+def _equal(one: Value, other: Value) -> bool:
+    if one is other:
+        return True
+    return type(one) is type(other) and isinstance(one, _SCALARS) and one == other
+
+
+def _changes(name: str, before: Value, now: Value) -> Iterator[str]:
+    """Yield in words what differs between two contents of one holder."""
+    if _same(now, before):
+        return
+    if not isinstance(before, dict):
+        yield f"changes {name}"
+        return
+    changed = [
+        key
+        for key in dict.fromkeys((*before, *now))
+        if key not in before or key not in now or not _equal(now[key], before[key])
+    ]
+    for key in changed or ["the order of its entries"]:
+        yield f"writes {name}.{key}" if isinstance(key, str) else f"changes {name}"
+
+
+def _marks(tensor: Tensor) -> tuple[Value, ...]:
+    """Return what shows that a tensor was touched."""
+    grad = tensor.grad if tensor.is_leaf else None
+    return tensor.requires_grad, grad, version(tensor), _place(tensor)
+
+
+def version(tensor: Tensor) -> int:
+    """Return how often a tensor was written to; inference tensors do not count it."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+class _Stateful(NamedTuple):
+    """How the state of a kind of object is read and put back; states can be compared.
+
+    Attributes:
+        read: from the object to its state.
+        write: from the object and a state.
+    """
+
+    read: Callable[[Value], bytes]
+    write: Callable[[Value, bytes], None]
+
+
+def _stateful(value: Value) -> _Stateful | None:
+    """Return how to read a random generator or a small array, None for other objects."""
+    if isinstance(value, torch.Generator):
+        return _Stateful(
+            lambda v: bytes(v.get_state().tolist()),
+            lambda v, s: void(v.set_state(torch.tensor(list(s), dtype=torch.uint8))),
+        )
+    if isinstance(value, random.Random):
+        return _Stateful(
+            lambda v: pickle.dumps(v.getstate()), lambda v, s: v.setstate(pickle.loads(s))
+        )
+    numpy = sys.modules.get("numpy")
+    if numpy is None:
+        return None
+    if isinstance(value, numpy.random.Generator):
+        return _Stateful(
+            lambda v: pickle.dumps(v.bit_generator.state),
+            lambda v, s: setattr(v.bit_generator, "state", pickle.loads(s)),
+        )
+    if isinstance(value, numpy.random.RandomState):
+        return _Stateful(
+            lambda v: pickle.dumps(v.get_state()), lambda v, s: v.set_state(pickle.loads(s))
+        )
+    if isinstance(value, numpy.ndarray) and value.size < _LARGE and value.dtype != object:
+        return _Stateful(
+            lambda v: bytes(v.tobytes()),
+            lambda v, s: v.__setitem__(..., numpy.frombuffer(s, v.dtype).reshape(v.shape)),
+        )
+    return None
+
+
+def void(_: Value) -> None:
+    """Return nothing, whatever is given."""
+
+
+def _state(value: Value) -> bytes | None:
+    """Return the state of a random generator or a small array, None for other objects."""
+    found = _stateful(value)
+    return None if found is None else found.read(value)
+
+
+def _set_state(value: Value, state: bytes) -> None:
+    """Put a generator or an array back."""
+    found = _stateful(value)
+    assert found is not None
+    found.write(value, state)
+
+
+class TensorValues:
+    """The values of a model's parameters and buffers, as they are now.
+
+    Args:
+        model: the model.
+        parameters: keep those of parameters too, which takes their memory once more. Needed where
+            the model's own code runs: a momentum encoder moves its parameters in each forward.
+    """
+
+    def __init__(self, model: nn.Module, *, parameters: bool) -> None:
+        tensors = [*(model.parameters() if parameters else ()), *model.buffers()]
+        # An alias too: a tensor whose data was set anew gets the very memory that it had.
+        self._saved = [
+            (tensor, tensor.detach(), tensor.detach().clone())
+            for tensor in tensors
+            if not tensor.is_meta and not nn.parameter.is_lazy(tensor)
+        ]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the values back."""
+        for tensor, alias, value in self._saved:
+            if _place(tensor) != _place(alias):
+                tensor.data = alias
+            if not _equal_values(tensor, value):
+                tensor.copy_(value)
+
+
+def _place(tensor: Tensor) -> int:
+    """Return the address of a tensor's memory, 0 where it has none."""
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:
+        return 0
+
+
+def _equal_values(one: Tensor, other: Tensor) -> bool:
+    """Tell whether two tensors are equal; NaN equals itself."""
+    if one.layout is not torch.strided or one.is_quantized:
+        return False
+    same = one.detach() == other
+    return bool((same | (one.detach() != one.detach()) & (other != other)).all())
+
+
+def _shared_generators() -> list[Value]:
+    """Return the generators of Python and NumPy that every module shares."""
+    found: list[Value] = [random._inst]
+    numpy = sys.modules.get("numpy")
+    return found if numpy is None else [*found, numpy.random.mtrand._rand]

@@ -1,0 +1,172 @@
+"""The contexts in which user's code is traced: what it asks and switches is heard.
+
+Symbolic tracing and torch.export run the user's Python once. Questions about modes, the seeds of
+random generators and modes that rewrite torch's functions leave nothing in a graph, so they are
+refused where they are asked: on the user's line.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from torch import fx, nn
+from torch.utils.checkpoint import CheckpointFunction
+
+from kfac_fx.capture.autograd_calls import FunctionCall
+from kfac_fx.capture.real_calls import RealCalls
+from kfac_fx.torch_internals.modes import autocast_heard, mode_entries_heard
+
+if TYPE_CHECKING:
+    from kfac_fx.capture.recording import Recording
+
+Value = Any
+"""An argument or result of a function of torch's."""
+
+Refuse = Callable[[str], NoReturn]
+"""Stops the capture with a reason."""
+
+_TORCH = str(Path(torch.__file__).parent)
+_HERE = str(Path(__file__).parent.parent)
+
+_QUESTIONS = (
+    "is_grad_enabled",
+    "is_inference_mode_enabled",
+    "is_autocast_enabled",
+    "is_autocast_cpu_enabled",
+    "get_autocast_dtype",
+    "are_deterministic_algorithms_enabled",
+    "get_num_threads",
+    "set_num_threads",
+    "set_default_dtype",
+    "use_deterministic_algorithms",
+)
+"""Functions of torch that answer with a mode of the caller, or set one that no graph records."""
+
+_SEEDING = ("manual_seed", "seed", "initial_seed", "get_state", "set_state")
+
+
+@contextmanager
+def questions_refused(refuse: Refuse) -> Iterator[None]:
+    """Within the context, refuse what a graph cannot answer anew at each call.
+
+    Args:
+        refuse: is called with the reason, on the user's line.
+    """
+    with ExitStack() as stack:
+        for name in _QUESTIONS:
+            stack.enter_context(_asked(name, refuse))
+        stack.enter_context(_replaced(torch.random, "default_generator", _Seeding(refuse)))
+
+        def entered(mode: object) -> None:
+            if not isinstance(mode, RealCalls) and _users(2):
+                refuse(f"the forward enters {type(mode).__name__}, which no graph records")
+
+        stack.enter_context(mode_entries_heard(entered))
+        yield
+
+
+@contextmanager
+def watched(tracer: Recording) -> Iterator[None]:
+    """Within the context, a tracer hears what fx does not tell it.
+
+    Args:
+        tracer: records or refuses.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(questions_refused(tracer.refuse))
+        stack.enter_context(autocast_heard(tracer.regions.autocast))
+        stack.enter_context(_replaced(torch.autograd.Function, "apply", _apply(tracer)))
+        stack.enter_context(_replaced(nn.Module, "__setattr__", _set_attribute(tracer)))
+        stack.enter_context(RealCalls(tracer))
+        yield
+
+
+@contextmanager
+def _replaced(owner: Value, name: str, value: Value) -> Iterator[None]:
+    """Within the context, an attribute of torch has another value."""
+    before = vars(owner)[name]
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def _users(depth: int) -> bool:
+    """Tell whether user's code calls what stands ``depth`` frames above; torch asks as well."""
+    frame = sys._getframe(depth + 1)
+    while frame.f_back is not None and frame.f_code.co_filename == torch.random.__file__:
+        frame = frame.f_back
+    return not frame.f_code.co_filename.startswith((_TORCH, _HERE))
+
+
+@contextmanager
+def _asked(name: str, refuse: Refuse) -> Iterator[None]:
+    """Within the context, refuse a question that the user's code asks."""
+    function = getattr(torch, name)
+
+    def question(*args: Value, **kwargs: Value) -> Value:
+        if _users(1):
+            refuse(f"torch.{name}() is called, which a graph would not do again")
+        return function(*args, **kwargs)
+
+    with _replaced(torch, name, question):
+        yield
+
+
+class _Seeding:
+    """torch's own generator, whose seed and state the user's code must leave alone.
+
+    Args:
+        refuse: is called with the reason.
+    """
+
+    def __init__(self, refuse: Refuse) -> None:
+        self._refuse = refuse
+        self._generator = torch.default_generator
+
+    def __getattr__(self, name: str) -> Value:
+        if name in _SEEDING and _users(1):
+            self._refuse("the state or the seed of torch's random generator is read or set")
+        return getattr(self._generator, name)
+
+
+def _apply(tracer: Recording) -> Value:
+    """Return ``autograd.Function.apply`` that makes a node where it is given symbolic values."""
+    original = torch.autograd.Function.__dict__["apply"].__func__
+
+    def apply(cls: type[torch.autograd.Function], *args: Value, **kwargs: Value) -> Value:
+        given = (*args, *kwargs.values())
+        symbolic = any(issubclass(type(value), fx.Proxy) for value in given)
+        if symbolic and cls is CheckpointFunction:
+            tracer.refuse("a reentrant checkpoint runs without gradients, and again in backward")
+        # torch's own (a checkpoint's, which saves inputs) belong to what torch does around.
+        if symbolic and _users(1):
+            return tracer.create_proxy("call_function", FunctionCall(cls), args, kwargs)
+        return original(cls, *args, **kwargs)
+
+    return classmethod(apply)
+
+
+def _set_attribute(tracer: Recording) -> Value:
+    """Return ``nn.Module.__setattr__`` that knows symbolic values."""
+    original = nn.Module.__setattr__
+
+    def set_attribute(module: nn.Module, name: str, value: Value) -> None:
+        if not issubclass(type(value), fx.Proxy):
+            original(module, name, value)
+        elif name in module._buffers and tracer.updates(value.node, module._buffers[name]):
+            return  # `self.count += 1` gives the buffer back that it has changed
+        elif name in module._buffers or name in module._parameters:
+            tracer.refuse(f"the forward replaces {type(module).__name__}.{name}")
+        else:
+            # Not a value for torch to look at. If it stays, the model has changed, and the trace
+            # will be refused for that.
+            object.__setattr__(module, name, value)
+
+    return set_attribute

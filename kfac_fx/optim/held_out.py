@@ -1,0 +1,134 @@
+"""Adapt lambda by what a step did to its own batch and to the next one, which it has not seen.
+
+The rule is derived in docs/explanation/mathematics.md, section 9.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from kfac_fx.optim.adapt_damping import GOOD, POOR, DampingRule
+from kfac_fx.optim.kfac_options import KFACOptions
+
+AGREE = 0.45
+DIFFER = -0.2
+"""Average held-out ratios above and below which batches agree about a step, or contradict it."""
+
+MEMORY = 0.9
+"""The weight of the old in the average held-out ratio."""
+
+WIDEST = 2.0
+"""A held-out ratio counts as at most this: one hard case can make it any number."""
+
+CEILING = 3.0
+"""Up to so many mean eigenvalues lambda grows because batches contradict each other."""
+
+FURTHEST = 1e12
+"""Up to so many mean eigenvalues lambda grows because steps raise their own batch's loss."""
+
+RAISE = 4.0
+FIRST_RAISE = 10.0
+"""How many times as much lambda is for the next try, after a step that raised the loss."""
+
+
+class HeldOutRule(DampingRule):
+    """lambda by two ratios of each step; gamma as ``DampingRule`` has it.
+
+    The ratio on the step's own batch says whether the model is right, that on the next batch
+    whether what was fitted is more than this batch's noise. Where batches are all the cases, both
+    are the same, and lambda follows fast; small batches hold it up, and let it grow to the scale of
+    the curvature.
+    """
+
+    def __init__(self, damping: float | None, weight_decay: float, options: KFACOptions) -> None:
+        super().__init__(damping, weight_decay, options)
+        self._omega1 = options.omega1 or 0.7
+        # What the last step promised, and its own ratio, until the next batch has judged it.
+        self._predicted = 0.0
+        self._own = 1.0
+        self._average = 0.0
+        self._judged = 0
+
+    @property
+    def held_out(self) -> bool:
+        return True
+
+    @property
+    def largest(self) -> float:
+        return FURTHEST * (self.mean or self._first)
+
+    def due(self, iteration: int) -> bool:
+        return True
+
+    def judge(self, change: float, predicted: float) -> float:
+        self._predicted = predicted
+        self._own = change / predicted if predicted else 1.0
+        return self._own
+
+    def judge_held_out(self, change: float) -> float:
+        """Return the ratio of the last step on a batch that it has not seen; lambda follows it.
+
+        Args:
+            change: objective after the step less before, on the present batch.
+        """
+        if not self._predicted:
+            return 1.0
+        ratio = min(max(change / self._predicted, -WIDEST), WIDEST)
+        # The average of ratios and not the ratio of averages: early steps promise thousands of
+        # times as much as late ones, and would be all that the latter remembers.
+        self._judged += 1
+        new = max(1 - MEMORY, 1 / self._judged)
+        self._average += new * (ratio - self._average)
+        self.damping = min(max(self.damping * self._factor(ratio), self.floor), self.largest)
+        self._predicted = 0.0
+        return ratio
+
+    def _factor(self, ratio: float) -> float:
+        fast, slow = self._omega1, self._omega1 ** (1 / 3)
+        ceiling = CEILING * self.mean
+        if self._own < POOR:
+            return 1 / fast
+        if self._average < DIFFER:
+            # Noise never goes away by damping alone: beyond the ceiling steps only get slower.
+            return 1 / slow if self.damping < ceiling else 1.0
+        if self._own < GOOD:
+            return 1.0
+        if self._average > AGREE and ratio > POOR:
+            return fast
+        # Above the ceiling only steps that failed took it, and it comes back from there.
+        return slow if self._average > POOR or self.damping > ceiling else 1.0
+
+    def raised(self, first: bool) -> None:
+        """Raise lambda for another try of a step that raised its own batch's loss.
+
+        Args:
+            first: whether it is the first step of a run, whose lambda nothing has tested yet.
+        """
+        self.damping = min(self.damping * (FIRST_RAISE if first else RAISE), self.largest)
+
+    def settle(self, before: float) -> None:
+        """Take back half of what failed tries have added, now that one of them was good.
+
+        Args:
+            before: lambda before the first of them.
+        """
+        # One batch asked for it; if it was not the batch's fault alone, the next one asks again.
+        self.damping = (before * self.damping) ** 0.5
+
+    def rejected(self) -> None:
+        self.damping = min(self.damping * RAISE, self.largest)
+        self._predicted = 0.0
+
+    def numbers(self) -> dict[str, float]:
+        return {**super().numbers(), "held_out": self._average}
+
+    def state(self) -> dict[str, float]:
+        own = {"predicted": self._predicted, "own": self._own, "judged": float(self._judged)}
+        return {**super().state(), **own}
+
+    def load(self, state: Mapping[str, float]) -> None:
+        super().load(state)
+        self._average = float(state["held_out"])
+        self._predicted = float(state["predicted"])
+        self._own = float(state["own"])
+        self._judged = int(state["judged"])
