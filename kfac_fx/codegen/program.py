@@ -144,8 +144,17 @@ class Refresher:
             log.warning("eigenvalues failed (%s): the refresh is run in float64", error)
             found = self._raised(damping, factors, None)
             said = self._read(found)
-        again = self._failures(said)
-        if again:
+        pairs = zip(self._flags, said.flags, strict=True)
+        failed = [flag for (flag, _), count in pairs if count and flag.kind == "failed"]
+        lost = [key for (key, _), bad in zip(self._inverses, said.lost, strict=True) if bad]
+        if failed:
+            names = ", ".join(f"{flag.factor}_{flag.block}" for flag in failed)
+            log.warning("Cholesky failed for %s: eigenvalues were raised", names)
+        elif lost:
+            names = ", ".join(key.name for key in lost)
+            log.warning("%s came out not finite: these are made again in float64", names)
+        if failed or lost:
+            again: frozenset[FlagKey | InverseKey] = frozenset(failed).union(lost)
             found = {**found, **self._raised(damping, factors, again)}
             said = self._read(found)
         flags = said.flags
@@ -160,19 +169,6 @@ class Refresher:
                 )
         inverses = {key: found[name] for key, name in self._inverses}
         return Refreshed(inverses, damping, clamped)
-
-    def _failures(self, said: _Said) -> frozenset[FlagKey | InverseKey]:
-        """Return what has to be made again: failed factorisations, and inverses that are no use."""
-        flags = zip(self._flags, said.flags, strict=True)
-        failed = [flag for (flag, _), count in flags if count and flag.kind == "failed"]
-        if failed:
-            names = ", ".join(f"{flag.factor}_{flag.block}" for flag in failed)
-            log.warning("Cholesky failed for %s: eigenvalues were raised", names)
-        lost = [key for (key, _), bad in zip(self._inverses, said.lost, strict=True) if bad]
-        if lost and not failed:
-            names = ", ".join(key.name for key in lost)
-            log.warning("%s came out not finite: these are made again in float64", names)
-        return frozenset([*failed, *lost])
 
     def _read(self, outputs: Mapping[str, Tensor]) -> _Said:
         """Return the flags in the module's order, and which inverses are not finite."""

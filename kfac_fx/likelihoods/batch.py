@@ -336,17 +336,25 @@ def batch_likelihood(
     Raises:
         LikelihoodError: outputs or targets do not fit.
     """
-    ones: Sequence[Single] = singles(likelihood, outputs, targets)
+    if isinstance(likelihood, Sum):
+        ones: Sequence[Single] = singles(likelihood, outputs, targets)
+    else:
+        ones = [Single(likelihood, outputs, targets)]
+    shaped = [one.targets for one in ones]
     if terms is not None:
         present = zip(ones, terms.parts, strict=True)
-        # A pass that needs no targets is not given them; weights have their shape.
-        pairs = [
-            (one.fitted(part.weights if part.targets is None else part.targets), part)
-            for one, part in present
-            if part is not None
-        ]
+        pairs = [(one, part) for one, part in present if part is not None]
         terms = replace(terms, parts=tuple(part for _, part in pairs))
         ones = [one for one, _ in pairs]
+        # A pass that needs no targets is not given them; weights have their shape.
+        shaped = [p.weights if p.targets is None else p.targets for _, p in pairs]
+    # Of cases and one more dimension no shape leaves anything open.
+    ones = [
+        one._replace(likelihood=one.likelihood.fitted(one.outputs, like))
+        if isinstance(one.likelihood, Fitting) and getattr(one.outputs, "ndim", 3) > 2
+        else one
+        for one, like in zip(ones, shaped, strict=True)
+    ]
     # Distributions first: most errors are of outputs that do not fit, and targets are compared with
     # their shape.
     distributions = tuple(one.likelihood.distribution(one.outputs) for one in ones)
@@ -363,12 +371,6 @@ class Single(NamedTuple):
     outputs: Tree
     targets: Tree
     weight: float = 1.0
-
-    def fitted(self, targets: Tree) -> Single:
-        """Return the same, with the likelihood that the shapes of targets tell."""
-        if not isinstance(self.likelihood, Fitting):
-            return self
-        return self._replace(likelihood=self.likelihood.fitted(self.outputs, targets))
 
 
 def batch_terms(ones: Sequence[Single], shapes: Sequence[torch.Size], weighted: bool) -> BatchTerms:
@@ -399,7 +401,7 @@ def singles(
         LikelihoodError: outputs or targets are not those of the parts.
     """
     if not isinstance(likelihood, Sum):
-        return (Single(likelihood, outputs, targets).fitted(targets),)
+        return (Single(likelihood, outputs, targets),)
     given = _by_key(outputs, likelihood, f"outputs{path}")
     known = {} if targets is None else _by_key(targets, likelihood, f"targets{path}")
     found: list[Single] = []
@@ -407,6 +409,16 @@ def singles(
         inner = singles(part, given[key], known.get(key), f"{path}[{key!r}]")
         found += [one._replace(weight=one.weight * weight) for one in inner]
     return tuple(found)
+
+
+def fitted_singles(likelihood: Likelihood | Sum, outputs: Tree, targets: Tree) -> list[Single]:
+    """Return ``singles``, each with the likelihood that the shapes of its targets tell."""
+    return [
+        one._replace(likelihood=one.likelihood.fitted(one.outputs, one.targets))
+        if isinstance(one.likelihood, Fitting)
+        else one
+        for one in singles(likelihood, outputs, targets)
+    ]
 
 
 def _by_key(values: Tree, likelihood: Sum, what: str) -> dict[Hashable, Tree]:

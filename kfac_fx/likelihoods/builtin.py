@@ -277,29 +277,21 @@ class Categorical:
     casewise: ClassVar[bool] = True
 
     def fitted(self, outputs: Tensor, targets: Tensor | None) -> Categorical:
-        if self.dim is not None or not isinstance(targets, Tensor) or outputs.dim() < 3:
+        if self.dim is not None or not isinstance(outputs, Tensor) or outputs.dim() < 3:
             return self
         # nn.CrossEntropyLoss has the classes first and transformers have them last: targets of an
         # image would pass for those of tokens if its sides were not looked at.
-        fits = [dim for dim in (1, -1) if outputs.movedim(dim, -1).shape[:-1] == targets.shape]
+        shape = targets.shape if isinstance(targets, Tensor) else None
+        fits = [dim for dim in (1, -1) if outputs.movedim(dim, -1).shape[:-1] == shape]
         if len(fits) == 1:
             return replace(self, dim=fits[0])
-        if fits and outputs.dim() > 3:
-            raise self._untold(outputs)
-        return self
-
-    def _untold(self, outputs: Tensor) -> LikelihoodError:
-        return LikelihoodError(
+        if outputs.dim() == 3:  # both fit, or nothing is known: tokens
+            return self
+        raise LikelihoodError(
             f"likelihood categorical cannot tell which dimension of outputs {tuple(outputs.shape)} "
             "the classes are: give observe(outputs, targets), or kfac_fx.likelihoods.Categorical("
             "dim=1) for images of logits [N, C, H, W], dim=-1 where they come last"
         )
-
-    def _along(self, outputs: Tensor) -> int:
-        """Return the dimension of the classes."""
-        if self.dim is None and outputs.dim() > 3:
-            raise self._untold(outputs)
-        return -1 if self.dim is None else self.dim
 
     def distribution(self, outputs: Tensor) -> Distribution:
         check_outputs(outputs, "categorical")
@@ -308,7 +300,7 @@ class Categorical:
                 f"likelihood categorical needs logits [N, C] or [N, T, C], got "
                 f"{tuple(outputs.shape)}; for one logit a case use 'bernoulli'"
             )
-        logits = outputs.movedim(self._along(outputs), -1)
+        logits = outputs.movedim(-1 if self.dim is None else self.dim, -1)
         if logits.shape[-1] < 2:
             raise LikelihoodError(
                 "likelihood categorical needs at least two classes, got outputs of shape "
@@ -321,7 +313,7 @@ class Categorical:
             if self.weight is not None:
                 raise LikelihoodError("class weights need observe(outputs, targets)")
             return None, None
-        dim = self._along(outputs)
+        dim = -1 if self.dim is None else self.dim
         shape = outputs.movedim(dim, -1).shape[:-1]
         if targets.is_floating_point() or targets.dtype == torch.bool:
             raise LikelihoodError(
@@ -342,7 +334,7 @@ class Categorical:
         return targets, weights
 
     def output_fisher(self, outputs: Tensor, weights: Tensor | None) -> OutputFisher:
-        dim = self._along(outputs)
+        dim = -1 if self.dim is None else self.dim
         p = outputs.softmax(dim)
         a, v = p * (1 - p), p
         if weights is not None:

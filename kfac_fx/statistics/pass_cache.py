@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kfac_fx.codegen.functional import NotFunctionalError
-from kfac_fx.likelihoods.batch import BatchTerms, batch_terms, singles
+from kfac_fx.likelihoods.batch import BatchTerms, batch_terms, fitted_singles
 from kfac_fx.likelihoods.builtin import Tree
 from kfac_fx.likelihoods.named import Sum
 from kfac_fx.statistics.own_pass import OwnPass, Result
@@ -60,7 +60,7 @@ class CompiledPass:
         if self.own.uses_terms:
             # Targets are checked, and their weights made, before the program is run: inside of it
             # nothing may depend on their values, and it cannot raise.
-            ones = singles(self.own.likelihood, facts.outputs, targets)
+            ones = fitted_singles(self.own.likelihood, facts.outputs, targets)
             terms = batch_terms(ones, facts.shapes, isinstance(self.own.likelihood, Sum))
             _, agreed = terms.agreed(self.own.workers, "observe")
         given = arguments(self.own, facts, inputs, targets, agreed)

@@ -14,6 +14,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -26,13 +27,12 @@ from kfac_fx.likelihoods.builtin import Likelihood, Tree
 from kfac_fx.likelihoods.named import Sum
 from kfac_fx.linalg.precision import all_finite
 from kfac_fx.ops.columns import RecordedUse, recorded_uses
-from kfac_fx.ops.gram import Statistic, added
+from kfac_fx.ops.gram import Statistic, added, multiplied
 from kfac_fx.ops.state import Collection
 from kfac_fx.ops.tap import noted_statistics, tapped_by
 from kfac_fx.parallel import Workers
 from kfac_fx.statistics.buffers import Statistics, StatisticSources
-from kfac_fx.statistics.derivatives import batched_derivatives, derivatives
-from kfac_fx.statistics.user_graph import check_recorded
+from kfac_fx.statistics.user_graph import batched_derivatives, check_recorded, derivatives
 
 log = logging.getLogger("kfac_fx")
 
@@ -96,6 +96,7 @@ def fisher_statistics(
     noise: Noise,
     collection: Collection | None = None,
     select: Tensor | None = None,
+    draws: int = 1,
 ) -> Statistics:
     """Return the statistics of a pass, in the scale of the summed negative log-likelihood.
 
@@ -107,9 +108,12 @@ def fisher_statistics(
         noise: the noise of the draws.
         collection: the noted taps of the pass. Notes serve one backward, so "exact" takes none.
         select: the column that a traced pass takes; see ``BatchLikelihood.exact``.
+        draws: how many draws of "sampled" the statistics are the mean of; the noise is a seed then.
     """
     if fisher == "exact":
         return _exact_statistics(sources, made, noise, select)
+    if draws > 1 and isinstance(noise, int):
+        return _mean_of_draws(sources, made, noise, draws)
     scalar = made.nll() if fisher == "empirical" else made.sampled(noise)
     return statistics_of(sources, scalar, collection)[0]
 
@@ -191,6 +195,25 @@ def _by_blocks(factors: Sequence[Tensor], made: BatchLikelihood) -> list[Statist
             value = next(came)
             total[factor] = added(total[factor], None if value is None else value.sum(0))
     return list(total.values())
+
+
+def _mean_of_draws(
+    sources: StatisticSources, made: BatchLikelihood, seed: int, draws: int
+) -> Statistics:
+    """Return the mean of the statistics of several draws of targets, of one forward."""
+    total: Statistics = {}
+    for draw in range(draws):
+        # The multiplier is the golden ratio's: neighbouring seeds of other passes lie far off.
+        scalar = made.sampled((seed + 0x9E3779B97F4A7C15 * draw) % 2**62)
+        asked = sources.only(sources.gradients) if draw else nullcontext()
+        with asked:  # inputs do not depend on the draw
+            found, _ = statistics_of(sources, scalar)
+        for key, value in found.items():
+            before = total.get(key)
+            more = multiplied(value)
+            total[key] = more if before is None else multiplied(before) + more
+    inputs = {one.key for one in sources.names.tapped if one.role != "gradient"}
+    return {key: value if key in inputs else value * (1 / draws) for key, value in total.items()}
 
 
 class _Known(NamedTuple):

@@ -28,10 +28,10 @@ from kfac_fx.likelihoods.batch import (
     BatchTerms,
     Terms,
     batch_likelihood,
+    fitted_singles,
     noise_of,
     output_tensors,
     root_rows,
-    singles,
     wide,
 )
 from kfac_fx.likelihoods.builtin import Noise, Tree
@@ -97,7 +97,7 @@ def facts_of(own: OwnPass, inputs: Tree, targets: Tree) -> Facts:
         outputs = own.outputs(own.leaves(state), batch)
         masks = random.count
         if own.uses_terms:
-            found = singles(own.likelihood, wide(outputs), targets)
+            found = fitted_singles(own.likelihood, wide(outputs), targets)
             distributions = [one.likelihood.distribution(one.outputs) for one in found]
         if own.columns:
             rows = (r for d in distributions for r in root_rows(d, None))
