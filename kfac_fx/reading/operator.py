@@ -125,7 +125,7 @@ class CurvatureOperator:
         return self._on(vector, self._product)
 
     def solve(self, vector: Vector) -> Vector:
-        """Return Fhat^-1 times a vector."""
+        """Return Fhat^-1 times a vector, or times the columns of a tensor or array [n, k]."""
         return self._on(vector, self._solution)
 
     def sqrt_solve(self, vector: Vector) -> Vector:
@@ -248,7 +248,7 @@ class CurvatureOperator:
         # Results are of the kind that was given, so that SciPy's solvers get arrays back.
         if isinstance(vector, Mapping):
             return self.split(self._flat_result(self.flat(vector), function))
-        if vector.ndim == 2 and vector.shape[1] == 1:  # SciPy's columns
+        if vector.ndim == 2:
             return self._on_columns(vector, function)
         given = self._tensor(vector, (self.shape[0],))
         result = self._flat_result(given, function)
