@@ -1,9 +1,9 @@
 """Influence functions by EKFAC: which training cases made a network say what it says.
 
 The influence of a training case z on the loss of a query q is -grad(q)^T (F + lambda I)^-1 grad(z)
-(Koh and Liang, "Understanding Black-box Predictions via Influence Functions", 2017; with EKFAC as in
-Grosse et al., "Studying Large Language Model Generalization with Influence Functions", 2023). A tenth
-of the training labels is wrong here: wrong labels should hurt the queries most, and do.
+(Koh and Liang, "Understanding Black-box Predictions via Influence Functions", 2017; with EKFAC:
+Grosse et al., "Studying Large Language Model Generalization with Influence Functions", 2023). A
+tenth of the training labels is wrong here: wrong labels should hurt the queries most, and do.
 
     python examples/influence.py
 """

@@ -3,9 +3,9 @@
 The weights are those of a trained network; their posterior is N(w, (sum of F + delta I)^-1), F the
 Fisher of the data and delta the precision of the prior (MacKay, "A Practical Bayesian Framework for
 Backpropagation Networks", 1992; Ritter, Botev and Barber, "A Scalable Laplace Approximation for
-Neural Networks", 2018). For a softmax the generalised Gauss-Newton matrix (GGN) is the Fisher. Shown
-are the log evidence as a function of delta, and how the variance of the logits grows away from the
-data, both beside those of the dense matrix, which a network of this size still allows.
+Neural Networks", 2018). For a softmax the generalised Gauss-Newton matrix (GGN) is the Fisher.
+Shown are the log evidence as a function of delta, and how the variance of the logits grows away
+from the data, both beside those of the dense matrix, which a network of this size still allows.
 
     python examples/laplace.py
 """

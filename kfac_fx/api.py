@@ -14,7 +14,8 @@ from torch.export import ExportedProgram
 from kfac_fx.capture.captured_module import CapturedModule
 from kfac_fx.capture.graph_modules import from_graph_module
 from kfac_fx.capture.self_check import SelfCheck
-from kfac_fx.capture.symbolic_trace import opaque_calls, user_line
+from kfac_fx.capture.symbolic_trace import opaque_calls
+from kfac_fx.capture.user_lines import user_line
 from kfac_fx.config import (
     CAPTURES,
     MAX_FACTOR_DIM,
@@ -54,7 +55,7 @@ def transform(
     example_inputs: Value = None,
     *,
     example_kwargs: Mapping[str, Value] | None = None,
-    structure: Structure = "block_tridiagonal",
+    structure: Structure | None = None,
     couplings: Couplings = "topology",
     exclude: Collection[str] = (),
     strict: bool = False,
@@ -79,7 +80,9 @@ def transform(
         example_kwargs: keyword arguments, likewise.
         structure: "block_tridiagonal" couples each layer with the one that follows it, along a
             spanning forest of the graph's dependencies (Martens & Grosse 2015, section 4.3);
-            "block_diagonal" takes layers as independent.
+            "block_diagonal" takes layers as independent. None finds the couplings and leaves them
+            to ``KFAC``, and to a ``Preconditioner`` that asks for them. With couplings="data" it is
+            "block_tridiagonal".
         couplings: "topology" prefers direct successors to skips; "data" records more pairs, and
             the preconditioner takes those with the most mutual information.
         exclude: names or globs of parameters or modules that are left alone.
@@ -206,7 +209,8 @@ def capture_model(
         try:
             module = _captured_or_refused(name, model, args, kwargs)
             if self_check is not None:
-                self_check.compare(module)
+                sizes = name == "export"
+                self_check.compare(module, runs_model=module.runs_model, sizes=sizes)
         except CaptureError as error:
             reasons[name] = error
             log.info("%s cannot follow %s: %s", ROUTES[name], type(model).__name__, error)

@@ -101,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--input", action="append", default=[], metavar="SPEC", help='"float32[N,3,32,32]"'
         )
-        command.add_argument("--structure", choices=STRUCTURES, default=STRUCTURES[1])
+        command.add_argument("--structure", choices=STRUCTURES)
         command.add_argument("--couplings", choices=COUPLINGS, default="topology")
         command.add_argument("--exclude", action="append", default=[], metavar="GLOB")
         command.add_argument("--seed", type=int, default=0)

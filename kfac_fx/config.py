@@ -99,6 +99,11 @@ def period(option: str, value: int) -> int:
     return value
 
 
+def period_or_ours(option: str, value: int | None) -> int | None:
+    """Return a period that the user gave, or None for the library's own; see ``period``."""
+    return None if value is None else period(option, value)
+
+
 def within(option: str, value: float, low: float, high: float) -> float:
     """Return ``value`` if it lies in [low, high); else raise UnknownOptionError."""
     if not low <= value < high:

@@ -275,8 +275,9 @@ class FindUses(Analysis):
             excluded=given.excluded,
             unused=unused,
             sizes=given.sizes,
-            structure=self.options.structure,
+            structure=self.options.recorded,
             route=self.route,
+            preferred=self.options.preferred,
         )
 
     def _blocks(

@@ -112,7 +112,7 @@ def analyses(options: TransformOptions, *, route: str, counted: bool = False) ->
         counted: record positions of single uses too; see ``FindUses``.
     """
     found: list[Analysis] = [FindUses(options, route=route, counted=counted)]
-    if options.structure == "block_tridiagonal":
+    if options.recorded == "block_tridiagonal":
         found.append(FindCouplings(couplings=options.couplings))
     if options.ekfac:
         found.append(FindMoments())

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class TransformKeywords(TypedDict, total=False):
     """The fields of ``TransformOptions`` as keywords, for functions that hand them on."""
 
-    structure: Structure
+    structure: Structure | None
     couplings: Couplings
     exclude: Collection[str]
     strict: bool
@@ -43,7 +43,8 @@ class TransformOptions:
 
     Attributes:
         structure: "block_tridiagonal" couples each layer with one that follows it,
-            "block_diagonal" takes layers as independent.
+            "block_diagonal" takes layers as independent. None finds the couplings, and leaves them
+            to optimizers that take them; with couplings="data" it is "block_tridiagonal".
         couplings: "topology" takes the couplings from the graph alone, "data" records more pairs,
             so that statistics can choose among them.
         exclude: names or globs of parameters or modules that get no block.
@@ -61,7 +62,7 @@ class TransformOptions:
         UnknownOptionError: an option is none of the values that it may have.
     """
 
-    structure: Structure = "block_tridiagonal"
+    structure: Structure | None = None
     couplings: Couplings = "topology"
     exclude: Collection[str] = ()
     strict: bool = False
@@ -71,10 +72,25 @@ class TransformOptions:
     ekfac: bool = False
     rules: Rules | None = None
 
+    @property
+    def recorded(self) -> Structure:
+        """Return the structure that taps record the statistics of."""
+        return self.structure or "block_tridiagonal"
+
+    @property
+    def preferred(self) -> Structure:
+        """Return the structure that ``Preconditioner`` takes unless it is told another one."""
+        # By the second block-diagonal wins on most problems, so couplings are for who asks: here,
+        # where the forest is chosen by data, or there.
+        if self.structure is None and self.couplings == "data":
+            return "block_tridiagonal"
+        return self.structure or "block_diagonal"
+
     def __post_init__(self) -> None:
         # Callers without a type checker pass any string: it is refused here, before a model is
         # captured, and not where the option would first be read.
-        choice("structure", self.structure, STRUCTURES)
+        if self.structure is not None:
+            choice("structure", self.structure, STRUCTURES)
         choice("couplings", self.couplings, COUPLINGS)
         choice("weight_sharing", self.weight_sharing, WEIGHT_SHARING)
         choice("large_factors", self.large_factors, LARGE_FACTORS)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import fx, nn
 
-from kfac_fx.ops.net_buffers import STORE
+from kfac_fx.capture.captured_module import register_shortcut
+from kfac_fx.ops.net_buffers import STORE, records
 from kfac_fx.passes.annotations import graphs_of, is_tap
 from kfac_fx.passes.base import META, OTHER_BLOCKS, GraphPass
 from kfac_fx.passes.recurrent_taps import replaces_node, restore
+from kfac_fx.torch_internals.onlookers import forward_mode, watched
 
 _LINK = torch.ops.kfac_fx.link.default
 
@@ -56,3 +60,31 @@ class StripTaps(GraphPass):
         for key in (META, OTHER_BLOCKS):
             module.meta.pop(key, None)
         return any(found)
+
+
+class WithoutTaps:
+    """The form of a graph for passes that record nothing: the taps return what they are given.
+
+    Calling an operator and reading its buffers costs as much as a small layer does.
+    """
+
+    def applies(self, graph: fx.Graph) -> bool:
+        """Say whether there are taps."""
+        return any(map(is_tap, graph.nodes))
+
+    def shortened(self, graph: fx.Graph, module: fx.GraphModule) -> fx.Graph:
+        """Return a copy of a module's graph without its taps."""
+        bare = copy.deepcopy(graph)
+        strip_taps(bare, module)
+        return bare
+
+    def open(self, module: nn.Module) -> bool:
+        """Say whether taps have nothing to record, and nobody looks on who should see them."""
+        # Whoever traces a pass keeps what he sees: taps that are off now may be on in his graph.
+        if watched():
+            return False
+        # Without gradients nothing is recorded either, but for derivatives in forward mode.
+        return not records(module) or not (torch.is_grad_enabled() or forward_mode())
+
+
+register_shortcut(WithoutTaps())

@@ -56,7 +56,14 @@ def measure() -> Measure:
         given: object = None,
         **options: object,
     ) -> Measured:
-        options = {"likelihood": given or likelihood.name, "damping": 1e-2} | options
+        # Gradients are compared with Fhat^-1 times those that came, whatever their length.
+        options = {
+            "likelihood": given or likelihood.name,
+            "damping": 1e-2,
+            "structure": getattr(getattr(net, "curvature", None), "structure", None),
+            "trust_region": None,
+            "largest_step": None,
+        } | options
         preconditioner = kfac_fx.Preconditioner(net, fisher=fisher, **options)
         outputs = net(*x) if isinstance(x, tuple) else net(x)
         targets = likelihood.draw(outputs) if y is None else y

@@ -6,7 +6,7 @@ import copy
 import functools
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import fx, nn
@@ -14,7 +14,12 @@ from torch.fx.graph import PythonCode
 
 from kfac_fx.capture.mode_regions import switches_modes
 from kfac_fx.errors import CaptureError
-from kfac_fx.torch_internals.generated_forward import SPECS, set_forward, with_renamed_specs
+from kfac_fx.torch_internals.generated_forward import (
+    SPECS,
+    Forward,
+    set_forward,
+    with_renamed_specs,
+)
 from kfac_fx.torch_internals.modes import modes_put_back
 
 if TYPE_CHECKING:
@@ -94,6 +99,21 @@ class CapturedModule(fx.GraphModule):
             self.__dict__[name] = model.__dict__[name]
         self.__dict__["_children"] = _children(self)
         self.recompile()
+
+    def stands(self) -> bool:
+        """Tell whether a call would run the graph, and not the model itself, if the inputs fit."""
+        guard: Guard | None = self.__dict__.get("_guard")
+        return guard is None or guard.holds(self)
+
+    def takes(self, *args: Value, **kwargs: Value) -> bool:
+        """Tell whether the graph is for inputs of this form.
+
+        Args:
+            args: positional inputs.
+            kwargs: keyword inputs.
+        """
+        guard: Guard | None = self.__dict__.get("_guard")
+        return guard is None or guard.fits(args, kwargs, self.training)
 
     def members_hold(self) -> bool:
         """Tell whether no child was added, removed or replaced by way of this module."""
@@ -199,22 +219,18 @@ class CapturedModule(fx.GraphModule):
         """Generate ``forward`` again after a change of a graph, and return the training code."""
         code = super().recompile()
         evaluation = self.__dict__.get("evaluation")
+        forward = type(self).forward
         if evaluation is not None:
-            train = type(self).forward
             evaluated = fx.GraphModule(self, evaluation)
-            evaluate = with_renamed_specs(type(evaluated).forward, _EVALUATION)
             # The two graphs may take and return other structures, and the code of either reads them
             # from the module under the same names; the evaluation's get names of their own.
             for name in SPECS:
                 self.__dict__[_EVALUATION + name] = evaluated.__dict__.get(name)
             evaluation.owning_module = self
-
-            # The flag of the captured module chooses, as a model's own ``if self.training`` would.
-            @functools.wraps(train)
-            def forward(self: nn.Module, *args: Value, **kwargs: Value) -> Value:
-                return (train if self.training else evaluate)(self, *args, **kwargs)
-
+            forward = _by_mode(forward, with_renamed_specs(type(evaluated).forward, _EVALUATION))
             set_forward(self, forward)
+        if not self.runs_model and any(short.applies(self.graph) for short in _shortcuts):
+            set_forward(self, _Shortened(self, forward, _shortcuts[0]).forward())
         if any(map(switches_modes, filter(None, (self.graph, evaluation)))):
             set_forward(self, modes_put_back(type(self).forward))
         guard: Guard | None = self.__dict__.get("_guard")
@@ -282,6 +298,90 @@ def _guarded(forward: Callable[..., Value]) -> Callable[..., Value]:
 
 _EVALUATION = "_evaluation"
 """Prefix of the attributes in which the evaluation graph's code finds its input structures."""
+
+
+def _by_mode(train: Forward, evaluate: Forward) -> Forward:
+    """Return a ``forward`` that chooses by the module's flag, as ``if self.training`` would."""
+
+    @functools.wraps(train)
+    def forward(self: nn.Module, *args: Value, **kwargs: Value) -> Value:
+        return (train if self.training else evaluate)(self, *args, **kwargs)
+
+    return forward
+
+
+# Graphs that may be run in a shorter form.
+
+
+class Shortcut(Protocol):
+    """A shorter form of graphs, for passes in which what it leaves out has no effect."""
+
+    def applies(self, graph: fx.Graph) -> bool:
+        """Say whether there is anything to leave out."""
+
+    def shortened(self, graph: fx.Graph, module: fx.GraphModule) -> fx.Graph:
+        """Return a copy of a module's graph that leaves it out."""
+
+    def open(self, module: nn.Module) -> bool:
+        """Say whether the pass that begins can take the short form; asked at every pass."""
+
+
+_shortcuts: list[Shortcut] = []
+
+
+def register_shortcut(shortcut: Shortcut) -> None:
+    """Let captured modules run shorter forms of their graphs from their next compilation on."""
+    _shortcuts[:] = [shortcut]
+
+
+class _Shortened:
+    """Both forms of a module's ``forward``; the short one is made when it is needed first.
+
+    Args:
+        module: whose graphs have just been compiled.
+        whole: its ``forward``.
+        shortcut: makes the short form.
+    """
+
+    def __init__(self, module: CapturedModule, whole: Forward, shortcut: Shortcut) -> None:
+        self._whole = whole
+        self._shortcut = shortcut
+        self._short: Forward | None = None
+        # fx runs a graph as it was when it was compiled, whatever was done to it since. The short
+        # form is made later, so it has to notice a graph that is another one by then.
+        self._sources = _sources(module)
+
+    def forward(self) -> Forward:
+        """Return a ``forward`` that takes the short form where it may."""
+        whole = self._whole
+        is_open = self._shortcut.open
+
+        @functools.wraps(whole)
+        def forward(self_: nn.Module, *args: Value, **kwargs: Value) -> Value:
+            if not is_open(self_):
+                return whole(self_, *args, **kwargs)
+            return (self._short or self._made(self_))(self_, *args, **kwargs)
+
+        return forward
+
+    def _made(self, module: nn.Module) -> Forward:
+        assert isinstance(module, CapturedModule)
+        if _sources(module) != self._sources:
+            self._short = self._whole
+            return self._whole
+        short = (self._shortcut.shortened(graph, module) for graph in module.graphs)
+        train, *others = [type(fx.GraphModule(module, graph)).forward for graph in short]
+        for evaluate in others:
+            train = _by_mode(train, with_renamed_specs(evaluate, _EVALUATION))
+        self._short = train
+        return train
+
+
+def _sources(module: CapturedModule) -> list[str]:
+    """Return the code of a module's graphs, by which a graph is told from one that was changed."""
+    # While fx copies a module it has no second graph yet, not even the name of one.
+    graphs = module.graph, module.__dict__.get("evaluation")
+    return [graph.python_code("self").src for graph in graphs if graph is not None]
 
 
 def _members(module: nn.Module) -> dict[str, Value]:

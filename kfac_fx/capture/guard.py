@@ -99,7 +99,7 @@ class Guard:
             args: positional inputs.
             kwargs: keyword inputs.
         """
-        if self._broken or not (net.members_hold() and self._state.holds(net.training)):
+        if not self.holds(net):
             # A tracer runs this with symbols: it wants the graph, whatever became of the model.
             if any(isinstance(leaf, fx.Proxy) for leaf in tree_leaves((args, kwargs))):
                 return graph(net, *args, **kwargs)
@@ -114,6 +114,14 @@ class Guard:
                 return graph(net, *args, **kwargs)
             return self._run_model(net, args, kwargs, self._inputs.misfit((args, kwargs)))
         return graph(net, *given[0], **given[1])
+
+    def holds(self, net: GuardedNet) -> bool:
+        """Tell whether nothing has changed that the graph depends on, but for the inputs."""
+        return not self._broken and net.members_hold() and self._state.holds(net.training)
+
+    def fits(self, args: tuple[Value, ...], kwargs: dict[str, Value], training: bool) -> bool:
+        """Tell whether the graph is for inputs of this form."""
+        return self._inputs.fitting((args, kwargs), training) is not None
 
     def __deepcopy__(self, memo: dict[int, object]) -> Guard:
         # A copy has another model to look at, which this one does not know: see ``of_copy``.

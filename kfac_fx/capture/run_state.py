@@ -26,8 +26,8 @@ _LARGE = 1_000_000
 """Entries of a NumPy array above which it is not copied."""
 _LIMIT = 200_000
 """Objects that are looked at; what lies beyond is not watched."""
-_OWN = ("_kfac_fx",)
-"""Prefixes of attributes that are this library's own."""
+_OWN = ("_flat_weights", "_flat_weight_refs")
+"""Attributes that torch's recurrent layers write themselves, whenever they run."""
 
 
 class ModelState:
@@ -53,12 +53,16 @@ class ModelState:
 
     def changes(self) -> list[str]:
         """Return in words what is no longer as it was; tensors' values count by their versions."""
+        found = self.written()
+        found += [f"changes {n} in place" for n, t, before in self._tensors if _marks(t) != before]
+        return found
+
+    def written(self) -> list[str]:
+        """Return in words which attributes were written and which generators have moved."""
         found: list[str] = []
         for name, holder, before in self._records:
             found += _changes(name, before, _contents(holder))
-        found += [f"moves {n}" for n, one, before in self._states if _state(one) != before]
-        found += [f"changes {n} in place" for n, t, before in self._tensors if _marks(t) != before]
-        return found
+        return found + [f"moves {n}" for n, one, before in self._states if _state(one) != before]
 
     def restore(self) -> None:
         """Put everything back but the values of tensors."""
@@ -110,7 +114,7 @@ class ModelState:
         self._seen[id(held)] = held
         self._records.append((name, held, dict(held)))
         for key, item in list(held.items()):
-            if not key.startswith(_OWN):
+            if key not in _OWN:
                 inner = name if key in ("_parameters", "_buffers", "_modules") else f"{name}.{key}"
                 self._walk(inner, item)
 
@@ -221,6 +225,24 @@ def _equal(one: Value, other: Value) -> bool:
     return type(one) is type(other) and isinstance(one, _SCALARS) and one == other
 
 
+def _alike(one: Value, other: Value, depth: int = 4) -> bool:
+    """Tell whether two values are equal, or containers of the same objects.
+
+    torch.export puts new lists in place of those that it finds in a module's attributes.
+    """
+    if _equal(one, other):
+        return True
+    if not isinstance(one, (*_HOLDERS, tuple)) or type(one) is not type(other) or not depth:
+        return False
+    if isinstance(one, set):
+        return bool(one == other)
+    if len(one) != len(other) or (isinstance(one, dict) and list(one) != list(other)):
+        return False
+    if isinstance(one, dict) and isinstance(other, dict):
+        return all(_alike(one[key], other[key], depth - 1) for key in one)
+    return all(_alike(a, b, depth - 1) for a, b in zip(one, other, strict=True))
+
+
 def _changes(name: str, before: Value, now: Value) -> Iterator[str]:
     """Yield in words what differs between two contents of one holder."""
     if _same(now, before):
@@ -231,8 +253,11 @@ def _changes(name: str, before: Value, now: Value) -> Iterator[str]:
     changed = [
         key
         for key in dict.fromkeys((*before, *now))
-        if key not in before or key not in now or not _equal(now[key], before[key])
+        if key not in _OWN
+        and (key not in before or key not in now or not _alike(now[key], before[key]))
     ]
+    if not changed and list(now) == list(before):
+        return
     for key in changed or ["the order of its entries"]:
         yield f"writes {name}.{key}" if isinstance(key, str) else f"changes {name}"
 
@@ -318,18 +343,28 @@ class TensorValues:
     """
 
     def __init__(self, model: nn.Module, *, parameters: bool) -> None:
-        tensors = [*(model.parameters() if parameters else ()), *model.buffers()]
+        named = [*(model.named_parameters() if parameters else ()), *model.named_buffers()]
         # An alias too: a tensor whose data was set anew gets the very memory that it had.
         self._saved = [
-            (tensor, tensor.detach(), tensor.detach().clone())
-            for tensor in tensors
+            (name, tensor, tensor.detach(), tensor.detach().clone())
+            for name, tensor in named
             if not tensor.is_meta and not nn.parameter.is_lazy(tensor)
         ]
+        self._model = model
+
+    def moved(self) -> dict[str, Tensor]:
+        """Return copies of the tensors that have other values now, by name."""
+        now = {**dict(self._model.named_parameters()), **dict(self._model.named_buffers())}
+        return {
+            name: now[name].detach().clone()
+            for name, _, _, value in self._saved
+            if name in now and not _equal_values(now[name], value)
+        }
 
     @torch.no_grad()
     def restore(self) -> None:
         """Put the values back."""
-        for tensor, alias, value in self._saved:
+        for _, tensor, alias, value in self._saved:
             if _place(tensor) != _place(alias):
                 tensor.data = alias
             if not _equal_values(tensor, value):
@@ -346,7 +381,7 @@ def _place(tensor: Tensor) -> int:
 
 def _equal_values(one: Tensor, other: Tensor) -> bool:
     """Tell whether two tensors are equal; NaN equals itself."""
-    if one.layout is not torch.strided or one.is_quantized:
+    if one.layout is not torch.strided or one.is_quantized or one.shape != other.shape:
         return False
     same = one.detach() == other
     return bool((same | (one.detach() != one.detach()) & (other != other)).all())

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import inspect
-import linecache
 import operator
-import traceback
 import types
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -27,6 +24,7 @@ from kfac_fx.capture.parameter_paths import ancestors
 from kfac_fx.capture.proxies import WatchedMember, WatchedProxy
 from kfac_fx.capture.run_state import version
 from kfac_fx.capture.undisturbed import undisturbed
+from kfac_fx.capture.user_lines import running_line, user_line
 from kfac_fx.capture.value_kinds import ExpectKind, Kind, expect_value, kind_of_call
 from kfac_fx.capture.watching import watched
 from kfac_fx.errors import CaptureError
@@ -36,9 +34,6 @@ from kfac_fx.torch_internals.parametrizations import is_untraceable, is_weight_n
 
 Value = Any
 """What fx hands to a tracer's hooks: a proxy, a tensor, or any argument of the user's."""
-
-_TORCH = str(Path(torch.__file__).parent)
-_HERE = str(Path(__file__).parent.parent)
 
 
 class WatchingTracer(fx.Tracer):
@@ -321,12 +316,12 @@ def trace(
     fixed = fixed_arguments(inspect.signature(model.forward), given)
     kinds = {name: type(value) for name, value in given.items()}
     tracer = WatchingTracer(kinds, {} if constants is None else constants)
-    with undisturbed(model) as changes:
+    with undisturbed(model) as before:
         try:
             graph = tracer.trace(model, fixed or None)
         except Exception as error:  # any code of the user's may run here
             raise CaptureError(f"{user_line(error)}: {error}") from error
-        if found := changes():
+        if found := before.state.changes():
             who = f"the forward of {type(model).__name__}"
             raise CaptureError(f"{who} {found[0]}, which a graph would not do again")
     return graph
@@ -373,24 +368,3 @@ def _is_parameter(model: nn.Module, node: fx.Node) -> bool:
     owner, _, name = str(node.target).rpartition(".")
     module = dict(model.named_modules(remove_duplicate=False)).get(owner)
     return module is not None and name in module._parameters
-
-
-def running_line() -> str:
-    """Return the line of the user's own code that runs at present, with file and number."""
-    return _line(traceback.extract_stack())
-
-
-def user_line(error: BaseException) -> str:
-    """Return the last line of the user's own code on an error's traceback, with file and number."""
-    return _line(traceback.extract_tb(error.__traceback__))
-
-
-def _line(stack: traceback.StackSummary) -> str:
-    """Return the last line of a stack that is the user's own."""
-    # What torch and this library do in between is of no use to who reads the message.
-    frames = [frame for frame in stack if not frame.filename.startswith((_TORCH, _HERE, "<"))]
-    if not frames:
-        return "in torch"
-    frame = frames[-1]
-    line = (frame.line or linecache.getline(frame.filename, frame.lineno or 0)).strip()
-    return f"{frame.filename}:{frame.lineno}: `{line}`"

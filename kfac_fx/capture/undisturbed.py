@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +16,20 @@ Nested = Any
 """Inputs or outputs of a user's model: tensors in any nesting of containers and objects."""
 
 
-Changes = Callable[[], list[str]]
-"""Says in words what has changed since the context began."""
+class Before(NamedTuple):
+    """A model as it was before a run.
+
+    Attributes:
+        state: its attributes and what they hold.
+        values: of its tensors.
+    """
+
+    state: ModelState
+    values: TensorValues
 
 
 @contextmanager
-def undisturbed(model: nn.Module, *, runs: bool = False) -> Iterator[Changes]:
+def undisturbed(model: nn.Module, *, runs: bool = False) -> Iterator[Before]:
     """Put a model and all random generators back to what they were when the context ends.
 
     A capture runs the user's code: running means would move, counters would count, a cache would
@@ -34,13 +42,16 @@ def undisturbed(model: nn.Module, *, runs: bool = False) -> Iterator[Changes]:
     """
     state = ModelState(model)
     values = TensorValues(model, parameters=runs)
+    threads = torch.get_num_threads()
     devices = {t.device for t in (*model.parameters(), *model.buffers()) if t.is_cuda}
     try:
         with torch.random.fork_rng([d.index for d in devices]), torch.enable_grad():
-            yield state.changes
+            yield Before(state, values)
     finally:
         state.restore()
         values.restore()
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
 
 
 def fresh(inputs: Nested) -> Nested:

@@ -7,19 +7,23 @@ refused where they are asked: on the user's line.
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import fx, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
 from kfac_fx.capture.autograd_calls import FunctionCall
 from kfac_fx.capture.real_calls import RealCalls
-from kfac_fx.torch_internals.modes import autocast_heard, mode_entries_heard
+from kfac_fx.capture.user_lines import running_line
+from kfac_fx.errors import CaptureError
+from kfac_fx.torch_internals.modes import Modes, autocast_heard, mode_entries_heard
 
 if TYPE_CHECKING:
     from kfac_fx.capture.recording import Recording
@@ -63,11 +67,56 @@ def questions_refused(refuse: Refuse) -> Iterator[None]:
         stack.enter_context(_replaced(torch.random, "default_generator", _Seeding(refuse)))
 
         def entered(mode: object) -> None:
-            if not isinstance(mode, RealCalls) and _users(2):
+            if not isinstance(mode, (RealCalls, ModeWatch)) and _users(2):
                 refuse(f"the forward enters {type(mode).__name__}, which no graph records")
 
         stack.enter_context(mode_entries_heard(entered))
         yield
+
+
+class ModeWatch(TorchFunctionMode):
+    """Refuse calls in modes that no graph records; for captures that make their nodes elsewhere.
+
+    Args:
+        refuse: is called with the reason, on the user's line.
+    """
+
+    def __init__(self, refuse: Refuse) -> None:
+        super().__init__()
+        self._refuse = refuse
+        self._modes = Modes()
+
+    def __torch_function__(
+        self,
+        func: Value,
+        types: object,
+        args: tuple[Value, ...] = (),
+        kwargs: Mapping[str, Value] | None = None,
+    ) -> Value:
+        """Compare the modes with those at the beginning, and run the call."""
+        changed = Modes().difference(self._modes)
+        if changed is not None:
+            self._refuse(f"{changed} is set in the forward, which no graph records")
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def refusals_noted() -> Iterator[None]:
+    """Within the context, code of the user's is traced by torch; see ``questions_refused``.
+
+    Raises:
+        CaptureError: at the end, if the user's code or torch's caught a refusal.
+    """
+    refused: list[str] = []
+
+    def refuse(reason: str) -> NoReturn:
+        refused.append(f"{running_line()}: {reason}")
+        raise CaptureError(reason)
+
+    with questions_refused(refuse), ModeWatch(refuse):
+        yield
+    if refused:
+        raise CaptureError(refused[0])
 
 
 @contextmanager
@@ -100,7 +149,8 @@ def _replaced(owner: Value, name: str, value: Value) -> Iterator[None]:
 def _users(depth: int) -> bool:
     """Tell whether user's code calls what stands ``depth`` frames above; torch asks as well."""
     frame = sys._getframe(depth + 1)
-    while frame.f_back is not None and frame.f_code.co_filename == torch.random.__file__:
+    between = (torch.random.__file__, contextlib.__file__)
+    while frame.f_back is not None and frame.f_code.co_filename in between:
         frame = frame.f_back
     return not frame.f_code.co_filename.startswith((_TORCH, _HERE))
 

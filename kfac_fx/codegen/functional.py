@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
@@ -95,12 +95,15 @@ def functional_errors() -> Iterator[None]:
 @contextmanager
 def no_autocast() -> Iterator[None]:
     """Let operators inside run in the precision of what they are given."""
-    with torch.autocast("cpu", enabled=False):
-        if not torch.cuda.is_available():
-            yield
-            return
-        with torch.autocast("cuda", enabled=False):
-            yield
+    # Most passes are under none, and entering the contexts costs as much as several operators.
+    kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+    if not kinds:
+        yield
+        return
+    with ExitStack() as stack:
+        for kind in kinds:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 # Random numbers.

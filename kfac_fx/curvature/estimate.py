@@ -30,6 +30,26 @@ LEAST_TERMS = 64
 """Likelihood terms that averages are over at least, where batches are large enough."""
 
 
+class Usual(NamedTuple):
+    """A period that the library chose, which begins with shorter ones.
+
+    Attributes:
+        early: steps, counted from 0, in which something is due besides.
+        every: the period.
+    """
+
+    early: frozenset[int]
+    every: int
+
+
+# The averages are of one batch at first, then of two, of four: an inverse of the first, kept for a
+# whole period, makes long steps in all directions that this batch did not show.
+REFRESHES = Usual(frozenset((1, 2, 4, 8, 16)), 20)
+
+# Averages of many batches move little by one more, which costs as much as a step without any.
+STATISTICS = Usual(frozenset(range(20)), 3)
+
+
 class EstimateState(TypedDict):
     """An estimate as tensors and plain values, by the names of blocks, pairs and moments."""
 
@@ -159,8 +179,8 @@ class Averages:
             taken[gradient] = multiplied(taken[gradient]) / multiplied(taken[count])
         return taken
 
-    def compared(self, new: Sequence[Statistic]) -> list[Compared]:
-        """Return the new statistics beside the averages that they can be compared with.
+    def compared(self, sizes: Sequence[Tensor]) -> list[Compared]:
+        """Return ``sizes`` of new statistics beside the averages that they can be compared with.
 
         Second moments of inputs are about the same from the first batch on, so theirs are compared
         at once; derivatives may start at zero and grow, so theirs are once averages are settled.
@@ -169,7 +189,7 @@ class Averages:
             return []
         settled = self.recorded >= SETTLED
         present = [average.upper() for average in self.all]
-        parts = zip(self.holder.factors, self.sizes(new), self.sizes(present), strict=True)
+        parts = zip(self.holder.factors, sizes, self.sizes(present), strict=True)
         return [
             Compared(value, average, settled)
             for spec, value, average in parts
@@ -276,13 +296,15 @@ class Estimate:
             if new is not None:
                 came.append(Came(averages, new))
         swollen = False
+        sizes = [each.averages.sizes(each.new) for each in came]
         if outlier < math.inf:  # the comparison costs a synchronisation
-            pairs = [pair for each in came for pair in each.averages.compared(each.new)]
+            both = zip(came, sizes, strict=True)
+            pairs = [pair for each, size in both for pair in each.averages.compared(size)]
             fitted = fit(pairs, outlier)
             if fitted.outlier:
                 return Folded(good=False)
             swollen = fitted.swollen
-        if not all_finite([part for each in came for part in each.averages.sizes(each.new)]):
+        if not all_finite([part for each in sizes for part in each]):
             return Folded(good=False)
         if swollen:
             log.warning("statistics are far shorter than the first ones: the averages start anew")
@@ -436,6 +458,19 @@ def fold_in_place(averages: Sequence[Average], new: Sequence[Statistic], weight:
             values.append(value)
     if stored:
         foreach.lerp_(stored, values, weight)
+
+
+def is_due(step: int, given: int | None, usual: Usual) -> bool:
+    """Say whether something is due: counted in steps, not by a clock, so that runs repeat.
+
+    Args:
+        step: counted from 0.
+        given: the user's period, which is kept to from the first step on; None for ours.
+        usual: ours.
+    """
+    if given is not None:
+        return step % given == 0
+    return step % usual.every == 0 or step in usual.early
 
 
 def new_weight(k: int, decay: float) -> float:

@@ -32,8 +32,22 @@ from kfac_fx.ir.curvature_graph import CurvatureGraph
 from kfac_fx.ir.use import StatisticKey
 from kfac_fx.ops.gram import Statistic
 from kfac_fx.parallel import Workers
+from kfac_fx.torch_internals import foreach
 
 log = logging.getLogger("kfac_fx")
+
+
+WIDE = (torch.float64, torch.complex128)
+"""Precisions in which sums of squares do not overflow."""
+
+LONGEST = 2.0
+"""Natural lengths above this many times the usual one are those of an outlier."""
+
+LEAST = 1e-3
+"""Share of its squared length that the trust region leaves a gradient at least."""
+
+MEMORY = 0.9
+"""Weight of the old ones in the running average of squared natural lengths."""
 
 
 class InverseState(TypedDict):
@@ -107,7 +121,7 @@ class InverseFisher:
         self._workers = workers
         self._refreshes = 0
         # The damping and the number of folds that ``refreshed`` is of.
-        self._made_of: tuple[float, int] | None = None
+        self._made_of: tuple[float | None, int] | None = None
         self._chooses = coupled and curvature.selection == "data" and bool(curvature.pairs)
         program, engine = self._generated(curvature.couplings if coupled else ())
         self.program = program
@@ -162,23 +176,23 @@ class InverseFisher:
             self.refreshed = self.moments.scaled(self.refreshed)
         return folded.good
 
-    def keep_up(self, damping: float) -> None:
+    def keep_up(self, damping: float | None) -> None:
         """Refresh, unless neither the averages nor the damping have moved since the last time.
 
         Inverses that come into use later than they are made count refreshes: these always run.
 
         Args:
-            damping: lambda.
+            damping: see ``refresh``.
         """
         moved = self._made_of != (damping, self.estimate.folds) or self.refreshed is None
         if moved or self._workers.staleness:
             self.refresh(damping)
 
-    def refresh(self, damping: float) -> None:
+    def refresh(self, damping: float | None) -> None:
         """Compute the inverses from the present averages.
 
         Args:
-            damping: lambda.
+            damping: lambda; None for the mean eigenvalue of the averages.
 
         Raises:
             StatisticsError: there are none yet.
@@ -187,11 +201,12 @@ class InverseFisher:
             raise StatisticsError("no statistics yet: nothing to invert")
         self._refreshes += 1
         # At refreshes 1, 2, 4, 8, ...: a choice costs about a refresh, and later ones change less.
+        amount = self.mean_eigenvalue() if damping is None else damping
         if self._chooses and not self._refreshes & (self._refreshes - 1):
-            self._choose_couplings(damping)
+            self._choose_couplings(amount)
         factors = self.estimate.arguments(self.program.couplings)
-        amount = torch.full_like(self.estimate.like, damping)
-        made = self._engine.refresh(amount, factors, self.refreshed)
+        tensor = torch.full_like(self.estimate.like, amount)
+        made = self._engine.refresh(tensor, factors, self.refreshed)
         self.clamped += made.clamped
         self.refreshed = made if self.moments is None else self.moments.rebase(made)
         self._made_of = damping, self.estimate.folds
@@ -242,6 +257,17 @@ class InverseFisher:
     def use(self, refreshed: Refreshed | None) -> None:
         """Take inverses that an earlier refresh made; of several, an optimizer keeps the best."""
         self.refreshed = refreshed
+
+    def damping(self, given: float | None) -> float:
+        """Return the lambda that is in force.
+
+        Args:
+            given: what ``refresh`` is given. For None it is that of the inverses in use; before
+                there are any, that which a refresh would take now.
+        """
+        if given is not None:
+            return given
+        return self.mean_eigenvalue() if self.refreshed is None else float(self.refreshed.damping)
 
     def mean_eigenvalue(self) -> float:
         """Return the mean eigenvalue of the undamped averages; see ``mean_eigenvalue.py``."""
@@ -362,3 +388,62 @@ def _check_damping(options: CurvatureOptions, curvature: CurvatureGraph) -> None
         rest = [name for name in able if name not in known]
         if rest:
             log.warning("Kronecker eigenvalues for %s: no plain layers", ", ".join(rest))
+
+
+class NaturalLength:
+    """Says how much of a preconditioned gradient to take, by its length in Fhat.
+
+    Args:
+        largest: the trust region: the largest squared length; None for no limit.
+
+    Attributes:
+        usual: the running average of squared lengths; None before the first.
+    """
+
+    def __init__(self, largest: float | None) -> None:
+        self.largest = largest
+        self.usual: float | None = None
+
+    def share(self, gradient: Sequence[Tensor], updates: Sequence[Tensor]) -> float:
+        """Return the factor, at most 1, that a preconditioned gradient is taken with.
+
+        Its squared length is gradient^T Fhat^-1 gradient, so that no product with Fhat is needed.
+
+        Args:
+            gradient: the gradient of each parameter.
+            updates: Fhat^-1 times it, in the same order.
+
+        Returns:
+            NaN where an entry of either is not finite; one synchronisation for that, too.
+        """
+        squared = 0.0
+        for kind in {(tensor.dtype, tensor.device) for tensor in gradient}:
+            # One product of long vectors in place of three small operations a parameter.
+            both = zip(gradient, updates, strict=True)
+            pairs = [(g, u) for g, u in both if kind == (g.dtype, g.device)]
+            if kind[0].is_complex:
+                pairs = [(torch.view_as_real(g), torch.view_as_real(u)) for g, u in pairs]
+            g, u = (foreach.flattened(list(side)) for side in zip(*pairs, strict=True))
+            if g.dtype in (torch.float16, torch.bfloat16):
+                g = g.float()
+            squared += float(torch.dot(g, u.to(g.dtype)))
+        if not math.isfinite(squared):
+            if all(g.dtype in WIDE for g in gradient):
+                return math.nan
+            # The sum may have overflowed where all entries are finite: once more, with room.
+            wide = [[t.to(WIDE[t.is_complex()]) for t in side] for side in (gradient, updates)]
+            return self.share(wide[0], wide[1])
+        if squared <= 0 or self.largest is None:  # rounding may leave it below zero
+            return 1.0
+        # Near a perfect fit the Fisher has shrunk with the loss, and one hard case makes a gradient
+        # that is a thousand times too long for it: it counts as twice the usual one. What is cut
+        # enters the average cut, so that longer gradients of all cases are believed after a while.
+        kept = squared
+        if self.usual is None:
+            self.usual = squared
+        else:
+            kept = min(squared, LONGEST**2 * self.usual)
+            self.usual = MEMORY * self.usual + (1 - MEMORY) * kept
+        # Nats are a scale of losses, but not of all: squared errors of targets in thousands begin
+        # with millions of them, and steps of a hundredth of a nat would get nowhere.
+        return math.sqrt(min(kept, max(self.largest, LEAST * kept)) / squared)

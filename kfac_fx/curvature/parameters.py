@@ -57,15 +57,26 @@ class CoveredParameters:
         self._frozen = [(name, known[name]) for name in frozen if name in known]
 
     def gradients(self) -> dict[str, Tensor]:
-        """Return the gradients that there are, by name.
+        """Return the gradients that there are, by name, once the parameters are checked.
 
         Sparse gradients become dense in their place, as ``Preconditioner`` writes to what it gets
         here: the inverse of a block has no zeros to keep.
+
+        Raises:
+            ParameterChangedError: see ``check``.
         """
-        for parameter in self.parameters.values():
-            if parameter.grad is not None and parameter.grad.layout is not torch.strided:
-                parameter.grad = parameter.grad.to_dense()
-        return {n: p.grad for n, p in self.parameters.items() if p.grad is not None}
+        found = {}
+        for name, parameter in self.parameters.items():
+            owner, leaf, shape, dtype, device = self._expected[name]
+            same = owner._parameters.get(leaf) is parameter and parameter.shape == shape
+            if not (same and parameter.dtype == dtype and parameter.device == device):
+                self.check()
+            gradient = parameter.grad
+            if gradient is not None and gradient.layout is not torch.strided:
+                gradient = parameter.grad = gradient.to_dense()
+            if gradient is not None:
+                found[name] = gradient
+        return found
 
     def in_module_order(self) -> dict[str, nn.Parameter]:
         """Return ``parameters`` in the order of the module's own ``parameters()``."""
@@ -140,19 +151,23 @@ def _curvature(net: object) -> CurvatureGraph:
     return found
 
 
-def transformed(net: object, structure: Structure | None) -> tuple[CurvatureGraph, Structure]:
+def transformed(
+    net: object, structure: Structure | None, *, coupled: bool = False
+) -> tuple[CurvatureGraph, Structure]:
     """Return the curvature graph of a transformed module, and the structure that is wanted.
 
     Args:
         net: what ``kfac_fx.transform`` returned, or any GraphModule with its annotated taps.
-        structure: None for the transform's own.
+        structure: None for what the transform was asked for.
+        coupled: whether the couplings are taken where neither asks for a structure.
 
     Raises:
         KFACError: it is another module.
         UnknownOptionError: the structure is unknown, or the module records no cross factors.
     """
     curvature = _curvature(net)
-    wanted = choice("structure", structure or curvature.structure, STRUCTURES)
+    own = curvature.structure if coupled else curvature.preferred
+    wanted = choice("structure", structure or own, STRUCTURES)
     if wanted == "block_diagonal":
         return curvature, "block_diagonal"
     if curvature.structure != "block_tridiagonal":

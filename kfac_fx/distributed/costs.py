@@ -64,7 +64,7 @@ def measured_costs(preconditioner: Preconditioner, repeats: int = 5) -> dict[str
     if not inverse.estimate.recorded:
         raise StatisticsError("no statistics yet: observe a batch and call step() first")
     factors = inverse.estimate.arguments(inverse.program.couplings)
-    damping = torch.full_like(inverse.estimate.like, preconditioner.damping)
+    damping = torch.full_like(inverse.estimate.like, preconditioner.damping or 1.0)
     found = {}
     for block in inverse.curvature.blocks:
         part = inverse.program.part([block])

@@ -51,7 +51,7 @@ class DataParallel:
     the exact Fisher; everything it decides, it decides from those. With ``Preconditioner`` the
     gradients are averaged before ``step()``: by DistributedDataParallel, by FSDP2, or by the user.
 
-    Draws (sampled targets, dropout masks) come from one stream of seeds, the first process's
+    Draws (signs for statistics, dropout masks) come from one stream of seeds, the first process's
     generator; each process adds its rank. Where a part of a batch counts (tau1, tau2), case i is
     taken to be with process i modulo W, as ``DistributedSampler`` deals. What no tap records is
     squared in each process, and has no statistics where FSDP2 shards it (it is logged, its gradient

@@ -10,9 +10,9 @@ from torch import Tensor, fx, nn
 from torch.autograd.graph import Node
 
 from kfac_fx.capture.layer_calls import translate
-from kfac_fx.capture.symbolic_trace import user_line
 from kfac_fx.capture.train_and_eval import all_in_mode
 from kfac_fx.capture.undisturbed import fresh, tensors_in, undisturbed
+from kfac_fx.capture.user_lines import user_line
 from kfac_fx.eager.tape import Seen, Tape, compilers_off
 from kfac_fx.eager.torch_calls import Value
 from kfac_fx.errors import CaptureError
@@ -35,7 +35,7 @@ def record(model: nn.Module, args: tuple[Value, ...], kwargs: dict[str, Value]) 
     """
     tape = Tape(model, mark=True)
     args, kwargs = fresh((args, kwargs))
-    with undisturbed(model), all_in_mode(model, True), compilers_off():
+    with undisturbed(model, runs=True), all_in_mode(model, True), compilers_off():
         try:
             with tape:
                 outputs = model(*args, **kwargs)

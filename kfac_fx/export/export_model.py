@@ -14,9 +14,11 @@ from kfac_fx.capture.captured_module import CapturedModule, captured_module
 from kfac_fx.capture.graph_modules import from_graph_module
 from kfac_fx.capture.hooks import refuse_backward_hooks
 from kfac_fx.capture.input_forms import ExportedInputs, Guards
-from kfac_fx.capture.symbolic_trace import same_constant, user_line
+from kfac_fx.capture.symbolic_trace import same_constant
 from kfac_fx.capture.train_and_eval import capture_both
 from kfac_fx.capture.undisturbed import undisturbed
+from kfac_fx.capture.user_lines import user_line
+from kfac_fx.capture.watching import refusals_noted
 from kfac_fx.errors import CaptureError
 from kfac_fx.torch_internals.buffer_registration_hooks import no_hooks_left
 from kfac_fx.torch_internals.pytree import tree_leaves, tree_map_only
@@ -67,8 +69,11 @@ def from_export(model: nn.Module, args: tuple[Value, ...], kwargs: dict[str, Val
         _lift_constants(model, module, constants)
         return module.graph
 
-    with undisturbed(model):
+    with undisturbed(model) as before:
         training, evaluation = capture_both(model, graph_of)
+        if found := before.state.written():
+            who = f"the forward of {type(model).__name__}"
+            raise CaptureError(f"{who} {found[0]}, which a graph would not do again")
     module = captured_module(model, training, evaluation, constants)
     inputs = ExportedInputs(inspect.signature(model.forward), (args, kwargs), guards)
     return Exported(module, inputs, bool(constants))
@@ -136,10 +141,14 @@ def exported(model: nn.Module, args: tuple[Value, ...], kwargs: dict[str, Value]
     # open batch alone is tried then.
     try:
         module = _export(model, args, kwargs, dynamic=2)
+    except CaptureError:
+        raise  # a refusal does not depend on sizes
     except Exception as first:  # any code of the user's may run here
         log.info("export with a dynamic length: %s", first)
         try:
             module = _export(model, args, kwargs, dynamic=1)
+        except CaptureError:
+            raise
         except Exception as error:
             reason = str(error).strip().splitlines()
             raise CaptureError(f"{user_line(error)}: {reason[0] if reason else error!r}") from error
@@ -175,7 +184,7 @@ def _export(
             if open_dims:
                 shapes[leaf] = dict.fromkeys(open_dims, torch.export.Dim.AUTO)
     # Not strict: the model's own Python runs on fake tensors, which follows more code than Dynamo.
-    with no_hooks_left():
+    with no_hooks_left(), refusals_noted():
         program = torch.export.export(
             model,
             args,

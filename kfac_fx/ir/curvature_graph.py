@@ -162,7 +162,7 @@ class CurvatureGraph:
         excluded: parameters without a block, as the user left them out.
         unused: parameters without a block, as the outputs do not depend on them.
         sizes: number of entries of every parameter of the model.
-        structure: "block_diagonal" or "block_tridiagonal", as it was asked for.
+        structure: "block_diagonal" or "block_tridiagonal": what the taps can record.
         route: how the model was captured.
         edges: how the blocks follow each other in the graph; of many sources, the 32 nearest.
         pairs: the blocks whose cross factors are recorded, candidates for couplings.
@@ -171,6 +171,7 @@ class CurvatureGraph:
         selection: whether the "topology" chose the couplings for good, or the "data" may choose
             others among the pairs.
         moments: blocks whose eigenvalues can be estimated (EKFAC).
+        preferred: the structure that ``Preconditioner`` takes unless it is told another one.
     """
 
     blocks: Mapping[str, CurvatureBlock]
@@ -186,6 +187,7 @@ class CurvatureGraph:
     uncoupled: Mapping[str, str] = field(default_factory=dict)
     selection: Couplings = "topology"
     moments: tuple[Moment, ...] = ()
+    preferred: str = "block_diagonal"
 
     # Mappings of a frozen record are read-only too: several passes and a Preconditioner hold one
     # graph.
@@ -212,9 +214,12 @@ class CurvatureGraph:
 
     @property
     def factor_elements(self) -> int:
-        """Return the entries of all factors, which ``Preconditioner`` will allocate."""
-        holders: list[CurvatureBlock | Pair | Moment] = [*self.blocks.values(), *self.pairs]
-        holders += self.moments
+        """Return the entries of all factors that ``Preconditioner`` allocates unless it is told
+        another structure.
+        """
+        holders: list[CurvatureBlock | Pair | Moment] = [*self.blocks.values(), *self.moments]
+        if self.preferred == "block_tridiagonal":
+            holders += self.pairs
         return sum(prod(f.shape) for holder in holders for f in holder.factors)
 
     def memory(self, itemsize: int = 4, stored: int | None = None) -> int:

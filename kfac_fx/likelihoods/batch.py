@@ -17,13 +17,13 @@ from torch.distributions import Distribution, Independent
 
 from kfac_fx.errors import LikelihoodError
 from kfac_fx.likelihoods.builtin import (
-    FAMILIES,
+    ROOTS,
     Fitting,
     Likelihood,
-    Noise,
     OutputFisher,
+    Signs,
     Tree,
-    drawing_family,
+    drawing_root,
     has_known_fisher,
 )
 from kfac_fx.likelihoods.named import Sum
@@ -164,22 +164,40 @@ class BatchLikelihood:
         return self.nll() / sum(counts)
 
     def sampled(self, noise: int | Sequence[Tensor | None]) -> Tensor:
-        """Return a scalar whose derivatives are those of the NLL of targets drawn from the model.
+        """Return a scalar whose statistics have the exact Fisher's for their mean.
+
+        Its derivatives in the outputs are S s, with S S^T the output Fisher and random signs s: the
+        mean of S s s^T S^T is S S^T. Drawn targets have the same mean, but near a perfect fit
+        hardly any of them differs from what the model says, and the few that do are enormous. Where
+        S is not known, it is the NLL of targets that are drawn from the model.
 
         Every term's derivative is scaled with the square root of its weight, so that its square is
         scaled with the weight.
 
         Args:
-            noise: a seed, of which part k takes ``seed + k``; or what ``noise_of`` asked for, part
+            noise: a seed, of which part k takes ``seed + k``; or what ``signs_of`` asked for, part
                 by part, with None for a distribution that draws by itself.
         """
-        scalars = []
-        for k, (distribution, terms) in enumerate(self.parts):
+        scalars: list[Tensor] = []
+        for distribution, terms in zip(self.distributions, self.terms.parts, strict=True):
+            if terms is None:
+                continue
+            k = len(scalars)
             given = noise + k if isinstance(noise, int) else noise[k]
-            nll = -distribution.log_prob(drawn(distribution, given))
-            nll = nll if terms.weights is None else nll * terms.weights.sqrt()
-            nll = nll.sum()
-            scalars.append(nll * terms.share**0.5 if self.terms.weighted else nll)
+            base, root = drawing_root(distribution)
+            if root is None:
+                values = -distribution.log_prob(drawn(distribution, given))
+            else:
+                columns = torch.cat(list(root(base)), -1)
+                if isinstance(given, int):
+                    given = Signs(columns.shape, columns.dtype, columns.device).sample(given)
+                assert given is not None
+                # What belongs to one term is added up: its outputs, and the columns of each.
+                values = (columns * given).flatten(len(distribution.batch_shape)).sum(-1)
+            if terms.weights is not None:
+                values = values * terms.weights.sqrt()
+            scalar = values.sum()
+            scalars.append(scalar * terms.share**0.5 if self.terms.weighted else scalar)
         return torch.stack(scalars).sum() if len(scalars) > 1 else scalars[0]
 
     def exact(self, select: Tensor | None = None) -> Iterator[Tensor]:
@@ -242,31 +260,31 @@ class BatchLikelihood:
 
 @torch.no_grad()
 def drawn(distribution: Distribution, noise: int | Tensor | None) -> Tensor:
-    """Return targets y ~ p; torch's own random stream is left as it was.
-
-    Where the family is known, the draw is a function of noise, so that a pass that runs and one
-    that was compiled draw the same; other distributions draw by themselves.
+    """Return targets y ~ p from a seed; torch's own random stream is left as it was.
 
     Args:
         distribution: that is drawn from.
-        noise: a seed; or what ``noise_of`` asked for, None where it asked for nothing: then the
-            draw is from torch's stream as it stands.
+        noise: a seed. Else the draw is from torch's stream as it stands: of a traced pass it stays
+            in the graph, which is run under the seed as a whole.
     """
-    base, family = drawing_family(distribution)
-    if family is None:
-        # Of a traced pass the draw stays in the graph, which is run under the seed as a whole.
-        if not isinstance(noise, int):
-            return distribution.sample()
-        with seeded(noise, _parameters(distribution)):
-            return distribution.sample()
-    assert noise is not None
-    return family.draw(base, family.noise(base).sample(noise) if isinstance(noise, int) else noise)
+    if not isinstance(noise, int):
+        return distribution.sample()
+    with seeded(noise, _parameters(distribution)):
+        return distribution.sample()
 
 
-def noise_of(distribution: Distribution) -> Noise | None:
-    """Return what a draw needs, or None where only the distribution itself knows how to draw."""
-    base, family = drawing_family(distribution)
-    return None if family is None else family.noise(base)
+def signs_of(distribution: Distribution) -> Signs | None:
+    """Return the signs that ``BatchLikelihood.sampled`` needs; None where targets are drawn.
+
+    Only shapes are looked at, so that compiled passes can make the signs before.
+    """
+    base, root = drawing_root(distribution)
+    if root is None:
+        return None
+    columns = list(root(base))
+    count = sum(column.shape[-1] for column in columns)
+    first = columns[0]
+    return Signs(torch.Size((*first.shape[:-1], count)), first.dtype, first.device)
 
 
 def _parameters(distribution: Distribution) -> list[Tensor]:
@@ -283,7 +301,7 @@ def root_columns(distribution: Distribution) -> Iterator[Tensor]:
     sqrt(p(y)) * grad log p(y) (docs/explanation/mathematics.md, section 3).
 
     Raises:
-        LikelihoodError: neither the family nor the support is known.
+        LikelihoodError: neither the root nor the support is known.
     """
     # Columns of one event add up: its dimensions become columns, so that they do not mix.
     if isinstance(distribution, Independent):
@@ -292,8 +310,8 @@ def root_columns(distribution: Distribution) -> Iterator[Tensor]:
             yield columns.flatten(columns.dim() - 1 - events)
         return
     for kind in type(distribution).__mro__:
-        if kind in FAMILIES:
-            yield from FAMILIES[kind].root(distribution)
+        if kind in ROOTS:
+            yield from ROOTS[kind](distribution)
             return
     if not distribution.has_enumerate_support:
         raise LikelihoodError(

@@ -4,17 +4,17 @@ A likelihood turns outputs into a ``torch.distributions.Distribution`` and says 
 batch count. A *term* is one element of the distribution's batch shape: a case, or a token where the
 likelihood factorises over tokens.
 
-Two estimators of the Fisher need more than torch's distributions offer: the sampled one draws
-targets as a function of noise, and the exact one needs a square root of the output Fisher. Both are
-told once for each *family* of distributions (``Family``), in the file of the likelihood that
-returns it, so a callable that returns torch's own distributions has them too.
+Two estimators of the Fisher need more than torch's distributions offer: a square root of the output
+Fisher, of which the exact one takes every column, and the sampled one all columns with random
+signs. It is told once for each class of distributions (``ROOTS``), in the file of the likelihood
+that returns it, so a callable that returns torch's own distributions has it too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeGuard, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeGuard, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -139,74 +139,56 @@ def has_known_fisher(likelihood: object) -> TypeGuard[KnownFisher]:
     return False
 
 
-class Noise(NamedTuple):
-    """A standard random tensor that a draw is a function of.
+class Signs(NamedTuple):
+    """Random signs, each +1 or -1 with probability one half.
 
     Attributes:
-        kind: "exponential" and "normal" have variance one, "uniform" is on [0, 1).
         shape: the shape of the tensor.
-        dtype: the dtype of what is drawn. Noise is in float32 at least: in half precision, draws
-            would repeat each other.
+        dtype: the dtype of the tensor.
         device: the device of the tensor.
     """
 
-    kind: Literal["exponential", "uniform", "normal"]
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
 
     def sample(self, seed: int) -> Tensor:
         """Return the tensor of one seed; torch's own random stream is left alone."""
-        # A generator a draw, as cheap as one that is kept: a seed gives the same noise wherever and
-        # whenever it is drawn, which lets compiled passes have it as an argument.
+        # A generator a draw, as cheap as one that is kept: a seed gives the same signs wherever and
+        # whenever they are drawn, which lets compiled passes have them as an argument.
         generator = torch.Generator(self.device).manual_seed(seed)
-        dtype = torch.promote_types(self.dtype, torch.float32)
-        result = torch.empty(self.shape, dtype=dtype, device=self.device)
-        if self.kind == "exponential":
-            return result.exponential_(generator=generator)
-        fill = result.uniform_ if self.kind == "uniform" else result.normal_
-        return fill(generator=generator)
+        drawn = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        return drawn.bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
 
 
-class Family(NamedTuple):
-    """Draws and the root of the Fisher of a family of distributions, for the estimators.
+Root = Callable[[Any], Iterator[Tensor]]
+"""From a distribution to the columns of a square root S of its output Fisher, S S^T = F_out.
 
-    Attributes:
-        noise: a function from a distribution to the noise that one draw needs. It must not depend
-            on the values of the distribution's parameters, so that compiled passes can make it
-            before.
-        draw: a function from a distribution and such noise to targets y ~ p.
-        root: the columns of a square root S of the output Fisher, S S^T = F_out. Each is a tensor
-            of batch shape + [columns] whose derivative in the outputs is S's, where what is
-            multiplied with is detached.
-    """
+Each is a tensor of batch shape + [columns] whose derivative in the outputs is S's, where what is
+multiplied with is detached.
+"""
 
-    noise: Callable[[Any], Noise]
-    draw: Callable[[Any, Tensor], Tensor]
-    root: Callable[[Any], Iterator[Tensor]]
+ROOTS: dict[type[Distribution], Root] = {}
+"""By the distribution's class. Subclasses have the root of their nearest ancestor."""
 
 
-FAMILIES: dict[type[Distribution], Family] = {}
-"""By the distribution's class. Subclasses have the family of their nearest ancestor."""
+def drawing_root(distribution: Distribution) -> tuple[Distribution, Root | None]:
+    """Return the distribution inside of Independent, and the root that the sampled Fisher takes.
 
-
-def drawing_family(distribution: Distribution) -> tuple[Distribution, Family | None]:
-    """Return the distribution inside of Independent, and the family by which targets are drawn.
-
-    The family is None where a distribution draws by itself. A subclass with a ``sample`` of its own
-    is another distribution for draws.
+    The root is None where it is not known, or where a subclass has a ``sample`` of its own: that is
+    another distribution, from which targets are drawn.
 
     Args:
-        distribution: ``Independent`` around it only counts dimensions, which a draw does not.
+        distribution: ``Independent`` around it only counts dimensions, which signs do not.
     """
     while type(distribution) is Independent:
         distribution = distribution.base_dist
     # By class rather than by what the likelihood says: a callable from outputs to a distribution
-    # says nothing else, and its draws must be repeatable, too.
+    # says nothing else, and has a root, too.
     for kind in type(distribution).__mro__:
-        if kind in FAMILIES:
+        if kind in ROOTS:
             own = getattr(kind, "sample", None)
-            return distribution, FAMILIES[kind] if type(distribution).sample is own else None
+            return distribution, ROOTS[kind] if type(distribution).sample is own else None
     return distribution, None
 
 
@@ -321,6 +303,10 @@ class Categorical:
             )
         check_targets(targets, shape, "categorical")
         classes = outputs.shape[dim]
+        if self._counts_all(targets, classes):
+            # Ones rather than None: programs are compiled for one or the other.
+            weights = torch.ones(shape, dtype=outputs.dtype, device=outputs.device)
+            return targets, weights if self.weight is None else self.weight.to(outputs)[targets]
         # Checked here, as a draw or a log-probability of an impossible class is an index error on
         # a CPU, and silence or a dead device on a GPU.
         counted = targets != self.ignore_index
@@ -342,34 +328,12 @@ class Categorical:
             a, v = w * a, w.sqrt() * v
         return OutputFisher(a, v, dim)
 
-
-def _class_noise(distribution: D.Categorical) -> Noise:
-    """Return uniform noise, one number a case, on a CPU; elsewhere one a class.
-
-    Exponential clocks of all classes race, as in torch.multinomial, where sums in parallel need not
-    be monotone: inversion might draw a class of probability zero there. On a CPU the race takes 10
-    to 20 times as long as inversion.
-    """
-    probs = distribution.probs
-    if probs.device.type == "cpu":
-        return Noise("uniform", probs.shape[:-1], probs.dtype, probs.device)
-    return Noise("exponential", probs.shape, probs.dtype, probs.device)
-
-
-def _class_draw(distribution: D.Categorical, noise: Tensor) -> Tensor:
-    """Return the class at which the distribution function passes a uniform number, or the race's.
-
-    Args:
-        noise: [...], uniform, or [..., C], exponential: see ``_class_noise``.
-    """
-    probs = distribution.probs
-    if noise.dim() == probs.dim():
-        return (probs / noise).argmax(-1)
-    sums = probs.cumsum(-1, dtype=noise.dtype)
-    # Numbers below one stay below the total, rounded too: a class follows that adds to the sum.
-    reached = noise.unsqueeze(-1) * sums[..., -1:]
-    found = torch.searchsorted(sums, reached, right=True).squeeze(-1)
-    return found.clamp_max(probs.shape[-1] - 1)  # NaNs are found elsewhere, but may not lead astray
+    def _counts_all(self, targets: Tensor, classes: int) -> bool:
+        """Return whether all targets are classes that count; False where it is not worth a look."""
+        # Most batches: two numbers tell. A GPU would be waited for twice.
+        if 0 <= self.ignore_index < classes or targets.is_cuda or not targets.numel():
+            return False
+        return int(targets.min()) >= 0 and int(targets.max()) < classes
 
 
 def _class_root(distribution: D.Categorical) -> Iterator[Tensor]:
@@ -381,7 +345,7 @@ def _class_root(distribution: D.Categorical) -> Iterator[Tensor]:
     yield root * (f - (root.square() * f).sum(-1, keepdim=True))
 
 
-FAMILIES[D.Categorical] = Family(_class_noise, _class_draw, _class_root)
+ROOTS[D.Categorical] = _class_root
 
 
 @dataclass(frozen=True)
@@ -412,11 +376,7 @@ def _bit_root(distribution: D.Bernoulli) -> Iterator[Tensor]:
     yield ((p * (1 - p)).sqrt() * distribution.logits).unsqueeze(-1)
 
 
-FAMILIES[D.Bernoulli] = Family(
-    noise=lambda bits: Noise("uniform", bits.probs.shape, bits.probs.dtype, bits.probs.device),
-    draw=lambda bits, noise: (noise < bits.probs).to(noise.dtype),
-    root=_bit_root,
-)
+ROOTS[D.Bernoulli] = _bit_root
 
 
 class _SquaredError(D.Normal):
@@ -466,8 +426,4 @@ def _normal_root(distribution: D.Normal) -> Iterator[Tensor]:
         yield (2**0.5 * distribution.scale / sigma).unsqueeze(-1)
 
 
-FAMILIES[D.Normal] = Family(
-    noise=lambda normal: Noise("normal", normal.loc.shape, normal.loc.dtype, normal.loc.device),
-    draw=lambda normal, noise: normal.loc + normal.scale * noise,
-    root=_normal_root,
-)
+ROOTS[D.Normal] = _normal_root

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
@@ -10,6 +11,9 @@ import torch
 from torch import Tensor
 
 from kfac_fx.torch_internals import foreach
+
+AT_ONCE = 2**14
+"""Entries that are copied together rather than looked at one tensor after another."""
 
 
 class _Setting(Protocol):
@@ -64,8 +68,15 @@ def all_finite(tensors: Sequence[Tensor]) -> bool:
     for tensor in tensors:
         if tensor.numel():
             by_dtype.setdefault(tensor.dtype, []).append(tensor)
-    finite = [
-        torch.stack(foreach.norm(group, 2, torch.promote_types(dtype, torch.float32))).isfinite()
+    for dtype, group in by_dtype.items():
+        # Of small tensors one norm of all in a row: each call costs more than the copy.
+        small = len(group) > 2 and sum(tensor.numel() for tensor in group) <= AT_ONCE
+        if small and len({tensor.device for tensor in group}) == 1:
+            by_dtype[dtype] = [torch.cat([tensor.reshape(-1) for tensor in group])]
+    # Norms are not negative, so their sum is finite where all of them are: a finite norm is so much
+    # smaller than the largest number that no sum of them overflows.
+    sums = [
+        torch.stack(foreach.norm(group, 2, torch.promote_types(dtype, torch.float32))).sum()
         for dtype, group in by_dtype.items()
     ]
-    return not finite or bool(torch.cat(finite).all())
+    return all(math.isfinite(total) for total in sums)

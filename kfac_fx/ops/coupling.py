@@ -29,13 +29,13 @@ from kfac_fx.ops.columns import Recorded, register_use
 from kfac_fx.ops.cross_input import Input, cross_input
 from kfac_fx.ops.sides import Side, derivative_rows, row_shape, side_of
 from kfac_fx.ops.state import is_paused
-from kfac_fx.ops.tap import buffer_of, constant, define, joined, recording
+from kfac_fx.ops.tap import _Unbatched, buffer_of, constant, define, joined, recording
 
 Context: TypeAlias = Any
 """What autograd hands from a forward to its backward; attributes are set on it freely."""
 
 
-class _Link(torch.autograd.Function):
+class _Link(_Unbatched):
     """(y, G) -> a zero of y's shape and the link; its backward returns G_ij."""
 
     @staticmethod
@@ -97,7 +97,7 @@ class _Sides(NamedTuple):
     one: float = 1.0
 
 
-class _Couple(torch.autograd.Function):
+class _Couple(_Unbatched):
     """(y, x_j, x_i, A, link) -> a zero of y's shape; its backward returns A_ij and g_j."""
 
     @staticmethod

@@ -260,7 +260,8 @@ def stay(rows: Tensor) -> bool:
 
 def second_moment(rows: Tensor, scale: float = 1.0) -> Statistic:
     """Return ``gram``, or a copy of rows that stay: until then others may write into them."""
-    if collecting_now.forming and stay(rows):
+    few = rows.shape[-2] < rows.shape[-1]  # most are not, and need no closer look
+    if collecting_now.forming and few and stay(rows):
         return Rows(rows.clone(), scale)
     return gram(rows, scale)
 

@@ -124,7 +124,7 @@ def input_factor(
         return second_moment(flat, 1 / cases)
     # Few rows of a large factor stay rows until they are added to the average where that lies: a
     # product of its own would be written and read once more.
-    if collecting_now.forming and stay(flat):
+    if collecting_now.forming and flat.shape[-2] < flat.shape[-1] and stay(flat):
         return Rows(pad(flat, (0, 1), value=one), 1 / cases)
     return homogeneous_gram(flat, 1 / cases, one)
 

@@ -43,6 +43,19 @@ def all_buffers(net: nn.Module) -> list[Tensor]:
     return list(getattr(net, STORE).buffers())
 
 
+def records(net: nn.Module) -> bool:
+    """Return whether any tap of an instrumented module has something to record into."""
+    # A look at every buffer rather than a flag: other tensors may have taken their places for the
+    # time of a call, and this is less than one tap costs.
+    store = net._modules.get(STORE)
+    for slot in () if store is None else store._modules.values():
+        if slot is not None:
+            for buffer in slot._buffers.values():
+                if buffer is not None and buffer.requires_grad:
+                    return True
+    return False
+
+
 def moment_buffers(net: nn.Module, of: HasSlot) -> tuple[Tensor, Tensor, Tensor]:
     """Return (U_A, U_G, S) of a ``Moment``: the bases that taps read, and a buffer."""
     slot = getattr(getattr(net, STORE), of.slot)

@@ -20,6 +20,9 @@ Option: TypeAlias = bool | int | float | str | tuple[int, ...] | tuple[str]
 
 _Options = TypeVar("_Options", bound="TapOptions")
 
+# By class and values; as many as there are kinds of layers in the process.
+_known: dict[tuple[type, tuple[object, ...]], object] = {}
+
 _SCHEMAS: dict[object, str] = {
     bool: "bool",
     int: "int",
@@ -55,7 +58,16 @@ class TapOptions:
         Raises:
             TypeError: there are more or fewer values than options.
         """
-        return cls(*(tuple(arg) if isinstance(arg, list) else arg for arg in args))
+        values = tuple([tuple(arg) if isinstance(arg, list) else arg for arg in args])
+        # A tap is called with the same values in every forward.
+        try:
+            known = _known.get((cls, values))
+        except TypeError:  # symbolic sizes cannot be looked up, and must not be kept
+            return cls(*values)
+        if known is None:
+            known = _known[cls, values] = cls(*values)
+        assert isinstance(known, cls)
+        return known
 
     def to_text(self) -> str:
         """Return the options as one string."""

@@ -9,6 +9,9 @@ A collection is for a pass whose backward is asked for statistics alone. Small t
 node. All derivatives then come from one call of ``torch.autograd.grad``, and statistics are formed
 after it, in the order of the forward. That is cheaper than a call back into Python at each tap, and
 keeps all derivatives until the end; so only small tensors are noted.
+
+A forward of the user's is no such pass, as nobody knows where it begins. There small taps leave
+their notes in the graph itself, and ``Collection.of_graph`` gathers those that outputs came from.
 """
 
 from __future__ import annotations
@@ -17,12 +20,14 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
+from operator import itemgetter
 from typing import Any, NamedTuple
 from weakref import ref
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from kfac_fx.errors import ObservationError
@@ -36,11 +41,14 @@ class FactorState:
 
     Attributes:
         paused: whether backward passes of graphs that are already built skip the factor.
+        noted: whether taps may leave notes in the graph, as one backward alone will ask for
+            statistics.
         deliveries: how many taps have delivered a statistic of it since the last step; counted for
             the first factor of each tap.
     """
 
     paused: bool = False
+    noted: bool = False
     deliveries: int = 0
 
 
@@ -79,15 +87,14 @@ def is_paused(buffer: Tensor) -> bool:
     return state_of(buffer).paused
 
 
-class Note(NamedTuple):
-    """A tap that was passed.
+class Seen(NamedTuple):
+    """The record of a tap that was passed.
 
     Attributes:
         statistics: computes them; see ``ops/tap.py``.
         tensors: what it has seen of the forward.
         versions: the versions of the tensors, when they were seen.
         factors, states: the factor buffers.
-        edge: where the derivative arrives.
         guard: the hook that sees derivatives inside of the forward.
     """
 
@@ -96,8 +103,23 @@ class Note(NamedTuple):
     versions: list[int]
     factors: Sequence[Tensor]
     states: Sequence[FactorState]
-    edge: GradientEdge
     guard: RemovableHandle
+
+
+class Note(NamedTuple):
+    """A tap that was passed, and where in the graph; see ``Seen``.
+
+    Attributes:
+        edge: where the derivative arrives.
+    """
+
+    statistics: Any
+    tensors: list[Tensor | None]
+    versions: list[int]
+    factors: Sequence[Tensor]
+    states: Sequence[FactorState]
+    guard: RemovableHandle
+    edge: GradientEdge
 
     def seen(self) -> list[Tensor | None]:
         """Return the tensors.
@@ -105,7 +127,7 @@ class Note(NamedTuple):
         Raises:
             ObservationError: the model has changed one in place since.
         """
-        if self.versions != _versions(self.tensors):
+        if self.versions != [0 if t is None else t._version for t in self.tensors]:
             raise ObservationError(
                 "what a layer has read was changed by an in-place operation afterwards, so its "
                 "statistics cannot be formed: use the operation out of place"
@@ -129,22 +151,10 @@ class Collection:
         self.notes: list[Note] = []
         self.places = {state_of(buffer): place for place, buffer in enumerate(buffers)}
 
-    @property
-    def edges(self) -> list[GradientEdge]:
-        """Return where the notes' derivatives arrive; they are asked for beside the buffers'."""
-        return [note.edge for note in self.notes]
-
     def takes(self, y: Tensor, states: Sequence[FactorState]) -> bool:
-        """Return whether the tap of y is noted.
-
-        A compiler must see nodes; checkpoints run the forward again, where nothing is noted; and
-        derivatives in forward mode are further uses, which need nodes as well.
-        """
+        """Return whether the tap of y is noted; see ``notable``."""
         # A tap with other buffers belongs to another network, whose own backward it has to serve.
-        if not self.places.keys() >= set(states):
-            return False
-        small = y.numel() <= THRESHOLDS.noted and y.requires_grad and torch.is_grad_enabled()
-        return small and not (traced() or forward_mode() or saved_elsewhere())
+        return self.places.keys() >= set(states) and notable(y)
 
     def note(
         self,
@@ -164,22 +174,105 @@ class Collection:
             factors, states: the factor buffers.
             hand_on: what derivatives of y inside of the forward go through.
         """
-        # An alias that autograd does not know for a view: the model may write into it in place,
-        # and the edge stays the one of y as it was.
-        alias: Tensor = torch.ops.aten._unsafe_view(y, y.shape)
-        held = [None if t is None else t.detach() for t in tensors]
-        # A prehook runs in user code's backwards alone: the collection asks for the edge by grad(),
-        # after the hooks are gone.
-        edge = get_gradient_edge(alias)
-        guard = edge.node.register_prehook(
-            lambda found: tuple(None if g is None else hand_on(g) for g in found)
-        )
-        self.notes.append(Note(statistics, held, _versions(held), factors, states, edge, guard))
+        alias, seen = _seen(y, statistics, tensors, factors, states, hand_on)
+        self.notes.append(Note(*seen, get_gradient_edge(alias)))
         return alias
 
+    @classmethod
+    def of_graph(cls, states: Sequence[FactorState], outputs: Sequence[Tensor]) -> Collection:
+        """Return the notes that taps left in the graph of outputs.
 
-def _versions(tensors: Sequence[Tensor | None]) -> list[int]:
-    return [0 if t is None else t._version for t in tensors]
+        They are taken out of it: it lives on for the training, and what they hold need not.
+
+        Args:
+            states: those of the buffers that are recorded into.
+            outputs: what a network returned.
+        """
+        collection = cls(())
+        collection.places = {state: place for place, state in enumerate(states)}
+        found: list[tuple[int, Seen, Node]] = []
+        todo = [output.grad_fn for output in outputs]
+        known = set(todo)
+        while todo:
+            node = todo.pop()
+            if node is None:
+                continue
+            # Only nodes of the notes' own kind are asked: the question makes a dictionary.
+            # torch declares the property as a method.
+            held: Any = node.metadata if node.name() == _KIND else {}
+            if _KEY in held:
+                number, seen = held[_KEY]
+                if collection.places.keys() >= set(seen.states):
+                    del held[_KEY]
+                    seen.guard.remove()
+                    found.append((number, seen, node))
+            for following, _ in node.next_functions:
+                if following is not None and following not in known:
+                    known.add(following)
+                    todo.append(following)
+        found.sort(key=itemgetter(0))
+        collection.notes = [Note(*seen, GradientEdge(node, 0)) for _, seen, node in found]
+        return collection
+
+
+_KEY = "kfac_fx"
+"""Of a note, in the metadata of a node."""
+
+_KIND = "UnsafeViewBackward0"
+"""Name of the nodes that have notes."""
+
+_numbers = count()
+
+
+def notable(y: Tensor) -> bool:
+    """Return whether a tap of y may be noted rather than have nodes.
+
+    A compiler must see nodes; checkpoints run the forward again, where nothing is noted; and
+    derivatives in forward mode are further uses, which need nodes as well.
+    """
+    small = y.numel() <= THRESHOLDS.noted and y.requires_grad and torch.is_grad_enabled()
+    return small and not (traced() or forward_mode() or saved_elsewhere())
+
+
+def leave_note(
+    y: Tensor,
+    statistics: Any,
+    tensors: Sequence[Tensor | None],
+    factors: Sequence[Tensor],
+    states: Sequence[FactorState],
+    hand_on: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Return y, with a note in its graph; the arguments are those of ``Collection.note``."""
+    alias, seen = _seen(y, statistics, tensors, factors, states, hand_on)
+    # The graph owns the note, and not the other way round: it goes when the graph does.
+    node = alias.grad_fn
+    assert node is not None
+    held: Any = node.metadata
+    held[_KEY] = next(_numbers), seen
+    return alias
+
+
+def _seen(
+    y: Tensor,
+    statistics: Any,
+    tensors: Sequence[Tensor | None],
+    factors: Sequence[Tensor],
+    states: Sequence[FactorState],
+    hand_on: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Seen]:
+    """Return an alias of y, and what its tap has seen."""
+    # An alias that autograd does not know for a view: the model may write into it in place, and the
+    # edge stays the one of y as it was.
+    alias: Tensor = torch.ops.aten._unsafe_view(y, y.shape)
+    held = [None if t is None else t.detach() for t in tensors]
+    # A prehook runs in user code's backwards alone: the notes' derivatives are asked for by grad(),
+    # after the hooks are gone.
+    assert alias.grad_fn is not None
+    guard = alias.grad_fn.register_prehook(
+        lambda found: tuple(None if g is None else hand_on(g) for g in found)
+    )
+    versions = [0 if t is None else t._version for t in held]
+    return alias, Seen(statistics, held, versions, factors, states, guard)
 
 
 class Collecting(threading.local):

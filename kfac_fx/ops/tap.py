@@ -32,7 +32,15 @@ from kfac_fx.ops.columns import (
 from kfac_fx.ops.gram import Rows, Statistic, added
 from kfac_fx.ops.library import LIBRARY
 from kfac_fx.ops.options import TapOptions
-from kfac_fx.ops.state import Collection, FactorState, collecting, collecting_now, state_of
+from kfac_fx.ops.state import (
+    Collection,
+    FactorState,
+    collecting,
+    collecting_now,
+    leave_note,
+    notable,
+    state_of,
+)
 from kfac_fx.torch_internals.onlookers import (
     forward_mode,
     transforms_active,
@@ -127,27 +135,31 @@ def _delivered(
 
 @torch.no_grad()
 def noted_statistics(
-    collection: Collection, derivatives: Sequence[Tensor | None]
+    collection: Collection,
+    derivatives: Sequence[Tensor | None],
+    others: Sequence[Statistic | None],
 ) -> list[Statistic | None]:
     """Return the sums of the statistics of noted taps, in the order of the collection's buffers.
 
     Args:
         collection: the collection of the pass.
         derivatives: at the edges of its notes; None where none came.
+        others: what the nodes of other taps have brought to the buffers.
 
     Raises:
         ObservationError: what a tap has seen was changed in place.
     """
-    found: list[Statistic | None] = [None] * len(collection.places)
-    for note, g in zip(collection.notes, derivatives, strict=True):
-        if g is None:
-            continue
-        needed = [factor.requires_grad for factor in note.factors]
-        with collecting(collection, forming=True):
+    found = list(others)
+    with collecting(collection, forming=True):
+        for note, g in zip(collection.notes, derivatives, strict=True):
+            if g is None:
+                continue
+            needed = [factor.requires_grad for factor in note.factors]
             values = _delivered(note.statistics, g, note.seen, note.factors, note.states, needed)
-        for state, value in zip(note.states, values, strict=True):
-            place = collection.places[state]
-            found[place] = added(found[place], value)
+            for state, value in zip(note.states, values, strict=True):
+                place = collection.places[state]
+                before = found[place]
+                found[place] = value if before is None else added(before, value)
     return found
 
 
@@ -345,6 +357,9 @@ def tapped(
     if collection is not None and collection.takes(y, states):
         hand_on = partial(_handed_on, asked=asked)
         return collection.note(y, statistics, tensors, buffers, states, hand_on)
+    if collection is None and all(state.noted for state in states) and notable(y):
+        hand_on = partial(_handed_on, asked=asked)
+        return leave_note(y, statistics, tensors, buffers, states, hand_on)
     zero = _zero(y, statistics, tensors, buffers, states)
     return joined(y, zero, asked)
 

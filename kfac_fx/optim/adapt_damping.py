@@ -79,6 +79,11 @@ class DampingRule:
         """Say whether steps are judged on the next batch, too."""
         return False
 
+    def follow(self, mean: float) -> None:
+        """Take the mean eigenvalue of the curvature for lambda, where that has no rule."""
+        self.mean = mean
+        self.damping = mean
+
     def scaled(self, mean: float) -> None:
         """Note the mean eigenvalue of the curvature; the first is lambda_0 where none is given."""
         self.mean = mean

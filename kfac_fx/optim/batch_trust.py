@@ -127,6 +127,8 @@ def _mixed(old: float | None, new: float) -> float:
 
 def _numbers(loss: Tensor, gradient: Collection[Tensor]) -> tuple[float, float]:
     """Return the loss and the norm of the gradient; a GPU is waited for once, not twice."""
-    norms = torch.stack([norm.double() for norm in foreach.norm(list(gradient))])
-    value, norm = torch.stack([loss.double(), norms.square().sum().sqrt()]).tolist()
+    found = foreach.norm(list(gradient))
+    same = len({norm.dtype for norm in found}) == 1
+    norms = torch.stack(found if same else [norm.double() for norm in found]).double()
+    value, norm = torch.stack([loss.double(), norms.norm()]).tolist()
     return value, norm

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Literal
 
@@ -10,8 +11,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from kfac_fx.errors import UnknownOptionError
-from kfac_fx.optim.quadratic import Direction
+from kfac_fx.optim.products import Direction
 from kfac_fx.parallel import WholeParameters
+from kfac_fx.torch_internals import foreach
 
 GroupOption = Literal["lr", "momentum", "weight_decay"]
 
@@ -57,9 +59,11 @@ class Groups:
             parameters: theta by name; None for the present ones.
         """
         decay = self.options("weight_decay")
-        if not any(decay.values()):
+        at = self.parameters() if parameters is None else parameters
+        decayed = {name: p for name, p in at.items() if decay[name]}
+        if not decayed:
             return 0.0
         # In float64: the reduction ratio is a small difference of two objectives.
-        at = self.parameters() if parameters is None else parameters
-        terms = [0.5 * decay[n] * p.double().square().sum() for n, p in at.items()]
-        return float(torch.stack(terms).sum())
+        norms = torch.stack(foreach.norm(list(decayed.values()), 2, torch.float64)).tolist()
+        pairs = zip(decayed, norms, strict=True)
+        return math.fsum(0.5 * decay[name] * norm**2 for name, norm in pairs)

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, fx
 from torch.optim import Optimizer
 
-from kfac_fx.config import CurvatureOptions, Fisher, Structure, Tikhonov, choice, period
-from kfac_fx.curvature.estimate import terms_needed
-from kfac_fx.curvature.inverses import InverseFisher
+from kfac_fx.config import CurvatureOptions, Fisher, Structure, Tikhonov, choice, period_or_ours
+from kfac_fx.curvature.estimate import STATISTICS, is_due, terms_needed
+from kfac_fx.curvature.inverses import InverseFisher, NaturalLength
 from kfac_fx.curvature.parameters import transformed
 from kfac_fx.errors import ParameterChangedError, UnknownOptionError
 from kfac_fx.likelihoods.builtin import Tree
@@ -27,13 +27,14 @@ from kfac_fx.likelihoods.sampling import fresh_generator
 from kfac_fx.linalg.precision import all_finite
 from kfac_fx.optim.adapt_damping import DampingRule
 from kfac_fx.optim.batch_trust import BatchTrust
+from kfac_fx.optim.bounds import TRUST_REGION
 from kfac_fx.optim.diagnostics import Diagnostics
 from kfac_fx.optim.groups import Groups
 from kfac_fx.optim.held_out import HeldOutRule
 from kfac_fx.optim.kfac_options import KFACOptions
 from kfac_fx.optim.last_step import Buffers, LastStep
 from kfac_fx.optim.objective import Batch, Objective
-from kfac_fx.optim.quadratic import Direction
+from kfac_fx.optim.products import Direction
 from kfac_fx.optim.updates import AdaptiveUpdate, ScheduledUpdate, Situation, UpdateRule
 from kfac_fx.parallel import ALONE, Workers
 from kfac_fx.reading.inspection import HasCurvature
@@ -67,14 +68,17 @@ class KFAC(HasCurvature, Optimizer):
         momentum: the momentum of the stochastic form, in units of the previous update.
         weight_decay: eta, of the l2 term eta / 2 ||theta||^2 of the objective.
         damping: lambda_0 > 0, in the units of the Fisher of one likelihood term. None for the mean
-            eigenvalue of the first batch's Fisher; with an ``lr`` for 150.
-        statistics_every: period of the statistics, in iterations.
+            eigenvalue of the first batch's Fisher; with an ``lr`` for that of each refresh.
+        statistics_every: period of the statistics, in iterations. None for each iteration; with an
+            ``lr`` as for ``Preconditioner``.
         refresh_every: T3, the period of the inverses, in iterations; besides, the first three. None
-            for 5; where gamma is searched for its period, with an ``lr`` for 20.
+            for 5; where gamma is searched for its period, with an ``lr`` as for ``Preconditioner``.
         tikhonov: how Kronecker blocks are damped; as for ``Preconditioner``.
-        structure: "block_diagonal" leaves the couplings out; None for the transform's own.
+        structure: "block_diagonal" leaves the couplings out, "block_tridiagonal" has those that the
+            transform found. None for what the transform was asked for; else for the couplings, with
+            an ``lr`` for block-diagonal.
         fisher: "sampled" or "exact"; the gradient's pass gives no empirical statistics here.
-        generator: the generator of sampled targets and of masks; its state is part of
+        generator: the generator of sampled statistics and of masks; its state is part of
             ``state_dict``.
         workers: the processes that share a batch; gradients are averaged over them here.
         compile: run the program and the passes of statistics and gradient through torch.compile
@@ -105,7 +109,7 @@ class KFAC(HasCurvature, Optimizer):
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         damping: float | None = None,
-        statistics_every: int = 1,
+        statistics_every: int | None = None,
         refresh_every: int | None = None,
         tikhonov: Tikhonov = "factored",
         structure: Structure | None = None,
@@ -116,16 +120,18 @@ class KFAC(HasCurvature, Optimizer):
         options: KFACOptions | None = None,
     ) -> None:
         net = workers.unwrapped(net)
-        curvature, structure = transformed(net, structure)
+        curvature, structure = transformed(net, structure, coupled=lr is None)
         self.curvature = curvature
         self.structure = structure
         self.generator = generator or fresh_generator()
         self._options = options = options or KFACOptions()
         self._workers = workers
-        self._statistics_every = period("statistics_every", statistics_every)
-        if refresh_every is None:
-            refresh_every = 20 if lr is not None else options.gamma_every or 5
-        refresh_every = period("refresh_every", refresh_every)
+        if lr is None:
+            statistics_every = 1 if statistics_every is None else statistics_every
+            refresh_every = options.gamma_every or 5 if refresh_every is None else refresh_every
+        self._statistics_every = period_or_ours("statistics_every", statistics_every)
+        refresh_every = period_or_ours("refresh_every", refresh_every)
+        self._statistics_fraction = options.statistics_fraction or (1 / 4 if lr is None else 1.0)
         choice("fisher", fisher, ("sampled", "exact"))
         known = likelihood_of(likelihood)
         self._likelihood = known
@@ -173,9 +179,10 @@ class KFAC(HasCurvature, Optimizer):
         if lr is None and options.damping_every is None:
             self._rule = HeldOutRule(damping, weight_decay, options)
         else:
-            fixed = 150.0 if damping is None and lr is not None else damping
-            self._rule = DampingRule(fixed, weight_decay, options)
-        self._make = self._update_rule(adaptive=lr is None, refresh_every=refresh_every)
+            self._rule = DampingRule(damping, weight_decay, options)
+        usual = options.trust_region == "usual"
+        self._natural = NaturalLength(TRUST_REGION if usual else None)
+        self._make = self._update_rule(lr is None, refresh_every, follows=damping is None)
         self._trust = BatchTrust(options.outlier)
         self._last = LastStep()
         self._iteration = 0
@@ -184,11 +191,21 @@ class KFAC(HasCurvature, Optimizer):
         self.rejected_steps = 0
         self.skipped_statistics = 0
 
-    def _update_rule(self, *, adaptive: bool, refresh_every: int) -> UpdateRule:
+    def _update_rule(
+        self, adaptive: bool, refresh_every: int | None, *, follows: bool
+    ) -> UpdateRule:
         if not adaptive:
+            region = self._options.trust_region
+            usual = isinstance(region, str)
             return ScheduledUpdate(
-                self.inverse, self._rule, refresh_every, self._options.trust_region
+                self.inverse,
+                self._rule,
+                follows,
+                refresh_every,
+                None if isinstance(region, str) else region,
+                self._natural if usual else None,
             )
+        assert refresh_every is not None
         if self._workers.staleness:
             raise UnknownOptionError("stale inverses need an lr: without, gamma is searched")
         return AdaptiveUpdate(
@@ -363,12 +380,13 @@ class KFAC(HasCurvature, Optimizer):
     def _record(self, batch: Batch) -> bool:
         """Record where that is due; return False if the statistics are no good."""
         recorded = self.inverse.estimate.recorded
-        if (self._iteration - 1) % self._statistics_every and recorded:
+        due = is_due(self._iteration - 1, self._statistics_every, STATISTICS)
+        if recorded and not due:
             return True
         # tau1 of a small batch is a few cases, whose averages have no inverse to speak of.
         terms = terms_needed(recorded, self._options.ema_decay)
         least = math.ceil(terms * self._objective.cases / self._objective.terms)
-        part = self._objective.first(batch, self._options.statistics_fraction, least)
+        part = self._objective.first(batch, self._statistics_fraction, least)
         with self.diagnostics.stage("statistics"):
             if self.recorder.by_inputs:
                 with self._objective.same_masks():
@@ -449,6 +467,7 @@ class KFAC(HasCurvature, Optimizer):
                 "likelihood": described(self._likelihood),
                 "iteration": self._iteration,
                 "trust": self._trust.state(),
+                "natural_length": self._natural.usual,
                 "rule": self._rule.state(),
                 "previous": self._last.update_copy(),
                 "before": self._last.before(),
@@ -473,6 +492,7 @@ class KFAC(HasCurvature, Optimizer):
         self._rule.load(own["rule"])
         self._iteration = own["iteration"]
         self._trust.load(own["trust"])
+        self._natural.usual = own.get("natural_length")
         self._last.load(own["previous"], own["before"])
         self.generator.set_state(own["generator"])
         counters = own["counters"]

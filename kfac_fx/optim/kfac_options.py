@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from kfac_fx.config import FACTOR_STORAGES, FactorStorage, choice, period, positive, share, within
 from kfac_fx.errors import UnknownOptionError
@@ -32,13 +33,16 @@ class KFACOptions:
         smallest_damping: floor of lambda, which the paper's rule lacks: lambda of an easy problem
             falls until rounding makes the inverses useless. None for 1e-12 mean eigenvalues.
         statistics_fraction: tau1 in (0, 1], the first cases of a batch that statistics are of. More
-            are taken where the averages would hold fewer than 64 likelihood terms.
+            are taken where the averages would hold fewer than 64 likelihood terms. None for a
+            quarter, with an ``lr`` for all.
         products_fraction: tau2 in (0, 1], the first cases for products with the exact Fisher.
         fewest_products: so many cases are taken for products at least: directions that few cases do
             not see look flat, and steps become too long.
         ema_decay: in [0, 1), the largest weight of the old statistics in a running average.
-        trust_region: largest squared length of a step in Fhat; a longer one is shortened (KFC).
-            None for no limit. With an ``lr`` only.
+        trust_region: how steps are bounded. "usual" has the bounds of ``Preconditioner``: its trust
+            region, its largest step, and a gradient that is longer than usual is cut. A number is
+            KFC's own: the largest squared length of lr times the proposal in Fhat. None for no
+            limit. With an ``lr`` only.
         outlier: a batch whose loss is this many times the running average, or not finite, is not
             trusted (its gradient and statistics: a hundred times as many). If its loss was fine
             before the last step, that step is undone exactly and lambda grows; else it is skipped.
@@ -56,11 +60,11 @@ class KFACOptions:
     omega2: float | None = None
     gamma_limit: float = 1.0
     smallest_damping: float | None = None
-    statistics_fraction: float = 1 / 4
+    statistics_fraction: float | None = None
     products_fraction: float = 1 / 4
     fewest_products: int = 256
     ema_decay: float = 0.95
-    trust_region: float | None = None
+    trust_region: float | Literal["usual"] | None = "usual"
     outlier: float = 5.0
     forward: Forward = run_network
     factor_storage: FactorStorage | None = None
@@ -92,10 +96,14 @@ class KFACOptions:
                 raise UnknownOptionError(f"{name} must be a number between 0 and 1, got {value!r}")
         if self.omega2 is not None and self.gamma_every is None:
             raise UnknownOptionError("omega2 is of the search of gamma: give gamma_every too")
-        share("statistics_fraction", self.statistics_fraction)
+        if self.statistics_fraction is not None:
+            share("statistics_fraction", self.statistics_fraction)
         share("products_fraction", self.products_fraction)
         within("ema_decay", self.ema_decay, 0.0, 1.0)
         positive("smallest_damping", self.smallest_damping)
-        positive("trust_region", self.trust_region)
+        if isinstance(self.trust_region, str):
+            choice("trust_region", self.trust_region, ("usual",))
+        else:
+            positive("trust_region", self.trust_region)
         if self.factor_storage is not None:
             choice("factor_storage", self.factor_storage, FACTOR_STORAGES)

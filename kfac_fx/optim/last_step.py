@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from kfac_fx.optim.quadratic import Direction, Parameters, cloned
+from kfac_fx.optim.products import Direction, Parameters
+from kfac_fx.optim.quadratic import cloned
 from kfac_fx.torch_internals import foreach
 
 Buffers = dict[str, Tensor]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,12 +16,14 @@ from kfac_fx.errors import LikelihoodError
 from kfac_fx.likelihoods.batch import BatchLikelihood, batch_likelihood, output_tensors
 from kfac_fx.likelihoods.builtin import Bernoulli, Categorical, Likelihood, Normal, Tree
 from kfac_fx.likelihoods.named import Sum
-from kfac_fx.likelihoods.sampling import seeded
+from kfac_fx.likelihoods.sampling import drawn_seed, seeded
 from kfac_fx.ops.net_buffers import STORE
+from kfac_fx.optim.products import Direction, Parameters, root_derivatives
+from kfac_fx.optim.repeats import Repeats
+from kfac_fx.optim.traced_loss import Evaluated, double
 from kfac_fx.parallel import WholeParameters, Workers, share_of
 from kfac_fx.statistics.forward import Forward, outputs_of
-from kfac_fx.statistics.recorder import drawn_seed
-from kfac_fx.torch_internals import pytree
+from kfac_fx.torch_internals import foreach, pytree
 
 MOST_WIDENED = 2**22
 """Outputs of a batch whose loss is summed in float64; the copies of more would take much memory."""
@@ -88,6 +91,21 @@ class Objective:
         # Factor buffers are the taps': copying them each step would cost as much as the parameters.
         names = [name for name, _ in net.named_buffers() if not name.startswith(STORE)]
         self._buffers = {name: net.get_buffer(name) for name in names}
+        self._parameters = list(net.parameters())
+        self._alone = own and workers.size == 1 and not compile
+        self._repeats: Repeats | None = None
+
+    def _repeat(self, names: tuple[str, ...]) -> Repeats | None:
+        """Return the passes that may run as traces.
+
+        Args:
+            names: of the parameters that derivatives are asked for.
+        """
+        if self._alone and (self._repeats is None or self._repeats.names != names):
+            self._repeats = Repeats(
+                self.net, names, self.likelihood, self.forward, self._workers, self._widened
+            )
+        return self._repeats
 
     def begin(self, batch: Batch) -> None:
         """Draw new masks for the passes that follow, and count the batch's cases."""
@@ -113,7 +131,7 @@ class Objective:
     @contextmanager
     def same_masks(self) -> Iterator[None]:
         """Draw inside the random numbers that every pass of the step draws."""
-        with seeded(self._seed, self.net.parameters()):
+        with seeded(self._seed, self._parameters):
             yield
 
     def snapshot(self) -> dict[str, Tensor]:
@@ -147,6 +165,10 @@ class Objective:
         parameters = self._whole.given if parameters is None else parameters
         if parameters is not None:
             given = dict(parameters)
+            if self._alone and self._repeats is not None and self._repeats.names == tuple(given):
+                # The walk of functional_call through the module costs as much as a small network.
+                with self._repeats.places.swapped(self._repeats.named(given)):
+                    return outputs_of(self.forward, self.net, inputs)
 
             def net(*args: Tree, **kwargs: Tree) -> Tree:
                 return functional_call(self.net, given, args, kwargs)
@@ -184,24 +206,80 @@ class Objective:
             parameters: the module's own, or those that it is run with; a gradient each, in order.
             compared: whether ``start`` is wanted.
         """
-        with torch.enable_grad(), self.same_masks():
+        repeats = self._repeat(tuple(parameters))
+        names = tuple(parameters) if repeats is None else repeats.held
+        own = dict(zip(names, parameters.values(), strict=True))
+        plain = partial(self._gradient, batch, own, compared)
+        with self.same_masks():
+            if repeats is None:
+                found = plain()
+            else:
+                found = repeats.gradient(batch.inputs, batch.targets, compared, plain)
+        self.terms = found.terms
+        self.start = found.start
+        self._take_buffers(found.buffers)
+        # A parameter that the batch does not reach has a gradient of zero, to which the l2 term is
+        # added.
+        dense = []
+        for name, parameter in own.items():
+            gradient = found.gradients.get(name)
+            dense.append(torch.zeros_like(parameter) if gradient is None else gradient)
+        self._workers.sum_([found.loss, self.start, *dense])
+        return found.loss, dense
+
+    def _gradient(self, batch: Batch, parameters: Parameters, compared: bool) -> Evaluated:
+        """Run the pass of the gradient as it is; the network's buffers change."""
+        with torch.enable_grad():
             if self._compiled is None:
                 outputs = self.outputs(batch.inputs)
             else:
                 outputs = outputs_of(self.forward, self._compiled, batch.inputs)
             loss = self.loss(outputs, batch.targets)
-            wrt = list(parameters.values())
-            # Not loss.backward(): the user's .grad stays as it is. A parameter that the batch does
-            # not reach has a gradient of zero, to which the l2 term is added.
-            found = torch.autograd.grad(loss, wrt, allow_unused=True, materialize_grads=True)
+            # Not loss.backward(): the user's .grad stays as it is.
+            found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         value = loss.detach()
-        self.start = value.clone()
+        terms = self.terms
+        start = value.clone()
         if compared:
             with torch.no_grad():
-                self.start = self._compared(outputs, batch.targets, self.start)
-        dense = [g.to_dense() if g.is_sparse else g for g in found]
-        self._workers.sum_([value, self.start, *dense])
-        return value, dense
+                start = self._compared(outputs, batch.targets, start)
+        gradients = {
+            name: g.to_dense() if g.is_sparse else g
+            for name, g in zip(parameters, found, strict=True)
+            if g is not None
+        }
+        return Evaluated(value, start, terms, gradients, self._buffers)
+
+    @torch.no_grad()
+    def _take_buffers(self, buffers: Mapping[str, Tensor]) -> None:
+        """Give the network the buffers that a trace has left; a pass has changed them itself."""
+        if buffers and buffers is not self._buffers:
+            foreach.copy_([self._buffers[name] for name in buffers], list(buffers.values()))
+
+    def fisher_gram(
+        self, part: Batch, parameters: Parameters, directions: Sequence[Direction]
+    ) -> Tensor:
+        """Return the products of directions with the exact Fisher, [n, n] in float64.
+
+        Args:
+            part: the cases of this process.
+            parameters: where derivatives are taken.
+            directions: v_1 to v_n, by the names of the parameters.
+        """
+
+        def run(given: Parameters) -> BatchLikelihood:
+            # Each product runs the network once more, with the same masks and no trace in buffers.
+            with self.aside():
+                outputs = self.outputs(part.inputs, given)
+            return self.likelihood_of_all(outputs, part.targets)
+
+        each = [[one[name].to(p.dtype) for name, p in parameters.items()] for one in directions]
+        plain = partial(root_derivatives, run, parameters, each)
+        repeats = self._repeat(tuple(parameters))
+        if repeats is None:
+            return plain().gram()
+        with self.same_masks():
+            return repeats.products(part.inputs, part.targets, each, plain).gram()
 
     def value(self, batch: Batch, parameters: Mapping[str, Tensor] | None = None) -> float:
         """Return the mean negative log-likelihood of a term, of all processes.
@@ -223,10 +301,13 @@ class Objective:
         """
         # In float32 the loss of a good fit, and what is constant in it, swallow what a step
         # changes. The outputs themselves are precise enough; of very many the mean is, too.
-        leaves = output_tensors(outputs)
-        if self._precise and sum(leaf.numel() for leaf in leaves) <= MOST_WIDENED:
-            return self.loss(*pytree.tree_map_only(Tensor, _double, (outputs, targets)))
+        if self._widened(sum(leaf.numel() for leaf in output_tensors(outputs))):
+            return self.loss(*pytree.tree_map_only(Tensor, double, (outputs, targets)))
         return self.loss(outputs, targets) if loss is None else loss
+
+    def _widened(self, size: int) -> bool:
+        """Say whether losses of so many outputs are compared in float64."""
+        return self._precise and size <= MOST_WIDENED
 
 
 def precise(likelihood: Likelihood | Sum) -> bool:
@@ -234,10 +315,6 @@ def precise(likelihood: Likelihood | Sum) -> bool:
     if isinstance(likelihood, Sum):
         return all(precise(part) for _, (part, _) in likelihood.items())
     return isinstance(likelihood, (Categorical, Bernoulli, Normal))
-
-
-def _double(value: Tensor) -> Tensor:
-    return value.double() if value.is_floating_point() else value
 
 
 def case_count(batch: Tree) -> int:

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Mapping
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, fx
@@ -18,11 +19,12 @@ from kfac_fx.config import (
     Structure,
     Tikhonov,
     choice,
-    period,
+    period_or_ours,
     positive,
     within,
 )
-from kfac_fx.curvature.inverses import InverseFisher
+from kfac_fx.curvature.estimate import REFRESHES, STATISTICS, is_due
+from kfac_fx.curvature.inverses import InverseFisher, NaturalLength
 from kfac_fx.curvature.parameters import transformed
 from kfac_fx.errors import (
     DampingError,
@@ -33,8 +35,7 @@ from kfac_fx.errors import (
 )
 from kfac_fx.likelihoods.named import Given, check_described, described, likelihood_of
 from kfac_fx.likelihoods.sampling import forked, fresh_generator
-from kfac_fx.linalg.precision import all_finite
-from kfac_fx.optim.quadratic import shorten
+from kfac_fx.optim.bounds import LARGEST_STEP, TRUST_REGION, TakenStep
 from kfac_fx.parallel import ALONE, Net, Workers
 from kfac_fx.reading.inspection import HasCurvature
 from kfac_fx.statistics.forward import Forward, run_network
@@ -64,24 +65,35 @@ class Preconditioner(HasCurvature):
             ``kfac_fx.likelihoods``, or a callable from outputs to a
             ``torch.distributions.Distribution``.
         damping: lambda > 0, in the units of the Fisher of one likelihood term; factored Tikhonov
-            uses gamma = sqrt(lambda). Too small a value makes long steps in directions that few
-            cases have shown; a large one gives the gradient, scaled by 1 / lambda.
+            uses gamma = sqrt(lambda). None for the mean eigenvalue of the curvature, taken anew at
+            each refresh: it follows the Fisher, which shrinks with the loss. Too small a value
+            makes long steps in directions that few cases have shown; a large one gives the
+            gradient, scaled by 1 / lambda.
         tikhonov: "factored", (A + pi gamma I) (x) (G + gamma / pi I); "exact", A (x) G + lambda I
             (sums of two Kronecker products stay factored); or "ekfac", the same with estimated
             eigenvalues. The last two need structure="block_diagonal".
-        structure: "block_diagonal" leaves the couplings out; None for the transform's own.
-        fisher: "sampled" draws targets from the model (one more backward), "exact" takes every
-            column of the output Fisher's square root (a backward for each block of columns),
-            "empirical" reuses the training backward and needs targets.
+        structure: "block_diagonal" leaves the couplings out, "block_tridiagonal" has those that the
+            transform found, at about one and a half times the cost of a refresh and of statistics.
+            None for what the transform was asked for, and else block-diagonal.
+        fisher: "exact" takes every column of the output Fisher's square root (a
+            backward for each block of columns);
+            "sampled" all of them at once with random signs (one backward, the same mean), or draws
+            targets from the model where the root is not known; "empirical" reuses the training
+            backward and needs targets.
         ema_decay: in [0, 1), the largest weight of the old average. Early averages weigh every
             batch alike.
         statistics_every: period of the statistics, counted in calls of ``step``; the first call
-            always has some.
-        refresh_every: period of the inverses, counted in calls of ``step``. Between two refreshes
-            inverses are older than the averages, which costs accuracy and saves time.
-        trust_region: largest squared length (in Fhat) of a preconditioned gradient; longer ones are
-            shortened: the step sqrt(trust_region / (grad^T Fhat^-1 grad)) of KFC. None for no
-            limit.
+            always has some. None for each of the first 20 calls and every third from there on.
+        refresh_every: period of the inverses, counted in calls of ``step``. None for calls 1, 2, 3,
+            5, 9 and 17, as the first averages change fast, and every twentieth from there on.
+            Between two refreshes inverses are older than the averages, which costs accuracy and
+            saves time.
+        trust_region: largest squared length grad^T Fhat^-1 grad of a preconditioned gradient in
+            Fhat; a longer one is shortened, to a thirtieth of its length at least, and one that is
+            more than twice as long as usual to that. None for neither.
+        largest_step: largest step of the optimizer, in units of the length of a layer's weights: a
+            longer one, momentum and learning rate included, is shortened after it. It is the step
+            of any torch.optim optimizer that follows ``step()``. None for no limit.
         generator: the generator of the draws, on the CPU; its state is part of ``state_dict``. None
             for one that torch's global stream seeds.
         workers: the processes that share a batch (``kfac_fx.distributed.DataParallel``). The
@@ -112,14 +124,15 @@ class Preconditioner(HasCurvature):
         net: fx.GraphModule,
         likelihood: Given = "categorical",
         *,
-        damping: float = 1e-3,
+        damping: float | None = None,
         tikhonov: Tikhonov = "factored",
         structure: Structure | None = None,
         fisher: Fisher = "sampled",
         ema_decay: float = 0.95,
-        statistics_every: int = 1,
-        refresh_every: int = 10,
-        trust_region: float | None = None,
+        statistics_every: int | None = None,
+        refresh_every: int | None = None,
+        trust_region: float | None = TRUST_REGION,
+        largest_step: float | None = LARGEST_STEP,
         generator: torch.Generator | None = None,
         workers: Workers = ALONE,
         forward: Forward = run_network,
@@ -137,15 +150,17 @@ class Preconditioner(HasCurvature):
         self.structure = structure
         self.likelihood = likelihood_of(likelihood)
         self.fisher = choice("fisher", fisher, FISHERS)
+        self._damping: float | None = None
         self.damping = damping
         self.ema_decay = within("ema_decay", ema_decay, 0.0, 1.0)
-        self.statistics_every = period("statistics_every", statistics_every)
-        self.refresh_every = period("refresh_every", refresh_every)
-        self.trust_region = positive("trust_region", trust_region)
+        self.statistics_every = period_or_ours("statistics_every", statistics_every)
+        self.refresh_every = period_or_ours("refresh_every", refresh_every)
+        self._natural = NaturalLength(positive("trust_region", trust_region))
         self.generator = generator or fresh_generator()
         self.skipped_statistics = 0
         self.skipped_gradients = 0
         self._steps = 0
+        self._calls = 0  # of step(); unlike the steps they are no state, and never go back
         self._workers = workers
         options = CurvatureOptions(
             structure=structure, tikhonov=tikhonov, factor_storage=factor_storage, compile=compile
@@ -153,6 +168,18 @@ class Preconditioner(HasCurvature):
         self.inverse = InverseFisher(net, curvature, options, self.generator, workers)
         # From here on all processes draw from the first one's stream; before it nothing was drawn.
         workers.begin("Preconditioner", self.inverse.covered.parameters, self.generator)
+        self._taken: TakenStep | None = None
+        largest_step = positive("largest_step", largest_step)
+        if largest_step is not None:
+            layers = [block.parameters for block in curvature.blocks.values()]
+            own = ref(self)  # no cycle: a preconditioner goes as soon as nobody has it
+            self._taken = TakenStep(
+                self.inverse.covered.parameters,
+                layers,
+                largest_step,
+                workers,
+                lambda: 0 if (found := own()) is None else found._calls,
+            )
         # Read by ``TrainingStep``. Like ``inverse`` it is the library's, and not in the docstring.
         self.recorder = Recorder(
             net,
@@ -170,18 +197,33 @@ class Preconditioner(HasCurvature):
         self.recorder.switch(self.due)
 
     @property
-    def damping(self) -> float:
-        """Return lambda; a new value takes effect at the next refresh."""
-        return self._damping
+    def damping(self) -> float | None:
+        """Return the lambda in force; a new value, or None, takes effect at the next refresh.
+
+        One that follows the curvature is None before the first statistics.
+        """
+        if self._damping is None and not self.inverse.estimate.recorded:
+            return None
+        return self._in_force()
 
     @damping.setter
-    def damping(self, value: float) -> None:
-        if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
-            raise DampingError(f"damping must be a finite number above zero, got {value!r}")
-        self._damping = float(value)
+    def damping(self, value: float | None) -> None:
+        given = isinstance(value, (int, float)) and math.isfinite(value) and value > 0
+        if value is not None and not given:
+            raise DampingError(f"damping must be a finite number above zero or None, got {value!r}")
+        self._damping = None if value is None else float(value)
 
     def _in_force(self) -> float:
-        return self.damping
+        return self.inverse.damping(self._damping)
+
+    @property
+    def trust_region(self) -> float | None:
+        """Return the largest squared length of a preconditioned gradient in Fhat."""
+        return self._natural.largest
+
+    @trust_region.setter
+    def trust_region(self, value: float | None) -> None:
+        self._natural.largest = positive("trust_region", value)
 
     # One step of training.
 
@@ -239,9 +281,8 @@ class Preconditioner(HasCurvature):
                 was frozen at the transform trains now.
             TapsTakenError: another object was made or used on the module since ``observe``.
         """
-        covered = self.inverse.covered
-        covered.check()  # a parameter that was moved would get an update of another device
-        given = covered.gradients()
+        # With a check: a parameter that was moved would get an update of another device.
+        given = self.inverse.covered.gradients()
         # All processes are in the same step here, or the error says which are not; a sum would wait
         # for the missing one.
         if self._workers.size > 1:
@@ -263,10 +304,11 @@ class Preconditioner(HasCurvature):
                 self.skip_statistics("statistics")
         # Inverses are missing after the first fold, and where a block got its first statistic.
         missing = self.inverse.refreshed is None
-        if estimate.recorded and (missing or self._steps % self.refresh_every == 0):
+        if estimate.recorded and (missing or is_due(self._steps, self.refresh_every, REFRESHES)):
             self.inverse.keep_up(self._damping)
         self._precondition(given)
         self._steps += 1
+        self._calls += 1
         self.recorder.switch(self.due)  # the next forward records if its step is due
 
     def refresh(self) -> None:
@@ -275,7 +317,7 @@ class Preconditioner(HasCurvature):
         Raises:
             StatisticsError: there are no factors yet.
         """
-        self.inverse.refresh(self.damping)
+        self.inverse.refresh(self._damping)
 
     def apply(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return Fhat^-1 times the given gradients, by parameter name, with the inverses at hand.
@@ -296,7 +338,7 @@ class Preconditioner(HasCurvature):
     @property
     def due(self) -> bool:
         """Say whether the statistics of this step are wanted."""
-        return self._steps % self.statistics_every == 0
+        return is_due(self._steps, self.statistics_every, STATISTICS)
 
     def skip_statistics(self, what: str) -> None:
         # For ``TrainingStep`` too. No docstring, as what has one here is promised to users.
@@ -313,15 +355,18 @@ class Preconditioner(HasCurvature):
         finite = self.inverse.refreshed is not None
         if finite:
             updates = self.inverse.precondition(whole)
-            if self.trust_region is not None:
-                shorten(updates, whole, self.trust_region)
+            made = [updates[name] for name in whole]
+            # A gradient that is not finite has no finite length, so one number serves for both.
+            # It is of whole gradients: one process must not zero what the others keep.
+            share = self._natural.share(list(whole.values()), made)
+            finite = math.isfinite(share)
+        if finite:
+            if share < 1:
+                foreach.mul_(made, share)
             if several:
                 self._workers.put(updates, given)
             else:
-                foreach.copy_(list(given.values()), [updates[name] for name in given])
-            # A gradient that is not finite gives no finite update, so one check serves for both.
-            # Shards are checked as a whole: one process must not zero what the others keep.
-            finite = all_finite(list((given if whole is given else updates).values()))
+                foreach.copy_(list(given.values()), made)
         if not finite:
             self.skipped_gradients += 1
             log.warning("step %d: no finite preconditioned gradient; it is zero", self._steps)
@@ -337,7 +382,8 @@ class Preconditioner(HasCurvature):
         return {
             "version": VERSION,
             "steps": self._steps,
-            "damping": self.damping,
+            "damping": self._damping,
+            "natural_length": self._natural.usual,
             "likelihood": described(self.likelihood),
             "skipped_statistics": self.skipped_statistics,
             "skipped_gradients": self.skipped_gradients,
@@ -358,6 +404,7 @@ class Preconditioner(HasCurvature):
         self.inverse.load(state["inverse"])
         self._steps = int(state["steps"])
         self.damping = state["damping"]
+        self._natural.usual = state.get("natural_length")
         self.skipped_statistics = int(state["skipped_statistics"])
         self.skipped_gradients = int(state["skipped_gradients"])
         self.generator.set_state(state["generator"])

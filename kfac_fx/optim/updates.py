@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
 
 from kfac_fx.codegen.refresh_module import Refreshed
-from kfac_fx.curvature.inverses import InverseFisher
-from kfac_fx.likelihoods.batch import BatchLikelihood
+from kfac_fx.curvature.estimate import REFRESHES, is_due
+from kfac_fx.curvature.inverses import InverseFisher, NaturalLength
 from kfac_fx.optim.adapt_damping import DampingRule
-from kfac_fx.optim.objective import Batch, Objective
-from kfac_fx.optim.quadratic import (
-    Direction,
-    Parameters,
-    QuadraticModel,
-    combination,
-    fisher_gram,
-    inner_products,
+from kfac_fx.optim.bounds import (
+    LARGEST_STEP,
+    LayerSteps,
+    layer_numbers,
+    own_entries,
 )
-from kfac_fx.parallel import Workers
+from kfac_fx.optim.objective import Batch, Objective
+from kfac_fx.optim.products import Direction, Parameters
+from kfac_fx.optim.quadratic import QuadraticModel, combination, inner_products
+from kfac_fx.parallel import ALONE, Workers
 
 
 @dataclass(frozen=True)
@@ -167,50 +168,48 @@ class AdaptiveUpdate:
     def _gram(self, at: Situation, directions: list[Direction]) -> Tensor:
         """Return the products of directions with the exact Fisher, [n, n], of all processes."""
         part = self.objective.first(at.batch, self.fraction, self.fewest)
-
-        def run(parameters: Parameters) -> BatchLikelihood:
-            # Each product runs the network once more, with the same masks and no trace in buffers.
-            with self.objective.aside():
-                outputs = self.objective.outputs(part.inputs, parameters)
-            return self.objective.likelihood_of_all(outputs, part.targets)
-
-        gram = fisher_gram(run, at.parameters, directions)
+        gram = self.objective.fisher_gram(part, at.parameters, directions)
         self.workers.sum_([gram])
         return gram
 
 
-@dataclass(frozen=True)
+@dataclass
 class ScheduledUpdate:
-    """KFC's stochastic form: momentum * previous - lr * proposal, within a trust region.
+    """KFC's stochastic form: momentum * previous - lr * proposal, within bounds.
 
     Attributes:
         inverse: gives proposals.
-        rule: has lambda, which stays as it is.
-        refresh_every: T3.
-        trust_region: largest squared length lr^2 grad^T Fhat^-1 grad of the new part; None for no
-            limit.
+        rule: has lambda.
+        follows: whether lambda is the mean eigenvalue, taken anew at each refresh.
+        refresh_every: T3; None for the library's own periods.
+        trust_region: largest squared length lr^2 grad^T Fhat^-1 grad of the new part, as KFC has
+            it; None for no limit.
+        natural: in place of that, the bounds of ``Preconditioner``; None for KFC's own.
     """
 
     inverse: InverseFisher
     rule: DampingRule
-    refresh_every: int
+    follows: bool
+    refresh_every: int | None
     trust_region: float | None
+    natural: NaturalLength | None
+    _layers: dict[tuple[str, ...], LayerSteps] = field(default_factory=dict)
 
     @property
     def damping(self) -> float:
         return self.rule.total
 
     def __call__(self, at: Situation) -> Update:
-        if due(at.iteration, self.refresh_every) or self.inverse.refreshed is None:
+        if self.refresh_every is None:
+            refresh = is_due(at.iteration - 1, None, REFRESHES)
+        else:
+            refresh = due(at.iteration, self.refresh_every)
+        if refresh or self.inverse.refreshed is None:
+            if self.follows:
+                self.rule.follow(self.inverse.mean_eigenvalue())
             self.inverse.keep_up(self.rule.total)
         proposal = self.inverse.precondition(at.gradient)
-        scale = 1.0
-        if self.trust_region is not None:
-            # The length is of the step that the learning rates of all groups make, not of the
-            # proposal: a small rate needs no shortening.
-            scaled = {name: at.gradient[name] * at.rates[name] ** 2 for name in proposal}
-            length = float(inner_products([scaled, proposal])[0, 1])
-            scale = min(1.0, (self.trust_region / max(length, 1e-300)) ** 0.5)
+        scale = self._scale(at, proposal)
         # The previous update is written over: with momentum, no more memory than the update itself.
         step = {}
         for name, value in proposal.items():
@@ -221,4 +220,34 @@ class ScheduledUpdate:
                 if previous is None
                 else previous.mul_(at.momenta[name]).add_(value, alpha=rate)
             )
+        if self.natural is not None:
+            self._shorten(at, step)
         return Update(step, {"trust": scale})
+
+    def _scale(self, at: Situation, proposal: Direction) -> float:
+        """Return the factor of a proposal; of one that is not finite it is 1 and all is refused."""
+        if self.natural is not None:
+            share = self.natural.share([at.gradient[n] for n in proposal], [*proposal.values()])
+            return share if math.isfinite(share) else 1.0
+        if self.trust_region is None:
+            return 1.0
+        # The length is of the step that the learning rates of all groups make, not of the
+        # proposal: a small rate needs no shortening.
+        scaled = {name: at.gradient[name] * at.rates[name] ** 2 for name in proposal}
+        length = float(inner_products([scaled, proposal])[0, 1])
+        return min(1.0, math.sqrt(self.trust_region / max(length, 1e-300)))
+
+    def _shorten(self, at: Situation, step: Direction) -> None:
+        """Shorten the steps of layers that are too long for their weights, in place."""
+        names = tuple(step)
+        weights = [at.parameters[name] for name in names]
+        if names not in self._layers:  # parameters may be added to a group, or frozen
+            blocks = self.inverse.curvature.blocks.values()
+            numbers = layer_numbers(block.parameters for block in blocks)
+            self._layers[names] = LayerSteps(weights, [numbers[n] for n in names], ALONE)
+        steps = [own_entries(step[name]) for name in names]
+        before = [own_entries(weight) for weight in weights]
+        excess = self._layers[names].excess(steps, before, LARGEST_STEP)
+        for one, much in zip(steps, excess, strict=True):
+            if isinstance(much, Tensor) or much > 0:
+                one.mul_(1 - much)

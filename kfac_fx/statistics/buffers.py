@@ -125,6 +125,11 @@ class StatisticSources:
             start = end
         return found
 
+    def note(self, may: bool) -> None:
+        """Let taps leave notes in the graphs of forward passes from now on, or not."""
+        for state in self.states:
+            state.noted = may
+
     def pause(self) -> None:
         """Let backward passes of graphs that are already built skip all factors."""
         for state in self.states:

@@ -110,6 +110,7 @@ class OwnPass:
             log-likelihood of a term; None for statistics alone.
         statistics: whether they are wanted.
         joint: whether empirical statistics may come from the loss's own backward.
+        trained: names of the parameters whose gradients are wanted; None for all that have any.
         repeats: how many draws of "sampled" a pass takes the mean of.
     """
 
@@ -123,11 +124,12 @@ class OwnPass:
     loss: Loss | Literal["likelihood"] | None = None
     statistics: bool = True
     joint: bool = True
+    trained: tuple[str, ...] | None = None
     repeats: int = 1
 
     @property
     def draws(self) -> bool:
-        """Say whether targets are drawn from the model."""
+        """Say whether random numbers are drawn for the statistics."""
         if not self.statistics:
             return False
         return self.fisher == "sampled" or (
@@ -272,6 +274,8 @@ class OwnPass:
 
     def _trained(self, leaves: Leaves) -> dict[str, Tensor]:
         """Return the leaves that the loss is differentiated by."""
+        if self.trained is not None:
+            return {name: leaves.state[name] for name in self.trained}
         named = self.net.named_parameters()
         return {n: leaves.state[n] for n, parameter in named if parameter.requires_grad}
 

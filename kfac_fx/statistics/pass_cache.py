@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Hashable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +15,10 @@ from kfac_fx.likelihoods.batch import BatchTerms, batch_terms, fitted_singles
 from kfac_fx.likelihoods.builtin import Tree
 from kfac_fx.likelihoods.named import Sum
 from kfac_fx.statistics.own_pass import OwnPass, Result
+from kfac_fx.statistics.repeated_pass import repeated
+from kfac_fx.statistics.replays import Replays
 from kfac_fx.statistics.sampled import Collected
-from kfac_fx.statistics.traced_pass import Arguments, Facts, PassProgram, arguments, facts_of
+from kfac_fx.statistics.traced_pass import Arguments, Extra, Facts, PassProgram, arguments, facts_of
 from kfac_fx.torch_internals import pytree
 
 log = logging.getLogger("kfac_fx")
@@ -33,14 +36,18 @@ class CompiledPass:
 
     Args:
         own: the pass.
-        compile: True, or the name of a backend of torch.compile; False runs all node by node.
+        compile: True, or the name of a backend of torch.compile; False runs all node by node, or
+            by their traces.
+        replays: the traces of the network; None for none. Not looked at where passes are compiled.
 
     Attributes:
         programs: form -> program, or None where there is none.
     """
 
-    def __init__(self, own: OwnPass, compile: bool | str) -> None:
+    def __init__(self, own: OwnPass, compile: bool | str, replays: Replays | None = None) -> None:
         self.own = own
+        repeats = replays is not None and not compile and own.workers.size == 1
+        self._repeated = repeated(own, replays) if repeats and replays is not None else None
         self.programs: dict[Hashable, PassProgram | None] = {}
         self._compile = compile
         self._facts: dict[Hashable, Facts | None] = {}
@@ -51,6 +58,9 @@ class CompiledPass:
         Raises:
             LikelihoodError, ObservationError: as ``Preconditioner.observe``.
         """
+        if self._repeated is not None:
+            run = partial(self.own.run, inputs, targets, seed)
+            return self._repeated(inputs, targets, Extra(seed), run)
         # What a closure holds would be a constant of the program: the next batch's would differ.
         closure = callable(inputs)
         facts = self._facts_of(inputs, targets) if self._compile and not closure else None

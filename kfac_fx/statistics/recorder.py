@@ -17,6 +17,7 @@ from kfac_fx.ir.curvature_graph import Holder
 from kfac_fx.likelihoods.batch import output_tensors
 from kfac_fx.likelihoods.builtin import Likelihood, Tree
 from kfac_fx.likelihoods.named import Sum
+from kfac_fx.likelihoods.sampling import drawn_seed
 from kfac_fx.ops.gram import Rows, multiplied
 from kfac_fx.ops.net_buffers import STORE, all_buffers, switch
 from kfac_fx.parallel import StatisticSlot, Values, Workers
@@ -25,6 +26,7 @@ from kfac_fx.statistics.empirical import EmpiricalStatistics
 from kfac_fx.statistics.forward import Forward, run_network
 from kfac_fx.statistics.own_pass import OwnPass
 from kfac_fx.statistics.pass_cache import CompiledPass
+from kfac_fx.statistics.replays import Replays, is_ours
 from kfac_fx.statistics.sampled import Collected, SampledStatistics
 from kfac_fx.statistics.swap_tensors import Places
 from kfac_fx.statistics.user_graph import BackwardWatch
@@ -47,16 +49,6 @@ class _Pass(NamedTuple):
     values: Values
     summed: Callable[[], Values] | None
     total: float
-
-
-def drawn_seed(generator: torch.Generator, workers: Workers) -> int:
-    """Draw the next seed; processes that share one stream each get a seed of their own.
-
-    The multiplier is the golden ratio's of 64 bits: seeds of neighbouring ranks lie far apart, and
-    no rank's seed is another rank's next one.
-    """
-    seed = int(torch.randint(2**62, (), generator=generator))
-    return (seed + 0x9E3779B97F4A7C15 * workers.rank) % 2**62
 
 
 @contextmanager
@@ -202,6 +194,7 @@ class Recorder:
         own: such a pass, node by node.
         seed: gives the seed of the draws of the next pass; 0 if there are none.
         compile: the value as given.
+        replays: the traces of the network's passes.
 
     Raises:
         UnknownOptionError: the empirical Fisher of a sum of likelihoods.
@@ -240,7 +233,10 @@ class Recorder:
         self.own = OwnPass(
             net, self.sources, likelihood, fisher, forward, workers, places, repeats=draws
         )
-        self._pass = CompiledPass(self.own, compile)
+        # Code that is not the library's may compute other things at the next call.
+        pure = forward is run_network and is_ours(likelihood) and draws == 1
+        self.replays = Replays(net, pure)
+        self._pass = CompiledPass(self.own, compile, self.replays)
         # A pass that draws nothing must not move the generator: ``int`` gives 0.
         self.seed = partial(drawn_seed, generator, workers) if self.own.draws else int
         self._sampled = SampledStatistics(self.sources, likelihood, fisher, workers, self.seed)
@@ -275,6 +271,11 @@ class Recorder:
         on = on and not self.by_inputs
         if any(factor.requires_grad != on for factor in self.sources.factors):
             switch(self.net, self.sources.factors, on)
+        # One backward asks for sampled statistics; exact ones take several, and empirical ones are
+        # the training's. Another object may have left the taps on, and the notes its way.
+        noted = on and self.own.fisher == "sampled"
+        if any(state.noted != noted for state in self.sources.states):
+            self.sources.note(noted)
 
     def observe(self, outputs: Tree, targets: Tree) -> bool:
         """Record a forward pass, or prepare to; False if some outputs are not finite.

@@ -37,7 +37,7 @@ from kfac_fx.statistics.user_graph import batched_derivatives, check_recorded, d
 log = logging.getLogger("kfac_fx")
 
 Noise = int | Sequence[Tensor | None]
-"""What draws are made from: a seed, or noise that was made before (``BatchLikelihood.sampled``)."""
+"""What draws are made from: a seed, or signs made before (see ``BatchLikelihood.sampled``)."""
 
 AT_ONCE = {"cpu": 2**20, "cuda": 2**27}
 """Entries of derivatives that a block of columns has: those of a CPU stay in its caches."""
@@ -78,14 +78,13 @@ def statistics_of(
         collection: the noted taps of the pass, if there are any.
         also: tensors whose derivatives are wanted, too. If there are any, it is the last backward.
     """
-    edges = [] if collection is None else collection.edges
+    edges = [] if collection is None else [note.edge for note in collection.notes]
     found = derivatives(scalar, [*sources.wanted, *edges, *also], last=bool(also))
     split = len(sources.factors)
     end = split + len(sources.parameters)
     tapped: Sequence[Statistic | None] = found[:split]
     if collection is not None and edges:
-        noted = noted_statistics(collection, found[end : end + len(edges)])
-        tapped = [added(one, other) for one, other in zip(tapped, noted, strict=True)]
+        tapped = noted_statistics(collection, found[end : end + len(edges)], tapped)
     return sources.statistics(tapped, found[split:end]), found[end + len(edges) :]
 
 
@@ -103,7 +102,7 @@ def fisher_statistics(
     Args:
         sources: the tensors that the pass recorded into.
         made: what the likelihood says of its outputs.
-        fisher: "sampled" differentiates at targets from the model, "empirical" at those given, and
+        fisher: "sampled" takes random columns of the output Fisher's root, "empirical" targets, and
             "exact" once for each column of the root of the output Fisher.
         noise: the noise of the draws.
         collection: the noted taps of the pass. Notes serve one backward, so "exact" takes none.
@@ -294,7 +293,11 @@ class SampledStatistics:
         made = batch_likelihood(self.likelihood, wide(outputs), targets)
         count = made.terms.count
         tensors = output_tensors(outputs)
-        check_recorded(tensors, self.sources.state_by_buffer)
+        notes = None
+        if self.fisher == "sampled":
+            notes = Collection.of_graph(self.sources.states, tensors)
+        if notes is None or not notes.notes:
+            check_recorded(tensors, self.sources.state_by_buffer)
         finite = all_finite([tensor.detach() for tensor in tensors])
         finite, agreed = made.terms.agreed(self.workers, "observe", finite)
         if not finite:
@@ -304,6 +307,6 @@ class SampledStatistics:
         found: Statistics = {}
         if count > 0:  # else the other processes have terms
             made = replace(made, terms=agreed)
-            found = fisher_statistics(self.sources, made, self.fisher, seed)
+            found = fisher_statistics(self.sources, made, self.fisher, seed, notes)
         self.sources.pause()
         return Collected(True, found, count, agreed.count)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from math import isfinite
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from kfac_fx.codegen.compile import compiled, graphed
 from kfac_fx.codegen.functional import (
@@ -23,18 +25,19 @@ from kfac_fx.codegen.functional import (
     split_at_last,
     traced,
 )
+from kfac_fx.codegen.replay import replayable
 from kfac_fx.ir.use import StatisticKey
 from kfac_fx.likelihoods.batch import (
     BatchTerms,
     Terms,
     batch_likelihood,
     fitted_singles,
-    noise_of,
     output_tensors,
     root_rows,
+    signs_of,
     wide,
 )
-from kfac_fx.likelihoods.builtin import Noise, Tree
+from kfac_fx.likelihoods.builtin import Signs, Tree
 from kfac_fx.likelihoods.named import Sum
 from kfac_fx.likelihoods.sampling import seeded
 from kfac_fx.ops.gram import multiplied
@@ -54,14 +57,14 @@ class Facts:
     Attributes:
         outputs: stands in for the outputs; its values are NaN, so that nobody relies on them.
         shapes: the shape of the terms of each part of the likelihood.
-        noises: the noise of each part's draw; None for a distribution that draws by itself.
+        noises: the signs of each part's columns; None for a distribution that draws by itself.
         columns: the number of columns of the output Fisher's root.
         masks: random operators in the forward.
     """
 
     outputs: Tree
     shapes: tuple[torch.Size, ...]
-    noises: tuple[Noise | None, ...]
+    noises: tuple[Signs | None, ...]
     columns: int
     masks: int
 
@@ -76,13 +79,15 @@ class _CountRandom(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def facts_of(own: OwnPass, inputs: Tree, targets: Tree) -> Facts:
+def facts_of(own: OwnPass, inputs: Tree, targets: Tree, *, real: bool = False) -> Facts:
     """Return what a pass without values tells.
 
     Args:
         own: the pass.
         inputs: the inputs of a batch; only shapes and dtypes of its tensors count.
         targets: the targets of the batch, of which the same holds.
+        real: whether the pass is run with copies of the values, which takes less time for a small
+            network; it draws from torch's streams.
 
     Raises:
         LikelihoodError: the outputs do not fit the likelihood.
@@ -90,21 +95,33 @@ def facts_of(own: OwnPass, inputs: Tree, targets: Tree) -> Facts:
     """
     # Shapes cost no arithmetic, and are needed before the trace: noise has the shape of the
     # distribution, and the trace is one for each number of columns and masks.
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    state, batch = pytree.tree_map_only(Tensor, mode.from_tensor, (own.state(), inputs))
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    copied = torch.clone if real else fake.from_tensor
+    mode = nullcontext() if real else fake
+    state, batch = pytree.tree_map_only(Tensor, copied, (own.state(), inputs))
     distributions, columns = [], 0
     with functional_errors(), torch.no_grad(), mode, _CountRandom() as random:
         outputs = own.outputs(own.leaves(state), batch)
         masks = random.count
-        if own.uses_terms:
-            found = fitted_singles(own.likelihood, wide(outputs), targets)
-            distributions = [one.likelihood.distribution(one.outputs) for one in found]
-        if own.columns:
-            rows = (r for d in distributions for r in root_rows(d, None))
-            columns = sum(r.shape[1] for r in rows)
-        noises = tuple(noise_of(d) for d in distributions) if own.draws else ()
+        # A root has columns for what depends on the outputs, as derivatives tell: a scale that a
+        # network returns has some, a constant has none.
+        with torch.enable_grad():
+            if own.uses_terms:
+                found = fitted_singles(own.likelihood, _differentiable(wide(outputs)), targets)
+                distributions = [one.likelihood.distribution(one.outputs) for one in found]
+            if own.columns:
+                rows = (r for d in distributions for r in root_rows(d, None))
+                columns = sum(r.shape[1] for r in rows)
+            noises = tuple(signs_of(d) for d in distributions) if own.draws else ()
     stand_ins = pytree.tree_map_only(Tensor, _stand_in, wide(outputs))
     return Facts(stand_ins, tuple(d.batch_shape for d in distributions), noises, columns, masks)
+
+
+def _differentiable(outputs: Tree) -> Tree:
+    def leaf(value: Tensor) -> Tensor:
+        return value.detach().requires_grad_(value.is_floating_point())
+
+    return pytree.tree_map_only(Tensor, leaf, outputs)
 
 
 def _stand_in(like: Tensor) -> Tensor:
@@ -137,6 +154,28 @@ class Arguments:
         """Return the leaves and their tree; ``select`` comes last."""
         batch = self.inputs, self.targets, self.terms
         return pytree.tree_flatten((dict(self.state), *batch, tuple(noises), select))
+
+    def tensors(self, noises: Sequence[Tensor | None]) -> list[Tensor]:
+        """Return the tensors among the leaves of ``flat``, without a column, in the same order."""
+        # At every call: the tree is walked only where the user's batch is one.
+        found = [*self.state.values()]
+        for part in (self.inputs, self.targets):
+            found += [part] if isinstance(part, Tensor) else _tensors(pytree.tree_leaves(part))
+        for terms in self.terms:
+            found += _tensors(pytree.tree_leaves(terms) if terms is not None else ())
+        return found + _tensors(noises)
+
+
+class Extra(NamedTuple):
+    """The arguments of a pass beside the batch.
+
+    Attributes:
+        seed: of the draws; 0 if there are none.
+        tensors: others, whose number and shapes belong to the form.
+    """
+
+    seed: int = 0
+    tensors: Sequence[Tensor] = ()
 
 
 def arguments(
@@ -180,13 +219,14 @@ class _Outputs:
 
 
 class PassProgram:
-    """One pass, traced and compiled for one form of arguments.
+    """One pass, traced for one form of arguments, and compiled or run as it is.
 
     Args:
         own: the pass.
         facts: the facts of a batch of this form.
         given: such a batch.
-        compile: True, or the name of a backend of torch.compile.
+        compile: True, or the name of a backend of torch.compile. False runs the operators of the
+            pass one by one: what they write into stays, and they draw from torch's own stream.
 
     Attributes:
         once, each: the graphs. ``each`` runs for every column of the exact Fisher, on what
@@ -199,6 +239,7 @@ class PassProgram:
 
     def __init__(self, own: OwnPass, facts: Facts, given: Arguments, compile: bool | str) -> None:
         self._own = own
+        self._compile = compile
         self._facts = facts
         # Parts without terms are left out of the program, and of its draws.
         kinds = zip(facts.noises, given.terms, strict=False)
@@ -212,6 +253,9 @@ class PassProgram:
 
         # All tensors are arguments: what the trace found elsewhere would be a constant of the
         # program, and a parameter's present value would stay in it for ever.
+        if not compile:
+            self._run_as_it_is(replayable(function, _tensors(leaves)))
+            return
         module = traced(function, _tensors(leaves))
         buffers = self._outputs.buffers
         changed = zip(buffers, drop_copies(module, len(buffers)), strict=True)
@@ -222,8 +266,8 @@ class PassProgram:
         self._seeded = bool(random_nodes(module.graph))
         if self._seeded and self._kinds != [None]:
             raise NotFunctionalError("random numbers are drawn after the forward")
-        self.once = module
-        self.each = None
+        self.once: fx.GraphModule = module
+        self.each: fx.GraphModule | None = None
         if own.columns:
             parts = split_at_last(module)
             self.once = parts.once
@@ -237,6 +281,20 @@ class PassProgram:
         whole = on_gpu and self.each is None and not self._seeded
         self._once = (graphed if whole else compiled)(self.once, compile, options)
         self._each = None if self.each is None else compiled(self.each, compile)
+
+    def _run_as_it_is(self, module: fx.GraphModule) -> None:
+        """Take the trace of the pass for the program."""
+        if self._own.columns or None in self._kinds:
+            # A graph that writes into its tensors has no parts, and a distribution that draws by
+            # itself does so under a seed of its own.
+            raise NotFunctionalError("its draws or its columns are not arguments")
+        self.lifted = []
+        self._seeded = False
+        self.once = module
+        self.each = None
+        # Without the wrapper of nn.Module, which costs as much as a few operators.
+        self._once = partial(type(module).forward, module)
+        self._each = None
 
     def _compute(
         self,
@@ -262,10 +320,17 @@ class PassProgram:
         buffers = own.buffers(leaves)
         compared = values.comparison is not None
         self._outputs = _Outputs([*values.statistics], compared, [*values.gradients], [*buffers])
-        finite = torch.stack([t.isfinite().all() for t in output_tensors(outputs)]).all()
+        finite = self._finite(output_tensors(outputs))
         statistics = [multiplied(value) for value in values.statistics.values()]
         numbers = [number for number in (values.comparison, values.loss) if number is not None]
         return [finite, *statistics, *numbers, *values.gradients.values(), *buffers.values()]
+
+    def _finite(self, outputs: Sequence[Tensor]) -> Tensor:
+        """Return a number that is finite if the outputs are, or a flag for a compiler to fuse."""
+        if self._compile:
+            return torch.stack([t.isfinite().all() for t in outputs]).all()
+        # One operator for the five that tell an entry's.
+        return torch.stack([torch.linalg.vector_norm(t) for t in outputs]).sum()
 
     @torch.no_grad()
     def __call__(self, given: Arguments, seed: int, count: float, total: float) -> Result:
@@ -278,7 +343,7 @@ class PassProgram:
         """
         # In the order of the forward, from torch's own stream, as the pass that runs would draw.
         masks = [lifted() for lifted in self.lifted]
-        arguments = [*masks, *_tensors(given.flat(self._noises(seed), None)[0])]
+        arguments = [*masks, *given.tensors(self._noises(seed))]
         streams = seeded(seed, arguments) if self._seeded else nullcontext()
         with no_autocast(), streams:
             if self._each is None:
@@ -332,7 +397,7 @@ class PassProgram:
         loss = None if self._own.loss is None else rest.pop(0)
         gradients = dict(zip(names.gradients, rest, strict=False))
         buffers = dict(zip(names.buffers, rest[len(gradients) :], strict=True))
-        fine = not self._own.statistics or bool(finite)
+        fine = not self._own.statistics or (bool(finite) if self._compile else isfinite(finite))
         collected = Collected(fine, statistics, count, total, scale)
         return Result(collected, loss, gradients, buffers)
 

@@ -14,14 +14,23 @@ add_ = torch._foreach_add_
 copy_ = torch._foreach_copy_
 """Copy into each tensor its partner in another list, in place."""
 
+flattened = torch._C._nn.flatten_dense_tensors
+"""Return the entries of tensors of one dtype, one after another, as a vector."""
+
 lerp_ = torch._foreach_lerp_
 """Move each tensor towards its partner in another list by a weight, in place."""
+
+mul = torch._foreach_mul
+"""Return the products of each tensor with its partner in another list, or with one number."""
 
 mul_ = torch._foreach_mul_
 """Multiply each tensor by its partner in another list, or all by one number, in place."""
 
 norm = torch._foreach_norm
 """Return the norm of each tensor; the order is 2 unless it is given."""
+
+sub = torch._foreach_sub
+"""Return each tensor less its partner in another list."""
 
 zero_ = torch._foreach_zero_
 """Set each tensor to zero, in place."""

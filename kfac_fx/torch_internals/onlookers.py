@@ -16,12 +16,15 @@ import torch
 from torch import Tensor
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
+from torch.fx import _symbolic_trace
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 __all__ = [
     "dispatch_mode",
     "forward_mode",
     "inside_transform",
+    "module_hooks",
     "pack_hook",
     "packed_by_checkpoint",
     "saved_elsewhere",
@@ -29,6 +32,7 @@ __all__ = [
     "transforms_active",
     "unwrap_dead_wrappers",
     "unwrapped",
+    "watched",
 ]
 
 
@@ -43,6 +47,21 @@ dispatch_mode: Callable[[], object | None] = _get_current_dispatch_mode
 def traced() -> bool:
     """Tell whether a compiler looks on, or another mode that sees every operator."""
     return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
+
+
+module_hooks: Callable[[], bool] = _has_any_global_hook
+"""Tell whether hooks run around the forward of every module."""
+
+
+def watched() -> bool:
+    """Tell whether a compiler, a mode, fx or a transform looks on, who must see every call."""
+    return (
+        torch.compiler.is_compiling()
+        or _symbolic_trace._is_fx_tracing_flag
+        or _get_current_dispatch_mode() is not None
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
 
 
 def inside_transform() -> bool:

@@ -148,7 +148,9 @@ def test_sums_stay_factored_and_say_so(caplog: pytest.LogCaptureFixture) -> None
     for tikhonov in ("factored", "exact"):
         caplog.clear()
         with caplog.at_level(logging.WARNING, "kfac_fx"):
-            pre = kfac_fx.Preconditioner(net, fisher="exact", tikhonov=tikhonov)
+            pre = kfac_fx.Preconditioner(
+                net, fisher="exact", damping=1e-3, tikhonov=tikhonov, trust_region=None
+            )
         assert ("factored damping for embedding: sums" in caplog.text) == (tikhonov == "exact")
         model.zero_grad()
         pre.observe(outputs := net(ids))
@@ -163,7 +165,7 @@ def test_sums_stay_factored_and_say_so(caplog: pytest.LogCaptureFixture) -> None
 def test_couplings_are_refused(measure: Measure) -> None:
     net = kfac_fx.transform(head())
     with pytest.raises(UnknownOptionError, match="structure='block_diagonal'"):
-        kfac_fx.Preconditioner(net, tikhonov="exact")
+        kfac_fx.Preconditioner(net, tikhonov="exact", structure="block_tridiagonal")
     with pytest.raises(UnknownOptionError, match="structure='block_diagonal'"):
         kfac_fx.KFAC(net, tikhonov="exact")
     with pytest.raises(UnknownOptionError, match="'factored', 'exact'"):
@@ -201,7 +203,9 @@ def test_text_of_a_sum_is_complete() -> None:
     """The apply has formulas of its own, which go along too."""
     model, ids = Tied(bias=False), torch.randint(7, (5, 3))
     net = kfac_fx.transform(model, structure="block_diagonal")
-    pre = kfac_fx.Preconditioner(net, fisher="exact", tikhonov="exact")
+    pre = kfac_fx.Preconditioner(
+        net, fisher="exact", damping=1e-3, tikhonov="exact", trust_region=None
+    )
     pre.observe(outputs := net(ids))
     outputs.square().sum().backward()
     pre.step()

@@ -23,7 +23,7 @@ DAMPING = 1e-2
 
 
 def recorded(model: nn.Module, measure: Measure, inputs: int = 4, **options: object) -> object:
-    net = kfac_fx.transform(model, **options)
+    net = kfac_fx.transform(model, **{"structure": "block_tridiagonal"} | options)
     x = torch.randn(6, inputs)
     return measure(net, x, None, Categorical(), damping=DAMPING).preconditioner
 
@@ -126,7 +126,7 @@ def rooted_at(root: str, couplings: tuple[Coupling, ...]) -> tuple[Coupling, ...
 def test_block_diagonal_of_a_tridiagonal_transform(measure: Measure) -> None:
     """structure="block_diagonal" leaves the couplings out, and records none."""
     model, x = chain(3), torch.randn(6, 4)
-    net = kfac_fx.transform(model)
+    net = kfac_fx.transform(model, structure="block_tridiagonal")
     torch.manual_seed(1)
     got = measure(net, x, None, Categorical(), structure="block_diagonal").preconditioner
     plain = kfac_fx.transform(model, structure="block_diagonal")
@@ -178,7 +178,7 @@ def test_indefinite_conditional_is_left_out(
 def test_near_singular_conditional_is_clamped(measure: Measure) -> None:
     """Layers that see the same input with next to no damping: finite, and counted."""
     model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)).float()
-    net = kfac_fx.transform(model)
+    net = kfac_fx.transform(model, structure="block_tridiagonal")
     pre = kfac_fx.Preconditioner(net, "normal", fisher="exact", damping=1e-12)
     pre.observe(outputs := net(torch.randn(64, 3, dtype=torch.float32)))
     outputs.square().sum().backward()

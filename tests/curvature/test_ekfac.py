@@ -272,7 +272,7 @@ def test_what_ekfac_cannot_do_is_an_error() -> None:
         kfac_fx.Preconditioner(net, structure="block_diagonal", tikhonov="ekfac")
     net = kfac_fx.transform(vectors(), ekfac=True)
     with pytest.raises(UnknownOptionError, match="structure='block_diagonal'"):
-        kfac_fx.Preconditioner(net, tikhonov="ekfac")
+        kfac_fx.Preconditioner(net, tikhonov="ekfac", structure="block_tridiagonal")
     with pytest.raises(UnknownOptionError, match="capture='eager' has none"):
         kfac_fx.transform(vectors(), torch.randn(2, 4), capture="eager", ekfac=True)
     _, pre = prepared(vectors())

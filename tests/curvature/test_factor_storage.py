@@ -40,7 +40,8 @@ def trained(
     """After so many batches of 64, the same for every storage; with the last gradient."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 12), nn.LayerNorm(12), nn.Tanh(), nn.Linear(12, 5))
-    given = {"fisher": "exact", "damping": 1e-2, "generator": seeded()} | options
+    periods = {"statistics_every": 1, "refresh_every": 10}
+    given = {"fisher": "exact", "damping": 1e-2, "generator": seeded()} | periods | options
     net = kfac_fx.transform(model.to(device), ekfac=True)
     preconditioner = kfac_fx.Preconditioner(net, "normal", factor_storage=storage, **given)
     step(preconditioner, net, steps, device)

@@ -464,7 +464,7 @@ def test_what_does_not_fit_is_told_once(caplog: pytest.LogCaptureFixture) -> Non
 
 def test_training_over_both_branches() -> None:
     net = transformed(Branch())
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.3)
     preconditioner = kfac_fx.Preconditioner(
         net, "normal", damping=1e-1, fisher="exact", refresh_every=1, statistics_every=2
     )

@@ -1,13 +1,15 @@
 """What a likelihood says of one batch: against autograd and the oracles' dense Fishers.
 
 An objective is a mean over terms; derivatives of ``exact`` and ``root`` are columns of a root of
-the Fisher of the outputs, and those of ``sampled`` are gradients of drawn targets.
+the Fisher of the outputs, and the mean of ``sampled`` over all signs is that Fisher.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -15,10 +17,12 @@ import torch.nn.functional as F
 from support import oracles
 from support.asserts import assert_near
 from torch import Tensor
+from torch import distributions as D
 
 from kfac_fx import likelihoods
 from kfac_fx.errors import LikelihoodError
-from kfac_fx.likelihoods.batch import BatchLikelihood, batch_likelihood, drawn, wide
+from kfac_fx.likelihoods.batch import BatchLikelihood, batch_likelihood, signs_of, wide
+from kfac_fx.likelihoods.named import Custom
 from kfac_fx.parallel import Agreement
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -96,26 +100,90 @@ def test_the_root_s_jacobian_gives_the_fisher(kind: str) -> None:
 
 
 @every_kind
-def test_drawn_targets_are_scored_by_their_nll(kind: str) -> None:
+@pytest.mark.parametrize("shape", [(3,), (2, 2)], ids=["vectors", "tokens"])
+def test_the_mean_over_all_signs_is_the_fisher(kind: str, shape: tuple[int, ...]) -> None:
+    """Not an estimate: every choice of signs is made once."""
     given, reference = KINDS[kind]
-    f = outputs(3)
+    f = outputs(*shape)
     batch = batch_likelihood(given, f)
-    ((distribution, _),) = batch.parts
-    y = drawn(distribution, 7)
-    (found,) = torch.autograd.grad(batch.sampled(7), f)
-    (want,) = torch.autograd.grad(reference.nll(f, y), f)
-    assert_close(found, want)
+    (signs,) = (signs_of(distribution) for distribution in batch.distributions)
+    assert signs is not None and signs.shape[0] == CASES
+    choices = list(itertools.product((1.0, -1.0), repeat=signs.shape[1:].numel()))
+    total = 0
+    for choice in choices:
+        noise = torch.tensor(choice).reshape(signs.shape[1:]).expand(signs.shape)
+        (g,) = torch.autograd.grad(batch.sampled([noise]), f, retain_graph=True)
+        g = g.flatten(1)
+        total = total + g[:, :, None] * g[:, None, :]
+    for n in range(CASES):
+        assert_close(total[n] / len(choices), reference.fisher(f[n : n + 1], None))
 
 
 @every_kind
-def test_draws_depend_on_the_seed_alone(kind: str) -> None:
-    """Torch's own stream is left where it was."""
+def test_signs_depend_on_the_seed_alone(kind: str) -> None:
+    """Torch's own stream is left where it was, and a seed gives what the signs of it give."""
     given, _ = KINDS[kind]
-    (distribution,) = batch_likelihood(given, outputs(3)).distributions
+    f = outputs(3)
+    batch = batch_likelihood(given, f)
     before = torch.random.get_rng_state()
-    first, same, other = (drawn(distribution, seed) for seed in (1, 1, 2))
-    assert torch.equal(first, same) and not torch.equal(first, other)
+
+    def derivative(noise: int | list[Tensor]) -> Tensor:
+        return torch.autograd.grad(batch.sampled(noise), f, retain_graph=True)[0]
+
+    assert torch.equal(derivative(1), derivative(1))
+    assert not torch.equal(derivative(1), derivative(2))
+    signs = signs_of(batch.distributions[0])
+    assert signs is not None and set(signs.sample(1).unique().tolist()) == {-1.0, 1.0}
+    assert_close(derivative([signs.sample(1)]), derivative(1))
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+class Shifted(D.Normal):
+    """Another distribution than its ancestor, as its draws say."""
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        return super().sample(sample_shape) + 1.0
+
+
+@pytest.mark.parametrize("kind", ["no root is known", "draws of its own"])
+def test_targets_are_drawn_where_no_root_is_known(kind: str) -> None:
+    f = outputs(3)
+    with torch.no_grad():
+        f.abs_()
+
+    def distribution(f: Tensor) -> D.Distribution:
+        return D.Poisson(f) if kind[0] == "n" else Shifted(f, torch.ones_like(f))
+
+    batch = batch_likelihood(Custom(lambda f: D.Independent(distribution(f), 1)), f)
+    assert signs_of(batch.distributions[0]) is None
+    torch.manual_seed(3)
+    y = distribution(f.detach()).sample()
+    before = torch.random.get_rng_state()
+    (found,) = torch.autograd.grad(batch.sampled(3), f)
+    (want,) = torch.autograd.grad(-distribution(f).log_prob(y).sum(), f)
+    assert_close(found, want)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_a_learnt_scale_has_columns_of_its_own() -> None:
+    """A constant one has none: the number of signs follows from what depends on the outputs."""
+    f = outputs(2)
+
+    def likelihood(f: Tensor) -> D.Distribution:
+        return D.Normal(f[:, 0], f[:, 1].exp())
+
+    batch = batch_likelihood(Custom(likelihood), f)
+    signs = signs_of(batch.distributions[0])
+    assert signs is not None and signs.shape == (CASES, 2)
+    total = 0
+    for choice in itertools.product((1.0, -1.0), repeat=2):
+        noise = torch.tensor(choice).expand(CASES, 2)
+        (g,) = torch.autograd.grad(batch.sampled([noise]), f, retain_graph=True)
+        total = total + g[:, :, None] * g[:, None, :] / 4
+    variance = f[:, 1].exp().square()
+    # Of (mean, log sigma): 1 / sigma^2 and 2.
+    want = torch.diag_embed(torch.stack([1 / variance, torch.full_like(variance, 2.0)], 1))
+    assert_close(total, want.detach())
 
 
 def test_weights_and_ignored_targets_are_counted() -> None:

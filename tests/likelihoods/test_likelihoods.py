@@ -13,7 +13,6 @@ from torch import distributions as D
 
 import kfac_fx
 from kfac_fx import likelihoods
-from kfac_fx.likelihoods.batch import drawn
 from kfac_fx.likelihoods.builtin import Softmax
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -94,33 +93,6 @@ def test_sampled_factors_have_the_exact_mean(measure: Measure, kind: str) -> Non
 
 def repeated(x: Tensor) -> Tensor:
     return x.repeat(200, *(1 for _ in x.shape[1:]))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_classes_are_drawn_with_their_probabilities(dtype: torch.dtype) -> None:
-    """Never those of probability zero, whatever the number that decides."""
-    probs = torch.tensor([[0.0, 0.2, 0.0, 0.7, 0.1], [0.5, 0.0, 0.5, 0.0, 0.0]], dtype=dtype)
-    found = drawn(D.Categorical(probs=probs.expand(100000, 2, 5)), 3)
-    shares = torch.nn.functional.one_hot(found, 5).to(dtype).mean(0)
-    torch.testing.assert_close(shares, probs, rtol=0.0, atol=0.006)
-    assert not shares[probs == 0].any()
-    first, last = torch.zeros(2, dtype=dtype), torch.ones(2, dtype=dtype)
-    last = torch.nextafter(last, first)
-    assert drawn(D.Categorical(probs=probs), first).tolist() == [1, 0]
-    assert drawn(D.Categorical(probs=probs), last).tolist() == [4, 2]
-    rounded = torch.rand(1000, 9, dtype=dtype)
-    rounded[:, -1] = 0
-    assert drawn(D.Categorical(probs=rounded), last[:1].expand(1000)).unique().tolist() == [7]
-    lost = D.Categorical(probs=torch.full((2, 3), torch.nan, dtype=dtype), validate_args=False)
-    assert all(0 <= k < 3 for k in drawn(lost, last).tolist())
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_classes_are_drawn_from_low_precision(dtype: torch.dtype) -> None:
-    """Sums of many probabilities are not rounded to it."""
-    probs = torch.ones(2000, 5000, dtype=dtype)
-    found = drawn(D.Categorical(probs=probs, validate_args=False), 3)
-    assert len(found.unique()) > 1500  # of 1648 that are expected
 
 
 def test_generator_makes_draws_repeatable(measure: Measure) -> None:

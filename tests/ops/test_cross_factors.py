@@ -122,7 +122,7 @@ def test_cross_factors(case: Case, fisher: str, measure: Measure) -> None:
     model = case.model()
     outputs = model(x)
     y = likelihood.draw(outputs.detach()) if fisher == "empirical" else None
-    net = kfac_fx.transform(model)
+    net = kfac_fx.transform(model, structure="block_tridiagonal")
     measured = measure(net, x, y, likelihood, fisher)
     want = oracles.cross_kronecker(model, case.layers, x, y, likelihood, fisher, case.pooling())
     close(measured.preconditioner.cross_factors[case.layers], want)
@@ -152,7 +152,7 @@ def test_averages_are_one_gram_matrix(measure: Measure) -> None:
     """Steps and micro-batches enter the cross factors with the weights of the factors."""
     case = CASES[0]
     model = case.model()
-    net = kfac_fx.transform(model)
+    net = kfac_fx.transform(model, structure="block_tridiagonal")
     x = torch.randn(12, *case.shape)
     pre = kfac_fx.Preconditioner(net, "categorical", fisher="exact", damping=1e-2)
     for step in (x[:4], x[4:]):
@@ -170,7 +170,7 @@ def test_averages_are_one_gram_matrix(measure: Measure) -> None:
 def test_sampled_cross_factors_have_the_exact_mean(measure: Measure) -> None:
     case = CASES[5]
     model, x = case.model(), torch.randn(4, *case.shape)
-    net = kfac_fx.transform(model)
+    net = kfac_fx.transform(model, structure="block_tridiagonal")
     draws = torch.stack(
         [
             measure(net, x, None, Categorical(), "sampled").preconditioner.cross_factors[

@@ -89,7 +89,11 @@ def test_batched_matrices_are_one_block_a_matrix(call: str) -> None:
     model, x = Experts(call), torch.randn(2, 5, 4)
     net = kfac_fx.transform(model)
     preconditioner = kfac_fx.Preconditioner(
-        net, lambda f: torch.distributions.Normal(f, 1.0), fisher="exact", damping=1e-2
+        net,
+        lambda f: torch.distributions.Normal(f, 1.0),
+        fisher="exact",
+        damping=1e-2,
+        trust_region=None,
     )
     outputs = net(x)
     preconditioner.observe(outputs)
@@ -140,7 +144,9 @@ def test_tied_embedding_and_head_sum_both_curvatures(bias: bool) -> None:
     net = kfac_fx.transform(model)
     block = net.curvature.blocks["embedding"]
     assert block.approximation == "kronecker_sum" and block.reason is None
-    preconditioner = kfac_fx.Preconditioner(net, "categorical", fisher="exact", damping=1e-2)
+    preconditioner = kfac_fx.Preconditioner(
+        net, "categorical", fisher="exact", damping=1e-2, trust_region=None
+    )
     logits = net(ids)
     preconditioner.observe(logits)
     F.cross_entropy(logits.flatten(0, 1), ids.flatten()).backward()
@@ -193,7 +199,9 @@ def test_wide_sides_become_diagonals_and_say_so() -> None:
     full = measured(model, (x,), "0")
     net = kfac_fx.transform(model, max_factor_dim=6)
     assert "max_factor_dim=6" in net.curvature.blocks["0"].reason
-    preconditioner = kfac_fx.Preconditioner(net, "normal", fisher="exact", damping=1e-2)
+    preconditioner = kfac_fx.Preconditioner(
+        net, "normal", fisher="exact", damping=1e-2, trust_region=None
+    )
     outputs = net(x)
     preconditioner.observe(outputs)
     outputs.square().sum().backward()

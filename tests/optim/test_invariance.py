@@ -113,7 +113,7 @@ def by_kfac(structure: str) -> Callable[[nn.Module, Tensor, Tensor], None]:
             weight_decay=0.0,
             damping=1e-30,
             fisher="exact",
-            options=KFACOptions(statistics_fraction=1.0),
+            options=KFACOptions(statistics_fraction=1.0, trust_region=None),
         )
         for _ in range(5):
             optimizer.step(x, y)

@@ -19,9 +19,9 @@ DAMPING, ETA = 0.3, 0.02
 RATES, MOMENTA, DECAYS = (0.1, 0.05), (0.9, 0.5), (ETA, 0.0)
 
 
-def damped_solution(A: Tensor, G: Tensor, V: Tensor) -> Tensor:
+def damped_solution(A: Tensor, G: Tensor, V: Tensor, damping: float = DAMPING + ETA) -> Tensor:
     """((A + pi gamma I) (x) (G + gamma / pi I))^-1 vec(V)."""
-    gamma = (DAMPING + ETA) ** 0.5
+    gamma = damping**0.5
     pi = ((A.trace() / len(A)) / (G.trace() / len(G))) ** 0.5
     left = torch.linalg.inv(G + gamma / pi * torch.eye(len(G)))
     return left @ V @ torch.linalg.inv(A + pi * gamma * torch.eye(len(A)))
@@ -72,6 +72,61 @@ def test_steps_are_those_of_the_formula(trust_region: float | None) -> None:
         assert all(value.norm() > 0 for value in moved)
         schedule.step()
     assert any(shortened) == (trust_region == 1e-4)
+
+
+@pytest.mark.parametrize("lr", [0.03, 3.0])
+def test_usual_bounds(lr: float) -> None:
+    """Lambda is the mean eigenvalue; a proposal, and each layer's step, are bounded."""
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    layers = [model[0], model[2]]
+    net = kfac_fx.transform(model, structure="block_diagonal")
+    optimizer = kfac_fx.KFAC(net, lr=lr, momentum=0.5, refresh_every=1, statistics_every=1)
+    previous, usual, bounded = [torch.zeros(5, 5), torch.zeros(3, 6)], None, []
+    for _ in range(5):
+        x, y = torch.randn(16, 4), torch.randint(3, (16,))
+        before, plain = [whole(layer) for layer in layers], copy.deepcopy(model)
+        F.cross_entropy(plain(x), y).backward()
+        optimizer.step(x, y)
+        gradients = [whole(layer, gradient=True) for layer in (plain[0], plain[2])]
+        factors = list(optimizer.factors.values())
+        traces = sum(float(A.trace() * G.trace()) for A, G in factors)
+        mean = traces / (25 + 18)
+        assert optimizer.diagnostics["damping"] == pytest.approx(mean)
+        pairs = zip(factors, gradients, strict=True)
+        proposals = [damped_solution(A, G, g, mean) for (A, G), g in pairs]
+        length = float(sum((g * p).sum() for g, p in zip(gradients, proposals, strict=True)))
+        kept = length if usual is None else min(length, 4 * usual)
+        usual = kept if usual is None else 0.9 * usual + 0.1 * kept
+        scale = (min(kept, max(1e-2, 1e-3 * kept)) / length) ** 0.5
+        assert optimizer.diagnostics["trust"] == pytest.approx(scale)
+        steps = [0.5 * last - lr * scale * p for last, p in zip(previous, proposals, strict=True)]
+        limits = [0.03 * w.norm() for w in before]
+        pairs = zip(steps, limits, strict=True)
+        previous = [step * min(1.0, float(limit / step.norm())) for step, limit in pairs]
+        bounded += [bool(step.norm() > limit) for step, limit in zip(steps, limits, strict=True)]
+        close([whole(layer) - w for layer, w in zip(layers, before, strict=True)], previous)
+    assert any(bounded) == (lr > 1)
+
+
+def test_the_usual_length_is_restored() -> None:
+    """A run that goes on from a state makes the steps that it would have made."""
+    torch.manual_seed(1)
+    batches = [(torch.randn(16, 4), torch.randint(3, (16,))) for _ in range(8)]
+    runs = []
+    for parts in ((8,), (4, 4)):
+        torch.manual_seed(2)
+        model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+        at, state = 0, None
+        for count in parts:
+            generator = torch.Generator().manual_seed(0)
+            optimizer = kfac_fx.KFAC(kfac_fx.transform(model), lr=0.3, generator=generator)
+            if state is not None:
+                optimizer.load_state_dict(state)
+            for x, y in batches[at : at + count]:
+                optimizer.step(x, y)
+            at, state = at + count, optimizer.state_dict()
+        runs.append([p.detach().clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(runs[0], runs[1], strict=True))
 
 
 def test_a_batch_that_is_refused_leaves_the_draws_as_they_were() -> None:

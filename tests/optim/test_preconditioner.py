@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import io
-import itertools
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from support.inside import estimate_of
 from support.oracles import Categorical, Measure, Measured, Normal, close
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -81,19 +81,41 @@ def test_statistics_period(measure: Measure) -> None:
         close((flat(preconditioner),), (expected[k],))
 
 
-def test_refresh_period() -> None:
-    """Between refreshes the inverses are stale, so equal gradients give equal updates."""
-    net, xs = kfac_fx.transform(model()), batches(5)
-    preconditioner = make(net, statistics_every=1, refresh_every=3)
+def refreshes(steps: int, **options: Any) -> list[int]:
+    """The steps, counted from 0, after which equal gradients give other updates than before."""
+    net = kfac_fx.transform(model())
+    preconditioner = make(net, **options)
     probe = {name: torch.randn_like(p) for name, p in net.named_parameters()}
-    seen = []
-    for x in xs:
+    seen = [torch.zeros(())]
+    for x in batches(steps):
         step(preconditioner, net, x)
         seen.append(preconditioner.apply(probe)["0.weight"])
-    same = [torch.equal(a, b) for a, b in itertools.pairwise(seen)]
-    assert same == [True, True, False, True]
     preconditioner.refresh()
     assert not torch.equal(preconditioner.apply(probe)["0.weight"], seen[-1])
+    return [k for k in range(steps) if not torch.equal(seen[k], seen[k + 1])]
+
+
+def test_refresh_period() -> None:
+    """Between refreshes the inverses are stale."""
+    assert refreshes(5, statistics_every=1, refresh_every=3) == [0, 3]
+
+
+def test_early_refreshes() -> None:
+    """The first averages change fast: a period of twenty begins with shorter ones."""
+    assert refreshes(44) == [0, 1, 2, 4, 8, 16, 20, 40]
+
+
+def test_early_statistics() -> None:
+    """Each of the first twenty batches, then every third."""
+    net = kfac_fx.transform(model())
+    preconditioner = make(net)
+    due = []
+    for k, x in enumerate(batches(30)):
+        if preconditioner.due:
+            due.append(k)
+        step(preconditioner, net, x)
+    assert due == [*range(20), 21, 24, 27]
+    assert estimate_of(preconditioner).recorded == 23
 
 
 def test_refresh_uses_the_average(measure: Measure) -> None:
@@ -302,7 +324,7 @@ def test_natural_gradient_of_a_linear_model(measure: Measure) -> None:
     """Least squares, hardly damped: one step of length one is the solution."""
     net, x = kfac_fx.transform(nn.Sequential(nn.Linear(4, 3))), torch.randn(20, 4)
     target = torch.randn(20, 3)
-    preconditioner = make(net, damping=1e-16)
+    preconditioner = make(net, damping=1e-16, trust_region=None)
     outputs = net(x)
     preconditioner.observe(outputs)
     ((outputs - target).square().sum() / (2 * len(x))).backward()
@@ -338,13 +360,33 @@ def test_micro_batches_are_one_batch(measure: Measure, fisher: str, reduction: s
     close((flat(preconditioner),), (want,))
 
 
-def test_memory_is_known_before_it_is_taken() -> None:
-    net = kfac_fx.transform(model())
+@pytest.mark.parametrize("structure", [None, "block_diagonal", "block_tridiagonal"])
+def test_memory_is_known_before_it_is_taken(structure: str | None) -> None:
+    net = kfac_fx.transform(model(), structure=structure)
     preconditioner = make(net)
+    assert bool(preconditioner.cross_factors) == (structure == "block_tridiagonal")
     groups = [*preconditioner.factors.values(), *preconditioner.cross_factors.values()]
     taken = sum(factor.numel() for group in groups for factor in group)
     assert net.curvature.factor_elements == taken
     assert net.curvature.memory(8) == 16 * taken
+
+
+def test_couplings_are_for_who_asks() -> None:
+    """At the transform or here; a structure that the transform leaves out is an error."""
+    made = [
+        (None, None, "block_diagonal"),
+        (None, "block_tridiagonal", "block_tridiagonal"),
+        ("block_tridiagonal", None, "block_tridiagonal"),
+        ("block_tridiagonal", "block_diagonal", "block_diagonal"),
+        ("block_diagonal", None, "block_diagonal"),
+    ]
+    for asked, here, want in made:
+        net = kfac_fx.transform(model(), structure=asked)
+        preconditioner = kfac_fx.Preconditioner(net, structure=here)
+        assert preconditioner.structure == want
+        assert bool(preconditioner.couplings) == (want == "block_tridiagonal")
+    chosen = kfac_fx.transform(model(), couplings="data")
+    assert kfac_fx.Preconditioner(chosen).structure == "block_tridiagonal"
 
 
 def test_factors_that_have_not_moved_are_not_inverted_again(

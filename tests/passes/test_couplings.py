@@ -186,7 +186,7 @@ def test_stripping_takes_links_out_too() -> None:
 
 
 def test_compiles_to_one_graph_with_links(measure: Measure) -> None:
-    net, x = kfac_fx.transform(Pooled()), torch.randn(4, 1, 4, 4)
+    net, x = kfac_fx.transform(Pooled(), structure="block_tridiagonal"), torch.randn(4, 1, 4, 4)
     pre = kfac_fx.Preconditioner(net, "categorical", fisher="empirical", damping=1e-2)
     compiled = torch.compile(net, fullgraph=True)
     y = torch.randint(3, (4,))

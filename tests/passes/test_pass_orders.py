@@ -143,7 +143,9 @@ def results(net: nn.Module, model: Network, run: nn.Module | None = None) -> dic
     """Outputs, gradients and factors of a step; blocks by the model's names of parameters."""
     names = {id(p): n for n, p in model.named_parameters()}
     own = {n: names[id(p)] for n, p in net.named_parameters()}
-    pre = kfac_fx.Preconditioner(net, "normal", damping=1e-2, fisher="exact")
+    pre = kfac_fx.Preconditioner(
+        net, "normal", damping=1e-2, fisher="exact", structure="block_tridiagonal"
+    )
     x = torch.randn(6, 2, 3, 3, generator=torch.Generator().manual_seed(1))
     outputs = (run or net)(x)
     pre.observe(outputs)

@@ -188,7 +188,9 @@ def test_two_calls_of_a_network() -> None:
     once = kfac_fx.transform(model)
     factors = []
     for calls in (1, 2):
-        preconditioner = kfac_fx.Preconditioner(once, "residual", fisher="exact")
+        preconditioner = kfac_fx.Preconditioner(
+            once, "residual", fisher="exact", structure="block_tridiagonal"
+        )
         outputs = sum(once(x) for _ in range(calls)) / calls**0.5
         preconditioner.observe(outputs)
         outputs.sum().backward()

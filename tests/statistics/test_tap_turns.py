@@ -59,7 +59,7 @@ def test_whole_steps_alternate(fisher: str) -> None:
 def test_one_that_lacks_taps_says_so() -> None:
     """Without couplings the newer one leaves the taps of pairs off, which the older one needs."""
     net = kfac_fx.transform(build())
-    old = kfac_fx.Preconditioner(net)
+    old = kfac_fx.Preconditioner(net, structure="block_tridiagonal")
     train(net, old)
     kept = kfac_fx.Preconditioner(net, structure="block_diagonal")
     with pytest.raises(TapsTakenError, match="switched off taps that this one needs"):

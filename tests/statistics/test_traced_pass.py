@@ -17,7 +17,6 @@ from torch import Tensor, fx, nn
 from torch import distributions as D
 
 import kfac_fx
-from kfac_fx.likelihoods.batch import drawn
 from kfac_fx.statistics import pass_cache as compiled
 
 pytestmark = pytest.mark.usefixtures("float64", "fresh")
@@ -127,17 +126,19 @@ def test_distribution_that_draws_by_itself() -> None:
     assert_equal(recorded(net, batch, compile="eager", **options), recorded(net, batch, **options))
 
 
-def test_draws_follow_the_model() -> None:
-    """Draws from noise are torch's own of a normal, and have the right frequencies."""
-    logits = torch.tensor([0.3, -1.0, 2.0, 0.0]).expand(40_000, 4)
-    categorical = D.Categorical(logits=logits)
-    normal = D.Independent(D.Normal(logits, 0.5 * torch.ones_like(logits)), 1)
-    torch.manual_seed(7)
-    torch.testing.assert_close(drawn(normal, 7), normal.sample())
-    bits = drawn(D.Independent(D.Bernoulli(logits=logits), 1), 7)
-    torch.testing.assert_close(bits.mean(0), logits[0].sigmoid(), rtol=0, atol=0.01)
-    counts = torch.bincount(drawn(categorical, 7), minlength=4) / len(logits)
-    torch.testing.assert_close(counts, logits[0].softmax(0), rtol=0, atol=0.01)
+def test_a_learnt_scale_is_drawn_alike() -> None:
+    """Its columns are counted without values: by what would have a derivative."""
+    net = kfac_fx.transform(nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 2)))
+
+    def normal(outputs: Tensor) -> D.Distribution:
+        return D.Normal(outputs[:, 0], outputs[:, 1].exp())
+
+    batch = {"inputs": torch.randn(7, 6)}
+    for fisher in ("sampled", "exact"):
+        options: dict[str, Any] = {"likelihood": normal, "fisher": fisher}
+        assert_equal(
+            recorded(net, batch, compile="eager", **options), recorded(net, batch, **options)
+        )
 
 
 def products(graph: fx.Graph) -> Counter[str]:

@@ -91,7 +91,7 @@ def test_boxes_grow_with_parameters_and_name_fallbacks(tower: kfac_fx.CurvatureG
 
 def test_statistics_are_on_the_boxes() -> None:
     net = kfac_fx.transform(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)))
-    pre = kfac_fx.Preconditioner(net)
+    pre = kfac_fx.Preconditioner(net, structure="block_tridiagonal")
     outputs = net(torch.randn(8, 3))
     pre.observe(outputs)
     outputs.sum().backward()

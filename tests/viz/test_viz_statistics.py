@@ -25,7 +25,7 @@ def recorded(
     model: nn.Module, *inputs: Tensor, tikhonov: str = "factored", **options: object
 ) -> kfac_fx.Preconditioner:
     """A preconditioner after one step on these inputs."""
-    net = kfac_fx.transform(model, **options)
+    net = kfac_fx.transform(model, **{"structure": "block_tridiagonal"} | options)
     pre = kfac_fx.Preconditioner(net, fisher="exact", damping=DAMPING, tikhonov=tikhonov)
     one_step(pre, net, inputs, lambda outputs: outputs.square().sum())
     return pre

@@ -1,0 +1,185 @@
+"""Derivatives of the output Fisher's root in directions, for products with the exact Fisher.
+
+With B the derivative of the root of the output Fisher, F = J^T B^T B J. One derivative in forward
+mode gives B J v for a direction v, and the products of those are all that is asked for: F itself
+has parameters squared many entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from kfac_fx.codegen.functional import NotFunctionalError, no_autocast, random_nodes
+from kfac_fx.codegen.replay import replayable
+from kfac_fx.likelihoods.batch import BatchLikelihood, BatchTerms, Terms, batch_likelihood
+from kfac_fx.likelihoods.builtin import Tree
+from kfac_fx.likelihoods.named import Sum
+from kfac_fx.statistics.own_pass import OwnPass
+from kfac_fx.statistics.traced_pass import Arguments, Extra, Facts
+from kfac_fx.torch_internals import pytree
+from kfac_fx.torch_internals.error_texts import refuses_nested_forward_mode
+
+Direction = dict[str, Tensor]
+"""A tensor of the shape of each parameter, by name: a gradient, a proposal, an update."""
+
+Parameters = Mapping[str, Tensor]
+"""Parameters by name, which nobody here writes to."""
+
+Run = Callable[[Parameters], BatchLikelihood]
+"""From parameters by name to what the likelihood says about the outputs. Outputs must not depend on
+random numbers that change from call to call."""
+
+
+class Derivatives(NamedTuple):
+    """The derivatives of the root in directions.
+
+    Attributes:
+        rows: [n, m], one row a direction, in float64.
+        terms: number of likelihood terms.
+    """
+
+    rows: Tensor
+    terms: float
+
+    def gram(self) -> Tensor:
+        """Return v_i^T F v_j of one likelihood term for all pairs of directions: [n, n]."""
+        return self.rows @ self.rows.T / self.terms
+
+
+@torch.no_grad()
+def root_derivatives(
+    run: Run, parameters: Parameters, directions: Sequence[Sequence[Tensor]]
+) -> Derivatives:
+    """Return the derivatives of the root in directions.
+
+    Args:
+        run: is called once a direction.
+        parameters: where the derivatives are taken.
+        directions: v_1 to v_n, each in the order, the shapes and the precision of the parameters.
+    """
+    rows: list[Tensor] = []
+    count = 1.0  # of likelihood terms: the same for all directions
+    for direction in directions:
+        tangents = dict(zip(parameters, direction, strict=True))
+        with _differentiable_forward():
+            count, terms = _derivative(run, parameters, tangents)
+        rows.append(terms.double())
+    return Derivatives(torch.stack(rows), count)
+
+
+@contextmanager
+def _differentiable_forward() -> Iterator[None]:
+    """Take kernels with a forward-mode derivative: fused attention and oneDNN's LSTM have none."""
+    with _without_mkldnn(), sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+@contextmanager
+def _without_mkldnn() -> Iterator[None]:
+    enabled = torch.backends.mkldnn.set_flags(_enabled=False)[0]
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.set_flags(_enabled=enabled)
+
+
+def _derivative(run: Run, parameters: Parameters, tangents: Direction) -> tuple[float, Tensor]:
+    """Return the number of terms, and the derivative of the output Fisher's root in a direction."""
+    try:
+        with forward_ad.dual_level():
+            made = run({n: forward_ad.make_dual(p, tangents[n]) for n, p in parameters.items()})
+            terms = made.root()
+            tangent: Tensor | None = forward_ad.unpack_dual(terms).tangent
+        return made.count, torch.zeros_like(terms) if tangent is None else tangent
+    except RuntimeError as error:
+        if not refuses_nested_forward_mode(error):
+            raise
+    # The outputs hold forward-mode derivatives themselves (residuals of differential equations).
+    # torch.func nests its levels, dual_level does not; it is tried second, as it costs more.
+    counts: list[float] = []
+
+    def terms_of(given: Parameters) -> Tensor:
+        made = run(given)
+        counts.append(made.count)
+        return made.root()
+
+    derivative: Tensor = torch.func.jvp(terms_of, (dict(parameters),), (tangents,))[1]
+    return counts[-1], derivative
+
+
+class TracedRows:
+    """The trace of ``root_derivatives`` for one form of a batch and a number of directions.
+
+    What the directions share, the network's own forward, is in it once.
+
+    Args:
+        own: the network and its likelihood.
+        given: a batch.
+        extra: has the directions, one after another.
+        names: of the parameters that the directions are of.
+
+    Attributes:
+        once: the graph.
+
+    Raises:
+        NotFunctionalError: there is no such graph.
+    """
+
+    def __init__(
+        self, own: OwnPass, _: Facts, given: Arguments, extra: Extra, names: Sequence[str]
+    ) -> None:
+        tensors = given.tensors(())
+        leaves, tree = given.flat((), None)
+
+        def function(*found: Tensor) -> list[Tensor]:
+            rest = iter(found)
+            values = [next(rest) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            state, inputs, _, terms, _, _ = pytree.tree_unflatten(values, tree)
+            directions = list(rest)
+            each = [directions[k : k + len(names)] for k in range(0, len(directions), len(names))]
+            parameters = {name: state[name] for name in names}
+
+            def run(duals: Parameters) -> BatchLikelihood:
+                return _run_once(own, state, duals, inputs, terms)
+
+            return [root_derivatives(run, parameters, each).rows]
+
+        # Under no kernel that the pass itself would not take.
+        with _differentiable_forward():
+            self.once = replayable(function, [*tensors, *extra.tensors])
+        if len(extra.tensors) > len(names) and random_nodes(self.once.graph):
+            # Each direction's pass draws the masks anew, from the same seed; a trace of all of them
+            # would go on drawing.
+            raise NotFunctionalError("every direction draws the same masks")
+        self._forward = type(self.once).forward
+
+    @torch.no_grad()
+    def __call__(self, given: Arguments, extra: Extra, count: float) -> Derivatives:
+        """Return the derivatives for other tensors of the same form."""
+        # Which kernel a convolution takes is asked when it runs; attention was taken apart before.
+        with _without_mkldnn():
+            (rows,) = self._forward(self.once, *given.tensors(()), *extra.tensors)
+        return Derivatives(rows, count)
+
+
+def _run_once(
+    own: OwnPass,
+    state: dict[str, Tensor],
+    duals: Parameters,
+    inputs: Tree,
+    terms: tuple[Terms | None, ...],
+) -> BatchLikelihood:
+    """Return what the likelihood says where the parameters have tangents."""
+    leaves = own.leaves(state)
+    leaves.state.update(duals)  # leaves are detached, which drops tangents
+    known = BatchTerms(terms, isinstance(own.likelihood, Sum), 1.0)
+    with no_autocast():
+        outputs = own.outputs(leaves, inputs)
+        return batch_likelihood(own.likelihood, outputs, terms=known)
