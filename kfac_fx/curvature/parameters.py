@@ -76,6 +76,8 @@ class CoveredParameters:
                 gradient = parameter.grad = gradient.to_dense()
             if gradient is not None:
                 found[name] = gradient
+        if any(parameter.requires_grad for _, parameter in self._frozen):
+            self.check()
         return found
 
     def in_module_order(self) -> dict[str, nn.Parameter]:

@@ -40,7 +40,7 @@ def batches(data: tuple[Tensor, Tensor], size: int = 6) -> list[tuple[Tensor, ..
 
 
 def test_uneven_batches_are_one_mean(model: nn.Module, data: tuple[Tensor, Tensor]) -> None:
-    net = kfac_fx.transform(model)
+    net = kfac_fx.transform(model, structure="block_tridiagonal")
     found = kfac_fx.estimate(net, batches(data), fisher="exact")
     pre = kfac_fx.Preconditioner(net, fisher="exact", structure="block_tridiagonal")
     outputs = net(data[0])
