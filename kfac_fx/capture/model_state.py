@@ -205,9 +205,9 @@ class ModelState:
         for key, value in vars(module).items():
             if key in _OWN or (not path and self._own_hooks and "_hooks" in key):
                 continue
-            if key == "_modules":
+            if key == "_modules" and isinstance(value, dict):
                 self._add(value, Place(path, "children"))
-            else:
+            elif key != "_modules":
                 self._watch(value, Place(path, key), 1)
         if not live:
             self._add_class(type(module), path)
