@@ -355,7 +355,8 @@ def _names_in(code: types.CodeType) -> Iterator[str]:
 def _copied(container: Watched) -> Watched:
     """Return a copy that later changes of the container do not reach."""
     if isinstance(container, (dict, types.MappingProxyType)):
-        return dict(container)
+        # The base class's: a mapping may make new values whenever it is read (ACT2FN).
+        return dict(dict.items(container) if isinstance(container, dict) else container)
     return list(container) if type(container) is list else copy.copy(container)
 
 
