@@ -134,7 +134,6 @@ class KFAC(HasCurvature, Optimizer):
         self._statistics_fraction = options.statistics_fraction or (1 / 4 if lr is None else 1.0)
         choice("fisher", fisher, ("sampled", "exact"))
         known = likelihood_of(likelihood)
-        self._likelihood = known
 
         # Which inverse Fisher, of which parameters.
         how = CurvatureOptions(
@@ -460,13 +459,12 @@ class KFAC(HasCurvature, Optimizer):
 
         Tensors and plain values only, so that ``torch.load(weights_only=True)`` reads it.
         """
-        groups = super().state_dict()["param_groups"]
         return {
             "state": {},
-            "param_groups": groups,
+            "param_groups": super().state_dict()["param_groups"],
             "kfac": {
                 "version": VERSION,
-                "likelihood": described(self._likelihood),
+                "likelihood": described(self._objective.likelihood),
                 "iteration": self._iteration,
                 "trust": self._trust.state(),
                 "natural_length": self._natural.usual,
@@ -483,12 +481,12 @@ class KFAC(HasCurvature, Optimizer):
         """Restore ``state_dict``, random generator included; nothing changes if it does not fit.
 
         Raises:
-            ParameterChangedError: the state belongs to other blocks, or to another optimizer.
+            ParameterChangedError, LikelihoodError: it is of other blocks, of another optimizer or
+                of another likelihood.
         """
-        own = state_dict.get("kfac", {})
-        if own.get("version") != VERSION:
+        if (own := state_dict.get("kfac", {})).get("version") != VERSION:
             raise ParameterChangedError("this is no state_dict of a KFAC of this version")
-        check_described(self._likelihood, own.get("likelihood"))
+        check_described(self._objective.likelihood, own.get("likelihood"))
         self.inverse.load(own["inverse"])
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
         self._rule.load(own["rule"])
