@@ -455,10 +455,7 @@ class KFAC(HasCurvature, Optimizer):
         return self.diagnostics.summary()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return groups as torch has them, and all else under "kfac".
-
-        Tensors and plain values only, so that ``torch.load(weights_only=True)`` reads it.
-        """
+        """Return groups as torch has them, and plain values and tensors under "kfac"."""
         return {
             "state": {},
             "param_groups": super().state_dict()["param_groups"],
