@@ -123,9 +123,8 @@ class KFAC(HasCurvature, Optimizer):
         options = options or KFACOptions()
         # Couplings win where batches are all the cases, and lose where they are noisy.
         paper = lr is None and options.damping_every is not None
-        curvature, structure = transformed(net, structure, coupled=paper)
+        curvature, self.structure = transformed(net, structure, coupled=paper)
         self.curvature = curvature
-        self.structure = structure
         self.generator = generator or fresh_generator()
         self._options = options
         self._workers = workers
@@ -140,7 +139,7 @@ class KFAC(HasCurvature, Optimizer):
 
         # Which inverse Fisher, of which parameters.
         how = CurvatureOptions(
-            structure=structure,
+            structure=self.structure,
             tikhonov=tikhonov,
             factor_storage=options.factor_storage,
             compile=compile,
