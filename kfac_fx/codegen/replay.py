@@ -28,6 +28,10 @@ _ADD = _ATEN.add.Tensor
 _MM = _ATEN.mm.default
 _ZEROS = {_ATEN.zeros.default, _ATEN._efficientzerotensor.default}
 
+MOST_ENTRIES = 2**24
+"""Entries of all tensors of a trace. It keeps them until it is done, and operators on larger ones
+take longer than all that a trace leaves out."""
+
 _PLACE = "place"
 """Key in the meta of a node: how its tensor lies in memory; there for dense tensors."""
 
@@ -54,7 +58,8 @@ def replayable(
         arguments: tensors of the shapes, dtypes and devices that the graph is for.
 
     Raises:
-        NotFunctionalError: the code depends on the tensors' values, or writes into an argument.
+        NotFunctionalError: the code depends on the tensors' values, writes into an argument, or has
+            tensors with more than ``MOST_ENTRIES`` in all.
     """
     # Copies: what a trace writes into must not be what it was given.
     copies = [argument.detach().clone() for argument in arguments]
@@ -82,6 +87,7 @@ class _Recorder(TorchDispatchMode):
         # By identity, which lasts as long as the tensor does: so all of them are kept.
         self._nodes: dict[int, fx.Node] = {}
         self._kept: list[Tensor] = []
+        self._entries = 0
         for place, argument in enumerate(arguments):
             self._track(argument, self._graph.placeholder(f"argument_{place}"))
 
@@ -132,6 +138,9 @@ class _Recorder(TorchDispatchMode):
     def _track(self, value: Tensor, node: fx.Node) -> None:
         self._nodes[id(value)] = node
         self._kept.append(value)
+        self._entries += value.numel()
+        if self._entries > MOST_ENTRIES:
+            raise NotFunctionalError("its tensors are too large to gain by a trace")
         if value.layout is torch.strided:
             kind = value.dtype, value.is_conj(), value.is_neg()
             node.meta[_PLACE] = value.shape, value.stride(), value.storage_offset(), kind

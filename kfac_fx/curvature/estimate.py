@@ -177,8 +177,8 @@ class Averages:
             taken[gradient] = multiplied(taken[gradient]) / multiplied(taken[count])
         return taken
 
-    def compared(self, new: Sequence[Statistic]) -> list[Compared]:
-        """Return the new statistics beside the averages that they can be compared with.
+    def compared(self, sizes: Sequence[Tensor]) -> list[Compared]:
+        """Return ``sizes`` of new statistics beside the averages that they can be compared with.
 
         Second moments of inputs are about the same from the first batch on, so theirs are compared
         at once; derivatives may start at zero and grow, so theirs are once averages are settled.
@@ -187,7 +187,7 @@ class Averages:
             return []
         settled = self.recorded >= SETTLED
         present = [average.upper() for average in self.all]
-        parts = zip(self.holder.factors, self.sizes(new), self.sizes(present), strict=True)
+        parts = zip(self.holder.factors, sizes, self.sizes(present), strict=True)
         return [
             Compared(value, average, settled)
             for spec, value, average in parts
@@ -294,13 +294,15 @@ class Estimate:
             if new is not None:
                 came.append(Came(averages, new))
         swollen = False
+        sizes = [each.averages.sizes(each.new) for each in came]
         if outlier < math.inf:  # the comparison costs a synchronisation
-            pairs = [pair for each in came for pair in each.averages.compared(each.new)]
+            both = zip(came, sizes, strict=True)
+            pairs = [pair for each, size in both for pair in each.averages.compared(size)]
             fitted = fit(pairs, outlier)
             if fitted.outlier:
                 return Folded(good=False)
             swollen = fitted.swollen
-        if not all_finite([part for each in came for part in each.averages.sizes(each.new)]):
+        if not all_finite([part for each in sizes for part in each]):
             return Folded(good=False)
         if swollen:
             log.warning("statistics are far shorter than the first ones: the averages start anew")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from kfac_fx.passes.annotations import read_curvature
 class _Expected(NamedTuple):
     """The place, shape, precision and device that a parameter had at the transform."""
 
-    owner: nn.Module
+    held: Mapping[str, Tensor | None]
     leaf: str
     shape: torch.Size
     dtype: torch.dtype
@@ -48,9 +48,12 @@ class CoveredParameters:
         for name in names:
             path, _, leaf = name.rpartition(".")
             owner = modules[path]
-            now = owner.get_parameter(leaf)
+            # Not by get_parameter, which a scripted module refuses. Such a module keeps parameters
+            # out of Python's sight, and replaces none.
+            now = getattr(owner, leaf)
+            held = owner._parameters if type(owner._parameters) is dict else {leaf: now}
             self.parameters[name] = now
-            self._expected[name] = _Expected(owner, leaf, now.shape, now.dtype, now.device)
+            self._expected[name] = _Expected(held, leaf, now.shape, now.dtype, now.device)
 
     def gradients(self) -> dict[str, Tensor]:
         """Return the gradients that there are, by name, once the parameters are checked.
@@ -63,8 +66,8 @@ class CoveredParameters:
         """
         found = {}
         for name, parameter in self.parameters.items():
-            owner, leaf, shape, dtype, device = self._expected[name]
-            same = owner._parameters.get(leaf) is parameter and parameter.shape == shape
+            held, leaf, shape, dtype, device = self._expected[name]
+            same = held.get(leaf) is parameter and parameter.shape == shape
             if not (same and parameter.dtype == dtype and parameter.device == device):
                 self.check()
             gradient = parameter.grad
@@ -90,7 +93,7 @@ class CoveredParameters:
         for name, was in self._expected.items():
             parameter = self.parameters[name]
             change = None
-            if was.owner._parameters.get(was.leaf) is not parameter:
+            if was.held.get(was.leaf) is not parameter:
                 change = "was replaced by another object"
             elif parameter.shape != was.shape:
                 change = f"changed its shape from {tuple(was.shape)} to {tuple(parameter.shape)}"

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from kfac_fx.torch_internals import foreach
 
+AT_ONCE = 2**14
+"""Entries that are copied together rather than looked at one tensor after another."""
+
 
 class _Setting(Protocol):
     """One of torch's switches for the precision of float32 products."""
@@ -65,6 +68,11 @@ def all_finite(tensors: Sequence[Tensor]) -> bool:
     for tensor in tensors:
         if tensor.numel():
             by_dtype.setdefault(tensor.dtype, []).append(tensor)
+    for dtype, group in by_dtype.items():
+        # Of small tensors one norm of all in a row: each call costs more than the copy.
+        small = len(group) > 2 and sum(tensor.numel() for tensor in group) <= AT_ONCE
+        if small and len({tensor.device for tensor in group}) == 1:
+            by_dtype[dtype] = [torch.cat([tensor.reshape(-1) for tensor in group])]
     # Norms are not negative, so their sum is finite where all of them are: a finite norm is so much
     # smaller than the largest number that no sum of them overflows.
     sums = [

@@ -94,6 +94,11 @@ class _Source(_Unbatched):
         saved: int,
         *tensors: Tensor | None,
     ) -> Tensor:
+        if y.numel() == 0:
+            raise ObservationError(
+                "statistics are to be recorded of a batch without cases, and a mean over none is "
+                "no number: leave such batches out"
+            )
         return y.new_zeros(()).expand(y.shape)
 
     @staticmethod

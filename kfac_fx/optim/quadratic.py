@@ -6,6 +6,8 @@ products.py.
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -54,12 +56,36 @@ class QuadraticModel:
         """Return (alpha, mu) that minimise M, [n], and its value there, which is not positive."""
         # The previous update is often nearly parallel to the proposal. A pseudo-inverse then takes
         # the shortest solution, where a solve would give huge steps of opposite signs.
-        coefficients = -(torch.linalg.pinv(self.B, hermitian=True) @ self.b)
+        if len(self.b) > 2:
+            coefficients = -(torch.linalg.pinv(self.B, hermitian=True) @ self.b)
+        else:
+            found = _least(self.B.tolist(), self.b.tolist())
+            coefficients = torch.tensor(found, dtype=self.b.dtype, device=self.b.device)
         return coefficients, self.at(coefficients)
 
     def at(self, coefficients: Tensor) -> float:
         """Return M of a combination of the directions, whose coefficients are [n]."""
         return float(0.5 * coefficients @ self.B @ coefficients + self.b @ coefficients)
+
+
+def _least(B: list[list[float]], b: list[float]) -> list[float]:
+    """Return -B^+ b for one or two numbers: LAPACK takes as long as a small network's forward."""
+    if len(b) == 1:
+        return [-b[0] / B[0][0] if B[0][0] != 0 else 0.0]
+    (p, q), (_, r) = B
+    # The eigenvalues of [[p, q], [q, r]]; the smaller one by the determinant, which is exact where
+    # the difference of two large numbers is not.
+    large = (p + r) / 2 + math.copysign(math.hypot((p - r) / 2, q), p + r)
+    if large == 0:
+        return [0.0, 0.0]
+    small = (p * r - q * q) / large
+    angle = 0.5 * math.atan2(2 * q, p - r) + (0.0 if p + r >= 0 else 0.5 * math.pi)
+    x, y = math.cos(angle), math.sin(angle)  # of the larger one; (-y, x) of the other
+    along = -(x * b[0] + y * b[1]) / large
+    across = 0.0
+    if abs(small) > 2 * sys.float_info.epsilon * abs(large):
+        across = -(x * b[1] - y * b[0]) / small
+    return [along * x - across * y, along * y + across * x]
 
 
 def inner_products(directions: Sequence[Direction]) -> Tensor:
@@ -100,7 +126,8 @@ def _flat(direction: Parameters, names: Sequence[str]) -> Tensor:
 
 def combination(coefficients: Sequence[float], directions: Sequence[Direction]) -> Direction:
     """Return sum_i c_i v_i; the directions stay as they are."""
-    result = {name: value * coefficients[0] for name, value in directions[0].items()}
+    first = directions[0]
+    result = dict(zip(first, foreach.mul(list(first.values()), coefficients[0]), strict=True))
     for c, direction in zip(coefficients[1:], directions[1:], strict=True):
         foreach.add_(list(result.values()), [direction[n] for n in result], alpha=c)
     return result

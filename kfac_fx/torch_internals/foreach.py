@@ -20,6 +20,9 @@ flattened = torch._C._nn.flatten_dense_tensors
 lerp_ = torch._foreach_lerp_
 """Move each tensor towards its partner in another list by a weight, in place."""
 
+mul = torch._foreach_mul
+"""Return the products of each tensor with its partner in another list, or with one number."""
+
 mul_ = torch._foreach_mul_
 """Multiply each tensor by its partner in another list, or all by one number, in place."""
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import kfac_fx
 from kfac_fx.curvature.estimate import Averages
-from kfac_fx.curvature.outliers import SETTLED, TINY, Fit, fit
+from kfac_fx.curvature.outliers import SETTLED, TINY, Compared, Fit, fit
 
 
 def entry(recorded: int, size: float = 1.0) -> Averages:
@@ -20,6 +20,10 @@ def entry(recorded: int, size: float = 1.0) -> Averages:
         average.write(size * torch.eye(len(average.stored)))
     made.recorded = recorded
     return made
+
+
+def compared(averages: Averages, new: list[torch.Tensor]) -> list[Compared]:
+    return averages.compared(averages.sizes(new))
 
 
 @pytest.mark.parametrize(
@@ -41,11 +45,11 @@ def test_statistics_are_compared_with_their_averages(
     recorded: int, A: float, G: float, expected: Fit
 ) -> None:
     new = [A * torch.eye(2), G * torch.eye(3)]
-    assert fit(entry(recorded).compared(new), 10.0) == expected
+    assert fit(compared(entry(recorded), new), 10.0) == expected
 
 
 def test_statistics_of_what_has_just_come_to_life() -> None:
     new = [9.9 * TINY / 2**0.5 * torch.eye(2), torch.zeros(3, 3)]
-    assert not fit(entry(SETTLED, 0.0).compared(new), 10.0).outlier
-    assert fit(entry(SETTLED, 0.0).compared([1.1 * new[0], new[1]]), 10.0).outlier
+    assert not fit(compared(entry(SETTLED, 0.0), new), 10.0).outlier
+    assert fit(compared(entry(SETTLED, 0.0), [1.1 * new[0], new[1]]), 10.0).outlier
     assert fit([], 10.0) == Fit(False, False)

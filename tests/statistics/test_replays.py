@@ -12,6 +12,7 @@ from support.networks import NETWORKS, Network, mlp
 from torch import Tensor, nn
 
 import kfac_fx
+from kfac_fx.codegen import replay
 from kfac_fx.codegen.functional import NotFunctionalError
 from kfac_fx.codegen.replay import replayable
 from kfac_fx.optim import KFACOptions
@@ -286,6 +287,15 @@ def test_what_cannot_be_traced(function: Callable[[Tensor], list[Tensor]]) -> No
     with pytest.raises(NotFunctionalError):
         replayable(function, [x])
     assert torch.equal(x, torch.ones(3))
+
+
+def test_large_tensors_are_not_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trace keeps all of them until it is done."""
+    monkeypatch.setattr(replay, "MOST_ENTRIES", 29)
+    x = torch.randn(10)
+    assert replayable(lambda x: [x.exp()], [x])
+    with pytest.raises(NotFunctionalError, match="too large"):
+        replayable(lambda x: [x.exp().sin()], [x])
 
 
 def test_draws_are_those_of_the_stream() -> None:
