@@ -101,7 +101,7 @@ class InverseFisher:
         coupled = options.structure == "block_tridiagonal"
         _check_damping(options, curvature)
         self.curvature = curvature
-        self.covered = CoveredParameters(net, curvature.covered)
+        self.covered = CoveredParameters(net, curvature.covered, curvature.frozen)
         estimated = curvature.moments if options.tikhonov == "ekfac" else ()
         storage = storage_of(options.factor_storage, generator)
         self.estimate = Estimate(

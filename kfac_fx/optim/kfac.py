@@ -22,7 +22,7 @@ from kfac_fx.curvature.inverses import InverseFisher, NaturalLength
 from kfac_fx.curvature.parameters import transformed
 from kfac_fx.errors import ParameterChangedError, UnknownOptionError
 from kfac_fx.likelihoods.builtin import Tree
-from kfac_fx.likelihoods.named import Given, likelihood_of
+from kfac_fx.likelihoods.named import Given, check_described, described, likelihood_of
 from kfac_fx.likelihoods.sampling import fresh_generator
 from kfac_fx.linalg.precision import all_finite
 from kfac_fx.optim.adapt_damping import DampingRule
@@ -455,16 +455,13 @@ class KFAC(HasCurvature, Optimizer):
         return self.diagnostics.summary()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return groups as torch has them, and all else under "kfac".
-
-        Tensors and plain values only, so that ``torch.load(weights_only=True)`` reads it.
-        """
-        groups = super().state_dict()["param_groups"]
+        """Return groups as torch has them, and plain values and tensors under "kfac"."""
         return {
             "state": {},
-            "param_groups": groups,
+            "param_groups": super().state_dict()["param_groups"],
             "kfac": {
                 "version": VERSION,
+                "likelihood": described(self._objective.likelihood),
                 "iteration": self._iteration,
                 "trust": self._trust.state(),
                 "natural_length": self._natural.usual,
@@ -481,11 +478,12 @@ class KFAC(HasCurvature, Optimizer):
         """Restore ``state_dict``, random generator included; nothing changes if it does not fit.
 
         Raises:
-            ParameterChangedError: the state belongs to other blocks, or to another optimizer.
+            ParameterChangedError, LikelihoodError: it is of other blocks, of another optimizer or
+                of another likelihood.
         """
-        own = state_dict.get("kfac", {})
-        if own.get("version") != VERSION:
+        if (own := state_dict.get("kfac", {})).get("version") != VERSION:
             raise ParameterChangedError("this is no state_dict of a KFAC of this version")
+        check_described(self._objective.likelihood, own.get("likelihood"))
         self.inverse.load(own["inverse"])
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
         self._rule.load(own["rule"])
