@@ -35,12 +35,13 @@ class CoveredParameters:
     Args:
         net: the transformed module.
         names: canonical names of the parameters.
+        frozen: names of parameters that did not train at the transform, so that no block has them.
 
     Attributes:
         parameters: canonical name -> parameter, in the order given.
     """
 
-    def __init__(self, net: nn.Module, names: Iterable[str]) -> None:
+    def __init__(self, net: nn.Module, names: Iterable[str], frozen: Iterable[str] = ()) -> None:
         self._net = net
         self.parameters: dict[str, nn.Parameter] = {}
         self._expected: dict[str, _Expected] = {}
@@ -54,6 +55,9 @@ class CoveredParameters:
             held = owner._parameters if type(owner._parameters) is dict else {leaf: now}
             self.parameters[name] = now
             self._expected[name] = _Expected(held, leaf, now.shape, now.dtype, now.device)
+        known = dict(net.named_parameters(remove_duplicate=False))
+        # Parts of a model (a compiled graph) need not have all that the whole has.
+        self._frozen = [(name, known[name]) for name in frozen if name in known]
 
     def gradients(self) -> dict[str, Tensor]:
         """Return the gradients that there are, by name, once the parameters are checked.
@@ -75,6 +79,8 @@ class CoveredParameters:
                 gradient = parameter.grad = gradient.to_dense()
             if gradient is not None:
                 found[name] = gradient
+        if any(parameter.requires_grad for _, parameter in self._frozen):
+            self.check()
         return found
 
     def in_module_order(self) -> dict[str, nn.Parameter]:
@@ -87,7 +93,8 @@ class CoveredParameters:
         """Raise if a parameter is not what it was; cheap enough for every step.
 
         Raises:
-            ParameterChangedError: a parameter was replaced, reshaped, cast or moved.
+            ParameterChangedError: a parameter was replaced, reshaped, cast or moved, or one that
+                was frozen at the transform trains now.
         """
         # No call of named_parameters(): walking a deep module would cost more than the step's glue.
         for name, was in self._expected.items():
@@ -105,6 +112,15 @@ class CoveredParameters:
                 raise ParameterChangedError(
                     f"parameter {name} {change} after the transform: transform the model again and "
                     "make a new Preconditioner"
+                )
+        # Its plain gradient among preconditioned ones would be a step of another size, and KFAC
+        # would not move it at all.
+        for name, parameter in self._frozen:
+            if parameter.requires_grad:
+                raise ParameterChangedError(
+                    f"parameter {name} was frozen at the transform and trains now, but no block "
+                    "has it: transform the model again and make a new Preconditioner or KFAC, or "
+                    "leave it out for good with transform(..., exclude=...)"
                 )
 
 
