@@ -167,7 +167,9 @@ class Refresher:
                     "%s is not positive: the coupling is left out until the next refresh",
                     self._given[flag.block],
                 )
-        inverses = {key: found[name] for key, name in self._inverses}
+        # LAPACK leaves them column by column, and a checkpoint row by row: products would round in
+        # another order, and a run that goes on would drift away from the uninterrupted one.
+        inverses = {key: found[name].contiguous() for key, name in self._inverses}
         return Refreshed(inverses, damping, clamped)
 
     def _read(self, outputs: Mapping[str, Tensor]) -> _Said:

@@ -75,8 +75,8 @@ class KFAC(HasCurvature, Optimizer):
             for 5; where gamma is searched for its period, with an ``lr`` as for ``Preconditioner``.
         tikhonov: how Kronecker blocks are damped; as for ``Preconditioner``.
         structure: "block_diagonal" leaves the couplings out, "block_tridiagonal" has those that the
-            transform found. None for what the transform was asked for; else for the couplings, with
-            an ``lr`` for block-diagonal.
+            transform found. None for what the transform was asked for; else for block-diagonal, and
+            with the paper's rule for the couplings.
         fisher: "sampled" or "exact"; the gradient's pass gives no empirical statistics here.
         generator: the generator of sampled statistics and of masks; its state is part of
             ``state_dict``.
@@ -120,11 +120,13 @@ class KFAC(HasCurvature, Optimizer):
         options: KFACOptions | None = None,
     ) -> None:
         net = workers.unwrapped(net)
-        curvature, structure = transformed(net, structure, coupled=lr is None)
+        options = options or KFACOptions()
+        # Couplings win where batches are all the cases, and lose where they are noisy.
+        paper = lr is None and options.damping_every is not None
+        curvature, self.structure = transformed(net, structure, coupled=paper)
         self.curvature = curvature
-        self.structure = structure
         self.generator = generator or fresh_generator()
-        self._options = options = options or KFACOptions()
+        self._options = options
         self._workers = workers
         if lr is None:
             statistics_every = 1 if statistics_every is None else statistics_every
@@ -137,7 +139,7 @@ class KFAC(HasCurvature, Optimizer):
 
         # Which inverse Fisher, of which parameters.
         how = CurvatureOptions(
-            structure=structure,
+            structure=self.structure,
             tikhonov=tikhonov,
             factor_storage=options.factor_storage,
             compile=compile,
