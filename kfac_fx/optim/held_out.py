@@ -20,7 +20,13 @@ MEMORY = 0.9
 WIDEST = 2.0
 """A held-out ratio counts as at most this: one hard case can make it any number."""
 
-CEILING = 3.0
+SHORTEST = 0.3
+"""The least fraction of its best step that is made, however noisy batches are."""
+
+HARM = -0.05
+"""Average held-out ratio below which steps are shortened further."""
+
+CEILING = 100.0
 """Up to so many mean eigenvalues lambda grows because batches contradict each other."""
 
 FURTHEST = 1e12
@@ -46,7 +52,9 @@ class HeldOutRule(DampingRule):
         # What the last step promised, and its own ratio, until the next batch has judged it.
         self._predicted = 0.0
         self._own = 1.0
+        self.fraction = 1.0
         self._average = 0.0
+        self._signal = 1.0
         self._judged = 0
 
     @property
@@ -80,6 +88,13 @@ class HeldOutRule(DampingRule):
         new = max(1 - MEMORY, 1 / self._judged)
         self._average += new * (ratio - self._average)
         self.damping = min(max(self.damping * self._factor(ratio), self.floor), self.largest)
+        # What the own batch gained and this one did not is noise, however wrong the model is.
+        noise = min(max(self._own - change / self._predicted, -WIDEST), WIDEST)
+        signal = 1 - noise * (1 - 0.5 * self.fraction)
+        self._signal += new * (signal - self._signal)
+        # Steps that do harm at the floor are shortened below it.
+        floor = SHORTEST if self._average > HARM else SHORTEST / 3
+        self.fraction = min(max(self._signal, floor), 1.0)
         self._predicted = 0.0
         return ratio
 
@@ -120,15 +135,17 @@ class HeldOutRule(DampingRule):
         self._predicted = 0.0
 
     def numbers(self) -> dict[str, float]:
-        return {**super().numbers(), "held_out": self._average}
+        return {**super().numbers(), "held_out": self._average, "fraction": self.fraction}
 
     def state(self) -> dict[str, float]:
-        own = {"predicted": self._predicted, "own": self._own, "judged": float(self._judged)}
-        return {**super().state(), **own}
+        own = {"predicted": self._predicted, "own": self._own, "signal": self._signal}
+        return {**super().state(), **own, "judged": float(self._judged)}
 
     def load(self, state: Mapping[str, float]) -> None:
         super().load(state)
+        self.fraction = float(state["fraction"])
         self._average = float(state["held_out"])
+        self._signal = float(state["signal"])
         self._predicted = float(state["predicted"])
         self._own = float(state["own"])
         self._judged = int(state["judged"])

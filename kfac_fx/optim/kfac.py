@@ -321,6 +321,8 @@ class KFAC(HasCurvature, Optimizer):
             self._reject("the update is not finite")
             return True
         worth = self._trust.share(self._objective.cases)
+        if isinstance(self._rule, HeldOutRule):
+            worth *= self._rule.fraction
         if worth < 1:
             foreach.mul_(list(made.step.values()), worth)
             self.diagnostics["share"] = worth

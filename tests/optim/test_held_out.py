@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import kfac_fx
 from kfac_fx.optim import KFACOptions
 from kfac_fx.optim.adapt_damping import FLOOR
-from kfac_fx.optim.held_out import CEILING, FIRST_RAISE, HeldOutRule
+from kfac_fx.optim.held_out import CEILING, FIRST_RAISE, SHORTEST, HeldOutRule
 
 OMEGA, SLOW = 0.7, 0.7 ** (1 / 3)
 
@@ -81,6 +81,19 @@ def test_noise_alone_takes_lambda_to_the_scale_of_the_curvature() -> None:
     assert made.damping == FLOOR
 
 
+@pytest.mark.parametrize("signal", [0.2, 0.4, 0.7, 1.0])
+def test_the_fraction_of_a_step_is_the_signal_in_it(signal: float) -> None:
+    """Of a quadratic objective whose gradient has the noise 1 - signal in it."""
+    made = rule(judged=0)
+    for _ in range(50):
+        f = made.fraction
+        predicted = -(f - f * f / 2)
+        # The function has twice the curvature of the model, which is no noise.
+        made.judge(-f + f * f, predicted)
+        made.judge_held_out(-f * signal + f * f)
+    assert made.fraction == pytest.approx(max(signal, SHORTEST))
+
+
 def noisy(steps: int, cases: int = 32) -> Iterator[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(3)
     for _ in range(steps):
@@ -102,6 +115,7 @@ def test_the_held_out_ratio_by_its_definition(decay: float) -> None:
 
     promised = None
     before: dict[str, Tensor] = {}
+    fractions: set[float] = set()
     for x, y in noisy(12):
         start = {name: p.detach().clone() for name, p in model.named_parameters()}
         optimizer.step(x, y)
@@ -112,8 +126,12 @@ def test_the_held_out_ratio_by_its_definition(decay: float) -> None:
         end = dict(model.named_parameters())
         change = objective(end, x, y) - objective(start, x, y)
         assert change <= 0
-        assert found["rho"] == pytest.approx(change / found["model"], rel=1e-6)
-        before, promised = start, found["model"]
+        share = found.get("share", 1.0)
+        fractions.add(share)
+        promised = found["model"] * share * (2 - share)
+        assert found["rho"] == pytest.approx(change / promised, rel=1e-6)
+        before = start
+    assert min(fractions) < 1.0
 
 
 def test_lambda_0_is_the_mean_eigenvalue_of_the_first_batch() -> None:
