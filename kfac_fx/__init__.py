@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from kfac_fx import errors, likelihoods
 from kfac_fx.api import transform
 from kfac_fx.backend import backend
+from kfac_fx.estimate import estimate
 from kfac_fx.ir.coupling import Coupling, Edge
 from kfac_fx.ir.curvature_graph import CurvatureBlock, CurvatureGraph
 from kfac_fx.optim.growing_batches import GrowingBatches
@@ -17,6 +18,7 @@ from kfac_fx.optim.kfac_options import KFACOptions
 from kfac_fx.optim.preconditioner import Preconditioner
 from kfac_fx.optim.training_step import TrainingStep
 from kfac_fx.passes.rules import register_rule
+from kfac_fx.reading.fisher_estimate import FisherEstimate
 
 if TYPE_CHECKING:
     from kfac_fx import distributed, passes, viz
@@ -29,6 +31,7 @@ __all__ = [
     "CurvatureBlock",
     "CurvatureGraph",
     "Edge",
+    "FisherEstimate",
     "GrowingBatches",
     "KFACOptions",
     "Preconditioner",
@@ -36,6 +39,7 @@ __all__ = [
     "backend",
     "distributed",
     "errors",
+    "estimate",
     "likelihoods",
     "passes",
     "register_rule",

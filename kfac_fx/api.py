@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from torch.export import ExportedProgram
 from kfac_fx.capture.captured_module import CapturedModule
 from kfac_fx.capture.graph_modules import from_graph_module
 from kfac_fx.capture.self_check import SelfCheck
+from kfac_fx.capture.servable import check_servable
 from kfac_fx.capture.symbolic_trace import opaque_calls
 from kfac_fx.capture.user_lines import user_line
 from kfac_fx.config import (
@@ -122,10 +123,17 @@ def transform(
         ekfac=ekfac,
         rules=rules,
     )
+    _check_uncompiled(model)
     if isinstance(model, ExportedProgram):
         module = of_program(model)
         route = "export"
     else:
+        check_servable(
+            model,
+            None
+            if example_inputs is None and not example_kwargs
+            else (example_inputs, example_kwargs),
+        )
         Covered(model, exclude)  # a model without parameters is refused before any work is done
         args = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else example_inputs
         kwargs = dict(example_kwargs or {})
@@ -136,6 +144,22 @@ def transform(
     StripTaps()(module)
     KFACTransform(options, route=route)(module)
     return module
+
+
+def _check_uncompiled(model: nn.Module | ExportedProgram) -> None:
+    """Raise CaptureError for a model that torch.compile has wrapped, in whole or in part.
+
+    Its graph is compiled without taps, and would be run as one opaque call.
+    """
+    modules = model.named_modules() if isinstance(model, nn.Module) else ()
+    for name, module in modules:
+        if hasattr(module, "_orig_mod"):
+            where = f"its part {name}" if name else "it"
+            raise CaptureError(
+                f"the model is compiled already: {where} is what torch.compile returned, and taps "
+                "have to be there before. Transform the module that was compiled (its _orig_mod), "
+                "then compile the result: net = torch.compile(kfac_fx.transform(model))"
+            )
 
 
 class Captured(NamedTuple):
@@ -200,6 +224,8 @@ def capture_model(
             if not have_inputs:
                 break  # the other routes need inputs; the message says so
             continue
+        if name == "eager":
+            _say_why_eager(model, reasons, opaque)
         whole = opaque_calls(model, module.graph)
         if name == "export" and fixes_batch(module.graph):
             whole.append("batches of another size")
@@ -241,13 +267,21 @@ def _captured(
     if route == "export":
         module, inputs, constants = from_export(model, args or (), kwargs)
         return guard_export(module, model, inputs, constants=constants)
-    running = eager_module(model, record(model, args or (), kwargs))
+    return eager_module(model, record(model, args or (), kwargs))
+
+
+def _say_why_eager(
+    model: nn.Module, reasons: Mapping[str, CaptureError], opaque: Sequence[Captured]
+) -> None:
+    """Say once that there is no graph, and what stood in the way of one."""
+    why = [f"{ROUTES[route]} stops at {reason}" for route, reason in reasons.items()]
+    why += [f"{ROUTES[one.route]} does not follow {', '.join(one.kept_whole)}" for one in opaque]
     log.warning(
         "%s runs as it is written and is recorded while it does: there is no graph of it that can "
-        "be compiled as a whole or transformed further",
+        "be compiled as a whole or transformed further (%s)",
         type(model).__name__,
+        "; ".join(why) or 'capture="eager" was asked for',
     )
-    return running
 
 
 def _arguments_given(

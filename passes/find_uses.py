@@ -15,6 +15,7 @@ from kfac_fx.ir.use import ParameterUse
 from kfac_fx.passes.annotations import graphs_of
 from kfac_fx.passes.base import OTHER_BLOCKS, Analysis
 from kfac_fx.passes.covered_parameters import Covered
+from kfac_fx.passes.find_cases import place_cases
 from kfac_fx.passes.gather_blocks import forms, gather_blocks, pieces, summable
 from kfac_fx.passes.options import TransformOptions
 from kfac_fx.passes.rules.base import Refusal, Rules, Site, default_rules
@@ -290,6 +291,8 @@ class FindUses(Analysis):
             uses = module.recordable(uses, graph)
             # A model that runs its own code may call a layer any number of times.
             counted |= module.runs_model
+        if not (isinstance(module, CapturedModule) and module.runs_model):
+            uses = place_cases(module, graph, uses)
         return gather_blocks(uses, graph, counted=counted)
 
 

@@ -7,6 +7,7 @@ backward forms the statistics of the use as gradients of its buffers.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import fx, nn
@@ -14,7 +15,8 @@ from torch import fx, nn
 from kfac_fx.capture.dialect import Argument
 from kfac_fx.errors import PassError
 from kfac_fx.ir.curvature_graph import CurvatureBlock, CurvatureGraph
-from kfac_fx.ir.use import NodeRef, ParameterUse
+from kfac_fx.ir.use import CaseView, NodeRef, ParameterUse
+from kfac_fx.ops.case_first import cases_first
 from kfac_fx.ops.net_buffers import STORE
 from kfac_fx.passes.annotations import graphs_of, take_over, write_curvature
 from kfac_fx.passes.base import OTHER_BLOCKS, GraphPass, curvature_of, has_taps
@@ -104,7 +106,16 @@ def _insert(
     with graph.inserting_after(place):
         anchor = graph.create_node("call_function", _nothing)
     with graph.inserting_before(anchor):
+        seen = tapped
         tensors = [resolve(tensor) for tensor in tap.tensors]
+        if tap.cases is not None:
+            view = partial(_cases_first, graph, tap.cases, nodes)
+            seen = view(tapped)
+            # Running moments and flags of a norm have no cases.
+            tensors = [
+                view(node) if isinstance(ref, NodeRef) and ref.name in nodes else node
+                for ref, node in zip(tap.tensors, tensors, strict=True)
+            ]
         factors: list[fx.Node | None] = [read_attribute(graph, path) for path in paths]
         if tap.scale is not None:
             # The weight W that meets the data is computed from the parameter V: the derivative of
@@ -123,11 +134,37 @@ def _insert(
             factors.append(None)  # no positions to count for a single use
         options = [resolve(option) for option in tap.options]
         operator = getattr(torch.ops.kfac_fx, tap.operator).default
-        call = graph.call_function(operator, (tapped, *tensors, *factors, *options))
+        call = graph.call_function(operator, (seen, *tensors, *factors, *options))
+        take_over(call, seen, same_value=True, blocks=[block.name])
+        result = call
+        if tap.cases is not None:
+            back = torch.ops.kfac_fx.cases_back.default
+            result = graph.call_function(back, (call, tap.cases.dim, tapped))
+            take_over(result, tapped, same_value=True, cases=[block.name])
     graph.erase_node(anchor)
-    take_over(call, tapped, same_value=True, blocks=[block.name])
     for user in users:
-        user.replace_input_with(tapped, call)
+        user.replace_input_with(tapped, result)
+
+
+def _cases_first(
+    graph: fx.Graph, cases: CaseView, nodes: Mapping[str, fx.Node], node: fx.Node
+) -> fx.Node:
+    """Insert a view of a node with its cases first, and return it.
+
+    Args:
+        graph: is changed at the present place.
+        cases: where they are.
+        nodes: the nodes of the graph before any tap, by name.
+        node: what a tap stands on or reads.
+    """
+    like = None if cases.like is None else nodes[cases.like.name]
+    seen = graph.call_function(torch.ops.kfac_fx.cases_first.default, (node, cases.dim, like))
+    take_over(seen, node, same_value=False, cases=[node.name])
+    value = node.meta.get("val")
+    counted = None if like is None else like.meta.get("val")
+    if isinstance(value, torch.Tensor) and (like is None or counted is not None):
+        seen.meta["val"] = cases_first(value, cases.dim, counted)
+    return seen
 
 
 def _nothing() -> None:

@@ -301,7 +301,8 @@ def uses() -> Iterator[str]:
         for at, block in enumerate(graph.blocks.values()):
             shapes = {f.name: "x".join(map(str, f.shape)) or "1" for f in block.factors}
             counts = {f.name for f in block.factors if f.role == "count"}
-            factors = ", ".join(f"{f} {shape}" for f, shape in shapes.items() if f not in counts)
+            kept = {f: shape for f, shape in shapes.items() if f not in counts}
+            factors = " ".join(f"`{f} {shape}`" for f, shape in kept.items())
             # A measured share differs in its last place from one machine to another.
             reason = re.sub(r", [\d.]+% of its Jacobian.*", "", block.reason or "")
             row = (words if at == 0 else "", block.kind, block.approximation, factors, reason)

@@ -12,6 +12,7 @@ import torch
 from torch import fx, nn
 from torch.fx.graph import PythonCode
 
+from kfac_fx.capture.items import hand_on_items
 from kfac_fx.capture.mode_regions import switches_modes
 from kfac_fx.errors import CaptureError
 from kfac_fx.torch_internals.generated_forward import (
@@ -98,6 +99,7 @@ class CapturedModule(fx.GraphModule):
         for name in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
             self.__dict__[name] = model.__dict__[name]
         self.__dict__["_children"] = _children(self)
+        hand_on_items(self, model)
         self.recompile()
 
     def stands(self) -> bool:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from kfac_fx.capture.servable import is_packed
 from kfac_fx.torch_internals.pytree import tree_flatten
 
 Value = Any
@@ -83,6 +84,8 @@ class NamedInputs:
         name = self._misfitting(given)
         if name in self._fixed:
             return f"the argument {name}, which was traced as {self._fixed[name]!r}"
+        if any(map(is_packed, (*given[0], *given[1].values()))):
+            return f"the argument {name}, which is packed or nested"
         kind = self._kinds.get(name or "")
         traced = "given" if kind is None else f"of class {kind.__name__}"
         return f"the argument {name}, which was traced as {traced}"
@@ -108,7 +111,10 @@ class NamedInputs:
     def _fits(self, name: str, value: Value) -> bool:
         if name not in self._fixed:
             kind = self._kinds.get(name)
-            return value is not None if kind is None else isinstance(value, kind)
+            if value is None or (kind is not None and not isinstance(value, kind)):
+                return False
+            # Layers take these too, but the taps at them do not.
+            return not is_packed(value)
         then = self._fixed[name]
         return value is then or (type(value) is type(then) and bool(value == then))
 
@@ -136,11 +142,19 @@ class ExportedInputs:
         signature: of the model's ``forward``; a call may name what the example gave by position.
         example: what the model was exported with.
         guards: of the graph in evaluation and of that in training, by mode.
+        one_differs: whether a batch of one case is something else (a batch norm refuses it). The
+            graph was made of a batch of more.
     """
 
     def __init__(
-        self, signature: inspect.Signature, example: Given, guards: Mapping[bool, Guards | None]
+        self,
+        signature: inspect.Signature,
+        example: Given,
+        guards: Mapping[bool, Guards | None],
+        *,
+        one_differs: bool = False,
     ) -> None:
+        self._one_differs = one_differs
         self._signature = signature
         self._number = len(example[0])
         self._names = list(example[1])
@@ -157,6 +171,8 @@ class ExportedInputs:
             given = spelled
         leaves: list[Value] = []
         if not _fits(given, self._form, leaves):
+            return None
+        if self._one_differs and any(isinstance(t, Tensor) and t.shape[:1] < (2,) for t in leaves):
             return None
         guards = self._guards[training]
         if guards is not None:

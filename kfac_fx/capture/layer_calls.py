@@ -85,7 +85,9 @@ def _batch_norm(module: nn.BatchNorm2d, member: FindMember) -> ModuleCall:
 
 
 def _instance_norm(module: nn.InstanceNorm2d, member: FindMember) -> ModuleCall:
-    return ModuleCall("instance_norm", _running(module, member))
+    # One case may come without a batch dimension, so channels are counted from the end.
+    channels = -module._get_no_batch_dim()
+    return ModuleCall("instance_norm", {"channels": channels, **_running(module, member)})
 
 
 def _affine(member: FindMember) -> dict[str, Argument]:

@@ -205,9 +205,9 @@ class ModelState:
         for key, value in vars(module).items():
             if key in _OWN or (not path and self._own_hooks and "_hooks" in key):
                 continue
-            if key == "_modules":
+            if key == "_modules" and isinstance(value, dict):
                 self._add(value, Place(path, "children"))
-            else:
+            elif key != "_modules":
                 self._watch(value, Place(path, key), 1)
         if not live:
             self._add_class(type(module), path)
@@ -355,7 +355,8 @@ def _names_in(code: types.CodeType) -> Iterator[str]:
 def _copied(container: Watched) -> Watched:
     """Return a copy that later changes of the container do not reach."""
     if isinstance(container, (dict, types.MappingProxyType)):
-        return dict(container)
+        # The base class's: a mapping may make new values whenever it is read (ACT2FN).
+        return dict(dict.items(container) if isinstance(container, dict) else container)
     return list(container) if type(container) is list else copy.copy(container)
 
 

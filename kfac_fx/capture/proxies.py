@@ -7,13 +7,13 @@ where that is exact, and is otherwise a refusal, which names the line.
 
 from __future__ import annotations
 
+import linecache
 import operator
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from torch import Tensor, fx, nn
-from torch.utils import checkpoint
+from torch import Tensor, fx
 
 from kfac_fx.capture.in_place import OPERATORS
 
@@ -37,23 +37,6 @@ class Watched:
     if TYPE_CHECKING:
         tracer: Recording
         node: fx.Node
-    _is_param = False  # torch's Parameter asks for it in isinstance
-
-    def _class(self) -> type:
-        """Return the class of the value itself, for ``isinstance``.
-
-        Raises:
-            CaptureError: it is not known.
-        """
-        # A checkpoint looks for devices among its inputs, and does without those of no tensors.
-        if sys._getframe(1).f_code.co_filename == checkpoint.__file__:
-            return type(self)
-        kind = self.tracer.kind(self.node)
-        if kind is None:
-            self.tracer.refuse("the class of a symbolic value is asked for (isinstance)")
-        return kind
-
-    __class__ = property(_class)
 
     def __getattr__(self, name: str) -> WatchedAttribute:
         if name.startswith("__") and name.endswith("__"):
@@ -87,10 +70,16 @@ class Watched:
         self._cannot("complex()")
 
     def __repr__(self) -> str:
-        self._cannot("the text")
+        return self._text()
 
     def __format__(self, spec: str) -> str:
-        self._cannot("the text")
+        return self._text()
+
+    def _text(self) -> str:
+        """Return a text for messages; what else is done with one cannot be followed."""
+        if not _in_message():
+            self._cannot("the text")
+        return f"<{object.__getattribute__(self, 'node')}>"
 
     def __array__(self, *args: Value, **kwargs: Value) -> NoReturn:
         self._cannot("the NumPy array")
@@ -106,6 +95,17 @@ class Watched:
 
     def __contains__(self, item: Value) -> bool:
         self._cannot("`in`")
+
+
+_MESSAGES = ("assert", "raise ", "warn", "log", "print", "Error(")
+
+
+def _in_message() -> bool:
+    """Tell whether the user's line writes a message for people: an assertion's, or a warning."""
+    frame = sys._getframe(3)
+    number = frame.f_lineno
+    lines = [linecache.getline(frame.f_code.co_filename, n) for n in range(number - 2, number + 1)]
+    return any(word in line for word in _MESSAGES for line in lines)
 
 
 def _update(target: Callable[[Value, Value], Value]) -> Callable[[Watched, Value], fx.Proxy]:
@@ -142,10 +142,6 @@ class WatchedMember(Watched, fx.proxy.ParameterProxy):  # type: ignore[misc]
         fx.Proxy.__init__(self, node, tracer)
         self.param = tensor  # type: ignore[assignment]
         self.name = str(node.target)
-
-    @property
-    def _is_param(self) -> bool:  # type: ignore[override]
-        return isinstance(self.param, nn.Parameter)
 
     __repr__ = Watched.__repr__
 

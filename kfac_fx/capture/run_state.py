@@ -24,6 +24,7 @@ _SCALARS = (bool, int, float, complex, str, bytes, type(None))
 _HOLDERS = (dict, list, set, collections.deque)
 _LARGE = 1_000_000
 """Entries of a NumPy array above which it is not copied."""
+_INERT = (fx.Graph, type, types.ModuleType, types.BuiltinFunctionType, torch.dtype, torch.device)
 _LIMIT = 200_000
 """Objects that are looked at; what lies beyond is not watched."""
 _OWN = ("_flat_weights", "_flat_weight_refs")
@@ -85,7 +86,7 @@ class ModelState:
         """Take note of a value and of what it holds."""
         if isinstance(value, _SCALARS) or id(value) in self._seen or len(self._seen) > _LIMIT:
             return
-        if issubclass(type(value), fx.Proxy) or isinstance(value, fx.Graph):
+        if issubclass(type(value), fx.Proxy) or isinstance(value, _INERT):
             return
         self._seen[id(value)] = value
         if isinstance(value, Tensor):
@@ -95,9 +96,12 @@ class ModelState:
         elif isinstance(value, (*_HOLDERS, tuple)):
             if not isinstance(value, tuple):
                 self._records.append((name, value, _contents(value)))
-            items = value.items() if isinstance(value, dict) else enumerate(value)
+            # The base class's: a mapping may make new values whenever it is read (ACT2FN).
+            items = dict.items(value) if isinstance(value, dict) else enumerate(value)
             for key, item in list(items):
-                self._walk(f"{name}[{key!r}]" if isinstance(key, (str, int)) else name, item)
+                if type(item) not in _SCALARS:
+                    at = f"{name}[{key!r}]" if isinstance(key, (str, int)) else name
+                    self._walk(at, item)
         elif isinstance(value, types.FunctionType):
             self._function(name, value)
         elif isinstance(value, types.MethodType):
@@ -114,7 +118,7 @@ class ModelState:
         self._seen[id(held)] = held
         self._records.append((name, held, dict(held)))
         for key, item in list(held.items()):
-            if key not in _OWN:
+            if key not in _OWN and type(item) not in _SCALARS:
                 inner = name if key in ("_parameters", "_buffers", "_modules") else f"{name}.{key}"
                 self._walk(inner, item)
 
@@ -183,7 +187,7 @@ def _theirs(kind: type) -> bool:
 def _contents(holder: Value) -> Value:
     """Return a shallow copy of what a holder has, as a plain dictionary, set or list."""
     if isinstance(holder, dict):
-        return dict(holder.items())
+        return dict(dict.items(holder))
     if isinstance(holder, _Entry):
         return [holder.get()]
     if isinstance(holder, types.CellType):

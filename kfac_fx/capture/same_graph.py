@@ -241,7 +241,7 @@ def called_as_they_are(model: nn.Module, *graphs: fx.Graph | None) -> frozenset[
             # A GraphModule is inlined by a pass, and a checkpoint is looked through.
             if called is None or isinstance(called, fx.GraphModule):
                 continue
-            if not type(called).__module__.startswith("torch.nn."):
+            if not type(called).__module__.startswith(("torch.nn.", "torch.jit.")):
                 continue
             for path, _ in called.named_modules(remove_duplicate=False):
                 found.add(f"{node.target}.{path}".strip("."))

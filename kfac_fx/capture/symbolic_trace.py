@@ -183,6 +183,8 @@ class WatchingTracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Look into a weight's parametrization, unless it tells modes and gradients apart."""
+        if isinstance(m, torch.jit.ScriptModule):
+            return True  # its code is no Python: it is kept, so that its parameters have a use
         # fx would keep a parametrized nn.Linear whole, as it is a class of torch.nn; its weight is
         # then computed out of sight. Some parametrizations cannot be traced and stay whole.
         if is_parametrized(m):

@@ -7,6 +7,7 @@ refused where they are asked: on the user's line.
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
 from kfac_fx.capture.autograd_calls import FunctionCall
+from kfac_fx.capture.proxies import WatchedMember
 from kfac_fx.capture.real_calls import RealCalls
 from kfac_fx.capture.user_lines import running_line
 from kfac_fx.errors import CaptureError
@@ -131,6 +133,8 @@ def watched(tracer: Recording) -> Iterator[None]:
         stack.enter_context(autocast_heard(tracer.regions.autocast))
         stack.enter_context(_replaced(torch.autograd.Function, "apply", _apply(tracer)))
         stack.enter_context(_replaced(nn.Module, "__setattr__", _set_attribute(tracer)))
+        stack.enter_context(_replaced(builtins, "isinstance", _is_instance(tracer)))
+        stack.enter_context(_replaced(torch, "is_tensor", _is_tensor(tracer)))
         stack.enter_context(RealCalls(tracer))
         yield
 
@@ -184,6 +188,44 @@ class _Seeding:
         if name in _SEEDING and _users(1):
             self._refuse("the state or the seed of torch's random generator is read or set")
         return getattr(self._generator, name)
+
+
+def _is_instance(tracer: Recording) -> Value:
+    """Return ``isinstance`` that answers for symbolic values as their values would.
+
+    A proxy must not say itself that its class is Tensor: torch's C++ code believes it, and reads
+    memory that is none of a tensor.
+    """
+    original = isinstance
+
+    def is_instance(value: Value, kinds: Value) -> bool:
+        if not issubclass(type(value), fx.Proxy) or original(value, kinds) or not _users(1):
+            return original(value, kinds)
+        return _answer(tracer, value, kinds)
+
+    return is_instance
+
+
+def _is_tensor(tracer: Recording) -> Value:
+    """Return ``torch.is_tensor`` that answers for symbolic values as their values would."""
+    original = torch.is_tensor
+
+    def is_tensor(value: Value) -> bool:
+        if not issubclass(type(value), fx.Proxy) or not _users(1):
+            return original(value)
+        return _answer(tracer, value, torch.Tensor)
+
+    return is_tensor
+
+
+def _answer(tracer: Recording, value: Value, kinds: Value) -> bool:
+    """Tell whether a symbolic value is an instance of one of the classes, or refuse."""
+    if issubclass(type(value), WatchedMember):
+        return isinstance(value.param, kinds)
+    kind = tracer.kind(value.node)
+    if kind is None:
+        tracer.refuse("the class of a symbolic value is asked for (isinstance)")
+    return issubclass(kind, kinds)
 
 
 def _apply(tracer: Recording) -> Value:

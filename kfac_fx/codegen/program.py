@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, fx
@@ -93,6 +93,18 @@ class Engine(Protocol):
         """Take what ``pending`` of an interrupted run returned, by the keys' names."""
 
 
+class _Said(NamedTuple):
+    """The numbers that tell how a refresh went.
+
+    Attributes:
+        flags: the flags.
+        lost: for each inverse, whether one of its entries is not finite.
+    """
+
+    flags: list[int]
+    lost: list[int]
+
+
 class Refresher:
     """Runs a refresh, whole or in part, and a slower one in its place where rounding breaks it.
 
@@ -118,30 +130,34 @@ class Refresher:
         self._given = given
         self._whole: RefreshModule | None = None
         # The part that served last: the same blocks fail again.
-        self._part: tuple[frozenset[FlagKey], fx.GraphModule] | None = None
+        self._part: tuple[frozenset[FlagKey | InverseKey], fx.GraphModule] | None = None
 
     @torch.no_grad()
     def __call__(self, damping: Tensor, factors: Sequence[Tensor]) -> Refreshed:
         """Return what the program makes; see ``Engine.refresh``."""
         # Cholesky says by flags that it failed, which cost one synchronisation for all blocks; eigh
-        # raises, where it does not converge.
+        # raises, where it does not converge, or leaves NaN without a word.
         try:
             found = self._run(damping, *factors)
-            flags = self._read(found)
+            said = self._read(found)
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             log.warning("eigenvalues failed (%s): the refresh is run in float64", error)
             found = self._raised(damping, factors, None)
-            flags = self._read(found)
-        failed = [
-            flag
-            for (flag, _), count in zip(self._flags, flags, strict=True)
-            if count and flag.kind == "failed"
-        ]
+            said = self._read(found)
+        pairs = zip(self._flags, said.flags, strict=True)
+        failed = [flag for (flag, _), count in pairs if count and flag.kind == "failed"]
+        lost = [key for (key, _), bad in zip(self._inverses, said.lost, strict=True) if bad]
         if failed:
             names = ", ".join(f"{flag.factor}_{flag.block}" for flag in failed)
             log.warning("Cholesky failed for %s: eigenvalues were raised", names)
-            found = {**found, **self._raised(damping, factors, frozenset(failed))}
-            flags = self._read(found)
+        elif lost:
+            names = ", ".join(key.name for key in lost)
+            log.warning("%s came out not finite: these are made again in float64", names)
+        if failed or lost:
+            again: frozenset[FlagKey | InverseKey] = frozenset(failed).union(lost)
+            found = {**found, **self._raised(damping, factors, again)}
+            said = self._read(found)
+        flags = said.flags
         clamped = 0
         for (flag, _), count in zip(self._flags, flags, strict=True):
             if flag.kind == "clamped":
@@ -151,16 +167,26 @@ class Refresher:
                     "%s is not positive: the coupling is left out until the next refresh",
                     self._given[flag.block],
                 )
-        inverses = {key: found[name] for key, name in self._inverses}
+        # LAPACK leaves them column by column, and a checkpoint row by row: products would round in
+        # another order, and a run that goes on would drift away from the uninterrupted one.
+        inverses = {key: found[name].contiguous() for key, name in self._inverses}
         return Refreshed(inverses, damping, clamped)
 
-    def _read(self, outputs: Mapping[str, Tensor]) -> list[int]:
-        """Return the flags in the module's order; one synchronisation for all."""
+    def _read(self, outputs: Mapping[str, Tensor]) -> _Said:
+        """Return the flags in the module's order, and which inverses are not finite."""
+        # One synchronisation for all. A sum meets every NaN and infinity; that one of finite
+        # numbers overflows costs no more than doing them again.
         counts = [outputs[name].long().abs().sum() for _, name in self._flags]
-        return torch.stack(counts).tolist() if counts else []
+        sums = [outputs[name].sum() for _, name in self._inverses]
+        lost = [(~torch.isfinite(total)).long() for total in sums]
+        numbers = torch.stack(counts + lost).tolist() if counts or lost else []
+        return _Said(numbers[: len(counts)], numbers[len(counts) :])
 
     def _raised(
-        self, damping: Tensor, factors: Sequence[Tensor], failed: frozenset[FlagKey] | None
+        self,
+        damping: Tensor,
+        factors: Sequence[Tensor],
+        failed: frozenset[FlagKey | InverseKey] | None,
     ) -> Mapping[str, Tensor]:
         """Run the refresh with eigenvalues raised, in float64, on the device of the damping.
 
@@ -171,14 +197,16 @@ class Refresher:
 
         Args:
             damping, factors: see ``Engine.refresh``.
-            failed: flags of factorisations; None for the whole.
+            failed: flags of factorisations, and keys of inverses; None for the whole.
         """
         if self._whole is None:
             self._whole = self._robust()
         module = self._whole.module
         if failed is not None:
             if self._part is None or self._part[0] != failed:
-                wanted = depending_on(self._whole, failed)
+                flags = [key for key in failed if isinstance(key, FlagKey)]
+                lost = {key for key in failed if isinstance(key, InverseKey)}
+                wanted = lost.union(depending_on(self._whole, flags))
                 self._part = (failed, part_of_refresh(self._whole, wanted).module)
             module = self._part[1]
         taken = [node for node in module.graph.nodes if node.op == "placeholder"][1:]

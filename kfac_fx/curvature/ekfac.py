@@ -98,6 +98,11 @@ class Moments:
             return None
         return Eigenbasis(found.U_A, found.U_G, found.moment.read())
 
+    def copied(self) -> dict[str, Eigenbasis]:
+        """Return the bases and moments of all blocks in memory of their own."""
+        found = {name: self.eigenbasis(name) for name in self._blocks}
+        return {n: Eigenbasis(*(t.clone() for t in b)) for n, b in found.items() if b is not None}
+
     @torch.no_grad()
     def rebase(self, refreshed: Refreshed) -> Refreshed:
         """Take the bases of a refresh, and return it with the scales of the moments in them."""

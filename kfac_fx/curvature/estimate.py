@@ -133,6 +133,7 @@ class Averages:
         all: one average a factor.
         factors: those that are second moments, without the counts of positions.
         recorded: number of statistics in the averages.
+        terms: number of likelihood terms in them, where these were told.
     """
 
     def __init__(self, holder: Holder, like: Tensor, storage: Storage | None) -> None:
@@ -140,6 +141,7 @@ class Averages:
         self.holder = holder
         self.like = torch.zeros((), dtype=dtype, device=like.device)
         self.recorded = 0
+        self.terms = 0.0
         make = Average if storage is None else storage.make
         of_block = isinstance(holder, CurvatureBlock)
         specs = holder.factors
@@ -312,6 +314,35 @@ class Estimate:
             self._say_silent(came)
         self.folds += 1
         return Folded(good=True, first=self._fold(came, decay))
+
+    @torch.no_grad()
+    def fold_terms(
+        self, found: Mapping[StatisticKey, Statistic], terms: float, *, moments: bool = False
+    ) -> bool:
+        """Fold statistics into means over likelihood terms; of a pass over a data set.
+
+        Args:
+            found: statistics as ``fold`` takes them.
+            terms: how many terms they are of; a holder of which one is missing does not count them.
+            moments: whether those of moments are folded, rather than those of blocks and pairs.
+
+        Returns:
+            whether they were finite, so that they were folded.
+        """
+        others = [*self.blocks.values(), *self.pairs.values()]
+        held = [*self.moments.values()] if moments else others
+        pairs = ((averages, averages.taken(found)) for averages in held)
+        came = [Came(averages, new) for averages, new in pairs if new is not None]
+        if not all_finite([part for each in came for part in each.averages.sizes(each.new)]):
+            return False
+        fold = fold_in_place if self._storage is None else self._storage.fold
+        for averages, new in came:
+            averages.terms += terms
+            fold(averages.all, new, terms / averages.terms)
+            averages.recorded += 1
+        self.folds += 1
+        self.recorded = max(averages.recorded for averages in self.all)
+        return True
 
     def _fold(self, came: Sequence[Came], decay: float) -> bool:
         """Fold statistics that are good; say whether a holder got its first."""

@@ -101,7 +101,7 @@ class InverseFisher:
         coupled = options.structure == "block_tridiagonal"
         _check_damping(options, curvature)
         self.curvature = curvature
-        self.covered = CoveredParameters(net, curvature.covered)
+        self.covered = CoveredParameters(net, curvature.covered, curvature.frozen)
         estimated = curvature.moments if options.tikhonov == "ekfac" else ()
         storage = storage_of(options.factor_storage, generator)
         self.estimate = Estimate(
@@ -426,7 +426,9 @@ class NaturalLength:
             g, u = (foreach.flattened(list(side)) for side in zip(*pairs, strict=True))
             if g.dtype in (torch.float16, torch.bfloat16):
                 g = g.float()
-            squared += float(torch.dot(g, u.to(g.dtype)))
+            # No torch.dot: its last bit depends on where in memory the vectors lie, and a run that
+            # goes on from a checkpoint would drift away from the one that was not interrupted.
+            squared += float(u.mul(g).sum())
         if not math.isfinite(squared):
             if all(g.dtype in WIDE for g in gradient):
                 return math.nan

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from kfac_fx.passes.annotations import read_curvature
 class _Expected(NamedTuple):
     """The place, shape, precision and device that a parameter had at the transform."""
 
-    owner: nn.Module
+    held: Mapping[str, Tensor | None]
     leaf: str
     shape: torch.Size
     dtype: torch.dtype
@@ -35,12 +35,13 @@ class CoveredParameters:
     Args:
         net: the transformed module.
         names: canonical names of the parameters.
+        frozen: names of parameters that did not train at the transform, so that no block has them.
 
     Attributes:
         parameters: canonical name -> parameter, in the order given.
     """
 
-    def __init__(self, net: nn.Module, names: Iterable[str]) -> None:
+    def __init__(self, net: nn.Module, names: Iterable[str], frozen: Iterable[str] = ()) -> None:
         self._net = net
         self.parameters: dict[str, nn.Parameter] = {}
         self._expected: dict[str, _Expected] = {}
@@ -48,9 +49,15 @@ class CoveredParameters:
         for name in names:
             path, _, leaf = name.rpartition(".")
             owner = modules[path]
-            now = owner.get_parameter(leaf)
+            # Not by get_parameter, which a scripted module refuses. Such a module keeps parameters
+            # out of Python's sight, and replaces none.
+            now = getattr(owner, leaf)
+            held = owner._parameters if type(owner._parameters) is dict else {leaf: now}
             self.parameters[name] = now
-            self._expected[name] = _Expected(owner, leaf, now.shape, now.dtype, now.device)
+            self._expected[name] = _Expected(held, leaf, now.shape, now.dtype, now.device)
+        known = dict(net.named_parameters(remove_duplicate=False))
+        # Parts of a model (a compiled graph) need not have all that the whole has.
+        self._frozen = [(name, known[name]) for name in frozen if name in known]
 
     def gradients(self) -> dict[str, Tensor]:
         """Return the gradients that there are, by name, once the parameters are checked.
@@ -63,8 +70,8 @@ class CoveredParameters:
         """
         found = {}
         for name, parameter in self.parameters.items():
-            owner, leaf, shape, dtype, device = self._expected[name]
-            same = owner._parameters.get(leaf) is parameter and parameter.shape == shape
+            held, leaf, shape, dtype, device = self._expected[name]
+            same = held.get(leaf) is parameter and parameter.shape == shape
             if not (same and parameter.dtype == dtype and parameter.device == device):
                 self.check()
             gradient = parameter.grad
@@ -72,6 +79,8 @@ class CoveredParameters:
                 gradient = parameter.grad = gradient.to_dense()
             if gradient is not None:
                 found[name] = gradient
+        if any(parameter.requires_grad for _, parameter in self._frozen):
+            self.check()
         return found
 
     def in_module_order(self) -> dict[str, nn.Parameter]:
@@ -84,13 +93,14 @@ class CoveredParameters:
         """Raise if a parameter is not what it was; cheap enough for every step.
 
         Raises:
-            ParameterChangedError: a parameter was replaced, reshaped, cast or moved.
+            ParameterChangedError: a parameter was replaced, reshaped, cast or moved, or one that
+                was frozen at the transform trains now.
         """
         # No call of named_parameters(): walking a deep module would cost more than the step's glue.
         for name, was in self._expected.items():
             parameter = self.parameters[name]
             change = None
-            if was.owner._parameters.get(was.leaf) is not parameter:
+            if was.held.get(was.leaf) is not parameter:
                 change = "was replaced by another object"
             elif parameter.shape != was.shape:
                 change = f"changed its shape from {tuple(was.shape)} to {tuple(parameter.shape)}"
@@ -102,6 +112,15 @@ class CoveredParameters:
                 raise ParameterChangedError(
                     f"parameter {name} {change} after the transform: transform the model again and "
                     "make a new Preconditioner"
+                )
+        # Its plain gradient among preconditioned ones would be a step of another size, and KFAC
+        # would not move it at all.
+        for name, parameter in self._frozen:
+            if parameter.requires_grad:
+                raise ParameterChangedError(
+                    f"parameter {name} was frozen at the transform and trains now, but no block "
+                    "has it: transform the model again and make a new Preconditioner or KFAC, or "
+                    "leave it out for good with transform(..., exclude=...)"
                 )
 
 

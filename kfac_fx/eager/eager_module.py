@@ -16,6 +16,7 @@ import torch
 from torch import fx, nn
 
 from kfac_fx.capture.captured_module import CapturedModule, adopt
+from kfac_fx.capture.items import hand_on_items
 from kfac_fx.eager.eager_taps import EagerTaps
 from kfac_fx.eager.recordable_uses import every_piece, placeable
 from kfac_fx.eager.tape import Tape, compilers_off
@@ -147,6 +148,7 @@ def eager_module(model: nn.Module, example: fx.Graph) -> EagerModule:
         # The very dictionaries of the model: a buffer that its code sets anew is so for both.
         module.__dict__[name] = model.__dict__[name]
     module.add_module(RUNNER, Runner(model))
+    hand_on_items(module, model)
     module.graph = graph
     module.training = model.training
     module.recompile()

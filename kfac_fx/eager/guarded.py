@@ -14,10 +14,12 @@ from kfac_fx.capture.hooks import refuse_backward_hooks, refuse_what_traces_lose
 from kfac_fx.capture.input_forms import InputForm, NamedInputs, fixed_arguments
 from kfac_fx.capture.model_state import ModelState
 from kfac_fx.capture.same_graph import ExportedOnce, TracedAgain, called_as_they_are
+from kfac_fx.capture.servable import is_packed
 from kfac_fx.capture.symbolic_trace import trace
 from kfac_fx.capture.train_and_eval import capture_both
 from kfac_fx.capture.value_kinds import ExpectKind
 from kfac_fx.eager.stand_in import ModelItself
+from kfac_fx.errors import CaptureError
 
 Value = Any
 """An example input of the user's model."""
@@ -34,6 +36,8 @@ def from_trace(model: nn.Module, given: Mapping[str, Value]) -> CapturedModule:
         CaptureError: symbolic values cannot follow the model; names the user's line.
     """
     refuse_what_traces_lose(model)
+    if any(map(is_packed, given.values())):
+        raise CaptureError("a packed sequence is given, which taps in a graph do not read")
     constants: dict[str, Tensor] = {}
     graphs = capture_both(model, lambda m: trace(m, given, constants))
     live = called_as_they_are(model, *graphs)

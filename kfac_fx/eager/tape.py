@@ -37,6 +37,7 @@ from kfac_fx.eager.torch_calls import (
     spelled,
     tensors_of,
 )
+from kfac_fx.errors import CaptureError
 from kfac_fx.torch_internals.rebuilt_functions import without_override_question
 
 if TYPE_CHECKING:
@@ -185,6 +186,11 @@ class Tape(TorchFunctionMode):
             kwargs: its keyword arguments.
             tensors: all tensors among them.
         """
+        if any(tensor.is_nested for tensor in tensors):
+            raise CaptureError(
+                "a nested tensor meets parameters: its cases are of different sizes, and no tap "
+                "records that. Pad it, or give a mask"
+            )
         node = self._call(func, args, kwargs, detached=False)
         plans: Sequence[Placement] = ()
         if hidden := hidden_by():

@@ -30,6 +30,7 @@ Value = Any
 _GUARDS = "_guards_fn"
 """Name of the submodule in which torch.export keeps what it assumed of sizes."""
 
+_BATCH_NORMS = frozenset({"batch_norm", "instance_norm"})
 _RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
 
 
@@ -75,7 +76,10 @@ def from_export(model: nn.Module, args: tuple[Value, ...], kwargs: dict[str, Val
             who = f"the forward of {type(model).__name__}"
             raise CaptureError(f"{who} {found[0]}, which a graph would not do again")
     module = captured_module(model, training, evaluation, constants)
-    inputs = ExportedInputs(inspect.signature(model.forward), (args, kwargs), guards)
+    normed = any(_name(node) in _BATCH_NORMS for node in training.nodes)
+    inputs = ExportedInputs(
+        inspect.signature(model.forward), (args, kwargs), guards, one_differs=normed
+    )
     return Exported(module, inputs, bool(constants))
 
 
@@ -221,14 +225,17 @@ def fixes_batch(graph: fx.Graph) -> bool:
 
     With recurrent layers the first dimension may be the steps, whose number torch.export fixes.
     """
-    if any(
-        getattr(node.target, "__name__", "").split(".")[0] in _RECURRENT for node in graph.nodes
-    ):
+    if any(_name(node) in _RECURRENT for node in graph.nodes):
         return False
     # A size of 1 says nothing, for every export fixes it.
     inputs = [_fixed_sizes(node) for node in graph.nodes if node.op == "placeholder"]
     first = [sizes[0] for sizes in inputs if sizes]
     return any(size > 1 for size in first) and all(size != -1 for size in first)
+
+
+def _name(node: fx.Node) -> str:
+    """Return the name of the operator that a node calls, without its overload."""
+    return str(getattr(node.target, "__name__", "")).split(".")[0]
 
 
 def _fixed_sizes(node: fx.Node) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ from kfac_fx.ir.layout import Layout, ViewStep
 from kfac_fx.ir.plain import Plain, PlainCodec
 from kfac_fx.ir.use import (
     Approximation,
+    CaseView,
     FactorSpec,
     NodeRef,
     ParameterUse,
@@ -327,6 +328,7 @@ class CurvatureGraph:
 # The records by the names that files have. A renamed class keeps reading its old name.
 _CODEC = PlainCodec(
     [
+        CaseView,
         CurvatureGraph,
         CurvatureBlock,
         Coupling,

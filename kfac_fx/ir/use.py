@@ -111,6 +111,18 @@ class Scale(NamedTuple):
     whole: bool = True
 
 
+class CaseView(NamedTuple):
+    """How the tensors of a tap are seen with their cases first; see ``kfac_fx.ops.case_first``.
+
+    Attributes:
+        dim: the dimension that counts the cases in the model.
+        like: where cases are folded with positions, what counts them by its first dimension.
+    """
+
+    dim: int
+    like: NodeRef | None = None
+
+
 @dataclass(frozen=True)
 class Tap:
     """The call that records a use: ``operator(node, *tensors, *factors, *options)``.
@@ -129,6 +141,7 @@ class Tap:
         at: where the factors of this use begin among those ``slots``.
         scale: for a weight that is computed from a parameter. The statistics of G are then those
             of the derivative times the factors of its rows.
+        cases: how tensors are seen that have their cases elsewhere than first; None for others.
     """
 
     operator: str
@@ -141,6 +154,7 @@ class Tap:
     slots: int = 0
     at: int = 0
     scale: Scale | None = None
+    cases: CaseView | None = None
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,16 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent
 
 from kfac_fx.errors import LikelihoodError
-from kfac_fx.likelihoods.builtin import ROOTS, Likelihood, Signs, Tree, drawing_root
+from kfac_fx.likelihoods.builtin import (
+    ROOTS,
+    Fitting,
+    Likelihood,
+    OutputFisher,
+    Signs,
+    Tree,
+    drawing_root,
+    has_known_fisher,
+)
 from kfac_fx.likelihoods.named import Sum
 from kfac_fx.likelihoods.sampling import seeded
 from kfac_fx.torch_internals import pytree
@@ -102,10 +111,12 @@ class BatchLikelihood:
     Attributes:
         distributions: one for each likelihood that is no sum.
         terms: their terms, in the same order.
+        ones: what they were made of, in the same order.
     """
 
     distributions: tuple[Distribution, ...]
     terms: BatchTerms
+    ones: tuple[Single, ...] = ()
 
     @property
     def count(self) -> float:
@@ -203,13 +214,31 @@ class BatchLikelihood:
         # A traced pass cannot have as many backwards as columns: its graph would grow with them.
         # One column is selected at run time, and the program is run for each.
         start = 0
+        for rows in self.rows():
+            end = start + rows.shape[1]
+            columns = rows.unbind(-1) if select is None else [rows * select[start:end]]
+            for column in columns:
+                yield column.sum()
+            start = end
+
+    def rows(self) -> Iterator[Tensor]:
+        """Yield the columns of the root as rows [cases, columns], scaled for the objective.
+
+        The derivatives of a column's sum over the cases are what ``exact`` is about.
+        """
         for distribution, terms in self.parts:
             for rows in root_rows(distribution, terms.weights):
-                end = start + rows.shape[1]
-                columns = rows.unbind(-1) if select is None else [rows * select[start:end]]
-                for column in columns:
-                    yield self._shared(column.sum(), terms.share**0.5)
-                start = end
+                yield self._shared(rows, terms.share**0.5)
+
+    def known_fisher(self) -> tuple[Tensor, OutputFisher] | None:
+        """Return outputs and their Fisher in closed form; None where none is known."""
+        if len(self.ones) != 1 or self.terms.weighted or self.terms.parts[0] is None:
+            return None
+        (one,) = self.ones
+        if not (has_known_fisher(one.likelihood) and isinstance(one.outputs, Tensor)):
+            return None
+        weights = self.terms.parts[0].weights
+        return one.outputs, one.likelihood.output_fisher(one.outputs.detach(), weights)
 
     def root(self) -> Tensor:
         """Return S^T f, flat: ``count`` times the Fisher is the Gram matrix of its derivatives."""
@@ -329,18 +358,28 @@ def batch_likelihood(
         ones: Sequence[Single] = singles(likelihood, outputs, targets)
     else:
         ones = [Single(likelihood, outputs, targets)]
+    shaped = [one.targets for one in ones]
     if terms is not None:
         present = zip(ones, terms.parts, strict=True)
         pairs = [(one, part) for one, part in present if part is not None]
         terms = replace(terms, parts=tuple(part for _, part in pairs))
         ones = [one for one, _ in pairs]
+        # A pass that needs no targets is not given them; weights have their shape.
+        shaped = [p.weights if p.targets is None else p.targets for _, p in pairs]
+    # Of cases and one more dimension no shape leaves anything open.
+    ones = [
+        one._replace(likelihood=one.likelihood.fitted(one.outputs, like))
+        if isinstance(one.likelihood, Fitting) and getattr(one.outputs, "ndim", 3) > 2
+        else one
+        for one, like in zip(ones, shaped, strict=True)
+    ]
     # Distributions first: most errors are of outputs that do not fit, and targets are compared with
     # their shape.
     distributions = tuple(one.likelihood.distribution(one.outputs) for one in ones)
     if terms is None:
         shapes = [distribution.batch_shape for distribution in distributions]
         terms = batch_terms(ones, shapes, isinstance(likelihood, Sum))
-    return BatchLikelihood(distributions, terms)
+    return BatchLikelihood(distributions, terms, tuple(ones))
 
 
 class Single(NamedTuple):
@@ -388,6 +427,16 @@ def singles(
         inner = singles(part, given[key], known.get(key), f"{path}[{key!r}]")
         found += [one._replace(weight=one.weight * weight) for one in inner]
     return tuple(found)
+
+
+def fitted_singles(likelihood: Likelihood | Sum, outputs: Tree, targets: Tree) -> list[Single]:
+    """Return ``singles``, each with the likelihood that the shapes of its targets tell."""
+    return [
+        one._replace(likelihood=one.likelihood.fitted(one.outputs, one.targets))
+        if isinstance(one.likelihood, Fitting)
+        else one
+        for one in singles(likelihood, outputs, targets)
+    ]
 
 
 def _by_key(values: Tree, likelihood: Sum, what: str) -> dict[Hashable, Tree]:

@@ -13,8 +13,8 @@ that returns it, so a callable that returns torch's own distributions has it too
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeGuard, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -61,6 +61,82 @@ class Likelihood(Protocol):
         Raises:
             LikelihoodError: the targets do not fit, or are needed and missing.
         """
+
+
+class OutputFisher(NamedTuple):
+    """F_out of all terms of a batch in closed form: a diagonal less the products of a vector.
+
+    Entries of one term along ``dim`` have F_ij = -v_i v_j; those of different terms are
+    uncorrelated, and so are all where there is no vector.
+
+    Attributes:
+        diagonal: the diagonal of F_out, in the shape of the outputs.
+        vector: v in the same shape, or None.
+        dim: the dimension of the outputs that v is along.
+    """
+
+    diagonal: Tensor
+    vector: Tensor | None = None
+    dim: int = -1
+
+    def along(self, dim: int, *, summed: bool) -> Tensor | None:
+        """Return the sum over all other dimensions of F_out, a matrix over the entries of one.
+
+        Args:
+            dim: the dimension.
+            summed: whether derivatives are added up over the others but the first before their
+                products are taken; then None where they are correlated there.
+        """
+        if self.vector is not None and (self.dim - dim) % self.diagonal.dim() != 0 and summed:
+            return None
+        if self.vector is not None and (self.dim - dim) % self.diagonal.dim() == 0:
+            v = self.vector.movedim(dim, -1).flatten(0, -2)
+            found = torch.addmm(v.new_empty(()), v.mT, v, beta=0, alpha=-1)
+        else:
+            found = self.diagonal.new_zeros(self.diagonal.shape[dim], self.diagonal.shape[dim])
+        # The diagonal as it is: sum p less sum p^2 would lose what a confident model leaves of it.
+        found.diagonal().copy_(self.diagonal.movedim(dim, -1).flatten(0, -2).sum(0))
+        return found
+
+
+@runtime_checkable
+class KnownFisher(Protocol):
+    """A likelihood whose F_out has a closed form, and with it the exact G of the last layer."""
+
+    def output_fisher(self, outputs: Tensor, weights: Tensor | None) -> OutputFisher:
+        """Return F_out of outputs [N, ...], each term times its weight.
+
+        Args:
+            outputs: as ``Likelihood.distribution`` gets them; not differentiated.
+            weights: as ``Likelihood.terms`` returned them.
+        """
+
+
+@runtime_checkable
+class Fitting(Protocol):
+    """A likelihood that the shapes of a batch tell more about."""
+
+    def fitted(self, outputs: Tensor, targets: Tensor | None) -> Likelihood:
+        """Return the likelihood of this batch.
+
+        Args:
+            outputs: as ``Likelihood.distribution`` gets them; only the shape may be used.
+            targets: as the user gave them, or None.
+
+        Raises:
+            LikelihoodError: the shapes leave open which one it is.
+        """
+
+
+def has_known_fisher(likelihood: object) -> TypeGuard[KnownFisher]:
+    """Return whether a likelihood knows F_out of the distribution that it returns.
+
+    A subclass with a distribution of its own has another Fisher than the one it inherits.
+    """
+    for kind in type(likelihood).__mro__:
+        if "distribution" in vars(kind):
+            return "output_fisher" in vars(kind)
+    return False
 
 
 class Signs(NamedTuple):
@@ -140,9 +216,13 @@ class Softmax(D.Categorical):
     """Categorical whose logits are normalised by one operator, with one for the derivative.
 
     torch's own takes two or three each, over all classes of all terms.
+
+    Attributes:
+        given: the logits as they were given.
     """
 
     def __init__(self, logits: Tensor) -> None:
+        self.given = logits
         # Distribution.__init__ alone is called: Categorical's would normalise once more.
         self.logits = torch.log_softmax(logits, -1)
         self._param = self.logits
@@ -162,17 +242,38 @@ class Softmax(D.Categorical):
 class Categorical:
     """Classes with logits along ``dim``: outputs [N, C] or [N, T, C], targets [N] or [N, T].
 
+    Images of logits [N, C, H, W] have targets [N, H, W], which tell that the classes are dimension
+    1, as in ``torch.nn.CrossEntropyLoss``; where no targets are given, ``dim=1`` has to.
+
     Attributes:
         weight: [C], the weight of a term by its target's class (needs targets in ``observe``); the
             Fisher is that of the weighted mean of the terms.
         ignore_index: targets of this value contribute nothing and are not counted.
-        dim: the dimension of the classes; 1 for images of logits [N, C, H, W].
+        dim: the dimension of the classes. None: the one that targets of this shape leave, 1 or the
+            last; without targets the last of outputs [N, C] and [N, T, C].
     """
 
     weight: Tensor | None = None
     ignore_index: int = -100
-    dim: int = -1
+    dim: int | None = None
     casewise: ClassVar[bool] = True
+
+    def fitted(self, outputs: Tensor, targets: Tensor | None) -> Categorical:
+        if self.dim is not None or not isinstance(outputs, Tensor) or outputs.dim() < 3:
+            return self
+        # nn.CrossEntropyLoss has the classes first and transformers have them last: targets of an
+        # image would pass for those of tokens if its sides were not looked at.
+        shape = targets.shape if isinstance(targets, Tensor) else None
+        fits = [dim for dim in (1, -1) if outputs.movedim(dim, -1).shape[:-1] == shape]
+        if len(fits) == 1:
+            return replace(self, dim=fits[0])
+        if outputs.dim() == 3:  # both fit, or nothing is known: tokens
+            return self
+        raise LikelihoodError(
+            f"likelihood categorical cannot tell which dimension of outputs {tuple(outputs.shape)} "
+            "the classes are: give observe(outputs, targets), or kfac_fx.likelihoods.Categorical("
+            "dim=1) for images of logits [N, C, H, W], dim=-1 where they come last"
+        )
 
     def distribution(self, outputs: Tensor) -> Distribution:
         check_outputs(outputs, "categorical")
@@ -181,7 +282,7 @@ class Categorical:
                 f"likelihood categorical needs logits [N, C] or [N, T, C], got "
                 f"{tuple(outputs.shape)}; for one logit a case use 'bernoulli'"
             )
-        logits = outputs.movedim(self.dim, -1)
+        logits = outputs.movedim(-1 if self.dim is None else self.dim, -1)
         if logits.shape[-1] < 2:
             raise LikelihoodError(
                 "likelihood categorical needs at least two classes, got outputs of shape "
@@ -194,13 +295,14 @@ class Categorical:
             if self.weight is not None:
                 raise LikelihoodError("class weights need observe(outputs, targets)")
             return None, None
-        shape = outputs.movedim(self.dim, -1).shape[:-1]
+        dim = -1 if self.dim is None else self.dim
+        shape = outputs.movedim(dim, -1).shape[:-1]
         if targets.is_floating_point() or targets.dtype == torch.bool:
             raise LikelihoodError(
                 f"likelihood categorical needs integer class targets, got {targets.dtype}"
             )
         check_targets(targets, shape, "categorical")
-        classes = outputs.shape[self.dim]
+        classes = outputs.shape[dim]
         if self._counts_all(targets, classes):
             # Ones rather than None: programs are compiled for one or the other.
             weights = torch.ones(shape, dtype=outputs.dtype, device=outputs.device)
@@ -217,6 +319,15 @@ class Categorical:
             weights = weights * self.weight.to(outputs)[targets]
         return targets, weights
 
+    def output_fisher(self, outputs: Tensor, weights: Tensor | None) -> OutputFisher:
+        dim = -1 if self.dim is None else self.dim
+        p = outputs.softmax(dim)
+        a, v = p * (1 - p), p
+        if weights is not None:
+            w = weights.unsqueeze(dim % outputs.dim())
+            a, v = w * a, w.sqrt() * v
+        return OutputFisher(a, v, dim)
+
     def _counts_all(self, targets: Tensor, classes: int) -> bool:
         """Return whether all targets are classes that count; False where it is not worth a look."""
         # Most batches: two numbers tell. A GPU would be waited for twice.
@@ -227,8 +338,11 @@ class Categorical:
 
 def _class_root(distribution: D.Categorical) -> Iterator[Tensor]:
     # S = diag(sqrt p) - p sqrt(p)^T has S S^T = diag(p) - p p^T. Its column c is
-    # sqrt(p_c) (e_c - p), which is sqrt(p_c) times the gradient of log p(c) in the logits.
-    yield (0.5 * distribution.logits.detach()).exp() * distribution.logits
+    # sqrt(p_c) (e_c - p), and with p held constant that is the gradient of sqrt(p_c) (f_c - p f).
+    # Not of log p(c): the derivative of a softmax cannot be batched over columns.
+    root = (0.5 * distribution.logits.detach()).exp()
+    f = distribution.given if isinstance(distribution, Softmax) else distribution.logits
+    yield root * (f - (root.square() * f).sum(-1, keepdim=True))
 
 
 ROOTS[D.Categorical] = _class_root
@@ -250,6 +364,10 @@ class Bernoulli:
     def terms(self, outputs: Tensor, targets: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         check_targets(targets, outputs.shape, "bernoulli")
         return None if targets is None else targets.to(outputs.dtype), None
+
+    def output_fisher(self, outputs: Tensor, weights: Tensor | None) -> OutputFisher:
+        p = outputs.sigmoid()
+        return OutputFisher(p * (1 - p))
 
 
 def _bit_root(distribution: D.Bernoulli) -> Iterator[Tensor]:
@@ -295,6 +413,9 @@ class Normal:
             targets = torch.full_like(outputs, self.target)
         check_targets(targets, outputs.shape, "normal")
         return None if targets is None else targets.to(outputs.dtype), None
+
+    def output_fisher(self, outputs: Tensor, weights: Tensor | None) -> OutputFisher:
+        return OutputFisher(torch.full_like(outputs, 1 / self.variance))
 
 
 def _normal_root(distribution: D.Normal) -> Iterator[Tensor]:

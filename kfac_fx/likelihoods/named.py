@@ -98,6 +98,39 @@ NAMED: dict[str, Callable[[], Likelihood]] = {
     "residual": partial(Normal, target=0.0),
 }
 
+
+def described(likelihood: Likelihood | Sum) -> str:
+    """Return a likelihood as text that differs where the Fisher does, as far as it can be told.
+
+    A checkpoint holds it. Of a callable nothing is known but that it is one.
+    """
+    if isinstance(likelihood, Sum):
+        parts = (f"{key!r}: {w} {described(part)}" for key, (part, w) in likelihood.items())
+        return f"Sum({', '.join(parts)})"
+    # The fields of a dataclass; a callable among them (``Custom``) says nothing.
+    plain = {
+        name: value.tolist() if isinstance(value, Tensor) else value
+        for name, value in vars(likelihood).items()
+    }
+    said = (f"{n}={v!r}" for n, v in plain.items() if isinstance(v, (str, int, float, list)))
+    return f"{type(likelihood).__name__}({', '.join(said)})"
+
+
+def check_described(likelihood: Likelihood | Sum, saved: object) -> None:
+    """Raise LikelihoodError where a checkpoint was written for another likelihood.
+
+    Args:
+        likelihood: the one in use.
+        saved: what ``described`` returned for the other; None from before it was saved.
+    """
+    own = described(likelihood)
+    if saved is not None and saved != own:
+        raise LikelihoodError(
+            f"the state_dict is of the likelihood {saved}, and this one is {own}: its averages are "
+            "of another Fisher. Make it with the likelihood that was saved"
+        )
+
+
 Given = str | Likelihood | Sum | Callable[[Tree], Distribution]
 """A name, an object of this module, or a callable from outputs to a distribution."""
 

@@ -66,7 +66,7 @@ def by_case(rows: Tensor, cases: int, positions: Sequence[int], interleaved: boo
         interleaved: whether the parts of a case are n / cases apart rather than neighbours.
     """
     if interleaved and rows.shape[0] != cases:
-        rows = rows.unflatten(0, (-1, cases)).transpose(0, 1)
+        rows = rows.reshape(-1, cases, *rows.shape[1:]).transpose(0, 1)
     return rows.reshape(cases, *positions, rows.shape[-1])
 
 
@@ -101,7 +101,9 @@ def pooled(rows: Tensor, grid: Sequence[int]) -> Tensor:
         # Equal cells are a reshape; uneven ones need a small product with the averages.
         if size != cells and size % cells == 0:
             each = size // cells
-            rows = rows.unflatten(axis, (cells, each)).sum(axis + 1) / each**0.5
+            # Not unflatten, which cannot be batched over the columns of an exact Fisher.
+            split = rows.reshape(*rows.shape[:axis], cells, each, *rows.shape[axis + 1 :])
+            rows = split.sum(axis + 1) / each**0.5
         elif size != cells:
             average = _cells(size, cells, rows)
             rows = torch.tensordot(rows, average, ([axis], [1])).movedim(-1, axis)

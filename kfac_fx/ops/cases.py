@@ -7,7 +7,7 @@ gradient a case before they are summed.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from kfac_fx.ops.kronecker import (
     case_covariance,
     form_of,
     gradient_factor,
+    only_gradient,
     over_cases,
 )
 from kfac_fx.ops.options import TapOptions
@@ -57,6 +58,17 @@ class CaseStatistics:
         for slope in tensors:
             u = u if slope is None else u * slope.to(dtype).reshape(-1)
         return [case_covariance(u, self.dim)]
+
+    def columns(
+        self,
+        g: Tensor,
+        tensors: Sequence[Tensor | None],
+        wanted: Sequence[bool],
+        dtype: torch.dtype,
+    ) -> list[Statistic | None]:
+        """Return C summed over columns, which are further cases of it."""
+        g = g.flatten(0, 1) if self.per_case else g
+        return replace(self, per_case=True)(g, tensors, wanted, dtype)
 
 
 @dataclass(frozen=True)
@@ -106,6 +118,19 @@ class RowStatistics(KroneckerStatistics):
         for slope in tensors:
             u = u if slope is None else u * slope.to(dtype).reshape(self.rows, -1)
         return gradient_factor(u, reduce=False, divide=divide, form=self.G)
+
+    def columns(
+        self,
+        g: Tensor,
+        tensors: Sequence[Tensor | None],
+        wanted: Sequence[bool],
+        dtype: torch.dtype,
+    ) -> list[Statistic | None]:
+        """Return G summed over columns, which are further cases of it."""
+        g = g.flatten(0, 1) if self.per_case else g
+        cases = replace(self, per_case=True)
+        divide = len(wanted) == 2
+        return only_gradient(wanted, cases.gradients(g, tensors, dtype, divide=divide))
 
     def positions(self, g: Tensor, tensors: Sequence[Tensor | None]) -> float:
         """Return T."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kfac_fx.ops.autocorrelation import is_cheaper, patch_gram, suits
+from kfac_fx.ops.columns import Along
 from kfac_fx.ops.gram import Statistic, bordered, functional, multiplied
 from kfac_fx.ops.kronecker import (
     WHOLE,
@@ -20,6 +21,8 @@ from kfac_fx.ops.kronecker import (
     form_of,
     gradient_factor,
     input_factor,
+    known_factor,
+    only_gradient,
 )
 from kfac_fx.ops.library import LIBRARY
 from kfac_fx.ops.options import TapOptions
@@ -118,6 +121,28 @@ class ConvolutionStatistics(KroneckerStatistics):
         if g.dim() == len(self.options.kernel) + 1:
             g, x = g.unsqueeze(0), x.unsqueeze(0)
         return super().__call__(g, [x], wanted, dtype)
+
+    def columns(
+        self,
+        g: Tensor,
+        tensors: Sequence[Tensor | None],
+        wanted: Sequence[bool],
+        dtype: torch.dtype,
+    ) -> list[Statistic | None]:
+        """Return G summed over columns, which are further cases of it."""
+        g = g.unsqueeze(1) if g.dim() == len(self.options.kernel) + 2 else g
+        G = self.gradients(g.flatten(0, 1), tensors, dtype, divide=len(wanted) == 2)
+        return only_gradient(wanted, G)
+
+    def of_outputs(self, shape: Sequence[int], along: Along, *, divide: bool) -> Tensor | None:
+        """Return G from sums that are known; see ``kfac_fx.ops.columns.OutputStatistics``."""
+        if self.options.groups > 1:
+            return None
+        space = len(self.options.kernel)
+        divide = divide and not self.options.reduce
+        positions = math.prod(shape[len(shape) - space :]) if divide else 1
+        total = along(-1 - space, summed=self.options.reduce)
+        return known_factor(total, positions, self.G)
 
     def inputs(self, g: Tensor, tensors: Sequence[Tensor | None], dtype: torch.dtype) -> Statistic:
         """Return A over patches."""

@@ -25,6 +25,7 @@ from kfac_fx.ops.alignment import (
     pooled,
     spread,
 )
+from kfac_fx.ops.columns import Recorded, register_use
 from kfac_fx.ops.cross_input import Input, cross_input
 from kfac_fx.ops.sides import Side, derivative_rows, row_shape, side_of
 from kfac_fx.ops.state import is_paused
@@ -61,6 +62,23 @@ class _Link(_Unbatched):
         rows, scale = derivative_rows(ctx.side, g, ctx.G.dtype)
         # ``later`` has been multiplied by its own side's scale already.
         return None, rows.flatten(0, -2).mT @ later.flatten(0, -2) * scale, None
+
+
+def _recorded(node: Context) -> Recorded:
+    """Return what a link records; see ``kfac_fx.ops.columns.register_use``."""
+    G: Tensor = node.G
+
+    def form(g: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor]:
+        """Return the sum over columns of G_ij, from the derivatives of both uses."""
+        own, later = g
+        _, scale = derivative_rows(node.side, own[0], G.dtype)
+        rows = torch.vmap(lambda one: derivative_rows(node.side, one, G.dtype)[0])(own)
+        return [rows.flatten(0, -2).mT @ later.flatten(0, -2) * scale]
+
+    return Recorded((G,), form)
+
+
+register_use(_Link, _recorded)
 
 
 class _Sides(NamedTuple):

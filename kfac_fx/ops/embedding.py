@@ -15,6 +15,7 @@ from kfac_fx.ops.kronecker import (
     KroneckerStatistics,
     form_of,
     gradient_factor,
+    only_gradient,
     over_cases,
 )
 from kfac_fx.ops.options import TapOptions
@@ -72,9 +73,20 @@ class EmbeddingStatistics(KroneckerStatistics):
         counted = self._counted(ids, dtype)
         # One long line of positions, as their number differs from case to case where there is
         # padding; G is divided by the mean number afterwards.
-        rows = g.to(dtype).reshape(1, counted.shape[0], g.shape[-1]) * counted.unsqueeze(-1)
+        rows = g.to(dtype).reshape(-1, counted.shape[0], g.shape[-1]) * counted.unsqueeze(-1)
         G = gradient_factor(rows, reduce=False, divide=False, form=self.G)
         return multiplied(G) / self._positions(ids, dtype) if divide else G
+
+    def columns(
+        self,
+        g: Tensor,
+        tensors: Sequence[Tensor | None],
+        wanted: Sequence[bool],
+        dtype: torch.dtype,
+    ) -> list[Statistic | None]:
+        """Return G summed over columns: each is a line of positions."""
+        divide = len(wanted) == 2
+        return only_gradient(wanted, self.gradients(g, tensors, dtype, divide=divide))
 
     def count(self, g: Tensor, tensors: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor:
         """Return the mean number of tokens of a case, padding left out."""

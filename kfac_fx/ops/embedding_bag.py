@@ -15,6 +15,7 @@ from kfac_fx.ops.kronecker import (
     KroneckerStatistics,
     form_of,
     gradient_factor,
+    only_gradient,
 )
 from kfac_fx.ops.options import TapOptions
 from kfac_fx.ops.tap import define_tap, tapped
@@ -70,6 +71,16 @@ class EmbeddingBagStatistics(KroneckerStatistics):
     ) -> Statistic:
         """Return G over the entries of a row of the table."""
         return gradient_factor(g.to(dtype).unsqueeze(1), reduce=True, divide=False, form=self.G)
+
+    def columns(
+        self,
+        g: Tensor,
+        tensors: Sequence[Tensor | None],
+        wanted: Sequence[bool],
+        dtype: torch.dtype,
+    ) -> list[Statistic | None]:
+        """Return G summed over columns, which are further bags of it."""
+        return only_gradient(wanted, self.gradients(g.flatten(0, 1), tensors, dtype, divide=False))
 
     def _entries(
         self,

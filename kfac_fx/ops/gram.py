@@ -275,6 +275,13 @@ def multiplied(statistic: Statistic | None) -> Tensor | None:
     return statistic.product() if isinstance(statistic, Rows) else statistic
 
 
+def added(total: Statistic | None, more: Statistic | None) -> Statistic | None:
+    """Return the sum of two statistics of one factor, or the one that there is."""
+    if total is None or more is None:
+        return more if total is None else total
+    return multiplied(total) + multiplied(more)
+
+
 def _row_slabs(d: int) -> list[Range]:
     """Return ranges that cover the features of unmultiplied rows."""
     width = THRESHOLDS.slab * torch.get_num_threads()

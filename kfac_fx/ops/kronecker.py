@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from kfac_fx.ops.columns import Along
 from kfac_fx.ops.gram import (
     Rows,
     Statistic,
@@ -184,7 +185,7 @@ class KroneckerStatistics(ABC):
         wanted: Sequence[bool],
         dtype: torch.dtype,
     ) -> list[Statistic | None]:
-        """Return one statistic a factor buffer; see ``kfac_fx.ops.tap.Statistics``."""
+        """Return one statistic a factor buffer; see ``kfac_fx.ops.columns.Statistics``."""
         # A third buffer, the count of positions, is there only where uses are counted together.
         one_use = len(wanted) == 2
         found: list[Statistic | None] = [None] * len(wanted)
@@ -213,6 +214,24 @@ class KroneckerStatistics(ABC):
     def positions(self, g: Tensor, tensors: Sequence[Tensor | None]) -> float:
         """Return the number of positions of a case; 1 unless a subclass knows better."""
         return 1.0
+
+
+def known_factor(total: Tensor | None, positions: float, form: FactorForm) -> Tensor | None:
+    """Return G from the sum of g g^T over all derivatives; None in a form that it is not cut to.
+
+    Args:
+        total: the sum.
+        positions: S, which it is divided by.
+        form: how G is kept.
+    """
+    if total is None or form.blocks > 1:
+        return None
+    return (total.diagonal() if form.diagonal else total) / positions
+
+
+def only_gradient(wanted: Sequence[bool], G: Statistic) -> list[Statistic | None]:
+    """Return (A, G) and a count of positions where there is one, of which G alone is formed."""
+    return [None, G, None][: len(wanted)]
 
 
 @dataclass(frozen=True)
@@ -288,6 +307,32 @@ class LinearStatistics(KroneckerStatistics):
         rows = case_rows(g, self.options.y_dims, self.options.y_groups).to(dtype)
         return gradient_factor(rows, reduce=self.options.reduce, divide=divide, form=self.G)
 
+    def columns(
+        self,
+        g: Tensor,
+        tensors: Sequence[Tensor | None],
+        wanted: Sequence[bool],
+        dtype: torch.dtype,
+    ) -> list[Statistic | None]:
+        """Return G summed over columns; see ``kfac_fx.ops.columns.ColumnStatistics``."""
+        given = self.options
+        rows = torch.vmap(lambda one: case_rows(one, given.y_dims, given.y_groups))(g).to(dtype)
+        # G sums over cases, so columns are further cases: one product of many rows.
+        rows = rows.movedim(0, -4).flatten(-4, -3)
+        divide = len(wanted) == 2
+        return only_gradient(
+            wanted, gradient_factor(rows, reduce=given.reduce, divide=divide, form=self.G)
+        )
+
+    def of_outputs(self, shape: Sequence[int], along: Along, *, divide: bool) -> Tensor | None:
+        """Return G from sums that are known; see ``kfac_fx.ops.columns.OutputStatistics``."""
+        given = self.options
+        if len(given.y_dims) != 1 or given.y_groups:
+            return None
+        positions = self.positions(torch.empty(shape, device="meta"), ()) if divide else 1
+        total = along(given.y_dims[0], summed=given.reduce)
+        return known_factor(total, positions, self.G)
+
     def positions(self, g: Tensor, tensors: Sequence[Tensor | None]) -> float:
         """Return S, or 1 where positions are reduced."""
         given = self.options
@@ -326,6 +371,17 @@ class ShiftStatistics:
         wanted: Sequence[bool],
         dtype: torch.dtype,
     ) -> list[Statistic | None]:
-        """Return (C,); see ``kfac_fx.ops.tap.Statistics``."""
+        """Return (C,); see ``kfac_fx.ops.columns.Statistics``."""
         sums = case_rows(g, self.channels).sum(1, dtype=dtype)
         return [case_covariance(sums.unsqueeze(1), self.dim)]
+
+    def columns(
+        self,
+        g: Tensor,
+        tensors: Sequence[Tensor | None],
+        wanted: Sequence[bool],
+        dtype: torch.dtype,
+    ) -> list[Statistic | None]:
+        """Return C summed over columns; see ``kfac_fx.ops.columns.ColumnStatistics``."""
+        sums = torch.vmap(lambda one: case_rows(one, self.channels).sum(1, dtype=dtype))(g)
+        return [case_covariance(sums.flatten(0, 1).unsqueeze(1), self.dim)]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from kfac_fx.ops.columns import Along
 from kfac_fx.ops.gram import Statistic
 from kfac_fx.ops.kronecker import LinearOptions, LinearStatistics, case_rows, form_of
 from kfac_fx.ops.options import TapOptions
@@ -34,6 +35,19 @@ class TableStatistics(LinearStatistics):
         """Return those of both with a first dimension for the one case."""
         lifted = [None if t is None else t.unsqueeze(0) for t in tensors]
         return super().__call__(g.unsqueeze(0), lifted, wanted, dtype)
+
+    def columns(
+        self,
+        g: Tensor,
+        tensors: Sequence[Tensor | None],
+        wanted: Sequence[bool],
+        dtype: torch.dtype,
+    ) -> list[Statistic | None]:
+        """Return G summed over columns, with a dimension for the one case."""
+        return super().columns(g.unsqueeze(1), tensors, wanted, dtype)
+
+    def of_outputs(self, shape: Sequence[int], along: Along, *, divide: bool) -> None:
+        """Return None: outputs that are the same for all cases are no network's."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +98,23 @@ class ProjectionStatistics(LinearStatistics):
         if x.dim() == 3:
             x, g = x.transpose(0, 1), g.transpose(0, 1)
         return super().__call__(g, [x], wanted, dtype)
+
+    def columns(
+        self,
+        g: Tensor,
+        tensors: Sequence[Tensor | None],
+        wanted: Sequence[bool],
+        dtype: torch.dtype,
+    ) -> list[Statistic | None]:
+        """Return G of this projection's derivatives, summed over columns."""
+        (x,) = tensors
+        assert x is not None
+        g = g.narrow(-1, self.start, self.length)
+        g = g.transpose(1, 2) if x.dim() == 3 else g
+        return super().columns(g, tensors, wanted, dtype)
+
+    def of_outputs(self, shape: Sequence[int], along: Along, *, divide: bool) -> None:
+        """Return None: attention comes after it."""
 
 
 @dataclass(frozen=True)

@@ -48,12 +48,29 @@ class MomentStatistics:
         wanted: Sequence[bool],
         dtype: torch.dtype,
     ) -> list[Tensor | None]:
-        """Return (S,) from the input and both bases; see ``kfac_fx.ops.tap.Statistics``."""
+        """Return (S,) from the input and both bases; see ``kfac_fx.ops.columns.Statistics``."""
         x, U_A, U_G = tensors
         assert x is not None and U_A is not None and U_G is not None
         a = self.side.inputs(x, self.side.positions(g.shape)).to(dtype)
         a = torch.cat([a, torch.ones_like(a[..., :1])], -1) if self.side.options.bias else a
         return [projected_moments(a @ U_A, self.side.derivatives(g).to(dtype) @ U_G)]
+
+    def columns(
+        self,
+        g: Tensor,
+        tensors: Sequence[Tensor | None],
+        wanted: Sequence[bool],
+        dtype: torch.dtype,
+    ) -> list[Tensor | None]:
+        """Return S summed over columns; see ``kfac_fx.ops.columns.ColumnStatistics``."""
+        x, U_A, U_G = tensors
+        assert x is not None and U_A is not None and U_G is not None
+        a = self.side.inputs(x, self.side.positions(g.shape[1:])).to(dtype)
+        a = torch.cat([a, torch.ones_like(a[..., :1])], -1) if self.side.options.bias else a
+        a, rows = a @ U_A, torch.vmap(self.side.derivatives)(g).to(dtype) @ U_G
+        if a.shape[1] == 1:  # squares of a case's columns meet the same square of its input
+            return [rows.square().sum(0).squeeze(1).mT @ a.squeeze(1).square()]
+        return [torch.stack([projected_moments(a, each) for each in rows]).sum(0)]
 
 
 def projected_moments(a: Tensor, g: Tensor) -> Tensor:

@@ -25,10 +25,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kfac_fx.ops.columns import Statistics
 from kfac_fx.ops.gram import Statistic
 from kfac_fx.ops.kronecker import LinearOptions, LinearStatistics, ShiftStatistics, form_of
 from kfac_fx.ops.options import TapOptions
-from kfac_fx.ops.tap import Statistics, define, joined, recording, source, tapped
+from kfac_fx.ops.tap import define, joined, of_columns, recording, source, tapped
 
 State = tuple[Tensor, ...]
 Hidden = Tensor | Sequence[Tensor] | None
@@ -138,6 +139,16 @@ class _StepStatistics:
         """Return those of the product over all steps."""
         x = torch.stack(self.inputs, 1) if wanted[0] else self.inputs[0]
         return self.statistics(g, [x], wanted, dtype)
+
+    def columns(
+        self,
+        g: Tensor,
+        tensors: Sequence[Tensor | None],
+        wanted: Sequence[bool],
+        dtype: torch.dtype,
+    ) -> Sequence[Statistic | None]:
+        """Return those of the product over all steps, summed over columns."""
+        return of_columns(self.statistics, g, self.inputs[:1], wanted, dtype)
 
 
 class _Recorded(NamedTuple):

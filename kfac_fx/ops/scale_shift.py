@@ -8,7 +8,7 @@ as the activations, and the model's own backward keeps it in another form.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -81,9 +81,14 @@ class ScaleShiftStatistics:
         wanted: Sequence[bool],
         dtype: torch.dtype,
     ) -> list[Statistic | None]:
-        """Return (C,) from the input and running moments; see ``kfac_fx.ops.tap.Statistics``."""
+        """Return (C,) from the input and running moments; see ``ops.columns.Statistics``."""
         x, mean, var = tensors
         assert x is not None
+        if 0 in [dim % x.dim() for dim in self.options.channels]:
+            # One case without a batch dimension. torch takes the first dimension for the cases.
+            channels = tuple(dim + (dim >= 0) for dim in self.options.channels)
+            lifted = replace(self, options=replace(self.options, channels=channels))
+            return lifted(g.unsqueeze(0), [x.unsqueeze(0), mean, var], wanted, dtype)
         family = self.options.family
         if family == "batch" or (family == "instance" and not self.options.training):
             gradients = [self._by_channels(g, x, mean, var, dtype)]
@@ -96,11 +101,10 @@ class ScaleShiftStatistics:
     def _by_cases(self, g: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the sums over positions of g * xhat, [N, C]."""
         given = self.options
-        one_case = 0 in [dim % x.dim() for dim in given.channels]  # the first one is a feature
         found = []
         # Some cases at a time: the normalised inputs of a whole batch would be fresh memory of the
         # size of the activations.
-        for by, some in [(g, x)] if one_case else case_parts(g, x):
+        for by, some in case_parts(g, x):
             u = _within_cases(some.to(dtype), given.family, given.shape, given.eps)
             found.append(self._sums(_times(u, by), dtype))
         return torch.cat(found)

@@ -148,7 +148,8 @@ def derivative_rows(side: Side, g: Tensor, dtype: torch.dtype) -> tuple[Tensor, 
         return rows.sum(1), 1.0
     positions = side.positions(g.shape)[1:]
     scale: float = rows.shape[1] ** -0.5
-    return rows.unflatten(1, positions) if positions else rows.squeeze(1), scale
+    # Not unflatten, which cannot be batched over the columns of an exact Fisher.
+    return rows.reshape(rows.shape[0], *positions, rows.shape[-1]), scale
 
 
 def row_shape(side: Side, shape: Sequence[int]) -> tuple[int, ...]:

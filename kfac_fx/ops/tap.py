@@ -14,13 +14,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, Protocol, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from kfac_fx.errors import ObservationError
-from kfac_fx.ops.gram import Rows, Statistic, multiplied
+from kfac_fx.ops.columns import (
+    ColumnStatistics,
+    Context,
+    Recorded,
+    Statistics,
+    node_class,
+    register_use,
+)
+from kfac_fx.ops.gram import Rows, Statistic, added
 from kfac_fx.ops.library import LIBRARY
 from kfac_fx.ops.options import TapOptions
 from kfac_fx.ops.state import (
@@ -38,29 +47,6 @@ from kfac_fx.torch_internals.onlookers import (
     unwrap_dead_wrappers,
     unwrapped,
 )
-
-Context: TypeAlias = Any
-"""What autograd hands from a forward to its backward; attributes are set on it freely."""
-
-
-class Statistics(Protocol):
-    """Computes the statistics of one kind of use."""
-
-    def __call__(
-        self,
-        g: Tensor,
-        tensors: Sequence[Tensor | None],
-        wanted: Sequence[bool],
-        dtype: torch.dtype,
-    ) -> Sequence[Statistic | None]:
-        """Return one statistic a factor buffer, None where not wanted.
-
-        Args:
-            g: derivative with respect to the tapped tensor.
-            tensors: what the tap saved of the forward pass.
-            wanted: per factor buffer, whether its statistic is asked for.
-            dtype: the dtype of the factors; products are formed in it.
-        """
 
 
 class _Unbatched(torch.autograd.Function):
@@ -94,6 +80,11 @@ class _Source(_Unbatched):
         saved: int,
         *tensors: Tensor | None,
     ) -> Tensor:
+        if y.numel() == 0:
+            raise ObservationError(
+                "statistics are to be recorded of a batch without cases, and a mean over none is "
+                "no number: leave such batches out"
+            )
         return y.new_zeros(()).expand(y.shape)
 
     @staticmethod
@@ -177,11 +168,36 @@ def noted_statistics(
     return found
 
 
-def added(total: Statistic | None, more: Statistic | None) -> Statistic | None:
-    """Return the sum of two statistics of one factor, or the one that there is."""
-    if total is None or more is None:
-        return more if total is None else total
-    return multiplied(total) + multiplied(more)
+def of_columns(
+    statistics: Statistics,
+    g: Tensor,
+    tensors: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+    dtype: torch.dtype,
+) -> Sequence[Statistic | None]:
+    """Return the sums over columns of statistics of any kind; see ``ColumnStatistics``."""
+    if isinstance(statistics, ColumnStatistics):
+        return statistics.columns(g, tensors, wanted, dtype)
+    # Always right: the statistics of one column after the other. Kinds whose statistics do not
+    # depend on which case a row is of have a shorter way.
+    total: list[Statistic | None] = [None] * len(wanted)
+    for column in g:
+        found = statistics(column, tensors, wanted, dtype)
+        total = [added(one, other) for one, other in zip(total, found, strict=True)]
+    return total
+
+
+def _recorded(node: Context) -> Recorded:
+    """Return what the source of a tap records; see ``kfac_fx.ops.columns.register_use``."""
+
+    def form(g: Sequence[Tensor], wanted: Sequence[bool]) -> Sequence[Statistic | None]:
+        dtype = node.factors[0].dtype
+        return of_columns(node.statistics, g[0], node.saved_tensors, wanted, dtype)
+
+    return Recorded(node.factors, form, node.statistics)
+
+
+register_use(_Source, _recorded)
 
 
 class _Identity(_Unbatched):
@@ -205,6 +221,18 @@ class _Identity(_Unbatched):
     def backward(ctx: Context, g: Tensor) -> tuple[Tensor, Tensor, None]:
         # Gradients are enabled in a backward only if it may itself be differentiated.
         return (_handed_on(g, ctx.asked) if torch.is_grad_enabled() else g), g, None
+
+
+def tapped_by(y: Tensor) -> set[Node]:
+    """Return the nodes that make statistics of the derivative of y as it is."""
+    found: set[Node] = set()
+    identity = node_class(_Identity)
+    node = y.grad_fn
+    while node is not None and isinstance(node, identity):
+        (node, _), (side, _) = node.next_functions[:2]
+        if side is not None:
+            found.add(side)
+    return found
 
 
 def _handed_on(g: Tensor, asked: Callable[[], bool] | None) -> Tensor:

@@ -22,7 +22,7 @@ from kfac_fx.curvature.inverses import InverseFisher, NaturalLength
 from kfac_fx.curvature.parameters import transformed
 from kfac_fx.errors import ParameterChangedError, UnknownOptionError
 from kfac_fx.likelihoods.builtin import Tree
-from kfac_fx.likelihoods.named import Given, likelihood_of
+from kfac_fx.likelihoods.named import Given, check_described, described, likelihood_of
 from kfac_fx.likelihoods.sampling import fresh_generator
 from kfac_fx.linalg.precision import all_finite
 from kfac_fx.optim.adapt_damping import DampingRule
@@ -75,8 +75,8 @@ class KFAC(HasCurvature, Optimizer):
             for 5; where gamma is searched for its period, with an ``lr`` as for ``Preconditioner``.
         tikhonov: how Kronecker blocks are damped; as for ``Preconditioner``.
         structure: "block_diagonal" leaves the couplings out, "block_tridiagonal" has those that the
-            transform found. None for what the transform was asked for; else for the couplings, with
-            an ``lr`` for block-diagonal.
+            transform found. None for what the transform was asked for; else for block-diagonal, and
+            with the paper's rule for the couplings.
         fisher: "sampled" or "exact"; the gradient's pass gives no empirical statistics here.
         generator: the generator of sampled statistics and of masks; its state is part of
             ``state_dict``.
@@ -120,11 +120,13 @@ class KFAC(HasCurvature, Optimizer):
         options: KFACOptions | None = None,
     ) -> None:
         net = workers.unwrapped(net)
-        curvature, structure = transformed(net, structure, coupled=lr is None)
+        options = options or KFACOptions()
+        # Couplings win where batches are all the cases, and lose where they are noisy.
+        paper = lr is None and options.damping_every is not None
+        curvature, self.structure = transformed(net, structure, coupled=paper)
         self.curvature = curvature
-        self.structure = structure
         self.generator = generator or fresh_generator()
-        self._options = options = options or KFACOptions()
+        self._options = options
         self._workers = workers
         if lr is None:
             statistics_every = 1 if statistics_every is None else statistics_every
@@ -137,7 +139,7 @@ class KFAC(HasCurvature, Optimizer):
 
         # Which inverse Fisher, of which parameters.
         how = CurvatureOptions(
-            structure=structure,
+            structure=self.structure,
             tikhonov=tikhonov,
             factor_storage=options.factor_storage,
             compile=compile,
@@ -455,16 +457,13 @@ class KFAC(HasCurvature, Optimizer):
         return self.diagnostics.summary()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return groups as torch has them, and all else under "kfac".
-
-        Tensors and plain values only, so that ``torch.load(weights_only=True)`` reads it.
-        """
-        groups = super().state_dict()["param_groups"]
+        """Return groups as torch has them, and plain values and tensors under "kfac"."""
         return {
             "state": {},
-            "param_groups": groups,
+            "param_groups": super().state_dict()["param_groups"],
             "kfac": {
                 "version": VERSION,
+                "likelihood": described(self._objective.likelihood),
                 "iteration": self._iteration,
                 "trust": self._trust.state(),
                 "natural_length": self._natural.usual,
@@ -481,11 +480,12 @@ class KFAC(HasCurvature, Optimizer):
         """Restore ``state_dict``, random generator included; nothing changes if it does not fit.
 
         Raises:
-            ParameterChangedError: the state belongs to other blocks, or to another optimizer.
+            ParameterChangedError, LikelihoodError: it is of other blocks, of another optimizer or
+                of another likelihood.
         """
-        own = state_dict.get("kfac", {})
-        if own.get("version") != VERSION:
+        if (own := state_dict.get("kfac", {})).get("version") != VERSION:
             raise ParameterChangedError("this is no state_dict of a KFAC of this version")
+        check_described(self._objective.likelihood, own.get("likelihood"))
         self.inverse.load(own["inverse"])
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
         self._rule.load(own["rule"])

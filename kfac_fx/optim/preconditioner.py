@@ -33,7 +33,7 @@ from kfac_fx.errors import (
     ParameterChangedError,
     StatisticsError,
 )
-from kfac_fx.likelihoods.named import Given, likelihood_of
+from kfac_fx.likelihoods.named import Given, check_described, described, likelihood_of
 from kfac_fx.likelihoods.sampling import forked, fresh_generator
 from kfac_fx.optim.bounds import LARGEST_STEP, TRUST_REGION, TakenStep
 from kfac_fx.parallel import ALONE, Net, Workers
@@ -75,7 +75,8 @@ class Preconditioner(HasCurvature):
         structure: "block_diagonal" leaves the couplings out, "block_tridiagonal" has those that the
             transform found, at about one and a half times the cost of a refresh and of statistics.
             None for what the transform was asked for, and else block-diagonal.
-        fisher: "exact" takes every column of the output Fisher's square root (one backward each);
+        fisher: "exact" takes every column of the output Fisher's square root (a
+            backward for each block of columns);
             "sampled" all of them at once with random signs (one backward, the same mean), or draws
             targets from the model where the root is not known; "empirical" reuses the training
             backward and needs targets.
@@ -276,7 +277,8 @@ class Preconditioner(HasCurvature):
             StatisticsError: nothing was ever observed.
             ObservationError: of empirical statistics, no backward has come to the outputs, or
                 several have.
-            ParameterChangedError: a parameter was replaced, reshaped, cast or moved.
+            ParameterChangedError: a parameter was replaced, reshaped, cast or moved, or one that
+                was frozen at the transform trains now.
             TapsTakenError: another object was made or used on the module since ``observe``.
         """
         # With a check: a parameter that was moved would get an update of another device.
@@ -382,6 +384,7 @@ class Preconditioner(HasCurvature):
             "steps": self._steps,
             "damping": self._damping,
             "natural_length": self._natural.usual,
+            "likelihood": described(self.likelihood),
             "skipped_statistics": self.skipped_statistics,
             "skipped_gradients": self.skipped_gradients,
             "generator": self.generator.get_state(),
@@ -393,9 +396,11 @@ class Preconditioner(HasCurvature):
 
         Raises:
             ParameterChangedError: the state belongs to other blocks.
+            LikelihoodError: it is of another likelihood.
         """
         if state.get("version") != VERSION:
             raise ParameterChangedError("this is no state_dict of a Preconditioner of this version")
+        check_described(self.likelihood, state.get("likelihood"))
         self.inverse.load(state["inverse"])
         self._steps = int(state["steps"])
         self.damping = state["damping"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
@@ -47,6 +48,8 @@ class CurvatureOperator:
         inverse: holds the averages.
         damping: lambda.
         dtype: the dtype of the operator; float64 unless the device has none.
+        scale: the operator is this times that of the averages; its damping is lambda all the same.
+        blocks: the damped blocks, where they are known; then there are no couplings.
 
     Attributes:
         shape: (n, n).
@@ -57,7 +60,13 @@ class CurvatureOperator:
     """
 
     def __init__(
-        self, inverse: InverseFisher, damping: float, dtype: torch.dtype = torch.float64
+        self,
+        inverse: InverseFisher,
+        damping: float,
+        dtype: torch.dtype = torch.float64,
+        *,
+        scale: float = 1.0,
+        blocks: Mapping[str, BlockSpectrum] | None = None,
     ) -> None:
         self._blocks = inverse.curvature.blocks
         self._recipe = inverse.program.recipe
@@ -70,23 +79,31 @@ class CurvatureOperator:
             self._check(self._blocks[name], averages.recorded)
         # As the next refresh would damp them: the operator is of the present averages, while
         # ``apply`` uses the inverses of the last refresh.
+        coupled = blocks is None
+        found = self._damped(inverse, damping / scale) if blocks is None else dict(blocks)
+        cross = {pair: [f.to(dtype) for f in fs] for pair, fs in inverse.cross_factors.items()}
+        # A child whose conditional is not positive stands alone, as it does in the program.
+        couplings = inverse.program.couplings if coupled else ()
+        given = conditionals(parents(couplings), found, cross)
+        parent = parents(c for c in couplings if c.child in given)
+        self._forest = Forest(parent, {child: made.psi for child, made in given.items()})
+        self._diagonals = {name: scale * made.diagonal for name, made in found.items()}
+        spectra = {name: made.spectral for name, made in found.items()}
+        spectra |= {child: made.sigma for child, made in given.items()}
+        self._spectra = {n: replace(s, d=scale * s.d) for n, s in spectra.items()}
+
+    def _damped(self, inverse: InverseFisher, damping: float) -> dict[str, BlockSpectrum]:
+        """Return the blocks as the next refresh would damp them."""
         found = {
             name: self._recipe.of(block).spectrum(
-                block, [factor.to(dtype) for factor in inverse.factors[name]], damping
+                block, [factor.to(self._dtype) for factor in inverse.factors[name]], damping
             )
             for name, block in self._blocks.items()
         }
         if inverse.moments is not None:
             for name in inverse.moments.blocks:
                 found[name] = self._estimated(inverse.moments, name, damping)
-        cross = {pair: [f.to(dtype) for f in fs] for pair, fs in inverse.cross_factors.items()}
-        # A child whose conditional is not positive stands alone, as it does in the program.
-        given = conditionals(parents(inverse.program.couplings), found, cross)
-        parent = parents(c for c in inverse.program.couplings if c.child in given)
-        self._forest = Forest(parent, {child: made.psi for child, made in given.items()})
-        self._diagonals = {name: made.diagonal for name, made in found.items()}
-        self._spectra = {name: made.spectral for name, made in found.items()}
-        self._spectra |= {child: made.sigma for child, made in given.items()}
+        return found
 
     def _check(self, block: CurvatureBlock, recorded: int) -> None:
         if not recorded:
@@ -108,7 +125,7 @@ class CurvatureOperator:
         return self._on(vector, self._product)
 
     def solve(self, vector: Vector) -> Vector:
-        """Return Fhat^-1 times a vector."""
+        """Return Fhat^-1 times a vector, or times the columns of a tensor or array [n, k]."""
         return self._on(vector, self._solution)
 
     def sqrt_solve(self, vector: Vector) -> Vector:
@@ -135,6 +152,32 @@ class CurvatureOperator:
         """
         z = torch.randn(self.shape[0], generator=generator, dtype=self._dtype)
         return self.split(self.sqrt_solve(z.to(self._device)))
+
+    def eigenvalues(self) -> dict[str, Tensor]:
+        """Return the eigenvalues of every block in no order, by the block's name.
+
+        Raises:
+            OperatorError: blocks are coupled, or one has coordinates that are not orthonormal (a
+                sum of two products).
+        """
+        skew = [
+            name
+            for name, made in self._spectra.items()
+            if any(j is not k for j, k in zip(made.J, made.K, strict=True))
+        ]
+        if self._forest.parent or skew:
+            what = "coupled blocks" if self._forest.parent else f"block {skew[0]}"
+            raise OperatorError(f"the eigenvalues of {what} do not follow from those of factors")
+        return {name: made.d.flatten() for name, made in self._spectra.items()}
+
+    def frobenius_norm(self) -> Tensor:
+        """Return the root of the sum of all squared entries of Fhat.
+
+        Raises:
+            OperatorError: see ``eigenvalues``.
+        """
+        norm: Tensor = torch.cat(list(self.eigenvalues().values())).square().sum().sqrt()
+        return norm
 
     def logdet(self) -> Tensor:
         """Return log det Fhat; Xi has the determinant one."""
@@ -205,7 +248,7 @@ class CurvatureOperator:
         # Results are of the kind that was given, so that SciPy's solvers get arrays back.
         if isinstance(vector, Mapping):
             return self.split(self._flat_result(self.flat(vector), function))
-        if vector.ndim == 2 and vector.shape[1] == 1:  # SciPy's columns
+        if vector.ndim == 2:
             return self._on_columns(vector, function)
         given = self._tensor(vector, (self.shape[0],))
         result = self._flat_result(given, function)

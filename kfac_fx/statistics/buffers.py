@@ -183,6 +183,8 @@ def sources_of(net: nn.Module, blocks: Iterable[Holder]) -> StatisticSources:
     blocks = list(blocks)
     store = getattr(net, STORE)
     names_of = {parameter: name for name, parameter in net.named_parameters()}
+    # Not by get_parameter, which a scripted module refuses.
+    parameter_at = dict(net.named_parameters(remove_duplicate=False))
     tapped: list[TappedFactor] = []
     untapped: list[UntappedBlock] = []
     for block in blocks:
@@ -190,7 +192,7 @@ def sources_of(net: nn.Module, blocks: Iterable[Holder]) -> StatisticSources:
             assert isinstance(block, CurvatureBlock)
             key = StatisticKey(block.slot, block.factors[0].name)
             # A tied parameter has several names, and one that the module lists.
-            own = [names_of[net.get_parameter(name)] for name in block.parameters]
+            own = [names_of[parameter_at[name]] for name in block.parameters]
             untapped.append(UntappedBlock(key, tuple(own)))
             continue
         for spec in block.factors:
@@ -201,7 +203,7 @@ def sources_of(net: nn.Module, blocks: Iterable[Holder]) -> StatisticSources:
     inputs = sum(one.role != "gradient" for one in tapped)
     names = StatisticNames(tuple(tapped), inputs, tuple(untapped), _shared_uses(blocks))
     factors = [getattr(getattr(store, one.key.slot), one.key.factor) for one in tapped]
-    parameters = [net.get_parameter(name) for block in untapped for name in block.names]
+    parameters = [parameter_at[name] for block in untapped for name in block.names]
     return StatisticSources(names, factors, parameters)
 
 

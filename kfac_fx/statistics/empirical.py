@@ -109,6 +109,12 @@ class EmpiricalStatistics:
             )
         self._compared = True
         tapped = [factor.grad for factor in self._sources.factors]
+        if tapped and all(value is None for value in tapped):
+            raise ObservationError(
+                "loss.backward() came to the outputs and brought no statistics: backward("
+                "inputs=...) and torch.autograd.grad() accumulate in nothing but what they are "
+                "given. Call loss.backward() without inputs, or use fisher='sampled'"
+            )
         found = self._sources.statistics(tapped, watched.gradients.gradients)
         return Collected(True, found, watched.count, watched.total, scale)
 

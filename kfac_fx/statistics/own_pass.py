@@ -111,6 +111,7 @@ class OwnPass:
         statistics: whether they are wanted.
         joint: whether empirical statistics may come from the loss's own backward.
         trained: names of the parameters whose gradients are wanted; None for all that have any.
+        repeats: how many draws of "sampled" a pass takes the mean of.
     """
 
     net: nn.Module
@@ -124,6 +125,7 @@ class OwnPass:
     statistics: bool = True
     joint: bool = True
     trained: tuple[str, ...] | None = None
+    repeats: int = 1
 
     @property
     def draws(self) -> bool:
@@ -223,7 +225,7 @@ class OwnPass:
                 if joined:
                     return self._joint_values(leaves, outputs, targets, made, collection)
                 found = fisher_statistics(
-                    leaves.sources, made, self.fisher, noise, collection, select
+                    leaves.sources, made, self.fisher, noise, collection, select, self.repeats
                 )
             if self.loss is None:
                 return Values(found)
@@ -300,9 +302,10 @@ class OwnPass:
         """
         with torch.enable_grad():
             leaves = self.leaves(self.state())
-            # The exact Fisher runs one backward a column; notes serve one backward, so its taps
-            # keep their autograd nodes.
-            collection = None if self.fisher == "exact" else Collection(leaves.sources.factors)
+            # The exact Fisher and several draws take more than one backward; notes serve one, so
+            # their taps keep autograd nodes.
+            several = self.fisher == "exact" or self.repeats > 1
+            collection = None if several else Collection(leaves.sources.factors)
             with collecting(collection):
                 outputs = self.outputs(leaves, inputs)
             asked = self._asked(outputs, targets)

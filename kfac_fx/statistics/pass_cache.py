@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kfac_fx.codegen.functional import NotFunctionalError
-from kfac_fx.likelihoods.batch import BatchTerms, batch_terms, singles
+from kfac_fx.likelihoods.batch import BatchTerms, batch_terms, fitted_singles
 from kfac_fx.likelihoods.builtin import Tree
 from kfac_fx.likelihoods.named import Sum
 from kfac_fx.statistics.own_pass import OwnPass, Result
@@ -63,14 +63,14 @@ class CompiledPass:
             return self._repeated(inputs, targets, Extra(seed), run)
         # What a closure holds would be a constant of the program: the next batch's would differ.
         closure = callable(inputs)
-        facts = self._facts_of(inputs) if self._compile and not closure else None
+        facts = self._facts_of(inputs, targets) if self._compile and not closure else None
         if facts is None:
             return self.own.run(inputs, targets, seed)
         terms = agreed = BatchTerms((), False, 1.0)
         if self.own.uses_terms:
             # Targets are checked, and their weights made, before the program is run: inside of it
             # nothing may depend on their values, and it cannot raise.
-            ones = singles(self.own.likelihood, facts.outputs, targets)
+            ones = fitted_singles(self.own.likelihood, facts.outputs, targets)
             terms = batch_terms(ones, facts.shapes, isinstance(self.own.likelihood, Sum))
             _, agreed = terms.agreed(self.own.workers, "observe")
         given = arguments(self.own, facts, inputs, targets, agreed)
@@ -89,11 +89,11 @@ class CompiledPass:
         finite, _ = terms.agreed(self.own.workers, "observe", found.collected.finite)
         return replace(found, collected=replace(found.collected, finite=finite))
 
-    def _facts_of(self, inputs: Tree) -> Facts | None:
-        form = _form(inputs), _plain_state(self.own.net)
+    def _facts_of(self, inputs: Tree, targets: Tree) -> Facts | None:
+        form = _form((inputs, targets)), _plain_state(self.own.net)
         if form not in self._facts:
             try:
-                self._facts[form] = facts_of(self.own, inputs)
+                self._facts[form] = facts_of(self.own, inputs, targets)
             except NotFunctionalError as error:
                 log.warning("the pass is not compiled: %s", error)
                 self._facts[form] = None

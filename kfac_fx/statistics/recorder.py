@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 from weakref import ReferenceType, WeakKeyDictionary, ref
@@ -48,6 +49,37 @@ class _Pass(NamedTuple):
     values: Values
     summed: Callable[[], Values] | None
     total: float
+
+
+@contextmanager
+def borrowed_taps(net: nn.Module, owner: str) -> Iterator[None]:
+    """Give the taps of a module back as they were: on or off, with their bases, in whose turn.
+
+    Args:
+        net: the instrumented module.
+        owner: who borrows them, for the message.
+
+    Raises:
+        TapsTakenError: an optimizer is in the middle of a step with them.
+    """
+    store: nn.Module = getattr(net, STORE)
+    turn = _turns.get(store)
+    last = None if turn is None else turn()
+    if last is not None and last._observed:
+        raise TapsTakenError(
+            f"a {last._owner} on this module is in the middle of a step: call step() before {owner}"
+        )
+    buffers = all_buffers(net)
+    on = [buffer for buffer in buffers if buffer.requires_grad]
+    kept = [(buffer, buffer.clone()) for buffer in buffers if any(buffer.stride())]
+    try:
+        yield
+    finally:
+        switch(net, on, True)
+        for buffer, value in kept:
+            buffer.copy_(value)
+        if turn is not None:
+            _turns[store] = turn
 
 
 class StepStatistics:
@@ -154,6 +186,7 @@ class Recorder:
         compile: those passes; a name is that of a backend of torch.compile.
         by_inputs: whether statistics come from passes of the recorder's own from the first on.
         owner: name of the class that the recorder works for, for messages.
+        draws: how many draws of "sampled" a pass of the recorder's own takes the mean of.
 
     Attributes:
         sources: the tensors that statistics are gradients of.
@@ -180,6 +213,7 @@ class Recorder:
         compile: bool | str = False,
         by_inputs: bool = False,
         owner: str = "Preconditioner",
+        draws: int = 1,
     ) -> None:
         if fisher == "empirical" and isinstance(likelihood, Sum):
             raise UnknownOptionError(
@@ -195,9 +229,12 @@ class Recorder:
         switch(net, buffers, False)
         for buffer in buffers:
             buffer.grad = None
-        self.own = OwnPass(net, self.sources, likelihood, fisher, forward, workers, Places(net))
+        places = Places(net)
+        self.own = OwnPass(
+            net, self.sources, likelihood, fisher, forward, workers, places, repeats=draws
+        )
         # Code that is not the library's may compute other things at the next call.
-        pure = forward is run_network and is_ours(likelihood)
+        pure = forward is run_network and is_ours(likelihood) and draws == 1
         self.replays = Replays(net, pure)
         self._pass = CompiledPass(self.own, compile, self.replays)
         # A pass that draws nothing must not move the generator: ``int`` gives 0.
@@ -218,6 +255,11 @@ class Recorder:
     def observing(self) -> bool:
         """Say whether a pass was observed since the taps were switched."""
         return self._backward is not None or bool(self._step.added)
+
+    @property
+    def terms(self) -> float:
+        """Return the number of likelihood terms of what the step has so far, in all processes."""
+        return sum(each.total for each in self._step.added)
 
     def switch(self, on: bool) -> None:
         """Let the forward passes from now on record or not; what was not taken is forgotten.

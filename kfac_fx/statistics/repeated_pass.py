@@ -8,7 +8,7 @@ from typing import Generic, Protocol, TypeVar
 from torch import Tensor, fx
 
 from kfac_fx.codegen.functional import NotFunctionalError
-from kfac_fx.likelihoods.batch import Terms, batch_terms, singles
+from kfac_fx.likelihoods.batch import Terms, batch_terms, fitted_singles
 from kfac_fx.likelihoods.builtin import Tree
 from kfac_fx.likelihoods.named import Sum
 from kfac_fx.ops.gram import Statistic
@@ -89,11 +89,11 @@ class RepeatedPass(Generic[Found]):
             plain: runs the pass as it is; its draws from torch's stream are the trace's as well.
         """
         form = None if callable(inputs) else self._form(inputs, targets, extra)
-        facts = None if form is None else self._facts_of(form, inputs)
+        facts = None if form is None else self._facts_of(form, inputs, targets)
         if form is None or facts is None:
             return plain()
         # Targets are checked before the trace runs, which cannot raise.
-        ones = singles(self.own.likelihood, facts.outputs, targets)
+        ones = fitted_singles(self.own.likelihood, facts.outputs, targets)
         terms = batch_terms(ones, facts.shapes, isinstance(self.own.likelihood, Sum))
         _, agreed = terms.agreed(self.own.workers, "observe")
         given = arguments(self.own, facts, inputs, targets, agreed)
@@ -115,7 +115,7 @@ class RepeatedPass(Generic[Found]):
         tensors = [*state.values(), *_leaves(inputs), *_leaves(targets), *extra.tensors]
         return self._replays.form((id(self), _structure(inputs, targets)), tensors)
 
-    def _facts_of(self, form: Form, inputs: Tree) -> Facts | None:
+    def _facts_of(self, form: Form, inputs: Tree, targets: Tree) -> Facts | None:
         """Return the facts of a form that has come a few times; None before that."""
         if form not in self._facts and self._replays.ready(form):
             if not self._replays.takes(inputs):
@@ -123,7 +123,7 @@ class RepeatedPass(Generic[Found]):
                 return None
             try:
                 with self._replays.tracing():
-                    self._facts[form] = facts_of(self.own, inputs, real=True)
+                    self._facts[form] = facts_of(self.own, inputs, targets, real=True)
             except NotFunctionalError as error:
                 self._replays.refuse(form, str(error))
         return self._facts.get(form)

@@ -3,33 +3,44 @@
 ``fisher_statistics`` is the one function from a forward pass, a likelihood and noise to
 statistics. It is run on the user's recorded forward (``SampledStatistics``) and on passes of the
 recorder's own, as they are or while they are traced (``own_pass.py``).
+
+A column of the exact Fisher costs a backward pass. Blocks of columns take one batched pass each,
+which stops at the taps; where a backward cannot be batched, columns take passes of their own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
 
 from kfac_fx.config import Fisher
-from kfac_fx.errors import ObservationError
 from kfac_fx.likelihoods.batch import BatchLikelihood, batch_likelihood, output_tensors, wide
 from kfac_fx.likelihoods.builtin import Likelihood, Tree
 from kfac_fx.likelihoods.named import Sum
 from kfac_fx.linalg.precision import all_finite
-from kfac_fx.ops.gram import Statistic
+from kfac_fx.ops.columns import RecordedUse, recorded_uses
+from kfac_fx.ops.gram import Statistic, added, multiplied
 from kfac_fx.ops.state import Collection
-from kfac_fx.ops.tap import added, noted_statistics
+from kfac_fx.ops.tap import noted_statistics, tapped_by
 from kfac_fx.parallel import Workers
 from kfac_fx.statistics.buffers import Statistics, StatisticSources
-from kfac_fx.statistics.user_graph import AFTER_BACKWARD, check_recorded
-from kfac_fx.torch_internals.error_texts import backward_refusal
+from kfac_fx.statistics.user_graph import batched_derivatives, check_recorded, derivatives
+
+log = logging.getLogger("kfac_fx")
 
 Noise = int | Sequence[Tensor | None]
 """What draws are made from: a seed, or signs made before (see ``BatchLikelihood.sampled``)."""
+
+AT_ONCE = {"cpu": 2**20, "cuda": 2**27}
+"""Entries of derivatives that a block of columns has: those of a CPU stay in its caches."""
 
 
 @dataclass(frozen=True)
@@ -51,45 +62,6 @@ class Collected:
     count: float
     total: float
     scale: float | None = 1.0
-
-
-def derivatives(
-    scalar: Tensor, tensors: Sequence[Tensor | GradientEdge], *, last: bool = False
-) -> Sequence[Tensor | None]:
-    """Return the derivatives of a scalar at tensors and edges of the graph, by one backward.
-
-    Args:
-        scalar: is differentiated.
-        tensors: where; None comes where the scalar does not depend on one.
-        last: whether the graph may be freed.
-
-    Raises:
-        ObservationError: the graph was freed, or was not kept for this backward.
-    """
-    try:
-        found: Sequence[Tensor | None] = torch.autograd.grad(
-            scalar,
-            tensors,  # type: ignore[arg-type]  # edges and tensors may be mixed
-            retain_graph=not last,
-            allow_unused=True,
-        )
-        return found
-    except RuntimeError as error:
-        refusal = backward_refusal(error)
-        if refusal == "freed":
-            raise ObservationError(AFTER_BACKWARD) from error
-        if refusal == "compiled":
-            raise ObservationError(
-                "a compiled forward keeps no graph for a second backward: give the inputs, "
-                "observe(outputs, inputs=...), use fisher='empirical', or set "
-                "torch._functorch.config.donated_buffer = False before compiling"
-            ) from error
-        if refusal == "reentrant":
-            raise ObservationError(
-                "a reentrant activation checkpoint allows no backward but the training's: use "
-                "checkpoint(..., use_reentrant=False) or fisher='empirical'"
-            ) from error
-        raise
 
 
 def statistics_of(
@@ -123,6 +95,7 @@ def fisher_statistics(
     noise: Noise,
     collection: Collection | None = None,
     select: Tensor | None = None,
+    draws: int = 1,
 ) -> Statistics:
     """Return the statistics of a pass, in the scale of the summed negative log-likelihood.
 
@@ -134,40 +107,160 @@ def fisher_statistics(
         noise: the noise of the draws.
         collection: the noted taps of the pass. Notes serve one backward, so "exact" takes none.
         select: the column that a traced pass takes; see ``BatchLikelihood.exact``.
+        draws: how many draws of "sampled" the statistics are the mean of; the noise is a seed then.
     """
     if fisher == "exact":
         return _exact_statistics(sources, made, noise, select)
+    if draws > 1 and isinstance(noise, int):
+        return _mean_of_draws(sources, made, noise, draws)
     scalar = made.nll() if fisher == "empirical" else made.sampled(noise)
     return statistics_of(sources, scalar, collection)[0]
 
 
 def _exact_statistics(
-    sources: StatisticSources, made: BatchLikelihood, noise: Noise, select: Tensor | None
+    sources: StatisticSources, made: BatchLikelihood, noise: Noise, select: Tensor | None = None
 ) -> Statistics:
     """Return the statistics of all columns of the output Fisher's root, or of a selected one.
 
     A block without a tap has the gradient of the whole batch, whose cases mix: it is sampled.
+
+    Args:
+        sources: the tensors that the pass recorded into.
+        made: what the likelihood says of its outputs.
+        noise: the noise of the draws for blocks without a tap.
+        select: the column that a traced pass takes; see ``BatchLikelihood.exact``.
     """
-    tapped: list[Statistic | None] = [None] * len(sources.factors)
-    scalars = list(made.exact(select)) if sources.factors else []
-    if select is not None and scalars:
-        tapped = list(derivatives(torch.stack(scalars).sum(), sources.factors))
-    elif scalars:
-        gradients: list[Statistic | None] = [None] * len(sources.gradients)
+    tapped: Sequence[Statistic | None] = [None] * len(sources.factors)
+    if sources.factors and select is not None:
+        tapped = derivatives(torch.stack(list(made.exact(select))).sum(), sources.factors)
+    elif sources.factors:
         with sources.only(sources.gradients):
-            for scalar in scalars if sources.gradients else ():
-                more = derivatives(scalar, sources.gradients)
-                gradients = [added(one, other) for one, other in zip(gradients, more, strict=True)]
+            gradients = _gradients(sources.gradients, made) if sources.gradients else ()
         inputs: Sequence[Tensor | None] = ()
         with sources.only(sources.inputs):
             # Inputs do not depend on the derivative, but every use must be reached.
             if sources.inputs:
-                inputs = derivatives(torch.stack(scalars).sum(), sources.inputs)
+                total = torch.stack([each.sum() for each in made.rows()]).sum()
+                inputs = derivatives(total, sources.inputs)
         tapped = [*inputs, *gradients]
     untapped: Sequence[Tensor | None] = ()
     if sources.parameters:
         untapped = derivatives(made.sampled(noise), sources.parameters)
     return sources.statistics(tapped, untapped)
+
+
+def _gradients(factors: Sequence[Tensor], made: BatchLikelihood) -> list[Statistic | None]:
+    """Return the statistics that are quadratic in the derivative, summed over all columns.
+
+    Args:
+        factors: their buffers.
+        made: what the likelihood says of the outputs.
+    """
+    try:
+        return _by_blocks(factors, made)
+    except RuntimeError as error:
+        # Operators that cannot be batched, checkpoints that compute their part again, too little
+        # memory. What is wrong in itself is so for single columns, and raised from there.
+        log.info("one backward pass for each column of the exact Fisher: %s", error)
+    total: list[Statistic | None] = [None] * len(factors)
+    for column in made.exact():
+        more = derivatives(column, factors)
+        total = [added(one, other) for one, other in zip(total, more, strict=True)]
+    return total
+
+
+def _by_blocks(factors: Sequence[Tensor], made: BatchLikelihood) -> list[Statistic | None]:
+    """Return the same by one batched backward for each block of columns."""
+    rows = list(made.rows())
+    uses, rest = recorded_uses(rows, factors)
+    asked = set(factors).difference(rest)
+    total: dict[Tensor, Statistic | None] = dict.fromkeys(factors)
+    known = _last_factor(uses, made, asked)
+    if known is not None:
+        total[known.factor] = known.G
+        uses.remove(known.use)
+    edges = [edge for use in uses for edge in use.edges]
+    for each, picked in _blocks(rows, uses) if edges or rest else ():
+        came = iter(batched_derivatives(each, [*edges, *rest], picked))
+        for use in uses:
+            g = [one for one in [next(came) for _ in use.edges] if one is not None]
+            if len(g) == len(use.edges):
+                own, form, _ = use.recorded
+                values = form(g, [factor in asked for factor in own])
+                for factor, value in zip(own, values, strict=True):
+                    if factor in asked:
+                        total[factor] = added(total[factor], value)
+        for factor in rest:
+            value = next(came)
+            total[factor] = added(total[factor], None if value is None else value.sum(0))
+    return list(total.values())
+
+
+def _mean_of_draws(
+    sources: StatisticSources, made: BatchLikelihood, seed: int, draws: int
+) -> Statistics:
+    """Return the mean of the statistics of several draws of targets, of one forward."""
+    total: Statistics = {}
+    for draw in range(draws):
+        # The multiplier is the golden ratio's: neighbouring seeds of other passes lie far off.
+        scalar = made.sampled((seed + 0x9E3779B97F4A7C15 * draw) % 2**62)
+        asked = sources.only(sources.gradients) if draw else nullcontext()
+        with asked:  # inputs do not depend on the draw
+            found, _ = statistics_of(sources, scalar)
+        for key, value in found.items():
+            before = total.get(key)
+            more = multiplied(value)
+            total[key] = more if before is None else multiplied(before) + more
+    inputs = {one.key for one in sources.names.tapped if one.role != "gradient"}
+    return {key: value if key in inputs else value * (1 / draws) for key, value in total.items()}
+
+
+class _Known(NamedTuple):
+    """The last layer, whose G follows from the Fisher of the outputs without derivatives.
+
+    Attributes:
+        use: its use.
+        factor: the buffer of G.
+        G: its statistic.
+    """
+
+    use: RecordedUse
+    factor: Tensor
+    G: Tensor
+
+
+def _last_factor(
+    uses: Sequence[RecordedUse], made: BatchLikelihood, asked: AbstractSet[Tensor]
+) -> _Known | None:
+    """Return G of the use whose result the outputs are, if their Fisher has a closed form.
+
+    That G is the largest, C x C for C classes, and a sum of as many products: most of the work
+    where outputs are many.
+    """
+    found = made.known_fisher()
+    if found is None:
+        return None
+    outputs, fisher = found
+    nodes = tapped_by(outputs)
+    for use in uses:
+        if use.edges[0].node in nodes and (G := use.last_factor(fisher.along)) is not None:
+            factor = use.recorded.factors[1]
+            return _Known(use, factor, G.to(factor.dtype)) if factor in asked else None
+    return None
+
+
+def _blocks(rows: Sequence[Tensor], uses: Sequence[RecordedUse]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield rows [cases, columns], and what picks K columns of them: [K, cases, columns]."""
+    entries = sum(math.prod(shape) for use in uses for shape in use.shapes)
+    for each in rows:
+        count = each.shape[1]
+        size = AT_ONCE.get(each.device.type, AT_ONCE["cuda"]) // max(1, entries + each.numel())
+        size = min(max(size, 1), count)
+        for start in range(0, count, size):
+            end = min(start + size, count)
+            picked = torch.zeros(end - start, count, dtype=each.dtype, device=each.device)
+            picked[:, start:end].fill_diagonal_(1.0)
+            yield each, picked.unsqueeze(1).expand(-1, each.shape[0], -1)
 
 
 @dataclass(frozen=True)

@@ -31,10 +31,10 @@ from kfac_fx.likelihoods.batch import (
     BatchTerms,
     Terms,
     batch_likelihood,
+    fitted_singles,
     output_tensors,
     root_rows,
     signs_of,
-    singles,
     wide,
 )
 from kfac_fx.likelihoods.builtin import Signs, Tree
@@ -79,12 +79,13 @@ class _CountRandom(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def facts_of(own: OwnPass, inputs: Tree, *, real: bool = False) -> Facts:
+def facts_of(own: OwnPass, inputs: Tree, targets: Tree, *, real: bool = False) -> Facts:
     """Return what a pass without values tells.
 
     Args:
         own: the pass.
         inputs: the inputs of a batch; only shapes and dtypes of its tensors count.
+        targets: the targets of the batch, of which the same holds.
         real: whether the pass is run with copies of the values, which takes less time for a small
             network; it draws from torch's streams.
 
@@ -106,7 +107,7 @@ def facts_of(own: OwnPass, inputs: Tree, *, real: bool = False) -> Facts:
         # network returns has some, a constant has none.
         with torch.enable_grad():
             if own.uses_terms:
-                found = singles(own.likelihood, _differentiable(wide(outputs)), None)
+                found = fitted_singles(own.likelihood, _differentiable(wide(outputs)), targets)
                 distributions = [one.likelihood.distribution(one.outputs) for one in found]
             if own.columns:
                 rows = (r for d in distributions for r in root_rows(d, None))

@@ -45,6 +45,8 @@ class NormalizationRule:
         channels: tuple[int, ...] = (1,)
         if call.operation in ("layer_norm", "rms_norm"):
             channels = tuple(range(-len(size), 0))
+        elif isinstance(counted := call.get("channels"), int):  # of nn.InstanceNorm1d and the like
+            channels = (counted,)
         if weight is None and bias is not None:
             return shift_use(call, site, bias, channels)
         # A shape of several dimensions (layer_norm over [C, H, W]) has a scale for each entry.

@@ -7,7 +7,8 @@ soon as it is done, and a second call goes on where the first ended.
 
     python tests/benchmarks/time_to_target.py --output results.json
     python tests/benchmarks/time_to_target.py --problems mlp ae --methods Adam KFAC() --seconds 4
-    python tests/benchmarks/time_to_target.py --output results.json --report --picture targets.png
+    python tests/benchmarks/time_to_target.py --output results.json --report \\
+        --picture docs/benchmarks/training.png --page docs/benchmarks/training.md
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import json
 import logging
 import math
+import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -23,6 +25,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from page import page
 from problem_parts import Problem
 from problems import PROBLEMS
 from target_methods import METHODS, Method
@@ -192,6 +195,7 @@ def main(extra: Sequence[Method] = ()) -> None:
     parser.add_argument("--output", type=Path, default=Path("time_to_target.json"))
     parser.add_argument("--report", action="store_true", help="only of what there is")
     parser.add_argument("--picture", type=Path)
+    parser.add_argument("--page", type=Path, help="what is printed, with date, commit and machine")
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -203,7 +207,15 @@ def main(extra: Sequence[Method] = ()) -> None:
                 run_method(PROBLEMS[problem], known[method], options, kept)
     runs = [r for r in kept.runs if r.problem in options.problems and r.method in options.methods]
     problems = [PROBLEMS[name] for name in options.problems]
-    print(report(runs, problems, [known[name] for name in options.methods]))
+    printed = report(runs, problems, [known[name] for name in options.methods])
+    print(printed)
+    if options.page:
+        # Of paths of this machine only the names: a reader has others.
+        given = [Path(a).name if Path(a).is_absolute() else a for a in sys.argv[1:]]
+        command = " ".join(["python tests/benchmarks/time_to_target.py", *given])
+        picture = options.picture.name if options.picture else None
+        options.page.parent.mkdir(parents=True, exist_ok=True)
+        options.page.write_text(page("Training in equal time", command, printed, picture))
     if options.picture:
         draw(runs, problems, [known[name] for name in options.methods], options.picture)
         print(f"saved {options.picture}")

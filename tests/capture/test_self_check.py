@@ -99,6 +99,25 @@ def test_a_model_that_does_not_repeat_itself() -> None:
     assert kfac_fx.transform(Noisy(), batch()).curvature.blocks
 
 
+class Counting(Straight):
+    """Only counts: outputs and gradients never differ."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.fc(x)
+
+
+def test_what_a_call_leaves_is_compared() -> None:
+    model = Counting()
+    net = kfac_fx.transform(model, batch())
+    assert net.curvature.route == "eager"
+    assert model.calls == 0
+    net(batch())
+    assert model.calls == 1
+
+
 def test_error_of_the_model_itself() -> None:
     for check in (True, False):
         with pytest.raises(errors.CaptureError, match="shapes") as caught:

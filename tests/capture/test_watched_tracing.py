@@ -231,6 +231,17 @@ def functions(self: Any, x: Tensor) -> Tensor:
     return self.head(rounded + sign)
 
 
+def powers(self: Any, x: Tensor) -> Tensor:
+    """torch's C++ asks for the class of a proxy here, and must not be told that it is a tensor."""
+    h = self.a(x) if isinstance(x, Tensor) else x
+    return self.head(h + 0.1 * torch.pow(h, 3.0) + torch.pow(2.0, h))
+
+
+def asserts(self: Any, x: Tensor) -> Tensor:
+    torch._assert(x.shape[-1] == 4, f"{x.shape[-1]} features")
+    return self.head(self.a(x))
+
+
 def temporary_attribute(self: Any, x: Tensor) -> Tensor:
     self.aux = self.a(x)
     h = torch.tanh(self.aux)
@@ -242,7 +253,7 @@ GRAPHS = [
     *(no_grad_branch, enable_grad_within, decorated, set_by_mode, set_by_function, autocast),
     *(autocast_nested, running_mean, renormed, momentum_encoder, view_in_place, alias_in_place),
     *(input_in_place, constant_in_place, noise, flat_parameters, classes, functions),
-    temporary_attribute,
+    *(temporary_attribute, powers, asserts),
 ]
 
 

@@ -197,7 +197,7 @@ def test_bytes_on_paper(world: Any, structure: str, float64: None) -> None:
 @pytest.mark.parametrize("staleness", [1, 2])
 def test_stale_inverses(world: Any, staleness: int, float64: None) -> None:
     """Those of refresh k are used from refresh k + staleness on, the first at once."""
-    net = kfac_fx.transform(build())
+    net = kfac_fx.transform(build(), structure="block_tridiagonal")
     options = {"fisher": "exact", "refresh_every": 1000, "damping": 1e-2}
     preconditioner = kfac_fx.Preconditioner(net, **options)
     made: list[Refreshed] = []

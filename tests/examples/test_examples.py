@@ -72,6 +72,8 @@ FAST = [
         starts("training error at the start", "error left", "K-FAC", "SGD", "saved"),
     ),
     Example("curves", (), ("curves.png",), starts("saved curves.png")),
+    Example("laplace", QUICK, (), starts("60 cases, 42 weights", "precision", " distance")),
+    Example("influence", QUICK, (), starts("90 cases", "mean influence", "of the")),
     Example(
         "curves_autoencoder",
         QUICK,

@@ -123,3 +123,23 @@ def test_a_setting_is_measured(setting: str) -> None:
     found = steps.measured(tiny(), setting, steps.preconditioned, False, 1)
     assert float(found.split()[0]) > 0
     assert ("limit" in found) == ("ae" in steps.LIMITS[setting])
+
+
+def test_a_page_says_when_on_what_and_by_which_command() -> None:
+    from page import commit, machine, page
+
+    text = page("Memory", "python tests/benchmarks/memory.py", "a  b\n1  2  \n", "memory.png")
+    assert text.startswith("# Memory\n")
+    assert "`python tests/benchmarks/memory.py`" in text
+    assert commit() in text and machine() in text and f"torch {torch.__version__}" in text
+    assert "![Memory](memory.png)" in text
+    assert text.endswith("```text\na  b\n1  2\n```\n")
+
+
+def test_every_page_of_a_benchmark_was_written_by_its_command() -> None:
+    pages = sorted((FOLDER.parents[1] / "docs/benchmarks").glob("*.md"))
+    assert pages
+    for path in pages:
+        text = path.read_text(encoding="utf-8")
+        for row in ("command", "date", "commit", "machine"):
+            assert f"\n| {row} | " in text, path

@@ -213,3 +213,9 @@ def test_the_readme_is_short() -> None:
     text = text_of(ROOT / "README.md")
     assert len(text.splitlines()) <= 150
     assert len(text.split()) <= 1200
+
+
+def test_the_build_of_the_documentation_counts_warnings() -> None:
+    """With --quiet mkdocs counts none, and --strict then passes dead links."""
+    (line,) = re.findall(r"^step .*mkdocs build.*$", text_of(ROOT / ".ci/run"), re.M)
+    assert "--strict" in line and "--quiet" not in line

@@ -42,7 +42,7 @@ BELOW["curvature"] = PASSES_AND_BELOW | {"codegen", "parallel"}
 BELOW["statistics"] = BELOW["curvature"] | {"curvature", "likelihoods"}
 BELOW["reading"] = BELOW["statistics"] | {"statistics"}
 BELOW["optim"] = BELOW["reading"] | {"reading", "dynamo"}
-FACES = {"__init__", "__main__", "api", "cli", "viz", "backend", "distributed"}
+FACES = {"__init__", "__main__", "api", "backend", "cli", "distributed", "estimate", "viz"}
 BELOW |= {face: set(BELOW) | FACES for face in FACES}
 
 # Gathers names of its own room and of three rooms above for people; nothing may import it.

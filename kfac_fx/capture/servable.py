@@ -1,0 +1,67 @@
+"""Refuse at the transform what could only fail later, with an error of torch's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from kfac_fx.errors import CaptureError
+from kfac_fx.torch_internals.pytree import tree_leaves
+
+Value = Any
+"""What a caller gives as a model, or as an example input of it."""
+
+
+def check_servable(model: Value, inputs: Value) -> None:
+    """Refuse models that no route can run, before any work is done.
+
+    Args:
+        model: what ``transform`` was given.
+        inputs: the example inputs, None without any.
+
+    Raises:
+        CaptureError: says what stands in the way, and what to do.
+    """
+    if not isinstance(model, nn.Module):
+        raise CaptureError(
+            f"transform takes an nn.Module, a GraphModule or an ExportedProgram, and this is of "
+            f"class {type(model).__name__}"
+        )
+    name = type(model).__name__
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CaptureError(
+            f"{name} is a ScriptModule, whose code runs outside of Python where no tap can stand: "
+            "transform the module that it was made from"
+        )
+    for path, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if nn.parameter.is_lazy(tensor):
+            raise CaptureError(
+                f"{path} is not initialised, so its shape is not known: run the model once on a "
+                "batch before you transform it"
+            )
+        if tensor.is_inference():
+            raise CaptureError(
+                f"{path} was made under torch.inference_mode(), and autograd records nothing of "
+                "it: build the model outside of that mode"
+            )
+        if inputs is not None and tensor.is_meta:
+            raise CaptureError(
+                f"{path} is on the meta device and has no values, so nothing can be run: transform "
+                "the model without example inputs, or after model.to_empty(device=...)"
+            )
+    for leaf in tree_leaves(inputs):
+        if isinstance(leaf, Tensor) and leaf.is_nested:
+            raise CaptureError(
+                "the example inputs hold a nested tensor, whose cases are of different sizes and "
+                "which no tap records: pad it, or give a mask"
+            )
+
+
+def is_packed(value: Value) -> bool:
+    """Tell whether an input keeps the cases of all steps in one dimension, or is nested."""
+    if isinstance(value, PackedSequence):
+        return True
+    return isinstance(value, Tensor) and value.is_nested
