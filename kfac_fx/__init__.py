@@ -12,6 +12,7 @@ from kfac_fx.backend import backend
 from kfac_fx.estimate import estimate
 from kfac_fx.ir.coupling import Coupling, Edge
 from kfac_fx.ir.curvature_graph import CurvatureBlock, CurvatureGraph
+from kfac_fx.optim.attach import Attachment, attach
 from kfac_fx.optim.growing_batches import GrowingBatches
 from kfac_fx.optim.kfac import KFAC
 from kfac_fx.optim.kfac_options import KFACOptions
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "KFAC",
+    "Attachment",
     "Coupling",
     "CurvatureBlock",
     "CurvatureGraph",
@@ -36,6 +38,7 @@ __all__ = [
     "KFACOptions",
     "Preconditioner",
     "TrainingStep",
+    "attach",
     "backend",
     "distributed",
     "errors",

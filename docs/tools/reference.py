@@ -35,6 +35,7 @@ DOCUMENTED: tuple[tuple[str, Callable[..., object]], ...] = (
     ("kfac_fx.KFAC", kfac_fx.KFAC),
     ("kfac_fx.KFACOptions", kfac_fx.KFACOptions),
     ("kfac_fx.TrainingStep", kfac_fx.TrainingStep),
+    ("kfac_fx.attach", kfac_fx.attach),
     ("kfac_fx.GrowingBatches", kfac_fx.GrowingBatches),
     ("kfac_fx.backend", kfac_fx.backend),
     ("kfac_fx.distributed.DataParallel", kfac_fx.distributed.DataParallel),

@@ -236,6 +236,8 @@ _add(
     "bfloat16",
     "type_as",
     "contiguous",
+    torch.clone,
+    "clone",
     "cuda",
     "cpu",
     aten.to.dtype,
@@ -243,6 +245,7 @@ _add(
     aten.to.dtype_layout,
     aten.to.other,
     aten.contiguous.default,
+    aten.clone.default,
     aten._to_copy.default,
     aten.alias.default,
 )
@@ -371,6 +374,14 @@ def row_of(op: str, target: Target) -> Row | None:
         return None
     schema = getattr(target, "_schema", None)
     return FUNCTIONS.get(target) or FUNCTIONS.get(getattr(schema, "name", None))
+
+
+def operation_name(node: fx.Node) -> str:
+    """Return the bare name of what a node calls: "exp" for torch.exp, x.exp, aten.exp.default."""
+    if node.op == "call_module":
+        return str(node.target)
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return name.split(".")[0].strip("_")
 
 
 def _hashable(target: Target) -> bool:

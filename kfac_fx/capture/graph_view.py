@@ -11,7 +11,15 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx, nn
 
-from kfac_fx.capture.dialect import SHAPE_READERS, Argument, Call, bind, reads_shape_of, row_of
+from kfac_fx.capture.dialect import (
+    SHAPE_READERS,
+    Argument,
+    Call,
+    bind,
+    operation_name,
+    reads_shape_of,
+    row_of,
+)
 from kfac_fx.capture.layer_calls import Member, translate
 from kfac_fx.capture.mode_regions import GradMode
 from kfac_fx.capture.parameter_paths import (
@@ -21,6 +29,7 @@ from kfac_fx.capture.parameter_paths import (
     seen_through,
     split_layouts,
 )
+from kfac_fx.capture.unnamed_views import unnamed_views
 from kfac_fx.ir.layout import Layout
 
 
@@ -243,13 +252,15 @@ class GraphView:
         if node in self._undifferentiated:
             return None
         call = self._calls[node]
-        viewed = None if call is None else call.get("input")
-        if call is not None and isinstance(viewed, (int, float)):
+        if call is None:
+            return self._read_unnamed(node)
+        viewed = call.get("input")
+        if isinstance(viewed, (int, float)):
             viewed = call.get("other")  # c + p
         # A split makes a tuple, which is no tensor: its pieces become references where they are
         # taken out of it.
-        if call is None or not isinstance(viewed, fx.Node):
-            return None
+        if not isinstance(viewed, fx.Node):
+            return self._read_unnamed(node)  # its input has another name: einsum("ij->ji", p)
         pieces = self._pieces.get(viewed)
         if pieces is not None:
             index = call.get("index")
@@ -263,7 +274,22 @@ class GraphView:
             self._pieces[node] = tuple(Reference(source.name, piece, path) for piece in layouts)
             return None
         layout = seen_through(call, source.layout)
-        return None if layout is None else Reference(source.name, layout, path)
+        if layout is None:
+            return self._read_unnamed(node)
+        return Reference(source.name, layout, path)
+
+    def _read_unnamed(self, node: fx.Node) -> Reference | None:
+        """Return what a view shows that no table knows, by its name or with its arguments."""
+        source = next((self._references.get(given) for given in node.all_input_nodes), None)
+        found = None if source is None else unnamed_views(node, source.layout)
+        if source is None or found is None:
+            return None
+        path = (*source.path, operation_name(node))
+        shown = tuple(Reference(source.name, layout, path) for layout in found.layouts)
+        if found.several:
+            self._pieces[node] = shown
+            return None
+        return shown[0]
 
     def _carries_data(self, node: fx.Node) -> bool:
         if node.op == "placeholder":

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import fx, nn
+from torch.fx.graph import PythonCode
 
 from kfac_fx.capture.captured_module import CapturedModule, adopt
 from kfac_fx.capture.items import hand_on_items
@@ -105,6 +106,17 @@ class EagerModule(CapturedModule):
         self.runner.training = self.training = self.source.training
         return self
 
+    def recompile(self) -> PythonCode:
+        """Generate ``forward`` again, and let it show the arguments of the model's own.
+
+        Passes recompile a module that they have changed. Trainers of other libraries read the
+        signature, and drop the columns of their data that it does not name.
+        """
+        code = super().recompile()
+        if RUNNER in self._modules:  # else it is not built yet
+            set_signature(self, inspect.signature(type(self.source).forward))
+        return code
+
     def taps_inserted(self, uses_of_call: UsesOfCall) -> None:
         """Let the model be recorded from now on, while statistics are asked for."""
         self.runner.taps = EagerTaps(self, uses_of_call)
@@ -152,5 +164,4 @@ def eager_module(model: nn.Module, example: fx.Graph) -> EagerModule:
     module.graph = graph
     module.training = model.training
     module.recompile()
-    set_signature(module, inspect.signature(type(model).forward))
     return module

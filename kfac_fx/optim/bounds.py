@@ -280,14 +280,17 @@ def _watch(bound: TakenStep) -> None:
     # optimizers would be in the way of copies, and nobody says which optimizer it will be. A
     # compiled step breaks its graph here, as it does before and after every step of torch.
     if not _HOOKS:
-        _HOOKS.append(register_optimizer_step_pre_hook(torch.compiler.disable(_before_step)))
+        _HOOKS.append(register_optimizer_step_pre_hook(torch.compiler.disable(before_step)))
         _HOOKS.append(register_optimizer_step_post_hook(torch.compiler.disable(_after_step)))
     _WATCHED.add(bound)
 
 
-def _before_step(
-    optimizer: Optimizer, args: Sequence[object], kwargs: Mapping[str, object]
-) -> None:
+def before_step(optimizer: Optimizer, args: Sequence[object], kwargs: Mapping[str, object]) -> None:
+    """Let all bounds look at the parameters before a step; ``args`` begins with the optimizer.
+
+    torch calls it, before the hooks of a single optimizer. Such a hook that preconditions calls it
+    once more: only then is the step one that follows a step of a bound's owner.
+    """
     with_closure = len(args) > 1 or kwargs.get("closure") is not None
     for bound in list(_WATCHED):
         bound.before(optimizer, with_closure)

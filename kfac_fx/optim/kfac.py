@@ -493,7 +493,7 @@ class KFAC(HasCurvature, Optimizer):
         self._trust.load(own["trust"])
         self._natural.usual = own.get("natural_length")
         self._last.load(own["previous"], own["before"])
-        self.generator.set_state(own["generator"])
+        self.generator.set_state(own["generator"].cpu())
         counters = own["counters"]
         self.skipped_batches = counters["skipped_batches"]
         self.rejected_steps = counters["rejected_steps"]

@@ -407,7 +407,7 @@ class Preconditioner(HasCurvature):
         self._natural.usual = state.get("natural_length")
         self.skipped_statistics = int(state["skipped_statistics"])
         self.skipped_gradients = int(state["skipped_gradients"])
-        self.generator.set_state(state["generator"])
+        self.generator.set_state(state["generator"].cpu())  # trainers load onto the GPU
         self.recorder.switch(self.due)
 
 

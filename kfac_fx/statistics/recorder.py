@@ -306,7 +306,7 @@ class Recorder:
         collected = self._sampled.collect(outputs, targets)
         if collected.finite:
             self._step.add(collected)
-        self._backward = BackwardWatch(output_tensors(outputs))
+        self._backward = BackwardWatch(output_tensors(outputs), tap=collected.tap)
         return collected.finite
 
     def observe_inputs(self, inputs: Tree, targets: Tree) -> bool:

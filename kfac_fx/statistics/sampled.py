@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from kfac_fx.config import Fisher
 from kfac_fx.likelihoods.batch import BatchLikelihood, batch_likelihood, output_tensors, wide
@@ -32,7 +33,12 @@ from kfac_fx.ops.state import Collection
 from kfac_fx.ops.tap import noted_statistics, tapped_by
 from kfac_fx.parallel import Workers
 from kfac_fx.statistics.buffers import Statistics, StatisticSources
-from kfac_fx.statistics.user_graph import batched_derivatives, check_recorded, derivatives
+from kfac_fx.statistics.user_graph import (
+    batched_derivatives,
+    check_recorded,
+    derivatives,
+    nearest_tap,
+)
 
 log = logging.getLogger("kfac_fx")
 
@@ -55,6 +61,8 @@ class Collected:
         scale: the scale of the loss whose derivatives the statistics are of, relative to the summed
             negative log-likelihood; None if it is not seen to be proportional, and they are of no
             use.
+        tap: a node of the forward's graph that its training backward will come to; None where no
+            forward of the user's was recorded.
     """
 
     finite: bool
@@ -62,6 +70,7 @@ class Collected:
     count: float
     total: float
     scale: float | None = 1.0
+    tap: Node | None = None
 
 
 def statistics_of(
@@ -298,10 +307,13 @@ class SampledStatistics:
             notes = Collection.of_graph(self.sources.states, tensors)
         if notes is None or not notes.notes:
             check_recorded(tensors, self.sources.state_by_buffer)
+            tap = nearest_tap(tensors, self.sources.state_by_buffer)
+        else:
+            tap = notes.notes[-1].edge.node
         finite = all_finite([tensor.detach() for tensor in tensors])
         finite, agreed = made.terms.agreed(self.workers, "observe", finite)
         if not finite:
-            return Collected(False, {}, count, agreed.count)
+            return Collected(False, {}, count, agreed.count, tap=tap)
         # Of a batch that is skipped nothing is drawn, so the next one has the same draws.
         seed = self.seed()
         found: Statistics = {}
@@ -309,4 +321,4 @@ class SampledStatistics:
             made = replace(made, terms=agreed)
             found = fisher_statistics(self.sources, made, self.fisher, seed, notes)
         self.sources.pause()
-        return Collected(True, found, count, agreed.count)
+        return Collected(True, found, count, agreed.count, tap=tap)

@@ -46,6 +46,11 @@ def check_recorded(outputs: Sequence[Tensor], states: Mapping[Tensor, FactorStat
         )
 
 
+def nearest_tap(outputs: Sequence[Tensor], states: Mapping[Tensor, FactorState]) -> Node | None:
+    """Return one tap in the graph of the outputs, the first one that is found from there."""
+    return next((tap for tap, _ in _taps(outputs, states)), None)
+
+
 def tap_counts(
     outputs: Sequence[Tensor], states: Mapping[Tensor, FactorState]
 ) -> Counter[FactorState]:
@@ -169,10 +174,16 @@ class BackwardWatch:
     Args:
         outputs: the outputs of the forward.
         leaves: tensors that statistics are accumulated in, as gradients.
+        tap: a node of the forward's graph; a backward that comes there counts as one, though it
+            does not come to the outputs: where the loss is formed inside of the network, the
+            outputs may be copies (logits in float32) that the loss was not computed from.
     """
 
-    def __init__(self, outputs: Sequence[Tensor], leaves: Iterable[Tensor] = ()) -> None:
+    def __init__(
+        self, outputs: Sequence[Tensor], leaves: Iterable[Tensor] = (), tap: Node | None = None
+    ) -> None:
         self._seen: dict[int, dict[int, Tensor | None]] = {}
+        self._tapped = False
         self._arrived: list[_Arrival] = []
         self._last = -1
         self._handles: list[RemovableHandle] = [
@@ -181,6 +192,11 @@ class BackwardWatch:
             if output.requires_grad
         ]
         self._handles += [leaf.register_post_accumulate_grad_hook(self._arrive) for leaf in leaves]
+        if tap is not None:
+            self._handles.append(tap.register_prehook(self._pass_tap))
+
+    def _pass_tap(self, _: Sequence[Tensor | None]) -> None:
+        self._tapped = True
 
     def _see(self, index: int, gradient: Tensor | None) -> None:
         # Hooks of one backward() or grad() see the same id, those of a later one another.
@@ -194,7 +210,7 @@ class BackwardWatch:
     @property
     def passed(self) -> bool:
         """Say whether one has come."""
-        return bool(self._seen)
+        return self._tapped or bool(self._seen)
 
     @property
     def nested(self) -> bool:

@@ -11,9 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import prod
 
+import torch
 from torch import fx
 from torch.nn.utils.parametrize import is_parametrized
 
+from kfac_fx.capture.dialect import operation_name, row_of
 from kfac_fx.capture.graph_view import Consumer, GraphView
 from kfac_fx.capture.parameter_paths import ancestors
 from kfac_fx.ir.layout import Layout
@@ -39,14 +41,6 @@ POINTWISE = BROADCASTING | frozenset(
 )
 
 
-def operation_name(node: fx.Node) -> str:
-    """Return the bare name of what a node calls: "exp" for torch.exp, x.exp, aten.exp.default."""
-    if node.op == "call_module":
-        return str(node.target)
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return name.split(".")[0].strip("_")
-
-
 def _through(view: GraphView, consumer: Consumer, refusals: Mapping[str, str]) -> str:
     """Return a consumer's operations and what is in the way at the last of them."""
     label = operation_name(consumer.node) or str(consumer.node.target)
@@ -66,6 +60,43 @@ def _unknown(view: GraphView, node: fx.Node) -> str:
         if is_parametrized(module):
             return "its weight is computed by a parametrization that only torch.export follows"
     return "no rule for this operation"
+
+
+def _strangers(view: GraphView, consumers: Sequence[Consumer]) -> str | None:
+    """Name the operations between a parameter and the data that no table has a word for.
+
+    One of them may be a well-known operation that this version of torch spells in another way, so
+    that the parameter has a weaker block than with the version before.
+    """
+    found: dict[str, None] = {}
+    todo = [consumer.node for consumer in consumers]
+    seen = set(todo)
+    while todo:
+        node = todo.pop(0)
+        named = row_of(node.op, node.target) is not None or operation_name(node) in POINTWISE
+        if node.op in ("call_function", "call_method") and not named:
+            found[_spelled(node)] = None
+        if not view.depends_on_data(node):
+            new = [user for user in node.users if user not in seen]
+            seen.update(new)
+            todo += new
+    names = ", ".join(found)
+    version = torch.__version__
+    return f"torch {version} has names here that kfac_fx does not know: {names}" if names else None
+
+
+def _spelled(node: fx.Node) -> str:
+    """Return the whole name of what a node calls: "aten.mul.Tensor", "torch.mul", "Tensor.mul"."""
+    target = node.target
+    if isinstance(target, str):
+        return f"Tensor.{target}"
+    if target is getattr:
+        return f"Tensor.{node.args[1]}"
+    name = getattr(target, "__name__", None)
+    if name is None or isinstance(target, type(torch.ops.aten.mm.default)):
+        return str(target)
+    module = getattr(target, "__module__", None) or "torch"
+    return f"{module}.{name}"
 
 
 def case_tap(view: GraphView, consumer: Consumer) -> Tap | None:
@@ -169,6 +200,8 @@ def generic_use(
     # No rule, no tap: the squared gradient of the batch is a statistic of sorts, and the report
     # says what stood in the way, as that is what a user can change.
     why = reason or "; ".join(_through(view, consumer, refusals) for consumer in consumers[:3])
+    if not hidden:
+        why = joined(why, _strangers(view, consumers)) or why
     return ParameterUse(
         kind="generic",
         node=first.node.name,
