@@ -22,8 +22,9 @@ class TrainingStep:
     """Runs forward, ``observe`` and ``loss.backward()`` as one function of a batch.
 
     With ``Preconditioner(..., compile=True)`` it is one compiled graph where statistics are due,
-    another where they are not, for each form of a batch (at most 8). A step of training: ``loss =
-    step(inputs, targets)``, ``preconditioner.step()``, then the optimizer's own step.
+    another where they are not, for each form of a batch (at most 8). Uncompiled, the passes of a
+    small network run as traces of their operators, unless there is a ``loss``. A step of training:
+    ``loss = step(inputs, targets)``, ``preconditioner.step()``, then the optimizer's own step.
 
     fisher="empirical" takes no backward of its own, unless the loss turns out to be another than a
     multiple of the negative log-likelihood, which the statistics are of, or float16 is in use.
@@ -45,8 +46,11 @@ class TrainingStep:
         self._loss = loss
         self._compile = self._recorder.compile
         own = replace(self._recorder.only_own_passes(), loss=LIKELIHOOD if loss is None else loss)
-        self._plain = CompiledPass(replace(own, statistics=False), self._compile)
-        self._recording = CompiledPass(own, self._compile)
+        # A loss of the user's may read what is no tensor, so only the likelihood's is traced where
+        # nothing is compiled.
+        replays = self._recorder.replays if loss is None else None
+        self._plain = CompiledPass(replace(own, statistics=False), self._compile, replays)
+        self._recording = CompiledPass(own, self._compile, replays)
         self._parameters = dict(own.net.named_parameters())
         self._buffers = dict(own.net.named_buffers())
 

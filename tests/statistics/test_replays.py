@@ -225,6 +225,40 @@ def test_hooks_that_come_later_run() -> None:
     assert calls
 
 
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("fisher", ["sampled", "empirical"])
+def test_training_steps_are_the_same(
+    fisher: Any, monkeypatch: pytest.MonkeyPatch, proven: list[bool]
+) -> None:
+    """Gradients, buffers and averages of a pass with and without statistics, dropout in it."""
+    states = []
+    for largest in (replays.LARGEST, -1):
+        monkeypatch.setattr(replays, "LARGEST", largest)
+        torch.manual_seed(0)
+        net = kfac_fx.transform(noisy(), structure="block_diagonal")
+        pre = kfac_fx.Preconditioner(
+            net,
+            damping=1e-2,
+            fisher=fisher,
+            statistics_every=2,
+            refresh_every=3,
+            generator=torch.Generator().manual_seed(1),
+        )
+        step = kfac_fx.TrainingStep(pre)
+        optimizer = torch.optim.SGD(net.parameters(), lr=1e-2)
+        found = []
+        for _ in range(2 * STEPS):
+            optimizer.zero_grad()
+            loss = step(torch.randn(12, 6), torch.randint(3, (12,)))
+            pre.step()
+            optimizer.step()
+            found.append([loss, *(t.clone() for t in net.state_dict().values())])
+        states.append(found)
+    assert all(proven) and len(proven) >= PROOFS
+    for one, other in zip(*states, strict=True):
+        assert all(map(torch.equal, one, other))
+
+
 # The graphs.
 
 
