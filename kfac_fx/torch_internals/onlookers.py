@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
-from torch.fx import _symbolic_trace
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
@@ -57,7 +57,7 @@ def watched() -> bool:
     """Tell whether a compiler, a mode, fx or a transform looks on, who must see every call."""
     return (
         torch.compiler.is_compiling()
-        or _symbolic_trace._is_fx_tracing_flag
+        or is_fx_symbolic_tracing()
         or _get_current_dispatch_mode() is not None
         or torch._C._len_torch_function_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
