@@ -230,7 +230,9 @@ def _answer(tracer: Recording, value: Value, kinds: Value) -> bool:
 
 def _apply(tracer: Recording) -> Value:
     """Return ``autograd.Function.apply`` that makes a node where it is given symbolic values."""
-    original = torch.autograd.Function.__dict__["apply"].__func__
+    # Bound by hand: a classmethod of Python up to torch 2.13, a descriptor in C from 2.14 on, which
+    # has no ``__func__``.
+    original = torch.autograd.Function.__dict__["apply"]
 
     def apply(cls: type[torch.autograd.Function], *args: Value, **kwargs: Value) -> Value:
         given = (*args, *kwargs.values())
@@ -240,7 +242,7 @@ def _apply(tracer: Recording) -> Value:
         # torch's own (a checkpoint's, which saves inputs) belong to what torch does around.
         if symbolic and _users(1):
             return tracer.create_proxy("call_function", FunctionCall(cls), args, kwargs)
-        return original(cls, *args, **kwargs)
+        return original.__get__(None, cls)(*args, **kwargs)
 
     return classmethod(apply)
 

@@ -5,7 +5,7 @@ see. A compiler must see every operator; a tap inside torch.vmap sees one tensor
 batch; inside an activation checkpoint a call runs twice, and what its first run records is computed
 again. No public way: torch.func has no question whether a transform is active, and
 ``saved_tensors_hooks`` and ``TorchDispatchMode`` can be entered but not asked for. Seen on torch
-2.11 and 2.13.
+2.11, 2.13 and 2.14.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def watched() -> bool:
     """Tell whether a compiler, a mode, fx or a transform looks on, who must see every call."""
     return (
         torch.compiler.is_compiling()
-        or _symbolic_trace._is_fx_tracing_flag
+        or _symbolic_trace.is_fx_symbolic_tracing()  # the flag behind it moved in torch 2.14
         or _get_current_dispatch_mode() is not None
         or torch._C._len_torch_function_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
