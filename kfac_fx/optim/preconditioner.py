@@ -350,7 +350,8 @@ class Preconditioner(HasCurvature):
         """Replace gradients in their place by the preconditioned ones, or by zeros."""
         # Statistics may all have been skipped: a plain gradient would be a step of another size.
         # Of one process the gradients are whole as they are.
-        several = self._workers.size > 1
+        # A single process may have sharded parameters too, as FSDP2 makes them on one device.
+        several = self._workers.size > 1 or any(hasattr(g, "full_tensor") for g in given.values())
         whole = self._workers.whole(given) if several else given
         finite = self.inverse.refreshed is not None
         if finite:
