@@ -230,8 +230,9 @@ def _answer(tracer: Recording, value: Value, kinds: Value) -> bool:
 
 def _apply(tracer: Recording) -> Value:
     """Return ``autograd.Function.apply`` that makes a node where it is given symbolic values."""
-    # Bound by hand: a class method of Python in torch 2.13, one written in C in torch 2.14.
-    original = vars(torch.autograd.Function)["apply"]
+    # Bound by hand: a classmethod of Python up to torch 2.13, a descriptor in C from 2.14 on, which
+    # has no ``__func__``.
+    original = torch.autograd.Function.__dict__["apply"]
 
     def apply(cls: type[torch.autograd.Function], *args: Value, **kwargs: Value) -> Value:
         given = (*args, *kwargs.values())

@@ -5,7 +5,7 @@ see. A compiler must see every operator; a tap inside torch.vmap sees one tensor
 batch; inside an activation checkpoint a call runs twice, and what its first run records is computed
 again. No public way: torch.func has no question whether a transform is active, and
 ``saved_tensors_hooks`` and ``TorchDispatchMode`` can be entered but not asked for. Seen on torch
-2.11 and 2.13.
+2.11, 2.13 and 2.14.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
-from torch.fx._symbolic_trace import is_fx_symbolic_tracing
+from torch.fx import _symbolic_trace
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
@@ -57,7 +57,7 @@ def watched() -> bool:
     """Tell whether a compiler, a mode, fx or a transform looks on, who must see every call."""
     return (
         torch.compiler.is_compiling()
-        or is_fx_symbolic_tracing()
+        or _symbolic_trace.is_fx_symbolic_tracing()  # the flag behind it moved in torch 2.14
         or _get_current_dispatch_mode() is not None
         or torch._C._len_torch_function_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None

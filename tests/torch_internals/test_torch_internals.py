@@ -56,6 +56,18 @@ def test_function_transforms() -> None:
         assert onlookers.forward_mode()
 
 
+def test_symbolic_tracing_is_seen() -> None:
+    seen: list[bool] = []
+
+    def function(x: Tensor) -> Tensor:
+        seen.append(onlookers.watched())
+        return x + 1
+
+    assert not onlookers.watched()
+    fx.symbolic_trace(function)
+    assert seen == [True] and not onlookers.watched()
+
+
 def test_saved_tensor_hooks() -> None:
     seen: list[bool] = []
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
-
 import torch
 
-_library = torch.library.Library("torchvision", "FRAGMENT")
-for _name in ("nms", "qnms"):
-    with suppress(RuntimeError):  # the real one is there
+try:
+    import torchvision
+except RuntimeError as error:
+    # Only now: where the compiled operators load, defining one a second time aborts the process.
+    if "operator torchvision::" not in str(error):
+        raise
+    _library = torch.library.Library("torchvision", "FRAGMENT")
+    for _name in ("nms", "qnms"):
         _library.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
-import torchvision  # noqa: E402
+    import torchvision
 
 __all__ = ["torchvision"]
