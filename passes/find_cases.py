@@ -17,7 +17,7 @@ from torch import fx, nn
 
 from kfac_fx.capture.dialect import Argument
 from kfac_fx.capture.graph_view import GraphView
-from kfac_fx.ir.use import CaseView, NodeRef, ParameterUse
+from kfac_fx.ir.use import CaseView, NodeRef, ParameterUse, Tap
 
 
 class Cases(NamedTuple):
@@ -97,6 +97,8 @@ def _placed(
     tap = use.tap
     if tap is None or tap.operator not in _TURNED or tap.consumer is not None or tap.scale:
         return use
+    if tap.operator == "linear" and not _features_last(tap):
+        return use
     cases = found.get(nodes[tap.node])
     if cases is None:
         return use
@@ -107,6 +109,18 @@ def _placed(
     if folded is not None and not cases.dim:
         return replace(use, tap=replace(tap, cases=CaseView(0, NodeRef(folded.name))))
     return use
+
+
+def _features_last(tap: Tap) -> bool:
+    """Tell whether a linear tap's features are the last dimensions of what it reads and stands on.
+
+    Those of ``W @ x.T`` are not. Its cases come after them, and are the first of the dimensions
+    that are left: a view with the cases first would give the features another number.
+    """
+    places = tap.options[:2]  # of the features of the inputs, and of the outputs; from the right
+    return all(
+        isinstance(dims, tuple) and set(dims) == set(range(-len(dims), 0)) for dims in places
+    )
 
 
 def find_cases(view: GraphView) -> dict[fx.Node, Cases]:

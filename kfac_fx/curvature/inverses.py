@@ -395,13 +395,15 @@ class NaturalLength:
 
     Args:
         largest: the trust region: the largest squared length; None for no limit.
+        exact: whether that is all: no outliers are cut, and no share is left in any case.
 
     Attributes:
         usual: the running average of squared lengths; None before the first.
     """
 
-    def __init__(self, largest: float | None) -> None:
+    def __init__(self, largest: float | None, exact: bool = False) -> None:
         self.largest = largest
+        self.exact = exact
         self.usual: float | None = None
 
     def share(self, gradient: Sequence[Tensor], updates: Sequence[Tensor]) -> float:
@@ -437,6 +439,8 @@ class NaturalLength:
             return self.share(wide[0], wide[1])
         if squared <= 0 or self.largest is None:  # rounding may leave it below zero
             return 1.0
+        if self.exact:
+            return math.sqrt(min(1.0, self.largest / squared))
         # Near a perfect fit the Fisher has shrunk with the loss, and one hard case makes a gradient
         # that is a thousand times too long for it: it counts as twice the usual one. What is cut
         # enters the average cut, so that longer gradients of all cases are believed after a while.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 from weakref import ref
 
 import torch
@@ -89,8 +89,9 @@ class Preconditioner(HasCurvature):
             Between two refreshes inverses are older than the averages, which costs accuracy and
             saves time.
         trust_region: largest squared length grad^T Fhat^-1 grad of a preconditioned gradient in
-            Fhat; a longer one is shortened, to a thirtieth of its length at least, and one that is
-            more than twice as long as usual to that. None for neither.
+            Fhat; a longer one is shortened (KFC's bound). "usual" is 0.01, but to a thirtieth of
+            its length at least, and one that is more than twice as long as usual to that. None for
+            neither.
         largest_step: largest step of the optimizer, in units of the length of a layer's weights: a
             longer one, momentum and learning rate included, is shortened after it. It is the step
             of any torch.optim optimizer that follows ``step()``. None for no limit.
@@ -131,7 +132,7 @@ class Preconditioner(HasCurvature):
         ema_decay: float = 0.95,
         statistics_every: int | None = None,
         refresh_every: int | None = None,
-        trust_region: float | None = TRUST_REGION,
+        trust_region: float | Literal["usual"] | None = "usual",
         largest_step: float | None = LARGEST_STEP,
         generator: torch.Generator | None = None,
         workers: Workers = ALONE,
@@ -155,7 +156,7 @@ class Preconditioner(HasCurvature):
         self.ema_decay = within("ema_decay", ema_decay, 0.0, 1.0)
         self.statistics_every = period_or_ours("statistics_every", statistics_every)
         self.refresh_every = period_or_ours("refresh_every", refresh_every)
-        self._natural = NaturalLength(positive("trust_region", trust_region))
+        self._natural = _natural_length(trust_region)
         self.generator = generator or fresh_generator()
         self.skipped_statistics = 0
         self.skipped_gradients = 0
@@ -222,8 +223,8 @@ class Preconditioner(HasCurvature):
         return self._natural.largest
 
     @trust_region.setter
-    def trust_region(self, value: float | None) -> None:
-        self._natural.largest = positive("trust_region", value)
+    def trust_region(self, value: float | Literal["usual"] | None) -> None:
+        self._natural = _natural_length(value)
 
     # One step of training.
 
@@ -410,6 +411,14 @@ class Preconditioner(HasCurvature):
         self.skipped_gradients = int(state["skipped_gradients"])
         self.generator.set_state(state["generator"].cpu())  # trainers load onto the GPU
         self.recorder.switch(self.due)
+
+
+def _natural_length(trust_region: float | Literal["usual"] | None) -> NaturalLength:
+    """Return the bound on a preconditioned gradient's length in Fhat."""
+    if isinstance(trust_region, str):
+        choice("trust_region", trust_region, ("usual",))
+        return NaturalLength(TRUST_REGION)
+    return NaturalLength(positive("trust_region", trust_region), exact=True)
 
 
 def _recorded_module(net: Net) -> Net:

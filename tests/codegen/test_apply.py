@@ -82,7 +82,7 @@ def test_trust_region(measure: Measure, trust_region: float) -> None:
     model, x, likelihood = build(), torch.randn(6, *shape), Normal()
     y = likelihood.draw(model(x))
     net = kfac_fx.transform(model, structure="block_diagonal")
-    measure(net, x, y, likelihood)
+    measure(net, x, y, likelihood, trust_region=None)
     free = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     likelihood.nll(model(x), y).backward()

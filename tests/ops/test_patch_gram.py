@@ -169,7 +169,7 @@ def test_coupled_layers_take_it(bias: bool, kernel: int, monkeypatch: pytest.Mon
     def recorded() -> Tensor:
         torch.manual_seed(0)
         net = kfac_fx.transform(model.double())
-        pre = kfac_fx.Preconditioner(net, "categorical")
+        pre = kfac_fx.Preconditioner(net, "categorical", structure="block_tridiagonal")
         pre.observe(outputs := net(torch.randn(8, 4, 16, 16).double()))
         outputs.sum().backward()
         pre.step()

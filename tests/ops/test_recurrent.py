@@ -338,11 +338,10 @@ def test_packed_sequences_fall_back() -> None:
 
 
 def test_packed_input() -> None:
-    """Symbolic tracing cannot foresee it; the layer takes it where it is left alone."""
+    """Symbolic tracing cannot foresee it; then the model runs, or the layer that is left alone."""
     packed = pack_padded_sequence(torch.randn(T, N, IN), torch.tensor([4, 3, 1]))
     model = nn.Sequential(nn.GRU(IN, H), nn.Identity())
-    with pytest.raises(RuntimeError, match="PackedSequence"):
-        kfac_fx.transform(model)(packed)
+    assert torch.equal(kfac_fx.transform(model)(packed)[0].data, model(packed)[0].data)
     model.register_parameter("scale", nn.Parameter(torch.ones(1)))
     net = kfac_fx.transform(model, exclude=["0"])
     assert torch.equal(net(packed)[0].data, model(packed)[0].data)
@@ -362,7 +361,8 @@ def test_strip_taps_gives_the_call_back(kind: str, route: str) -> None:
     assert {n: b.parameters for n, b in again.curvature.blocks.items()} == before
     for graph in net.graphs:
         assert kfac_fx.passes.strip_taps(graph)
-        assert not any("kfac_fx" in str(node.target) for node in graph.nodes)
+        called = [str(n.target) for n in graph.nodes if n.op != "get_attr"]  # constants are kept
+        assert not any("kfac_fx" in target for target in called)
     net.recompile()
     for module in (net, again):
         for one, other in zip(run(module, x), want, strict=True):
