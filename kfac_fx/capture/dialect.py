@@ -26,6 +26,7 @@ Target = Any
 Default = TypeVar("Default")
 
 _OVERLOAD = type(aten.mm.default)
+_PACKET = type(aten.mm)
 
 
 class Row(NamedTuple):
@@ -372,8 +373,21 @@ def row_of(op: str, target: Target) -> Row | None:
         return METHODS.get(target)
     if op != "call_function" or not _hashable(target):
         return None
+    if isinstance(target, _PACKET) and target not in FUNCTIONS:
+        return _row_of_packet(target)
     schema = getattr(target, "_schema", None)
     return FUNCTIONS.get(target) or FUNCTIONS.get(getattr(schema, "name", None))
+
+
+def _row_of_packet(packet: Target) -> Row | None:
+    """Return the row of an operator whose overload is chosen by the arguments of each call.
+
+    Dynamo puts such operators into graphs: from torch 2.14 on ``weight.T`` is ``aten.numpy_T`` of
+    no overload. The row is taken where all overloads that the vocabulary knows have the same one.
+    """
+    known = {getattr(packet, name) for name in packet.overloads()} & FUNCTIONS.keys()
+    rows = {FUNCTIONS[overload] for overload in known}
+    return rows.pop() if len(rows) == 1 else None
 
 
 def operation_name(node: fx.Node) -> str:

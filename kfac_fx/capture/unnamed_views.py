@@ -21,7 +21,8 @@ from kfac_fx.torch_internals.aliases import is_view_of
 # copies' derivatives are summed.
 _NEVER = frozenset({"expand", "expand_as", "broadcast_to"})
 
-_ATEN = type(torch.ops.aten.mm.default)
+_OVERLOAD = type(torch.ops.aten.mm.default)
+_PACKET = type(torch.ops.aten.mm)
 
 
 class Views(NamedTuple):
@@ -74,7 +75,9 @@ def _is_of_torch(node: fx.Node) -> bool:
     if node.op != "call_function":
         return False
     name = getattr(target, "__name__", "")
-    if isinstance(target, _ATEN):
+    if isinstance(target, _PACKET):  # an operator whose overload the arguments choose
+        return str(target).startswith("aten.") and name not in _NEVER
+    if isinstance(target, _OVERLOAD):
         return target.namespace == "aten" and name.split(".")[0] not in _NEVER
     return target is getattr or (getattr(torch, name, None) is target and name not in _NEVER)
 

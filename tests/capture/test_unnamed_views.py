@@ -133,6 +133,34 @@ def test_what_is_no_view_is_not_taken_for_one(name: str) -> None:
     assert unnamed_views(node, Layout((6, 5))) is None
 
 
+# As Dynamo writes them: the arguments choose the overload, and only when the graph runs.
+PACKETS: dict[str, View] = {
+    "numpy_T": torch.ops.aten.numpy_T,
+    "matrix_H": torch.ops.aten.matrix_H,
+    "transpose": lambda w: torch.ops.aten.transpose(w, 0, 1),
+    "swapdims": lambda w: torch.ops.aten.swapdims(w, 0, 1),
+    "permute": lambda w: torch.ops.aten.permute(w, [1, 0]),
+}
+
+
+@pytest.mark.parametrize("name", PACKETS)
+def test_operators_without_an_overload_are_read(name: str) -> None:
+    model = Tied(lambda w: w.T)
+    tokens = torch.randint(0, 6, (9,))
+    expected = preconditioned(model, tokens, "symbolic_trace")
+    graph = fx.symbolic_trace(model)
+    (node,) = [n for n in graph.graph.nodes if n.op == "call_function" and n.target is getattr]
+    (view,) = [
+        n for n in fx.symbolic_trace(lambda w: PACKETS[name](w)).graph.nodes if "call" in n.op
+    ]
+    node.target = view.target
+    node.args = (node.args[0], *view.args[1:])
+    graph.recompile()
+    found = preconditioned(graph, tokens, "auto")
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-9, atol=1e-12)
+
+
 def test_views_of_views_are_views_of_the_parameter() -> None:
     """Of columns 1 and 2 of the transpose, one more transpose."""
     layout = Layout((6, 5)).transpose(0, 1).narrow(1, 1, 2)
