@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 import pytest
@@ -76,3 +77,12 @@ def measure() -> Measure:
         return Measured(preconditioner, cloned_factors(preconditioner))
 
     return run
+
+
+@pytest.fixture(autouse=True)
+def log_level() -> Iterator[None]:
+    """Put back the level of the library's log: a benchmark that runs in a test sets its own."""
+    logger = logging.getLogger("kfac_fx")
+    level = logger.level
+    yield
+    logger.setLevel(level)

@@ -167,9 +167,18 @@ class Refresher:
                     "%s is not positive: the coupling is left out until the next refresh",
                     self._given[flag.block],
                 )
+        inverses = {key: found[name] for key, name in self._inverses}
         # LAPACK leaves them column by column, and a checkpoint row by row: products would round in
-        # another order, and a run that goes on would drift away from the uninterrupted one.
-        inverses = {key: found[name].contiguous() for key, name in self._inverses}
+        # another order, and a run that goes on would drift away from the uninterrupted one. Pieces
+        # of a stack stay pieces of one: copied singly, an apply would stack them once more.
+        pieces: dict[tuple[int, torch.Size], list[InverseKey]] = {}
+        for key, value in inverses.items():
+            if not value.is_contiguous():
+                place = value.untyped_storage().data_ptr(), value.shape
+                pieces.setdefault(place, []).append(key)
+        for keys in pieces.values():
+            whole = torch.stack([inverses[key] for key in keys])
+            inverses.update(zip(keys, whole.unbind(), strict=True))
         return Refreshed(inverses, damping, clamped)
 
     def _read(self, outputs: Mapping[str, Tensor]) -> _Said:

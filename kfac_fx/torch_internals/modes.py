@@ -162,8 +162,9 @@ def modes_put_back(forward: Callable[..., Any]) -> Callable[..., Any]:
         gradients = torch.is_grad_enabled()
         casts = [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in _DEVICES]
         cached = torch.is_autocast_cache_enabled()
-        depth = torch.autocast_increment_nesting()
-        torch.autocast_decrement_nesting()
+        # What is left too deep keeps autocast's copies of weights for ever, in their old precision.
+        torch.autocast_increment_nesting()
+        depth = torch.autocast_decrement_nesting()
         try:
             return forward(*args, **kwargs)
         except Exception:

@@ -90,16 +90,6 @@ def test_scripted_parts_are_named() -> None:
         model.zero_grad()
 
 
-@pytest.mark.parametrize("where", ["whole", "part"])
-def test_compiled_models_are_captured_as_they_are_written(where: str) -> None:
-    compiled = torch.compile(layers(), backend="eager")
-    model: Any = compiled if where == "whole" else Around(compiled)
-    x = torch.randn(5, 4)
-    net = kfac_fx.transform(model, x)
-    close((net(x),), (model(x),))
-    assert all(block.kind == "linear" for block in net.curvature.blocks.values())
-
-
 class Packed(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -167,7 +167,7 @@ def test_couplings_are_refused(measure: Measure) -> None:
     with pytest.raises(UnknownOptionError, match="structure='block_diagonal'"):
         kfac_fx.Preconditioner(net, tikhonov="exact", structure="block_tridiagonal")
     with pytest.raises(UnknownOptionError, match="structure='block_diagonal'"):
-        kfac_fx.KFAC(net, tikhonov="exact")
+        kfac_fx.KFAC(net, tikhonov="exact", structure="block_tridiagonal")
     with pytest.raises(UnknownOptionError, match="'factored', 'exact'"):
         kfac_fx.Preconditioner(net, tikhonov="diagonal")
     x = torch.randn(5, 4)

@@ -34,6 +34,7 @@ from kfac_fx.torch_internals import (
     pytree,
     rebuilt_functions,
 )
+from kfac_fx.torch_internals.modes import modes_put_back
 
 
 def test_function_transforms() -> None:
@@ -335,3 +336,20 @@ def test_text_of_communication() -> None:
     lost = raised(lambda: dist.TCPStore("127.0.0.1", 1, timeout=timedelta(seconds=0.1)))
     assert error_texts.of_communication(lost)
     assert not error_texts.of_communication(RuntimeError("another one"))
+
+
+def test_an_error_leaves_no_autocast_nested() -> None:
+    """What stays nested keeps autocast's copies of weights in a precision of before."""
+
+    def entered() -> None:
+        torch.autocast("cpu", torch.bfloat16).__enter__()
+        raise ValueError
+
+    def nesting() -> int:
+        torch.autocast_increment_nesting()
+        return torch.autocast_decrement_nesting()
+
+    before = nesting()
+    with pytest.raises(ValueError):
+        modes_put_back(entered)()
+    assert nesting() == before
