@@ -123,7 +123,6 @@ def transform(
         ekfac=ekfac,
         rules=rules,
     )
-    _check_uncompiled(model)
     if isinstance(model, ExportedProgram):
         module = of_program(model)
         route = "export"
@@ -144,22 +143,6 @@ def transform(
     StripTaps()(module)
     KFACTransform(options, route=route)(module)
     return module
-
-
-def _check_uncompiled(model: nn.Module | ExportedProgram) -> None:
-    """Raise CaptureError for a model that torch.compile has wrapped, in whole or in part.
-
-    Its graph is compiled without taps, and would be run as one opaque call.
-    """
-    modules = model.named_modules() if isinstance(model, nn.Module) else ()
-    for name, module in modules:
-        if hasattr(module, "_orig_mod"):
-            where = f"its part {name}" if name else "it"
-            raise CaptureError(
-                f"the model is compiled already: {where} is what torch.compile returned, and taps "
-                "have to be there before. Transform the module that was compiled (its _orig_mod), "
-                "then compile the result: net = torch.compile(kfac_fx.transform(model))"
-            )
 
 
 class Captured(NamedTuple):

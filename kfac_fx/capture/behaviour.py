@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kfac_fx.capture.run_state import SCALARS
+
 TOLERANCE = 1e-4
 """Largest difference, relative to the largest entry; low precisions are allowed more."""
 
@@ -18,7 +20,7 @@ Value = Any
 Form = Any
 """What stays of an output without the values of its tensors: classes, keys, numbers, dtypes."""
 
-_SCALARS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+_PLAIN = (*SCALARS, torch.dtype, torch.device)
 
 
 class Behaviour(NamedTuple):
@@ -53,7 +55,7 @@ def form_of(value: Value, depth: int = 0) -> Form:
     if isinstance(value, Tensor):
         kind = Tensor if type(value) is torch.nn.Parameter else type(value)
         return kind, value.dtype, value.requires_grad
-    if isinstance(value, _SCALARS) or depth > 6:
+    if isinstance(value, _PLAIN) or depth > 6:
         return type(value), value if value == value else "nan"
     held: list[tuple[Value, Value]] = []
     if isinstance(value, Mapping):

@@ -100,8 +100,7 @@ class Guard:
             kwargs: keyword inputs.
         """
         if not self.holds(net):
-            # A tracer runs this with symbols: it wants the graph, whatever became of the model.
-            if any(isinstance(leaf, fx.Proxy) for leaf in tree_leaves((args, kwargs))):
+            if _symbolic(args, kwargs):
                 return graph(net, *args, **kwargs)
             net.follow_source()
             if self._broken:
@@ -110,7 +109,7 @@ class Guard:
                 return self._run_model(net, args, kwargs, self._why)
         given = self._inputs.fitting((args, kwargs), net.training)
         if given is None:
-            if any(isinstance(leaf, fx.Proxy) for leaf in tree_leaves((args, kwargs))):
+            if _symbolic(args, kwargs):
                 return graph(net, *args, **kwargs)
             return self._run_model(net, args, kwargs, self._inputs.misfit((args, kwargs)))
         return graph(net, *given[0], **given[1])
@@ -173,3 +172,8 @@ class Guard:
                 why,
             )
         return self._stand_in.run(net, args, kwargs, why)
+
+
+def _symbolic(args: tuple[Value, ...], kwargs: dict[str, Value]) -> bool:
+    """Tell whether a tracer makes the call: it wants the graph, whatever became of the model."""
+    return any(isinstance(leaf, fx.Proxy) for leaf in tree_leaves((args, kwargs)))

@@ -6,7 +6,6 @@ globals. They may be others at the next call, and the graph would go on as befor
 
 from __future__ import annotations
 
-import collections
 import copy
 import sys
 import types
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from kfac_fx.capture.layer_calls import translate
+from kfac_fx.capture.run_state import HOLDERS, SCALARS
 
 Watched = Any
 """A container that is looked at: a module's dictionary, a list in an attribute, a class."""
@@ -31,8 +31,6 @@ _GLOBAL_HOOKS = (
     "_global_backward_hooks",
     "_global_backward_pre_hooks",
 )
-_PLAIN = (int, float, complex, bool, str, bytes, type(None))
-_CONTAINERS = (dict, list, set, collections.deque)
 _DEPTH = 4
 """How deep containers and objects within attributes are looked at."""
 
@@ -235,7 +233,7 @@ class ModelState:
                     self._add_module(inner, f"{place}.{path}".strip("."), False)
             return
         items: Iterable[Watched] = ()
-        if isinstance(value, _CONTAINERS):
+        if isinstance(value, HOLDERS):
             self._add(value, place)
             items = value.values() if isinstance(value, dict) else value
         elif isinstance(value, tuple):
@@ -245,9 +243,9 @@ class ModelState:
             self._add(held, place)
             # Settings within settings, but no object within an object: a trainer that a module
             # knows holds all there is, and changes in every step.
-            items = (one for one in held.values() if isinstance(one, (*_CONTAINERS, tuple)))
+            items = (one for one in held.values() if isinstance(one, (*HOLDERS, tuple)))
         for item in items:
-            if not isinstance(item, (*_PLAIN, Tensor)):
+            if not isinstance(item, (*SCALARS, Tensor)):
                 self._watch(item, place, depth + 1)
 
     def _add_class(self, kind: type, path: str) -> None:
@@ -274,7 +272,7 @@ class ModelState:
             value = space.get(name)
             if isinstance(value, types.FunctionType):
                 self._add_globals(value, depth - 1)
-            elif isinstance(value, (*_PLAIN, *_CONTAINERS, tuple)) and name in space:
+            elif isinstance(value, (*SCALARS, *HOLDERS, tuple)) and name in space:
                 self._globals.append((space, name))
                 self._watch(value, Place("", f"the global {name}"), 1)
         for cell in function.__closure__ or ():
@@ -284,7 +282,7 @@ class ModelState:
                 continue
             if isinstance(value, types.FunctionType):
                 self._add_globals(value, depth - 1)
-            elif isinstance(value, _CONTAINERS):
+            elif isinstance(value, HOLDERS):
                 self._watch(value, Place("", f"a variable around {function.__name__}"), 1)
 
     # Values.
@@ -397,6 +395,6 @@ def _differing(now: Watched, then: Watched) -> Iterator[tuple[str, str]]:
 
 def _short(value: object) -> str:
     """Return a value as text that fits into a message."""
-    if isinstance(value, _PLAIN):
+    if isinstance(value, SCALARS):
         return repr(value)[:60]
     return f"a {type(value).__name__}" if not isinstance(value, type) else value.__name__

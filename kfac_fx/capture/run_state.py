@@ -20,8 +20,12 @@ from torch import Tensor, fx, nn
 Value = Any
 """What a module holds under a name."""
 
-_SCALARS = (bool, int, float, complex, str, bytes, type(None))
-_HOLDERS = (dict, list, set, collections.deque)
+SCALARS = (bool, int, float, complex, str, bytes, type(None))
+"""Values that cannot be changed in their place and that can be compared safely."""
+
+HOLDERS = (dict, list, set, collections.deque)
+"""Containers that code changes in their place."""
+
 _LARGE = 1_000_000
 """Entries of a NumPy array above which it is not copied."""
 _INERT = (fx.Graph, type, types.ModuleType, types.BuiltinFunctionType, torch.dtype, torch.device)
@@ -31,7 +35,7 @@ _OWN = ("_flat_weights", "_flat_weight_refs")
 """Attributes that torch's recurrent layers write themselves, whenever they run."""
 
 
-class ModelState:
+class RunState:
     """What a model's code may change, as it is now.
 
     Args:
@@ -74,6 +78,7 @@ class ModelState:
         for _, one, before in self._states:
             if _state(one) != before:
                 _set_state(one, before)
+        # After the attributes, since a tensor that was replaced is in its place again by then.
         for _, tensor, before in self._tensors:
             if tensor.is_leaf and tensor.requires_grad is not before[0]:
                 tensor.requires_grad_(before[0])
@@ -84,28 +89,31 @@ class ModelState:
 
     def _walk(self, name: str, value: Value) -> None:
         """Take note of a value and of what it holds."""
-        if isinstance(value, _SCALARS) or id(value) in self._seen or len(self._seen) > _LIMIT:
+        if isinstance(value, SCALARS) or id(value) in self._seen or len(self._seen) > _LIMIT:
             return
         if issubclass(type(value), fx.Proxy) or isinstance(value, _INERT):
             return
+        # The object and not only its identity: Python gives that of a dead object to a new one.
         self._seen[id(value)] = value
         if isinstance(value, Tensor):
             self._tensors.append((name, value, _marks(value)))
-        elif _state(value) is not None:
-            self._states.append((name, value, _state(value)))
-        elif isinstance(value, (*_HOLDERS, tuple)):
+        elif (state := _state(value)) is not None:
+            self._states.append((name, value, state))
+        elif isinstance(value, (*HOLDERS, tuple)):
             if not isinstance(value, tuple):
                 self._records.append((name, value, _contents(value)))
             # The base class's: a mapping may make new values whenever it is read (ACT2FN).
             items = dict.items(value) if isinstance(value, dict) else enumerate(value)
             for key, item in list(items):
-                if type(item) not in _SCALARS:
+                if type(item) not in SCALARS:
                     at = f"{name}[{key!r}]" if isinstance(key, (str, int)) else name
                     self._walk(at, item)
         elif isinstance(value, types.FunctionType):
             self._function(name, value)
         elif isinstance(value, types.MethodType):
             self._walk(name, value.__self__)
+        # Objects of the standard library and of torch are left alone: they change by themselves
+        # (locks, caches, weak references), and none of their attributes is a model's own state.
         elif _theirs(type(value)) or isinstance(value, nn.Module):
             self._object(name, value)
 
@@ -118,18 +126,20 @@ class ModelState:
         self._seen[id(held)] = held
         self._records.append((name, held, dict(held)))
         for key, item in list(held.items()):
-            if key not in _OWN and type(item) not in _SCALARS:
+            if key not in _OWN and type(item) not in SCALARS:
                 inner = name if key in ("_parameters", "_buffers", "_modules") else f"{name}.{key}"
                 self._walk(inner, item)
 
     def _class(self, owner: type) -> None:
         """Take note of the plain values of a class, and of globals that its methods name."""
+        # A counter of all instances is an attribute of the class, and `self.count += 1` of one of
+        # them hides it: both places are looked at.
         for key, value in list(vars(owner).items()):
             name = f"{owner.__name__}.{key}"
             if isinstance(value, types.FunctionType):
                 self._globals(value)
                 self._function(name, value)
-            elif isinstance(value, (*_SCALARS, *_HOLDERS, Tensor)) and not key.startswith("__"):
+            elif isinstance(value, (*SCALARS, *HOLDERS, Tensor)) and not key.startswith("__"):
                 self._records.append((owner.__name__, _Entry(owner, key), [value]))
                 self._walk(name, value)
 
@@ -140,9 +150,9 @@ class ModelState:
                 value = cell.cell_contents
             except ValueError:
                 continue  # not yet filled
-            if isinstance(value, _SCALARS):
+            if isinstance(value, SCALARS):
                 self._records.append((name, cell, [value]))
-            elif isinstance(value, (*_HOLDERS, Tensor)):
+            elif isinstance(value, (*HOLDERS, Tensor)):
                 self._walk(name, value)
 
     def _globals(self, function: types.FunctionType) -> None:
@@ -155,7 +165,7 @@ class ModelState:
             self._globals_seen.add((id(scope), key))
             if isinstance(value, (bool, int, float, str)):
                 self._records.append(("the module", _Entry(scope, key), [value]))
-            elif isinstance(value, (*_HOLDERS, Tensor)) or _state(value) is not None:
+            elif isinstance(value, (*HOLDERS, Tensor)) or _state(value) is not None:
                 self._walk(f"the global {key}", value)
 
 
@@ -226,7 +236,7 @@ def _same(now: Value, before: Value) -> bool:
 def _equal(one: Value, other: Value) -> bool:
     if one is other:
         return True
-    return type(one) is type(other) and isinstance(one, _SCALARS) and one == other
+    return type(one) is type(other) and isinstance(one, SCALARS) and one == other
 
 
 def _alike(one: Value, other: Value, depth: int = 4) -> bool:
@@ -236,7 +246,7 @@ def _alike(one: Value, other: Value, depth: int = 4) -> bool:
     """
     if _equal(one, other):
         return True
-    if not isinstance(one, (*_HOLDERS, tuple)) or type(one) is not type(other) or not depth:
+    if not isinstance(one, (*HOLDERS, tuple)) or type(one) is not type(other) or not depth:
         return False
     if isinstance(one, set):
         return bool(one == other)

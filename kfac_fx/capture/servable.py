@@ -30,6 +30,7 @@ def check_servable(model: Value, inputs: Value) -> None:
             f"transform takes an nn.Module, a GraphModule or an ExportedProgram, and this is of "
             f"class {type(model).__name__}"
         )
+    _check_uncompiled(model)
     name = type(model).__name__
     if isinstance(model, torch.jit.ScriptModule):
         raise CaptureError(
@@ -57,6 +58,21 @@ def check_servable(model: Value, inputs: Value) -> None:
             raise CaptureError(
                 "the example inputs hold a nested tensor, whose cases are of different sizes and "
                 "which no tap records: pad it, or give a mask"
+            )
+
+
+def _check_uncompiled(model: nn.Module) -> None:
+    """Refuse a model that torch.compile has wrapped, in whole or in part.
+
+    Its graph is compiled without taps, and would be run as one opaque call.
+    """
+    for name, module in model.named_modules():
+        if hasattr(module, "_orig_mod"):
+            where = f"its part {name}" if name else "it"
+            raise CaptureError(
+                f"the model is compiled already: {where} is what torch.compile returned, and taps "
+                "have to be there before. Transform the module that was compiled (its _orig_mod), "
+                "then compile the result: net = torch.compile(kfac_fx.transform(model))"
             )
 
 

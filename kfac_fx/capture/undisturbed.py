@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kfac_fx.capture.run_state import ModelState, TensorValues
+from kfac_fx.capture.run_state import RunState, TensorValues
 from kfac_fx.torch_internals.pytree import tree_leaves, tree_map_only
 
 Nested = Any
@@ -24,7 +24,7 @@ class Before(NamedTuple):
         values: of its tensors.
     """
 
-    state: ModelState
+    state: RunState
     values: TensorValues
 
 
@@ -40,7 +40,7 @@ def undisturbed(model: nn.Module, *, runs: bool = False) -> Iterator[Before]:
         runs: the model's own code runs on real tensors and may change parameters, which are kept
             too; symbolic values and fake tensors never do.
     """
-    state = ModelState(model)
+    state = RunState(model)
     values = TensorValues(model, parameters=runs)
     threads = torch.get_num_threads()
     devices = {t.device for t in (*model.parameters(), *model.buffers()) if t.is_cuda}

@@ -16,12 +16,11 @@ from torch import Tensor
 from kfac_fx.ops.gram import Statistic
 from kfac_fx.ops.kronecker import (
     WHOLE,
+    ColumnKroneckerStatistics,
     FactorForm,
-    KroneckerStatistics,
     case_covariance,
     form_of,
     gradient_factor,
-    only_gradient,
     over_cases,
 )
 from kfac_fx.ops.options import TapOptions
@@ -88,7 +87,7 @@ class RowOptions(TapOptions):
 
 
 @dataclass(frozen=True)
-class RowStatistics(KroneckerStatistics):
+class RowStatistics(ColumnKroneckerStatistics):
     """(A, G) of rows [T, D], each an embedding that every case looks up once (the expand form).
 
     Rows count as uncorrelated, so A is the identity, kept as a vector [T]; G = sum over cases and
@@ -119,18 +118,12 @@ class RowStatistics(KroneckerStatistics):
             u = u if slope is None else u * slope.to(dtype).reshape(self.rows, -1)
         return gradient_factor(u, reduce=False, divide=divide, form=self.G)
 
-    def columns(
-        self,
-        g: Tensor,
-        tensors: Sequence[Tensor | None],
-        wanted: Sequence[bool],
-        dtype: torch.dtype,
-    ) -> list[Statistic | None]:
+    def column_gradients(
+        self, g: Tensor, tensors: Sequence[Tensor | None], dtype: torch.dtype, *, divide: bool
+    ) -> Statistic:
         """Return G summed over columns, which are further cases of it."""
         g = g.flatten(0, 1) if self.per_case else g
-        cases = replace(self, per_case=True)
-        divide = len(wanted) == 2
-        return only_gradient(wanted, cases.gradients(g, tensors, dtype, divide=divide))
+        return replace(self, per_case=True).gradients(g, tensors, dtype, divide=divide)
 
     def positions(self, g: Tensor, tensors: Sequence[Tensor | None]) -> float:
         """Return T."""

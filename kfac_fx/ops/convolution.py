@@ -16,13 +16,12 @@ from kfac_fx.ops.columns import Along
 from kfac_fx.ops.gram import Statistic, bordered, functional, multiplied
 from kfac_fx.ops.kronecker import (
     WHOLE,
+    ColumnKroneckerStatistics,
     FactorForm,
-    KroneckerStatistics,
     form_of,
     gradient_factor,
     input_factor,
     known_factor,
-    only_gradient,
 )
 from kfac_fx.ops.library import LIBRARY
 from kfac_fx.ops.options import TapOptions
@@ -85,7 +84,7 @@ class ConvolutionOptions(TapOptions):
 
 
 @dataclass(frozen=True)
-class ConvolutionStatistics(KroneckerStatistics):
+class ConvolutionStatistics(ColumnKroneckerStatistics):
     """(A, G) of a convolution, with a leading axis for the groups where there are several.
 
     A = Omega = sum over cases and positions t of p_t p_t^T / N over (homogeneous) patches p_t,
@@ -122,17 +121,12 @@ class ConvolutionStatistics(KroneckerStatistics):
             g, x = g.unsqueeze(0), x.unsqueeze(0)
         return super().__call__(g, [x], wanted, dtype)
 
-    def columns(
-        self,
-        g: Tensor,
-        tensors: Sequence[Tensor | None],
-        wanted: Sequence[bool],
-        dtype: torch.dtype,
-    ) -> list[Statistic | None]:
+    def column_gradients(
+        self, g: Tensor, tensors: Sequence[Tensor | None], dtype: torch.dtype, *, divide: bool
+    ) -> Statistic:
         """Return G summed over columns, which are further cases of it."""
         g = g.unsqueeze(1) if g.dim() == len(self.options.kernel) + 2 else g
-        G = self.gradients(g.flatten(0, 1), tensors, dtype, divide=len(wanted) == 2)
-        return only_gradient(wanted, G)
+        return self.gradients(g.flatten(0, 1), tensors, dtype, divide=divide)
 
     def of_outputs(self, shape: Sequence[int], along: Along, *, divide: bool) -> Tensor | None:
         """Return G from sums that are known; see ``kfac_fx.ops.columns.OutputStatistics``."""

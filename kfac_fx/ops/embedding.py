@@ -11,11 +11,10 @@ from torch import Tensor
 from kfac_fx.ops.gram import Statistic, multiplied
 from kfac_fx.ops.kronecker import (
     WHOLE,
+    ColumnKroneckerStatistics,
     FactorForm,
-    KroneckerStatistics,
     form_of,
     gradient_factor,
-    only_gradient,
     over_cases,
 )
 from kfac_fx.ops.options import TapOptions
@@ -37,7 +36,7 @@ class EmbeddingOptions(TapOptions):
 
 
 @dataclass(frozen=True)
-class EmbeddingStatistics(KroneckerStatistics):
+class EmbeddingStatistics(ColumnKroneckerStatistics):
     """(A, G) of a look-up in a table [V, D]; always in the expand form.
 
     A one-hot input makes A = sum over cases and positions of a a^T / N a diagonal of counts / N,
@@ -77,16 +76,11 @@ class EmbeddingStatistics(KroneckerStatistics):
         G = gradient_factor(rows, reduce=False, divide=False, form=self.G)
         return multiplied(G) / self._positions(ids, dtype) if divide else G
 
-    def columns(
-        self,
-        g: Tensor,
-        tensors: Sequence[Tensor | None],
-        wanted: Sequence[bool],
-        dtype: torch.dtype,
-    ) -> list[Statistic | None]:
+    def column_gradients(
+        self, g: Tensor, tensors: Sequence[Tensor | None], dtype: torch.dtype, *, divide: bool
+    ) -> Statistic:
         """Return G summed over columns: each is a line of positions."""
-        divide = len(wanted) == 2
-        return only_gradient(wanted, self.gradients(g, tensors, dtype, divide=divide))
+        return self.gradients(g, tensors, dtype, divide=divide)
 
     def count(self, g: Tensor, tensors: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor:
         """Return the mean number of tokens of a case, padding left out."""

@@ -11,11 +11,10 @@ from torch import Tensor
 from kfac_fx.ops.gram import Statistic, gram
 from kfac_fx.ops.kronecker import (
     WHOLE,
+    ColumnKroneckerStatistics,
     FactorForm,
-    KroneckerStatistics,
     form_of,
     gradient_factor,
-    only_gradient,
 )
 from kfac_fx.ops.options import TapOptions
 from kfac_fx.ops.tap import define_tap, tapped
@@ -35,7 +34,7 @@ class EmbeddingBagOptions(TapOptions):
 
 
 @dataclass(frozen=True)
-class EmbeddingBagStatistics(KroneckerStatistics):
+class EmbeddingBagStatistics(ColumnKroneckerStatistics):
     """(A, G) of bags, y_b = W^T x_b: every bag is a case with one position.
 
     x_b [V] sums the weights of the bag's tokens: 1, the weight given with the token, or 1 / n for
@@ -72,15 +71,11 @@ class EmbeddingBagStatistics(KroneckerStatistics):
         """Return G over the entries of a row of the table."""
         return gradient_factor(g.to(dtype).unsqueeze(1), reduce=True, divide=False, form=self.G)
 
-    def columns(
-        self,
-        g: Tensor,
-        tensors: Sequence[Tensor | None],
-        wanted: Sequence[bool],
-        dtype: torch.dtype,
-    ) -> list[Statistic | None]:
+    def column_gradients(
+        self, g: Tensor, tensors: Sequence[Tensor | None], dtype: torch.dtype, *, divide: bool
+    ) -> Statistic:
         """Return G summed over columns, which are further bags of it."""
-        return only_gradient(wanted, self.gradients(g.flatten(0, 1), tensors, dtype, divide=False))
+        return self.gradients(g.flatten(0, 1), tensors, dtype, divide=divide)
 
     def _entries(
         self,

@@ -216,6 +216,32 @@ class KroneckerStatistics(ABC):
         return 1.0
 
 
+class ColumnKroneckerStatistics(KroneckerStatistics):
+    """(A, G) of a kind that forms G of many columns at once; see ``ColumnStatistics``."""
+
+    def columns(
+        self,
+        g: Tensor,
+        tensors: Sequence[Tensor | None],
+        wanted: Sequence[bool],
+        dtype: torch.dtype,
+    ) -> list[Statistic | None]:
+        """Return G summed over columns; A and the positions are those of any one of them."""
+        G = self.column_gradients(g, tensors, dtype, divide=len(wanted) == 2)
+        return [None, G, None][: len(wanted)]
+
+    @abstractmethod
+    def column_gradients(
+        self, g: Tensor, tensors: Sequence[Tensor | None], dtype: torch.dtype, *, divide: bool
+    ) -> Statistic:
+        """Return G summed over columns.
+
+        Args:
+            g: derivatives by columns, [K, ...].
+            tensors, dtype, divide: see ``gradients``.
+        """
+
+
 def known_factor(total: Tensor | None, positions: float, form: FactorForm) -> Tensor | None:
     """Return G from the sum of g g^T over all derivatives; None in a form that it is not cut to.
 
@@ -227,11 +253,6 @@ def known_factor(total: Tensor | None, positions: float, form: FactorForm) -> Te
     if total is None or form.blocks > 1:
         return None
     return (total.diagonal() if form.diagonal else total) / positions
-
-
-def only_gradient(wanted: Sequence[bool], G: Statistic) -> list[Statistic | None]:
-    """Return (A, G) and a count of positions where there is one, of which G alone is formed."""
-    return [None, G, None][: len(wanted)]
 
 
 @dataclass(frozen=True)
@@ -256,7 +277,7 @@ class LinearOptions(TapOptions):
 
 
 @dataclass(frozen=True)
-class LinearStatistics(KroneckerStatistics):
+class LinearStatistics(ColumnKroneckerStatistics):
     """(A, G) of a dense use s = W abar: A over inputs a [N, S, in], G over derivatives g.
 
     A [in + 1, in + 1] and G [out, out] are ``input_factor`` and ``gradient_factor``; with groups
@@ -307,22 +328,15 @@ class LinearStatistics(KroneckerStatistics):
         rows = case_rows(g, self.options.y_dims, self.options.y_groups).to(dtype)
         return gradient_factor(rows, reduce=self.options.reduce, divide=divide, form=self.G)
 
-    def columns(
-        self,
-        g: Tensor,
-        tensors: Sequence[Tensor | None],
-        wanted: Sequence[bool],
-        dtype: torch.dtype,
-    ) -> list[Statistic | None]:
-        """Return G summed over columns; see ``kfac_fx.ops.columns.ColumnStatistics``."""
+    def column_gradients(
+        self, g: Tensor, tensors: Sequence[Tensor | None], dtype: torch.dtype, *, divide: bool
+    ) -> Statistic:
+        """Return G summed over columns, over the features of the output."""
         given = self.options
         rows = torch.vmap(lambda one: case_rows(one, given.y_dims, given.y_groups))(g).to(dtype)
         # G sums over cases, so columns are further cases: one product of many rows.
         rows = rows.movedim(0, -4).flatten(-4, -3)
-        divide = len(wanted) == 2
-        return only_gradient(
-            wanted, gradient_factor(rows, reduce=given.reduce, divide=divide, form=self.G)
-        )
+        return gradient_factor(rows, reduce=given.reduce, divide=divide, form=self.G)
 
     def of_outputs(self, shape: Sequence[int], along: Along, *, divide: bool) -> Tensor | None:
         """Return G from sums that are known; see ``kfac_fx.ops.columns.OutputStatistics``."""

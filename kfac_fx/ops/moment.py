@@ -51,9 +51,8 @@ class MomentStatistics:
         """Return (S,) from the input and both bases; see ``kfac_fx.ops.columns.Statistics``."""
         x, U_A, U_G = tensors
         assert x is not None and U_A is not None and U_G is not None
-        a = self.side.inputs(x, self.side.positions(g.shape)).to(dtype)
-        a = torch.cat([a, torch.ones_like(a[..., :1])], -1) if self.side.options.bias else a
-        return [projected_moments(a @ U_A, self.side.derivatives(g).to(dtype) @ U_G)]
+        a = self._projected(x, U_A, g.shape, dtype)
+        return [projected_moments(a, self.side.derivatives(g).to(dtype) @ U_G)]
 
     def columns(
         self,
@@ -65,12 +64,26 @@ class MomentStatistics:
         """Return S summed over columns; see ``kfac_fx.ops.columns.ColumnStatistics``."""
         x, U_A, U_G = tensors
         assert x is not None and U_A is not None and U_G is not None
-        a = self.side.inputs(x, self.side.positions(g.shape[1:])).to(dtype)
-        a = torch.cat([a, torch.ones_like(a[..., :1])], -1) if self.side.options.bias else a
-        a, rows = a @ U_A, torch.vmap(self.side.derivatives)(g).to(dtype) @ U_G
+        a = self._projected(x, U_A, g.shape[1:], dtype)
+        rows = torch.vmap(self.side.derivatives)(g).to(dtype) @ U_G
         if a.shape[1] == 1:  # squares of a case's columns meet the same square of its input
             return [rows.square().sum(0).squeeze(1).mT @ a.squeeze(1).square()]
         return [torch.stack([projected_moments(a, each) for each in rows]).sum(0)]
+
+    def _projected(
+        self, x: Tensor, U_A: Tensor, shape: Sequence[int], dtype: torch.dtype
+    ) -> Tensor:
+        """Return the inputs of every position in the basis of A, [N, S, d_in].
+
+        Args:
+            x: what the tap saved of the forward pass.
+            U_A: the basis.
+            shape: of a derivative.
+            dtype: that products are formed in.
+        """
+        a = self.side.inputs(x, self.side.positions(shape)).to(dtype)
+        a = torch.cat([a, torch.ones_like(a[..., :1])], -1) if self.side.options.bias else a
+        return a @ U_A
 
 
 def projected_moments(a: Tensor, g: Tensor) -> Tensor:

@@ -74,11 +74,6 @@ class DampingRule:
         """Return the least that lambda becomes."""
         return FLOOR * self.mean if self._smallest is None else self._smallest
 
-    @property
-    def held_out(self) -> bool:
-        """Say whether steps are judged on the next batch, too."""
-        return False
-
     def follow(self, mean: float) -> None:
         """Take the mean eigenvalue of the curvature for lambda, where that has no rule."""
         self.mean = mean

@@ -58,10 +58,6 @@ class HeldOutRule(DampingRule):
         self._judged = 0
 
     @property
-    def held_out(self) -> bool:
-        return True
-
-    @property
     def largest(self) -> float:
         return FURTHEST * (self.mean or self._first)
 

@@ -23,7 +23,6 @@ from kfac_fx.likelihoods.builtin import Tree
 from kfac_fx.likelihoods.named import Sum
 from kfac_fx.statistics.own_pass import OwnPass
 from kfac_fx.statistics.traced_pass import Arguments, Extra, Facts
-from kfac_fx.torch_internals import pytree
 from kfac_fx.torch_internals.error_texts import refuses_nested_forward_mode
 
 Direction = dict[str, Tensor]
@@ -136,18 +135,17 @@ class TracedRows:
         self, own: OwnPass, _: Facts, given: Arguments, extra: Extra, names: Sequence[str]
     ) -> None:
         tensors = given.tensors(())
-        leaves, tree = given.flat((), None)
+        flat = given.flat((), None)
 
         def function(*found: Tensor) -> list[Tensor]:
             rest = iter(found)
-            values = [next(rest) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-            state, inputs, _, terms, _, _ = pytree.tree_unflatten(values, tree)
+            batch = flat.filled(rest)
             directions = list(rest)
             each = [directions[k : k + len(names)] for k in range(0, len(directions), len(names))]
-            parameters = {name: state[name] for name in names}
+            parameters = {name: batch.state[name] for name in names}
 
             def run(duals: Parameters) -> BatchLikelihood:
-                return _run_once(own, state, duals, inputs, terms)
+                return _run_once(own, batch.state, duals, batch.inputs, batch.terms)
 
             return [root_derivatives(run, parameters, each).rows]
 

@@ -71,13 +71,11 @@ class TracedLoss:
         self._wide = widened(sum(leaf.numel() for leaf in output_tensors(facts.outputs)))
         self._gradients: list[str] = []
         self._buffers: list[str] = []
-        leaves, tree = given.flat((), None)
+        flat = given.flat((), None)
 
         def function(*tensors: Tensor) -> list[Tensor]:
-            rest = iter(tensors)
-            values = [next(rest) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-            state, inputs, _, terms, _, _ = pytree.tree_unflatten(values, tree)
-            return self._compute(state, inputs, terms)
+            batch = flat.filled(iter(tensors))
+            return self._compute(batch.state, batch.inputs, batch.terms)
 
         self.once = replayable(function, given.tensors(()))
         self._forward = type(self.once).forward

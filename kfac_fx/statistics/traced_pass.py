@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -148,12 +148,11 @@ class Arguments:
     targets: Tree
     terms: tuple[Terms | None, ...]
 
-    def flat(
-        self, noises: Sequence[Tensor | None], select: Tensor | None
-    ) -> tuple[list[object], pytree.TreeSpec]:
+    def flat(self, noises: Sequence[Tensor | None], select: Tensor | None) -> FlatArguments:
         """Return the leaves and their tree; ``select`` comes last."""
         batch = self.inputs, self.targets, self.terms
-        return pytree.tree_flatten((dict(self.state), *batch, tuple(noises), select))
+        flat = pytree.tree_flatten((dict(self.state), *batch, tuple(noises), select))
+        return FlatArguments(flat[0], flat[1])
 
     def tensors(self, noises: Sequence[Tensor | None]) -> list[Tensor]:
         """Return the tensors among the leaves of ``flat``, without a column, in the same order."""
@@ -164,6 +163,39 @@ class Arguments:
         for terms in self.terms:
             found += _tensors(pytree.tree_leaves(terms) if terms is not None else ())
         return found + _tensors(noises)
+
+
+class Filled(NamedTuple):
+    """All arguments of a pass that is being traced, as ``FlatArguments`` puts them together.
+
+    Attributes:
+        state, inputs, targets, terms: see ``Arguments``.
+        noises: the signs of each part's columns.
+        select: the column of the exact Fisher's root; None for a pass without.
+    """
+
+    state: dict[str, Tensor]
+    inputs: Tree
+    targets: Tree
+    terms: tuple[Terms | None, ...]
+    noises: tuple[Tensor | None, ...]
+    select: Tensor | None
+
+
+class FlatArguments(NamedTuple):
+    """The leaves of ``Arguments``, of noise and a column, and their tree."""
+
+    leaves: list[object]
+    tree: pytree.TreeSpec
+
+    def filled(self, tensors: Iterator[Tensor]) -> Filled:
+        """Return the arguments with other tensors.
+
+        Args:
+            tensors: those in the place of the tensors among the leaves; no more are taken of it.
+        """
+        values = [next(tensors) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
+        return Filled._make(pytree.tree_unflatten(values, self.tree))
 
 
 class Extra(NamedTuple):
@@ -244,19 +276,17 @@ class PassProgram:
         # Parts without terms are left out of the program, and of its draws.
         kinds = zip(facts.noises, given.terms, strict=False)
         self._kinds = [noise for noise, terms in kinds if terms is not None]
-        leaves, tree = given.flat(self._noises(0), self._column(0) if own.columns else None)
+        flat = given.flat(self._noises(0), self._column(0) if own.columns else None)
 
         def function(*tensors: Tensor) -> list[Tensor]:
-            rest = iter(tensors)
-            values = [next(rest) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-            return self._compute(*pytree.tree_unflatten(values, tree))
+            return self._compute(flat.filled(iter(tensors)))
 
         # All tensors are arguments: what the trace found elsewhere would be a constant of the
         # program, and a parameter's present value would stay in it for ever.
         if not compile:
-            self._run_as_it_is(replayable(function, _tensors(leaves)))
+            self._run_as_it_is(replayable(function, _tensors(flat.leaves)))
             return
-        module = traced(function, _tensors(leaves))
+        module = traced(function, _tensors(flat.leaves))
         buffers = self._outputs.buffers
         changed = zip(buffers, drop_copies(module, len(buffers)), strict=True)
         self._outputs.buffers = [name for name, stays in changed if stays]
@@ -296,26 +326,20 @@ class PassProgram:
         self._once = partial(type(module).forward, module)
         self._each = None
 
-    def _compute(
-        self,
-        state: Mapping[str, Tensor],
-        inputs: Tree,
-        targets: Tree,
-        terms: tuple[Terms | None, ...],
-        noises: Sequence[Tensor | None],
-        select: Tensor | None,
-    ) -> list[Tensor]:
+    def _compute(self, given: Filled) -> list[Tensor]:
         """Run the pass on tensors that stand for values; its results are the program's outputs."""
         own = self._own
         made = None
         with torch.enable_grad():
-            leaves = own.leaves(state)
-            outputs = own.outputs(leaves, inputs)
+            leaves = own.leaves(given.state)
+            outputs = own.outputs(leaves, given.inputs)
             if own.uses_terms:
-                known = BatchTerms(terms, isinstance(own.likelihood, Sum), 0.0)
+                known = BatchTerms(given.terms, isinstance(own.likelihood, Sum), 0.0)
                 with no_autocast():
                     made = batch_likelihood(own.likelihood, wide(outputs), terms=known)
-            values = own.evaluate(leaves, outputs, targets, made, noises, select=select)
+            values = own.evaluate(
+                leaves, outputs, given.targets, made, given.noises, select=given.select
+            )
         # The trace runs this once, so what it notes of the outputs holds for all later runs.
         buffers = own.buffers(leaves)
         compared = values.comparison is not None
