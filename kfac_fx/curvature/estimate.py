@@ -46,8 +46,8 @@ class Usual(NamedTuple):
 # whole period, makes long steps in all directions that this batch did not show.
 REFRESHES = Usual(frozenset((1, 2, 4, 8, 16)), 20)
 
-# Averages of many batches move little by one more, which costs as much as a step without any.
-STATISTICS = Usual(frozenset(range(20)), 3)
+# Averages of many batches move little by one more, which costs as much as two steps without any.
+STATISTICS = Usual(frozenset(range(20)), 10)
 
 
 class EstimateState(TypedDict):
@@ -63,10 +63,12 @@ class Folded(NamedTuple):
     Attributes:
         good: whether they were folded; not if one is not finite, or an outlier.
         first: whether a holder got its first, so that it has had no inverse.
+        came: what was folded.
     """
 
     good: bool
     first: bool = False
+    came: Sequence[Came] = ()
 
 
 class Average:
@@ -313,7 +315,7 @@ class Estimate:
         if len(came) < len(self.all):
             self._say_silent(came)
         self.folds += 1
-        return Folded(good=True, first=self._fold(came, decay))
+        return Folded(good=True, first=self._fold(came, decay), came=came)
 
     @torch.no_grad()
     def fold_terms(

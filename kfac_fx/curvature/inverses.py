@@ -19,7 +19,7 @@ from kfac_fx.curvature.choose_couplings import chosen_couplings, mutual_informat
 from kfac_fx.curvature.ekfac import Moments
 from kfac_fx.curvature.estimate import Estimate, EstimateState
 from kfac_fx.curvature.factor_storage import storage_of
-from kfac_fx.curvature.mean_eigenvalue import mean_eigenvalue
+from kfac_fx.curvature.mean_eigenvalue import DAMPING_SHARE, Newest, mean_eigenvalue
 from kfac_fx.curvature.parameters import CoveredParameters
 from kfac_fx.errors import (
     GradientError,
@@ -32,22 +32,8 @@ from kfac_fx.ir.curvature_graph import CurvatureGraph
 from kfac_fx.ir.use import StatisticKey
 from kfac_fx.ops.gram import Statistic
 from kfac_fx.parallel import Workers
-from kfac_fx.torch_internals import foreach
 
 log = logging.getLogger("kfac_fx")
-
-
-WIDE = (torch.float64, torch.complex128)
-"""Precisions in which sums of squares do not overflow."""
-
-LONGEST = 2.0
-"""Natural lengths above this many times the usual one are those of an outlier."""
-
-LEAST = 1e-3
-"""Share of its squared length that the trust region leaves a gradient at least."""
-
-MEMORY = 0.9
-"""Weight of the old ones in the running average of squared natural lengths."""
 
 
 class InverseState(TypedDict):
@@ -59,6 +45,7 @@ class InverseState(TypedDict):
 
     tikhonov: str
     averages: EstimateState
+    newest: dict[str, float]
     couplings: list[list[str]]
     inverses: dict[str, Tensor]
     pending: list[dict[str, Tensor]]
@@ -116,6 +103,7 @@ class InverseFisher:
             self.moments = Moments(net, curvature.blocks, estimated, self.estimate)
         self.refreshed: Refreshed | None = None
         self.clamped = 0
+        self._newest = Newest()
         self._options = options
         self._converts = storage is not None
         self._workers = workers
@@ -170,6 +158,7 @@ class InverseFisher:
             found, decay, outlier: see ``Estimate.fold``.
         """
         folded = self.estimate.fold(found, decay, outlier)
+        self._newest.add(folded.came)
         if folded.first:
             self.refreshed = None  # it has no inverse of a block that had no statistics
         if folded.good and self.refreshed is not None and self.moments is not None:
@@ -192,7 +181,7 @@ class InverseFisher:
         """Compute the inverses from the present averages.
 
         Args:
-            damping: lambda; None for the mean eigenvalue of the averages.
+            damping: lambda; None for a fifth of the mean eigenvalue of the averages.
 
         Raises:
             StatisticsError: there are none yet.
@@ -201,7 +190,7 @@ class InverseFisher:
             raise StatisticsError("no statistics yet: nothing to invert")
         self._refreshes += 1
         # At refreshes 1, 2, 4, 8, ...: a choice costs about a refresh, and later ones change less.
-        amount = self.mean_eigenvalue() if damping is None else damping
+        amount = DAMPING_SHARE * self.mean_eigenvalue() if damping is None else damping
         if self._chooses and not self._refreshes & (self._refreshes - 1):
             self._choose_couplings(amount)
         factors = self.estimate.arguments(self.program.couplings)
@@ -267,7 +256,20 @@ class InverseFisher:
         """
         if given is not None:
             return given
-        return self.mean_eigenvalue() if self.refreshed is None else float(self.refreshed.damping)
+        if self.refreshed is None:
+            return DAMPING_SHARE * self.mean_eigenvalue()
+        return float(self.refreshed.damping)
+
+    def lag(self, damping: float) -> float:
+        """Return how many times too large the inverted averages are for the newest statistics.
+
+        Args:
+            damping: the lambda that followed them, which is too large by as much.
+
+        Returns:
+            1 or more. All inverses are this many times too small, so that steps take it back.
+        """
+        return self._newest.lag(self.curvature, damping / DAMPING_SHARE)
 
     def mean_eigenvalue(self) -> float:
         """Return the mean eigenvalue of the undamped averages; see ``mean_eigenvalue.py``."""
@@ -312,6 +314,7 @@ class InverseFisher:
         return {
             "tikhonov": self._options.tikhonov,
             "averages": self.estimate.state(),
+            "newest": dict(self._newest.traces),
             "couplings": [[c.child, c.parent] for c in self.program.couplings],
             "inverses": inverses,
             "pending": [_by_name(pending) for pending in self._engine.pending()],
@@ -341,6 +344,7 @@ class InverseFisher:
                 "kfac_fx.distributed.Checkpoints saves and loads those of all"
             )
         self.estimate.load(state["averages"])
+        self._newest = Newest(state.get("newest", {}))
         self._made_of = None
         self.program = program
         self._engine = engine
@@ -388,68 +392,3 @@ def _check_damping(options: CurvatureOptions, curvature: CurvatureGraph) -> None
         rest = [name for name in able if name not in known]
         if rest:
             log.warning("Kronecker eigenvalues for %s: no plain layers", ", ".join(rest))
-
-
-class NaturalLength:
-    """Says how much of a preconditioned gradient to take, by its length in Fhat.
-
-    Args:
-        largest: the trust region: the largest squared length; None for no limit.
-        exact: whether that is all: no outliers are cut, and no share is left in any case.
-
-    Attributes:
-        usual: the running average of squared lengths; None before the first.
-    """
-
-    def __init__(self, largest: float | None, exact: bool = False) -> None:
-        self.largest = largest
-        self.exact = exact
-        self.usual: float | None = None
-
-    def share(self, gradient: Sequence[Tensor], updates: Sequence[Tensor]) -> float:
-        """Return the factor, at most 1, that a preconditioned gradient is taken with.
-
-        Its squared length is gradient^T Fhat^-1 gradient, so that no product with Fhat is needed.
-
-        Args:
-            gradient: the gradient of each parameter.
-            updates: Fhat^-1 times it, in the same order.
-
-        Returns:
-            NaN where an entry of either is not finite; one synchronisation for that, too.
-        """
-        squared = 0.0
-        for kind in {(tensor.dtype, tensor.device) for tensor in gradient}:
-            # One product of long vectors in place of three small operations a parameter.
-            both = zip(gradient, updates, strict=True)
-            pairs = [(g, u) for g, u in both if kind == (g.dtype, g.device)]
-            if kind[0].is_complex:
-                pairs = [(torch.view_as_real(g), torch.view_as_real(u)) for g, u in pairs]
-            g, u = (foreach.flattened(list(side)) for side in zip(*pairs, strict=True))
-            if g.dtype in (torch.float16, torch.bfloat16):
-                g = g.float()
-            # No torch.dot: its last bit depends on where in memory the vectors lie, and a run that
-            # goes on from a checkpoint would drift away from the one that was not interrupted.
-            squared += float(u.mul(g).sum())
-        if not math.isfinite(squared):
-            if all(g.dtype in WIDE for g in gradient):
-                return math.nan
-            # The sum may have overflowed where all entries are finite: once more, with room.
-            wide = [[t.to(WIDE[t.is_complex()]) for t in side] for side in (gradient, updates)]
-            return self.share(wide[0], wide[1])
-        if squared <= 0 or self.largest is None:  # rounding may leave it below zero
-            return 1.0
-        if self.exact:
-            return math.sqrt(min(1.0, self.largest / squared))
-        # Near a perfect fit the Fisher has shrunk with the loss, and one hard case makes a gradient
-        # that is a thousand times too long for it: it counts as twice the usual one. What is cut
-        # enters the average cut, so that longer gradients of all cases are believed after a while.
-        kept = squared
-        if self.usual is None:
-            self.usual = squared
-        else:
-            kept = min(squared, LONGEST**2 * self.usual)
-            self.usual = MEMORY * self.usual + (1 - MEMORY) * kept
-        # Nats are a scale of losses, but not of all: squared errors of targets in thousands begin
-        # with millions of them, and steps of a hundredth of a nat would get nowhere.
-        return math.sqrt(min(kept, max(self.largest, LEAST * kept)) / squared)

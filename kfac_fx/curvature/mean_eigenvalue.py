@@ -1,18 +1,30 @@
-"""The mean eigenvalue of the estimated Fisher, the scale that a damping is compared with."""
+"""The mean eigenvalue of the estimated Fisher, the scale that a damping is compared with.
+
+Averages are of many batches, and behind where the Fisher shrinks with the loss: ``Newest`` has the
+same number for the newest statistics.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 
 import torch
 from torch import Tensor
 
-from kfac_fx.curvature.estimate import Average, Averages, Estimate
-from kfac_fx.ir.curvature_graph import CurvatureGraph
+from kfac_fx.curvature.estimate import Averages, Came, Estimate
+from kfac_fx.ir.curvature_graph import CurvatureBlock, CurvatureGraph
 from kfac_fx.ir.use import FactorSpec
+from kfac_fx.ops.gram import Rows, Statistic
 
 SMALLEST = 1e-30
 """Of a mean eigenvalue: its root and its inverse are still numbers in float32."""
+
+DAMPING_SHARE = 0.2
+"""lambda in mean eigenvalues, where none is given: more hides the curvature, less trusts noise."""
+
+FADING = 0.2
+"""Weight of the older in the fading mean of newest traces; hard cases come in few batches."""
 
 
 @torch.no_grad()
@@ -43,23 +55,80 @@ def trace(averages: Averages) -> Tensor:
     Args:
         averages: of a block; groups of a convolution, or experts, are products of their own.
     """
+    # As it is stored, one triangle may be out of date and the precision lower: only the diagonal is
+    # read, so a large factor on the host is neither mirrored nor copied.
+    kept = zip(averages.holder.factors, averages.all, strict=True)
+    return _trace([(spec, average.stored) for spec, average in kept])
+
+
+def _trace(values: Iterable[tuple[FactorSpec, Statistic]]) -> Tensor:
     # The form of the factors says all there is to know, whatever approximation the block has: those
     # of one form are multiplied group by group, and products are added up.
-    specs = [spec for spec in averages.holder.factors if spec.role != "count"]
-    pairs = sorted(zip(specs, averages.factors, strict=True), key=lambda pair: pair[0].form)
+    factors = [(spec, value) for spec, value in values if spec.role != "count"]
     products = []
-    for _, same in groupby(pairs, key=lambda pair: pair[0].form):
-        traces = [_traces(spec, average) for spec, average in same]
+    for _, same in groupby(sorted(factors, key=lambda pair: pair[0].form), lambda p: p[0].form):
+        traces = [_traces(spec, value) for spec, value in same]
         products.append((traces[0] * traces[1] if len(traces) > 1 else traces[0]).sum())
     return torch.stack(products).sum()
 
 
-def _traces(spec: FactorSpec, average: Average) -> Tensor:
+def _traces(spec: FactorSpec, value: Statistic) -> Tensor:
     """Return the trace of each group's factor, or of all sub-blocks of one that is cut."""
-    # As it is stored, one triangle may be out of date and the precision lower: only the diagonal is
-    # read, so a large factor on the host is neither mirrored nor copied.
-    stored = average.stored
-    flat = spec.diagonal or stored.dim() < 2  # a covariance that is one says so by its shape alone
-    diagonal = stored if flat else stored.diagonal(0, -2, -1)
+    if isinstance(value, Rows):
+        diagonal = value.diagonal()
+    else:
+        flat = spec.diagonal or value.dim() < 2  # a covariance that is one says so by its shape
+        diagonal = value if flat else value.diagonal(0, -2, -1)
     found = diagonal.sum(-1, dtype=torch.float64)
     return found.sum() if spec.cut else found
+
+
+class Newest:
+    """The mean eigenvalue of the newest statistics, from fading means of each block's trace.
+
+    The shape of the Fisher changes slowly and wants long averages; its scale may fall by a
+    thousand within as many steps, as the cases of a classifier are fitted, and an average that
+    forgets a twentieth each time is a hundred times too large by then. So are the damping and the
+    steps that go with it: the scale is told apart.
+
+    Args:
+        traces: by block, of an earlier one's ``traces``.
+
+    Attributes:
+        traces: by block; those of one that got no statistics lately are older.
+    """
+
+    def __init__(self, traces: Mapping[str, float] = {}) -> None:
+        self.traces = dict(traces)
+        self._mean: float | None = None  # of the traces, once somebody has asked
+
+    @torch.no_grad()
+    def add(self, came: Sequence[Came]) -> None:
+        """Take new statistics; those of pairs and moments do not count."""
+        found = {
+            of.holder.name: _trace(zip(of.holder.factors, new, strict=True))
+            for of, new in came
+            if isinstance(of.holder, CurvatureBlock)
+        }
+        if not found:
+            return
+        self._mean = None
+        device = next(iter(found.values())).device
+        traces = torch.stack([trace.to(device) for trace in found.values()]).tolist()
+        for name, value in zip(found, traces, strict=True):
+            old = self.traces.get(name)
+            self.traces[name] = value if old is None else FADING * old + (1 - FADING) * value
+
+    def lag(self, curvature: CurvatureGraph, mean: float) -> float:
+        """Return how many times larger an average is than the newest statistics, at least 1.
+
+        Args:
+            curvature: the blocks.
+            mean: the mean eigenvalue of the averages that are in use.
+        """
+        if self._mean is None:
+            size = sum(curvature.blocks[name].parameter_count for name in self.traces)
+            self._mean = sum(self.traces.values()) / size if size else mean
+        # An average that is too small gives long steps, which the bounds on lengths shorten: it is
+        # left alone, for a single batch with hard cases must not make the next steps tiny.
+        return max(1.0, mean / max(self._mean, SMALLEST))

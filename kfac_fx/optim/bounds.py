@@ -1,7 +1,7 @@
-"""The bound on a step that is taken, layer by layer, in units of the weights.
+"""Bounds in units of the weights: of a layer's part, and of the step that is taken.
 
-It is the third of three (docs/explanation/mathematics.md, section 9). Those on a preconditioned
-gradient, of its length in Fhat, are ``NaturalLength`` in kfac_fx/curvature/inverses.py.
+The lengths of whole gradients, in Fhat, are in kfac_fx/optim/lengths.py
+(docs/explanation/mathematics.md, section 9).
 """
 
 from __future__ import annotations
@@ -23,10 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from kfac_fx.parallel import Workers
 from kfac_fx.torch_internals import foreach
 
-TRUST_REGION = 1e-2
-"""Largest squared length of a preconditioned gradient in Fhat."""
-
-LARGEST_STEP = 0.03
+LARGEST_STEP = 0.1
 """Largest step that is taken, in units of the length of a layer's weights."""
 
 SMALL_WEIGHT = 1e-2
@@ -166,6 +163,42 @@ class _Share:
             # leaves them as they are bit by bit.
             if isinstance(back, Tensor) or back > 0:
                 parameter.lerp_(before, back)
+
+
+class LayerBounds:
+    """Shortens what is too long of a layer, beside the length of its weights.
+
+    Args:
+        layers: see ``layer_numbers``.
+        workers: the processes that share sharded parameters.
+    """
+
+    def __init__(self, layers: Iterable[Sequence[str]], workers: Workers) -> None:
+        self._numbers = layer_numbers(layers)
+        self._workers = workers
+        self._steps: dict[tuple[str, ...], LayerSteps] = {}
+
+    def shorten(
+        self, steps: Mapping[str, Tensor], weights: Mapping[str, Tensor], largest: float
+    ) -> None:
+        """Shorten steps in place.
+
+        Args:
+            steps: by name of the parameter.
+            weights: the parameters of these names.
+            largest: the largest length of a layer's step, in units of its weights' length.
+        """
+        names = tuple(steps)
+        before = [own_entries(weights[name]) for name in names]
+        if names not in self._steps:  # parameters may be added, frozen, or get no gradient
+            every = [weights[name] for name in names]
+            numbers = [self._numbers[name] for name in names]
+            self._steps[names] = LayerSteps(every, numbers, self._workers)
+        here = [own_entries(steps[name]) for name in names]
+        excess = self._steps[names].excess(here, before, largest)
+        for one, much in zip(here, excess, strict=True):
+            if isinstance(much, Tensor) or much > 0:
+                one.mul_(1 - much)
 
 
 def layer_numbers(layers: Iterable[Sequence[str]]) -> dict[str, int]:

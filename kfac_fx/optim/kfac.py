@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from kfac_fx.config import CurvatureOptions, Fisher, Structure, Tikhonov, choice, period_or_ours
 from kfac_fx.curvature.estimate import STATISTICS, is_due, terms_needed
-from kfac_fx.curvature.inverses import InverseFisher, NaturalLength
+from kfac_fx.curvature.inverses import InverseFisher
 from kfac_fx.curvature.parameters import transformed
 from kfac_fx.errors import ParameterChangedError, UnknownOptionError
 from kfac_fx.likelihoods.builtin import Tree
@@ -27,12 +27,13 @@ from kfac_fx.likelihoods.sampling import fresh_generator
 from kfac_fx.linalg.precision import all_finite
 from kfac_fx.optim.adapt_damping import DampingRule
 from kfac_fx.optim.batch_trust import BatchTrust
-from kfac_fx.optim.bounds import TRUST_REGION
+from kfac_fx.optim.bounds import LayerBounds
 from kfac_fx.optim.diagnostics import Diagnostics
 from kfac_fx.optim.groups import Groups
 from kfac_fx.optim.held_out import HeldOutRule
 from kfac_fx.optim.kfac_options import KFACOptions
 from kfac_fx.optim.last_step import Buffers, LastStep
+from kfac_fx.optim.lengths import AdaptiveLength
 from kfac_fx.optim.objective import Batch, Objective
 from kfac_fx.optim.products import Direction
 from kfac_fx.optim.updates import AdaptiveUpdate, ScheduledUpdate, Situation, UpdateRule
@@ -68,7 +69,7 @@ class KFAC(HasCurvature, Optimizer):
         momentum: the momentum of the stochastic form, in units of the previous update.
         weight_decay: eta, of the l2 term eta / 2 ||theta||^2 of the objective.
         damping: lambda_0 > 0, in the units of the Fisher of one likelihood term. None for the mean
-            eigenvalue of the first batch's Fisher; with an ``lr`` for that of each refresh.
+            eigenvalue of the first batch's Fisher; with an ``lr`` for a fifth at each refresh.
         statistics_every: period of the statistics, in iterations. None for each iteration; with an
             ``lr`` as for ``Preconditioner``.
         refresh_every: T3, the period of the inverses, in iterations; besides, the first three. None
@@ -181,8 +182,9 @@ class KFAC(HasCurvature, Optimizer):
             self._rule = HeldOutRule(damping, weight_decay, options)
         else:
             self._rule = DampingRule(damping, weight_decay, options)
-        usual = options.trust_region == "usual"
-        self._natural = NaturalLength(TRUST_REGION if usual else None)
+        # Only where there is a learning rate; without one the quadratic model says how long.
+        adaptive = lr is not None and options.trust_region == "adaptive"
+        self._length = AdaptiveLength() if adaptive else None
         self._make = self._update_rule(lr is None, refresh_every, follows=damping is None)
         self._trust = BatchTrust(options.outlier)
         self._last = LastStep()
@@ -197,14 +199,15 @@ class KFAC(HasCurvature, Optimizer):
     ) -> UpdateRule:
         if not adaptive:
             region = self._options.trust_region
-            usual = isinstance(region, str)
+            layers = [block.parameters for block in self.curvature.blocks.values()]
             return ScheduledUpdate(
                 self.inverse,
                 self._rule,
                 follows,
                 refresh_every,
                 None if isinstance(region, str) else region,
-                self._natural if usual else None,
+                self._length,
+                LayerBounds(layers, ALONE),
             )
         assert refresh_every is not None
         if self._workers.staleness:
@@ -466,7 +469,7 @@ class KFAC(HasCurvature, Optimizer):
                 "likelihood": described(self._objective.likelihood),
                 "iteration": self._iteration,
                 "trust": self._trust.state(),
-                "natural_length": self._natural.usual,
+                "length": self._length.state() if self._length else None,
                 "rule": self._rule.state(),
                 "previous": self._last.update_copy(),
                 "before": self._last.before(),
@@ -491,7 +494,8 @@ class KFAC(HasCurvature, Optimizer):
         self._rule.load(own["rule"])
         self._iteration = own["iteration"]
         self._trust.load(own["trust"])
-        self._natural.usual = own.get("natural_length")
+        if self._length and own.get("length"):
+            self._length.load(own["length"], self.inverse.estimate.like.device)
         self._last.load(own["previous"], own["before"])
         self.generator.set_state(own["generator"].cpu())
         counters = own["counters"]

@@ -39,10 +39,9 @@ class KFACOptions:
         fewest_products: so many cases are taken for products at least: directions that few cases do
             not see look flat, and steps become too long.
         ema_decay: in [0, 1), the largest weight of the old statistics in a running average.
-        trust_region: how steps are bounded. "usual" has the bounds of ``Preconditioner``: its trust
-            region, its largest step, and a gradient that is longer than usual is cut. A number is
-            KFC's own: the largest squared length of lr times the proposal in Fhat. None for no
-            limit. With an ``lr`` only.
+        trust_region: how long steps are. "adaptive" has the rules of ``Preconditioner``, for
+            gradients and for steps. A number is KFC's own: the largest squared length of lr times
+            the proposal in Fhat. None for no limit. With an ``lr`` only.
         outlier: a batch whose loss is this many times the running average, or not finite, is not
             trusted (its gradient and statistics: a hundred times as many). If its loss was fine
             before the last step, that step is undone exactly and lambda grows; else it is skipped.
@@ -64,7 +63,7 @@ class KFACOptions:
     products_fraction: float = 1 / 4
     fewest_products: int = 256
     ema_decay: float = 0.95
-    trust_region: float | Literal["usual"] | None = "usual"
+    trust_region: float | Literal["adaptive"] | None = "adaptive"
     outlier: float = 5.0
     forward: Forward = run_network
     factor_storage: FactorStorage | None = None
@@ -102,7 +101,7 @@ class KFACOptions:
         within("ema_decay", self.ema_decay, 0.0, 1.0)
         positive("smallest_damping", self.smallest_damping)
         if isinstance(self.trust_region, str):
-            choice("trust_region", self.trust_region, ("usual",))
+            choice("trust_region", self.trust_region, ("adaptive",))
         else:
             positive("trust_region", self.trust_region)
         if self.factor_storage is not None:

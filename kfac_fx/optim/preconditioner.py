@@ -24,7 +24,7 @@ from kfac_fx.config import (
     within,
 )
 from kfac_fx.curvature.estimate import REFRESHES, STATISTICS, is_due
-from kfac_fx.curvature.inverses import InverseFisher, NaturalLength
+from kfac_fx.curvature.inverses import InverseFisher
 from kfac_fx.curvature.parameters import transformed
 from kfac_fx.errors import (
     DampingError,
@@ -35,7 +35,8 @@ from kfac_fx.errors import (
 )
 from kfac_fx.likelihoods.named import Given, check_described, described, likelihood_of
 from kfac_fx.likelihoods.sampling import forked, fresh_generator
-from kfac_fx.optim.bounds import LARGEST_STEP, TRUST_REGION, TakenStep
+from kfac_fx.optim.bounds import LARGEST_STEP, LayerBounds, TakenStep
+from kfac_fx.optim.lengths import AdaptiveLength, NaturalLength
 from kfac_fx.parallel import ALONE, Net, Workers
 from kfac_fx.reading.inspection import HasCurvature
 from kfac_fx.statistics.forward import Forward, run_network
@@ -65,10 +66,10 @@ class Preconditioner(HasCurvature):
             ``kfac_fx.likelihoods``, or a callable from outputs to a
             ``torch.distributions.Distribution``.
         damping: lambda > 0, in the units of the Fisher of one likelihood term; factored Tikhonov
-            uses gamma = sqrt(lambda). None for the mean eigenvalue of the curvature, taken anew at
-            each refresh: it follows the Fisher, which shrinks with the loss. Too small a value
-            makes long steps in directions that few cases have shown; a large one gives the
-            gradient, scaled by 1 / lambda.
+            uses gamma = sqrt(lambda). None for a fifth of the mean eigenvalue of the curvature,
+            taken anew at each refresh: it follows the Fisher, which shrinks with the loss. Too
+            small a value makes long steps in directions that few cases have shown; a large one
+            gives the gradient, scaled by 1 / lambda.
         tikhonov: "factored", (A + pi gamma I) (x) (G + gamma / pi I); "exact", A (x) G + lambda I
             (sums of two Kronecker products stay factored); or "ekfac", the same with estimated
             eigenvalues. The last two need structure="block_diagonal".
@@ -83,15 +84,18 @@ class Preconditioner(HasCurvature):
         ema_decay: in [0, 1), the largest weight of the old average. Early averages weigh every
             batch alike.
         statistics_every: period of the statistics, counted in calls of ``step``; the first call
-            always has some. None for each of the first 20 calls and every third from there on.
+            always has some. None for each of the first 20 calls and every tenth from there on.
         refresh_every: period of the inverses, counted in calls of ``step``. None for calls 1, 2, 3,
             5, 9 and 17, as the first averages change fast, and every twentieth from there on.
             Between two refreshes inverses are older than the averages, which costs accuracy and
             saves time.
-        trust_region: largest squared length grad^T Fhat^-1 grad of a preconditioned gradient in
-            Fhat; a longer one is shortened (KFC's bound). "usual" is 0.01, but to a thirtieth of
-            its length at least, and one that is more than twice as long as usual to that. None for
-            neither.
+        trust_region: how long a preconditioned gradient is. "adaptive" looks at gradients alone:
+            its squared length in Fhat, grad^T Fhat^-1 grad, is 0.01 at most, times a factor that
+            grows as long as gradients agree with the steps before and shrinks where noise has the
+            upper hand; a layer's part is a tenth of its weights at most; and where lambda follows
+            the curvature, averages that have fallen behind a shrinking Fisher are made up for. A
+            number is the largest squared length, and no more than that (KFC's bound). None for the
+            gradient times Fhat^-1 as it is.
         largest_step: largest step of the optimizer, in units of the length of a layer's weights: a
             longer one, momentum and learning rate included, is shortened after it. It is the step
             of any torch.optim optimizer that follows ``step()``. None for no limit.
@@ -129,10 +133,10 @@ class Preconditioner(HasCurvature):
         tikhonov: Tikhonov = "factored",
         structure: Structure | None = None,
         fisher: Fisher = "sampled",
-        ema_decay: float = 0.95,
+        ema_decay: float = 0.9,
         statistics_every: int | None = None,
         refresh_every: int | None = None,
-        trust_region: float | Literal["usual"] | None = "usual",
+        trust_region: float | Literal["adaptive"] | None = "adaptive",
         largest_step: float | None = LARGEST_STEP,
         generator: torch.Generator | None = None,
         workers: Workers = ALONE,
@@ -156,7 +160,7 @@ class Preconditioner(HasCurvature):
         self.ema_decay = within("ema_decay", ema_decay, 0.0, 1.0)
         self.statistics_every = period_or_ours("statistics_every", statistics_every)
         self.refresh_every = period_or_ours("refresh_every", refresh_every)
-        self._natural = _natural_length(trust_region)
+        self._length = _length(trust_region)
         self.generator = generator or fresh_generator()
         self.skipped_statistics = 0
         self.skipped_gradients = 0
@@ -169,10 +173,11 @@ class Preconditioner(HasCurvature):
         self.inverse = InverseFisher(net, curvature, options, self.generator, workers)
         # From here on all processes draw from the first one's stream; before it nothing was drawn.
         workers.begin("Preconditioner", self.inverse.covered.parameters, self.generator)
+        layers = [block.parameters for block in curvature.blocks.values()]
+        self._layers = LayerBounds(layers, workers)
         self._taken: TakenStep | None = None
         largest_step = positive("largest_step", largest_step)
         if largest_step is not None:
-            layers = [block.parameters for block in curvature.blocks.values()]
             own = ref(self)  # no cycle: a preconditioner goes as soon as nobody has it
             self._taken = TakenStep(
                 self.inverse.covered.parameters,
@@ -218,13 +223,14 @@ class Preconditioner(HasCurvature):
         return self.inverse.damping(self._damping)
 
     @property
-    def trust_region(self) -> float | None:
-        """Return the largest squared length of a preconditioned gradient in Fhat."""
-        return self._natural.largest
+    def trust_region(self) -> float | Literal["adaptive"] | None:
+        """Return the rule for lengths: a largest squared length in Fhat, or the adaptive one."""
+        return "adaptive" if isinstance(self._length, AdaptiveLength) else self._length.largest
 
     @trust_region.setter
-    def trust_region(self, value: float | Literal["usual"] | None) -> None:
-        self._natural = _natural_length(value)
+    def trust_region(self, value: float | Literal["adaptive"] | None) -> None:
+        if value != self.trust_region:
+            self._length = _length(value)
 
     # One step of training.
 
@@ -355,20 +361,29 @@ class Preconditioner(HasCurvature):
         several = self._workers.size > 1 or any(hasattr(g, "full_tensor") for g in given.values())
         whole = self._workers.whole(given) if several else given
         finite = self.inverse.refreshed is not None
+        share, widest = 1.0, None
         if finite:
             updates = self.inverse.precondition(whole)
             made = [updates[name] for name in whole]
             # A gradient that is not finite has no finite length, so one number serves for both.
             # It is of whole gradients: one process must not zero what the others keep.
-            share = self._natural.share(list(whole.values()), made)
+            if isinstance(self._length, AdaptiveLength):
+                # A lambda that stays where it is makes the inverses stay with it.
+                lag = self.inverse.lag(self._in_force()) if self._damping is None else 1.0
+                share = self._length.share(list(whole), list(whole.values()), made, lag)
+                widest = self._length.widest(lag)
+            else:
+                share = self._length.share(list(whole.values()), made)
             finite = math.isfinite(share)
         if finite:
-            if share < 1:
+            if share != 1:
                 foreach.mul_(made, share)
             if several:
                 self._workers.put(updates, given)
             else:
                 foreach.copy_(list(given.values()), made)
+            if widest is not None:
+                self._layers.shorten(given, self.inverse.covered.parameters, widest)
         if not finite:
             self.skipped_gradients += 1
             log.warning("step %d: no finite preconditioned gradient; it is zero", self._steps)
@@ -385,7 +400,7 @@ class Preconditioner(HasCurvature):
             "version": VERSION,
             "steps": self._steps,
             "damping": self._damping,
-            "natural_length": self._natural.usual,
+            "length": self._length.state() if isinstance(self._length, AdaptiveLength) else None,
             "likelihood": described(self.likelihood),
             "skipped_statistics": self.skipped_statistics,
             "skipped_gradients": self.skipped_gradients,
@@ -406,19 +421,20 @@ class Preconditioner(HasCurvature):
         self.inverse.load(state["inverse"])
         self._steps = int(state["steps"])
         self.damping = state["damping"]
-        self._natural.usual = state.get("natural_length")
+        if isinstance(self._length, AdaptiveLength) and state.get("length"):
+            self._length.load(state["length"], self.inverse.estimate.like.device)
         self.skipped_statistics = int(state["skipped_statistics"])
         self.skipped_gradients = int(state["skipped_gradients"])
         self.generator.set_state(state["generator"].cpu())  # trainers load onto the GPU
         self.recorder.switch(self.due)
 
 
-def _natural_length(trust_region: float | Literal["usual"] | None) -> NaturalLength:
-    """Return the bound on a preconditioned gradient's length in Fhat."""
+def _length(trust_region: float | Literal["adaptive"] | None) -> NaturalLength | AdaptiveLength:
+    """Return the rule for the length of a preconditioned gradient."""
     if isinstance(trust_region, str):
-        choice("trust_region", trust_region, ("usual",))
-        return NaturalLength(TRUST_REGION)
-    return NaturalLength(positive("trust_region", trust_region), exact=True)
+        choice("trust_region", trust_region, ("adaptive",))
+        return AdaptiveLength()
+    return NaturalLength(positive("trust_region", trust_region))
 
 
 def _recorded_module(net: Net) -> Net:

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
 from kfac_fx.codegen.refresh_module import Refreshed
 from kfac_fx.curvature.estimate import REFRESHES, is_due
-from kfac_fx.curvature.inverses import InverseFisher, NaturalLength
+from kfac_fx.curvature.inverses import InverseFisher
+from kfac_fx.curvature.mean_eigenvalue import DAMPING_SHARE
 from kfac_fx.optim.adapt_damping import DampingRule
-from kfac_fx.optim.bounds import (
-    LARGEST_STEP,
-    LayerSteps,
-    layer_numbers,
-    own_entries,
-)
+from kfac_fx.optim.bounds import LARGEST_STEP, LayerBounds
+from kfac_fx.optim.lengths import AdaptiveLength
 from kfac_fx.optim.objective import Batch, Objective
 from kfac_fx.optim.products import Direction, Parameters
 from kfac_fx.optim.quadratic import QuadraticModel, combination, inner_products
-from kfac_fx.parallel import ALONE, Workers
+from kfac_fx.parallel import Workers
 
 
 @dataclass(frozen=True)
@@ -180,11 +177,12 @@ class ScheduledUpdate:
     Attributes:
         inverse: gives proposals.
         rule: has lambda.
-        follows: whether lambda is the mean eigenvalue, taken anew at each refresh.
+        follows: whether lambda follows the mean eigenvalue, and is taken anew at each refresh.
         refresh_every: T3; None for the library's own periods.
         trust_region: largest squared length lr^2 grad^T Fhat^-1 grad of the new part, as KFC has
             it; None for no limit.
-        natural: in place of that, the bounds of ``Preconditioner``; None for KFC's own.
+        length: in place of that, the rule of ``Preconditioner``; None for KFC's own.
+        layers: bounds proposals and steps where there is that rule.
     """
 
     inverse: InverseFisher
@@ -192,8 +190,8 @@ class ScheduledUpdate:
     follows: bool
     refresh_every: int | None
     trust_region: float | None
-    natural: NaturalLength | None
-    _layers: dict[tuple[str, ...], LayerSteps] = field(default_factory=dict)
+    length: AdaptiveLength | None
+    layers: LayerBounds
 
     @property
     def damping(self) -> float:
@@ -206,7 +204,7 @@ class ScheduledUpdate:
             refresh = due(at.iteration, self.refresh_every)
         if refresh or self.inverse.refreshed is None:
             if self.follows:
-                self.rule.follow(self.inverse.mean_eigenvalue())
+                self.rule.follow(DAMPING_SHARE * self.inverse.mean_eigenvalue())
             self.inverse.keep_up(self.rule.total)
         proposal = self.inverse.precondition(at.gradient)
         scale = self._scale(at, proposal)
@@ -220,15 +218,21 @@ class ScheduledUpdate:
                 if previous is None
                 else previous.mul_(at.momenta[name]).add_(value, alpha=rate)
             )
-        if self.natural is not None:
-            self._shorten(at, step)
+        if self.length is not None:
+            self.layers.shorten(step, at.parameters, LARGEST_STEP)
         return Update(step, {"trust": scale})
 
     def _scale(self, at: Situation, proposal: Direction) -> float:
         """Return the factor of a proposal; of one that is not finite it is 1 and all is refused."""
-        if self.natural is not None:
-            share = self.natural.share([at.gradient[n] for n in proposal], [*proposal.values()])
-            return share if math.isfinite(share) else 1.0
+        if self.length is not None:
+            lag = self.inverse.lag(self.rule.damping) if self.follows else 1.0
+            gradient = [at.gradient[name] for name in proposal]
+            share = self.length.share(list(proposal), gradient, [*proposal.values()], lag)
+            if not math.isfinite(share):
+                return 1.0
+            # The proposal as it will be taken is what is compared with the weights.
+            self.layers.shorten(proposal, at.parameters, self.length.widest(lag) / share)
+            return share
         if self.trust_region is None:
             return 1.0
         # The length is of the step that the learning rates of all groups make, not of the
@@ -236,18 +240,3 @@ class ScheduledUpdate:
         scaled = {name: at.gradient[name] * at.rates[name] ** 2 for name in proposal}
         length = float(inner_products([scaled, proposal])[0, 1])
         return min(1.0, math.sqrt(self.trust_region / max(length, 1e-300)))
-
-    def _shorten(self, at: Situation, step: Direction) -> None:
-        """Shorten the steps of layers that are too long for their weights, in place."""
-        names = tuple(step)
-        weights = [at.parameters[name] for name in names]
-        if names not in self._layers:  # parameters may be added to a group, or frozen
-            blocks = self.inverse.curvature.blocks.values()
-            numbers = layer_numbers(block.parameters for block in blocks)
-            self._layers[names] = LayerSteps(weights, [numbers[n] for n in names], ALONE)
-        steps = [own_entries(step[name]) for name in names]
-        before = [own_entries(weight) for weight in weights]
-        excess = self._layers[names].excess(steps, before, LARGEST_STEP)
-        for one, much in zip(steps, excess, strict=True):
-            if isinstance(much, Tensor) or much > 0:
-                one.mul_(1 - much)
