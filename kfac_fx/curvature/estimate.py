@@ -47,7 +47,7 @@ class Usual(NamedTuple):
 REFRESHES = Usual(frozenset((1, 2, 4, 8, 16)), 20)
 
 # Averages of many batches move little by one more, which costs as much as two steps without any.
-STATISTICS = Usual(frozenset(range(20)), 10)
+STATISTICS = Usual(frozenset(range(10)), 10)
 
 
 class EstimateState(TypedDict):

@@ -46,6 +46,7 @@ class InverseState(TypedDict):
     tikhonov: str
     averages: EstimateState
     newest: dict[str, float]
+    mean: float
     couplings: list[list[str]]
     inverses: dict[str, Tensor]
     pending: list[dict[str, Tensor]]
@@ -104,12 +105,13 @@ class InverseFisher:
         self.refreshed: Refreshed | None = None
         self.clamped = 0
         self._newest = Newest()
+        self._mean = 0.0  # eigenvalue of the averages that a lambda of ours was last taken from
         self._options = options
         self._converts = storage is not None
         self._workers = workers
         self._refreshes = 0
-        # The damping and the number of folds that ``refreshed`` is of.
-        self._made_of: tuple[float | None, int] | None = None
+        # The damping, certainty and number of folds that ``refreshed`` is of.
+        self._made_of: tuple[float | None, float, int] | None = None
         self._chooses = coupled and curvature.selection == "data" and bool(curvature.pairs)
         program, engine = self._generated(curvature.couplings if coupled else ())
         self.program = program
@@ -165,23 +167,33 @@ class InverseFisher:
             self.refreshed = self.moments.scaled(self.refreshed)
         return folded.good
 
-    def keep_up(self, damping: float | None) -> None:
+    def keep_up(self, damping: float | None, certainty: float = 1.0) -> None:
         """Refresh, unless neither the averages nor the damping have moved since the last time.
 
         Inverses that come into use later than they are made count refreshes: these always run.
 
         Args:
-            damping: see ``refresh``.
+            damping, certainty: see ``refresh``.
         """
-        moved = self._made_of != (damping, self.estimate.folds) or self.refreshed is None
-        if moved or self._workers.staleness:
-            self.refresh(damping)
+        same = self._made_of == (damping, certainty, self.estimate.folds)
+        if not same or self.refreshed is None or self._workers.staleness:
+            self.refresh(damping, certainty)
 
-    def refresh(self, damping: float | None) -> None:
+    def follow(self, certainty: float = 1.0) -> float:
+        """Return the lambda that follows the averages: a share of their mean eigenvalue.
+
+        Args:
+            certainty: how many times smaller than usual, where gradients need less damping.
+        """
+        self._mean = self.mean_eigenvalue()
+        return DAMPING_SHARE * self._mean / certainty
+
+    def refresh(self, damping: float | None, certainty: float = 1.0) -> None:
         """Compute the inverses from the present averages.
 
         Args:
-            damping: lambda; None for a fifth of the mean eigenvalue of the averages.
+            damping: lambda; None for that of ``follow``.
+            certainty: of ``follow``.
 
         Raises:
             StatisticsError: there are none yet.
@@ -190,7 +202,7 @@ class InverseFisher:
             raise StatisticsError("no statistics yet: nothing to invert")
         self._refreshes += 1
         # At refreshes 1, 2, 4, 8, ...: a choice costs about a refresh, and later ones change less.
-        amount = DAMPING_SHARE * self.mean_eigenvalue() if damping is None else damping
+        amount = self.follow(certainty) if damping is None else damping
         if self._chooses and not self._refreshes & (self._refreshes - 1):
             self._choose_couplings(amount)
         factors = self.estimate.arguments(self.program.couplings)
@@ -198,7 +210,7 @@ class InverseFisher:
         made = self._engine.refresh(tensor, factors, self.refreshed)
         self.clamped += made.clamped
         self.refreshed = made if self.moments is None else self.moments.rebase(made)
-        self._made_of = damping, self.estimate.folds
+        self._made_of = damping, certainty, self.estimate.folds
 
     def precondition(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the inverse times gradients of covered parameters, by name.
@@ -260,16 +272,13 @@ class InverseFisher:
             return DAMPING_SHARE * self.mean_eigenvalue()
         return float(self.refreshed.damping)
 
-    def lag(self, damping: float) -> float:
-        """Return how many times too large the inverted averages are for the newest statistics.
+    def lag(self) -> float:
+        """Return how many times too large the averages are for the newest statistics, 1 or more.
 
-        Args:
-            damping: the lambda that followed them, which is too large by as much.
-
-        Returns:
-            1 or more. All inverses are this many times too small, so that steps take it back.
+        The lambda that follows them is too large by as much, and the inverses are this many times
+        too small, so that steps take it back.
         """
-        return self._newest.lag(self.curvature, damping / DAMPING_SHARE)
+        return self._newest.lag(self.curvature, self._mean)
 
     def mean_eigenvalue(self) -> float:
         """Return the mean eigenvalue of the undamped averages; see ``mean_eigenvalue.py``."""
@@ -315,6 +324,7 @@ class InverseFisher:
             "tikhonov": self._options.tikhonov,
             "averages": self.estimate.state(),
             "newest": dict(self._newest.traces),
+            "mean": self._mean,
             "couplings": [[c.child, c.parent] for c in self.program.couplings],
             "inverses": inverses,
             "pending": [_by_name(pending) for pending in self._engine.pending()],
@@ -345,6 +355,7 @@ class InverseFisher:
             )
         self.estimate.load(state["averages"])
         self._newest = Newest(state.get("newest", {}))
+        self._mean = float(state.get("mean", 0.0))
         self._made_of = None
         self.program = program
         self._engine = engine

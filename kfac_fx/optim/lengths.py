@@ -29,7 +29,9 @@ RESPONSE = 0.1
 PAST = 0.9
 """Weight of the older gradients in the direction of the steps before."""
 
-SMALLEST_FACTOR, LARGEST_FACTOR = 1e-2, 10.0
+SMALLEST_FACTOR, LARGEST_FACTOR = 0.2, 10.0
+"""Limits of that factor: batches of one epoch, of which each has the cases that the others lack,
+seem to disagree more than they do, and steps would come to rest."""
 
 
 class NaturalLength:
@@ -38,6 +40,8 @@ class NaturalLength:
     Args:
         largest: the trust region: the largest squared length; None for no limit.
     """
+
+    certainty = 1.0
 
     def __init__(self, largest: float | None) -> None:
         self.largest = largest
@@ -137,6 +141,11 @@ class AdaptiveLength:
         self._squared = max(PAST**2 * self._squared + 2 * PAST * along + squared, squared)
         for past, vector in zip(self._past, gradient, strict=True):
             past.mul_(PAST).add_(vector)
+
+    @property
+    def certainty(self) -> float:
+        """Return by how much less damping will do: where gradients agree, noise need not be."""
+        return max(self.factor, 1.0) ** 2
 
     def widest(self, lag: float) -> float:
         """Return the largest length of a layer's part, in units of the length of its weights."""

@@ -84,7 +84,7 @@ class Preconditioner(HasCurvature):
         ema_decay: in [0, 1), the largest weight of the old average. Early averages weigh every
             batch alike.
         statistics_every: period of the statistics, counted in calls of ``step``; the first call
-            always has some. None for each of the first 20 calls and every tenth from there on.
+            always has some. None for each of the first ten calls and every tenth from there on.
         refresh_every: period of the inverses, counted in calls of ``step``. None for calls 1, 2, 3,
             5, 9 and 17, as the first averages change fast, and every twentieth from there on.
             Between two refreshes inverses are older than the averages, which costs accuracy and
@@ -312,7 +312,7 @@ class Preconditioner(HasCurvature):
         # Inverses are missing after the first fold, and where a block got its first statistic.
         missing = self.inverse.refreshed is None
         if estimate.recorded and (missing or is_due(self._steps, self.refresh_every, REFRESHES)):
-            self.inverse.keep_up(self._damping)
+            self.inverse.keep_up(self._damping, self._length.certainty)
         self._precondition(given)
         self._steps += 1
         self._calls += 1
@@ -324,7 +324,7 @@ class Preconditioner(HasCurvature):
         Raises:
             StatisticsError: there are no factors yet.
         """
-        self.inverse.refresh(self._damping)
+        self.inverse.refresh(self._damping, self._length.certainty)
 
     def apply(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return Fhat^-1 times the given gradients, by parameter name, with the inverses at hand.
@@ -369,7 +369,7 @@ class Preconditioner(HasCurvature):
             # It is of whole gradients: one process must not zero what the others keep.
             if isinstance(self._length, AdaptiveLength):
                 # A lambda that stays where it is makes the inverses stay with it.
-                lag = self.inverse.lag(self._in_force()) if self._damping is None else 1.0
+                lag = self.inverse.lag() if self._damping is None else 1.0
                 share = self._length.share(list(whole), list(whole.values()), made, lag)
                 widest = self._length.widest(lag)
             else:

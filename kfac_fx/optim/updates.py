@@ -12,7 +12,6 @@ from torch import Tensor
 from kfac_fx.codegen.refresh_module import Refreshed
 from kfac_fx.curvature.estimate import REFRESHES, is_due
 from kfac_fx.curvature.inverses import InverseFisher
-from kfac_fx.curvature.mean_eigenvalue import DAMPING_SHARE
 from kfac_fx.optim.adapt_damping import DampingRule
 from kfac_fx.optim.bounds import LARGEST_STEP, LayerBounds
 from kfac_fx.optim.lengths import AdaptiveLength
@@ -204,7 +203,8 @@ class ScheduledUpdate:
             refresh = due(at.iteration, self.refresh_every)
         if refresh or self.inverse.refreshed is None:
             if self.follows:
-                self.rule.follow(DAMPING_SHARE * self.inverse.mean_eigenvalue())
+                certainty = 1.0 if self.length is None else self.length.certainty
+                self.rule.follow(self.inverse.follow(certainty))
             self.inverse.keep_up(self.rule.total)
         proposal = self.inverse.precondition(at.gradient)
         scale = self._scale(at, proposal)
@@ -225,7 +225,7 @@ class ScheduledUpdate:
     def _scale(self, at: Situation, proposal: Direction) -> float:
         """Return the factor of a proposal; of one that is not finite it is 1 and all is refused."""
         if self.length is not None:
-            lag = self.inverse.lag(self.rule.damping) if self.follows else 1.0
+            lag = self.inverse.lag() if self.follows else 1.0
             gradient = [at.gradient[name] for name in proposal]
             share = self.length.share(list(proposal), gradient, [*proposal.values()], lag)
             if not math.isfinite(share):
