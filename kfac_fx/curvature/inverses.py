@@ -110,8 +110,8 @@ class InverseFisher:
         self._converts = storage is not None
         self._workers = workers
         self._refreshes = 0
-        # The damping, certainty and number of folds that ``refreshed`` is of.
-        self._made_of: tuple[float | None, float, int] | None = None
+        # The damping and number of folds that ``refreshed`` is of.
+        self._made_of: tuple[float | None, int] | None = None
         self._chooses = coupled and curvature.selection == "data" and bool(curvature.pairs)
         program, engine = self._generated(curvature.couplings if coupled else ())
         self.program = program
@@ -152,32 +152,27 @@ class InverseFisher:
     # What a step does.
 
     def fold(
-        self, found: Mapping[StatisticKey, Statistic], decay: float, outlier: float = math.inf
+        self,
+        found: Mapping[StatisticKey, Statistic],
+        decay: float,
+        outlier: float = math.inf,
+        *,
+        follows: bool = False,
     ) -> bool:
         """Fold new statistics into the averages; return whether they were good enough to.
 
         Args:
             found, decay, outlier: see ``Estimate.fold``.
+            follows: whether lambda follows the averages, so that ``lag`` will be asked for.
         """
         folded = self.estimate.fold(found, decay, outlier)
-        self._newest.add(folded.came)
+        if follows:
+            self._newest.add(folded.came)
         if folded.first:
             self.refreshed = None  # it has no inverse of a block that had no statistics
         if folded.good and self.refreshed is not None and self.moments is not None:
             self.refreshed = self.moments.scaled(self.refreshed)
         return folded.good
-
-    def keep_up(self, damping: float | None, certainty: float = 1.0) -> None:
-        """Refresh, unless neither the averages nor the damping have moved since the last time.
-
-        Inverses that come into use later than they are made count refreshes: these always run.
-
-        Args:
-            damping, certainty: see ``refresh``.
-        """
-        same = self._made_of == (damping, certainty, self.estimate.folds)
-        if not same or self.refreshed is None or self._workers.staleness:
-            self.refresh(damping, certainty)
 
     def follow(self, certainty: float = 1.0) -> float:
         """Return the lambda that follows the averages: a share of their mean eigenvalue.
@@ -188,18 +183,25 @@ class InverseFisher:
         self._mean = self.mean_eigenvalue()
         return DAMPING_SHARE * self._mean / certainty
 
-    def refresh(self, damping: float | None, certainty: float = 1.0) -> None:
+    def refresh(
+        self, damping: float | None, certainty: float = 1.0, *, if_moved: bool = False
+    ) -> None:
         """Compute the inverses from the present averages.
 
         Args:
             damping: lambda; None for that of ``follow``.
             certainty: of ``follow``.
+            if_moved: not where neither the averages nor the damping have moved since the last time.
+                Inverses that come into use later than they are made count refreshes: these run.
 
         Raises:
             StatisticsError: there are none yet.
         """
         if not self.estimate.recorded:
             raise StatisticsError("no statistics yet: nothing to invert")
+        made_of = damping, self.estimate.folds
+        if if_moved and self._made_of == made_of and self.refreshed and not self._workers.staleness:
+            return
         self._refreshes += 1
         # At refreshes 1, 2, 4, 8, ...: a choice costs about a refresh, and later ones change less.
         amount = self.follow(certainty) if damping is None else damping
@@ -210,7 +212,7 @@ class InverseFisher:
         made = self._engine.refresh(tensor, factors, self.refreshed)
         self.clamped += made.clamped
         self.refreshed = made if self.moments is None else self.moments.rebase(made)
-        self._made_of = damping, certainty, self.estimate.folds
+        self._made_of = made_of
 
     def precondition(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the inverse times gradients of covered parameters, by name.

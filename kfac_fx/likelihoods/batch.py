@@ -345,8 +345,8 @@ def batch_likelihood(
 
     Args:
         likelihood: the likelihood of the outputs, or a sum of several.
-        outputs: what the network returned, at least in float32 (see ``wide``); for a sum a mapping
-            or a tuple with the outputs of its parts.
+        outputs: what the network returned; float32 where its own precision is lower. For a sum a
+            mapping or a tuple with the outputs of its parts.
         targets: in the same form; None where there are none.
         terms: what ``batch_terms`` made of the targets before. A traced pass gives it, as the
             targets' values may not be looked at in there; None takes them from ``targets``.
@@ -354,6 +354,8 @@ def batch_likelihood(
     Raises:
         LikelihoodError: outputs or targets do not fit.
     """
+    if not isinstance(outputs, Tensor) or outputs.dtype in _LOW:
+        outputs = wide(outputs)
     if isinstance(likelihood, Sum):
         ones: Sequence[Single] = singles(likelihood, outputs, targets)
     else:
@@ -476,3 +478,13 @@ def output_tensors(outputs: Tree) -> list[Tensor]:
     """Return the floating-point tensors among the outputs of the likelihood, in order."""
     leaves = [outputs] if isinstance(outputs, Tensor) else pytree.tree_leaves(outputs)
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def drawn_seed(generator: torch.Generator, workers: Workers) -> int:
+    """Draw the next seed; processes that share one stream each get a seed of their own.
+
+    The multiplier is the golden ratio's of 64 bits: seeds of neighbouring ranks lie far apart, and
+    no rank's seed is another rank's next one.
+    """
+    seed = int(torch.randint(2**62, (), generator=generator))
+    return (seed + 0x9E3779B97F4A7C15 * workers.rank) % 2**62

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from kfac_fx.parallel import Workers
 
 
 @contextmanager
@@ -47,13 +43,3 @@ def seeded(seed: int, tensors: Iterable[Tensor]) -> Iterator[None]:
 def fresh_generator() -> torch.Generator:
     """Return a generator seeded by torch's global stream: runs repeat, preconditioners differ."""
     return torch.Generator().manual_seed(int(torch.randint(2**62, ())))
-
-
-def drawn_seed(generator: torch.Generator, workers: Workers) -> int:
-    """Draw the next seed; processes that share one stream each get a seed of their own.
-
-    The multiplier is the golden ratio's of 64 bits: seeds of neighbouring ranks lie far apart, and
-    no rank's seed is another rank's next one.
-    """
-    seed = int(torch.randint(2**62, (), generator=generator))
-    return (seed + 0x9E3779B97F4A7C15 * workers.rank) % 2**62

@@ -207,10 +207,10 @@ def on_diagonal(grid: Tensor) -> Tensor:
 # Inverses of positive matrices.
 
 
-def _root(matrix: Tensor) -> tuple[Tensor, Tensor]:
+def _root_on_gpu(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Return the lower Cholesky root, and flags that are not zero where there is none."""
     d = matrix.shape[-1]
-    if matrix.is_cuda and matrix.dim() == 3 and d >= 2048 and len(matrix) <= 8:
+    if matrix.dim() == 3 and d >= 2048 and len(matrix) <= 8:
         # Few large ones: their stack takes up to twice as long as all in turn.
         root, failed = (
             torch.stack(same) for same in zip(*map(torch.linalg.cholesky_ex, matrix), strict=True)
@@ -226,7 +226,8 @@ def cholesky_inverse(matrix: Tensor) -> tuple[Tensor, Tensor]:
     The flags are not looked at here: reading them makes the host wait for the device, and once for
     all blocks together is enough.
     """
-    root, failed = _root(matrix)
+    find = _root_on_gpu if matrix.is_cuda else torch.linalg.cholesky_ex
+    root, failed = find(matrix)
     # What is left of a failure may not divide by zero; the rest of it is of no use, but small work.
     torch.diagonal(root, 0, -2, -1).masked_fill_((failed != 0).unsqueeze(-1), 1.0)
     if root.is_cuda:  # its solver takes several times as long as products
@@ -240,7 +241,8 @@ def cholesky_whitener(matrix: Tensor) -> tuple[Tensor, Tensor]:
     W is the identity where Cholesky failed: eigenvalues are taken of what comes of it, and LAPACK
     raises on what is not finite.
     """
-    root, failed = _root(matrix)
+    find = _root_on_gpu if matrix.is_cuda else torch.linalg.cholesky_ex
+    root, failed = find(matrix)
     # In place: the memory of large copies costs as much as the factorisation of small matrices.
     root.masked_fill_((failed != 0).unsqueeze(-1).unsqueeze(-1), 0.0)
     torch.diagonal(root, 0, -2, -1).add_((failed != 0).to(matrix.dtype).unsqueeze(-1))

@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 
 from kfac_fx.errors import ObservationError, ParameterChangedError
 from kfac_fx.likelihoods.builtin import Tree
-from kfac_fx.optim.bounds import before_step
 from kfac_fx.optim.preconditioner import Preconditioner
+from kfac_fx.optim.taken_step import before_step
 
 Value = Any
 """What the user's network is given or returns: a tensor, a mapping, an object with fields."""

@@ -1,33 +1,201 @@
-"""Bounds in units of the weights: of a layer's part, and of the step that is taken.
+"""How long a preconditioned gradient is: in Fhat, by what gradients agree on, and beside weights.
 
-The lengths of whole gradients, in Fhat, are in kfac_fx/optim/lengths.py
-(docs/explanation/mathematics.md, section 9).
+docs/explanation/mathematics.md, section 9, derives the rules. The step that an optimizer makes of
+it is bounded in kfac_fx/optim/taken_step.py.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
-from weakref import WeakKeyDictionary, WeakSet
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.optimizer import (
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 
 from kfac_fx.parallel import Workers
 from kfac_fx.torch_internals import foreach
 
-LARGEST_STEP = 0.1
-"""Largest step that is taken, in units of the length of a layer's weights."""
+RADIUS = 1e-2
+"""Largest squared length of a preconditioned gradient in Fhat, times ``AdaptiveLength.factor``."""
+
+WIDE = 0.1
+NARROW = 0.02
+"""Largest length of a layer's preconditioned gradient, in units of the length of its weights: where
+averages are as new as the statistics, and at least, however far they have fallen behind."""
+
+RESPONSE = 0.1
+"""How fast the factor of all lengths follows the agreement of gradients with the steps before."""
+
+PAST = 0.9
+"""Weight of the older gradients in the direction of the steps before."""
+
+SMALLEST_FACTOR, LARGEST_FACTOR = 0.2, 10.0
+"""Limits of that factor: batches of one epoch, of which each has the cases that the others lack,
+seem to disagree more than they do, and steps would come to rest."""
+
 
 SMALL_WEIGHT = 1e-2
 """Root mean square that weights count as at least: layers that start at zero must be able to."""
+
+
+class NaturalLength:
+    """Says how much of a preconditioned gradient to take, by its length in Fhat (KFC's bound).
+
+    Args:
+        largest: the trust region: the largest squared length; None for no limit.
+    """
+
+    certainty = 1.0
+
+    def __init__(self, largest: float | None) -> None:
+        self.largest = largest
+
+    def share(self, gradient: Sequence[Tensor], updates: Sequence[Tensor]) -> float:
+        """Return the factor, at most 1, that a preconditioned gradient is taken with.
+
+        Its squared length is gradient^T Fhat^-1 gradient, so that no product with Fhat is needed.
+
+        Args:
+            gradient: the gradient of each parameter.
+            updates: Fhat^-1 times it, in the same order.
+
+        Returns:
+            NaN where an entry of either is not finite; one synchronisation for that, too.
+        """
+        squared = sum((u.mul(g).sum().item() for g, u in _vectors(gradient, updates)), 0.0)
+        if not math.isfinite(squared):
+            wide = widened([gradient, updates])
+            # The sum may have overflowed where all entries are finite: once more, with room.
+            return self.share(wide[0], wide[1]) if wide else math.nan
+        if squared <= 0 or self.largest is None:  # rounding may leave it below zero
+            return 1.0
+        return math.sqrt(min(1.0, self.largest / squared))
+
+
+class AdaptiveLength:
+    """Says how much of a preconditioned gradient to take, from gradients alone.
+
+    Four things are put together (docs/explanation/mathematics.md, section 9):
+
+    - Averages behind a Fisher that shrinks are too large, and their inverses too small, by ``lag``.
+    - The length in Fhat, of the present scale, is at most the root of ``RADIUS``.
+    - A factor follows the agreement of each gradient with the steps before: as long as it points
+      the same way steps grow, and where noise has the upper hand they shrink.
+    - A layer's part is no longer than a share of its weights, ``WIDE`` to ``NARROW``: what the
+      Fisher of well-fitted cases says of long steps is not true.
+
+    Attributes:
+        factor: the third.
+        certainty: by how much less damping will do: where gradients agree, noise need not be.
+        widest: the last: the largest length of a layer's part, in units of its weights' length.
+    """
+
+    def __init__(self) -> None:
+        self.factor = 1.0
+        self.certainty = 1.0
+        self.widest = WIDE
+        self._names: tuple[str, ...] = ()
+        self._past: list[Tensor] = []  # sum of PAST^k times gradients, as long vectors
+        self._squared = 0.0  # its squared length in the inverse of Fhat
+
+    def share(
+        self,
+        names: Sequence[str],
+        gradient: Sequence[Tensor],
+        updates: Sequence[Tensor],
+        lag: float,
+    ) -> float:
+        """Return the factor that a preconditioned gradient is taken with, but for single layers.
+
+        Args:
+            names: of the parameters; where they are others than in the last step, agreement with it
+                is not asked for.
+            gradient: the gradient of each.
+            updates: Fhat^-1 times it, in the same order.
+            lag: see ``InverseFisher.lag``.
+
+        Returns:
+            NaN where an entry is not finite: then nothing is remembered of this step.
+        """
+        pairs = _vectors(gradient, updates)
+        if self._names != tuple(names) or len(self._past) != len(pairs):
+            self._names, self._past = tuple(names), []
+        dots = [u.mul(g).sum() for g, u in pairs]
+        dots += [
+            u.mul(past).sum() for (_, u), past in zip(pairs, self._past, strict=bool(self._past))
+        ]
+        # One synchronisation, not two: what they are of may be on a GPU.
+        if len(pairs) > 1:
+            dots = [dot.double().to(dots[0].device) for dot in dots]
+        read = torch.stack(dots).tolist()
+        squared, along = sum(read[: len(pairs)]), sum(read[len(pairs) :])
+        if not math.isfinite(squared):
+            # The sum may have overflowed where all entries are finite: once more, with room.
+            wide = widened([gradient, updates])
+            self._past = []
+            return self.share(names, wide[0], wide[1], lag) if wide else math.nan
+        if squared <= 0:  # rounding may leave it below zero
+            return 1.0
+        if self._past and math.isfinite(along):
+            cosine = along / math.sqrt(max(squared * self._squared, 1e-300))
+            moved = self.factor * math.exp(RESPONSE * min(max(cosine, -1.0), 1.0))
+            self.factor = min(max(moved, SMALLEST_FACTOR), LARGEST_FACTOR)
+            self.certainty = max(self.factor, 1.0) ** 2
+            # Of older gradients by the newest inverse: it changes little within the ten that count.
+            so_far = PAST**2 * self._squared + 2 * PAST * along + squared
+            self._squared = max(so_far, squared)
+            for past, (vector, _) in zip(self._past, pairs, strict=True):
+                past.mul_(PAST).add_(vector)
+        else:
+            self._past = [vector.clone() for vector, _ in pairs]
+            self._squared = squared
+        self.widest = max(NARROW, WIDE / math.sqrt(lag))
+        return lag * math.sqrt(min(1.0, RADIUS / (lag * squared))) * self.factor
+
+    def state(self) -> dict[str, Any]:
+        """Return tensors and plain values that ``load`` restores."""
+        return {
+            "factor": self.factor,
+            "names": list(self._names),
+            "past": [vector.clone() for vector in self._past],
+            "squared": self._squared,
+        }
+
+    def load(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Restore a ``state``."""
+        self.factor = float(state["factor"])
+        self.certainty = max(self.factor, 1.0) ** 2
+        self._names = tuple(state["names"])
+        self._past = [vector.to(device).clone() for vector in state["past"]]
+        self._squared = float(state["squared"])
+
+
+def _vectors(first: Sequence[Tensor], second: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Return the entries of two lists as pairs of long vectors, one for each precision and device.
+
+    One product of long vectors takes the place of three small operations a parameter. No torch.dot
+    of them: its last bit depends on where in memory the vectors lie, and a run that goes on from a
+    checkpoint would drift away from the one that was not interrupted.
+    """
+    found = []
+    for kind in dict.fromkeys((tensor.dtype, tensor.device) for tensor in first):
+        both = zip(first, second, strict=True)
+        pairs = [(a, b) for a, b in both if kind == (a.dtype, a.device)]
+        if kind[0].is_complex:
+            pairs = [(torch.view_as_real(a), torch.view_as_real(b)) for a, b in pairs]
+        a, b = (foreach.flattened(list(side)) for side in zip(*pairs, strict=True))
+        low = a.dtype in (torch.float16, torch.bfloat16)
+        found.append((a.float(), b) if low else (a, b))
+    return found
+
+
+def widened(lists: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+    """Return tensors in precisions in which sums of squares do not overflow; none if they are."""
+    wide = (torch.float64, torch.complex128)
+    if all(tensor.dtype in wide for tensor in lists[0]):
+        return []
+    return [[tensor.to(wide[tensor.is_complex()]) for tensor in tensors] for tensors in lists]
 
 
 class _LayerSums(NamedTuple):
@@ -47,6 +215,7 @@ class LayerSteps:
         workers: the processes that share sharded parameters.
 
     Attributes:
+        plain: whether parameters are whole and real, and so their own entries.
         reads: whether lengths are read on the host, which costs nothing where that computes them.
     """
 
@@ -55,7 +224,8 @@ class LayerSteps:
     ) -> None:
         here = [own_entries(parameter) for parameter in parameters]
         self._workers = workers
-        self._sharded = [_is_sharded(parameter) for parameter in parameters]
+        self._sharded = [is_sharded(parameter) for parameter in parameters]
+        self.plain = not any(self._sharded) and not any(p.is_complex() for p in parameters)
         self._device = here[0].device
         self.reads = not any(self._sharded) and all(t.device.type == "cpu" for t in here)
         self._dtype = torch.float32
@@ -79,21 +249,20 @@ class LayerSteps:
             largest: the largest length of a layer's step, in units of its weights' length.
         """
         norms = list(foreach.norm([*steps, *weights], 2, self._dtype))
-        return self._read(norms, largest) if self.reads else self._unread(norms, steps, largest)
-
-    def _read(self, norms: list[Tensor], largest: float) -> list[float]:
+        if not self.reads:
+            return self._unread(norms, steps, largest)
         lengths = torch.stack(norms).tolist()
         count = len(self._rows)
-        moved, weights = [0.0] * len(self._least), [0.0] * len(self._least)
+        moved, lasting = [0.0] * len(self._least), [0.0] * len(self._least)
         for row, step, weight in zip(self._rows, lengths, lengths[count:], strict=False):
             moved[row] += step * step
-            weights[row] += weight * weight
+            lasting[row] += weight * weight
         # A step that is not finite is not made up for.
         excess = [
             max(0.0, 1 - largest * math.sqrt(max(weight, least) / step))
             if 0 < step < math.inf
             else 0.0
-            for step, weight, least in zip(moved, weights, self._least, strict=True)
+            for step, weight, least in zip(moved, lasting, self._least, strict=True)
         ]
         return [excess[row] for row in self._rows]
 
@@ -122,49 +291,6 @@ class LayerSteps:
         return [weight.to(tensor.device, tensor.dtype) for weight, tensor in pairs]
 
 
-class _Share:
-    """What one optimizer has of the covered parameters: copies from before its step, and layers.
-
-    Args:
-        parameters: the parameters in its groups.
-        layers: the number of each one's layer; the optimizer may have a part of a layer.
-        workers: the processes that share sharded parameters.
-
-    Attributes:
-        ids: identities of the parameters.
-    """
-
-    def __init__(
-        self, parameters: Sequence[nn.Parameter], layers: Sequence[int], workers: Workers
-    ) -> None:
-        self.ids = {id(parameter) for parameter in parameters}
-        self._parameters: list[Tensor] = list(parameters)
-        self._plain = not any(_is_sharded(p) or p.is_complex() for p in parameters)
-        self._before = [torch.empty_like(tensor) for tensor in self._now()]
-        self._layers = LayerSteps(self._parameters, layers, workers)
-
-    def _now(self) -> list[Tensor]:
-        return self._parameters if self._plain else [own_entries(p) for p in self._parameters]
-
-    def copy(self) -> None:
-        """Keep the parameters as they are."""
-        foreach.copy_(self._before, self._now())
-
-    def shorten(self, largest: float) -> None:
-        """Move the parameters of each layer that went too far back along its step.
-
-        Args:
-            largest: the largest length of a layer's step, in units of its weights' length.
-        """
-        now = self._now()
-        excess = self._layers.excess(foreach.sub(now, self._before), self._before, largest)
-        for parameter, before, back in zip(now, self._before, excess, strict=True):
-            # Nobody waits for a GPU's answer: all are moved there, most of them by nothing, which
-            # leaves them as they are bit by bit.
-            if isinstance(back, Tensor) or back > 0:
-                parameter.lerp_(before, back)
-
-
 class LayerBounds:
     """Shortens what is too long of a layer, beside the length of its weights.
 
@@ -189,13 +315,14 @@ class LayerBounds:
             largest: the largest length of a layer's step, in units of its weights' length.
         """
         names = tuple(steps)
-        before = [own_entries(weights[name]) for name in names]
-        if names not in self._steps:  # parameters may be added, frozen, or get no gradient
-            every = [weights[name] for name in names]
+        here, before = list(steps.values()), [weights[name] for name in names]
+        layers = self._steps.get(names)
+        if layers is None:  # parameters may be added, frozen, or get no gradient
             numbers = [self._numbers[name] for name in names]
-            self._steps[names] = LayerSteps(every, numbers, self._workers)
-        here = [own_entries(steps[name]) for name in names]
-        excess = self._steps[names].excess(here, before, largest)
+            layers = self._steps[names] = LayerSteps(before, numbers, self._workers)
+        if not layers.plain:
+            here, before = [[own_entries(t) for t in tensors] for tensors in (here, before)]
+        excess = layers.excess(here, before, largest)
         for one, much in zip(here, excess, strict=True):
             if isinstance(much, Tensor) or much > 0:
                 one.mul_(1 - much)
@@ -215,120 +342,12 @@ def layer_numbers(layers: Iterable[Sequence[str]]) -> dict[str, int]:
     return found
 
 
-def _is_sharded(tensor: Tensor) -> bool:
+def is_sharded(tensor: Tensor) -> bool:
     # By its method: torch.distributed is not imported for those who train in one process.
     return hasattr(tensor, "to_local")
 
 
 def own_entries(tensor: Tensor) -> Tensor:
     """Return this process's entries of a tensor, in their place, as real numbers."""
-    local: Tensor = tensor.to_local() if _is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    local: Tensor = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
     return torch.view_as_real(local) if local.is_complex() else local
-
-
-class TakenStep:
-    """Bounds the step that an optimizer takes, layer by layer, whatever the optimizer is.
-
-    What comes after a preconditioner is not known to it: a learning rate, a momentum that adds up
-    ten gradients, the lengths of Adam. So the step is measured where it is made, by torch's hooks
-    of all optimizers: covered parameters are copied before, and a layer that has moved by more than
-    a share of its own length is moved back along its step. Only the step that follows one of the
-    owner is looked at; another one (of another phase of training, say) is left alone.
-
-    Args:
-        parameters: the covered parameters by name.
-        layers: see ``layer_numbers``.
-        largest: the largest length of a step, in units of the weights' length; above zero.
-        workers: the processes that share sharded parameters.
-        steps: gives the number of steps that the owner has made in its life; it does not keep the
-            owner alive.
-    """
-
-    def __init__(
-        self,
-        parameters: Mapping[str, nn.Parameter],
-        layers: Iterable[Sequence[str]],
-        largest: float,
-        workers: Workers,
-        steps: Callable[[], int],
-    ) -> None:
-        self.largest = largest
-        self._workers = workers
-        self._layer = {id(parameters[n]): number for n, number in layer_numbers(layers).items()}
-        self._steps = steps
-        # The step of the owner that each parameter was last looked at in.
-        self._seen = dict.fromkeys(self._layer, 0)
-        self._shares: WeakKeyDictionary[Optimizer, _Share | None] = WeakKeyDictionary()
-        self._groups: WeakKeyDictionary[Optimizer, tuple[int, ...]] = WeakKeyDictionary()
-        self._copied = False
-        _watch(self)
-
-    @torch.no_grad()
-    def before(self, optimizer: Optimizer, with_closure: bool) -> None:
-        """Keep what an optimizer that is about to step has of the parameters.
-
-        Args:
-            optimizer: any.
-            with_closure: whether its step runs code of the user's, which may precondition.
-        """
-        share = self._share(optimizer)
-        self._copied = share is not None and (with_closure or self._is_next(share, self._steps()))
-        if share is not None and self._copied:
-            share.copy()
-
-    @torch.no_grad()
-    def after(self, optimizer: Optimizer) -> None:
-        """Shorten the step that an optimizer has made."""
-        share = self._share(optimizer)
-        steps = self._steps()
-        if share is None or not self._copied or not self._is_next(share, steps):
-            return
-        self._seen.update(dict.fromkeys(share.ids, steps))
-        share.shorten(self.largest)
-
-    def _is_next(self, share: _Share, steps: int) -> bool:
-        """Say whether the owner has made a step since the parameters were last looked at."""
-        return all(self._seen[parameter] != steps for parameter in share.ids)
-
-    def _share(self, optimizer: Optimizer) -> _Share | None:
-        """Return what an optimizer has of the parameters; None where it has nothing."""
-        # Groups are added and frozen while training goes on; what they are is a few numbers.
-        groups = tuple(len(group["params"]) for group in optimizer.param_groups)
-        if self._groups.get(optimizer) != groups:
-            every = [p for group in optimizer.param_groups for p in group["params"]]
-            own = [p for p in every if id(p) in self._layer]
-            layers = [self._layer[id(p)] for p in own]
-            self._shares[optimizer] = _Share(own, layers, self._workers) if own else None
-            self._groups[optimizer] = groups
-        return self._shares[optimizer]
-
-
-_WATCHED: WeakSet[TakenStep] = WeakSet()
-_HOOKS: list[RemovableHandle] = []
-
-
-def _watch(bound: TakenStep) -> None:
-    """Tell a bound of all optimizers' steps for as long as there is somebody who has it."""
-    # One pair of hooks for all bounds, which are forgotten by the set as they go. Hooks of single
-    # optimizers would be in the way of copies, and nobody says which optimizer it will be. A
-    # compiled step breaks its graph here, as it does before and after every step of torch.
-    if not _HOOKS:
-        _HOOKS.append(register_optimizer_step_pre_hook(torch.compiler.disable(before_step)))
-        _HOOKS.append(register_optimizer_step_post_hook(torch.compiler.disable(_after_step)))
-    _WATCHED.add(bound)
-
-
-def before_step(optimizer: Optimizer, args: Sequence[object], kwargs: Mapping[str, object]) -> None:
-    """Let all bounds look at the parameters before a step; ``args`` begins with the optimizer.
-
-    torch calls it, before the hooks of a single optimizer. Such a hook that preconditions calls it
-    once more: only then is the step one that follows a step of a bound's owner.
-    """
-    with_closure = len(args) > 1 or kwargs.get("closure") is not None
-    for bound in list(_WATCHED):
-        bound.before(optimizer, with_closure)
-
-
-def _after_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
-    for bound in list(_WATCHED):
-        bound.after(optimizer)

@@ -27,13 +27,12 @@ from kfac_fx.likelihoods.sampling import fresh_generator
 from kfac_fx.linalg.precision import all_finite
 from kfac_fx.optim.adapt_damping import DampingRule
 from kfac_fx.optim.batch_trust import BatchTrust
-from kfac_fx.optim.bounds import LayerBounds
+from kfac_fx.optim.bounds import AdaptiveLength, LayerBounds
 from kfac_fx.optim.diagnostics import Diagnostics
 from kfac_fx.optim.groups import Groups
 from kfac_fx.optim.held_out import HeldOutRule
 from kfac_fx.optim.kfac_options import KFACOptions
 from kfac_fx.optim.last_step import Buffers, LastStep
-from kfac_fx.optim.lengths import AdaptiveLength
 from kfac_fx.optim.objective import Batch, Objective
 from kfac_fx.optim.products import Direction
 from kfac_fx.optim.updates import AdaptiveUpdate, ScheduledUpdate, Situation, UpdateRule
@@ -63,27 +62,24 @@ class KFAC(HasCurvature, Optimizer):
     Args:
         net: what ``kfac_fx.transform`` returned. Parameters that it left alone are not updated.
         likelihood: what the outputs mean, and so the objective; as for ``Preconditioner``.
-        params: groups of covered parameters with options of their own (``lr``, ``momentum``,
-            ``weight_decay``); by default one group of all.
+        params: groups of covered parameters with options of their own; None for one of all.
         lr: learning rate of the stochastic form; None for the adaptive one.
         momentum: the momentum of the stochastic form, in units of the previous update.
         weight_decay: eta, of the l2 term eta / 2 ||theta||^2 of the objective.
         damping: lambda_0 > 0, in the units of the Fisher of one likelihood term. None for the mean
-            eigenvalue of the first batch's Fisher; with an ``lr`` for a fifth at each refresh.
+            eigenvalue of the first batch's Fisher; with an ``lr`` as for ``Preconditioner``.
         statistics_every: period of the statistics, in iterations. None for each iteration; with an
             ``lr`` as for ``Preconditioner``.
         refresh_every: T3, the period of the inverses, in iterations; besides, the first three. None
             for 5; where gamma is searched for its period, with an ``lr`` as for ``Preconditioner``.
         tikhonov: how Kronecker blocks are damped; as for ``Preconditioner``.
-        structure: "block_diagonal" leaves the couplings out, "block_tridiagonal" has those that the
-            transform found. None for what the transform was asked for; else for block-diagonal, and
-            with the paper's rule for the couplings.
+        structure: as for ``Preconditioner``; None with the paper's rule has the couplings, unless
+            the transform was asked for something else.
         fisher: "sampled" or "exact"; the gradient's pass gives no empirical statistics here.
-        generator: the generator of sampled statistics and of masks; its state is part of
-            ``state_dict``.
+        generator: of sampled statistics and of masks; its state is part of ``state_dict``.
         workers: the processes that share a batch; gradients are averaged over them here.
-        compile: run the program and the passes of statistics and gradient through torch.compile
-            (the gradient's unless parameters are sharded); a name is that of a backend.
+        compile: run the program and the passes of statistics and gradient through torch.compile;
+            a name is that of a backend.
         options: rates of the adaptation, shares of the batch, and guards against bad batches;
             ``KFACOptions.paper()`` for the constants of the paper.
 
@@ -135,6 +131,8 @@ class KFAC(HasCurvature, Optimizer):
         self._statistics_every = period_or_ours("statistics_every", statistics_every)
         refresh_every = period_or_ours("refresh_every", refresh_every)
         self._statistics_fraction = options.statistics_fraction or (1 / 4 if lr is None else 1.0)
+        usual_decay = 0.95 if lr is None else 0.9
+        self._ema_decay = usual_decay if options.ema_decay is None else options.ema_decay
         choice("fisher", fisher, ("sampled", "exact"))
         known = likelihood_of(likelihood)
 
@@ -182,9 +180,9 @@ class KFAC(HasCurvature, Optimizer):
             self._rule = HeldOutRule(damping, weight_decay, options)
         else:
             self._rule = DampingRule(damping, weight_decay, options)
-        # Only where there is a learning rate; without one the quadratic model says how long.
-        adaptive = lr is not None and options.trust_region == "adaptive"
-        self._length = AdaptiveLength() if adaptive else None
+        # Without a learning rate the quadratic model says how long.
+        adapts = lr is not None and options.trust_region == "adaptive"
+        self._length = AdaptiveLength() if adapts else None
         self._make = self._update_rule(lr is None, refresh_every, follows=damping is None)
         self._trust = BatchTrust(options.outlier)
         self._last = LastStep()
@@ -205,9 +203,9 @@ class KFAC(HasCurvature, Optimizer):
                 self._rule,
                 follows,
                 refresh_every,
-                None if isinstance(region, str) else region,
-                self._length,
-                LayerBounds(layers, ALONE),
+                trust_region=None if isinstance(region, str) else region,
+                length=self._length,
+                layers=LayerBounds(layers, ALONE),
             )
         assert refresh_every is not None
         if self._workers.staleness:
@@ -244,8 +242,7 @@ class KFAC(HasCurvature, Optimizer):
         self.recorder.take_turn()
         self.inverse.covered.check()
         buffers = self._objective.snapshot()
-        iteration = self._iteration
-        draws = self.generator.get_state()
+        kept = self._iteration, self.generator.get_state()
         with self._whole.open():
             try:
                 return self._iterate(Batch(inputs, targets), buffers)
@@ -253,8 +250,8 @@ class KFAC(HasCurvature, Optimizer):
                 # Also an interrupt from the keyboard: the next step repeats this one bit by bit.
                 self.recorder.switch(False)
                 self._objective.restore(buffers)
-                self._iteration = iteration
-                self.generator.set_state(draws)
+                self._iteration = kept[0]
+                self.generator.set_state(kept[1])
                 raise
 
     def _iterate(self, batch: Batch, buffers: Buffers) -> Tensor:
@@ -390,7 +387,7 @@ class KFAC(HasCurvature, Optimizer):
         if recorded and not due:
             return True
         # tau1 of a small batch is a few cases, whose averages have no inverse to speak of.
-        terms = terms_needed(recorded, self._options.ema_decay)
+        terms = terms_needed(recorded, self._ema_decay)
         least = math.ceil(terms * self._objective.cases / self._objective.terms)
         part = self._objective.first(batch, self._statistics_fraction, least)
         with self.diagnostics.stage("statistics"):
@@ -405,8 +402,9 @@ class KFAC(HasCurvature, Optimizer):
             found = self.recorder.take()
         self.recorder.switch(False)
         # A batch with few cases moves the averages as little as its step moves the parameters.
-        decay = self._options.ema_decay ** self._trust.share(self._objective.cases)
-        taken = finite and self.inverse.fold(found, decay, self._trust.widest)
+        decay = self._ema_decay ** self._trust.share(self._objective.cases)
+        widest, follows = self._trust.widest, self._length is not None
+        taken = finite and self.inverse.fold(found, decay, widest, follows=follows)
         self._trust.fitted(taken)
         self.skipped_statistics += not taken
         return taken

@@ -38,7 +38,8 @@ class KFACOptions:
         products_fraction: tau2 in (0, 1], the first cases for products with the exact Fisher.
         fewest_products: so many cases are taken for products at least: directions that few cases do
             not see look flat, and steps become too long.
-        ema_decay: in [0, 1), the largest weight of the old statistics in a running average.
+        ema_decay: in [0, 1), the largest weight of the old statistics in a running average. None
+            for 0.95, with an ``lr`` for that of ``Preconditioner``, 0.9.
         trust_region: how long steps are. "adaptive" has the rules of ``Preconditioner``, for
             gradients and for steps. A number is KFC's own: the largest squared length of lr times
             the proposal in Fhat. None for no limit. With an ``lr`` only.
@@ -62,7 +63,7 @@ class KFACOptions:
     statistics_fraction: float | None = None
     products_fraction: float = 1 / 4
     fewest_products: int = 256
-    ema_decay: float = 0.95
+    ema_decay: float | None = None
     trust_region: float | Literal["adaptive"] | None = "adaptive"
     outlier: float = 5.0
     forward: Forward = run_network
@@ -98,7 +99,8 @@ class KFACOptions:
         if self.statistics_fraction is not None:
             share("statistics_fraction", self.statistics_fraction)
         share("products_fraction", self.products_fraction)
-        within("ema_decay", self.ema_decay, 0.0, 1.0)
+        if self.ema_decay is not None:
+            within("ema_decay", self.ema_decay, 0.0, 1.0)
         positive("smallest_damping", self.smallest_damping)
         if isinstance(self.trust_region, str):
             choice("trust_region", self.trust_region, ("adaptive",))

@@ -13,10 +13,10 @@ from torch.func import functional_call
 
 from kfac_fx.codegen.compile import compiled_network
 from kfac_fx.errors import LikelihoodError
-from kfac_fx.likelihoods.batch import BatchLikelihood, batch_likelihood, output_tensors
+from kfac_fx.likelihoods.batch import BatchLikelihood, batch_likelihood, drawn_seed, output_tensors
 from kfac_fx.likelihoods.builtin import Bernoulli, Categorical, Likelihood, Normal, Tree
 from kfac_fx.likelihoods.named import Sum
-from kfac_fx.likelihoods.sampling import drawn_seed, seeded
+from kfac_fx.likelihoods.sampling import seeded
 from kfac_fx.ops.net_buffers import STORE
 from kfac_fx.optim.products import Direction, Parameters, root_derivatives
 from kfac_fx.optim.repeats import Repeats

@@ -35,8 +35,8 @@ from kfac_fx.errors import (
 )
 from kfac_fx.likelihoods.named import Given, check_described, described, likelihood_of
 from kfac_fx.likelihoods.sampling import forked, fresh_generator
-from kfac_fx.optim.bounds import LARGEST_STEP, LayerBounds, TakenStep
-from kfac_fx.optim.lengths import AdaptiveLength, NaturalLength
+from kfac_fx.optim.bounds import AdaptiveLength, LayerBounds, NaturalLength
+from kfac_fx.optim.taken_step import LARGEST_STEP, TakenStep
 from kfac_fx.parallel import ALONE, Net, Workers
 from kfac_fx.reading.inspection import HasCurvature
 from kfac_fx.statistics.forward import Forward, run_network
@@ -307,12 +307,13 @@ class Preconditioner(HasCurvature):
             )
         if self.due:  # else nothing was observed
             found = self.recorder.take()
-            if found and not self.inverse.fold(found, self.ema_decay):
+            follows = self._damping is None
+            if found and not self.inverse.fold(found, self.ema_decay, follows=follows):
                 self.skip_statistics("statistics")
         # Inverses are missing after the first fold, and where a block got its first statistic.
         missing = self.inverse.refreshed is None
         if estimate.recorded and (missing or is_due(self._steps, self.refresh_every, REFRESHES)):
-            self.inverse.keep_up(self._damping, self._length.certainty)
+            self.inverse.refresh(self._damping, self._length.certainty, if_moved=True)
         self._precondition(given)
         self._steps += 1
         self._calls += 1
@@ -371,7 +372,7 @@ class Preconditioner(HasCurvature):
                 # A lambda that stays where it is makes the inverses stay with it.
                 lag = self.inverse.lag() if self._damping is None else 1.0
                 share = self._length.share(list(whole), list(whole.values()), made, lag)
-                widest = self._length.widest(lag)
+                widest = self._length.widest
             else:
                 share = self._length.share(list(whole.values()), made)
             finite = math.isfinite(share)

@@ -13,11 +13,11 @@ from kfac_fx.codegen.refresh_module import Refreshed
 from kfac_fx.curvature.estimate import REFRESHES, is_due
 from kfac_fx.curvature.inverses import InverseFisher
 from kfac_fx.optim.adapt_damping import DampingRule
-from kfac_fx.optim.bounds import LARGEST_STEP, LayerBounds
-from kfac_fx.optim.lengths import AdaptiveLength
+from kfac_fx.optim.bounds import AdaptiveLength, LayerBounds
 from kfac_fx.optim.objective import Batch, Objective
 from kfac_fx.optim.products import Direction, Parameters
 from kfac_fx.optim.quadratic import QuadraticModel, combination, inner_products
+from kfac_fx.optim.taken_step import LARGEST_STEP
 from kfac_fx.parallel import Workers
 
 
@@ -205,7 +205,7 @@ class ScheduledUpdate:
             if self.follows:
                 certainty = 1.0 if self.length is None else self.length.certainty
                 self.rule.follow(self.inverse.follow(certainty))
-            self.inverse.keep_up(self.rule.total)
+            self.inverse.refresh(self.rule.total, if_moved=True)
         proposal = self.inverse.precondition(at.gradient)
         scale = self._scale(at, proposal)
         # The previous update is written over: with momentum, no more memory than the update itself.
@@ -231,7 +231,7 @@ class ScheduledUpdate:
             if not math.isfinite(share):
                 return 1.0
             # The proposal as it will be taken is what is compared with the weights.
-            self.layers.shorten(proposal, at.parameters, self.length.widest(lag) / share)
+            self.layers.shorten(proposal, at.parameters, self.length.widest / share)
             return share
         if self.trust_region is None:
             return 1.0

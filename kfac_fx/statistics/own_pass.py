@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from kfac_fx.codegen.functional import no_autocast
 from kfac_fx.config import Fisher
-from kfac_fx.likelihoods.batch import BatchLikelihood, batch_likelihood, output_tensors, wide
+from kfac_fx.likelihoods.batch import BatchLikelihood, batch_likelihood, output_tensors
 from kfac_fx.likelihoods.builtin import Likelihood, Tree
 from kfac_fx.likelihoods.named import Sum
 from kfac_fx.linalg.precision import all_finite
@@ -327,7 +327,7 @@ class OwnPass:
         if not self.uses_terms:
             return _Asked(None, None, True)
         with no_autocast():
-            made = batch_likelihood(self.likelihood, wide(outputs), targets)
+            made = batch_likelihood(self.likelihood, outputs, targets)
             if not self.statistics:
                 _, agreed = made.of_all(self.workers, "loss")
                 return _Asked(made, agreed, True)

@@ -14,10 +14,9 @@ from torch import nn
 from kfac_fx.config import Fisher
 from kfac_fx.errors import ObservationError, TapsTakenError, UnknownOptionError
 from kfac_fx.ir.curvature_graph import Holder
-from kfac_fx.likelihoods.batch import output_tensors
+from kfac_fx.likelihoods.batch import drawn_seed, output_tensors
 from kfac_fx.likelihoods.builtin import Likelihood, Tree
 from kfac_fx.likelihoods.named import Sum
-from kfac_fx.likelihoods.sampling import drawn_seed
 from kfac_fx.ops.gram import Rows, multiplied
 from kfac_fx.ops.net_buffers import STORE, all_buffers, switch
 from kfac_fx.parallel import StatisticSlot, Values, Workers

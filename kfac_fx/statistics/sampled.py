@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from kfac_fx.config import Fisher
-from kfac_fx.likelihoods.batch import BatchLikelihood, batch_likelihood, output_tensors, wide
+from kfac_fx.likelihoods.batch import BatchLikelihood, batch_likelihood, output_tensors
 from kfac_fx.likelihoods.builtin import Likelihood, Tree
 from kfac_fx.likelihoods.named import Sum
 from kfac_fx.linalg.precision import all_finite
@@ -299,7 +299,7 @@ class SampledStatistics:
             LikelihoodError: outputs or targets do not fit the likelihood, or no process has terms.
             ObservationError: the forward was not recorded, or its graph is gone.
         """
-        made = batch_likelihood(self.likelihood, wide(outputs), targets)
+        made = batch_likelihood(self.likelihood, outputs, targets)
         count = made.terms.count
         tensors = output_tensors(outputs)
         notes = None

@@ -336,7 +336,7 @@ class PassProgram:
             if own.uses_terms:
                 known = BatchTerms(given.terms, isinstance(own.likelihood, Sum), 0.0)
                 with no_autocast():
-                    made = batch_likelihood(own.likelihood, wide(outputs), terms=known)
+                    made = batch_likelihood(own.likelihood, outputs, terms=known)
             values = own.evaluate(
                 leaves, outputs, given.targets, made, given.noises, select=given.select
             )

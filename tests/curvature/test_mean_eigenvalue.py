@@ -14,6 +14,8 @@ from support.sub_blocks import LIMITS, head, joined
 from torch import Tensor, nn
 
 import kfac_fx
+from kfac_fx.curvature.estimate import Came
+from kfac_fx.curvature.mean_eigenvalue import Newest
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -111,3 +113,28 @@ def test_no_scale_is_one(measure: Measure) -> None:
     net = kfac_fx.transform(nn.Sequential(model, nn.ReLU()), structure="block_diagonal")
     pre = measure(net, torch.randn(8, 4), None, Normal()).preconditioner
     assert pre.inverse.mean_eigenvalue() == 1.0
+
+
+def test_lag_is_the_average_over_the_newest_statistics(measure: Measure) -> None:
+    """Traces fade by a fifth; a block without new statistics keeps its own; at least 1."""
+    model = mlp(4, 5, 3)
+    net = kfac_fx.transform(model, structure="block_diagonal")
+    pre = measure(net, torch.randn(8, 4), None, Categorical()).preconditioner
+    blocks = estimate_of(pre).blocks
+    newest = Newest()
+    assert newest.lag(pre.curvature, 2.0) == 1.0  # nothing is known yet
+    sizes, traces = {"0": 25, "2": 18}, {}
+    for step in range(4):
+        new = {
+            name: [torch.rand(n, n), torch.rand(m, m)] for name, n, m in (("0", 5, 5), ("2", 6, 3))
+        }
+        if step == 2:
+            del new["2"]
+        newest.add([Came(blocks[name], values) for name, values in new.items()])
+        for name, (A, G) in new.items():
+            value = float(A.trace() * G.trace())
+            traces[name] = 0.2 * traces[name] + 0.8 * value if name in traces else value
+        mean = sum(traces.values()) / sum(sizes.values())
+        assert newest.lag(pre.curvature, 3 * mean) == pytest.approx(3.0, rel=1e-12)
+        assert newest.lag(pre.curvature, mean / 3) == 1.0
+    assert Newest(newest.traces).lag(pre.curvature, 3 * mean) == pytest.approx(3.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -75,40 +76,70 @@ def test_steps_are_those_of_the_formula(trust_region: float | None) -> None:
 
 
 @pytest.mark.parametrize("lr", [0.03, 3.0])
-def test_usual_bounds(lr: float) -> None:
-    """Lambda is the mean eigenvalue; a proposal, and each layer's step, are bounded."""
+def test_adaptive_lengths(lr: float) -> None:
+    """Lambda, the lag of averages, the factor, layers and steps, each by its definition."""
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
     layers = [model[0], model[2]]
     net = kfac_fx.transform(model, structure="block_diagonal")
     optimizer = kfac_fx.KFAC(net, lr=lr, momentum=0.5, refresh_every=1, statistics_every=1)
-    previous, usual, bounded = [torch.zeros(5, 5), torch.zeros(3, 6)], None, []
-    for _ in range(5):
-        x, y = torch.randn(16, 4), torch.randint(3, (16,))
+    previous, old, newest = [torch.zeros(5, 5), torch.zeros(3, 6)], None, None
+    factor, past, squared, bounded = 1.0, None, 0.0, []
+    for step in range(8):
+        # Inputs that get shorter make a Fisher that shrinks.
+        x, y = torch.randn(16, 4) * 0.5**step, torch.randint(3, (16,))
         before, plain = [whole(layer) for layer in layers], copy.deepcopy(model)
         F.cross_entropy(plain(x), y).backward()
         optimizer.step(x, y)
         gradients = [whole(layer, gradient=True) for layer in (plain[0], plain[2])]
-        factors = list(optimizer.factors.values())
-        traces = sum(float(A.trace() * G.trace()) for A, G in factors)
-        mean = traces / (25 + 18)
-        assert optimizer.diagnostics["damping"] == pytest.approx(mean)
+        factors = [[f.clone() for f in both] for both in optimizer.factors.values()]
+        weight = 1 - min(1 - 1 / (step + 1), 0.9)
+        new = factors
+        if old is not None:
+            both = zip(factors, old, strict=True)
+            new = [
+                [(f - (1 - weight) * o) / weight for f, o in zip(fs, os, strict=True)]
+                for fs, os in both
+            ]
+        traces = [float(A.trace() * G.trace()) for A, G in new]
+        newest = (
+            traces
+            if newest is None
+            else [0.2 * o + 0.8 * t for o, t in zip(newest, traces, strict=True)]
+        )
+        mean = sum(float(A.trace() * G.trace()) for A, G in factors) / (25 + 18)
+        damping = 0.2 * mean / max(1.0, factor) ** 2
+        assert optimizer.diagnostics["damping"] == pytest.approx(damping)
+        lag = max(1.0, mean / (sum(newest) / (25 + 18)))
         pairs = zip(factors, gradients, strict=True)
-        proposals = [damped_solution(A, G, g, mean) for (A, G), g in pairs]
-        length = float(sum((g * p).sum() for g, p in zip(gradients, proposals, strict=True)))
-        kept = length if usual is None else min(length, 4 * usual)
-        usual = kept if usual is None else 0.9 * usual + 0.1 * kept
-        scale = (min(kept, max(1e-2, 1e-3 * kept)) / length) ** 0.5
+        proposals = [damped_solution(A, G, g, damping) for (A, G), g in pairs]
+        flat, update = (torch.cat([t.flatten() for t in ts]) for ts in (gradients, proposals))
+        length = float(flat @ update)
+        if past is None:
+            past, squared = flat.clone(), length
+        else:
+            along = float(update @ past)
+            factor *= math.exp(0.1 * along / (length * squared) ** 0.5)
+            squared = max(0.81 * squared + 1.8 * along + length, length)
+            past = 0.9 * past + flat
+        scale = lag * min(1.0, (0.01 / (lag * length)) ** 0.5) * factor
         assert optimizer.diagnostics["trust"] == pytest.approx(scale)
-        steps = [0.5 * last - lr * scale * p for last, p in zip(previous, proposals, strict=True)]
-        limits = [0.03 * w.norm() for w in before]
+        widest = max(0.02, 0.1 / lag**0.5)
+        taken = []
+        for proposal, w in zip(proposals, before, strict=True):
+            share = min(1.0, widest * float(w.norm()) / (scale * float(proposal.norm())))
+            taken.append(scale * share * proposal)
+        steps = [0.5 * last - lr * t for last, t in zip(previous, taken, strict=True)]
+        limits = [0.1 * w.norm() for w in before]
         pairs = zip(steps, limits, strict=True)
         previous = [step * min(1.0, float(limit / step.norm())) for step, limit in pairs]
         bounded += [bool(step.norm() > limit) for step, limit in zip(steps, limits, strict=True)]
         close([whole(layer) - w for layer, w in zip(layers, before, strict=True)], previous)
+        old = factors
+    assert lag > 1
     assert any(bounded) == (lr > 1)
 
 
-def test_the_usual_length_is_restored() -> None:
+def test_the_length_rule_is_restored() -> None:
     """A run that goes on from a state makes the steps that it would have made."""
     torch.manual_seed(1)
     batches = [(torch.randn(16, 4), torch.randint(3, (16,))) for _ in range(8)]
