@@ -78,8 +78,7 @@ class KFAC(HasCurvature, Optimizer):
         fisher: "sampled" or "exact"; the gradient's pass gives no empirical statistics here.
         generator: of sampled statistics and of masks; its state is part of ``state_dict``.
         workers: the processes that share a batch; gradients are averaged over them here.
-        compile: run the program and the passes of statistics and gradient through torch.compile;
-            a name is that of a backend.
+        compile: run program and passes through torch.compile; a name is that of a backend.
         options: rates of the adaptation, shares of the batch, and guards against bad batches;
             ``KFACOptions.paper()`` for the constants of the paper.
 
@@ -131,8 +130,8 @@ class KFAC(HasCurvature, Optimizer):
         self._statistics_every = period_or_ours("statistics_every", statistics_every)
         refresh_every = period_or_ours("refresh_every", refresh_every)
         self._statistics_fraction = options.statistics_fraction or (1 / 4 if lr is None else 1.0)
-        usual_decay = 0.95 if lr is None else 0.9
-        self._ema_decay = usual_decay if options.ema_decay is None else options.ema_decay
+        decay = 0.95 if lr is None else 0.9
+        self._ema_decay = decay if options.ema_decay is None else options.ema_decay
         choice("fisher", fisher, ("sampled", "exact"))
         known = likelihood_of(likelihood)
 
@@ -180,7 +179,6 @@ class KFAC(HasCurvature, Optimizer):
             self._rule = HeldOutRule(damping, weight_decay, options)
         else:
             self._rule = DampingRule(damping, weight_decay, options)
-        # Without a learning rate the quadratic model says how long.
         adapts = lr is not None and options.trust_region == "adaptive"
         self._length = AdaptiveLength() if adapts else None
         self._make = self._update_rule(lr is None, refresh_every, follows=damping is None)
@@ -403,8 +401,8 @@ class KFAC(HasCurvature, Optimizer):
         self.recorder.switch(False)
         # A batch with few cases moves the averages as little as its step moves the parameters.
         decay = self._ema_decay ** self._trust.share(self._objective.cases)
-        widest, follows = self._trust.widest, self._length is not None
-        taken = finite and self.inverse.fold(found, decay, widest, follows=follows)
+        follows = self._length is not None
+        taken = finite and self.inverse.fold(found, decay, self._trust.widest, follows=follows)
         self._trust.fitted(taken)
         self.skipped_statistics += not taken
         return taken
