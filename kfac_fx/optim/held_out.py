@@ -32,6 +32,9 @@ CEILING = 100.0
 FURTHEST = 1e12
 """Up to so many mean eigenvalues lambda grows because steps raise their own batch's loss."""
 
+NOISY = 0.7
+"""Average signal below which steps of the quadratic model fit noise, and a rate is better."""
+
 RAISE = 4.0
 FIRST_RAISE = 10.0
 """How many times as much lambda is for the next try, after a step that raised the loss."""
@@ -93,6 +96,11 @@ class HeldOutRule(DampingRule):
         self.fraction = min(max(self._signal, floor), 1.0)
         self._predicted = 0.0
         return ratio
+
+    @property
+    def noisy(self) -> bool:
+        """Say whether batches contradict each other so much that the model is of little use."""
+        return self._judged >= 3 and self._signal < NOISY
 
     def _factor(self, ratio: float) -> float:
         fast, slow = self._omega1, self._omega1 ** (1 / 3)

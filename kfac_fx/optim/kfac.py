@@ -20,22 +20,20 @@ from kfac_fx.config import CurvatureOptions, Fisher, Structure, Tikhonov, choice
 from kfac_fx.curvature.estimate import STATISTICS, is_due, terms_needed
 from kfac_fx.curvature.inverses import InverseFisher
 from kfac_fx.curvature.parameters import transformed
-from kfac_fx.errors import ParameterChangedError, UnknownOptionError
+from kfac_fx.errors import ParameterChangedError
 from kfac_fx.likelihoods.builtin import Tree
 from kfac_fx.likelihoods.named import Given, check_described, described, likelihood_of
 from kfac_fx.likelihoods.sampling import fresh_generator
 from kfac_fx.linalg.precision import all_finite
-from kfac_fx.optim.adapt_damping import DampingRule
 from kfac_fx.optim.batch_trust import BatchTrust
-from kfac_fx.optim.bounds import AdaptiveLength, LayerBounds
 from kfac_fx.optim.diagnostics import Diagnostics
+from kfac_fx.optim.forms import RATE, Forms
 from kfac_fx.optim.groups import Groups
-from kfac_fx.optim.held_out import HeldOutRule
 from kfac_fx.optim.kfac_options import KFACOptions
 from kfac_fx.optim.last_step import Buffers, LastStep
 from kfac_fx.optim.objective import Batch, Objective
 from kfac_fx.optim.products import Direction
-from kfac_fx.optim.updates import AdaptiveUpdate, ScheduledUpdate, Situation, UpdateRule
+from kfac_fx.optim.updates import Situation
 from kfac_fx.parallel import ALONE, Workers
 from kfac_fx.reading.inspection import HasCurvature
 from kfac_fx.statistics.recorder import Recorder
@@ -56,8 +54,9 @@ class KFAC(HasCurvature, Optimizer):
     With ``lr=None`` the step length and the momentum minimise the quadratic model with the exact
     Fisher, and lambda is found and adapts itself; nothing needs tuning. With an ``lr`` (which any
     scheduler of torch may change) the form is KFC's: update = momentum * previous - lr * proposal,
-    shortened to the trust region, with a fixed lambda. Both are derived in
-    docs/explanation/mathematics.md, section 9.
+    with the bounds of ``Preconditioner``. Where batches turn out to disagree about the steps of the
+    model, a run without ``lr`` goes on in that form, at 0.1, which the diagnostics show. Both are
+    derived in docs/explanation/mathematics.md, section 9.
 
     Args:
         net: what ``kfac_fx.transform`` returned. Parameters that it left alone are not updated.
@@ -124,14 +123,8 @@ class KFAC(HasCurvature, Optimizer):
         self.generator = generator or fresh_generator()
         self._options = options
         self._workers = workers
-        if lr is None:
-            statistics_every = 1 if statistics_every is None else statistics_every
-            refresh_every = options.gamma_every or 5 if refresh_every is None else refresh_every
-        self._statistics_every = period_or_ours("statistics_every", statistics_every)
+        statistics_every = period_or_ours("statistics_every", statistics_every)
         refresh_every = period_or_ours("refresh_every", refresh_every)
-        self._statistics_fraction = options.statistics_fraction or (1 / 4 if lr is None else 1.0)
-        decay = 0.95 if lr is None else 0.9
-        self._ema_decay = decay if options.ema_decay is None else options.ema_decay
         choice("fisher", fisher, ("sampled", "exact"))
         known = likelihood_of(likelihood)
 
@@ -174,14 +167,17 @@ class KFAC(HasCurvature, Optimizer):
         self.recorder.switch(False)
 
         # From gradient to update.
-        self._rule: DampingRule | HeldOutRule
-        if lr is None and options.damping_every is None:
-            self._rule = HeldOutRule(damping, weight_decay, options)
-        else:
-            self._rule = DampingRule(damping, weight_decay, options)
-        adapts = lr is not None and options.trust_region == "adaptive"
-        self._length = AdaptiveLength() if adapts else None
-        self._make = self._update_rule(lr is None, refresh_every, follows=damping is None)
+        self._forms = Forms(
+            self.inverse,
+            self._objective,
+            workers,
+            options,
+            damping,
+            weight_decay,
+            statistics_every,
+            refresh_every,
+        )
+        self._form = self._forms.adaptive() if lr is None else self._forms.scheduled()
         self._trust = BatchTrust(options.outlier)
         self._last = LastStep()
         self._iteration = 0
@@ -189,34 +185,6 @@ class KFAC(HasCurvature, Optimizer):
         self.skipped_batches = 0
         self.rejected_steps = 0
         self.skipped_statistics = 0
-
-    def _update_rule(
-        self, adaptive: bool, refresh_every: int | None, *, follows: bool
-    ) -> UpdateRule:
-        if not adaptive:
-            region = self._options.trust_region
-            layers = [block.parameters for block in self.curvature.blocks.values()]
-            return ScheduledUpdate(
-                self.inverse,
-                self._rule,
-                follows,
-                refresh_every,
-                trust_region=None if isinstance(region, str) else region,
-                length=self._length,
-                layers=LayerBounds(layers, ALONE),
-            )
-        assert refresh_every is not None
-        if self._workers.staleness:
-            raise UnknownOptionError("stale inverses need an lr: without, gamma is searched")
-        return AdaptiveUpdate(
-            self._objective,
-            self.inverse,
-            self._rule,
-            self._options.products_fraction,
-            self._options.fewest_products,
-            refresh_every,
-            self._workers,
-        )
 
     # One iteration.
 
@@ -280,7 +248,7 @@ class KFAC(HasCurvature, Optimizer):
         self.diagnostics |= {
             "iteration": self._iteration,
             "loss": float(loss),
-            **self._rule.numbers(),
+            **self._form.rule.numbers(),
             "clamped": self.inverse.clamped,
             **self._counters(),
         }
@@ -297,32 +265,33 @@ class KFAC(HasCurvature, Optimizer):
             self._groups.options("lr"),
             self._groups.options("momentum"),
         )
-        if not isinstance(self._rule, HeldOutRule):
+        rule = self._form.held_out
+        if rule is None:
             self._attempt(at, buffers)
             return
         damping = None
         for tried in range(TRIES):
             if self._attempt(replace(at, again=tried > 0), buffers):
                 if damping is not None:
-                    self._rule.settle(damping)
+                    rule.settle(damping)
                 return
             # Lambda of the first iteration is found by its first attempt.
-            damping = damping or self._rule.damping
-            self._rule.raised(first=self._iteration == 1)
+            damping = damping or rule.damping
+            rule.raised(first=self._iteration == 1)
         self._reject(f"{TRIES} steps raised the loss of their own batch, none is made")
 
     def _attempt(self, at: Situation, buffers: Buffers) -> bool:
         """Make a step; return False if it was put back, as the batch's loss grew."""
         with self.diagnostics.stage("update"):
-            made = self._make(at)
+            made = self._form.make(at)
         self.diagnostics.update(made.numbers)
         if not all_finite(list(made.step.values())):
             self._last.forget_update()
             self._reject("the update is not finite")
             return True
         worth = self._trust.share(self._objective.cases)
-        if isinstance(self._rule, HeldOutRule):
-            worth *= self._rule.fraction
+        if self._form.held_out:
+            worth *= self._form.held_out.fraction
         if worth < 1:
             foreach.mul_(list(made.step.values()), worth)
             self.diagnostics["share"] = worth
@@ -340,7 +309,7 @@ class KFAC(HasCurvature, Optimizer):
         """
         with self.diagnostics.stage("ratio"), self._objective.aside():
             after = self._objective.value(batch) + self._groups.l2()
-        if isinstance(self._rule, HeldOutRule):
+        if self._form.held_out:
             # "not <=" rather than ">": a loss that is not a number is no good.
             if not after <= before:
                 self._last.put_back(self._groups.parameters())
@@ -348,12 +317,13 @@ class KFAC(HasCurvature, Optimizer):
         elif self._trust.grew(before, after):
             self._undo()
             return True
-        self.diagnostics["rho"] = self._rule.judge(after - before, predicted)
+        self.diagnostics["rho"] = self._form.rule.judge(after - before, predicted)
         return True
 
     def _undo_if_held_out_fails(self, batch: Batch) -> bool:
         """Judge the last step on this batch, which it has not seen; return whether it is undone."""
-        if not (isinstance(self._rule, HeldOutRule) and self._last.parameters):
+        rule = self._form.held_out
+        if rule is None or not self._last.parameters:
             return False
         # Masks of both passes are this batch's, and so are the moments that BatchNorm takes.
         with self.diagnostics.stage("ratio"), self._objective.aside():
@@ -363,7 +333,12 @@ class KFAC(HasCurvature, Optimizer):
         if self._trust.grew(before, after):
             self._undo()
             return True
-        self.diagnostics["rho_held_out"] = self._rule.judge_held_out(after - before)
+        self.diagnostics["rho_held_out"] = rule.judge_held_out(after - before)
+        if rule.noisy:
+            # The model's steps would be momentum for others, and are of another length.
+            self._form = self._forms.scheduled(RATE)
+            self._last.forget_update()
+            log.info("iteration %d: batches disagree, steps have a rate from here", self._iteration)
         return False
 
     # The parts of an iteration.
@@ -373,7 +348,7 @@ class KFAC(HasCurvature, Optimizer):
         parameters = self._groups.parameters()
         decay = self._groups.options("weight_decay")
         with self.diagnostics.stage("gradient"):
-            compared = isinstance(self._make, AdaptiveUpdate)
+            compared = not self._form.scheduled
             loss, dense = self._objective.gradient(batch, parameters, compared)
         pairs = zip(parameters.items(), dense, strict=True)
         return loss, {n: g.add(p, alpha=decay[n]) if decay[n] else g for (n, p), g in pairs}
@@ -381,13 +356,13 @@ class KFAC(HasCurvature, Optimizer):
     def _record(self, batch: Batch) -> bool:
         """Record where that is due; return False if the statistics are no good."""
         recorded = self.inverse.estimate.recorded
-        due = is_due(self._iteration - 1, self._statistics_every, STATISTICS)
+        due = is_due(self._iteration - 1, self._form.statistics_every, STATISTICS)
         if recorded and not due:
             return True
         # tau1 of a small batch is a few cases, whose averages have no inverse to speak of.
-        terms = terms_needed(recorded, self._ema_decay)
+        terms = terms_needed(recorded, self._form.ema_decay)
         least = math.ceil(terms * self._objective.cases / self._objective.terms)
-        part = self._objective.first(batch, self._statistics_fraction, least)
+        part = self._objective.first(batch, self._form.statistics_fraction, least)
         with self.diagnostics.stage("statistics"):
             if self.recorder.by_inputs:
                 with self._objective.same_masks():
@@ -400,8 +375,8 @@ class KFAC(HasCurvature, Optimizer):
             found = self.recorder.take()
         self.recorder.switch(False)
         # A batch with few cases moves the averages as little as its step moves the parameters.
-        decay = self._ema_decay ** self._trust.share(self._objective.cases)
-        follows = self._length is not None
+        decay = self._form.ema_decay ** self._trust.share(self._objective.cases)
+        follows = self._form.length is not None
         taken = finite and self.inverse.fold(found, decay, self._trust.widest, follows=follows)
         self._trust.fitted(taken)
         self.skipped_statistics += not taken
@@ -424,7 +399,7 @@ class KFAC(HasCurvature, Optimizer):
     def _undo(self) -> None:
         """Put parameters and buffers back to before the last step; lambda grows."""
         self._objective.restore(self._last.undo(self._groups.parameters()))
-        self._rule.rejected()
+        self._form.rule.rejected()
         self._reject("the loss grew too much, the last step is undone")
 
     def _reject(self, why: str) -> None:
@@ -442,7 +417,7 @@ class KFAC(HasCurvature, Optimizer):
     # What a step was like, and state.
 
     def _in_force(self) -> float:
-        return self._make.damping
+        return self._form.make.damping
 
     def _counters(self) -> dict[str, int]:
         return {
@@ -465,8 +440,9 @@ class KFAC(HasCurvature, Optimizer):
                 "likelihood": described(self._objective.likelihood),
                 "iteration": self._iteration,
                 "trust": self._trust.state(),
-                "length": self._length.state() if self._length else None,
-                "rule": self._rule.state(),
+                "scheduled": self._form.scheduled,
+                "length": self._form.length.state() if self._form.length else None,
+                "rule": self._form.rule.state(),
                 "previous": self._last.update_copy(),
                 "before": self._last.before(),
                 "inverse": self.inverse.state(),
@@ -487,11 +463,15 @@ class KFAC(HasCurvature, Optimizer):
         check_described(self._objective.likelihood, own.get("likelihood"))
         self.inverse.load(own["inverse"])
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
-        self._rule.load(own["rule"])
+        if own["scheduled"] != self._form.scheduled:
+            # A run without a learning rate begins with one form and may go on with the other.
+            forms = self._forms
+            self._form = forms.scheduled(RATE) if own["scheduled"] else forms.adaptive()
+        self._form.rule.load(own["rule"])
         self._iteration = own["iteration"]
         self._trust.load(own["trust"])
-        if self._length and own.get("length"):
-            self._length.load(own["length"], self.inverse.estimate.like.device)
+        if self._form.length and own.get("length"):
+            self._form.length.load(own["length"], self.inverse.estimate.like.device)
         self._last.load(own["previous"], own["before"])
         self.generator.set_state(own["generator"].cpu())
         counters = own["counters"]

@@ -182,6 +182,7 @@ class ScheduledUpdate:
             it; None for no limit.
         length: in place of that, the rule of ``Preconditioner``; None for KFC's own.
         layers: bounds proposals and steps where there is that rule.
+        rate: the learning rate, in units of those of the groups.
     """
 
     inverse: InverseFisher
@@ -191,6 +192,7 @@ class ScheduledUpdate:
     trust_region: float | None
     length: AdaptiveLength | None
     layers: LayerBounds
+    rate: float = 1.0
 
     @property
     def damping(self) -> float:
@@ -211,7 +213,7 @@ class ScheduledUpdate:
         # The previous update is written over: with momentum, no more memory than the update itself.
         step = {}
         for name, value in proposal.items():
-            rate = -at.rates[name] * scale
+            rate = -self.rate * at.rates[name] * scale
             previous = at.previous.get(name)
             step[name] = (
                 value * rate
@@ -220,7 +222,7 @@ class ScheduledUpdate:
             )
         if self.length is not None:
             self.layers.shorten(step, at.parameters, LARGEST_STEP)
-        return Update(step, {"trust": scale})
+        return Update(step, {"trust": scale, "rate": self.rate})
 
     def _scale(self, at: Situation, proposal: Direction) -> float:
         """Return the factor of a proposal; of one that is not finite it is 1 and all is refused."""
@@ -237,6 +239,7 @@ class ScheduledUpdate:
             return 1.0
         # The length is of the step that the learning rates of all groups make, not of the
         # proposal: a small rate needs no shortening.
-        scaled = {name: at.gradient[name] * at.rates[name] ** 2 for name in proposal}
+        rates = {name: self.rate * at.rates[name] for name in proposal}
+        scaled = {name: at.gradient[name] * rates[name] ** 2 for name in proposal}
         length = float(inner_products([scaled, proposal])[0, 1])
         return min(1.0, math.sqrt(self.trust_region / max(length, 1e-300)))

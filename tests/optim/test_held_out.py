@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import itertools
 import math
@@ -185,20 +186,20 @@ def test_where_no_try_is_good_the_parameters_are_those_from_before_bit_by_bit() 
         optimizer.step(x, y)
     before = copy.deepcopy(model.state_dict())
     damping = optimizer.diagnostics["damping"]
-    made = optimizer._make
+    form = optimizer._form
 
     def uphill(at: object) -> object:
-        found = made(at)
+        found = form.make(at)
         return kfac_fx.optim.updates.Update(
             {n: -100 * s for n, s in found.step.items()}, {}, judged=True, predicted=-1.0
         )
 
-    optimizer._make = uphill
+    optimizer._form = dataclasses.replace(form, make=uphill)
     optimizer.step(*batches[4])
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert optimizer.rejected_steps == 1
     assert optimizer.diagnostics["damping"] > 10 * damping
-    optimizer._make = made
+    optimizer._form = form
     optimizer.step(*batches[4])
     assert not torch.equal(model[0].weight, before["0.weight"])
 
