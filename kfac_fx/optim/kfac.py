@@ -27,13 +27,12 @@ from kfac_fx.likelihoods.sampling import fresh_generator
 from kfac_fx.linalg.precision import all_finite
 from kfac_fx.optim.batch_trust import BatchTrust
 from kfac_fx.optim.diagnostics import Diagnostics
-from kfac_fx.optim.forms import RATE, Forms
 from kfac_fx.optim.groups import Groups
 from kfac_fx.optim.kfac_options import KFACOptions
 from kfac_fx.optim.last_step import Buffers, LastStep
 from kfac_fx.optim.objective import Batch, Objective
 from kfac_fx.optim.products import Direction
-from kfac_fx.optim.updates import Situation
+from kfac_fx.optim.updates import RATE, Forms, Situation
 from kfac_fx.parallel import ALONE, Workers
 from kfac_fx.reading.inspection import HasCurvature
 from kfac_fx.statistics.recorder import Recorder

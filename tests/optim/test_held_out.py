@@ -19,6 +19,7 @@ import kfac_fx
 from kfac_fx.optim import KFACOptions
 from kfac_fx.optim.adapt_damping import FLOOR
 from kfac_fx.optim.held_out import CEILING, FIRST_RAISE, SHORTEST, HeldOutRule
+from kfac_fx.optim.updates import RATE
 
 OMEGA, SLOW = 0.7, 0.7 ** (1 / 3)
 
@@ -102,7 +103,13 @@ def noisy(steps: int, cases: int = 32) -> Iterator[tuple[Tensor, Tensor]]:
         yield x, x[:, :3].cumsum(1).argmax(1)
 
 
-@pytest.mark.usefixtures("float64")
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The form of the quadratic model, however much batches disagree."""
+    monkeypatch.setattr("kfac_fx.optim.held_out.NOISY", -10.0)
+
+
+@pytest.mark.usefixtures("float64", "patient")
 @pytest.mark.parametrize("decay", [0.0, 1e-2])
 def test_the_held_out_ratio_by_its_definition(decay: float) -> None:
     """Change of the objective on the next batch, over the model's change on the step's own."""
@@ -204,6 +211,7 @@ def test_where_no_try_is_good_the_parameters_are_those_from_before_bit_by_bit() 
     assert not torch.equal(model[0].weight, before["0.weight"])
 
 
+@pytest.mark.usefixtures("patient")
 def test_a_judgement_leaves_no_trace_in_buffers_and_sees_one_mask() -> None:
     """Running statistics move once an iteration, by the batch at the present parameters."""
     torch.manual_seed(0)
@@ -224,6 +232,59 @@ def test_a_judgement_leaves_no_trace_in_buffers_and_sees_one_mask() -> None:
         before = optimizer.diagnostics
         optimizer.step(x, y)
     assert optimizer.diagnostics["rho_held_out"] == pytest.approx(before["rho"], rel=1e-6)
+
+
+def forms_of(size: int, steps: int = 30, **options: object) -> tuple[kfac_fx.KFAC, list[bool]]:
+    """Whether each step had a rate."""
+    torch.manual_seed(0)
+    optimizer = kfac_fx.KFAC(kfac_fx.transform(mlp(6, 8, 3)), **options)
+    found = []
+    for x, y in noisy(steps, size):
+        optimizer.step(x, y)
+        found.append("rate" in optimizer.diagnostics)
+    return optimizer, found
+
+
+def test_steps_have_a_rate_once_batches_disagree() -> None:
+    """Not before three were judged, and for the rest of the run; with all the cases never."""
+    optimizer, found = forms_of(16)
+    change = found.index(True)
+    assert change >= 3 and all(found[change:])
+    assert optimizer.diagnostics["rate"] == 0.1
+    assert optimizer.inverse.estimate.recorded < len(found)  # every tenth from there on
+    torch.manual_seed(0)
+    whole = kfac_fx.KFAC(kfac_fx.transform(mlp(6, 8, 3)))
+    x, y = next(noisy(1, 256))
+    for _ in range(30):
+        whole.step(x, y)
+    assert "rate" not in whole.diagnostics
+
+
+def test_the_constants_of_the_paper_keep_its_form() -> None:
+    _, found = forms_of(16, options=kfac_fx.optim.KFACOptions.paper())
+    assert not any(found)
+
+
+@pytest.mark.parametrize("at", [2, 20])
+def test_a_run_goes_on_in_the_form_that_it_was_in(at: int) -> None:
+    """Before the change and after it, also in an optimizer that has changed already."""
+    batches, runs = list(noisy(26, 16)), []
+    for parts in ((26,), (at, 26 - at)):
+        torch.manual_seed(2)
+        model, state = mlp(6, 8, 3), None
+        done = 0
+        for count in parts:
+            generator = torch.Generator().manual_seed(0)
+            optimizer = kfac_fx.KFAC(kfac_fx.transform(model), generator=generator)
+            if state is not None:
+                optimizer._form = optimizer._forms.scheduled(RATE)
+                optimizer.load_state_dict(state)
+            for x, y in batches[done : done + count]:
+                optimizer.step(x, y)
+            done, state = done + count, optimizer.state_dict()
+        assert "rate" in optimizer.diagnostics
+        runs.append([p.detach().clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(runs[0], runs[1], strict=True))
 
 
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
