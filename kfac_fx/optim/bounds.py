@@ -17,7 +17,7 @@ from kfac_fx.parallel import Workers
 from kfac_fx.torch_internals import foreach
 
 RADIUS = 1e-2
-"""Largest squared length of a preconditioned gradient in Fhat, times ``AdaptiveLength.factor``."""
+"""Largest squared length of a preconditioned gradient in Fhat, before ``AdaptiveLength.factor``."""
 
 WIDE = 0.1
 NARROW = 0.02

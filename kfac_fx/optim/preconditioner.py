@@ -90,7 +90,7 @@ class Preconditioner(HasCurvature):
             Between two refreshes inverses are older than the averages, which costs accuracy and
             saves time.
         trust_region: how long a preconditioned gradient is. "adaptive" looks at gradients alone:
-            its squared length in Fhat, grad^T Fhat^-1 grad, is 0.01 at most, times a factor that
+            its length in Fhat, (grad^T Fhat^-1 grad)^(1/2), is 0.1 at most, times a factor that
             grows as long as gradients agree with the steps before and shrinks where noise has the
             upper hand; a layer's part is a tenth of its weights at most; and where lambda follows
             the curvature, averages that have fallen behind a shrinking Fisher are made up for. A
