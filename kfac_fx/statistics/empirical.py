@@ -6,6 +6,8 @@ import logging
 from collections import Counter
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from kfac_fx.errors import ObservationError
 from kfac_fx.likelihoods.batch import batch_likelihood, output_tensors, wide
 from kfac_fx.likelihoods.builtin import Likelihood, Tree
@@ -30,6 +32,7 @@ class _Watched:
         expected: finds how the loss is reduced.
         taps: how many of each factor are in the graph of the outputs; None leaves that unasked.
         count, total: numbers of likelihood terms, here and in all processes.
+        brought: what the backward left in the factors; None before its end.
     """
 
     backward: BackwardWatch
@@ -38,6 +41,7 @@ class _Watched:
     taps: Counter[FactorState] | None
     count: float
     total: float
+    brought: list[Tensor | None] | None = None
 
 
 class EmpiricalStatistics:
@@ -77,10 +81,31 @@ class EmpiricalStatistics:
         # Once: it takes a walk through the whole graph.
         taps = None if self._compared else tap_counts(tensors, sources.state_by_buffer)
         expected = LossScale(self._likelihood, outputs, targets, made.count)
-        backward = BackwardWatch(tensors, [*sources.gradients, *sources.parameters])
+        backward = BackwardWatch(
+            tensors,
+            [*sources.gradients, *sources.parameters],
+            begun=lambda: sources.pause(False),
+            brought=self._take_over,
+        )
         gradients = GradientWatch(sources.parameters)
         self._watched = _Watched(backward, gradients, expected, taps, made.count, agreed.count)
         return backward
+
+    def _take_over(self) -> None:
+        """Keep what the backward has brought apart from what micro-batches that follow bring.
+
+        They may be left unobserved: statistics of a part of a batch are often enough.
+        """
+        watched = self._watched
+        assert watched is not None
+        if watched.brought is None:
+            watched.brought = [factor.grad for factor in self._sources.factors]
+            watched.gradients.close()
+            for factor in self._sources.factors:
+                factor.grad = None
+        # Their statistics need not be formed. A second backward of the same outputs, which is
+        # refused, is noticed by what it brings: it ends the pause.
+        self._sources.pause()
 
     def stop(self) -> None:
         """Stop watching; what was not finished is forgotten."""
@@ -108,7 +133,7 @@ class EmpiricalStatistics:
                 "is in the statistics: give observe() all outputs at once, or use fisher='sampled'"
             )
         self._compared = True
-        tapped = [factor.grad for factor in self._sources.factors]
+        tapped = watched.brought or [factor.grad for factor in self._sources.factors]
         if tapped and all(value is None for value in tapped):
             raise ObservationError(
                 "loss.backward() came to the outputs and brought no statistics: backward("

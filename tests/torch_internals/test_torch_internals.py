@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import pytest
@@ -255,6 +256,29 @@ def test_graph_tasks() -> None:
         y.sum().backward()
     assert len(set(seen)) == 2 and min(seen) >= 0
     assert graph_tasks.current_graph_task() == -1
+
+
+def test_ends_of_graph_tasks() -> None:
+    """A run inside of another has the larger number, and is over before the outer one's end."""
+    runs: dict[str, int] = {}
+    order: list[str] = []
+
+    def see(name: str, _: Tensor) -> None:
+        runs[name] = graph_tasks.current_graph_task()
+        graph_tasks.at_end_of_run(partial(order.append, name))
+
+    def inner(x: Tensor) -> Tensor:
+        y = x.sin()
+        if y.requires_grad:
+            y.register_hook(partial(see, "inner"))
+        return y
+
+    x = torch.ones(2, requires_grad=True)
+    y = checkpoint(inner, x, use_reentrant=True)
+    y.register_hook(partial(see, "outer"))
+    assert order == []
+    y.sum().backward()
+    assert order == ["inner", "outer"] and runs["inner"] > runs["outer"]
 
 
 def test_dispatch_modes() -> None:
