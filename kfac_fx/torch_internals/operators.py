@@ -2,7 +2,7 @@
 
 Why: a nested graph that reads parameters cannot be looked into, so its uses must not go unseen; and
 an overload tells by its name which arguments are numbers. No public way: the classes have no public
-name. Seen on torch 2.11 and 2.13.
+name. Seen on torch 2.11, 2.13 and 2.14.
 """
 
 from __future__ import annotations
