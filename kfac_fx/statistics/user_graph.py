@@ -29,7 +29,7 @@ def check_recorded(outputs: Sequence[Tensor], states: Mapping[Tensor, FactorStat
     Raises:
         ObservationError: the graph has no such tap, or a backward pass has freed it.
     """
-    for tap, _ in _taps(outputs, states):
+    for tap, _ in _taps([output.grad_fn for output in outputs], states):
         # One tap tells it all, the first one that is found: a backward frees a whole graph, and
         # torch says so nowhere but in the error that reading a saved tensor raises.
         try:
@@ -47,22 +47,23 @@ def check_recorded(outputs: Sequence[Tensor], states: Mapping[Tensor, FactorStat
 
 def nearest_tap(outputs: Sequence[Tensor], states: Mapping[Tensor, FactorState]) -> Node | None:
     """Return one tap in the graph of the outputs, the first one that is found from there."""
-    return next((tap for tap, _ in _taps(outputs, states)), None)
+    nodes = [output.grad_fn for output in outputs]
+    return next((tap for tap, _ in _taps(nodes, states)), None)
 
 
 def tap_counts(
-    outputs: Sequence[Tensor], states: Mapping[Tensor, FactorState]
+    nodes: Sequence[Node | None], states: Mapping[Tensor, FactorState]
 ) -> Counter[FactorState]:
-    """Return how many taps of each factor are in the graph of the outputs."""
-    return Counter(state for _, state in _taps(outputs, states))
+    """Return how many taps of each factor are in the graph beneath nodes; it may be freed."""
+    return Counter(state for _, state in _taps(nodes, states))
 
 
 def _taps(
-    outputs: Sequence[Tensor], states: Mapping[Tensor, FactorState]
+    nodes: Sequence[Node | None], states: Mapping[Tensor, FactorState]
 ) -> Iterator[tuple[Node, FactorState]]:
     """Yield the nodes of the graph that deliver statistics, with the factors' states."""
     # From the outputs down; a generator, so that most callers stop at the first tap.
-    todo = [output.grad_fn for output in outputs]
+    todo = [*nodes]
     seen = set(todo)
     while todo and states:
         node = todo.pop()

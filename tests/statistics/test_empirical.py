@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -165,10 +166,13 @@ class Twice(nn.Module):
 
 @pytest.mark.parametrize("build", [small_mlp, Twice], ids=["mlp", "Twice"])
 @pytest.mark.parametrize("second", ["none", "evaluated", "observed", "not observed"])
-def test_a_forward_that_was_not_observed_is_named(
-    build: type[nn.Module], second: str, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("before", [0, 1], ids=["at first", "later"])
+def test_a_backward_through_a_forward_that_was_not_observed_too_is_refused(
+    build: type[nn.Module], second: str, before: int
 ) -> None:
-    net, pre = recorder(build())
+    net, pre = one = recorder(build())
+    for _ in range(before):
+        recorded(one, plainly)
     outputs, y = net(torch.randn(8, 3)), torch.randint(3, (8,))
     with torch.set_grad_enabled(second != "evaluated"):
         other = outputs if second == "none" else net(torch.randn(8, 3))
@@ -179,8 +183,9 @@ def test_a_forward_that_was_not_observed_is_named(
     if second == "not observed":
         loss = loss + other.square().sum()
     loss.backward()
-    pre.step()
-    assert ("not observed" in caplog.text) == (second == "not observed")
+    refused = pytest.raises(ObservationError, match="give observe\\(\\) all outputs at once")
+    with refused if second == "not observed" else nullcontext():
+        pre.step()
 
 
 class Again(nn.Module):
