@@ -230,6 +230,11 @@ def test_operators() -> None:
     assert not operators.runs_nested_graph(torch.ops.aten.mm.default)
     assert operators.overload_name(torch.ops.aten.mul.Tensor) == "Tensor"
     assert operators.overload_name(torch.mul) is None
+    shared = [name.default for name in (torch.ops.aten.view, torch.ops.aten.permute)]
+    for target in (*shared, torch.ops.aten.split.Tensor, torch.ops.aten.add_.Tensor):
+        assert operators.may_share_memory(target)
+    for other in (torch.ops.aten.mm.default, torch.ops.aten.add.Tensor, torch.mul, "view"):
+        assert not operators.may_share_memory(other)
 
 
 def test_foreach() -> None:
