@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import operator
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch.export import ExportedProgram
 from kfac_fx.capture.captured_module import CapturedModule, captured_module
 from kfac_fx.capture.graph_modules import from_graph_module
 from kfac_fx.capture.hooks import refuse_backward_hooks
+from kfac_fx.capture.in_place import writes
 from kfac_fx.capture.input_forms import ExportedInputs, Guards
 from kfac_fx.capture.symbolic_trace import same_constant
 from kfac_fx.capture.train_and_eval import capture_both
@@ -21,6 +23,7 @@ from kfac_fx.capture.user_lines import user_line
 from kfac_fx.capture.watching import refusals_noted
 from kfac_fx.errors import CaptureError
 from kfac_fx.torch_internals.buffer_registration_hooks import no_hooks_left
+from kfac_fx.torch_internals.operators import may_share_memory
 from kfac_fx.torch_internals.pytree import tree_leaves, tree_map_only
 
 log = logging.getLogger("kfac_fx")
@@ -122,6 +125,7 @@ def of_program(program: ExportedProgram) -> CapturedModule:
     model = program.module(check_guards=False)
     assert isinstance(model, fx.GraphModule)
     check_sizes(model.graph)
+    free_layouts(model.graph)
     module = from_graph_module(model)
     module.__dict__.update({name: model.__dict__[name] for name in ("train", "eval")})
     return module
@@ -157,7 +161,46 @@ def exported(model: nn.Module, args: tuple[Value, ...], kwargs: dict[str, Value]
             reason = str(error).strip().splitlines()
             raise CaptureError(f"{user_line(error)}: {reason[0] if reason else error!r}") from error
     check_sizes(module.graph)
+    free_layouts(module.graph)
     return module
+
+
+def free_layouts(graph: fx.Graph) -> None:
+    """Let an exported graph take tensors whose memory is laid out otherwise than at the capture.
+
+    A ``contiguous()`` that had nothing to do there is not in the graph, and the ``view`` after it
+    would raise: of other inputs, or where attention runs by another kernel, as under forward mode.
+    Where a view can be had, ``reshape`` returns it.
+
+    Args:
+        graph: is changed in place.
+    """
+    for node in graph.nodes:
+        # A copy would miss what is written to the memory later.
+        if node.target is torch.ops.aten.view.default and not _memory_is_written(node):
+            node.target = torch.ops.aten.reshape.default
+
+
+def _memory_is_written(view: fx.Node) -> bool:
+    """Return whether an operator in place writes to the memory of a view."""
+    root = view
+    while _shares_memory(root) and isinstance(root.args[0], fx.Node):
+        root = root.args[0]
+    todo, seen = [root], {root}
+    while todo:
+        here = todo.pop()
+        for user in here.users:
+            if _shares_memory(user) and user.args[0] is here and user not in seen:
+                if writes(user):
+                    return True
+                seen.add(user)
+                todo.append(user)
+    return False
+
+
+def _shares_memory(node: fx.Node) -> bool:
+    """Return whether what a node returns may have its first argument's memory."""
+    return node.target is operator.getitem or may_share_memory(node.target)
 
 
 def check_sizes(graph: fx.Graph) -> None:

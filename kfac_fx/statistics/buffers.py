@@ -130,10 +130,10 @@ class StatisticSources:
         for state in self.states:
             state.noted = may
 
-    def pause(self) -> None:
-        """Let backward passes of graphs that are already built skip all factors."""
+    def pause(self, paused: bool = True) -> None:
+        """Let backward passes of graphs that are already built skip all factors, or no longer."""
         for state in self.states:
-            state.paused = True
+            state.paused = paused
 
     @contextmanager
     def only(self, wanted: Sequence[Tensor]) -> Iterator[None]:

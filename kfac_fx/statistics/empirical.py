@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from dataclasses import dataclass
+
+from torch import Tensor
+from torch.autograd.graph import Node
 
 from kfac_fx.errors import ObservationError
 from kfac_fx.likelihoods.batch import batch_likelihood, output_tensors, wide
@@ -18,8 +20,6 @@ from kfac_fx.statistics.loss_scale import LossScale
 from kfac_fx.statistics.sampled import Collected
 from kfac_fx.statistics.user_graph import BackwardWatch, GradientWatch, check_recorded, tap_counts
 
-log = logging.getLogger("kfac_fx")
-
 
 @dataclass
 class _Watched:
@@ -28,16 +28,18 @@ class _Watched:
     Attributes:
         backward, gradients: notice what the backward brings.
         expected: finds how the loss is reduced.
-        taps: how many of each factor are in the graph of the outputs; None leaves that unasked.
+        nodes: where the graph of the outputs begins.
         count, total: numbers of likelihood terms, here and in all processes.
+        brought: what the backward left in the factors; None before its end.
     """
 
     backward: BackwardWatch
     gradients: GradientWatch
     expected: LossScale
-    taps: Counter[FactorState] | None
+    nodes: list[Node | None]
     count: float
     total: float
+    brought: list[Tensor | None] | None = None
 
 
 class EmpiricalStatistics:
@@ -57,7 +59,8 @@ class EmpiricalStatistics:
         self._likelihood = likelihood
         self._workers = workers
         self._watched: _Watched | None = None
-        self._compared = False
+        # How often each factor has got a statistic from one backward that was as it should be.
+        self._usual: Counter[FactorState] = Counter()
 
     def watch(self, outputs: Tree, targets: Tree) -> BackwardWatch | None:
         """Prepare for the backward pass of a forward; None if some outputs are not finite.
@@ -74,13 +77,33 @@ class EmpiricalStatistics:
         finite, agreed = made.terms.agreed(self._workers, "observe", finite)
         if not finite:
             return None
-        # Once: it takes a walk through the whole graph.
-        taps = None if self._compared else tap_counts(tensors, sources.state_by_buffer)
+        nodes = [tensor.grad_fn for tensor in tensors]
         expected = LossScale(self._likelihood, outputs, targets, made.count)
-        backward = BackwardWatch(tensors, [*sources.gradients, *sources.parameters])
+        backward = BackwardWatch(
+            tensors,
+            [*sources.gradients, *sources.parameters],
+            begun=lambda: sources.pause(False),
+            brought=self._take_over,
+        )
         gradients = GradientWatch(sources.parameters)
-        self._watched = _Watched(backward, gradients, expected, taps, made.count, agreed.count)
+        self._watched = _Watched(backward, gradients, expected, nodes, made.count, agreed.count)
         return backward
+
+    def _take_over(self) -> None:
+        """Keep what the backward has brought apart from what micro-batches that follow bring.
+
+        They may be left unobserved: statistics of a part of a batch are often enough.
+        """
+        watched = self._watched
+        assert watched is not None
+        if watched.brought is None:
+            watched.brought = [factor.grad for factor in self._sources.factors]
+            watched.gradients.close()
+            for factor in self._sources.factors:
+                factor.grad = None
+        # Their statistics need not be formed. A second backward of the same outputs, which is
+        # refused, is noticed by what it brings: it ends the pause.
+        self._sources.pause()
 
     def stop(self) -> None:
         """Stop watching; what was not finished is forgotten."""
@@ -93,7 +116,8 @@ class EmpiricalStatistics:
         """Return what the backward pass has left, or None if none was waited for.
 
         Raises:
-            ObservationError: no backward has come to the outputs, or several with statistics have.
+            ObservationError: no backward has come to the outputs, several with statistics have, or
+                one came through other forwards, too.
         """
         watched = self._watched
         self.stop()
@@ -103,12 +127,12 @@ class EmpiricalStatistics:
             return Collected(True, {}, watched.count, watched.total)
         scale = self._scale(watched)
         if self._strays(watched):
-            log.warning(
-                "loss.backward() also came through a forward whose outputs were not observed; it "
-                "is in the statistics: give observe() all outputs at once, or use fisher='sampled'"
+            raise ObservationError(
+                "loss.backward() also came through a forward whose outputs were not observed, and "
+                "whose statistics cannot be told apart: give observe() all outputs at once, call "
+                "the network once for all of them, or use fisher='sampled'"
             )
-        self._compared = True
-        tapped = [factor.grad for factor in self._sources.factors]
+        tapped = watched.brought or [factor.grad for factor in self._sources.factors]
         if tapped and all(value is None for value in tapped):
             raise ObservationError(
                 "loss.backward() came to the outputs and brought no statistics: backward("
@@ -134,7 +158,12 @@ class EmpiricalStatistics:
 
         Reentrant checkpoints hide their taps from a walk through the graph.
         """
-        if watched.taps is None or watched.backward.nested:
+        found = Counter({state: state.deliveries for state in self._sources.states})
+        # A walk takes the whole graph, so it is for what has not been seen before.
+        if watched.backward.nested or found <= self._usual:
             return False
-        states = self._sources.states
-        return any(state.deliveries > watched.taps[state] > 0 for state in states)
+        taps = tap_counts(watched.nodes, self._sources.state_by_buffer)
+        if any(count > taps[state] > 0 for state, count in found.items()):
+            return True
+        self._usual |= found
+        return False

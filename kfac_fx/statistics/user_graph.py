@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from kfac_fx.errors import ObservationError
 from kfac_fx.ops.state import FactorState
 from kfac_fx.torch_internals.error_texts import backward_refusal
-from kfac_fx.torch_internals.graph_tasks import current_graph_task
+from kfac_fx.torch_internals.graph_tasks import at_end_of_run, current_graph_task
 
 AFTER_BACKWARD = "observe() must come before loss.backward(), which frees the graph it needs"
 
@@ -30,7 +29,7 @@ def check_recorded(outputs: Sequence[Tensor], states: Mapping[Tensor, FactorStat
     Raises:
         ObservationError: the graph has no such tap, or a backward pass has freed it.
     """
-    for tap, _ in _taps(outputs, states):
+    for tap, _ in _taps([output.grad_fn for output in outputs], states):
         # One tap tells it all, the first one that is found: a backward frees a whole graph, and
         # torch says so nowhere but in the error that reading a saved tensor raises.
         try:
@@ -48,22 +47,23 @@ def check_recorded(outputs: Sequence[Tensor], states: Mapping[Tensor, FactorStat
 
 def nearest_tap(outputs: Sequence[Tensor], states: Mapping[Tensor, FactorState]) -> Node | None:
     """Return one tap in the graph of the outputs, the first one that is found from there."""
-    return next((tap for tap, _ in _taps(outputs, states)), None)
+    nodes = [output.grad_fn for output in outputs]
+    return next((tap for tap, _ in _taps(nodes, states)), None)
 
 
 def tap_counts(
-    outputs: Sequence[Tensor], states: Mapping[Tensor, FactorState]
+    nodes: Sequence[Node | None], states: Mapping[Tensor, FactorState]
 ) -> Counter[FactorState]:
-    """Return how many taps of each factor are in the graph of the outputs."""
-    return Counter(state for _, state in _taps(outputs, states))
+    """Return how many taps of each factor are in the graph beneath nodes; it may be freed."""
+    return Counter(state for _, state in _taps(nodes, states))
 
 
 def _taps(
-    outputs: Sequence[Tensor], states: Mapping[Tensor, FactorState]
+    nodes: Sequence[Node | None], states: Mapping[Tensor, FactorState]
 ) -> Iterator[tuple[Node, FactorState]]:
     """Yield the nodes of the graph that deliver statistics, with the factors' states."""
     # From the outputs down; a generator, so that most callers stop at the first tap.
-    todo = [output.grad_fn for output in outputs]
+    todo = [*nodes]
     seen = set(todo)
     while todo and states:
         node = todo.pop()
@@ -153,18 +153,6 @@ def batched_derivatives(
     return [next(values) if one else None for one in there]
 
 
-class _Arrival(NamedTuple):
-    """A statistic that has come.
-
-    Attributes:
-        run: graph-task id of the backward pass that brought it.
-        outer: id of the pass that had come to the outputs last.
-    """
-
-    run: int
-    outer: int
-
-
 class BackwardWatch:
     """Notices backward passes through the outputs of one forward.
 
@@ -177,14 +165,32 @@ class BackwardWatch:
         tap: a node of the forward's graph; a backward that comes there counts as one, though it
             does not come to the outputs: where the loss is formed inside of the network, the
             outputs may be copies (logits in float32) that the loss was not computed from.
+        begun: called when a backward comes to the outputs.
+        brought: called at the end of such a backward, if it or one before has brought statistics:
+            what comes to the leaves from then on is of other forwards.
+
+    Attributes:
+        nested: whether statistics came in runs inside of others (reentrant checkpoints).
     """
 
     def __init__(
-        self, outputs: Sequence[Tensor], leaves: Iterable[Tensor] = (), tap: Node | None = None
+        self,
+        outputs: Sequence[Tensor],
+        leaves: Iterable[Tensor] = (),
+        tap: Node | None = None,
+        *,
+        begun: Callable[[], None] | None = None,
+        brought: Callable[[], None] | None = None,
     ) -> None:
+        self.nested = False
         self._seen: dict[int, dict[int, Tensor | None]] = {}
         self._tapped = False
-        self._arrived: list[_Arrival] = []
+        self._begun = begun
+        self._when_brought = brought
+        # Runs that statistics came in and that belong to no other yet; those that brought some.
+        self._arrived: set[int] = set()
+        self._brought: list[int] = []
+        self._mixed = False
         self._last = -1
         self._handles: list[RemovableHandle] = [
             output.register_hook(partial(self._see, index))
@@ -201,21 +207,35 @@ class BackwardWatch:
     def _see(self, index: int, gradient: Tensor | None) -> None:
         # Hooks of one backward() or grad() see the same id, those of a later one another.
         self._last = current_graph_task()
-        self._seen.setdefault(self._last, {})[index] = gradient
+        if self._last not in self._seen:
+            self._seen[self._last] = {}
+            if self._begun is not None:
+                self._begun()
+            if self._when_brought is not None:
+                at_end_of_run(partial(self._end, self._last))
+        self._seen[self._last][index] = gradient
 
     def _arrive(self, _: Tensor) -> None:
-        # With the run that came to the outputs last: a reentrant checkpoint starts one inside.
-        self._arrived.append(_Arrival(current_graph_task(), self._last))
+        self._arrived.add(current_graph_task())
+
+    def _end(self, run: int) -> None:
+        """Take what has arrived for the run's, at its end."""
+        # A reentrant checkpoint starts a run inside of another, which has the larger number. What
+        # has a smaller one had come before.
+        own = {one for one in self._arrived if one >= run}
+        if own:
+            self._mixed |= not self._brought and len(own) < len(self._arrived)
+            self.nested |= own != {run}
+            self._brought.append(run)
+        if self._brought:
+            self._arrived.clear()
+            assert self._when_brought is not None
+            self._when_brought()
 
     @property
     def passed(self) -> bool:
         """Say whether one has come."""
         return self._tapped or bool(self._seen)
-
-    @property
-    def nested(self) -> bool:
-        """Say whether statistics came in runs inside of others (reentrant checkpoints)."""
-        return any(each.run not in self._seen for each in self._arrived)
 
     def close(self) -> None:
         """Stop watching."""
@@ -228,21 +248,27 @@ class BackwardWatch:
         If none did, it is the last one; derivatives are by the index of the output.
 
         Raises:
-            ObservationError: no backward came, or several that brought statistics did.
+            ObservationError: no backward came, several that brought statistics did, or one of
+                another forward came before.
         """
         if not self._seen:
             raise ObservationError(
                 "fisher='empirical' needs loss.backward() before step(), of a loss of the outputs "
                 "that observe() got"
             )
-        # A run that came to no output is nested in the one that came to them last.
-        runs = {one.run if one.run in self._seen else one.outer for one in self._arrived} - {-1}
-        if len(runs) > 1:
+        if len(self._brought) > 1:
             raise ObservationError(
-                f"{len(runs)} backward passes came through one forward, whose statistics cannot be "
-                "told apart: add the losses up and call backward() once, or use fisher='sampled'"
+                f"{len(self._brought)} backward passes came through one forward, whose statistics "
+                "cannot be told apart: add the losses up and call backward() once, or use "
+                "fisher='sampled'"
             )
-        return self._seen[runs.pop() if runs else self._last]
+        if self._mixed:
+            raise ObservationError(
+                "between observe(outputs, targets) and the backward of these outputs, "
+                "loss.backward() came through another forward, whose statistics cannot be told "
+                "apart: call observe() right before the backward of its outputs"
+            )
+        return self._seen[self._brought[0] if self._brought else self._last]
 
 
 class GradientWatch:

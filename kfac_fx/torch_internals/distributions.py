@@ -2,7 +2,7 @@
 
 Why: a distribution that is made in a traced function would look at values to check its arguments.
 No public way: ``Distribution.set_default_validate_args`` sets the switch, and nothing reads it, so
-it could not be put back to what it was. Seen on torch 2.11 and 2.13.
+it could not be put back to what it was. Seen on torch 2.11, 2.13 and 2.14.
 """
 
 from __future__ import annotations

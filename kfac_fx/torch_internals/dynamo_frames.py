@@ -3,7 +3,7 @@
 Why: Dynamo runs one graph for all modules that look alike, and compiles one frame several times;
 statistics belong to a frame and to the tensors that a run gets. No public way: a backend is given a
 graph and example inputs, without the frame or the source of an input; and ``torch.compiler`` lists
-the names of backends but does not look one up. Seen on torch 2.11 and 2.13.
+the names of backends but does not look one up. Seen on torch 2.11, 2.13 and 2.14.
 """
 
 from __future__ import annotations

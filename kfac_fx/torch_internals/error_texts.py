@@ -3,7 +3,7 @@
 Why: a user should be told what to do, which depends on why autograd, forward mode or communication
 refused. No public way: the classes are RuntimeError, and torch promises no text. Where a version
 words an error in another way, torch's own error goes through: less clear, and no worse. Seen on
-torch 2.11 and 2.13.
+torch 2.11, 2.13 and 2.14.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Why: a placeholder that is added to an exported graph needs a value of the graph's own mode, as
 torch.export would have given it. No public way: torch has no public name for fake tensors. Seen on
-torch 2.11 and 2.13.
+torch 2.11, 2.13 and 2.14.
 """
 
 from torch._guards import detect_fake_mode

@@ -3,7 +3,7 @@
 Why: an optimizer's step over a hundred parameters is bound by the number of calls, and on a GPU by
 the number of kernels; torch.optim does its steps in this way. No public way: torch has no public
 name for these functions, though torch.optim's ``foreach`` option is public. They are bound here
-without a wrapper, for a wrapper would cost what they save. Seen on torch 2.11 and 2.13.
+without a wrapper, for a wrapper would cost what they save. Seen on torch 2.11, 2.13 and 2.14.
 """
 
 import torch

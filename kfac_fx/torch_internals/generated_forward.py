@@ -4,7 +4,8 @@ Why: a captured module may have two graphs (training and evaluation), while fx g
 ``forward`` per GraphModule; and the code of an exported graph reads ``self._in_spec`` and
 ``self._out_spec``, which may differ between the two. No public way: fx has no hook for attribute
 names in the code that it generates, so they are renamed in the bytecode. ``forward`` is set on the
-class since ``nn.Module.__call__`` and torch.compile look it up there. Seen on torch 2.11 and 2.13.
+class since ``nn.Module.__call__`` and torch.compile look it up there. Seen on torch 2.11, 2.13
+and 2.14.
 """
 
 from __future__ import annotations

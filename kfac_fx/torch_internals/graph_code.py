@@ -2,7 +2,7 @@
 
 Why: a graph of torch.export takes nested arguments apart before its placeholders, so the arguments
 of a call to it are not the values of its placeholders and it cannot be inlined as others can.
-No public way: a graph's code generator has no public class. Seen on torch 2.11 and 2.13.
+No public way: a graph's code generator has no public class. Seen on torch 2.11, 2.13 and 2.14.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 Why: a graph does not show in which modes its calls were made. While a model is traced the modes are
 compared with those at the beginning, so that a region is recorded or refused. No public way:
-functions and contexts set these modes, and most cannot be asked for. Seen on torch 2.11 and 2.13.
+functions and contexts set these modes, and most cannot be asked for. Seen on torch 2.11, 2.13 and
+2.14.
 """
 
 from __future__ import annotations

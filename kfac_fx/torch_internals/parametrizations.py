@@ -2,7 +2,7 @@
 
 Why: weight normalisation can be traced through, while spectral and orthogonal parametrizations ask
 for the mode or for values of tensors. No public way: ``torch.nn.utils.parametrizations`` has public
-functions that register them, and private classes. Seen on torch 2.11 and 2.13.
+functions that register them, and private classes. Seen on torch 2.11, 2.13 and 2.14.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Why: ``F.multi_head_attention_forward`` and other composed functions ask whether
 them, check shapes that were checked before, and call ``float`` and ``math.sqrt`` on sizes. Symbolic
 values cannot answer that; the same body with other answers in its scope can be traced. No public
 way: fx traces a function as it is, or keeps it whole. Copying torch's source would need a copy for
-every version. Seen on torch 2.11 and 2.13.
+every version. Seen on torch 2.11, 2.13 and 2.14.
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,8 @@ import torch.nn.functional as F
 from support.networks import mlp
 from support.oracles import close
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import kfac_fx
 from kfac_fx.errors import ObservationError
@@ -162,10 +166,13 @@ class Twice(nn.Module):
 
 @pytest.mark.parametrize("build", [small_mlp, Twice], ids=["mlp", "Twice"])
 @pytest.mark.parametrize("second", ["none", "evaluated", "observed", "not observed"])
-def test_a_forward_that_was_not_observed_is_named(
-    build: type[nn.Module], second: str, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("before", [0, 1], ids=["at first", "later"])
+def test_a_backward_through_a_forward_that_was_not_observed_too_is_refused(
+    build: type[nn.Module], second: str, before: int
 ) -> None:
-    net, pre = recorder(build())
+    net, pre = one = recorder(build())
+    for _ in range(before):
+        recorded(one, plainly)
     outputs, y = net(torch.randn(8, 3)), torch.randint(3, (8,))
     with torch.set_grad_enabled(second != "evaluated"):
         other = outputs if second == "none" else net(torch.randn(8, 3))
@@ -176,5 +183,103 @@ def test_a_forward_that_was_not_observed_is_named(
     if second == "not observed":
         loss = loss + other.square().sum()
     loss.backward()
+    refused = pytest.raises(ObservationError, match="give observe\\(\\) all outputs at once")
+    with refused if second == "not observed" else nullcontext():
+        pre.step()
+
+
+class Again(nn.Module):
+    """Computes a part again in the backward, in a run of the engine of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = small_mlp(), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = checkpoint(self.inner, x, use_reentrant=True)
+        return self.outer(found)
+
+
+def recorder_of(build: type[nn.Module], model: nn.Module, compiled: bool = False) -> Recorded:
+    if build is not Again:
+        return recorder(model, compiled)
+    net = kfac_fx.transform(model, example_inputs=(torch.randn(4, 3, requires_grad=True),))
+    return net, kfac_fx.Preconditioner(net, fisher="empirical")
+
+
+def parts(one: Recorded, train: list[int], observe: list[int]) -> list[Tensor]:
+    """The factors after two steps, of micro-batches that are trained and of those observed."""
+    net, pre = one
+    torch.manual_seed(3)
+    for _ in range(2):
+        x, y = torch.randn(12, 3, requires_grad=True), torch.randint(3, (12,))
+        for part in train:
+            rows = slice(4 * part, 4 * part + 4)
+            outputs = net(x[rows])
+            if part in observe:
+                pre.observe(outputs, y[rows])
+            losses(outputs, y[rows]).sum().backward()
+        pre.step()
+    return [factor.clone() for factors in pre.factors.values() for factor in factors]
+
+
+@pytest.mark.parametrize("observe", [[0], [1], [0, 2], [2]])
+@pytest.mark.parametrize(
+    "build", [small_mlp, Untapped, Twice, Again], ids=["mlp", "Untapped", "Twice", "Again"]
+)
+def test_micro_batches_that_are_not_observed_are_left_out(
+    build: type[nn.Module], observe: list[int], compiled: bool
+) -> None:
+    if compiled and build is Again:
+        pytest.skip("reentrant checkpoints do not compile")
+    model = build()
+    want = parts(recorder_of(build, model), observe, observe)
+    close(parts(recorder_of(build, model, compiled), [0, 1, 2], observe), want)
+
+
+@pytest.mark.parametrize("build", [small_mlp, Untapped], ids=["mlp", "Untapped"])
+def test_a_backward_of_another_forward_that_comes_first_is_refused(
+    build: type[nn.Module], compiled: bool
+) -> None:
+    model = build()
+    want = recorded(recorder(model), plainly)
+    net, pre = one = recorder(model, compiled)
+    y = torch.randint(3, (8,))
+    outputs, other = net(torch.randn(8, 3)), net(torch.randn(8, 3))
+    pre.observe(outputs, y)
+    other.square().sum().backward()
+    losses(outputs, y).sum().backward()
+    with pytest.raises(ObservationError, match="right before the backward of its outputs"):
+        pre.step()
+    close(recorded(one, plainly), want)
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_statistics_are_formed_of_unobserved_micro_batches() -> None:
+    net, pre = recorder(small_mlp())
+    counts = []
+    for observed in (True, False, False):
+        outputs, y = net(torch.randn(8, 3)), torch.randint(3, (8,))
+        if observed:
+            pre.observe(outputs, y)
+        loss = losses(outputs, y).sum()
+        for parameter in net.parameters():
+            parameter.grad = None
+        with Operators() as operators:
+            loss.backward()
+        counts.append(operators.count)
     pre.step()
-    assert ("not observed" in caplog.text) == (second == "not observed")
+    assert counts[0] > counts[1] == counts[2]

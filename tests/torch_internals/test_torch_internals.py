@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import pytest
@@ -229,6 +230,11 @@ def test_operators() -> None:
     assert not operators.runs_nested_graph(torch.ops.aten.mm.default)
     assert operators.overload_name(torch.ops.aten.mul.Tensor) == "Tensor"
     assert operators.overload_name(torch.mul) is None
+    shared = [name.default for name in (torch.ops.aten.view, torch.ops.aten.permute)]
+    for target in (*shared, torch.ops.aten.split.Tensor, torch.ops.aten.add_.Tensor):
+        assert operators.may_share_memory(target)
+    for other in (torch.ops.aten.mm.default, torch.ops.aten.add.Tensor, torch.mul, "view"):
+        assert not operators.may_share_memory(other)
 
 
 def test_foreach() -> None:
@@ -255,6 +261,29 @@ def test_graph_tasks() -> None:
         y.sum().backward()
     assert len(set(seen)) == 2 and min(seen) >= 0
     assert graph_tasks.current_graph_task() == -1
+
+
+def test_ends_of_graph_tasks() -> None:
+    """A run inside of another has the larger number, and is over before the outer one's end."""
+    runs: dict[str, int] = {}
+    order: list[str] = []
+
+    def see(name: str, _: Tensor) -> None:
+        runs[name] = graph_tasks.current_graph_task()
+        graph_tasks.at_end_of_run(partial(order.append, name))
+
+    def inner(x: Tensor) -> Tensor:
+        y = x.sin()
+        if y.requires_grad:
+            y.register_hook(partial(see, "inner"))
+        return y
+
+    x = torch.ones(2, requires_grad=True)
+    y = checkpoint(inner, x, use_reentrant=True)
+    y.register_hook(partial(see, "outer"))
+    assert order == []
+    y.sum().backward()
+    assert order == ["inner", "outer"] and runs["inner"] > runs["outer"]
 
 
 def test_dispatch_modes() -> None:
