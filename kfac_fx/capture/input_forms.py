@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -144,6 +144,7 @@ class ExportedInputs:
         guards: of the graph in evaluation and of that in training, by mode.
         one_differs: whether a batch of one case is something else (a batch norm refuses it). The
             graph was made of a batch of more.
+        ordered: whether the code asks how tensors lie in memory (``is_contiguous``).
     """
 
     def __init__(
@@ -153,6 +154,7 @@ class ExportedInputs:
         guards: Mapping[bool, Guards | None],
         *,
         one_differs: bool = False,
+        ordered: bool = False,
     ) -> None:
         self._one_differs = one_differs
         self._signature = signature
@@ -160,6 +162,9 @@ class ExportedInputs:
         self._names = list(example[1])
         self._form = _form_of(example)
         self._guards = dict(guards)
+        leaves: list[Value] = []
+        _fits(example, self._form, leaves)
+        self._orders = _orders(leaves) if ordered else None
 
     def fitting(self, given: Given, training: bool) -> Given | None:
         """Return the arguments, by position and name as the example had them."""
@@ -171,6 +176,8 @@ class ExportedInputs:
             given = spelled
         leaves: list[Value] = []
         if not _fits(given, self._form, leaves):
+            return None
+        if self._orders is not None and _orders(leaves) != self._orders:
             return None
         if self._one_differs and any(isinstance(t, Tensor) and t.shape[:1] < (2,) for t in leaves):
             return None
@@ -209,6 +216,15 @@ class ExportedInputs:
                 return None
         args = tuple(bound.arguments[name] for name in positional)
         return args, {name: bound.arguments[name] for name in self._names}
+
+
+def _orders(leaves: Sequence[Value]) -> list[tuple[bool, bool]]:
+    """Return of each tensor whether it lies in memory row by row, or channels last."""
+    return [
+        (t.is_contiguous(), t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last))
+        for t in leaves
+        if isinstance(t, Tensor) and t.layout is torch.strided
+    ]
 
 
 def _form_of(value: Value) -> Value:

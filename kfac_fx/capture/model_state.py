@@ -12,6 +12,7 @@ import types
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
@@ -145,8 +146,12 @@ class ModelState:
         for (space, name), value in zip(self._globals, values, strict=True):
             if not _equal(space.get(name), value):
                 found.append(Change(Place("", f"global {name}"), name, f"the global {name}"))
-        if self._kinds_of_tensors() != tensors:
-            words = "the number, dtypes or devices of parameters and buffers"
+        kinds_now = self._kinds_of_tensors()
+        if [one is None for one in kinds_now] != [one is None for one in tensors]:
+            words = "a parameter or buffer is there that was not, or is gone"
+            found.append(Change(Place(""), "members", words))
+        elif kinds_now != tensors:
+            words = "dtypes or devices of parameters and buffers, or the default dtype"
             found.append(Change(Place(""), "tensors", words))
         if not self._tied():
             found.append(Change(Place(""), "ties", "parameters that were one are two"))
@@ -287,18 +292,23 @@ class ModelState:
 
     # Values.
 
-    def _kinds_of_tensors(self) -> list[tuple[object, object] | None]:
-        """Return dtype and device of every parameter and buffer, None where there is none."""
-        return [
+    def _kinds_of_tensors(self) -> list[object]:
+        """Return dtype and device of every parameter and buffer, None where there is none.
+
+        The default dtype, in which code makes new tensors, comes first.
+        """
+        kinds: list[object] = [torch.get_default_dtype()]
+        kinds += [
             None if tensor is None else (tensor.dtype, tensor.device)
             for held in self._tensors
             for tensor in held.values()
         ]
+        return kinds
 
     def _live(self) -> tuple[list[type], list[Watched], list[object], list[object]]:
         kinds = [*map(type, self._modules)]
         values = [space.get(name) for space, name in self._globals]
-        return kinds, self._containers, values, self._kinds_of_tensors()  # type: ignore[return-value]
+        return kinds, self._containers, values, self._kinds_of_tensors()
 
     def _copies(self) -> tuple[list[type], list[Watched], list[object], list[object]]:
         kinds, containers, values, tensors = self._live()

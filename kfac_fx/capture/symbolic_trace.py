@@ -6,7 +6,7 @@ import inspect
 import operator
 import types
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, NoReturn
 
@@ -22,6 +22,7 @@ from kfac_fx.capture.layer_calls import has_parameters, translate
 from kfac_fx.capture.mode_regions import Regions
 from kfac_fx.capture.parameter_paths import ancestors
 from kfac_fx.capture.proxies import WatchedMember, WatchedProxy
+from kfac_fx.capture.remade import Remade, makes_itself
 from kfac_fx.capture.run_state import version
 from kfac_fx.capture.undisturbed import undisturbed
 from kfac_fx.capture.user_lines import running_line, user_line
@@ -163,7 +164,18 @@ class WatchingTracer(fx.Tracer):
             self.refuse(f"a container of class {kind.__name__} would become a plain one")
         if is_dataclass(a) and not isinstance(a, type):
             self._check_fields(a)
+            held = [f.name for f in fields(a) if hasattr(a, f.name)]
+            return self._remade(kind, held, [getattr(a, name) for name in held])
+        if hasattr(a, "_fields") and makes_itself(kind):
+            if getattr(a, "__dict__", None):
+                self.refuse(f"attributes that are no fields are set on a {kind.__name__}")
+            return self._remade(kind, a._fields, a)
         return super().create_arg(a)
+
+    def _remade(self, kind: type, names: Sequence[str], items: Iterable[Value]) -> fx.Node:
+        """Return a node that makes a record of the same class."""
+        held = tuple(self.create_arg(item) for item in items)
+        return self.create_node("call_function", Remade(kind, tuple(names)), held, {})
 
     def is_member(self, tensor: torch.Tensor) -> bool:
         """Tell whether a tensor is a parameter or buffer of the model."""

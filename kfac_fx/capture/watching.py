@@ -81,12 +81,16 @@ class ModeWatch(TorchFunctionMode):
 
     Args:
         refuse: is called with the reason, on the user's line.
+
+    Attributes:
+        asks_order: whether the user's code has asked in which order tensors lie in memory.
     """
 
     def __init__(self, refuse: Refuse) -> None:
         super().__init__()
         self._refuse = refuse
         self._modes = Modes()
+        self.asks_order = False
 
     def __torch_function__(
         self,
@@ -99,12 +103,20 @@ class ModeWatch(TorchFunctionMode):
         changed = Modes().difference(self._modes)
         if changed is not None:
             self._refuse(f"{changed} is set in the forward, which no graph records")
+        name = getattr(func, "__name__", "")
+        if name in ("is_contiguous", "stride") and _users(1):
+            self.asks_order = True
+        elif name == "__get__" and func.__self__.__name__ == "requires_grad" and _users(1):
+            self._refuse("requires_grad of a tensor is read, which a graph would not ask again")
         return func(*args, **(kwargs or {}))
 
 
 @contextmanager
-def refusals_noted() -> Iterator[None]:
+def refusals_noted() -> Iterator[ModeWatch]:
     """Within the context, code of the user's is traced by torch; see ``questions_refused``.
+
+    Yields:
+        What knows which questions were answered.
 
     Raises:
         CaptureError: at the end, if the user's code or torch's caught a refusal.
@@ -115,8 +127,8 @@ def refusals_noted() -> Iterator[None]:
         refused.append(f"{running_line()}: {reason}")
         raise CaptureError(reason)
 
-    with questions_refused(refuse), ModeWatch(refuse):
-        yield
+    with questions_refused(refuse), ModeWatch(refuse) as watch:
+        yield watch
     if refused:
         raise CaptureError(refused[0])
 
@@ -154,7 +166,10 @@ def _users(depth: int) -> bool:
     """Tell whether user's code calls what stands ``depth`` frames above; torch asks as well."""
     frame = sys._getframe(depth + 1)
     between = (torch.random.__file__, contextlib.__file__)
-    while frame.f_back is not None and frame.f_code.co_filename in between:
+    # torch.export enters modes of its own, which hand on what the user's code calls.
+    while frame.f_back is not None and (
+        frame.f_code.co_filename in between or frame.f_code.co_name == "__torch_function__"
+    ):
         frame = frame.f_back
     return not frame.f_code.co_filename.startswith((_TORCH, _HERE))
 

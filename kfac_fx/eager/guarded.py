@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, fx, nn
 
-from kfac_fx.capture.captured_module import CapturedModule, captured_module, share_hooks
+from kfac_fx.capture.captured_module import CapturedModule, captured_module
 from kfac_fx.capture.guard import Guard
 from kfac_fx.capture.hooks import refuse_backward_hooks, refuse_what_traces_lose
 from kfac_fx.capture.input_forms import InputForm, NamedInputs, fixed_arguments
 from kfac_fx.capture.model_state import ModelState
 from kfac_fx.capture.same_graph import ExportedOnce, TracedAgain, called_as_they_are
 from kfac_fx.capture.servable import is_packed
+from kfac_fx.capture.shared_hooks import share_hooks
 from kfac_fx.capture.symbolic_trace import trace
 from kfac_fx.capture.train_and_eval import capture_both
 from kfac_fx.capture.value_kinds import ExpectKind

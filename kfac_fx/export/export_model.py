@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 from kfac_fx.capture.captured_module import CapturedModule, captured_module
 from kfac_fx.capture.graph_modules import from_graph_module
 from kfac_fx.capture.hooks import refuse_backward_hooks
+from kfac_fx.capture.in_place import update_of
 from kfac_fx.capture.input_forms import ExportedInputs, Guards
 from kfac_fx.capture.symbolic_trace import same_constant
 from kfac_fx.capture.train_and_eval import capture_both
@@ -29,6 +30,9 @@ Value = Any
 
 _GUARDS = "_guards_fn"
 """Name of the submodule in which torch.export keeps what it assumed of sizes."""
+
+_ASKS_ORDER = "kfac_fx_asks_order"
+"""Key in an exported module's meta: the code branches on how its tensors lie in memory."""
 
 _BATCH_NORMS = frozenset({"batch_norm", "instance_norm"})
 _RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
@@ -62,11 +66,13 @@ def from_export(model: nn.Module, args: tuple[Value, ...], kwargs: dict[str, Val
     refuse_backward_hooks(model, ())
     constants: dict[str, Value] = {}
     guards: dict[bool, Guards | None] = {}
+    ordered: list[bool] = []
     args, kwargs = doubled(args, kwargs)
 
     def graph_of(model: nn.Module) -> fx.Graph:
         module = exported(model, args, kwargs)
         guards[model.training] = _taken_guards(module)
+        ordered.append(bool(module.meta[_ASKS_ORDER]))
         _lift_constants(model, module, constants)
         return module.graph
 
@@ -78,7 +84,11 @@ def from_export(model: nn.Module, args: tuple[Value, ...], kwargs: dict[str, Val
     module = captured_module(model, training, evaluation, constants)
     normed = any(_name(node) in _BATCH_NORMS for node in training.nodes)
     inputs = ExportedInputs(
-        inspect.signature(model.forward), (args, kwargs), guards, one_differs=normed
+        inspect.signature(model.forward),
+        (args, kwargs),
+        guards,
+        one_differs=normed,
+        ordered=any(ordered),
     )
     return Exported(module, inputs, bool(constants))
 
@@ -161,7 +171,7 @@ def exported(model: nn.Module, args: tuple[Value, ...], kwargs: dict[str, Value]
 
 
 def check_sizes(graph: fx.Graph) -> None:
-    """Let an exported graph check its inputs' sizes, and no longer the dtypes on its way.
+    """Let an exported graph check its inputs' sizes, and neither dtypes nor copies on its way.
 
     The dtype checks, one after every cast, would count as uses of what they look at.
 
@@ -170,8 +180,20 @@ def check_sizes(graph: fx.Graph) -> None:
     """
     _expect_fixed_sizes(graph)
     for node in list(graph.nodes):
-        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+        if node.target is torch.ops.aten._assert_tensor_metadata.default or _copies_itself(node):
             graph.erase_node(node)
+
+
+def _copies_itself(node: fx.Node) -> bool:
+    """Tell whether a node copies to a tensor what calls in place have made of that tensor.
+
+    torch.export ends a graph so where the code says ``self.count += 1``. The values stay, but
+    autograd counts a write, and refuses the backward pass of what has read the tensor.
+    """
+    if node.target is not torch.ops.aten.copy_.default or node.users:
+        return False
+    target, source = node.args[:2]
+    return isinstance(source, fx.Node) and source is not target and update_of(source) is target
 
 
 def _export(
@@ -188,7 +210,7 @@ def _export(
             if open_dims:
                 shapes[leaf] = dict.fromkeys(open_dims, torch.export.Dim.AUTO)
     # Not strict: the model's own Python runs on fake tensors, which follows more code than Dynamo.
-    with no_hooks_left(), refusals_noted():
+    with no_hooks_left(), refusals_noted() as watch:
         program = torch.export.export(
             model,
             args,
@@ -198,6 +220,7 @@ def _export(
         )
     module = program.module(check_guards=True)
     assert isinstance(module, fx.GraphModule)
+    module.meta[_ASKS_ORDER] = watch.asks_order
     return module
 
 
