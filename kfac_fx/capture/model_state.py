@@ -150,6 +150,8 @@ class ModelState:
         if [one is None for one in kinds_now] != [one is None for one in tensors]:
             words = "a parameter or buffer is there that was not, or is gone"
             found.append(Change(Place(""), "members", words))
+        elif [one[2] for one in kinds_now[1:] if one] != [one[2] for one in tensors[1:] if one]:
+            found.append(Change(Place(""), "sizes", "the sizes of parameters or buffers"))
         elif kinds_now != tensors:
             words = "dtypes or devices of parameters and buffers, or the default dtype"
             found.append(Change(Place(""), "tensors", words))
@@ -292,25 +294,26 @@ class ModelState:
 
     # Values.
 
-    def _kinds_of_tensors(self) -> list[object]:
-        """Return dtype and device of every parameter and buffer, None where there is none.
+    def _kinds_of_tensors(self) -> list[Any]:
+        """Return dtype, device and sizes of every parameter and buffer, None where there is none.
 
-        The default dtype, in which code makes new tensors, comes first.
+        The default dtype, in which code makes new tensors, comes first. Sizes of members are numbers
+        to a tracer: a graph has them where the code reads them.
         """
-        kinds: list[object] = [torch.get_default_dtype()]
+        kinds: list[Any] = [torch.get_default_dtype()]
         kinds += [
-            None if tensor is None else (tensor.dtype, tensor.device)
+            None if tensor is None else (tensor.dtype, tensor.device, tensor.shape)
             for held in self._tensors
             for tensor in held.values()
         ]
         return kinds
 
-    def _live(self) -> tuple[list[type], list[Watched], list[object], list[object]]:
+    def _live(self) -> tuple[list[type], list[Watched], list[object], list[Any]]:
         kinds = [*map(type, self._modules)]
         values = [space.get(name) for space, name in self._globals]
         return kinds, self._containers, values, self._kinds_of_tensors()
 
-    def _copies(self) -> tuple[list[type], list[Watched], list[object], list[object]]:
+    def _copies(self) -> tuple[list[type], list[Watched], list[object], list[Any]]:
         kinds, containers, values, tensors = self._live()
         return kinds, [_copied(one) for one in containers], values, tensors
 
@@ -369,8 +372,8 @@ def _copied(container: Watched) -> Watched:
 
 
 def _in_mode(
-    state: tuple[list[type], list[Watched], list[object], list[object]], training: bool
-) -> tuple[list[type], list[Watched], list[object], list[object]]:
+    state: tuple[list[type], list[Watched], list[object], list[Any]], training: bool
+) -> tuple[list[type], list[Watched], list[object], list[Any]]:
     """Return a state with the flags of all modules in one mode, as captures are made."""
     kinds, containers, values, tensors = state
     flagged = [

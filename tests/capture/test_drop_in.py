@@ -346,6 +346,34 @@ def test_a_buffer_that_is_gone_is_noticed() -> None:
     agree(net, model, twin)
 
 
+class Sized(Net):
+    """Reads sizes of its members, which are numbers to a tracer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("steps", torch.ones(2))
+
+    def forward(self, x: Tensor) -> Value:
+        return super().forward(x) / self.steps.shape[0] / self.head.weight.shape[0]
+
+
+@pytest.mark.parametrize("route", ["none", "inputs", "export"])
+def test_members_of_other_sizes(route: str) -> None:
+    net, model, twin = both(Sized, route)
+    agree(net, model, twin)
+    for one in (model, twin):
+        one.steps = torch.ones(7)
+    agree(net, model, twin)
+    for one in (model, twin):
+        one.head.weight = nn.Parameter(torch.ones(5, D))
+        one.head.bias = nn.Parameter(torch.ones(5))
+    agree(net, model, twin)
+    net, model, twin = both(Sized, route)
+    for one in (model, twin):
+        one.steps.data = torch.ones(7)
+    agree(net, model, twin)
+
+
 class Table(Net):
     def forward(self, x: Tensor) -> Value:
         return self.head(self.a(x).double().mean() + torch.zeros(D)).sum() * torch.ones(3)
