@@ -250,8 +250,8 @@ def _captured(
     if args is None and not kwargs:
         raise CaptureError("it needs example_inputs=(...)")
     if route == "export":
-        module, inputs, constants = from_export(model, args or (), kwargs)
-        return guard_export(module, model, inputs, constants=constants)
+        module, inputs, constants, read = from_export(model, args or (), kwargs)
+        return guard_export(module, model, inputs, constants=constants, read=read)
     return eager_module(model, record(model, args or (), kwargs))
 
 

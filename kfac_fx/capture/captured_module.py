@@ -13,6 +13,7 @@ from torch import fx, nn
 from torch.fx.graph import PythonCode
 
 from kfac_fx.capture.items import hand_on_items
+from kfac_fx.capture.member_names import sets_itself
 from kfac_fx.capture.mode_regions import switches_modes
 from kfac_fx.capture.shared_hooks import HOOKS, HookSharing, share_hooks
 from kfac_fx.errors import CaptureError
@@ -196,8 +197,9 @@ class CapturedModule(HookSharing, fx.GraphModule):
         held = self.__dict__.get("_held")
         if held is not None and (isinstance(value, nn.Module) or name in held[0]._modules):
             setattr(held[0], name, value)
-        if held is not None and _sets_itself(type(held[0]), name) and not hasattr(type(self), name):
-            setattr(held[0], name, value)  # the model's code keeps the value under another name
+        foreign = name not in self.__dict__ and not hasattr(type(self), name)
+        if held is not None and foreign and sets_itself(type(held[0]), name):
+            setattr(held[0], name, value)  # the model's code may keep another value
             return
         if held is None or name not in held[0].__dict__:
             super().__setattr__(name, value)
@@ -207,6 +209,15 @@ class CapturedModule(HookSharing, fx.GraphModule):
             setattr(held[0], name, value)
         if copied or name in self.__dict__:
             super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        """Delete an attribute, here and on the model."""
+        owner = self.source or self
+        handed_on = owner is not self and (name in owner._modules or name in owner.__dict__)
+        if handed_on:
+            delattr(owner, name)
+        if not handed_on or name in self._modules or name in self.__dict__:
+            super().__delattr__(name)
 
     @property
     def curvature(self) -> CurvatureGraph:
@@ -286,11 +297,6 @@ _OURS = "_kfac_fx"
 
 CONSTANTS = "_kfac_fx_constants"
 """Name of the submodule that holds what graphs read and the model lacks."""
-
-
-def _sets_itself(kind: type, name: str) -> bool:
-    """Tell whether a class says itself what setting an attribute does, by a property."""
-    return isinstance(getattr(kind, name, None), property)
 
 
 def _children(module: nn.Module) -> dict[str, Value]:

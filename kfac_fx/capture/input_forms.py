@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import types
 from collections.abc import Callable, Mapping, Sequence
+from enum import Enum
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -41,6 +42,7 @@ def fixed_arguments(signature: inspect.Signature, given: Mapping[str, Value]) ->
     for name, parameter in signature.parameters.items():
         value = given.get(name, parameter.default)
         simple = value is None or (isinstance(value, (bool, str)) and name not in given)
+        simple |= isinstance(value, _SINGLES) and value is not inspect.Parameter.empty
         if simple and parameter.kind not in _VARIADIC:
             fixed[name] = value
     return fixed
@@ -113,11 +115,16 @@ class NamedInputs:
             kind = self._kinds.get(name)
             if value is None or (kind is not None and not isinstance(value, kind)):
                 return False
+            if isinstance(value, _SINGLES):
+                return False  # the code may ask with ``is``, which a symbol answers wrongly
             # Layers take these too, but the taps at them do not.
             return not is_packed(value)
         then = self._fixed[name]
         return value is then or (type(value) is type(then) and bool(value == then))
 
+
+_SINGLES = (Enum, torch.dtype, type)
+"""Classes of values that Python tells apart by ``is``."""
 
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 

@@ -1,4 +1,4 @@
-"""Refuse models whose members have names that a captured module needs for itself."""
+"""Names of members: those that a captured module needs, and those that a model sets its own way."""
 
 from __future__ import annotations
 
@@ -30,3 +30,12 @@ def check_names(model: nn.Module, kind: type[fx.GraphModule]) -> None:
                 "captured module: give it another name, or transform a module that holds the "
                 "model, such as nn.Sequential(model)"
             )
+
+
+def sets_itself(kind: type, name: str) -> bool:
+    """Tell whether a class says itself what setting an attribute does."""
+    held = next((vars(base)[name] for base in kind.__mro__ if name in vars(base)), None)
+    if hasattr(type(held), "__set__"):
+        return True
+    own = vars(nn.Module)["__setattr__"] is not getattr(kind, "__setattr__", None)
+    return own and name[0] != "_"

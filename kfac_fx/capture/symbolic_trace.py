@@ -47,17 +47,26 @@ class WatchingTracer(fx.Tracer):
         given: classes of the example inputs by the name of the argument.
         constants: those of earlier traces of the model, by their names in the graphs; this one's
             are added.
+        held: names of the tensors that the model holds and that are no members, by identity.
 
     Attributes:
         regions: where the model switches modes.
+        read: the names of those whose values the graph has, since the code computes with them.
     """
 
     record_stack_traces = True
 
-    def __init__(self, given: Mapping[str, type], constants: dict[str, torch.Tensor]) -> None:
+    def __init__(
+        self,
+        given: Mapping[str, type],
+        constants: dict[str, torch.Tensor],
+        held: Mapping[int, str] = types.MappingProxyType({}),
+    ) -> None:
         # Code that branches on the shape of a weight takes its branch while it is traced.
         super().__init__(param_shapes_constant=True)
         self.regions = Regions(self._region_node, self.refuse)
+        self.read: set[str] = set()
+        self._held = held
         self._given = given
         self._constants = constants
         self._refused: list[str] = []
@@ -176,6 +185,11 @@ class WatchingTracer(fx.Tracer):
         """Return a node that makes a record of the same class."""
         held = tuple(self.create_arg(item) for item in items)
         return self.create_node("call_function", Remade(kind, tuple(names)), held, {})
+
+    def reads(self, tensor: torch.Tensor) -> None:
+        """Take note of a tensor whose values are computed with while the graph is made."""
+        if id(tensor) in self._held:
+            self.read.add(self._held[id(tensor)])
 
     def is_member(self, tensor: torch.Tensor) -> bool:
         """Tell whether a tensor is a parameter or buffer of the model."""
@@ -312,6 +326,7 @@ def trace(
     model: nn.Module,
     given: Mapping[str, Value] = types.MappingProxyType({}),
     constants: dict[str, torch.Tensor] | None = None,
+    read: set[str] | None = None,
 ) -> fx.Graph:
     """Return the graph of ``model`` in its present mode.
 
@@ -323,14 +338,16 @@ def trace(
             None, a flag or a name are fixed at their default, since Python may branch on them.
         constants: gets the tensors that the graph reads and the model has not, by name; None where
             the caller has no use for them.
+        read: gets the names of tensors that are no members and whose values the graph has.
 
     Raises:
         CaptureError: symbolic values cannot follow the code; names the user's line.
     """
     fixed = fixed_arguments(inspect.signature(model.forward), given)
     kinds = {name: type(value) for name, value in given.items()}
-    tracer = WatchingTracer(kinds, {} if constants is None else constants)
     with undisturbed(model) as before:
+        held = {id(tensor): name for name, tensor in before.state.tensors()}
+        tracer = WatchingTracer(kinds, {} if constants is None else constants, held)
         try:
             graph = tracer.trace(model, fixed or None)
         except Exception as error:  # any code of the user's may run here
@@ -338,6 +355,8 @@ def trace(
         if found := before.state.changes():
             who = f"the forward of {type(model).__name__}"
             raise CaptureError(f"{who} {found[0]}, which a graph would not do again")
+    if read is not None:
+        read |= tracer.read
     return graph
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, fx, nn
@@ -40,7 +40,8 @@ def from_trace(model: nn.Module, given: Mapping[str, Value]) -> CapturedModule:
     if any(map(is_packed, given.values())):
         raise CaptureError("a packed sequence is given, which taps in a graph do not read")
     constants: dict[str, Tensor] = {}
-    graphs = capture_both(model, lambda m: trace(m, given, constants))
+    read: set[str] = set()
+    graphs = capture_both(model, lambda m: trace(m, given, constants, read))
     live = called_as_they_are(model, *graphs)
     refuse_backward_hooks(model, live)
     same = TracedAgain(model, graphs, constants, Tracing(given, live))
@@ -54,7 +55,7 @@ def from_trace(model: nn.Module, given: Mapping[str, Value]) -> CapturedModule:
         if isinstance(node.target, ExpectKind)
     }
     guard = Guard(
-        ModelState(model, live, own_hooks=True),
+        ModelState(model, live, own_hooks=True, read=read),
         NamedInputs(signature, fixed_arguments(signature, given), kinds),
         same,
         ModelItself(model, runs_hooks=False),
@@ -90,7 +91,12 @@ class Tracing(NamedTuple):
 
 
 def guard_export(
-    module: CapturedModule, model: nn.Module, inputs: InputForm, *, constants: bool
+    module: CapturedModule,
+    model: nn.Module,
+    inputs: InputForm,
+    *,
+    constants: bool,
+    read: Collection[str] = (),
 ) -> CapturedModule:
     """Put the guard of an exported model before its graphs, and return the module.
 
@@ -99,10 +105,11 @@ def guard_export(
         model: the user's model.
         inputs: what the export fixed about the arguments.
         constants: whether the graphs hold tensors that the model lacks.
+        read: names of tensors that are no members and whose values the graphs have.
     """
     graphs = module.graph, module.evaluation
     guard = Guard(
-        ModelState(model, frozenset(), own_hooks=False),
+        ModelState(model, frozenset(), own_hooks=False, read=read),
         inputs,
         ExportedOnce(model, graphs, constants=constants),
         ModelItself(model, runs_hooks=True),

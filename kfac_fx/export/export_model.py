@@ -15,6 +15,7 @@ from kfac_fx.capture.graph_modules import from_graph_module
 from kfac_fx.capture.hooks import refuse_backward_hooks
 from kfac_fx.capture.in_place import update_of
 from kfac_fx.capture.input_forms import ExportedInputs, Guards
+from kfac_fx.capture.run_state import RunState
 from kfac_fx.capture.symbolic_trace import same_constant
 from kfac_fx.capture.train_and_eval import capture_both
 from kfac_fx.capture.undisturbed import undisturbed
@@ -31,11 +32,23 @@ Value = Any
 _GUARDS = "_guards_fn"
 """Name of the submodule in which torch.export keeps what it assumed of sizes."""
 
-_ASKS_ORDER = "kfac_fx_asks_order"
-"""Key in an exported module's meta: the code branches on how its tensors lie in memory."""
+_ASKED = "kfac_fx_asked"
+"""Key in an exported module's meta of what the code has asked."""
 
 _BATCH_NORMS = frozenset({"batch_norm", "instance_norm"})
 _RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
+
+
+class Asked(NamedTuple):
+    """What the user's code has asked that an export takes for constants.
+
+    Attributes:
+        order: whether it was how tensors lie in memory.
+        values: names of tensors that are no members whose values it was.
+    """
+
+    order: bool
+    values: frozenset[str]
 
 
 class Exported(NamedTuple):
@@ -45,11 +58,13 @@ class Exported(NamedTuple):
         module: the graphs, without a guard.
         inputs: what was fixed about the arguments.
         constants: whether the graphs hold tensors that the model lacks.
+        read: names of tensors that are no members and whose values the graphs have.
     """
 
     module: CapturedModule
     inputs: ExportedInputs
     constants: bool
+    read: frozenset[str]
 
 
 def from_export(model: nn.Module, args: tuple[Value, ...], kwargs: dict[str, Value]) -> Exported:
@@ -66,13 +81,13 @@ def from_export(model: nn.Module, args: tuple[Value, ...], kwargs: dict[str, Val
     refuse_backward_hooks(model, ())
     constants: dict[str, Value] = {}
     guards: dict[bool, Guards | None] = {}
-    ordered: list[bool] = []
+    asked: list[Asked] = []
     args, kwargs = doubled(args, kwargs)
 
     def graph_of(model: nn.Module) -> fx.Graph:
         module = exported(model, args, kwargs)
         guards[model.training] = _taken_guards(module)
-        ordered.append(bool(module.meta[_ASKS_ORDER]))
+        asked.append(module.meta[_ASKED])
         _lift_constants(model, module, constants)
         return module.graph
 
@@ -88,9 +103,10 @@ def from_export(model: nn.Module, args: tuple[Value, ...], kwargs: dict[str, Val
         (args, kwargs),
         guards,
         one_differs=normed,
-        ordered=any(ordered),
+        ordered=any(one.order for one in asked),
     )
-    return Exported(module, inputs, bool(constants))
+    read = frozenset().union(*(one.values for one in asked))
+    return Exported(module, inputs, bool(constants), read)
 
 
 def doubled(
@@ -210,7 +226,8 @@ def _export(
             if open_dims:
                 shapes[leaf] = dict.fromkeys(open_dims, torch.export.Dim.AUTO)
     # Not strict: the model's own Python runs on fake tensors, which follows more code than Dynamo.
-    with no_hooks_left(), refusals_noted() as watch:
+    held = {id(tensor): name for name, tensor in RunState(model).tensors()}
+    with no_hooks_left(), refusals_noted(held) as watch:
         program = torch.export.export(
             model,
             args,
@@ -220,7 +237,7 @@ def _export(
         )
     module = program.module(check_guards=True)
     assert isinstance(module, fx.GraphModule)
-    module.meta[_ASKS_ORDER] = watch.asks_order
+    module.meta[_ASKED] = Asked(watch.asks_order, frozenset(watch.read))
     return module
 
 
