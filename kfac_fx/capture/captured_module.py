@@ -210,6 +210,12 @@ class CapturedModule(HookSharing, fx.GraphModule):
         if copied or name in self.__dict__:
             super().__setattr__(name, value)
 
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """Add a child, here and to the model."""
+        super().add_module(name, module)
+        if not name.startswith(_OURS) and self.source is not None:
+            self.source.add_module(name, module)
+
     def __delattr__(self, name: str) -> None:
         """Delete an attribute, here and on the model."""
         owner = self.source or self

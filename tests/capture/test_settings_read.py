@@ -193,6 +193,9 @@ def test_attributes_set_and_deleted_on_the_net(route: str) -> None:
     torch.testing.assert_close(net(x), twin(x))
     del net.gain, twin.gain
     torch.testing.assert_close(net(x), twin(x))
+    late = nn.Linear(D, 3)
+    net.add_module("late", late)
+    assert model.late is late and list(net.parameters()) == list(model.parameters())
     del net.tensor, net.head
     assert not hasattr(model, "tensor") and "head" not in dict(model.named_children())
 
