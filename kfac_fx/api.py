@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 
 from kfac_fx.capture.captured_module import CapturedModule
 from kfac_fx.capture.graph_modules import from_graph_module
+from kfac_fx.capture.member_names import check_names
 from kfac_fx.capture.self_check import SelfCheck
 from kfac_fx.capture.servable import check_servable
 from kfac_fx.capture.symbolic_trace import opaque_calls
@@ -188,6 +189,7 @@ def capture_model(
         route = "eager"
     if isinstance(model, fx.GraphModule) and route in ("auto", "symbolic_trace"):
         return Captured(from_graph_module(model), "graph_module")
+    check_names(model, CapturedModule)
     # Without inputs there is nothing to compare, and no other route to take.
     have_inputs = args is not None or bool(kwargs)
     self_check = SelfCheck(model, args or (), kwargs) if check and have_inputs else None
@@ -248,8 +250,8 @@ def _captured(
     if args is None and not kwargs:
         raise CaptureError("it needs example_inputs=(...)")
     if route == "export":
-        module, inputs, constants = from_export(model, args or (), kwargs)
-        return guard_export(module, model, inputs, constants=constants)
+        module, inputs, constants, read = from_export(model, args or (), kwargs)
+        return guard_export(module, model, inputs, constants=constants, read=read)
     return eager_module(model, record(model, args or (), kwargs))
 
 

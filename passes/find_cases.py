@@ -169,28 +169,69 @@ def _followed(view: GraphView) -> dict[fx.Node, Cases]:
     """Return where the cases are if they are the first dimension of every input."""
     found: dict[fx.Node, Cases] = {}
     for node in view.graph.nodes:
-        if node.op == "placeholder":
-            found[node] = Cases(0)
-            continue
-        data = [n for n in node.all_input_nodes if view.depends_on_data(n) and n in found]
-        if not view.depends_on_data(node) or not data:
-            continue
-        cases = _after(node, data, found, view)
-        if cases is not None:
-            found[node] = cases
+        _follow(view, node, found)
     return found
 
 
-def _after(
-    node: fx.Node, data: Sequence[fx.Node], found: Mapping[fx.Node, Cases], view: GraphView
-) -> Cases | None:
+def _follow(view: GraphView, node: fx.Node, found: dict[fx.Node, Cases]) -> None:
+    """Note where the cases of one node are, if it can be told.
+
+    Args:
+        view: reads the graph.
+        node: comes after the nodes that it reads.
+        found: where the cases of those are; gets this one's.
+    """
+    if node.op == "placeholder":
+        found[node] = Cases(0)
+        return
+    data = [n for n in node.all_input_nodes if view.depends_on_data(n) and n in found]
+    if not view.depends_on_data(node) or not data:
+        return
+    cases = _after(node, data, found)
+    if cases is not None:
+        found[node] = cases
+
+
+class GrowingCases:
+    """Where the cases are in the graph of a model that runs, which grows call by call.
+
+    Args:
+        view: reads the graph.
+    """
+
+    def __init__(self, view: GraphView) -> None:
+        self._view = view
+        self._found: dict[fx.Node, Cases] = {}
+        self._last: fx.Node | None = None
+
+    def placed(self, use: ParameterUse, node: fx.Node) -> ParameterUse:
+        """Return a use at the newest call with the view that its tap needs.
+
+        Args:
+            use: found in the call.
+            node: the call.
+        """
+        graph = self._view.graph
+        here = next(iter(graph.nodes)) if self._last is None else self._last.next
+        # New inputs are put in front of all other nodes.
+        for source in graph.nodes:
+            if source.op != "placeholder" or source in self._found:
+                break
+            self._found[source] = Cases(0)
+        while here.op != "root":
+            _follow(self._view, here, self._found)
+            self._last, here = here, here.next
+        nodes = {one.name: one for one in (node, *node.all_input_nodes)}
+        return _placed(use, nodes, self._found, several=False)
+
+
+def _after(node: fx.Node, data: Sequence[fx.Node], found: Mapping[fx.Node, Cases]) -> Cases | None:
     """Return where the cases of a call's value are, None where it cannot be told.
 
     Args:
         node: the call.
         data: the nodes that it reads and whose cases are known.
         found: where those are.
-        view: reads the graph.
     """
     first = found[data[0]]
     name = _name(node)

@@ -54,7 +54,9 @@ def form_of(value: Value, depth: int = 0) -> Form:
     """Return an output without the values of its tensors."""
     if isinstance(value, Tensor):
         kind = Tensor if type(value) is torch.nn.Parameter else type(value)
-        return kind, value.dtype, value.requires_grad
+        # What the user's code has written on it; a graph makes a tensor without.
+        tags = tuple(getattr(value, "__dict__", ())) if kind is Tensor else ()
+        return (kind, value.dtype, value.requires_grad, *tags)
     if isinstance(value, _PLAIN) or depth > 6:
         return type(value), value if value == value else "nan"
     held: list[tuple[Value, Value]] = []
@@ -80,8 +82,10 @@ def difference(got: Behaviour, want: Behaviour) -> str | None:
         return found
     if got.form != want.form:
         return f"it returns {_shown(got.form)}, the model {_shown(want.form)}"
-    if got.gradients is None or want.gradients is None:
+    if want.gradients is None:
         return None
+    if got.gradients is None:
+        return "its backward pass fails, and the model's does not"
     return _gradient_difference(got.gradients, want.gradients)
 
 
@@ -126,9 +130,10 @@ def _plain(tensor: Tensor) -> Tensor:
 def _shown(form: Form) -> str:
     """Return a form in short words."""
     if isinstance(form, tuple) and form and isinstance(form[0], type):
-        if len(form) == 3:
+        if issubclass(form[0], Tensor):
             grad = "with" if form[2] else "without"
-            return f"a {form[0].__name__} of {form[1]} {grad} gradients"
+            tags = "".join(f" and an attribute {name}" for name in form[3:])
+            return f"a {form[0].__name__} of {form[1]} {grad} gradients{tags}"
         if isinstance(form[1], list):
             inner = ", ".join(f"{key}: {_shown(item)}" for key, item in form[1][:4])
             return f"a {form[0].__name__} ({inner})"

@@ -13,7 +13,9 @@ from torch import fx, nn
 from torch.fx.graph import PythonCode
 
 from kfac_fx.capture.items import hand_on_items
+from kfac_fx.capture.member_names import sets_itself
 from kfac_fx.capture.mode_regions import switches_modes
+from kfac_fx.capture.shared_hooks import HOOKS, HookSharing, share_hooks
 from kfac_fx.errors import CaptureError
 from kfac_fx.torch_internals.generated_forward import (
     SPECS,
@@ -40,7 +42,7 @@ Value = Any
 """An input or output of the user's model, or what a module holds under a name."""
 
 
-class CapturedModule(fx.GraphModule):
+class CapturedModule(HookSharing, fx.GraphModule):
     """The model as a graph; a drop-in with the same Parameter objects and state_dict keys.
 
     The model's children are this module's children, so train(), eval(), to() and hooks reach them
@@ -140,8 +142,6 @@ class CapturedModule(fx.GraphModule):
             self._modules.clear()
             self._modules.update({**model._modules, **own})
         self.__dict__["_children"] = _children(self)
-        if "_is_full_backward_hook" in model.__dict__ and self.__dict__.get("_shares_hooks"):
-            self.__dict__["_is_full_backward_hook"] = model.__dict__["_is_full_backward_hook"]
         for name in self.__dict__.get("_copied", ()):
             if name in model.__dict__:
                 self.__dict__[name] = model.__dict__[name]
@@ -197,6 +197,10 @@ class CapturedModule(fx.GraphModule):
         held = self.__dict__.get("_held")
         if held is not None and (isinstance(value, nn.Module) or name in held[0]._modules):
             setattr(held[0], name, value)
+        foreign = name not in self.__dict__ and not hasattr(type(self), name)
+        if held is not None and foreign and sets_itself(type(held[0]), name):
+            setattr(held[0], name, value)  # the model's code may keep another value
+            return
         if held is None or name not in held[0].__dict__:
             super().__setattr__(name, value)
             return
@@ -205,6 +209,21 @@ class CapturedModule(fx.GraphModule):
             setattr(held[0], name, value)
         if copied or name in self.__dict__:
             super().__setattr__(name, value)
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """Add a child, here and to the model."""
+        super().add_module(name, module)
+        if not name.startswith(_OURS) and self.source is not None:
+            self.source.add_module(name, module)
+
+    def __delattr__(self, name: str) -> None:
+        """Delete an attribute, here and on the model."""
+        owner = self.source or self
+        handed_on = owner is not self and (name in owner._modules or name in owner.__dict__)
+        if handed_on:
+            delattr(owner, name)
+        if not handed_on or name in self._modules or name in self.__dict__:
+            super().__delattr__(name)
 
     @property
     def curvature(self) -> CurvatureGraph:
@@ -256,13 +275,18 @@ class CapturedModule(fx.GraphModule):
         for name in (*HOOKS, "_ddp_params_and_buffers_to_ignore"):
             if name in self.__dict__:
                 copied.__dict__[name] = copy.deepcopy(self.__dict__[name], memo)
+        # fx has made buffers of the tensors among these.
+        for name in self.__dict__.get("_copied", ()):
+            copied._buffers.pop(name, None)
+            copied.__dict__[name] = copy.deepcopy(self.__dict__[name], memo)
+            copied.__dict__.setdefault("_copied", set()).add(name)
         copied.__dict__["evaluation"] = copy.deepcopy(self.evaluation, memo)
         copied.__dict__["_uses_of_call"] = self.uses_of_call
         copied.training = self.training
         if source is None:
             copied.recompile()
             return copied
-        if self.__dict__.get("_shares_hooks"):
+        if self.shares_hooks():
             share_hooks(copied, source)
         copied.watch(source, self.__dict__["_guard"].of_copy(source, self.training))
         return copied
@@ -390,29 +414,6 @@ def _members(module: nn.Module) -> dict[str, Value]:
     """Return the dictionaries in which a module keeps its members."""
     names = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
     return {name: module.__dict__[name] for name in names}
-
-
-# What nn.Module runs around forward. There is no public way to hand hooks on with their handles.
-HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
-
-
-def share_hooks(target: nn.Module, source: nn.Module) -> None:
-    """Let ``target`` run the hooks of ``source``, for a capture of ``source.forward`` alone.
-
-    The dictionaries are shared: a hook that is added to the model later runs in the capture too.
-    """
-    for name in HOOKS:
-        target.__dict__[name] = source.__dict__[name]
-    target.__dict__["_is_full_backward_hook"] = source.__dict__.get("_is_full_backward_hook")
-    target.__dict__["_shares_hooks"] = True
 
 
 def adopt(target: nn.Module, members: dict[str, Value]) -> None:

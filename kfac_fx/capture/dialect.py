@@ -188,7 +188,9 @@ _add(
 )
 
 _SEQUENCE = "hx params has_biases num_layers dropout train bidirectional"
-for _name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
+_RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+_PACKED = Row("packed_recurrent", tuple(f"input batch_sizes {_SEQUENCE}".split()))
+for _name in _RECURRENT:
     # A packed sequence has other arguments and no batch dimension; the rules refuse it by name.
     _targets = getattr(aten, _name).input, getattr(torch, _name)
     _add(_name, f"input {_SEQUENCE} batch_first", *_targets)
@@ -377,6 +379,21 @@ def row_of(op: str, target: Target) -> Row | None:
         return _row_of_packet(target)
     schema = getattr(target, "_schema", None)
     return FUNCTIONS.get(target) or FUNCTIONS.get(getattr(schema, "name", None))
+
+
+def row_of_node(node: fx.Node) -> Row | None:
+    """Return the row of a node, None where the vocabulary has none.
+
+    Args:
+        node: a call; where a function of torch's has overloads, its arguments tell which it is.
+    """
+    row = row_of(node.op, node.target)
+    if row is None or row.operation not in _RECURRENT or len(node.args) < len(row.arguments):
+        return row
+    # torch.lstm is one function for padded and for packed sequences. The packed form has the sizes
+    # of its steps in the second place, and so the weights in the fourth.
+    weights = node.args[row.arguments.index("has_biases")]
+    return _PACKED if isinstance(weights, (list, tuple)) else row
 
 
 def _row_of_packet(packet: Target) -> Row | None:

@@ -6,7 +6,8 @@ import copy
 
 from torch import fx
 
-from kfac_fx.capture.captured_module import CapturedModule, captured_module, share_hooks
+from kfac_fx.capture.captured_module import CapturedModule, captured_module
+from kfac_fx.capture.shared_hooks import share_hooks
 
 
 def from_graph_module(model: fx.GraphModule) -> CapturedModule:

@@ -18,7 +18,7 @@ from kfac_fx.capture.dialect import (
     bind,
     operation_name,
     reads_shape_of,
-    row_of,
+    row_of_node,
 )
 from kfac_fx.capture.layer_calls import Member, translate
 from kfac_fx.capture.mode_regions import GradMode
@@ -241,7 +241,7 @@ class GraphView:
             if inputs is None:
                 return None
             return Call(translated.operation, node, inputs | translated.arguments)
-        row = row_of(node.op, node.target)
+        row = row_of_node(node)
         if row is None:
             return None
         return Call(row.operation, node, bind(row, node.args, dict(node.kwargs)))

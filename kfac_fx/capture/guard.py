@@ -10,10 +10,12 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import fx, nn
 
 from kfac_fx.capture.input_forms import InputForm
 from kfac_fx.capture.model_state import Change, ModelState
+from kfac_fx.errors import KFACError
 from kfac_fx.torch_internals.pytree import tree_leaves
 
 log = logging.getLogger("kfac_fx")
@@ -46,6 +48,11 @@ class StandIn(Protocol):
 
     def run(self, net: Any, args: tuple[Value, ...], kwargs: dict[str, Value], why: str) -> Value:
         """Return the model's outputs; the taps of ``net`` record where they can."""
+
+    def fail_as_model(
+        self, args: tuple[Value, ...], kwargs: dict[str, Value], error: Exception
+    ) -> None:
+        """Raise the model's own error where its graph has failed, or say that it has none."""
 
     def of_copy(self, model: nn.Module) -> StandIn:
         """Return the same for a copy of the model."""
@@ -112,7 +119,15 @@ class Guard:
             if _symbolic(args, kwargs):
                 return graph(net, *args, **kwargs)
             return self._run_model(net, args, kwargs, self._inputs.misfit((args, kwargs)))
-        return graph(net, *given[0], **given[1])
+        try:
+            return graph(net, *given[0], **given[1])
+        except (KFACError, torch.OutOfMemoryError):
+            raise
+        # What operators and modules raise where they refuse an input. Others are left alone: a
+        # checkpoint stops its second run by an exception, and so may a hook of the user's.
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            self._stand_in.fail_as_model(args, kwargs, error)
+            raise
 
     def holds(self, net: GuardedNet) -> bool:
         """Tell whether nothing has changed that the graph depends on, but for the inputs."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from enum import Enum
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -41,6 +42,7 @@ def fixed_arguments(signature: inspect.Signature, given: Mapping[str, Value]) ->
     for name, parameter in signature.parameters.items():
         value = given.get(name, parameter.default)
         simple = value is None or (isinstance(value, (bool, str)) and name not in given)
+        simple |= isinstance(value, _SINGLES) and value is not inspect.Parameter.empty
         if simple and parameter.kind not in _VARIADIC:
             fixed[name] = value
     return fixed
@@ -113,11 +115,16 @@ class NamedInputs:
             kind = self._kinds.get(name)
             if value is None or (kind is not None and not isinstance(value, kind)):
                 return False
+            if isinstance(value, _SINGLES):
+                return False  # the code may ask with ``is``, which a symbol answers wrongly
             # Layers take these too, but the taps at them do not.
             return not is_packed(value)
         then = self._fixed[name]
         return value is then or (type(value) is type(then) and bool(value == then))
 
+
+_SINGLES = (Enum, torch.dtype, type)
+"""Classes of values that Python tells apart by ``is``."""
 
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
@@ -144,6 +151,7 @@ class ExportedInputs:
         guards: of the graph in evaluation and of that in training, by mode.
         one_differs: whether a batch of one case is something else (a batch norm refuses it). The
             graph was made of a batch of more.
+        ordered: whether the code asks how tensors lie in memory (``is_contiguous``).
     """
 
     def __init__(
@@ -153,6 +161,7 @@ class ExportedInputs:
         guards: Mapping[bool, Guards | None],
         *,
         one_differs: bool = False,
+        ordered: bool = False,
     ) -> None:
         self._one_differs = one_differs
         self._signature = signature
@@ -160,6 +169,9 @@ class ExportedInputs:
         self._names = list(example[1])
         self._form = _form_of(example)
         self._guards = dict(guards)
+        leaves: list[Value] = []
+        _fits(example, self._form, leaves)
+        self._orders = _orders(leaves) if ordered else None
 
     def fitting(self, given: Given, training: bool) -> Given | None:
         """Return the arguments, by position and name as the example had them."""
@@ -171,6 +183,8 @@ class ExportedInputs:
             given = spelled
         leaves: list[Value] = []
         if not _fits(given, self._form, leaves):
+            return None
+        if self._orders is not None and _orders(leaves) != self._orders:
             return None
         if self._one_differs and any(isinstance(t, Tensor) and t.shape[:1] < (2,) for t in leaves):
             return None
@@ -209,6 +223,15 @@ class ExportedInputs:
                 return None
         args = tuple(bound.arguments[name] for name in positional)
         return args, {name: bound.arguments[name] for name in self._names}
+
+
+def _orders(leaves: Sequence[Value]) -> list[tuple[bool, bool]]:
+    """Return of each tensor whether it lies in memory row by row, or channels last."""
+    return [
+        (t.is_contiguous(), t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last))
+        for t in leaves
+        if isinstance(t, Tensor) and t.layout is torch.strided
+    ]
 
 
 def _form_of(value: Value) -> Value:

@@ -12,11 +12,13 @@ import types
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from kfac_fx.capture.layer_calls import translate
-from kfac_fx.capture.run_state import HOLDERS, SCALARS
+from kfac_fx.capture.run_state import HOLDERS, SCALARS, RunState
+from kfac_fx.capture.settings_read import Setting, of_cell, of_values, settings_of
 
 Watched = Any
 """A container that is looked at: a module's dictionary, a list in an attribute, a class."""
@@ -77,22 +79,37 @@ class ModelState:
         live: paths of modules that the graph calls as they are. What they hold is read at each
             call, so only that which taps were chosen by is looked at.
         own_hooks: whether hooks of the model itself run at each call and need no watch.
+        read: names, in ``RunState``, of tensors that are no members and whose values the graph has.
     """
 
-    def __init__(self, model: nn.Module, live: Collection[str], *, own_hooks: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        live: Collection[str],
+        *,
+        own_hooks: bool,
+        read: Collection[str] = (),
+    ) -> None:
         self._model = model
+        self._read = read
         self._modules: list[nn.Module] = []
         self._paths: list[str] = []
         self._places: list[Place] = []
         self._containers: list[Watched] = []
         self._seen: set[int] = set()
-        self._globals: list[tuple[dict[str, object], str]] = []
+        self._settings: list[Setting] = []
+        self._objects: list[tuple[Watched, Place]] = []
+        self._names: set[str] = set()
+        self._live_layers: list[tuple[dict[str, Watched], str]] = []
         self._own_hooks = own_hooks
         self._live_paths = live
         for path, module in model.named_modules():
             self._add_module(module, path, path in live)
         for name in _GLOBAL_HOOKS:
             self._watch(getattr(torch_module, name), Place("", f"torch's {name}"), 0)
+        self._add_objects()
+        if read:
+            self._settings += [of_values(t, n) for n, t in RunState(model).tensors() if n in read]
         self._tensors = [
             vars(module)[kind] for module in self._modules for kind in _TENSORS if _held(module)
         ]
@@ -115,7 +132,7 @@ class ModelState:
             return bool(
                 self._containers == containers
                 and [*map(type, self._modules)] == kinds
-                and [space.get(name) for space, name in self._globals] == values
+                and [space.get(name) for space, name, _ in self._settings] == values
                 and self._kinds_of_tensors() == tensors
                 and (not self._ties or self._tied())
             )
@@ -142,11 +159,17 @@ class ModelState:
                 place = Place(path)
                 words = f"the class of {place} is {type(module).__name__}, not {kind.__name__}"
                 found.append(Change(place, "__class__", words))
-        for (space, name), value in zip(self._globals, values, strict=True):
+        for (space, name, words), value in zip(self._settings, values, strict=True):
             if not _equal(space.get(name), value):
-                found.append(Change(Place("", f"global {name}"), name, f"the global {name}"))
-        if self._kinds_of_tensors() != tensors:
-            words = "the number, dtypes or devices of parameters and buffers"
+                found.append(Change(Place("", words), name, words))
+        kinds_now = self._kinds_of_tensors()
+        if [one is None for one in kinds_now] != [one is None for one in tensors]:
+            words = "a parameter or buffer is there that was not, or is gone"
+            found.append(Change(Place(""), "members", words))
+        elif [one[2] for one in kinds_now[1:] if one] != [one[2] for one in tensors[1:] if one]:
+            found.append(Change(Place(""), "sizes", "the sizes of parameters or buffers"))
+        elif kinds_now != tensors:
+            words = "dtypes or devices of parameters and buffers, or the default dtype"
             found.append(Change(Place(""), "tensors", words))
         if not self._tied():
             found.append(Change(Place(""), "ties", "parameters that were one are two"))
@@ -167,7 +190,8 @@ class ModelState:
 
     def of_copy(self, model: nn.Module) -> ModelState:
         """Return the state of a copy of the model, which is as this model is now."""
-        return ModelState(model, self._live_paths, own_hooks=self._own_hooks)
+        own = self._own_hooks
+        return ModelState(model, self._live_paths, own_hooks=own, read=self._read)
 
     def known(self) -> object:
         """Return the present state as a value that ``same`` can compare with a later one."""
@@ -197,8 +221,10 @@ class ModelState:
         self._paths.append(path)
         # A layer that is called as it is reads its own settings; those that a tap was chosen by
         # (the stride of a convolution) may not change behind the tap.
-        if live and translate(module, path) is None:
-            return
+        if live:
+            self._live_layers.append((vars(module), path))
+            if translate(module, path) is None:
+                return
         self._add(vars(module), Place(path))
         for key, value in vars(module).items():
             if key in _OWN or (not path and self._own_hooks and "_hooks" in key):
@@ -226,6 +252,8 @@ class ModelState:
         """
         if depth > _DEPTH or id(value) in self._seen or len(self._places) > _MOST:
             return
+        if not isinstance(value, (*HOLDERS, tuple, nn.Module)):
+            self._objects.append((value, place))
         if isinstance(value, nn.Module):
             # Those in a plain list are no children of their module, and run all the same.
             if depth > 1:
@@ -265,16 +293,22 @@ class ModelState:
         if not isinstance(function, types.FunctionType) or id(function) in self._seen or not depth:
             return
         self._seen.add(id(function))
+        for default in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
+            if isinstance(default, HOLDERS):
+                self._watch(default, Place("", f"a default of {function.__name__}"), 1)
         space = function.__globals__
         if (space.get("__name__") or "").split(".")[0] in ("torch", *sys.stdlib_module_names):
             return
         for name in _names_in(function.__code__):
             value = space.get(name)
+            self._names.add(name)
             if isinstance(value, types.FunctionType):
                 self._add_globals(value, depth - 1)
             elif isinstance(value, (*SCALARS, *HOLDERS, tuple)) and name in space:
-                self._globals.append((space, name))
+                self._settings.append(Setting(space, name, f"the global {name}"))
                 self._watch(value, Place("", f"the global {name}"), 1)
+            elif name in space:
+                self._objects.append((value, Place("", f"the global {name}")))
         for cell in function.__closure__ or ():
             try:
                 value = cell.cell_contents
@@ -284,23 +318,49 @@ class ModelState:
                 self._add_globals(value, depth - 1)
             elif isinstance(value, HOLDERS):
                 self._watch(value, Place("", f"a variable around {function.__name__}"), 1)
+            elif isinstance(value, SCALARS):
+                words = f"a variable around {function.__name__}"
+                self._settings.append(of_cell(cell, function.__name__, words))
+            else:
+                self._objects.append((value, Place("", f"a variable around {function.__name__}")))
+
+    def _add_objects(self) -> None:
+        """Look at what the model's code reads of objects, once all names in it are known."""
+        seen: set[int] = set()
+        # The graph follows a layer that it calls, and not what other code has read of it.
+        for held, path in self._live_layers:
+            for key in self._names.intersection(held) - {"training"}:
+                if isinstance(held[key], SCALARS):
+                    self._settings.append(Setting(held, key, f"{path}.{key}"))
+        for value, place in self._objects:
+            for found in settings_of(value, str(place), self._names, seen):
+                if isinstance(found, Setting):
+                    self._settings.append(found)
+                else:
+                    self._watch(found[0], Place("", found[1]), 1)
 
     # Values.
 
-    def _kinds_of_tensors(self) -> list[tuple[object, object] | None]:
-        """Return dtype and device of every parameter and buffer, None where there is none."""
-        return [
-            None if tensor is None else (tensor.dtype, tensor.device)
+    def _kinds_of_tensors(self) -> list[Any]:
+        """Return dtype, device and sizes of every parameter and buffer, None where there is none.
+
+        The default dtype, in which code makes new tensors, comes first. Sizes of members are
+        numbers to a tracer: a graph has them where the code reads them.
+        """
+        kinds: list[Any] = [torch.get_default_dtype()]
+        kinds += [
+            None if tensor is None else (tensor.dtype, tensor.device, tensor.shape)
             for held in self._tensors
             for tensor in held.values()
         ]
+        return kinds
 
-    def _live(self) -> tuple[list[type], list[Watched], list[object], list[object]]:
+    def _live(self) -> tuple[list[type], list[Watched], list[object], list[Any]]:
         kinds = [*map(type, self._modules)]
-        values = [space.get(name) for space, name in self._globals]
-        return kinds, self._containers, values, self._kinds_of_tensors()  # type: ignore[return-value]
+        values = [space.get(name) for space, name, _ in self._settings]
+        return kinds, self._containers, values, self._kinds_of_tensors()
 
-    def _copies(self) -> tuple[list[type], list[Watched], list[object], list[object]]:
+    def _copies(self) -> tuple[list[type], list[Watched], list[object], list[Any]]:
         kinds, containers, values, tensors = self._live()
         return kinds, [_copied(one) for one in containers], values, tensors
 
@@ -343,9 +403,11 @@ def _attributes(value: Watched) -> dict[str, object] | None:
 
 
 def _names_in(code: types.CodeType) -> Iterator[str]:
-    """Yield the names that code, and code within it, looks up."""
+    """Yield the names that code, and code within it, looks up, also by ``getattr``."""
     yield from code.co_names
     for constant in code.co_consts:
+        if isinstance(constant, str) and constant.isidentifier():
+            yield constant
         if isinstance(constant, types.CodeType):
             yield from _names_in(constant)
 
@@ -359,8 +421,8 @@ def _copied(container: Watched) -> Watched:
 
 
 def _in_mode(
-    state: tuple[list[type], list[Watched], list[object], list[object]], training: bool
-) -> tuple[list[type], list[Watched], list[object], list[object]]:
+    state: tuple[list[type], list[Watched], list[object], list[Any]], training: bool
+) -> tuple[list[type], list[Watched], list[object], list[Any]]:
     """Return a state with the flags of all modules in one mode, as captures are made."""
     kinds, containers, values, tensors = state
     flagged = [

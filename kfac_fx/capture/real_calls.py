@@ -26,7 +26,7 @@ Value = Any
 Function = Any
 """A torch function: of Python or C++, a method, or the getter of a property."""
 
-_FACTS = frozenset(
+FACTS = frozenset(
     {"size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "element_size"}
     | {"get_device", "type", "is_floating_point", "is_complex", "is_contiguous", "is_signed"}
     | {"is_shared", "is_pinned", "is_inference", "is_same_size", "__len__", "__hash__", "data_ptr"}
@@ -71,7 +71,7 @@ class RealCalls(TorchFunctionMode):
             if any(self._tracer.is_member(t) or t.requires_grad for t in tensors):
                 self._tracer.refuse(f"{func.__self__.__name__} of a tensor of the model is set")
             return func(*args, **kwargs)
-        if name in _FACTS:
+        if name in FACTS:
             return func(*args, **kwargs)
         if any(map(self._tracer.is_member, tensors)):
             return self._on_members(func, args, kwargs)
@@ -79,6 +79,8 @@ class RealCalls(TorchFunctionMode):
             self._tracer.refuse(
                 "a tensor that requires gradients is used, which no module holds as a parameter"
             )
+        for tensor in tensors:
+            self._tracer.reads(tensor)
         return self._drawn(func, args, kwargs)
 
     def _property(self, func: Function, args: tuple[Value, ...], kwargs: dict[str, Value]) -> Value:

@@ -45,5 +45,8 @@ class Recording(Protocol):
     def member(self, tensor: Tensor) -> fx.Proxy:
         """Return the proxy of a parameter or buffer of the model."""
 
+    def reads(self, tensor: Tensor) -> None:
+        """Take note that the code computes with a tensor, whose values are in the graph then."""
+
     def updates(self, node: fx.Node, tensor: Tensor | None) -> bool:
         """Tell whether a node returns a parameter or buffer that it has changed in place."""

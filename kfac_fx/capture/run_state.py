@@ -11,7 +11,7 @@ import pickle
 import random
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -68,6 +68,10 @@ class RunState:
         for name, holder, before in self._records:
             found += _changes(name, before, _contents(holder))
         return found + [f"moves {n}" for n, one, before in self._states if _state(one) != before]
+
+    def tensors(self) -> list[tuple[str, Tensor]]:
+        """Return all tensors that were found, members of modules or not, by name."""
+        return [(name, tensor) for name, tensor, _ in self._tensors]
 
     def restore(self) -> None:
         """Put everything back but the values of tensors."""
@@ -190,6 +194,8 @@ class _Entry:
 
 def _theirs(kind: type) -> bool:
     """Tell whether a class is the user's, or of a library that is not known to be stateless."""
+    if kind.__module__ == "torch.quasirandom":
+        return True  # SobolEngine keeps its place in plain attributes
     top = kind.__module__.partition(".")[0]
     return top not in sys.stdlib_module_names and top not in ("torch", "numpy", "kfac_fx")
 
@@ -354,10 +360,16 @@ class TensorValues:
         model: the model.
         parameters: keep those of parameters too, which takes their memory once more. Needed where
             the model's own code runs: a momentum encoder moves its parameters in each forward.
+        others: tensors that the model holds in another way (a cache in a list), by name.
     """
 
-    def __init__(self, model: nn.Module, *, parameters: bool) -> None:
+    def __init__(
+        self, model: nn.Module, *, parameters: bool, others: Iterable[tuple[str, Tensor]] = ()
+    ) -> None:
         named = [*(model.named_parameters() if parameters else ()), *model.named_buffers()]
+        members = {id(t) for t in (*model.parameters(), *model.buffers())}
+        self._others = {n: t for n, t in others if id(t) not in members and not t.is_nested}
+        named += self._others.items()
         # An alias too: a tensor whose data was set anew gets the very memory that it had.
         self._saved = [
             (name, tensor, tensor.detach(), tensor.detach().clone())
@@ -369,6 +381,7 @@ class TensorValues:
     def moved(self) -> dict[str, Tensor]:
         """Return copies of the tensors that have other values now, by name."""
         now = {**dict(self._model.named_parameters()), **dict(self._model.named_buffers())}
+        now |= self._others
         return {
             name: now[name].detach().clone()
             for name, _, _, value in self._saved

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -53,12 +55,28 @@ def check_servable(model: Value, inputs: Value) -> None:
                 f"{path} is on the meta device and has no values, so nothing can be run: transform "
                 "the model without example inputs, or after model.to_empty(device=...)"
             )
+    _check_rewindable(model)
     for leaf in tree_leaves(inputs):
         if isinstance(leaf, Tensor) and leaf.is_nested:
             raise CaptureError(
                 "the example inputs hold a nested tensor, whose cases are of different sizes and "
                 "which no tap records: pad it, or give a mask"
             )
+
+
+def _check_rewindable(model: nn.Module) -> None:
+    """Refuse a model that holds an iterator: a capture runs the code, and cannot take a step back.
+
+    Generators can be put back, files are not the model's state.
+    """
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Iterator) and not isinstance(value, io.IOBase):
+                raise CaptureError(
+                    f"{path}.{name}".strip(".") + f" is an iterator ({type(value).__name__}), "
+                    "which cannot be put back where it was after the runs that a capture makes: "
+                    "keep a number or a list in its place, or set it after the transform"
+                )
 
 
 def _check_uncompiled(model: nn.Module) -> None:

@@ -6,7 +6,7 @@ import inspect
 import operator
 import types
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, NoReturn
 
@@ -22,6 +22,7 @@ from kfac_fx.capture.layer_calls import has_parameters, translate
 from kfac_fx.capture.mode_regions import Regions
 from kfac_fx.capture.parameter_paths import ancestors
 from kfac_fx.capture.proxies import WatchedMember, WatchedProxy
+from kfac_fx.capture.remade import Remade, makes_itself
 from kfac_fx.capture.run_state import version
 from kfac_fx.capture.undisturbed import undisturbed
 from kfac_fx.capture.user_lines import running_line, user_line
@@ -46,17 +47,26 @@ class WatchingTracer(fx.Tracer):
         given: classes of the example inputs by the name of the argument.
         constants: those of earlier traces of the model, by their names in the graphs; this one's
             are added.
+        held: names of the tensors that the model holds and that are no members, by identity.
 
     Attributes:
         regions: where the model switches modes.
+        read: the names of those whose values the graph has, since the code computes with them.
     """
 
     record_stack_traces = True
 
-    def __init__(self, given: Mapping[str, type], constants: dict[str, torch.Tensor]) -> None:
+    def __init__(
+        self,
+        given: Mapping[str, type],
+        constants: dict[str, torch.Tensor],
+        held: Mapping[int, str] = types.MappingProxyType({}),
+    ) -> None:
         # Code that branches on the shape of a weight takes its branch while it is traced.
         super().__init__(param_shapes_constant=True)
         self.regions = Regions(self._region_node, self.refuse)
+        self.read: set[str] = set()
+        self._held = held
         self._given = given
         self._constants = constants
         self._refused: list[str] = []
@@ -163,7 +173,23 @@ class WatchingTracer(fx.Tracer):
             self.refuse(f"a container of class {kind.__name__} would become a plain one")
         if is_dataclass(a) and not isinstance(a, type):
             self._check_fields(a)
+            held = [f.name for f in fields(a) if hasattr(a, f.name)]
+            return self._remade(kind, held, [getattr(a, name) for name in held])
+        if hasattr(a, "_fields") and makes_itself(kind):
+            if getattr(a, "__dict__", None):
+                self.refuse(f"attributes that are no fields are set on a {kind.__name__}")
+            return self._remade(kind, a._fields, a)
         return super().create_arg(a)
+
+    def _remade(self, kind: type, names: Sequence[str], items: Iterable[Value]) -> fx.Node:
+        """Return a node that makes a record of the same class."""
+        held = tuple(self.create_arg(item) for item in items)
+        return self.create_node("call_function", Remade(kind, tuple(names)), held, {})
+
+    def reads(self, tensor: torch.Tensor) -> None:
+        """Take note of a tensor whose values are computed with while the graph is made."""
+        if id(tensor) in self._held:
+            self.read.add(self._held[id(tensor)])
 
     def is_member(self, tensor: torch.Tensor) -> bool:
         """Tell whether a tensor is a parameter or buffer of the model."""
@@ -300,6 +326,7 @@ def trace(
     model: nn.Module,
     given: Mapping[str, Value] = types.MappingProxyType({}),
     constants: dict[str, torch.Tensor] | None = None,
+    read: set[str] | None = None,
 ) -> fx.Graph:
     """Return the graph of ``model`` in its present mode.
 
@@ -311,14 +338,16 @@ def trace(
             None, a flag or a name are fixed at their default, since Python may branch on them.
         constants: gets the tensors that the graph reads and the model has not, by name; None where
             the caller has no use for them.
+        read: gets the names of tensors that are no members and whose values the graph has.
 
     Raises:
         CaptureError: symbolic values cannot follow the code; names the user's line.
     """
     fixed = fixed_arguments(inspect.signature(model.forward), given)
     kinds = {name: type(value) for name, value in given.items()}
-    tracer = WatchingTracer(kinds, {} if constants is None else constants)
     with undisturbed(model) as before:
+        held = {id(tensor): name for name, tensor in before.state.tensors()}
+        tracer = WatchingTracer(kinds, {} if constants is None else constants, held)
         try:
             graph = tracer.trace(model, fixed or None)
         except Exception as error:  # any code of the user's may run here
@@ -326,6 +355,8 @@ def trace(
         if found := before.state.changes():
             who = f"the forward of {type(model).__name__}"
             raise CaptureError(f"{who} {found[0]}, which a graph would not do again")
+    if read is not None:
+        read |= tracer.read
     return graph
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import sys
+import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -22,10 +23,11 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from kfac_fx.capture.autograd_calls import FunctionCall
 from kfac_fx.capture.proxies import WatchedMember
-from kfac_fx.capture.real_calls import RealCalls
+from kfac_fx.capture.real_calls import FACTS, RealCalls
 from kfac_fx.capture.user_lines import running_line
 from kfac_fx.errors import CaptureError
 from kfac_fx.torch_internals.modes import Modes, autocast_heard, mode_entries_heard
+from kfac_fx.torch_internals.pytree import tree_leaves
 
 if TYPE_CHECKING:
     from kfac_fx.capture.recording import Recording
@@ -81,12 +83,22 @@ class ModeWatch(TorchFunctionMode):
 
     Args:
         refuse: is called with the reason, on the user's line.
+        held: names of the tensors that the model holds and that are no members, by identity.
+
+    Attributes:
+        asks_order: whether the user's code has asked in which order tensors lie in memory.
+        read: the names of those that it has computed with.
     """
 
-    def __init__(self, refuse: Refuse) -> None:
+    def __init__(
+        self, refuse: Refuse, held: Mapping[int, str] = types.MappingProxyType({})
+    ) -> None:
         super().__init__()
+        self._held = held
+        self.read: set[str] = set()
         self._refuse = refuse
         self._modes = Modes()
+        self.asks_order = False
 
     def __torch_function__(
         self,
@@ -99,12 +111,37 @@ class ModeWatch(TorchFunctionMode):
         changed = Modes().difference(self._modes)
         if changed is not None:
             self._refuse(f"{changed} is set in the forward, which no graph records")
+        name = getattr(func, "__name__", "")
+        if name in ("is_contiguous", "stride") and _users(1):
+            self.asks_order = True
+        elif self._held and name not in FACTS and not _is_in_place(name):
+            self._note_reads(args)
+        elif name == "__get__" and func.__self__.__name__ == "requires_grad" and _users(1):
+            self._refuse("requires_grad of a tensor is read, which a graph would not ask again")
         return func(*args, **(kwargs or {}))
+
+    def _note_reads(self, args: tuple[Value, ...]) -> None:
+        """Take note of a call that computes with tensors of the model's alone: it runs now."""
+        tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
+        if all(id(tensor) in self._held for tensor in tensors):
+            self.read.update(self._held[id(tensor)] for tensor in tensors)
+
+
+def _is_in_place(name: str) -> bool:
+    """Tell by a method's name whether it writes to its tensor, or reads a property of it."""
+    in_place = name.endswith("_") and not name.endswith("__")
+    return in_place or name in ("__get__", "__set__", "__setitem__")
 
 
 @contextmanager
-def refusals_noted() -> Iterator[None]:
+def refusals_noted(held: Mapping[int, str]) -> Iterator[ModeWatch]:
     """Within the context, code of the user's is traced by torch; see ``questions_refused``.
+
+    Args:
+        held: names of the tensors that the model holds and that are no members, by identity.
+
+    Yields:
+        What knows which questions were answered.
 
     Raises:
         CaptureError: at the end, if the user's code or torch's caught a refusal.
@@ -115,8 +152,8 @@ def refusals_noted() -> Iterator[None]:
         refused.append(f"{running_line()}: {reason}")
         raise CaptureError(reason)
 
-    with questions_refused(refuse), ModeWatch(refuse):
-        yield
+    with questions_refused(refuse), ModeWatch(refuse, held) as watch:
+        yield watch
     if refused:
         raise CaptureError(refused[0])
 
@@ -154,7 +191,10 @@ def _users(depth: int) -> bool:
     """Tell whether user's code calls what stands ``depth`` frames above; torch asks as well."""
     frame = sys._getframe(depth + 1)
     between = (torch.random.__file__, contextlib.__file__)
-    while frame.f_back is not None and frame.f_code.co_filename in between:
+    # torch.export enters modes of its own, which hand on what the user's code calls.
+    while frame.f_back is not None and (
+        frame.f_code.co_filename in between or frame.f_code.co_name == "__torch_function__"
+    ):
         frame = frame.f_back
     return not frame.f_code.co_filename.startswith((_TORCH, _HERE))
 

@@ -18,6 +18,7 @@ from torch.fx.graph import PythonCode
 
 from kfac_fx.capture.captured_module import CapturedModule, adopt
 from kfac_fx.capture.items import hand_on_items
+from kfac_fx.capture.member_names import check_names
 from kfac_fx.eager.eager_taps import EagerTaps
 from kfac_fx.eager.recordable_uses import every_piece, placeable
 from kfac_fx.eager.tape import Tape, compilers_off
@@ -149,6 +150,7 @@ def eager_module(model: nn.Module, example: fx.Graph) -> EagerModule:
     """
     # The graph that runs is one call: fx's machinery (code, copies, hooks) stays in use, and other
     # passes see a module that they can leave alone.
+    check_names(model, EagerModule)
     graph = fx.Graph()
     inputs = graph.placeholder("*args"), graph.placeholder("**kwargs")
     graph.output(graph.create_node("call_module", RUNNER, inputs))
@@ -160,6 +162,7 @@ def eager_module(model: nn.Module, example: fx.Graph) -> EagerModule:
         # The very dictionaries of the model: a buffer that its code sets anew is so for both.
         module.__dict__[name] = model.__dict__[name]
     module.add_module(RUNNER, Runner(model))
+    module.__dict__["_held"] = (model,)
     hand_on_items(module, model)
     module.graph = graph
     module.training = model.training

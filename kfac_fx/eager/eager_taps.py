@@ -15,7 +15,9 @@ from kfac_fx.eager.recordable_uses import at_its_call
 from kfac_fx.eager.torch_calls import Value
 from kfac_fx.ir.curvature_graph import CurvatureBlock, CurvatureGraph
 from kfac_fx.ir.use import FactorSpec, NodeRef, ParameterUse, Role, Tap
+from kfac_fx.ops.case_first import cases_back, cases_first
 from kfac_fx.ops.net_buffers import STORE
+from kfac_fx.passes.find_cases import GrowingCases
 from kfac_fx.passes.rules.generic import as_rows, case_tap
 
 if TYPE_CHECKING:
@@ -84,12 +86,13 @@ class EagerTaps:
         """Tell whether any buffer asks for statistics."""
         return any(buffer.requires_grad for buffer in self._store.buffers())
 
-    def place(self, view: GraphView, node: fx.Node) -> list[Placement]:
+    def place(self, view: GraphView, node: fx.Node, cases: GrowingCases) -> list[Placement]:
         """Return the taps of a call that is about to run.
 
         Args:
             view: reads the graph of the calls so far.
             node: the call.
+            cases: knows where the cases are in that graph.
         """
         if view.reference(node) is not None or view.is_split(node):
             return []
@@ -102,9 +105,10 @@ class EagerTaps:
             # (a layer applied to other dimensions) has no place in them and is left out.
             known = next((known for known in block.uses if _same_form(known, use)), None)
             if known is not None and use.tap is not None and at_its_call(use, use.tap, node):
-                record = self._record(use.tap, known, block)
-                factors = self._factors(known, block) if use.tap.slots else ()
-                found.append(Placement(use.tap, record, use.parameters, factors))
+                tap = cases.placed(use, node).tap or use.tap
+                record = self._record(tap, known, block)
+                factors = self._factors(known, block) if tap.slots else ()
+                found.append(Placement(tap, record, use.parameters, factors))
         return found
 
     def instead(self, plans: Sequence[Placement], values: Mapping[str, Tensor]) -> Value:
@@ -182,8 +186,16 @@ class EagerTaps:
                 factors.append(None)  # no positions to count
             tensors = _resolved(tap.tensors, values)
             options = _resolved(tap.options, values)
-            tapped: Tensor = operator(y, *tensors, *factors, *options)
-            return tapped
+            if tap.cases is None:
+                tapped: Tensor = operator(y, *tensors, *factors, *options)
+                return tapped
+            dim = tap.cases.dim
+            tensors = [
+                cases_first(t, dim, None) if isinstance(ref, NodeRef) else t
+                for ref, t in zip(tap.tensors, tensors, strict=True)
+            ]
+            tapped = operator(cases_first(y, dim, None), *tensors, *factors, *options)
+            return cases_back(tapped, dim, y)
 
         return record
 

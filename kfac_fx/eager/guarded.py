@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, fx, nn
 
-from kfac_fx.capture.captured_module import CapturedModule, captured_module, share_hooks
+from kfac_fx.capture.captured_module import CapturedModule, captured_module
 from kfac_fx.capture.guard import Guard
 from kfac_fx.capture.hooks import refuse_backward_hooks, refuse_what_traces_lose
 from kfac_fx.capture.input_forms import InputForm, NamedInputs, fixed_arguments
 from kfac_fx.capture.model_state import ModelState
 from kfac_fx.capture.same_graph import ExportedOnce, TracedAgain, called_as_they_are
 from kfac_fx.capture.servable import is_packed
+from kfac_fx.capture.shared_hooks import share_hooks
 from kfac_fx.capture.symbolic_trace import trace
 from kfac_fx.capture.train_and_eval import capture_both
 from kfac_fx.capture.value_kinds import ExpectKind
@@ -39,7 +40,8 @@ def from_trace(model: nn.Module, given: Mapping[str, Value]) -> CapturedModule:
     if any(map(is_packed, given.values())):
         raise CaptureError("a packed sequence is given, which taps in a graph do not read")
     constants: dict[str, Tensor] = {}
-    graphs = capture_both(model, lambda m: trace(m, given, constants))
+    read: set[str] = set()
+    graphs = capture_both(model, lambda m: trace(m, given, constants, read))
     live = called_as_they_are(model, *graphs)
     refuse_backward_hooks(model, live)
     same = TracedAgain(model, graphs, constants, Tracing(given, live))
@@ -53,7 +55,7 @@ def from_trace(model: nn.Module, given: Mapping[str, Value]) -> CapturedModule:
         if isinstance(node.target, ExpectKind)
     }
     guard = Guard(
-        ModelState(model, live, own_hooks=True),
+        ModelState(model, live, own_hooks=True, read=read),
         NamedInputs(signature, fixed_arguments(signature, given), kinds),
         same,
         ModelItself(model, runs_hooks=False),
@@ -89,7 +91,12 @@ class Tracing(NamedTuple):
 
 
 def guard_export(
-    module: CapturedModule, model: nn.Module, inputs: InputForm, *, constants: bool
+    module: CapturedModule,
+    model: nn.Module,
+    inputs: InputForm,
+    *,
+    constants: bool,
+    read: Collection[str] = (),
 ) -> CapturedModule:
     """Put the guard of an exported model before its graphs, and return the module.
 
@@ -98,10 +105,11 @@ def guard_export(
         model: the user's model.
         inputs: what the export fixed about the arguments.
         constants: whether the graphs hold tensors that the model lacks.
+        read: names of tensors that are no members and whose values the graphs have.
     """
     graphs = module.graph, module.evaluation
     guard = Guard(
-        ModelState(model, frozenset(), own_hooks=False),
+        ModelState(model, frozenset(), own_hooks=False, read=read),
         inputs,
         ExportedOnce(model, graphs, constants=constants),
         ModelItself(model, runs_hooks=True),

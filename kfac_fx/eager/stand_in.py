@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from kfac_fx.capture.undisturbed import undisturbed
 from kfac_fx.eager.eager_taps import EagerTaps
 from kfac_fx.eager.tape import Tape, compilers_off
 from kfac_fx.eager.torch_calls import Value
@@ -60,6 +61,34 @@ class ModelItself:
             )
         with compilers_off(), Tape(self._model, taps):
             return call(*args, **kwargs)
+
+    def fail_as_model(
+        self, args: tuple[Value, ...], kwargs: dict[str, Value], error: Exception
+    ) -> None:
+        """Run the model where its graph has failed, for the error that its own code raises.
+
+        What the code does to the model is put back, as the graph has done it up to its error. The
+        traceback then shows the user's lines and not those of a generated function.
+
+        Args:
+            args: positional inputs.
+            kwargs: keyword inputs.
+            error: what the graph has raised.
+
+        Raises:
+            CaptureError: the model does not fail: it has caught the error, or has seen what no
+                graph shows.
+        """
+        call = self._model if self._runs_hooks else self._model.forward
+        grad = torch.is_grad_enabled()
+        with undisturbed(self._model), torch.set_grad_enabled(grad):
+            call(*args, **kwargs)
+        raise CaptureError(
+            f"the graph of {type(self._model).__name__} fails where the model does not "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}): its code catches the "
+            "error, or branches on what no trace shows. Transform it with "
+            'capture="eager" and example_inputs=(...), which runs the code itself'
+        ) from error
 
     def of_copy(self, model: nn.Module) -> ModelItself:
         """Return the same for a copy of the model."""

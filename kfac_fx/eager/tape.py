@@ -38,6 +38,7 @@ from kfac_fx.eager.torch_calls import (
     tensors_of,
 )
 from kfac_fx.errors import CaptureError
+from kfac_fx.passes.find_cases import GrowingCases
 from kfac_fx.torch_internals.rebuilt_functions import without_override_question
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ class Tape(TorchFunctionMode):
         self.view = GraphView(model, self.graph)
         self.touched: set[str] = set()
         self._taps = taps
+        self._cases = GrowingCases(self.view)
         self._mark = mark
         self._parameters = {id(p): name for name, p in self.view.parameters.items()}
         self._constants = dict(_held_tensors(model))
@@ -197,7 +199,7 @@ class Tape(TorchFunctionMode):
             for name in self._names_read(node):
                 self.consume(name, hidden)
         elif self._taps is not None:
-            plans = self._taps.place(self.view, node)
+            plans = self._taps.place(self.view, node, self._cases)
         values = {self.node(t).name: t for t in tensors}
         swap: dict[int, Tensor] = {}
         # Some taps stand on an input of the call (a scale that is multiplied with the data), others

@@ -14,8 +14,9 @@ from torch.export import ExportedProgram
 from kfac_fx.capture.captured_module import CapturedModule, captured_module
 from kfac_fx.capture.graph_modules import from_graph_module
 from kfac_fx.capture.hooks import refuse_backward_hooks
-from kfac_fx.capture.in_place import writes
+from kfac_fx.capture.in_place import update_of, writes
 from kfac_fx.capture.input_forms import ExportedInputs, Guards
+from kfac_fx.capture.run_state import RunState
 from kfac_fx.capture.symbolic_trace import same_constant
 from kfac_fx.capture.train_and_eval import capture_both
 from kfac_fx.capture.undisturbed import undisturbed
@@ -33,8 +34,23 @@ Value = Any
 _GUARDS = "_guards_fn"
 """Name of the submodule in which torch.export keeps what it assumed of sizes."""
 
+_ASKED = "kfac_fx_asked"
+"""Key in an exported module's meta of what the code has asked."""
+
 _BATCH_NORMS = frozenset({"batch_norm", "instance_norm"})
 _RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
+
+
+class Asked(NamedTuple):
+    """What the user's code has asked that an export takes for constants.
+
+    Attributes:
+        order: whether it was how tensors lie in memory.
+        values: names of tensors that are no members whose values it was.
+    """
+
+    order: bool
+    values: frozenset[str]
 
 
 class Exported(NamedTuple):
@@ -44,11 +60,13 @@ class Exported(NamedTuple):
         module: the graphs, without a guard.
         inputs: what was fixed about the arguments.
         constants: whether the graphs hold tensors that the model lacks.
+        read: names of tensors that are no members and whose values the graphs have.
     """
 
     module: CapturedModule
     inputs: ExportedInputs
     constants: bool
+    read: frozenset[str]
 
 
 def from_export(model: nn.Module, args: tuple[Value, ...], kwargs: dict[str, Value]) -> Exported:
@@ -65,11 +83,13 @@ def from_export(model: nn.Module, args: tuple[Value, ...], kwargs: dict[str, Val
     refuse_backward_hooks(model, ())
     constants: dict[str, Value] = {}
     guards: dict[bool, Guards | None] = {}
+    asked: list[Asked] = []
     args, kwargs = doubled(args, kwargs)
 
     def graph_of(model: nn.Module) -> fx.Graph:
         module = exported(model, args, kwargs)
         guards[model.training] = _taken_guards(module)
+        asked.append(module.meta[_ASKED])
         _lift_constants(model, module, constants)
         return module.graph
 
@@ -81,9 +101,14 @@ def from_export(model: nn.Module, args: tuple[Value, ...], kwargs: dict[str, Val
     module = captured_module(model, training, evaluation, constants)
     normed = any(_name(node) in _BATCH_NORMS for node in training.nodes)
     inputs = ExportedInputs(
-        inspect.signature(model.forward), (args, kwargs), guards, one_differs=normed
+        inspect.signature(model.forward),
+        (args, kwargs),
+        guards,
+        one_differs=normed,
+        ordered=any(one.order for one in asked),
     )
-    return Exported(module, inputs, bool(constants))
+    read = frozenset().union(*(one.values for one in asked))
+    return Exported(module, inputs, bool(constants), read)
 
 
 def doubled(
@@ -204,7 +229,7 @@ def _shares_memory(node: fx.Node) -> bool:
 
 
 def check_sizes(graph: fx.Graph) -> None:
-    """Let an exported graph check its inputs' sizes, and no longer the dtypes on its way.
+    """Let an exported graph check its inputs' sizes, and neither dtypes nor copies on its way.
 
     The dtype checks, one after every cast, would count as uses of what they look at.
 
@@ -213,8 +238,20 @@ def check_sizes(graph: fx.Graph) -> None:
     """
     _expect_fixed_sizes(graph)
     for node in list(graph.nodes):
-        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+        if node.target is torch.ops.aten._assert_tensor_metadata.default or _copies_itself(node):
             graph.erase_node(node)
+
+
+def _copies_itself(node: fx.Node) -> bool:
+    """Tell whether a node copies to a tensor what calls in place have made of that tensor.
+
+    torch.export ends a graph so where the code says ``self.count += 1``. The values stay, but
+    autograd counts a write, and refuses the backward pass of what has read the tensor.
+    """
+    if node.target is not torch.ops.aten.copy_.default or node.users:
+        return False
+    target, source = node.args[:2]
+    return isinstance(source, fx.Node) and source is not target and update_of(source) is target
 
 
 def _export(
@@ -231,7 +268,8 @@ def _export(
             if open_dims:
                 shapes[leaf] = dict.fromkeys(open_dims, torch.export.Dim.AUTO)
     # Not strict: the model's own Python runs on fake tensors, which follows more code than Dynamo.
-    with no_hooks_left(), refusals_noted():
+    held = {id(tensor): name for name, tensor in RunState(model).tensors()}
+    with no_hooks_left(), refusals_noted(held) as watch:
         program = torch.export.export(
             model,
             args,
@@ -241,6 +279,7 @@ def _export(
         )
     module = program.module(check_guards=True)
     assert isinstance(module, fx.GraphModule)
+    module.meta[_ASKED] = Asked(watch.asks_order, frozenset(watch.read))
     return module
 
 

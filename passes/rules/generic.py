@@ -59,6 +59,11 @@ def _unknown(view: GraphView, node: fx.Node) -> str:
             return "its forward hooks may change what goes in and out"
         if is_parametrized(module):
             return "its weight is computed by a parametrization that only torch.export follows"
+        if any(p.dim() > 1 for p in module.parameters()):
+            return (
+                f"{type(module).__name__} is kept whole by symbolic tracing: torch.export looks "
+                "into it, if the transform is given example_inputs=(...)"
+            )
     return "no rule for this operation"
 
 

@@ -81,7 +81,7 @@ def built(way: str) -> tuple[Norm, Norm, Tensor]:
     return model.double(), plain.double(), torch.randn(N, T, D, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("capture", ["symbolic_trace", "export"])
+@pytest.mark.parametrize("capture", ["symbolic_trace", "export", "eager"])
 @pytest.mark.parametrize("way", WAYS)
 def test_covariances_are_of_cases(way: str, capture: str) -> None:
     model, plain, x = built(way)
@@ -91,7 +91,7 @@ def test_covariances_are_of_cases(way: str, capture: str) -> None:
     close((net(x),), (model(x),))
 
 
-@pytest.mark.parametrize("capture", ["symbolic_trace", "export"])
+@pytest.mark.parametrize("capture", ["symbolic_trace", "export", "eager"])
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
 def test_factors_are_those_of_cases_first(way: str, sharing: Value, capture: Value) -> None:

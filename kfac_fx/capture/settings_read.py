@@ -1,0 +1,143 @@
+"""Plain values that a model's code reads from objects: settings within settings, classes, closures.
+
+An object that a module knows may hold a whole program (a trainer) and change in every step. So only
+those of its attributes are looked at whose names stand in the code of the model.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import types
+from collections.abc import Collection, Iterator
+from contextvars import ContextVar
+from enum import Enum
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from kfac_fx.capture.run_state import HOLDERS, SCALARS, version
+
+Value = Any
+"""Whatever an attribute of the user's holds."""
+
+_DEPTH = 4
+"""How many objects one within the other are looked into."""
+_SMALL = 1_000
+"""Entries of a NumPy array that is compared at each call; longer ones are data."""
+
+_ATOMS = (*SCALARS, Enum, type, torch.dtype, torch.device, types.FunctionType)
+"""Values that are compared as they are."""
+
+
+class Setting(NamedTuple):
+    """A value that is read anew to be compared.
+
+    Attributes:
+        space: has a method ``get``, from the name to the present value.
+        name: what is read.
+        words: says to the user where it is.
+    """
+
+    space: Value
+    name: str
+    words: str
+
+
+class _Attributes:
+    """Attributes of an object or a class."""
+
+    def __init__(self, owner: Value) -> None:
+        self._owner = owner
+
+    def get(self, name: str) -> Value:
+        return getattr(self._owner, name, None)
+
+
+class _Whole:
+    """What stands for a whole: the value of a context variable, closure, array or tensor."""
+
+    def __init__(self, owner: Value) -> None:
+        self._owner = owner
+
+    def get(self, _: str) -> Value:
+        owner = self._owner
+        if isinstance(owner, ContextVar):
+            return owner.get(None)
+        if isinstance(owner, types.CellType):
+            return owner.cell_contents
+        if isinstance(owner, Tensor):
+            return version(owner), owner.data_ptr()
+        return owner.tobytes()
+
+
+def of_cell(cell: types.CellType, name: str, words: str) -> Setting:
+    """Return the value that a function closes over, as a setting."""
+    return Setting(_Whole(cell), name, words)
+
+
+def of_values(tensor: Tensor, words: str) -> Setting:
+    """Return the values of a tensor as a setting: how often they were written, and where."""
+    return Setting(_Whole(tensor), words, f"the values of {words}")
+
+
+def settings_of(
+    value: Value, words: str, names: Collection[str], seen: set[int], depth: int = 0
+) -> Iterator[Setting | tuple[Value, str]]:
+    """Yield what code may read of an object, and the containers in it with their place in words.
+
+    Args:
+        value: what an attribute of a module, or a global, holds.
+        words: where.
+        names: those that stand in the model's code.
+        seen: identities of objects that were looked at; is added to.
+        depth: how many objects this one is within.
+    """
+    if isinstance(value, ContextVar):
+        yield Setting(_Whole(value), value.name, f"the context variable {value.name}")
+        return
+    if _is_small_array(value):
+        yield Setting(_Whole(value), words, words)
+        return
+    if id(value) in seen or depth > _DEPTH or not _looked_into(value):
+        return
+    seen.add(id(value))
+    for name in names:
+        try:
+            held = getattr(value, name, None)
+        except Exception:  # a property of the user's may need what is not there
+            continue
+        if held is None and not hasattr(value, name):
+            continue
+        inner = f"{words}.{name}"
+        if isinstance(held, _ATOMS):
+            yield Setting(_Attributes(value), name, inner)
+        elif isinstance(held, HOLDERS):
+            yield held, inner
+        elif not callable(held):
+            yield from settings_of(held, inner, names, seen, depth + 1)
+
+
+def _is_small_array(value: Value) -> bool:
+    numpy = sys.modules.get("numpy")
+    return (
+        numpy is not None
+        and isinstance(value, numpy.ndarray)
+        and value.size <= _SMALL
+        and value.dtype != object
+    )
+
+
+def _looked_into(value: Value) -> bool:
+    """Tell whether a value is an object or a class of the user's, or a bare bag of attributes."""
+    if isinstance(value, (types.SimpleNamespace, threading.local)):
+        return True
+    if isinstance(value, (*SCALARS, *HOLDERS, tuple, Tensor, nn.Module, Enum)):
+        return False
+    if isinstance(value, (types.ModuleType, types.FunctionType, types.MethodType)):
+        return False
+    kind = value if isinstance(value, type) else type(value)
+    if issubclass(kind, (nn.Module, torch.autograd.Function, Enum)):
+        return False
+    return kind.__module__.split(".")[0] not in ("torch", "numpy", *sys.stdlib_module_names)

@@ -1,0 +1,211 @@
+"""What a model's code reads from objects, closures and the process: a change of it is followed."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import types
+from collections.abc import Callable
+from contextvars import ContextVar
+from enum import Enum
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import kfac_fx
+
+D = 4
+ROUTES = ("none", "inputs", "export", "eager")
+Value = Any
+"""Whatever a setting is."""
+
+
+class Slots:
+    __slots__ = ("scale",)
+
+    def __init__(self) -> None:
+        self.scale = 1.0
+
+
+class OfClass:
+    scale = 1.0
+
+
+class Mode(Enum):
+    LOW, HIGH = 1, 2
+
+
+BAG = types.SimpleNamespace(scale=1.0)
+LOCAL = threading.local()
+CONTEXT: ContextVar[float] = ContextVar("scale", default=1.0)
+
+
+def closed() -> tuple[Callable[[], float], Callable[[float], None]]:
+    scale = 1.0
+
+    def read() -> float:
+        return scale
+
+    def change(value: float) -> None:
+        nonlocal scale
+        scale = value
+
+    return read, change
+
+
+READ, CHANGE = closed()
+
+
+def defaulting(kept: list[float] = [1.0]) -> list[float]:  # noqa: B006  # what is tested
+    return kept
+
+
+class Net(nn.Module):
+    """Multiplies by a setting, read in a given way."""
+
+    read: Callable[[Net], Value]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.head = nn.Linear(D, D), nn.Linear(D, 3)
+        self.nested = types.SimpleNamespace(a=types.SimpleNamespace(b=Slots()))
+        self.slots, self.kind, self.array = Slots(), OfClass, np.ones(2)
+        self.tensor, self.tensors = torch.tensor(1.0), [torch.tensor(1.0)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.a(x))) * type(self).read(self)
+
+
+SETTINGS: dict[str, tuple[Callable[[Net], Value], Callable[[Net], Value]]] = {
+    "an object three deep": (
+        lambda m: m.nested.a.b.scale,
+        lambda m: setattr(m.nested.a.b, "scale", 3.0),
+    ),
+    "an object with slots": (lambda m: m.slots.scale, lambda m: setattr(m.slots, "scale", 3.0)),
+    "a class": (lambda m: m.kind.scale, lambda m: setattr(OfClass, "scale", 3.0)),
+    "a global bag": (lambda m: BAG.scale, lambda m: setattr(BAG, "scale", 3.0)),
+    "a thread's value": (
+        lambda m: getattr(LOCAL, "scale", 1.0),
+        lambda m: setattr(LOCAL, "scale", 3.0),
+    ),
+    "a context variable": (lambda m: CONTEXT.get(), lambda m: CONTEXT.set(3.0)),
+    "a closure": (lambda m: READ(), lambda m: CHANGE(3.0)),
+    "a default": (lambda m: defaulting()[0], lambda m: defaulting().__setitem__(0, 3.0)),
+    "an array": (lambda m: float(m.array[0]), lambda m: m.array.__setitem__(0, 3.0)),
+    "a tensor's number": (lambda m: m.tensor.item(), lambda m: m.tensor.fill_(3.0)),
+    "a number computed of tensors": (
+        lambda m: float(m.tensors[0] * 2),
+        lambda m: m.tensors[0].fill_(3.0),
+    ),
+    "a layer's setting": (lambda m: 1 / m.a.in_features, lambda m: setattr(m.a, "in_features", 8)),
+    "a tensor as a number": (lambda m: float(m.tensors[0]), lambda m: m.tensors[0].fill_(3.0)),
+    "a tensor computed of tensors": (lambda m: m.tensor * 2, lambda m: m.tensor.fill_(3.0)),
+}
+
+
+@pytest.fixture(autouse=True)
+def put_back() -> Value:
+    yield
+    OfClass.scale = BAG.scale = 1.0
+    LOCAL.scale = 1.0
+    defaulting()[0] = 1.0
+    CHANGE(1.0)
+    CONTEXT.set(1.0)
+
+
+def built(read: Callable[[Net], Value], route: str, *example: Value) -> tuple[Any, Net, Net]:
+    torch.manual_seed(0)
+    model: Net = type("Model", (Net,), {"read": read})()
+    twin = copy.deepcopy(model)
+    options: dict[str, Value] = {"structure": "block_diagonal"}
+    if route != "none":
+        options["example_inputs"] = example or (torch.randn(5, D),)
+    if route in ("export", "eager"):
+        options["capture"] = route
+    return kfac_fx.transform(model, **options), model, twin
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_changed_setting_is_followed(setting: str, route: str) -> None:
+    read, change = SETTINGS[setting]
+    net, model, twin = built(read, route)
+    x = torch.randn(6, D)
+    torch.testing.assert_close(net(x), twin(x))
+    change(model), change(twin)
+    torch.testing.assert_close(net(x), twin(x))
+    assert not torch.equal(net(x), net.head(torch.tanh(net.a(x))))
+
+
+@pytest.mark.parametrize("route", ["none", "inputs"])
+def test_objects_that_no_code_reads_are_not_looked_at(route: str) -> None:
+    """A trainer that a model knows changes in every step, and the graph goes on."""
+    net, model, _ = built(lambda m: m.nested.a.b.scale, route)
+    x = torch.randn(6, D)
+    net(x)
+    for step in range(20):
+        model.nested.a.steps = step
+        assert net.stands()
+        net(x)
+
+
+class Chooses(Net):
+    def forward(self, x: Tensor, mode: Mode = Mode.LOW) -> Tensor:  # type: ignore[override]
+        return self.head(torch.tanh(self.a(x))) * (3.0 if mode is Mode.HIGH else 1.0)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_an_argument_that_is_compared_by_identity(given: bool) -> None:
+    model = Chooses()
+    twin = copy.deepcopy(model)
+    x = torch.randn(6, D)
+    example = {"example_inputs": (x, Mode.LOW)} if given else {}
+    net = kfac_fx.transform(model, structure="block_diagonal", **example)
+    assert net.curvature.route == "symbolic_trace"
+    for mode in (Mode.LOW, Mode.HIGH):
+        torch.testing.assert_close(net(x, mode), twin(x, mode))
+
+
+class Tripled(Net):
+    """Says itself what setting an attribute does."""
+
+    def __setattr__(self, name: str, value: Value) -> None:
+        super().__setattr__(name, 3 * value if name == "gain" else value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.a(x))) * getattr(self, "gain", 1.0)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_attributes_set_and_deleted_on_the_net(route: str) -> None:
+    torch.manual_seed(0)
+    model = Tripled()
+    twin = copy.deepcopy(model)
+    x = torch.randn(6, D)
+    options: Value = {} if route == "none" else {"example_inputs": x}
+    options |= {"capture": route} if route in ("export", "eager") else {}
+    net = kfac_fx.transform(model, structure="block_diagonal", **options)
+    net.gain = twin.gain = 2.0
+    torch.testing.assert_close(net(x), twin(x))
+    del net.gain, twin.gain
+    torch.testing.assert_close(net(x), twin(x))
+    late = nn.Linear(D, 3)
+    net.add_module("late", late)
+    assert model.late is late and list(net.parameters()) == list(model.parameters())
+    del net.tensor, net.head
+    assert not hasattr(model, "tensor") and "head" not in dict(model.named_children())
+
+
+def test_a_checkpoint_around_a_net_stops_its_second_run() -> None:
+    """By an exception of its own, which is no failure of the graph."""
+    net, model, twin = built(lambda m: 1.0, "inputs")
+    x = torch.randn(6, D)
+    for run, owner in ((net, model), (twin, twin)):
+        checkpoint(run, x, use_reentrant=False).square().sum().backward()
+        assert all(p.grad is not None for p in owner.parameters())
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
