@@ -30,6 +30,9 @@ RESPONSE = 0.1
 PAST = 0.9
 """Weight of the older gradients in the direction of the steps before."""
 
+WEAR = 0.05
+"""How fast all lengths get smaller while the steps that are made of them have to be cut."""
+
 SMALLEST_FACTOR, LARGEST_FACTOR = 0.2, 10.0
 """Limits of that factor: batches of one epoch, of which each has the cases that the others lack,
 seem to disagree more than they do, and steps would come to rest."""
@@ -88,12 +91,17 @@ class AdaptiveLength:
     Attributes:
         factor: the third.
         certainty: by how much less damping will do: where gradients agree, noise need not be.
+        restraint: how much less than that is taken in the end: it gets smaller with every step that
+            was cut for being too long, for a learning rate that is too large would have all steps
+            as long as the bound, in any direction.
         widest: the last: the largest length of a layer's part, in units of its weights' length.
     """
 
     def __init__(self) -> None:
         self.factor = 1.0
         self.certainty = 1.0
+        self.restraint = 1.0
+        self._cuts: list[float | Tensor] = []
         self.widest = WIDE
         self._names: tuple[str, ...] = ()
         self._past: list[Tensor] = []  # sum of PAST^k times gradients, as long vectors
@@ -150,13 +158,29 @@ class AdaptiveLength:
         else:
             self._past = [vector.clone() for vector, _ in pairs]
             self._squared = squared
-        self.widest = max(NARROW, WIDE / math.sqrt(lag))
-        return lag * math.sqrt(min(1.0, RADIUS / (lag * squared))) * self.factor
+        if self._cuts:
+            self._wear()
+        self.widest = max(NARROW, WIDE / math.sqrt(lag)) * self.restraint
+        taken = lag * math.sqrt(min(1.0, RADIUS / (lag * squared)))
+        return taken * self.factor * self.restraint
+
+    def cut(self, excess: float | Tensor) -> None:
+        """Note which part of the last step was too much, of the layer that went furthest."""
+        if isinstance(excess, Tensor) or excess > 0:
+            self._cuts.append(excess)
+
+    def _wear(self) -> None:
+        # Here and not where it is noted: the number may be on a GPU, which is waited for anyway.
+        for excess in self._cuts:
+            self.restraint *= max(1 - float(excess), 1e-6) ** WEAR
+        self._cuts.clear()
 
     def state(self) -> dict[str, Any]:
         """Return tensors and plain values that ``load`` restores."""
+        self._wear()
         return {
             "factor": self.factor,
+            "restraint": self.restraint,
             "names": list(self._names),
             "past": [vector.clone() for vector in self._past],
             "squared": self._squared,
@@ -166,6 +190,7 @@ class AdaptiveLength:
         """Restore a ``state``."""
         self.factor = float(state["factor"])
         self.certainty = max(self.factor, 1.0) ** 2
+        self.restraint = float(state["restraint"])
         self._names = tuple(state["names"])
         self._past = [vector.to(device).clone() for vector in state["past"]]
         self._squared = float(state["squared"])
@@ -306,8 +331,8 @@ class LayerBounds:
 
     def shorten(
         self, steps: Mapping[str, Tensor], weights: Mapping[str, Tensor], largest: float
-    ) -> None:
-        """Shorten steps in place.
+    ) -> Sequence[float | Tensor]:
+        """Shorten steps in place; return which part of each was too much.
 
         Args:
             steps: by name of the parameter.
@@ -326,6 +351,14 @@ class LayerBounds:
         for one, much in zip(here, excess, strict=True):
             if isinstance(much, Tensor) or much > 0:
                 one.mul_(1 - much)
+        return excess
+
+
+def largest_of(excess: Sequence[float | Tensor]) -> float | Tensor:
+    """Return the largest of numbers that are all on the host, or all are not."""
+    if not isinstance(excess[0], Tensor):
+        return max(excess)
+    return torch.stack([torch.as_tensor(e).double().to(excess[0].device) for e in excess]).max()
 
 
 def layer_numbers(layers: Iterable[Sequence[str]]) -> dict[str, int]:

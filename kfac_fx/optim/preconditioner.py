@@ -185,6 +185,7 @@ class Preconditioner(HasCurvature):
                 largest_step,
                 workers,
                 lambda: 0 if (found := own()) is None else found._calls,
+                lambda excess: None if (found := own()) is None else found._was_cut(excess),
             )
         # Read by ``TrainingStep``. Like ``inverse`` it is the library's, and not in the docstring.
         self.recorder = Recorder(
@@ -348,6 +349,10 @@ class Preconditioner(HasCurvature):
         """Say whether the statistics of this step are wanted."""
         return is_due(self._steps, self.statistics_every, STATISTICS)
 
+    def _was_cut(self, excess: float | Tensor) -> None:
+        if isinstance(self._length, AdaptiveLength):
+            self._length.cut(excess)
+
     def skip_statistics(self, what: str) -> None:
         # For ``TrainingStep`` too. No docstring, as what has one here is promised to users.
         self.skipped_statistics += 1
@@ -362,7 +367,7 @@ class Preconditioner(HasCurvature):
         several = self._workers.size > 1 or any(hasattr(g, "full_tensor") for g in given.values())
         whole = self._workers.whole(given) if several else given
         finite = self.inverse.refreshed is not None
-        share, widest = 1.0, None
+        share = 1.0
         if finite:
             updates = self.inverse.precondition(whole)
             made = [updates[name] for name in whole]
@@ -372,7 +377,6 @@ class Preconditioner(HasCurvature):
                 # A lambda that stays where it is makes the inverses stay with it.
                 lag = self.inverse.lag() if self._damping is None else 1.0
                 share = self._length.share(list(whole), list(whole.values()), made, lag)
-                widest = self._length.widest
             else:
                 share = self._length.share(list(whole.values()), made)
             finite = math.isfinite(share)
@@ -383,8 +387,8 @@ class Preconditioner(HasCurvature):
                 self._workers.put(updates, given)
             else:
                 foreach.copy_(list(given.values()), made)
-            if widest is not None:
-                self._layers.shorten(given, self.inverse.covered.parameters, widest)
+            if isinstance(self._length, AdaptiveLength):
+                self._layers.shorten(given, self.inverse.covered.parameters, self._length.widest)
         if not finite:
             self.skipped_gradients += 1
             log.warning("step %d: no finite preconditioned gradient; it is zero", self._steps)

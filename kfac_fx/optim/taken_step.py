@@ -18,11 +18,11 @@ from torch.optim.optimizer import (
 )
 from torch.utils.hooks import RemovableHandle
 
-from kfac_fx.optim.bounds import LayerSteps, is_sharded, layer_numbers, own_entries
+from kfac_fx.optim.bounds import LayerSteps, is_sharded, largest_of, layer_numbers, own_entries
 from kfac_fx.parallel import Workers
 from kfac_fx.torch_internals import foreach
 
-LARGEST_STEP = 0.1
+LARGEST_STEP = 0.05
 """Largest step that is taken, in units of the length of a layer's weights."""
 
 
@@ -54,11 +54,14 @@ class _Share:
         """Keep the parameters as they are."""
         foreach.copy_(self._before, self._now())
 
-    def shorten(self, largest: float) -> None:
+    def shorten(self, largest: float) -> float | Tensor:
         """Move the parameters of each layer that went too far back along its step.
 
         Args:
             largest: the largest length of a layer's step, in units of its weights' length.
+
+        Returns:
+            which part of the longest step was too much.
         """
         now = self._now()
         excess = self._layers.excess(foreach.sub(now, self._before), self._before, largest)
@@ -67,6 +70,7 @@ class _Share:
             # leaves them as they are bit by bit.
             if isinstance(back, Tensor) or back > 0:
                 parameter.lerp_(before, back)
+        return largest_of(excess)
 
 
 class TakenStep:
@@ -85,6 +89,7 @@ class TakenStep:
         workers: the processes that share sharded parameters.
         steps: gives the number of steps that the owner has made in its life; it does not keep the
             owner alive.
+        tell: is told which part of the longest layer's step was too much.
     """
 
     def __init__(
@@ -94,11 +99,13 @@ class TakenStep:
         largest: float,
         workers: Workers,
         steps: Callable[[], int],
+        tell: Callable[[float | Tensor], None],
     ) -> None:
         self.largest = largest
         self._workers = workers
         self._layer = {id(parameters[n]): number for n, number in layer_numbers(layers).items()}
         self._steps = steps
+        self._tell = tell
         # The step of the owner that each parameter was last looked at in.
         self._seen = dict.fromkeys(self._layer, 0)
         self._shares: WeakKeyDictionary[Optimizer, _Share | None] = WeakKeyDictionary()
@@ -127,7 +134,7 @@ class TakenStep:
         if share is None or not self._copied or not self._is_next(share, steps):
             return
         self._seen.update(dict.fromkeys(share.ids, steps))
-        share.shorten(self.largest)
+        self._tell(share.shorten(self.largest))
 
     def _is_next(self, share: _Share, steps: int) -> bool:
         """Say whether the owner has made a step since the parameters were last looked at."""

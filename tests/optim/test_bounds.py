@@ -110,6 +110,23 @@ def test_gradients_that_turn_about_make_it_shorter() -> None:
     assert length.factor == 0.2 and length.certainty == 1.0
 
 
+def test_steps_that_are_cut_make_the_next_ones_shorter() -> None:
+    """By (taken / asked)^0.05, layers' bounds too; a state holds what was noted last."""
+    length, g = AdaptiveLength(), torch.ones(8)
+    first = length.share(NAMES, parts(g), parts(g), 1.0)
+    for excess in (0.0, 0.75, torch.tensor(0.5), 1.0):
+        length.cut(excess)
+    state = length.state()
+    want = (0.25 * 0.5 * 1e-6) ** 0.05
+    assert state["restraint"] == pytest.approx(want)
+    again = length.share(NAMES, parts(-g), parts(-g), 1.0)
+    assert again == pytest.approx(first * want * math.exp(-0.1))
+    assert length.widest == pytest.approx(0.1 * want)
+    other = AdaptiveLength()
+    other.load(state, torch.device("cpu"))
+    assert other.share(NAMES, parts(-g), parts(-g), 1.0) == again
+
+
 def test_other_parameters_start_anew() -> None:
     """What a head of its own says of another one's gradients is nothing."""
     length, g = AdaptiveLength(), torch.ones(8)
@@ -139,10 +156,10 @@ def test_a_layer_is_no_longer_than_a_share_of_its_weights() -> None:
     steps = {"a.weight": torch.randn(3, 4), "a.bias": torch.randn(3), "b": torch.full((5,), 1e-4)}
     before = {name: step.clone() for name, step in steps.items()}
     bounds = LayerBounds([["a.weight", "a.bias"], ["b"]], ALONE)
-    bounds.shorten(steps, weights, 0.1)
+    excess = bounds.shorten(steps, weights, 0.1)
     pairs = [torch.cat([of["a.weight"].flatten(), of["a.bias"]]) for of in (before, weights)]
     scale = 0.1 * float(pairs[1].norm() / pairs[0].norm())
-    assert scale < 1
+    assert scale < 1 and max(excess) == pytest.approx(1 - scale)
     for name in ("a.weight", "a.bias"):
         torch.testing.assert_close(steps[name], scale * before[name])
     assert torch.equal(steps["b"], before["b"])  # weights of zero count as 0.01 each

@@ -83,7 +83,7 @@ def test_adaptive_lengths(lr: float) -> None:
     net = kfac_fx.transform(model, structure="block_diagonal")
     optimizer = kfac_fx.KFAC(net, lr=lr, momentum=0.5, refresh_every=1, statistics_every=1)
     previous, old, newest = [torch.zeros(5, 5), torch.zeros(3, 6)], None, None
-    factor, past, squared, bounded = 1.0, None, 0.0, []
+    factor, past, squared, bounded, restraint = 1.0, None, 0.0, [], 1.0
     for step in range(8):
         # Inputs that get shorter make a Fisher that shrinks.
         x, y = torch.randn(16, 4) * 0.5**step, torch.randint(3, (16,))
@@ -121,18 +121,20 @@ def test_adaptive_lengths(lr: float) -> None:
             factor *= math.exp(0.1 * along / (length * squared) ** 0.5)
             squared = max(0.81 * squared + 1.8 * along + length, length)
             past = 0.9 * past + flat
-        scale = lag * min(1.0, (0.01 / (lag * length)) ** 0.5) * factor
+        scale = lag * min(1.0, (0.01 / (lag * length)) ** 0.5) * factor * restraint
         assert optimizer.diagnostics["trust"] == pytest.approx(scale)
-        widest = max(0.02, 0.1 / lag**0.5)
+        widest = max(0.02, 0.1 / lag**0.5) * restraint
         taken = []
         for proposal, w in zip(proposals, before, strict=True):
             share = min(1.0, widest * float(w.norm()) / (scale * float(proposal.norm())))
             taken.append(scale * share * proposal)
         steps = [0.5 * last - lr * t for last, t in zip(previous, taken, strict=True)]
-        limits = [0.1 * w.norm() for w in before]
+        limits = [0.05 * w.norm() for w in before]
         pairs = zip(steps, limits, strict=True)
         previous = [step * min(1.0, float(limit / step.norm())) for step, limit in pairs]
-        bounded += [bool(step.norm() > limit) for step, limit in zip(steps, limits, strict=True)]
+        shares = [float(limit / step.norm()) for step, limit in zip(steps, limits, strict=True)]
+        bounded += [share < 1 for share in shares]
+        restraint *= min(1.0, *shares) ** 0.05
         close([whole(layer) - w for layer, w in zip(layers, before, strict=True)], previous)
         old = factors
     assert lag > 1

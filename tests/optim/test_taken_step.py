@@ -44,7 +44,9 @@ class Bounded:
     def __init__(self, parameters: dict[str, nn.Parameter], layers: list[list[str]]) -> None:
         self.steps = 0
         me = weakref.ref(self)
-        self.bound = TakenStep(parameters, layers, LARGEST, ALONE, lambda: me().steps)
+        self.bound = TakenStep(
+            parameters, layers, LARGEST, ALONE, lambda: me().steps, lambda excess: None
+        )
 
     def step(self) -> None:
         self.steps += 1
@@ -357,6 +359,17 @@ def test_a_preconditioner_goes_with_its_bound() -> None:
 def test_bounds_are_switched_off_by_none() -> None:
     _, found = trained(1.0, 0.9, largest_step=None, trust_region=None)
     assert max(ratio for _, ratio in found[:3]) > 3 * LARGEST_STEP
+
+
+@pytest.mark.parametrize("lr", [1e-3, 10.0])
+def test_a_rate_that_is_too_large_is_made_up_for(lr: float) -> None:
+    """Every step that is cut makes the next ones shorter, until none is."""
+    pre, found = trained(lr, 0.9, steps=120)
+    restraint = pre.state_dict()["length"]["restraint"]
+    assert (restraint < 0.1) == (lr == 10.0)
+    assert found[-1][0] < found[0][0]
+    cut = [ratio > 0.999 * LARGEST_STEP for _, ratio in found]
+    assert lr < 1 or (all(cut[:5]) and not any(cut[-5:]))
 
 
 def test_two_preconditioners_bound_their_own_steps() -> None:
