@@ -243,12 +243,14 @@ def test_preconditioner(world: Any, kind: str, structure: str, fisher: str) -> N
 
 @pytest.mark.parametrize(("kind", "structure", "lr"), OPTIMIZED)
 def test_kfac(world: Any, kind: str, structure: str, lr: float | None) -> None:
-    """Rejections and all: what one process decides, all decide."""
+    """Skipped batches and the change of form: what one process decides, all decide."""
     if (kind, structure, lr) not in world[0]:
         pytest.skip("in the slow tests")
     alone = with_kfac("alone", structure, lr, 1)
     assert alone["counts"][0] >= 1
-    assert lr is not None or alone["counts"][1] >= 1
+    # Without a rate the first steps are those of the model, and batches this small disagree.
+    modelled = alone["decisions"][:, DECIDED.index("model")] != 0
+    assert lr is not None or (modelled[:4].all() and not modelled[-4:].any())
     for found in world:
         one = found[kind, structure, lr]
         assert_same(one["parameters"], alone["parameters"], rtol=0, atol=1e-6)
