@@ -98,7 +98,9 @@ class Preconditioner(HasCurvature):
             gradient times Fhat^-1 as it is.
         largest_step: largest step of the optimizer, in units of the length of a layer's weights: a
             longer one, momentum and learning rate included, is shortened after it. It is the step
-            of any torch.optim optimizer that follows ``step()``. None for no limit.
+            of any torch.optim optimizer that follows ``step()``. While steps have to be shortened,
+            adaptive lengths wear down, so that a rate that is too large is made up for. None for no
+            limit.
         generator: the generator of the draws, on the CPU; its state is part of ``state_dict``. None
             for one that torch's global stream seeds.
         workers: the processes that share a batch (``kfac_fx.distributed.DataParallel``). The
