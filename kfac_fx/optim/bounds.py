@@ -164,15 +164,15 @@ class AdaptiveLength:
         taken = lag * math.sqrt(min(1.0, RADIUS / (lag * squared)))
         return taken * self.factor * self.restraint
 
-    def cut(self, excess: float | Tensor) -> None:
-        """Note which part of the last step was too much, of the layer that went furthest."""
-        if isinstance(excess, Tensor) or excess > 0:
-            self._cuts.append(excess)
+    def cut(self, kept: float | Tensor) -> None:
+        """Note which part of the last step's length was taken, of all layers together."""
+        if isinstance(kept, Tensor) or kept < 1:
+            self._cuts.append(kept)
 
     def _wear(self) -> None:
         # Here and not where it is noted: the number may be on a GPU, which is waited for anyway.
-        for excess in self._cuts:
-            self.restraint *= max(1 - float(excess), 1e-6) ** WEAR
+        for kept in self._cuts:
+            self.restraint *= max(float(kept), 1e-6) ** WEAR
         self._cuts.clear()
 
     def state(self) -> dict[str, Any]:
@@ -242,6 +242,8 @@ class LayerSteps:
     Attributes:
         plain: whether parameters are whole and real, and so their own entries.
         reads: whether lengths are read on the host, which costs nothing where that computes them.
+        kept: the part of the last step's length, of all layers together, that is not too much; a
+            tensor where lengths are not read.
     """
 
     def __init__(
@@ -262,6 +264,7 @@ class LayerSteps:
         for row, parameter in zip(self._rows, parameters, strict=True):
             self._least[row] += SMALL_WEIGHT**2 * parameter.numel()
         self._sums = None if self.reads else self._layer_sums()
+        self.kept: float | Tensor = 1.0
 
     def excess(
         self, steps: Sequence[Tensor], weights: Sequence[Tensor], largest: float
@@ -289,6 +292,10 @@ class LayerSteps:
             else 0.0
             for step, weight, least in zip(moved, lasting, self._least, strict=True)
         ]
+        self.kept = 1.0
+        if any(excess):
+            left = sum((1 - e) ** 2 * step for e, step in zip(excess, moved, strict=True))
+            self.kept = math.sqrt(left / sum(moved))
         return [excess[row] for row in self._rows]
 
     def _layer_sums(self) -> _LayerSums:
@@ -311,7 +318,10 @@ class LayerSteps:
         if any(self._sharded):
             self._workers.sum_([sums])
         excess = (1 - largest * (torch.maximum(sums[1], least) / sums[0]).sqrt_()).clamp_min_(0.0)
-        excess = torch.where(sums[0].isfinite(), excess, 0.0)[rows]
+        excess = torch.where(sums[0].isfinite(), excess, 0.0)
+        left = ((1 - excess).square() * sums[0]).sum() / sums[0].sum()
+        self.kept = left.nan_to_num(1.0).sqrt_()
+        excess = excess[rows]
         pairs = zip(excess.unbind(), like, strict=True)
         return [weight.to(tensor.device, tensor.dtype) for weight, tensor in pairs]
 
@@ -331,8 +341,8 @@ class LayerBounds:
 
     def shorten(
         self, steps: Mapping[str, Tensor], weights: Mapping[str, Tensor], largest: float
-    ) -> Sequence[float | Tensor]:
-        """Shorten steps in place; return which part of each was too much.
+    ) -> float | Tensor:
+        """Shorten steps in place; return which part of all their length is left.
 
         Args:
             steps: by name of the parameter.
@@ -351,14 +361,7 @@ class LayerBounds:
         for one, much in zip(here, excess, strict=True):
             if isinstance(much, Tensor) or much > 0:
                 one.mul_(1 - much)
-        return excess
-
-
-def largest_of(excess: Sequence[float | Tensor]) -> float | Tensor:
-    """Return the largest of numbers that are all on the host, or all are not."""
-    if not isinstance(excess[0], Tensor):
-        return max(excess)
-    return torch.stack([torch.as_tensor(e).double().to(excess[0].device) for e in excess]).max()
+        return layers.kept
 
 
 def layer_numbers(layers: Iterable[Sequence[str]]) -> dict[str, int]:

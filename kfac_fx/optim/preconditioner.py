@@ -187,7 +187,7 @@ class Preconditioner(HasCurvature):
                 largest_step,
                 workers,
                 lambda: 0 if (found := own()) is None else found._calls,
-                lambda excess: None if (found := own()) is None else found._was_cut(excess),
+                lambda kept: None if (found := own()) is None else found._was_cut(kept),
             )
         # Read by ``TrainingStep``. Like ``inverse`` it is the library's, and not in the docstring.
         self.recorder = Recorder(
@@ -351,9 +351,9 @@ class Preconditioner(HasCurvature):
         """Say whether the statistics of this step are wanted."""
         return is_due(self._steps, self.statistics_every, STATISTICS)
 
-    def _was_cut(self, excess: float | Tensor) -> None:
+    def _was_cut(self, kept: float | Tensor) -> None:
         if isinstance(self._length, AdaptiveLength):
-            self._length.cut(excess)
+            self._length.cut(kept)
 
     def skip_statistics(self, what: str) -> None:
         # For ``TrainingStep`` too. No docstring, as what has one here is promised to users.

@@ -18,7 +18,7 @@ from torch.optim.optimizer import (
 )
 from torch.utils.hooks import RemovableHandle
 
-from kfac_fx.optim.bounds import LayerSteps, is_sharded, largest_of, layer_numbers, own_entries
+from kfac_fx.optim.bounds import LayerSteps, is_sharded, layer_numbers, own_entries
 from kfac_fx.parallel import Workers
 from kfac_fx.torch_internals import foreach
 
@@ -61,7 +61,7 @@ class _Share:
             largest: the largest length of a layer's step, in units of its weights' length.
 
         Returns:
-            which part of the longest step was too much.
+            which part of the step's length is left, of all layers together.
         """
         now = self._now()
         excess = self._layers.excess(foreach.sub(now, self._before), self._before, largest)
@@ -70,7 +70,7 @@ class _Share:
             # leaves them as they are bit by bit.
             if isinstance(back, Tensor) or back > 0:
                 parameter.lerp_(before, back)
-        return largest_of(excess)
+        return self._layers.kept
 
 
 class TakenStep:
@@ -89,7 +89,7 @@ class TakenStep:
         workers: the processes that share sharded parameters.
         steps: gives the number of steps that the owner has made in its life; it does not keep the
             owner alive.
-        tell: is told which part of the longest layer's step was too much.
+        tell: is told which part of each step's length is left.
     """
 
     def __init__(

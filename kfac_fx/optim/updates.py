@@ -17,7 +17,7 @@ from kfac_fx.curvature.estimate import REFRESHES, is_due
 from kfac_fx.curvature.inverses import InverseFisher
 from kfac_fx.errors import UnknownOptionError
 from kfac_fx.optim.adapt_damping import DampingRule
-from kfac_fx.optim.bounds import AdaptiveLength, LayerBounds, largest_of
+from kfac_fx.optim.bounds import AdaptiveLength, LayerBounds
 from kfac_fx.optim.held_out import HeldOutRule
 from kfac_fx.optim.kfac_options import KFACOptions
 from kfac_fx.optim.objective import Batch, Objective
@@ -230,7 +230,7 @@ class ScheduledUpdate:
                 else previous.mul_(at.momenta[name]).add_(value, alpha=rate)
             )
         if self.length is not None:
-            self.length.cut(largest_of(self.layers.shorten(step, at.parameters, LARGEST_STEP)))
+            self.length.cut(self.layers.shorten(step, at.parameters, LARGEST_STEP))
         return Update(step, {"trust": scale, "rate": self.rate})
 
     def _scale(self, at: Situation, proposal: Direction) -> float:

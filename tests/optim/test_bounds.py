@@ -114,8 +114,8 @@ def test_steps_that_are_cut_make_the_next_ones_shorter() -> None:
     """By (taken / asked)^0.05, layers' bounds too; a state holds what was noted last."""
     length, g = AdaptiveLength(), torch.ones(8)
     first = length.share(NAMES, parts(g), parts(g), 1.0)
-    for excess in (0.0, 0.75, torch.tensor(0.5), 1.0):
-        length.cut(excess)
+    for kept in (1.0, 0.25, torch.tensor(0.5), 0.0):
+        length.cut(kept)
     state = length.state()
     want = (0.25 * 0.5 * 1e-6) ** 0.05
     assert state["restraint"] == pytest.approx(want)
@@ -156,10 +156,12 @@ def test_a_layer_is_no_longer_than_a_share_of_its_weights() -> None:
     steps = {"a.weight": torch.randn(3, 4), "a.bias": torch.randn(3), "b": torch.full((5,), 1e-4)}
     before = {name: step.clone() for name, step in steps.items()}
     bounds = LayerBounds([["a.weight", "a.bias"], ["b"]], ALONE)
-    excess = bounds.shorten(steps, weights, 0.1)
+    kept = bounds.shorten(steps, weights, 0.1)
     pairs = [torch.cat([of["a.weight"].flatten(), of["a.bias"]]) for of in (before, weights)]
     scale = 0.1 * float(pairs[1].norm() / pairs[0].norm())
-    assert scale < 1 and max(excess) == pytest.approx(1 - scale)
+    assert scale < 1
+    squares = [sum(float(t.square().sum()) for t in of.values()) for of in (steps, before)]
+    assert kept == pytest.approx(math.sqrt(squares[0] / squares[1]))
     for name in ("a.weight", "a.bias"):
         torch.testing.assert_close(steps[name], scale * before[name])
     assert torch.equal(steps["b"], before["b"])  # weights of zero count as 0.01 each

@@ -134,7 +134,8 @@ def test_adaptive_lengths(lr: float) -> None:
         previous = [step * min(1.0, float(limit / step.norm())) for step, limit in pairs]
         shares = [float(limit / step.norm()) for step, limit in zip(steps, limits, strict=True)]
         bounded += [share < 1 for share in shares]
-        restraint *= min(1.0, *shares) ** 0.05
+        kept = sum(float(step.norm()) ** 2 for step in previous)
+        restraint *= (kept / sum(float(step.norm()) ** 2 for step in steps)) ** 0.025
         close([whole(layer) - w for layer, w in zip(layers, before, strict=True)], previous)
         old = factors
     assert lag > 1

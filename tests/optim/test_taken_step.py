@@ -45,7 +45,7 @@ class Bounded:
         self.steps = 0
         me = weakref.ref(self)
         self.bound = TakenStep(
-            parameters, layers, LARGEST, ALONE, lambda: me().steps, lambda excess: None
+            parameters, layers, LARGEST, ALONE, lambda: me().steps, lambda kept: None
         )
 
     def step(self) -> None:
