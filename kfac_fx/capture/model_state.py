@@ -109,7 +109,8 @@ class ModelState:
             self._watch(getattr(torch_module, name), Place("", f"torch's {name}"), 0)
         self._add_objects()
         if read:
-            self._settings += [of_values(t, n) for n, t in RunState(model).tensors() if n in read]
+            plain = RunState(model).plain_tensors(model)
+            self._settings += [of_values(tensor, name) for name, tensor in plain if name in read]
         self._tensors = [
             vars(module)[kind] for module in self._modules for kind in _TENSORS if _held(module)
         ]

@@ -73,6 +73,11 @@ class RunState:
         """Return all tensors that were found, members of modules or not, by name."""
         return [(name, tensor) for name, tensor, _ in self._tensors]
 
+    def plain_tensors(self, model: nn.Module) -> list[tuple[str, Tensor]]:
+        """Return those tensors that are no parameters or buffers: nobody trains them, by name."""
+        members = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        return [(name, tensor) for name, tensor in self.tensors() if id(tensor) not in members]
+
     def restore(self) -> None:
         """Put everything back but the values of tensors."""
         for _, holder, before in self._records:

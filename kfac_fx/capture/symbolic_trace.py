@@ -346,7 +346,7 @@ def trace(
     fixed = fixed_arguments(inspect.signature(model.forward), given)
     kinds = {name: type(value) for name, value in given.items()}
     with undisturbed(model) as before:
-        held = {id(tensor): name for name, tensor in before.state.tensors()}
+        held = {id(tensor): name for name, tensor in before.state.plain_tensors(model)}
         tracer = WatchingTracer(kinds, {} if constants is None else constants, held)
         try:
             graph = tracer.trace(model, fixed or None)

@@ -268,7 +268,7 @@ def _export(
             if open_dims:
                 shapes[leaf] = dict.fromkeys(open_dims, torch.export.Dim.AUTO)
     # Not strict: the model's own Python runs on fake tensors, which follows more code than Dynamo.
-    held = {id(tensor): name for name, tensor in RunState(model).tensors()}
+    held = {id(tensor): name for name, tensor in RunState(model).plain_tensors(model)}
     with no_hooks_left(), refusals_noted(held) as watch:
         program = torch.export.export(
             model,

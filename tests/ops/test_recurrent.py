@@ -237,7 +237,7 @@ def test_unbatched_inputs(kind: str) -> None:
         (y, state), (y_, state_) = net(x), reference(x)
         torch.testing.assert_close(y, y_)
         torch.testing.assert_close(state, state_)
-    with pytest.raises(RuntimeError, match="expected inputs of size"):
+    with pytest.raises(RuntimeError, match=r"input.size\(-1\) must be equal to input_size"):
         net(torch.randn(T, IN + 1))
 
 
