@@ -462,10 +462,11 @@ class KFAC(HasCurvature, Optimizer):
         check_described(self._objective.likelihood, own.get("likelihood"))
         self.inverse.load(own["inverse"])
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
-        if own["scheduled"] != self._form.scheduled:
+        scheduled = own.get("scheduled", self._form.scheduled)
+        if scheduled != self._form.scheduled:
             # A run without a learning rate begins with one form and may go on with the other.
             forms = self._forms
-            self._form = forms.scheduled(RATE) if own["scheduled"] else forms.adaptive()
+            self._form = forms.scheduled(RATE) if scheduled else forms.adaptive()
         self._form.rule.load(own["rule"])
         self._iteration = own["iteration"]
         self._trust.load(own["trust"])
