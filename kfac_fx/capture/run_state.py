@@ -69,14 +69,10 @@ class RunState:
             found += _changes(name, before, _contents(holder))
         return found + [f"moves {n}" for n, one, before in self._states if _state(one) != before]
 
-    def tensors(self) -> list[tuple[str, Tensor]]:
-        """Return all tensors that were found, members of modules or not, by name."""
-        return [(name, tensor) for name, tensor, _ in self._tensors]
-
     def plain_tensors(self, model: nn.Module) -> list[tuple[str, Tensor]]:
-        """Return those tensors that are no parameters or buffers: nobody trains them, by name."""
+        """Return the tensors that are no parameters or buffers: nobody trains them, by name."""
         members = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
-        return [(name, tensor) for name, tensor in self.tensors() if id(tensor) not in members]
+        return [(name, t) for name, t, _ in self._tensors if id(t) not in members]
 
     def restore(self) -> None:
         """Put everything back but the values of tensors."""
@@ -372,8 +368,7 @@ class TensorValues:
         self, model: nn.Module, *, parameters: bool, others: Iterable[tuple[str, Tensor]] = ()
     ) -> None:
         named = [*(model.named_parameters() if parameters else ()), *model.named_buffers()]
-        members = {id(t) for t in (*model.parameters(), *model.buffers())}
-        self._others = {n: t for n, t in others if id(t) not in members and not t.is_nested}
+        self._others = {name: tensor for name, tensor in others if not tensor.is_nested}
         named += self._others.items()
         # An alias too: a tensor whose data was set anew gets the very memory that it had.
         self._saved = [

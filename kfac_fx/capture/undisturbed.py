@@ -41,7 +41,7 @@ def undisturbed(model: nn.Module, *, runs: bool = False) -> Iterator[Before]:
             too; symbolic values and fake tensors never do.
     """
     state = RunState(model)
-    values = TensorValues(model, parameters=runs, others=state.tensors())
+    values = TensorValues(model, parameters=runs, others=state.plain_tensors(model))
     threads = torch.get_num_threads()
     devices = {t.device for t in (*model.parameters(), *model.buffers()) if t.is_cuda}
     try:

@@ -46,8 +46,11 @@ class Usual(NamedTuple):
 # whole period, makes long steps in all directions that this batch did not show.
 REFRESHES = Usual(frozenset((1, 2, 4, 8, 16)), 20)
 
-# Averages of many batches move little by one more, which costs as much as two steps without any.
+# Averages of many batches move little by one more, which costs more than a step without any.
 STATISTICS = Usual(frozenset(range(10)), 10)
+
+DECAY = 0.9
+"""Largest weight of the old average, where statistics are as rare as that."""
 
 
 class EstimateState(TypedDict):

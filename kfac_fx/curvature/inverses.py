@@ -174,23 +174,24 @@ class InverseFisher:
             self.refreshed = self.moments.scaled(self.refreshed)
         return folded.good
 
-    def follow(self, certainty: float = 1.0) -> float:
+    def follow(self, factor: float = 1.0) -> float:
         """Return the lambda that follows the averages: a share of their mean eigenvalue.
 
         Args:
-            certainty: how many times smaller than usual, where gradients need less damping.
+            factor: of lengths, by the agreement of gradients: where they agree, noise needs less of
+                a guard, and lambda is smaller by the square of what is above one.
         """
         self._mean = self.mean_eigenvalue()
-        return DAMPING_SHARE * self._mean / certainty
+        return DAMPING_SHARE * self._mean / max(factor, 1.0) ** 2
 
     def refresh(
-        self, damping: float | None, certainty: float = 1.0, *, if_moved: bool = False
+        self, damping: float | None, factor: float = 1.0, *, if_moved: bool = False
     ) -> None:
         """Compute the inverses from the present averages.
 
         Args:
             damping: lambda; None for that of ``follow``.
-            certainty: of ``follow``.
+            factor: see ``follow``.
             if_moved: not where neither the averages nor the damping have moved since the last time.
                 Inverses that come into use later than they are made count refreshes: these run.
 
@@ -204,7 +205,7 @@ class InverseFisher:
             return
         self._refreshes += 1
         # At refreshes 1, 2, 4, 8, ...: a choice costs about a refresh, and later ones change less.
-        amount = self.follow(certainty) if damping is None else damping
+        amount = self.follow(factor) if damping is None else damping
         if self._chooses and not self._refreshes & (self._refreshes - 1):
             self._choose_couplings(amount)
         factors = self.estimate.arguments(self.program.couplings)

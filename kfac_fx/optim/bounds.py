@@ -37,7 +37,6 @@ SMALLEST_FACTOR, LARGEST_FACTOR = 0.2, 10.0
 """Limits of that factor: batches of one epoch, of which each has the cases that the others lack,
 seem to disagree more than they do, and steps would come to rest."""
 
-
 SMALL_WEIGHT = 1e-2
 """Root mean square that weights count as at least: layers that start at zero must be able to."""
 
@@ -47,14 +46,24 @@ class NaturalLength:
 
     Args:
         largest: the trust region: the largest squared length; None for no limit.
-    """
 
-    certainty = 1.0
+    Attributes:
+        factor: of all lengths; see ``AdaptiveLength``, here it stays 1.
+        widest: the largest length of a layer's part, in units of its weights' length.
+    """
 
     def __init__(self, largest: float | None) -> None:
         self.largest = largest
+        self.factor = 1.0
+        self.widest = math.inf
 
-    def share(self, gradient: Sequence[Tensor], updates: Sequence[Tensor]) -> float:
+    def share(
+        self,
+        gradient: Sequence[Tensor],
+        updates: Sequence[Tensor],
+        names: Sequence[str] = (),
+        lag: float = 1.0,
+    ) -> float:
         """Return the factor, at most 1, that a preconditioned gradient is taken with.
 
         Its squared length is gradient^T Fhat^-1 gradient, so that no product with Fhat is needed.
@@ -62,65 +71,73 @@ class NaturalLength:
         Args:
             gradient: the gradient of each parameter.
             updates: Fhat^-1 times it, in the same order.
+            names: of the parameters; not looked at here.
+            lag: see ``InverseFisher.lag``; not looked at here.
 
         Returns:
             NaN where an entry of either is not finite; one synchronisation for that, too.
         """
         squared = sum((u.mul(g).sum().item() for g, u in _vectors(gradient, updates)), 0.0)
         if not math.isfinite(squared):
-            wide = widened([gradient, updates])
+            wide = _widened([gradient, updates])
             # The sum may have overflowed where all entries are finite: once more, with room.
             return self.share(wide[0], wide[1]) if wide else math.nan
         if squared <= 0 or self.largest is None:  # rounding may leave it below zero
             return 1.0
         return math.sqrt(min(1.0, self.largest / squared))
 
+    def cut(self, kept: float | Tensor) -> None:
+        """Take note of which part of the last step's length was taken, of all layers together."""
 
-class AdaptiveLength:
+    def state(self) -> dict[str, Any]:
+        """Return tensors and plain values that ``load`` restores."""
+        return {}
+
+    def load(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Restore a ``state`` of the same rule; one of another rule changes nothing."""
+
+
+class AdaptiveLength(NaturalLength):
     """Says how much of a preconditioned gradient to take, from gradients alone.
 
-    Four things are put together (docs/explanation/mathematics.md, section 9):
+    Five things are put together (docs/explanation/mathematics.md, section 9):
 
     - Averages behind a Fisher that shrinks are too large, and their inverses too small, by ``lag``.
     - The length in Fhat, of the present scale, is at most the root of ``RADIUS``.
-    - A factor follows the agreement of each gradient with the steps before: as long as it points
+    - ``factor`` follows the agreement of each gradient with the steps before: as long as it points
       the same way steps grow, and where noise has the upper hand they shrink.
     - A layer's part is no longer than a share of its weights, ``WIDE`` to ``NARROW``: what the
       Fisher of well-fitted cases says of long steps is not true.
+    - ``restraint`` gets smaller with every step that was cut for being too long, for a learning
+      rate that is too large would have all steps as long as the bound, in any direction.
 
     Attributes:
-        factor: the third.
-        certainty: by how much less damping will do: where gradients agree, noise need not be.
-        restraint: how much less than that is taken in the end: it gets smaller with every step that
-            was cut for being too long, for a learning rate that is too large would have all steps
-            as long as the bound, in any direction.
-        widest: the last: the largest length of a layer's part, in units of its weights' length.
+        restraint: how much less than by the other four is taken.
     """
 
     def __init__(self) -> None:
-        self.factor = 1.0
-        self.certainty = 1.0
+        super().__init__(RADIUS)
+        self.widest = WIDE
         self.restraint = 1.0
         self._cuts: list[float | Tensor] = []
-        self.widest = WIDE
         self._names: tuple[str, ...] = ()
         self._past: list[Tensor] = []  # sum of PAST^k times gradients, as long vectors
         self._squared = 0.0  # its squared length in the inverse of Fhat
 
     def share(
         self,
-        names: Sequence[str],
         gradient: Sequence[Tensor],
         updates: Sequence[Tensor],
-        lag: float,
+        names: Sequence[str] = (),
+        lag: float = 1.0,
     ) -> float:
         """Return the factor that a preconditioned gradient is taken with, but for single layers.
 
         Args:
+            gradient: the gradient of each parameter.
+            updates: Fhat^-1 times it, in the same order.
             names: of the parameters; where they are others than in the last step, agreement with it
                 is not asked for.
-            gradient: the gradient of each.
-            updates: Fhat^-1 times it, in the same order.
             lag: see ``InverseFisher.lag``.
 
         Returns:
@@ -130,9 +147,8 @@ class AdaptiveLength:
         if self._names != tuple(names) or len(self._past) != len(pairs):
             self._names, self._past = tuple(names), []
         dots = [u.mul(g).sum() for g, u in pairs]
-        dots += [
-            u.mul(past).sum() for (_, u), past in zip(pairs, self._past, strict=bool(self._past))
-        ]
+        if self._past:
+            dots += [u.mul(past).sum() for (_, u), past in zip(pairs, self._past, strict=True)]
         # One synchronisation, not two: what they are of may be on a GPU.
         if len(pairs) > 1:
             dots = [dot.double().to(dots[0].device) for dot in dots]
@@ -140,16 +156,15 @@ class AdaptiveLength:
         squared, along = sum(read[: len(pairs)]), sum(read[len(pairs) :])
         if not math.isfinite(squared):
             # The sum may have overflowed where all entries are finite: once more, with room.
-            wide = widened([gradient, updates])
+            wide = _widened([gradient, updates])
             self._past = []
-            return self.share(names, wide[0], wide[1], lag) if wide else math.nan
+            return self.share(wide[0], wide[1], names, lag) if wide else math.nan
         if squared <= 0:  # rounding may leave it below zero
             return 1.0
         if self._past and math.isfinite(along):
             cosine = along / math.sqrt(max(squared * self._squared, 1e-300))
             moved = self.factor * math.exp(RESPONSE * min(max(cosine, -1.0), 1.0))
             self.factor = min(max(moved, SMALLEST_FACTOR), LARGEST_FACTOR)
-            self.certainty = max(self.factor, 1.0) ** 2
             # Of older gradients by the newest inverse: it changes little within the ten that count.
             so_far = PAST**2 * self._squared + 2 * PAST * along + squared
             self._squared = max(so_far, squared)
@@ -165,7 +180,7 @@ class AdaptiveLength:
         return taken * self.factor * self.restraint
 
     def cut(self, kept: float | Tensor) -> None:
-        """Note which part of the last step's length was taken, of all layers together."""
+        """Take note of which part of the last step's length was taken, of all layers together."""
         if isinstance(kept, Tensor) or kept < 1:
             self._cuts.append(kept)
 
@@ -187,9 +202,10 @@ class AdaptiveLength:
         }
 
     def load(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """Restore a ``state``."""
+        """Restore a ``state`` of the same rule; one of another rule changes nothing."""
+        if not state:
+            return
         self.factor = float(state["factor"])
-        self.certainty = max(self.factor, 1.0) ** 2
         self.restraint = float(state["restraint"])
         self._names = tuple(state["names"])
         self._past = [vector.to(device).clone() for vector in state["past"]]
@@ -215,12 +231,25 @@ def _vectors(first: Sequence[Tensor], second: Sequence[Tensor]) -> list[tuple[Te
     return found
 
 
-def widened(lists: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+def _widened(lists: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
     """Return tensors in precisions in which sums of squares do not overflow; none if they are."""
     wide = (torch.float64, torch.complex128)
     if all(tensor.dtype in wide for tensor in lists[0]):
         return []
     return [[tensor.to(wide[tensor.is_complex()]) for tensor in tensors] for tensors in lists]
+
+
+class Excess(NamedTuple):
+    """How much too long a step is.
+
+    Attributes:
+        parts: the part of each parameter's step that is too much: 0 for most; floats, or tensors
+            where lengths are not read.
+        kept: the part of the length of the whole step that is not.
+    """
+
+    parts: Sequence[float | Tensor]
+    kept: float | Tensor
 
 
 class _LayerSums(NamedTuple):
@@ -242,8 +271,6 @@ class LayerSteps:
     Attributes:
         plain: whether parameters are whole and real, and so their own entries.
         reads: whether lengths are read on the host, which costs nothing where that computes them.
-        kept: the part of the last step's length, of all layers together, that is not too much; a
-            tensor where lengths are not read.
     """
 
     def __init__(
@@ -264,12 +291,9 @@ class LayerSteps:
         for row, parameter in zip(self._rows, parameters, strict=True):
             self._least[row] += SMALL_WEIGHT**2 * parameter.numel()
         self._sums = None if self.reads else self._layer_sums()
-        self.kept: float | Tensor = 1.0
 
-    def excess(
-        self, steps: Sequence[Tensor], weights: Sequence[Tensor], largest: float
-    ) -> Sequence[float | Tensor]:
-        """Return which part of each step is too much: 0 for most; floats, or tensors on a GPU.
+    def excess(self, steps: Sequence[Tensor], weights: Sequence[Tensor], largest: float) -> Excess:
+        """Return which part of each step is too much.
 
         Args:
             steps: by parameter.
@@ -292,11 +316,11 @@ class LayerSteps:
             else 0.0
             for step, weight, least in zip(moved, lasting, self._least, strict=True)
         ]
-        self.kept = 1.0
+        kept = 1.0
         if any(excess):
             left = sum((1 - e) ** 2 * step for e, step in zip(excess, moved, strict=True))
-            self.kept = math.sqrt(left / sum(moved))
-        return [excess[row] for row in self._rows]
+            kept = math.sqrt(left / sum(moved))
+        return Excess([excess[row] for row in self._rows], kept)
 
     def _layer_sums(self) -> _LayerSums:
         """Return what sums over layers need on a device, made once: copies to it are waited for."""
@@ -309,7 +333,7 @@ class LayerSteps:
         on_device = [tensor.to(self._device) for tensor in made]
         return _LayerSums(on_device[0], on_device[1], on_device[2])
 
-    def _unread(self, norms: list[Tensor], like: Sequence[Tensor], largest: float) -> list[Tensor]:
+    def _unread(self, norms: list[Tensor], like: Sequence[Tensor], largest: float) -> Excess:
         if self._sums is None:
             self._sums = self._layer_sums()
         members, least, rows = self._sums
@@ -320,10 +344,9 @@ class LayerSteps:
         excess = (1 - largest * (torch.maximum(sums[1], least) / sums[0]).sqrt_()).clamp_min_(0.0)
         excess = torch.where(sums[0].isfinite(), excess, 0.0)
         left = ((1 - excess).square() * sums[0]).sum() / sums[0].sum()
-        self.kept = left.nan_to_num(1.0).sqrt_()
-        excess = excess[rows]
-        pairs = zip(excess.unbind(), like, strict=True)
-        return [weight.to(tensor.device, tensor.dtype) for weight, tensor in pairs]
+        pairs = zip(excess[rows].unbind(), like, strict=True)
+        parts = [part.to(tensor.device, tensor.dtype) for part, tensor in pairs]
+        return Excess(parts, left.nan_to_num(1.0).sqrt_())
 
 
 class LayerBounds:
@@ -358,10 +381,10 @@ class LayerBounds:
         if not layers.plain:
             here, before = [[own_entries(t) for t in tensors] for tensors in (here, before)]
         excess = layers.excess(here, before, largest)
-        for one, much in zip(here, excess, strict=True):
+        for one, much in zip(here, excess.parts, strict=True):
             if isinstance(much, Tensor) or much > 0:
                 one.mul_(1 - much)
-        return layers.kept
+        return excess.kept
 
 
 def layer_numbers(layers: Iterable[Sequence[str]]) -> dict[str, int]:
@@ -379,6 +402,7 @@ def layer_numbers(layers: Iterable[Sequence[str]]) -> dict[str, int]:
 
 
 def is_sharded(tensor: Tensor) -> bool:
+    """Tell whether a tensor is divided among processes."""
     # By its method: torch.distributed is not imported for those who train in one process.
     return hasattr(tensor, "to_local")
 

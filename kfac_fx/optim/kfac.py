@@ -60,7 +60,8 @@ class KFAC(HasCurvature, Optimizer):
     Args:
         net: what ``kfac_fx.transform`` returned. Parameters that it left alone are not updated.
         likelihood: what the outputs mean, and so the objective; as for ``Preconditioner``.
-        params: groups of covered parameters with options of their own; None for one of all.
+        params: groups of covered parameters with options of their own (``lr``, ``momentum``,
+            ``weight_decay``); by default one group of all.
         lr: learning rate of the stochastic form; None for the adaptive one.
         momentum: the momentum of the stochastic form, in units of the previous update.
         weight_decay: eta, of the l2 term eta / 2 ||theta||^2 of the objective.
@@ -71,12 +72,15 @@ class KFAC(HasCurvature, Optimizer):
         refresh_every: T3, the period of the inverses, in iterations; besides, the first three. None
             for 5; where gamma is searched for its period, with an ``lr`` as for ``Preconditioner``.
         tikhonov: how Kronecker blocks are damped; as for ``Preconditioner``.
-        structure: as for ``Preconditioner``; None with the paper's rule has the couplings, unless
-            the transform was asked for something else.
+        structure: "block_diagonal" leaves the couplings out, "block_tridiagonal" has those that the
+            transform found. None for what the transform was asked for; else for block-diagonal, and
+            with the paper's rule for the couplings.
         fisher: "sampled" or "exact"; the gradient's pass gives no empirical statistics here.
-        generator: of sampled statistics and of masks; its state is part of ``state_dict``.
+        generator: the generator of sampled statistics and of masks; its state is part of
+            ``state_dict``.
         workers: the processes that share a batch; gradients are averaged over them here.
-        compile: run program and passes through torch.compile; a name is that of a backend.
+        compile: run the program and the passes of statistics and gradient through torch.compile
+            (the gradient's unless parameters are sharded); a name is that of a backend.
         options: rates of the adaptation, shares of the batch, and guards against bad batches;
             ``KFACOptions.paper()`` for the constants of the paper.
 
@@ -207,7 +211,8 @@ class KFAC(HasCurvature, Optimizer):
         self.recorder.take_turn()
         self.inverse.covered.check()
         buffers = self._objective.snapshot()
-        kept = self._iteration, self.generator.get_state()
+        iteration = self._iteration
+        draws = self.generator.get_state()
         with self._whole.open():
             try:
                 return self._iterate(Batch(inputs, targets), buffers)
@@ -215,8 +220,8 @@ class KFAC(HasCurvature, Optimizer):
                 # Also an interrupt from the keyboard: the next step repeats this one bit by bit.
                 self.recorder.switch(False)
                 self._objective.restore(buffers)
-                self._iteration = kept[0]
-                self.generator.set_state(kept[1])
+                self._iteration = iteration
+                self.generator.set_state(draws)
                 raise
 
     def _iterate(self, batch: Batch, buffers: Buffers) -> Tensor:
@@ -375,8 +380,8 @@ class KFAC(HasCurvature, Optimizer):
         self.recorder.switch(False)
         # A batch with few cases moves the averages as little as its step moves the parameters.
         decay = self._form.ema_decay ** self._trust.share(self._objective.cases)
-        follows = self._form.length is not None
-        taken = finite and self.inverse.fold(found, decay, self._trust.widest, follows=follows)
+        widest, follows = self._trust.widest, self._form.follows
+        taken = finite and self.inverse.fold(found, decay, widest, follows=follows)
         self._trust.fitted(taken)
         self.skipped_statistics += not taken
         return taken

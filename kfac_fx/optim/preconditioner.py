@@ -23,7 +23,7 @@ from kfac_fx.config import (
     positive,
     within,
 )
-from kfac_fx.curvature.estimate import REFRESHES, STATISTICS, is_due
+from kfac_fx.curvature.estimate import DECAY, REFRESHES, STATISTICS, is_due
 from kfac_fx.curvature.inverses import InverseFisher
 from kfac_fx.curvature.parameters import transformed
 from kfac_fx.errors import (
@@ -135,7 +135,7 @@ class Preconditioner(HasCurvature):
         tikhonov: Tikhonov = "factored",
         structure: Structure | None = None,
         fisher: Fisher = "sampled",
-        ema_decay: float = 0.9,
+        ema_decay: float = DECAY,
         statistics_every: int | None = None,
         refresh_every: int | None = None,
         trust_region: float | Literal["adaptive"] | None = "adaptive",
@@ -187,7 +187,7 @@ class Preconditioner(HasCurvature):
                 largest_step,
                 workers,
                 lambda: 0 if (found := own()) is None else found._calls,
-                lambda kept: None if (found := own()) is None else found._was_cut(kept),
+                lambda kept: None if (found := own()) is None else found._length.cut(kept),
             )
         # Read by ``TrainingStep``. Like ``inverse`` it is the library's, and not in the docstring.
         self.recorder = Recorder(
@@ -316,7 +316,7 @@ class Preconditioner(HasCurvature):
         # Inverses are missing after the first fold, and where a block got its first statistic.
         missing = self.inverse.refreshed is None
         if estimate.recorded and (missing or is_due(self._steps, self.refresh_every, REFRESHES)):
-            self.inverse.refresh(self._damping, self._length.certainty, if_moved=True)
+            self.inverse.refresh(self._damping, self._length.factor, if_moved=True)
         self._precondition(given)
         self._steps += 1
         self._calls += 1
@@ -328,7 +328,7 @@ class Preconditioner(HasCurvature):
         Raises:
             StatisticsError: there are no factors yet.
         """
-        self.inverse.refresh(self._damping, self._length.certainty)
+        self.inverse.refresh(self._damping, self._length.factor)
 
     def apply(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return Fhat^-1 times the given gradients, by parameter name, with the inverses at hand.
@@ -351,10 +351,6 @@ class Preconditioner(HasCurvature):
         """Say whether the statistics of this step are wanted."""
         return is_due(self._steps, self.statistics_every, STATISTICS)
 
-    def _was_cut(self, kept: float | Tensor) -> None:
-        if isinstance(self._length, AdaptiveLength):
-            self._length.cut(kept)
-
     def skip_statistics(self, what: str) -> None:
         # For ``TrainingStep`` too. No docstring, as what has one here is promised to users.
         self.skipped_statistics += 1
@@ -375,12 +371,9 @@ class Preconditioner(HasCurvature):
             made = [updates[name] for name in whole]
             # A gradient that is not finite has no finite length, so one number serves for both.
             # It is of whole gradients: one process must not zero what the others keep.
-            if isinstance(self._length, AdaptiveLength):
-                # A lambda that stays where it is makes the inverses stay with it.
-                lag = self.inverse.lag() if self._damping is None else 1.0
-                share = self._length.share(list(whole), list(whole.values()), made, lag)
-            else:
-                share = self._length.share(list(whole.values()), made)
+            # A lambda that stays where it is makes the inverses stay with it: they do not lag.
+            lag = self.inverse.lag() if self._damping is None else 1.0
+            share = self._length.share(list(whole.values()), made, list(whole), lag)
             finite = math.isfinite(share)
         if finite:
             if share != 1:
@@ -389,7 +382,7 @@ class Preconditioner(HasCurvature):
                 self._workers.put(updates, given)
             else:
                 foreach.copy_(list(given.values()), made)
-            if isinstance(self._length, AdaptiveLength):
+            if self._length.widest < math.inf:
                 self._layers.shorten(given, self.inverse.covered.parameters, self._length.widest)
         if not finite:
             self.skipped_gradients += 1
@@ -407,7 +400,7 @@ class Preconditioner(HasCurvature):
             "version": VERSION,
             "steps": self._steps,
             "damping": self._damping,
-            "length": self._length.state() if isinstance(self._length, AdaptiveLength) else None,
+            "length": self._length.state(),
             "likelihood": described(self.likelihood),
             "skipped_statistics": self.skipped_statistics,
             "skipped_gradients": self.skipped_gradients,
@@ -428,15 +421,14 @@ class Preconditioner(HasCurvature):
         self.inverse.load(state["inverse"])
         self._steps = int(state["steps"])
         self.damping = state["damping"]
-        if isinstance(self._length, AdaptiveLength) and state.get("length"):
-            self._length.load(state["length"], self.inverse.estimate.like.device)
+        self._length.load(state.get("length") or {}, self.inverse.estimate.like.device)
         self.skipped_statistics = int(state["skipped_statistics"])
         self.skipped_gradients = int(state["skipped_gradients"])
         self.generator.set_state(state["generator"].cpu())  # trainers load onto the GPU
         self.recorder.switch(self.due)
 
 
-def _length(trust_region: float | Literal["adaptive"] | None) -> NaturalLength | AdaptiveLength:
+def _length(trust_region: float | Literal["adaptive"] | None) -> NaturalLength:
     """Return the rule for the length of a preconditioned gradient."""
     if isinstance(trust_region, str):
         choice("trust_region", trust_region, ("adaptive",))

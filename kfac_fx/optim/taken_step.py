@@ -18,7 +18,7 @@ from torch.optim.optimizer import (
 )
 from torch.utils.hooks import RemovableHandle
 
-from kfac_fx.optim.bounds import LayerSteps, is_sharded, layer_numbers, own_entries
+from kfac_fx.optim.bounds import LayerSteps, layer_numbers, own_entries
 from kfac_fx.parallel import Workers
 from kfac_fx.torch_internals import foreach
 
@@ -43,12 +43,12 @@ class _Share:
     ) -> None:
         self.ids = {id(parameter) for parameter in parameters}
         self._parameters: list[Tensor] = list(parameters)
-        self._plain = not any(is_sharded(p) or p.is_complex() for p in parameters)
-        self._before = [torch.empty_like(tensor) for tensor in self._now()]
         self._layers = LayerSteps(self._parameters, layers, workers)
+        self._before = [torch.empty_like(tensor) for tensor in self._now()]
 
     def _now(self) -> list[Tensor]:
-        return self._parameters if self._plain else [own_entries(p) for p in self._parameters]
+        plain = self._layers.plain
+        return self._parameters if plain else [own_entries(p) for p in self._parameters]
 
     def copy(self) -> None:
         """Keep the parameters as they are."""
@@ -65,12 +65,12 @@ class _Share:
         """
         now = self._now()
         excess = self._layers.excess(foreach.sub(now, self._before), self._before, largest)
-        for parameter, before, back in zip(now, self._before, excess, strict=True):
+        for parameter, before, back in zip(now, self._before, excess.parts, strict=True):
             # Nobody waits for a GPU's answer: all are moved there, most of them by nothing, which
             # leaves them as they are bit by bit.
             if isinstance(back, Tensor) or back > 0:
                 parameter.lerp_(before, back)
-        return self._layers.kept
+        return excess.kept
 
 
 class TakenStep:

@@ -13,7 +13,7 @@ from typing import Protocol
 from torch import Tensor
 
 from kfac_fx.codegen.refresh_module import Refreshed
-from kfac_fx.curvature.estimate import REFRESHES, is_due
+from kfac_fx.curvature.estimate import DECAY, REFRESHES, is_due
 from kfac_fx.curvature.inverses import InverseFisher
 from kfac_fx.errors import UnknownOptionError
 from kfac_fx.optim.adapt_damping import DampingRule
@@ -214,8 +214,8 @@ class ScheduledUpdate:
             refresh = due(at.iteration, self.refresh_every)
         if refresh or self.inverse.refreshed is None:
             if self.follows:
-                certainty = 1.0 if self.length is None else self.length.certainty
-                self.rule.follow(self.inverse.follow(certainty))
+                factor = 1.0 if self.length is None else self.length.factor
+                self.rule.follow(self.inverse.follow(factor))
             self.inverse.refresh(self.rule.total, if_moved=True)
         proposal = self.inverse.precondition(at.gradient)
         scale = self._scale(at, proposal)
@@ -238,7 +238,7 @@ class ScheduledUpdate:
         if self.length is not None:
             lag = self.inverse.lag() if self.follows else 1.0
             gradient = [at.gradient[name] for name in proposal]
-            share = self.length.share(list(proposal), gradient, [*proposal.values()], lag)
+            share = self.length.share(gradient, [*proposal.values()], list(proposal), lag)
             if not math.isfinite(share):
                 return 1.0
             # The proposal as it will be taken is what is compared with the weights.
@@ -265,6 +265,7 @@ class Form:
         statistics_every: period of the statistics; None for ours.
         statistics_fraction: share of a batch that statistics are of.
         ema_decay: largest weight of the old statistics.
+        follows: whether lengths make up for averages that fall behind.
         scheduled: whether it is the stochastic form.
     """
 
@@ -274,6 +275,7 @@ class Form:
     statistics_every: int | None
     statistics_fraction: float
     ema_decay: float
+    follows: bool
     scheduled: bool
 
     @property
@@ -324,10 +326,11 @@ class Forms:
         return Form(
             rule,
             make,
-            None,
-            1 if self.statistics_every is None else self.statistics_every,
-            options.statistics_fraction or 1 / 4,
-            0.95 if options.ema_decay is None else options.ema_decay,
+            length=None,
+            statistics_every=1 if self.statistics_every is None else self.statistics_every,
+            statistics_fraction=options.statistics_fraction or 1 / 4,
+            ema_decay=0.95 if options.ema_decay is None else options.ema_decay,
+            follows=False,
             scheduled=False,
         )
 
@@ -355,9 +358,10 @@ class Forms:
         return Form(
             rule,
             make,
-            length,
-            self.statistics_every,
-            options.statistics_fraction or 1.0,
-            0.9 if options.ema_decay is None else options.ema_decay,
+            length=length,
+            statistics_every=self.statistics_every,
+            statistics_fraction=options.statistics_fraction or 1.0,
+            ema_decay=DECAY if options.ema_decay is None else options.ema_decay,
+            follows=length is not None and self.damping is None,
             scheduled=True,
         )

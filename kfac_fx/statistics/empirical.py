@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from kfac_fx.errors import ObservationError
-from kfac_fx.likelihoods.batch import batch_likelihood, output_tensors, wide
+from kfac_fx.likelihoods.batch import batch_likelihood, output_tensors
 from kfac_fx.likelihoods.builtin import Likelihood, Tree
 from kfac_fx.likelihoods.named import Sum
 from kfac_fx.linalg.precision import all_finite
@@ -70,7 +70,7 @@ class EmpiricalStatistics:
             ObservationError: the forward was not recorded, or its graph is gone.
         """
         sources = self._sources
-        made = batch_likelihood(self._likelihood, wide(outputs), targets)
+        made = batch_likelihood(self._likelihood, outputs, targets)
         tensors = output_tensors(outputs)
         check_recorded(tensors, sources.state_by_buffer)
         finite = all_finite([tensor.detach() for tensor in tensors])

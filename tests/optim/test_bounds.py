@@ -43,14 +43,14 @@ def test_length_of_other_types() -> None:
 def test_length_is_no_number_only_where_an_entry_is_none(dtype: torch.dtype) -> None:
     large = torch.full((4,), 1e30, dtype=dtype)
     assert NaturalLength(1.0).share([large], [large]) == pytest.approx(0.5e-30, rel=1e-3)
-    assert AdaptiveLength().share(["a"], [large], [large], 1.0) == pytest.approx(0.05e-30, rel=1e-3)
+    assert AdaptiveLength().share([large], [large], ["a"], 1.0) == pytest.approx(0.05e-30, rel=1e-3)
     for bad in (math.inf, math.nan):
         one = torch.tensor([1.0, bad], dtype=dtype)
         ones, zeros = torch.ones(2, dtype=dtype), torch.zeros(2, dtype=dtype)
         assert math.isnan(NaturalLength(None).share([one], [ones]))
         assert math.isnan(NaturalLength(1e-3).share([zeros], [one]))
-        assert math.isnan(AdaptiveLength().share(["a"], [one], [ones], 1.0))
-        assert math.isnan(AdaptiveLength().share(["a"], [zeros], [one], 1.0))
+        assert math.isnan(AdaptiveLength().share([one], [ones], ["a"], 1.0))
+        assert math.isnan(AdaptiveLength().share([zeros], [one], ["a"], 1.0))
 
 
 def test_a_trust_region() -> None:
@@ -93,10 +93,9 @@ def test_shares_follow_the_definition(noise: float) -> None:
         g = 0.1 * (mean + noise * torch.randn(8))
         lag = 1.0 + step % 3
         want = rule.share(g, inverse, lag)
-        got = length.share(NAMES, parts(g), parts(inverse @ g), lag)
+        got = length.share(parts(g), parts(inverse @ g), NAMES, lag)
         assert got == pytest.approx(want, rel=1e-9)
         assert length.factor == pytest.approx(rule.factor)
-        assert length.certainty == pytest.approx(max(1.0, rule.factor) ** 2)
         assert length.widest == pytest.approx(max(0.02, 0.1 / lag**0.5))
     # Without noise the factor ends at its ceiling, with little else it wanders near one.
     assert noise == 0.3 or (length.factor == 10.0) == (noise == 0.0)
@@ -106,46 +105,46 @@ def test_gradients_that_turn_about_make_it_shorter() -> None:
     """A step that is too long comes back across the valley: down to the floor, and no further."""
     length, g = AdaptiveLength(), torch.ones(8)
     for step in range(60):
-        length.share(NAMES, parts(g * (-1) ** step), parts(g * (-1) ** step), 1.0)
-    assert length.factor == 0.2 and length.certainty == 1.0
+        length.share(parts(g * (-1) ** step), parts(g * (-1) ** step), NAMES, 1.0)
+    assert length.factor == 0.2
 
 
 def test_steps_that_are_cut_make_the_next_ones_shorter() -> None:
     """By (taken / asked)^0.05, layers' bounds too; a state holds what was noted last."""
     length, g = AdaptiveLength(), torch.ones(8)
-    first = length.share(NAMES, parts(g), parts(g), 1.0)
+    first = length.share(parts(g), parts(g), NAMES, 1.0)
     for kept in (1.0, 0.25, torch.tensor(0.5), 0.0):
         length.cut(kept)
     state = length.state()
     want = (0.25 * 0.5 * 1e-6) ** 0.05
     assert state["restraint"] == pytest.approx(want)
-    again = length.share(NAMES, parts(-g), parts(-g), 1.0)
+    again = length.share(parts(-g), parts(-g), NAMES, 1.0)
     assert again == pytest.approx(first * want * math.exp(-0.1))
     assert length.widest == pytest.approx(0.1 * want)
     other = AdaptiveLength()
     other.load(state, torch.device("cpu"))
-    assert other.share(NAMES, parts(-g), parts(-g), 1.0) == again
+    assert other.share(parts(-g), parts(-g), NAMES, 1.0) == again
 
 
 def test_other_parameters_start_anew() -> None:
     """What a head of its own says of another one's gradients is nothing."""
     length, g = AdaptiveLength(), torch.ones(8)
     for _ in range(3):
-        length.share(NAMES, parts(g), parts(g), 1.0)
+        length.share(parts(g), parts(g), NAMES, 1.0)
     before = length.factor
-    length.share(("weight",), parts(g)[:1], parts(g)[:1], 1.0)
-    length.share(NAMES, [p.float() for p in parts(g)], [p.float() for p in parts(g)], 1.0)
+    length.share(parts(g)[:1], parts(g)[:1], ("weight",), 1.0)
+    length.share([p.float() for p in parts(g)], [p.float() for p in parts(g)], NAMES, 1.0)
     assert length.factor == before > 1
 
 
 def test_a_state_goes_on_bit_by_bit() -> None:
     one, vectors = AdaptiveLength(), torch.randn(9, 8)
     for g in vectors[:5]:
-        one.share(NAMES, parts(g), parts(2 * g), 1.0)
+        one.share(parts(g), parts(2 * g), NAMES, 1.0)
     two = AdaptiveLength()
     two.load(one.state(), torch.device("cpu"))
     for g in vectors[5:]:
-        shares = [each.share(NAMES, parts(g), parts(2 * g), 1.5) for each in (one, two)]
+        shares = [each.share(parts(g), parts(2 * g), NAMES, 1.5) for each in (one, two)]
         assert shares[0] == shares[1]
     assert one.state()["factor"] == two.state()["factor"]
 
