@@ -69,7 +69,7 @@ class NaturalLength:
         Its squared length is gradient^T Fhat^-1 gradient, so that no product with Fhat is needed.
 
         Args:
-            gradient: the gradient of each parameter.
+            gradient: the gradient, as long vectors (``LayerSteps.pack``).
             updates: Fhat^-1 times it, in the same order.
             names: of the parameters; not looked at here.
             lag: see ``InverseFisher.lag``; not looked at here.
@@ -77,7 +77,9 @@ class NaturalLength:
         Returns:
             NaN where an entry of either is not finite; one synchronisation for that, too.
         """
-        squared = sum((u.mul(g).sum().item() for g, u in _vectors(gradient, updates)), 0.0)
+        squared = 0.0
+        for g, u in zip(gradient, updates, strict=True):
+            squared += float(u.mul(g if g.element_size() > 2 else g.float()).sum())
         if not math.isfinite(squared):
             wide = _widened([gradient, updates])
             # The sum may have overflowed where all entries are finite: once more, with room.
@@ -134,7 +136,7 @@ class AdaptiveLength(NaturalLength):
         """Return the factor that a preconditioned gradient is taken with, but for single layers.
 
         Args:
-            gradient: the gradient of each parameter.
+            gradient: the gradient, as long vectors.
             updates: Fhat^-1 times it, in the same order.
             names: of the parameters; where they are others than in the last step, agreement with it
                 is not asked for.
@@ -143,7 +145,12 @@ class AdaptiveLength(NaturalLength):
         Returns:
             NaN where an entry is not finite: then nothing is remembered of this step.
         """
-        pairs = _vectors(gradient, updates)
+        # Products of low precisions cannot be added up. No torch.dot: its last bit depends on where
+        # in memory vectors lie, and a run that goes on from a checkpoint would drift away.
+        pairs = [
+            (g if g.element_size() > 2 else g.float(), u)
+            for g, u in zip(gradient, updates, strict=True)
+        ]
         if self._names != tuple(names) or len(self._past) != len(pairs):
             self._names, self._past = tuple(names), []
         dots = [u.mul(g).sum() for g, u in pairs]
@@ -168,10 +175,10 @@ class AdaptiveLength(NaturalLength):
             # Of older gradients by the newest inverse: it changes little within the ten that count.
             so_far = PAST**2 * self._squared + 2 * PAST * along + squared
             self._squared = max(so_far, squared)
-            for past, (vector, _) in zip(self._past, pairs, strict=True):
-                past.mul_(PAST).add_(vector)
+            both = zip(pairs, self._past, strict=True)
+            self._past = [torch.add(vector, past, alpha=PAST) for (vector, _), past in both]
         else:
-            self._past = [vector.clone() for vector, _ in pairs]
+            self._past = [vector for vector, _ in pairs]  # nobody writes into it
             self._squared = squared
         if self._cuts:
             self._wear()
@@ -212,31 +219,11 @@ class AdaptiveLength(NaturalLength):
         self._squared = float(state["squared"])
 
 
-def _vectors(first: Sequence[Tensor], second: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Return the entries of two lists as pairs of long vectors, one for each precision and device.
-
-    One product of long vectors takes the place of three small operations a parameter. No torch.dot
-    of them: its last bit depends on where in memory the vectors lie, and a run that goes on from a
-    checkpoint would drift away from the one that was not interrupted.
-    """
-    found = []
-    for kind in dict.fromkeys((tensor.dtype, tensor.device) for tensor in first):
-        both = zip(first, second, strict=True)
-        pairs = [(a, b) for a, b in both if kind == (a.dtype, a.device)]
-        if kind[0].is_complex:
-            pairs = [(torch.view_as_real(a), torch.view_as_real(b)) for a, b in pairs]
-        a, b = (foreach.flattened(list(side)) for side in zip(*pairs, strict=True))
-        low = a.dtype in (torch.float16, torch.bfloat16)
-        found.append((a.float(), b) if low else (a, b))
-    return found
-
-
 def _widened(lists: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
-    """Return tensors in precisions in which sums of squares do not overflow; none if they are."""
-    wide = (torch.float64, torch.complex128)
-    if all(tensor.dtype in wide for tensor in lists[0]):
+    """Return vectors in a precision in which sums of squares do not overflow; none if they are."""
+    if all(vector.dtype == torch.float64 for vector in lists[0]):
         return []
-    return [[tensor.to(wide[tensor.is_complex()]) for tensor in tensors] for tensors in lists]
+    return [[vector.double() for vector in vectors] for vectors in lists]
 
 
 class Excess(NamedTuple):
@@ -253,7 +240,7 @@ class Excess(NamedTuple):
 
 
 class _LayerSums(NamedTuple):
-    """Layers as tensors: their members [layers, parameters], floors, and each parameter's row."""
+    """Layers as tensors: their members [layers, pieces], floors, and each parameter's row."""
 
     members: Tensor
     least: Tensor
@@ -263,13 +250,15 @@ class _LayerSums(NamedTuple):
 class LayerSteps:
     """Compares the lengths of steps, layer by layer, with those of the weights.
 
+    Entries are handled as long vectors, one for each precision and device: few operations on much
+    take the place of many on little, which is what a step of a small network consists of.
+
     Args:
         parameters: in the order in which steps and weights are given; sharded ones as local parts.
         layers: the number of each one's layer, in any numbering.
         workers: the processes that share sharded parameters.
 
     Attributes:
-        plain: whether parameters are whole and real, and so their own entries.
         reads: whether lengths are read on the host, which costs nothing where that computes them.
     """
 
@@ -277,11 +266,13 @@ class LayerSteps:
         self, parameters: Sequence[Tensor], layers: Sequence[int], workers: Workers
     ) -> None:
         here = [own_entries(parameter) for parameter in parameters]
+        sharded = [is_sharded(parameter) for parameter in parameters]
         self._workers = workers
-        self._sharded = [is_sharded(parameter) for parameter in parameters]
-        self.plain = not any(self._sharded) and not any(p.is_complex() for p in parameters)
+        self._plain = not any(sharded) and not any(p.is_complex() for p in parameters)
+        self._like = [parameter.detach() for parameter in here]
+        self._complex = [parameter.is_complex() for parameter in parameters]
         self._device = here[0].device
-        self.reads = not any(self._sharded) and all(t.device.type == "cpu" for t in here)
+        self.reads = not any(sharded) and all(t.device.type == "cpu" for t in here)
         self._dtype = torch.float32
         for tensor in here:
             self._dtype = torch.promote_types(self._dtype, tensor.dtype)
@@ -290,25 +281,86 @@ class LayerSteps:
         self._least = [0.0] * len(numbers)
         for row, parameter in zip(self._rows, parameters, strict=True):
             self._least[row] += SMALL_WEIGHT**2 * parameter.numel()
+        kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+        for place, tensor in enumerate(here):
+            kinds.setdefault((tensor.dtype, tensor.device), []).append(place)
+        self._kinds = list(kinds.values())
+        # Pieces of the vectors are parameters of one layer that follow one another.
+        self._sizes: list[list[int]] = []
+        self._pieces: list[tuple[int, bool]] = []  # the row of each, and whether it is sharded
+        for places in self._kinds:
+            sizes: list[int] = []
+            for place in places:
+                piece = self._rows[place], sharded[place]
+                if sizes and self._pieces[-1] == piece:
+                    sizes[-1] += here[place].numel()
+                else:
+                    sizes.append(here[place].numel())
+                    self._pieces.append(piece)
+            self._sizes.append(sizes)
+        self._any_sharded = any(sharded)
         self._sums = None if self.reads else self._layer_sums()
 
-    def excess(self, steps: Sequence[Tensor], weights: Sequence[Tensor], largest: float) -> Excess:
-        """Return which part of each step is too much.
+    def pack(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return the entries of tensors, one for each parameter, as real vectors of their own.
 
         Args:
-            steps: by parameter.
-            weights: by parameter, from before the steps.
+            tensors: in the shapes of the parameters, of which sharded ones count as local parts; or
+                whole, for vectors that are not compared with weights.
+        """
+        if not self._plain:
+            tensors = [own_entries(tensor) for tensor in tensors]
+        if len(self._kinds) == 1 and len(tensors) > 1:
+            return [foreach.flattened(list(tensors))]
+        # Of one tensor alone it would be a view, which moves with the tensor.
+        return [
+            foreach.flattened([tensors[place] for place in kind])
+            if len(kind) > 1
+            else tensors[kind[0]].flatten().clone()
+            for kind in self._kinds
+        ]
+
+    def unpack(self, vectors: Sequence[Tensor], excess: Excess | None = None) -> list[Tensor]:
+        """Return vectors of local parts as tensors of the parameters' shapes, in their memory.
+
+        Args:
+            vectors: as ``pack`` gave them.
+            excess: is taken away in place.
+        """
+        if self._plain and len(vectors) == 1:
+            found = list(foreach.unflattened(vectors[0], self._like))
+        else:
+            found = [*self._like]
+            for kind, vector in zip(self._kinds, vectors, strict=True):
+                parts = foreach.unflattened(vector, [self._like[place] for place in kind])
+                for place, part in zip(kind, parts, strict=True):
+                    found[place] = torch.view_as_complex(part) if self._complex[place] else part
+        if excess is not None and (isinstance(excess.kept, Tensor) or excess.kept < 1):
+            for step, much in zip(found, excess.parts, strict=True):
+                if isinstance(much, Tensor) or much > 0:
+                    step.mul_(1 - much)
+        return found
+
+    def excess(self, steps: Sequence[Tensor], weights: Sequence[Tensor], largest: float) -> Excess:
+        """Return which part of each parameter's step is too much.
+
+        Args:
+            steps: as vectors.
+            weights: the same, from before the steps.
             largest: the largest length of a layer's step, in units of its weights' length.
         """
-        norms = list(foreach.norm([*steps, *weights], 2, self._dtype))
+        sizes = [*self._sizes, *self._sizes]
+        vectors = zip([*steps, *weights], sizes, strict=True)
+        pieces = [piece for vector, size in vectors for piece in vector.split(size)]
+        norms = list(foreach.norm(pieces, 2, self._dtype))
         if not self.reads:
-            return self._unread(norms, steps, largest)
+            return self._unread(norms, largest)
         lengths = torch.stack(norms).tolist()
-        count = len(self._rows)
+        count = len(self._pieces)
         moved, lasting = [0.0] * len(self._least), [0.0] * len(self._least)
-        for row, step, weight in zip(self._rows, lengths, lengths[count:], strict=False):
-            moved[row] += step * step
-            lasting[row] += weight * weight
+        for place, (row, _) in enumerate(self._pieces):
+            moved[row] += lengths[place] ** 2
+            lasting[row] += lengths[count + place] ** 2
         # A step that is not finite is not made up for.
         excess = [
             max(0.0, 1 - largest * math.sqrt(max(weight, least) / step))
@@ -324,27 +376,27 @@ class LayerSteps:
 
     def _layer_sums(self) -> _LayerSums:
         """Return what sums over layers need on a device, made once: copies to it are waited for."""
-        members = torch.zeros(len(self._least), len(self._rows), dtype=self._dtype)
-        for column, (row, sharded) in enumerate(zip(self._rows, self._sharded, strict=True)):
+        members = torch.zeros(len(self._least), len(self._pieces), dtype=self._dtype)
+        for column, (row, sharded) in enumerate(self._pieces):
             # Whole tensors among sharded ones are in every process, and count once in all.
-            whole = any(self._sharded) and not sharded
+            whole = self._any_sharded and not sharded
             members[row, column] = 1.0 / self._workers.size if whole else 1.0
         made = members, torch.tensor(self._least, dtype=self._dtype), torch.tensor(self._rows)
         on_device = [tensor.to(self._device) for tensor in made]
         return _LayerSums(on_device[0], on_device[1], on_device[2])
 
-    def _unread(self, norms: list[Tensor], like: Sequence[Tensor], largest: float) -> Excess:
+    def _unread(self, norms: list[Tensor], largest: float) -> Excess:
         if self._sums is None:
             self._sums = self._layer_sums()
         members, least, rows = self._sums
         squares = torch.stack([norm.to(self._device) for norm in norms]).square_()
         sums = squares.view(2, -1) @ members.mT
-        if any(self._sharded):
+        if self._any_sharded:
             self._workers.sum_([sums])
         excess = (1 - largest * (torch.maximum(sums[1], least) / sums[0]).sqrt_()).clamp_min_(0.0)
         excess = torch.where(sums[0].isfinite(), excess, 0.0)
         left = ((1 - excess).square() * sums[0]).sum() / sums[0].sum()
-        pairs = zip(excess[rows].unbind(), like, strict=True)
+        pairs = zip(excess[rows].unbind(), self._like, strict=True)
         parts = [part.to(tensor.device, tensor.dtype) for part, tensor in pairs]
         return Excess(parts, left.nan_to_num(1.0).sqrt_())
 
@@ -353,37 +405,45 @@ class LayerBounds:
     """Shortens what is too long of a layer, beside the length of its weights.
 
     Args:
+        parameters: by name.
         layers: see ``layer_numbers``.
         workers: the processes that share sharded parameters.
     """
 
-    def __init__(self, layers: Iterable[Sequence[str]], workers: Workers) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        layers: Iterable[Sequence[str]],
+        workers: Workers,
+    ) -> None:
+        self._parameters = parameters
         self._numbers = layer_numbers(layers)
         self._workers = workers
         self._steps: dict[tuple[str, ...], LayerSteps] = {}
 
-    def shorten(
-        self, steps: Mapping[str, Tensor], weights: Mapping[str, Tensor], largest: float
-    ) -> float | Tensor:
+    def of(self, names: tuple[str, ...]) -> LayerSteps:
+        """Return the layers of some parameters: others may be frozen, or get no gradient."""
+        found = self._steps.get(names)
+        if found is None:
+            numbers = [self._numbers[name] for name in names]
+            own = [self._parameters[name] for name in names]
+            found = self._steps[names] = LayerSteps(own, numbers, self._workers)
+        return found
+
+    def shorten(self, steps: Mapping[str, Tensor], largest: float) -> float | Tensor:
         """Shorten steps in place; return which part of all their length is left.
 
         Args:
             steps: by name of the parameter.
-            weights: the parameters of these names.
             largest: the largest length of a layer's step, in units of its weights' length.
         """
-        names = tuple(steps)
-        here, before = list(steps.values()), [weights[name] for name in names]
-        layers = self._steps.get(names)
-        if layers is None:  # parameters may be added, frozen, or get no gradient
-            numbers = [self._numbers[name] for name in names]
-            layers = self._steps[names] = LayerSteps(before, numbers, self._workers)
-        if not layers.plain:
-            here, before = [[own_entries(t) for t in tensors] for tensors in (here, before)]
-        excess = layers.excess(here, before, largest)
-        for one, much in zip(here, excess.parts, strict=True):
-            if isinstance(much, Tensor) or much > 0:
-                one.mul_(1 - much)
+        layers, own = self.of(tuple(steps)), [self._parameters[name] for name in steps]
+        vectors = layers.pack(list(steps.values()))
+        excess = layers.excess(vectors, layers.pack(own), largest)
+        if isinstance(excess.kept, Tensor) or excess.kept < 1:
+            here = [own_entries(step) for step in steps.values()]
+            shortened = layers.unpack(vectors, excess)
+            foreach.copy_(here, [own_entries(step) for step in shortened])
         return excess.kept
 
 

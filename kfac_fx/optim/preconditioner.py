@@ -173,10 +173,11 @@ class Preconditioner(HasCurvature):
             structure=structure, tikhonov=tikhonov, factor_storage=factor_storage, compile=compile
         )
         self.inverse = InverseFisher(net, curvature, options, self.generator, workers)
+        self._inverse = self.inverse  # its earlier name, by which scripts look inside
         # From here on all processes draw from the first one's stream; before it nothing was drawn.
         workers.begin("Preconditioner", self.inverse.covered.parameters, self.generator)
         layers = [block.parameters for block in curvature.blocks.values()]
-        self._layers = LayerBounds(layers, workers)
+        self._layers = LayerBounds(self.inverse.covered.parameters, layers, workers)
         self._taken: TakenStep | None = None
         largest_step = positive("largest_step", largest_step)
         if largest_step is not None:
@@ -365,25 +366,31 @@ class Preconditioner(HasCurvature):
         several = self._workers.size > 1 or any(hasattr(g, "full_tensor") for g in given.values())
         whole = self._workers.whole(given) if several else given
         finite = self.inverse.refreshed is not None
-        share = 1.0
         if finite:
+            layers = self._layers.of(tuple(whole))
             updates = self.inverse.precondition(whole)
-            made = [updates[name] for name in whole]
+            made = layers.pack([updates[name] for name in whole])
             # A gradient that is not finite has no finite length, so one number serves for both.
             # It is of whole gradients: one process must not zero what the others keep.
             # A lambda that stays where it is makes the inverses stay with it: they do not lag.
             lag = self.inverse.lag() if self._damping is None else 1.0
-            share = self._length.share(list(whole.values()), made, list(whole), lag)
+            share = self._length.share(layers.pack(list(whole.values())), made, tuple(whole), lag)
             finite = math.isfinite(share)
         if finite:
-            if share != 1:
-                foreach.mul_(made, share)
+            largest = self._length.widest
             if several:
+                foreach.mul_(list(updates.values()), share)
                 self._workers.put(updates, given)
+                if largest < math.inf:
+                    self._layers.shorten(given, largest)
             else:
-                foreach.copy_(list(given.values()), made)
-            if self._length.widest < math.inf:
-                self._layers.shorten(given, self.inverse.covered.parameters, self._length.widest)
+                for vector in made:
+                    vector.mul_(share)
+                excess = None
+                if largest < math.inf:
+                    weights = layers.pack([self.inverse.covered.parameters[n] for n in whole])
+                    excess = layers.excess(made, weights, largest)
+                foreach.copy_(list(given.values()), layers.unpack(made, excess))
         if not finite:
             self.skipped_gradients += 1
             log.warning("step %d: no finite preconditioned gradient; it is zero", self._steps)

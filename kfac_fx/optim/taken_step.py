@@ -20,7 +20,6 @@ from torch.utils.hooks import RemovableHandle
 
 from kfac_fx.optim.bounds import LayerSteps, layer_numbers, own_entries
 from kfac_fx.parallel import Workers
-from kfac_fx.torch_internals import foreach
 
 LARGEST_STEP = 0.05
 """Largest step that is taken, in units of the length of a layer's weights."""
@@ -44,15 +43,11 @@ class _Share:
         self.ids = {id(parameter) for parameter in parameters}
         self._parameters: list[Tensor] = list(parameters)
         self._layers = LayerSteps(self._parameters, layers, workers)
-        self._before = [torch.empty_like(tensor) for tensor in self._now()]
-
-    def _now(self) -> list[Tensor]:
-        plain = self._layers.plain
-        return self._parameters if plain else [own_entries(p) for p in self._parameters]
+        self._before: list[Tensor] = []
 
     def copy(self) -> None:
         """Keep the parameters as they are."""
-        foreach.copy_(self._before, self._now())
+        self._before = self._layers.pack(self._parameters)
 
     def shorten(self, largest: float) -> float | Tensor:
         """Move the parameters of each layer that went too far back along its step.
@@ -63,13 +58,20 @@ class _Share:
         Returns:
             which part of the step's length is left, of all layers together.
         """
-        now = self._now()
-        excess = self._layers.excess(foreach.sub(now, self._before), self._before, largest)
-        for parameter, before, back in zip(now, self._before, excess.parts, strict=True):
+        before = self._before
+        self._before = []  # memory that nobody needs until the next step
+        steps = self._layers.pack(self._parameters)
+        for step, old in zip(steps, before, strict=True):
+            step.sub_(old)
+        excess = self._layers.excess(steps, before, largest)
+        if not isinstance(excess.kept, Tensor) and excess.kept >= 1:
+            return excess.kept
+        there = self._layers.unpack(before)
+        for parameter, old, back in zip(self._parameters, there, excess.parts, strict=True):
             # Nobody waits for a GPU's answer: all are moved there, most of them by nothing, which
             # leaves them as they are bit by bit.
             if isinstance(back, Tensor) or back > 0:
-                parameter.lerp_(before, back)
+                own_entries(parameter).lerp_(own_entries(old), back)
         return excess.kept
 
 

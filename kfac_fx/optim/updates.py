@@ -230,19 +230,21 @@ class ScheduledUpdate:
                 else previous.mul_(at.momenta[name]).add_(value, alpha=rate)
             )
         if self.length is not None:
-            self.length.cut(self.layers.shorten(step, at.parameters, LARGEST_STEP))
+            self.length.cut(self.layers.shorten(step, LARGEST_STEP))
         return Update(step, {"trust": scale, "rate": self.rate})
 
     def _scale(self, at: Situation, proposal: Direction) -> float:
         """Return the factor of a proposal; of one that is not finite it is 1 and all is refused."""
         if self.length is not None:
             lag = self.inverse.lag() if self.follows else 1.0
-            gradient = [at.gradient[name] for name in proposal]
-            share = self.length.share(gradient, [*proposal.values()], list(proposal), lag)
+            names = tuple(proposal)
+            layers = self.layers.of(names)
+            gradient = layers.pack([at.gradient[name] for name in names])
+            share = self.length.share(gradient, layers.pack(list(proposal.values())), names, lag)
             if not math.isfinite(share):
                 return 1.0
             # The proposal as it will be taken is what is compared with the weights.
-            self.layers.shorten(proposal, at.parameters, self.length.widest / share)
+            self.layers.shorten(proposal, self.length.widest / share)
             return share
         if self.trust_region is None:
             return 1.0
@@ -352,7 +354,7 @@ class Forms:
             self.refresh_every,
             trust_region=None if isinstance(region, str) else region,
             length=length,
-            layers=LayerBounds(layers, ALONE),
+            layers=LayerBounds(self.inverse.covered.parameters, layers, ALONE),
             rate=rate,
         )
         return Form(

@@ -17,6 +17,9 @@ copy_ = torch._foreach_copy_
 flattened = torch._C._nn.flatten_dense_tensors
 """Return the entries of tensors of one dtype, one after another, as a vector."""
 
+unflattened = torch._C._nn.unflatten_dense_tensors
+"""Return the parts of such a vector in the shapes of tensors, in its memory."""
+
 lerp_ = torch._foreach_lerp_
 """Move each tensor towards its partner in another list by a weight, in place."""
 
