@@ -173,7 +173,6 @@ class Preconditioner(HasCurvature):
             structure=structure, tikhonov=tikhonov, factor_storage=factor_storage, compile=compile
         )
         self.inverse = InverseFisher(net, curvature, options, self.generator, workers)
-        self._inverse = self.inverse  # its earlier name, by which scripts look inside
         # From here on all processes draw from the first one's stream; before it nothing was drawn.
         workers.begin("Preconditioner", self.inverse.covered.parameters, self.generator)
         layers = [block.parameters for block in curvature.blocks.values()]
