@@ -19,7 +19,13 @@ from kfac_fx.curvature.choose_couplings import chosen_couplings, mutual_informat
 from kfac_fx.curvature.ekfac import Moments
 from kfac_fx.curvature.estimate import Estimate, EstimateState
 from kfac_fx.curvature.factor_storage import storage_of
-from kfac_fx.curvature.mean_eigenvalue import DAMPING_SHARE, Newest, mean_eigenvalue
+from kfac_fx.curvature.mean_eigenvalue import (
+    DAMPING_SHARE,
+    Newest,
+    Scale,
+    mean_eigenvalue,
+    rounding,
+)
 from kfac_fx.curvature.parameters import CoveredParameters
 from kfac_fx.errors import (
     GradientError,
@@ -163,8 +169,10 @@ class InverseFisher:
 
         Args:
             found, decay, outlier: see ``Estimate.fold``.
-            follows: whether lambda follows the averages, so that ``lag`` will be asked for.
+            follows: whether lambda follows the averages, so that ``scale`` will be asked for.
         """
+        if follows and self.scale().signal < 1:
+            decay = 1.0  # what rounding has made of statistics must not take the place of others
         folded = self.estimate.fold(found, decay, outlier)
         if follows:
             self._newest.add(folded.came)
@@ -182,7 +190,9 @@ class InverseFisher:
                 a guard, and lambda is smaller by the square of what is above one.
         """
         self._mean = self.mean_eigenvalue()
-        return DAMPING_SHARE * self._mean / max(factor, 1.0) ** 2
+        # Averages of nothing but rounding would let it go to zero, and steps along rounding grow.
+        least = rounding(self.estimate.like.dtype) * self._newest.largest
+        return DAMPING_SHARE * max(self._mean / max(factor, 1.0) ** 2, least)
 
     def refresh(
         self, damping: float | None, factor: float = 1.0, *, if_moved: bool = False
@@ -275,13 +285,11 @@ class InverseFisher:
             return DAMPING_SHARE * self.mean_eigenvalue()
         return float(self.refreshed.damping)
 
-    def lag(self) -> float:
-        """Return how many times too large the averages are for the newest statistics, 1 or more.
-
-        The lambda that follows them is too large by as much, and the inverses are this many times
-        too small, so that steps take it back.
-        """
-        return self._newest.lag(self.curvature, self._mean)
+    def scale(self) -> Scale:
+        """Return how the newest statistics compare with the averages and with earlier ones."""
+        lag = self._newest.lag(self.curvature, self._mean)
+        least = rounding(self.estimate.like.dtype)
+        return Scale(lag, min(1.0, self._newest.left() / least))
 
     def mean_eigenvalue(self) -> float:
         """Return the mean eigenvalue of the undamped averages; see ``mean_eigenvalue.py``."""
@@ -326,7 +334,7 @@ class InverseFisher:
         return {
             "tikhonov": self._options.tikhonov,
             "averages": self.estimate.state(),
-            "newest": dict(self._newest.traces),
+            "newest": self._newest.state(),
             "mean": self._mean,
             "couplings": [[c.child, c.parent] for c in self.program.couplings],
             "inverses": inverses,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -83,6 +84,41 @@ def _traces(spec: FactorSpec, value: Statistic) -> Tensor:
     return found.sum() if spec.cut else found
 
 
+class Scale(NamedTuple):
+    """The scale of the newest statistics.
+
+    Attributes:
+        lag: how many times too large the averages are for them, 1 or more. The lambda that follows
+            the averages is too large by as much, and the inverses are this many times too small, so
+            that steps take it back.
+        signal: 1, and less where rounding is all that is left of the Fisher: how much smaller than
+            ``rounding`` its part of the largest one of earlier statistics is.
+    """
+
+    lag: float = 1.0
+    signal: float = 1.0
+
+
+NOTHING_LAGS = Scale()
+"""Of a lambda that stays where it is, and makes the inverses stay with it."""
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """Return the part of its largest value below which a mean eigenvalue is taken for rounding.
+
+    Fitted cases have a Fisher and gradients of nothing else: weights would wander along it until
+    the fit is lost, as normalised steps of noise are as long as others.
+    """
+    return 1e3 * torch.finfo(dtype).eps
+
+
+SETTLING = 10
+"""Statistics before the largest mean eigenvalue counts: initial weights may be of any scale."""
+
+REMEMBERED = 0.999
+"""Part of the largest mean eigenvalue that is left after each statistic; training may change it."""
+
+
 class Newest:
     """The mean eigenvalue of the newest statistics, from fading means of each block's trace.
 
@@ -92,15 +128,29 @@ class Newest:
     steps that go with it: the scale is told apart.
 
     Args:
-        traces: by block, of an earlier one's ``traces``.
+        state: of an earlier one, from ``state``.
 
     Attributes:
         traces: by block; those of one that got no statistics lately are older.
+        largest: the largest mean eigenvalue of the newest statistics so far.
     """
 
-    def __init__(self, traces: Mapping[str, float] = {}) -> None:
-        self.traces = dict(traces)
+    def __init__(self, state: Mapping[str, Any] = {}) -> None:
+        self.traces: dict[str, float] = dict(state.get("traces", {}))
+        self.largest = float(state.get("largest", 0.0))
+        self._level = float(state.get("level", 0.0))
+        self._came = int(state.get("came", 0))
+        self._noted = self._came
         self._mean: float | None = None  # of the traces, once somebody has asked
+
+    def state(self) -> dict[str, Any]:
+        """Return plain values that another one may begin with."""
+        return {
+            "traces": dict(self.traces),
+            "largest": self.largest,
+            "level": self._level,
+            "came": self._came,
+        }
 
     @torch.no_grad()
     def add(self, came: Sequence[Came]) -> None:
@@ -113,6 +163,7 @@ class Newest:
         if not found:
             return
         self._mean = None
+        self._came += 1
         device = next(iter(found.values())).device
         traces = torch.stack([trace.to(device) for trace in found.values()]).tolist()
         for name, value in zip(found, traces, strict=True):
@@ -129,6 +180,16 @@ class Newest:
         if self._mean is None:
             size = sum(curvature.blocks[name].parameter_count for name in self.traces)
             self._mean = sum(self.traces.values()) / size if size else mean
+        if self._noted < self._came:
+            self._noted = self._came
+            settling = self._came <= SETTLING or not self._level
+            now = max(self._mean, SMALLEST)
+            self._level = now if settling else self._level**0.9 * now**0.1
+            self.largest = max(0.0 if settling else self.largest * REMEMBERED, self._level)
         # An average that is too small gives long steps, which the bounds on lengths shorten: it is
         # left alone, for a single batch with hard cases must not make the next steps tiny.
         return max(1.0, mean / max(self._mean, SMALLEST))
+
+    def left(self) -> float:
+        """Return which part of ``largest`` the newest mean eigenvalue is, as ``lag`` found it."""
+        return 1.0 if self._mean is None else self._mean / max(self.largest, SMALLEST)

@@ -20,7 +20,11 @@ SMALL = 0.25
 """Batches with a smaller share of the usual number of cases count by their share."""
 
 PATIENCE = 10
-"""Batches in a row that are outliers before what is usual is learnt anew."""
+"""Outliers before what is usual is learnt anew."""
+
+SPARING = 0.02
+"""How much of an outlier a usual batch makes up for: one in fifty is nothing to learn from, but
+what is an outlier once in every epoch would be left out for ever, and the network never fit it."""
 
 
 class BatchTrust:
@@ -38,7 +42,7 @@ class BatchTrust:
         self._loss: float | None = None
         self._norm: float | None = None
         self._cases: float | None = None
-        self._outliers_in_row = 0
+        self._outliers = 0.0
         self._unfit_in_row = 0
         self._last_loss = math.nan
         self._last_norm = math.nan
@@ -68,7 +72,7 @@ class BatchTrust:
     def believes(self, loss: Tensor, gradient: Collection[Tensor]) -> bool:
         """Say whether loss and gradient are finite and no outliers.
 
-        Many finite outliers in a row are no outliers: what is usual is then learnt anew.
+        Many finite outliers are no outliers: what is usual is then learnt anew.
 
         Args:
             loss: [], the mean over likelihood terms.
@@ -86,10 +90,11 @@ class BatchTrust:
         usual = value <= self.outlier * max(abs(self._loss), FLOOR) and (
             norm <= WIDER * self.outlier * max(self._norm, FLOOR)
         )
-        self._outliers_in_row = 0 if usual else self._outliers_in_row + 1
-        if self._outliers_in_row >= PATIENCE:
+        self._outliers = max(0.0, self._outliers - SPARING) if usual else self._outliers + 1
+        if self._outliers >= PATIENCE:
             self._loss = None
             self._norm = None
+            self._outliers = 0.0
             return True
         return usual
 
@@ -101,14 +106,13 @@ class BatchTrust:
 
     def accept(self, cases: int) -> None:
         """Take the last batch that was believed into the averages; it had so many cases."""
-        self._outliers_in_row = 0
         self._loss = _mixed(self._loss, self._last_loss)
         self._norm = _mixed(self._norm, self._last_norm)
         self._cases = _mixed(self._cases, float(cases))
 
     def state(self) -> list[float | None]:
         """Return the averages and counts as plain values."""
-        return [self._loss, self._norm, self._cases, self._outliers_in_row, self._unfit_in_row]
+        return [self._loss, self._norm, self._cases, self._outliers, self._unfit_in_row]
 
     def load(self, state: Sequence[float | None]) -> None:
         """Restore ``state``."""
@@ -116,7 +120,7 @@ class BatchTrust:
         self._loss = loss
         self._norm = norm
         self._cases = cases
-        self._outliers_in_row = int(outliers or 0)
+        self._outliers = float(outliers or 0)
         self._unfit_in_row = int(unfit or 0)
 
 

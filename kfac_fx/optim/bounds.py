@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kfac_fx.curvature.mean_eigenvalue import NOTHING_LAGS, Scale
 from kfac_fx.parallel import Workers
 from kfac_fx.torch_internals import foreach
 
@@ -26,6 +27,9 @@ averages are as new as the statistics, and at least, however far they have falle
 
 RESPONSE = 0.1
 """How fast the factor of all lengths follows the agreement of gradients with the steps before."""
+
+OBLIVION = 0.05
+"""How fast that factor goes back to one where rounding is all that is left of gradients."""
 
 PAST = 0.9
 """Weight of the older gradients in the direction of the steps before."""
@@ -62,7 +66,7 @@ class NaturalLength:
         gradient: Sequence[Tensor],
         updates: Sequence[Tensor],
         names: Sequence[str] = (),
-        lag: float = 1.0,
+        scale: Scale = NOTHING_LAGS,
     ) -> float:
         """Return the factor, at most 1, that a preconditioned gradient is taken with.
 
@@ -72,7 +76,7 @@ class NaturalLength:
             gradient: the gradient, as long vectors (``LayerSteps.pack``).
             updates: Fhat^-1 times it, in the same order.
             names: of the parameters; not looked at here.
-            lag: see ``InverseFisher.lag``; not looked at here.
+            scale: of the statistics; not looked at here.
 
         Returns:
             NaN where an entry of either is not finite; one synchronisation for that, too.
@@ -109,7 +113,8 @@ class AdaptiveLength(NaturalLength):
     - ``factor`` follows the agreement of each gradient with the steps before: as long as it points
       the same way steps grow, and where noise has the upper hand they shrink.
     - A layer's part is no longer than a share of its weights, ``WIDE`` to ``NARROW``: what the
-      Fisher of well-fitted cases says of long steps is not true.
+      Fisher of well-fitted cases says of long steps is not true. Where rounding is all that is left
+      of the Fisher, and of the gradient with it, that share goes to zero.
     - ``restraint`` gets smaller with every step that was cut for being too long, for a learning
       rate that is too large would have all steps as long as the bound, in any direction.
 
@@ -131,7 +136,7 @@ class AdaptiveLength(NaturalLength):
         gradient: Sequence[Tensor],
         updates: Sequence[Tensor],
         names: Sequence[str] = (),
-        lag: float = 1.0,
+        scale: Scale = NOTHING_LAGS,
     ) -> float:
         """Return the factor that a preconditioned gradient is taken with, but for single layers.
 
@@ -140,7 +145,7 @@ class AdaptiveLength(NaturalLength):
             updates: Fhat^-1 times it, in the same order.
             names: of the parameters; where they are others than in the last step, agreement with it
                 is not asked for.
-            lag: see ``InverseFisher.lag``.
+            scale: of the statistics.
 
         Returns:
             NaN where an entry is not finite: then nothing is remembered of this step.
@@ -165,12 +170,14 @@ class AdaptiveLength(NaturalLength):
             # The sum may have overflowed where all entries are finite: once more, with room.
             wide = _widened([gradient, updates])
             self._past = []
-            return self.share(wide[0], wide[1], names, lag) if wide else math.nan
+            return self.share(wide[0], wide[1], names, scale) if wide else math.nan
         if squared <= 0:  # rounding may leave it below zero
             return 1.0
         if self._past and math.isfinite(along):
             cosine = along / math.sqrt(max(squared * self._squared, 1e-300))
-            moved = self.factor * math.exp(RESPONSE * min(max(cosine, -1.0), 1.0))
+            # What rounding agrees on is forgotten: it is no reason for longer steps.
+            before = self.factor ** (1 - OBLIVION * (1 - scale.signal))
+            moved = before * math.exp(RESPONSE * min(max(cosine, -1.0), 1.0))
             self.factor = min(max(moved, SMALLEST_FACTOR), LARGEST_FACTOR)
             # Of older gradients by the newest inverse: it changes little within the ten that count.
             so_far = PAST**2 * self._squared + 2 * PAST * along + squared
@@ -182,7 +189,8 @@ class AdaptiveLength(NaturalLength):
             self._squared = squared
         if self._cuts:
             self._wear()
-        self.widest = max(NARROW, WIDE / math.sqrt(lag)) * self.restraint
+        lag = scale.lag
+        self.widest = max(NARROW, WIDE / math.sqrt(lag)) * self.restraint * scale.signal**2
         taken = lag * math.sqrt(min(1.0, RADIUS / (lag * squared)))
         return taken * self.factor * self.restraint
 

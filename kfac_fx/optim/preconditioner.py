@@ -25,6 +25,7 @@ from kfac_fx.config import (
 )
 from kfac_fx.curvature.estimate import DECAY, REFRESHES, STATISTICS, is_due
 from kfac_fx.curvature.inverses import InverseFisher
+from kfac_fx.curvature.mean_eigenvalue import NOTHING_LAGS
 from kfac_fx.curvature.parameters import transformed
 from kfac_fx.errors import (
     DampingError,
@@ -372,8 +373,8 @@ class Preconditioner(HasCurvature):
             # A gradient that is not finite has no finite length, so one number serves for both.
             # It is of whole gradients: one process must not zero what the others keep.
             # A lambda that stays where it is makes the inverses stay with it: they do not lag.
-            lag = self.inverse.lag() if self._damping is None else 1.0
-            share = self._length.share(layers.pack(list(whole.values())), made, tuple(whole), lag)
+            scale = self.inverse.scale() if self._damping is None else NOTHING_LAGS
+            share = self._length.share(layers.pack(list(whole.values())), made, tuple(whole), scale)
             finite = math.isfinite(share)
         if finite:
             largest = self._length.widest

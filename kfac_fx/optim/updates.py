@@ -15,6 +15,7 @@ from torch import Tensor
 from kfac_fx.codegen.refresh_module import Refreshed
 from kfac_fx.curvature.estimate import DECAY, REFRESHES, is_due
 from kfac_fx.curvature.inverses import InverseFisher
+from kfac_fx.curvature.mean_eigenvalue import NOTHING_LAGS
 from kfac_fx.errors import UnknownOptionError
 from kfac_fx.optim.adapt_damping import DampingRule
 from kfac_fx.optim.bounds import AdaptiveLength, LayerBounds
@@ -236,11 +237,11 @@ class ScheduledUpdate:
     def _scale(self, at: Situation, proposal: Direction) -> float:
         """Return the factor of a proposal; of one that is not finite it is 1 and all is refused."""
         if self.length is not None:
-            lag = self.inverse.lag() if self.follows else 1.0
+            scale = self.inverse.scale() if self.follows else NOTHING_LAGS
             names = tuple(proposal)
             layers = self.layers.of(names)
             gradient = layers.pack([at.gradient[name] for name in names])
-            share = self.length.share(gradient, layers.pack(list(proposal.values())), names, lag)
+            share = self.length.share(gradient, layers.pack(list(proposal.values())), names, scale)
             if not math.isfinite(share):
                 return 1.0
             # The proposal as it will be taken is what is compared with the weights.
@@ -267,7 +268,7 @@ class Form:
         statistics_every: period of the statistics; None for ours.
         statistics_fraction: share of a batch that statistics are of.
         ema_decay: largest weight of the old statistics.
-        follows: whether lengths make up for averages that fall behind.
+        follows: whether the scale of the newest statistics is followed, as lengths may ask for it.
         scheduled: whether it is the stochastic form.
     """
 
@@ -332,7 +333,8 @@ class Forms:
             statistics_every=1 if self.statistics_every is None else self.statistics_every,
             statistics_fraction=options.statistics_fraction or 1 / 4,
             ema_decay=0.95 if options.ema_decay is None else options.ema_decay,
-            follows=False,
+            # The form with a rate that may follow has to know what it was like before.
+            follows=kind is HeldOutRule,
             scheduled=False,
         )
 

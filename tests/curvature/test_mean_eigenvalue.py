@@ -148,4 +148,29 @@ def test_lag_is_the_average_over_the_newest_statistics(measure: Measure) -> None
         mean = sum(traces.values()) / sum(sizes.values())
         assert newest.lag(pre.curvature, 3 * mean) == pytest.approx(3.0, rel=1e-12)
         assert newest.lag(pre.curvature, mean / 3) == 1.0
-    assert Newest(newest.traces).lag(pre.curvature, 3 * mean) == pytest.approx(3.0)
+    assert Newest(newest.state()).lag(pre.curvature, 3 * mean) == pytest.approx(3.0)
+
+
+def test_what_is_left_is_of_the_largest_level(measure: Measure) -> None:
+    """Levels are geometric means, count from the tenth statistic on, and fade by a thousandth."""
+    model = mlp(4, 3)
+    net = kfac_fx.transform(model, structure="block_diagonal")
+    pre = measure(net, torch.randn(8, 4), None, Categorical()).preconditioner
+    averages = estimate_of(pre).blocks["0"]
+    newest, level, largest, value = Newest(), 0.0, 0.0, 0.0
+    assert newest.left() == 1.0
+    for came in range(1, 31):
+        size = 1e6 if came < 5 else 100.0 if came == 20 else 10.0 ** (-came)
+        newest.add([Came(averages, [torch.eye(5), size * torch.eye(3)])])
+        value = 15 * size if came == 1 else 0.2 * value + 0.8 * 15 * size
+        mean = value / 15
+        level = mean if came <= 10 else level**0.9 * mean**0.1
+        largest = level if came <= 10 else max(0.999 * largest, level)
+        newest.lag(pre.curvature, 1.0)
+        newest.lag(pre.curvature, 1.0)  # asked again, nothing has come
+        assert newest.left() == pytest.approx(mean / largest)
+    again = Newest(newest.state())
+    for each in (newest, again):
+        each.add([Came(averages, [torch.eye(5), torch.eye(3)])])
+        each.lag(pre.curvature, 1.0)
+    assert again.left() == newest.left() and again.largest == newest.largest

@@ -34,6 +34,19 @@ def test_outliers_are_told_from_running_averages(trust: BatchTrust) -> None:
     assert believes(trust, 5.49) and not believes(trust, 5.51)
 
 
+@pytest.mark.parametrize(("every", "learnt"), [(11, True), (60, False)])
+def test_outliers_of_every_epoch_are_none(trust: BatchTrust, every: int, learnt: bool) -> None:
+    """A lost case in one batch of eleven has to be fitted; one broken batch in sixty has not."""
+    believed = []
+    for batch in range(600):
+        hard = batch % every == 0
+        usual = believes(trust, 9.0 if hard else 1.0)
+        believed += [usual] if hard else []
+        if usual:
+            trust.accept(100)
+    assert any(believed) == learnt and not all(believed)
+
+
 def test_many_outliers_in_a_row_are_none(trust: BatchTrust) -> None:
     assert not any(believes(trust, 9.0) for _ in range(PATIENCE - 1))
     assert believes(trust, 9.0)

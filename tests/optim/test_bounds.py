@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kfac_fx.curvature.mean_eigenvalue import Scale
 from kfac_fx.optim.bounds import AdaptiveLength, LayerBounds, LayerSteps, NaturalLength
 from kfac_fx.parallel import ALONE
 
@@ -99,7 +100,7 @@ def test_shares_follow_the_definition(noise: float) -> None:
         g = 0.1 * (mean + noise * torch.randn(8))
         lag = 1.0 + step % 3
         want = rule.share(g, inverse, lag)
-        got = length.share(parts(g), parts(inverse @ g), NAMES, lag)
+        got = length.share(parts(g), parts(inverse @ g), NAMES, Scale(lag))
         assert got == pytest.approx(want, rel=1e-9)
         assert length.factor == pytest.approx(rule.factor)
         assert length.widest == pytest.approx(max(0.02, 0.1 / lag**0.5))
@@ -111,46 +112,60 @@ def test_gradients_that_turn_about_make_it_shorter() -> None:
     """A step that is too long comes back across the valley: down to the floor, and no further."""
     length, g = AdaptiveLength(), torch.ones(8)
     for step in range(60):
-        length.share(parts(g * (-1) ** step), parts(g * (-1) ** step), NAMES, 1.0)
+        length.share(parts(g * (-1) ** step), parts(g * (-1) ** step), NAMES)
     assert length.factor == 0.2
+
+
+def test_rounding_is_no_reason_for_long_steps() -> None:
+    """Layers' bounds go with the square of the signal, and what gradients agree on is forgotten."""
+    length, g = AdaptiveLength(), torch.ones(8)
+    for _ in range(10):
+        length.share(parts(g), parts(g), NAMES)
+    before, widest = length.factor, length.widest
+    length.share(parts(g), parts(g), NAMES, Scale(1.0, 0.25))
+    assert length.widest == pytest.approx(widest / 16)
+    assert length.factor == pytest.approx(before ** (1 - 0.05 * 0.75) * math.exp(0.1))
+    for _ in range(200):
+        length.share(parts(g), parts(g), NAMES, Scale(1.0, 1e-6))
+    assert length.factor == pytest.approx(math.exp(0.1 / 0.05), rel=1e-2)
 
 
 def test_steps_that_are_cut_make_the_next_ones_shorter() -> None:
     """By (taken / asked)^0.05, layers' bounds too; a state holds what was noted last."""
     length, g = AdaptiveLength(), torch.ones(8)
-    first = length.share(parts(g), parts(g), NAMES, 1.0)
+    first = length.share(parts(g), parts(g), NAMES)
     for kept in (1.0, 0.25, torch.tensor(0.5), 0.0):
         length.cut(kept)
     state = length.state()
     want = (0.25 * 0.5 * 1e-6) ** 0.05
     assert state["restraint"] == pytest.approx(want)
-    again = length.share(parts(-g), parts(-g), NAMES, 1.0)
+    again = length.share(parts(-g), parts(-g), NAMES)
     assert again == pytest.approx(first * want * math.exp(-0.1))
     assert length.widest == pytest.approx(0.1 * want)
     other = AdaptiveLength()
     other.load(state, torch.device("cpu"))
-    assert other.share(parts(-g), parts(-g), NAMES, 1.0) == again
+    assert other.share(parts(-g), parts(-g), NAMES) == again
 
 
 def test_other_parameters_start_anew() -> None:
     """What a head of its own says of another one's gradients is nothing."""
     length, g = AdaptiveLength(), torch.ones(8)
     for _ in range(3):
-        length.share(parts(g), parts(g), NAMES, 1.0)
+        length.share(parts(g), parts(g), NAMES)
     before = length.factor
-    length.share(parts(g)[:1], parts(g)[:1], ("weight",), 1.0)
-    length.share([p.float() for p in parts(g)], [p.float() for p in parts(g)], NAMES, 1.0)
+    length.share(parts(g)[:1], parts(g)[:1], ("weight",))
+    length.share([p.float() for p in parts(g)], [p.float() for p in parts(g)], NAMES)
     assert length.factor == before > 1
 
 
 def test_a_state_goes_on_bit_by_bit() -> None:
     one, vectors = AdaptiveLength(), torch.randn(9, 8)
     for g in vectors[:5]:
-        one.share(parts(g), parts(2 * g), NAMES, 1.0)
+        one.share(parts(g), parts(2 * g), NAMES)
     two = AdaptiveLength()
     two.load(one.state(), torch.device("cpu"))
     for g in vectors[5:]:
-        shares = [each.share(parts(g), parts(2 * g), NAMES, 1.5) for each in (one, two)]
+        shares = [each.share(parts(g), parts(2 * g), NAMES, Scale(1.5)) for each in (one, two)]
         assert shares[0] == shares[1]
     assert one.state()["factor"] == two.state()["factor"]
 
