@@ -14,10 +14,10 @@ from torch import fx, nn
 
 from kfac_fx.capture.dialect import Argument
 from kfac_fx.ir.use import Tap
-from kfac_fx.ops.recurrent import CELLS, STEPS, nested
+from kfac_fx.ops.recurrent import CELLS, PACKED, STEPS, nested
 from kfac_fx.passes.annotations import annotate, annotation, take_over, without_annotation
 
-_OPERATORS = {getattr(torch.ops.kfac_fx, name).default: name for name in (*STEPS, *CELLS)}
+_OPERATORS = {getattr(torch.ops.kfac_fx, name).default: name for name in (*STEPS, *CELLS, *PACKED)}
 
 
 def replaces_node(node: fx.Node) -> bool:
@@ -130,10 +130,11 @@ def restore(graph: fx.Graph, call: fx.Node, module: nn.Module | None) -> None:
             given = call.args[:1] if call.args[1] is None else call.args[:2]
             node = graph.create_node("call_module", path, given)
         else:
-            overloads = getattr(torch.ops.aten, operation)
-            target = overloads.default if operation in CELLS else overloads.input
+            packet = getattr(torch.ops.aten, PACKED.get(operation, operation))
+            overload = "data" if operation in PACKED else "input"
+            target = getattr(packet, "default" if operation in CELLS else overload)
             arguments = list(call.args[:-2])
-            if arguments[1] is None:
+            if operation not in PACKED and arguments[1] is None:
                 arguments[1] = _zero_states(graph, operation, arguments)
             node = graph.create_node("call_function", target, tuple(arguments))
     node.meta = without_annotation(result.meta)
