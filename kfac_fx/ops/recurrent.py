@@ -464,12 +464,6 @@ def _run_cell(
     return result if name == "lstm_cell" else result[0]
 
 
-def nested(result: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Return (output, h, c) of the operator as nn.LSTM returns them: (output, (h, c))."""
-    output, h, c = result
-    return output, (h, c)
-
-
 _TAIL = f"Tensor?[] factors, {RecurrentOptions.schema()})"
 _WEIGHTS = "Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh"
 for _name in STEPS:
@@ -489,3 +483,7 @@ for _name in STEPS:
         f"{_name}_cell(Tensor input, {_hx}, {_WEIGHTS}, {_TAIL} -> {_result}",
         partial(_run_cell, f"{_name}_cell"),
     )
+
+
+READING_SIZES = frozenset(getattr(torch.ops.kfac_fx, name).default for name in PACKED)
+"""Operators whose steps follow from the values of a tensor."""

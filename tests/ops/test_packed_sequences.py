@@ -17,6 +17,7 @@ import kfac_fx
 
 pytestmark = pytest.mark.usefixtures("float64")
 both_fishers = pytest.mark.parametrize("fisher", ["exact", "empirical"])
+both_routes = pytest.mark.parametrize("route", ["symbolic_trace", "eager"])
 every_kind = pytest.mark.parametrize("kind", KINDS)
 BIG = {"num_layers": 2, "bidirectional": True}
 MIXED, FALLING, EQUAL = (torch.tensor(one) for one in ([2, T, 1], [T, 2, 2], [T, T, T]))
@@ -25,9 +26,16 @@ MIXED, FALLING, EQUAL = (torch.tensor(one) for one in ([2, T, 1], [T, 2, 2], [T,
 class Sentences(nn.Module):
     """Its outputs are those of all steps in rows, the same padded, or of the final states."""
 
-    def __init__(self, kind: str, out: str = "rows", given: bool = False, **options: Any) -> None:
+    def __init__(
+        self,
+        kind: str,
+        out: str = "rows",
+        given: bool = False,
+        falling: bool = False,
+        **options: Any,
+    ) -> None:
         super().__init__()
-        self.kind, self.out, self.given = kind, out, given
+        self.kind, self.out, self.given, self.falling = kind, out, given, falling
         self.rnn = KINDS[kind](IN, H, **options)
         directions = 2 if self.rnn.bidirectional else 1
         self.count = self.rnn.num_layers * directions
@@ -38,9 +46,8 @@ class Sentences(nn.Module):
         self.head = nn.Linear(width, 3)
 
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
-        falling = bool((lengths[1:] <= lengths[:-1]).all())
         first = self.rnn.batch_first
-        packed = pack_padded_sequence(x, lengths, batch_first=first, enforce_sorted=falling)
+        packed = pack_padded_sequence(x, lengths, first, enforce_sorted=self.falling)
         state = (self.first, self.first) if self.kind == "LSTM" else self.first
         y, final = self.rnn(packed, state if self.given else None)
         if self.out == "rows":
@@ -76,13 +83,27 @@ def recurrent_blocks(net: nn.Module) -> set[str]:
     return {name for name, block in net.curvature.blocks.items() if block.kind == "recurrent"}
 
 
+def transformed(model: nn.Module, inputs: Any, route: str, **options: Any) -> nn.Module:
+    """Symbolic tracing has no example here."""
+    if route == "eager":
+        net = kfac_fx.transform(model, inputs, capture="eager", **options)
+    else:
+        net = kfac_fx.transform(model, **options)
+    assert net.curvature.route == route and not net.curvature.fallbacks
+    return net
+
+
 def check(
-    measure: Measure, model: Sentences, lengths: Tensor, likelihood: Likelihood, fisher: str
+    measure: Measure,
+    model: Sentences,
+    lengths: Tensor,
+    likelihood: Likelihood,
+    fisher: str,
+    route: str,
 ) -> None:
     inputs = model.inputs(lengths)
     y = likelihood.draw(model(*inputs))
-    net = kfac_fx.transform(model, inputs)
-    assert not net.curvature.fallbacks
+    net = transformed(model, inputs, route)
     factors = measure(net, inputs, y, likelihood, fisher).factors
     targets = of_cases(y, lengths) if model.out == "rows" else [y[n : n + 1] for n in range(N)]
     want = expected(lambda n: model.case(inputs, n), N, targets, likelihood, fisher)
@@ -91,33 +112,37 @@ def check(
         close(factors[name][:2], value)
 
 
+@both_routes
 @every_kind
-@pytest.mark.parametrize("lengths", [MIXED, FALLING], ids=["mixed", "falling"])
+@pytest.mark.parametrize("falling", [False, True], ids=["mixed", "falling"])
 @pytest.mark.parametrize("options", [{}, BIG, {"bias": False}], ids=["plain", "big", "no bias"])
-def test_rows(measure: Measure, kind: str, options: Any, lengths: Tensor) -> None:
+def test_rows(measure: Measure, kind: str, options: Any, falling: bool, route: str) -> None:
     """Both weights of every layer and direction; steps after a sequence's end are no positions."""
-    check(measure, Sentences(kind, **options), lengths, Categorical(), "empirical")
+    model = Sentences(kind, falling=falling, **options)
+    check(measure, model, FALLING if falling else MIXED, Categorical(), "empirical", route)
 
 
+@both_routes
 @both_fishers
 @every_kind
 @pytest.mark.parametrize("given", [False, True])
-def test_final_states(measure: Measure, kind: str, given: bool, fisher: str) -> None:
+def test_final_states(measure: Measure, kind: str, given: bool, fisher: str, route: str) -> None:
     """Every sequence's own last states, from first states that are given or zeros."""
     model = Sentences(kind, "final", given, batch_first=True, **BIG)
-    check(measure, model, MIXED, Bernoulli(), fisher)
+    check(measure, model, MIXED, Bernoulli(), fisher, route)
 
 
+@both_routes
 @both_fishers
 @every_kind
-@pytest.mark.parametrize("options", [{}, BIG, {"bias": False}], ids=["plain", "big", "no bias"])
-def test_padded_outputs(measure: Measure, kind: str, options: Any, fisher: str) -> None:
+@pytest.mark.parametrize("options", [{}, BIG], ids=["plain", "big"])
+def test_padded_outputs(measure: Measure, kind: str, options: Any, fisher: str, route: str) -> None:
     """The loss leaves padding out."""
     model, likelihood = Sentences(kind, "padded", batch_first=True, **options), Categorical()
     inputs = model.inputs(MIXED)
     y = likelihood.draw(model(*inputs))
     y[torch.arange(T) >= MIXED[:, None]] = -100
-    net = kfac_fx.transform(model, inputs)
+    net = transformed(model, inputs, route)
     factors = measure(net, inputs, y, likelihood, fisher).factors
     targets = [y[n, : int(MIXED[n])] for n in range(N)]
     want = expected(lambda n: model.case(inputs, n), N, targets, likelihood, fisher)
@@ -126,11 +151,12 @@ def test_padded_outputs(measure: Measure, kind: str, options: Any, fisher: str) 
         close(factors[name][:2], value)
 
 
+@both_routes
 @every_kind
 @pytest.mark.parametrize("out", ["final", "padded"])
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
 def test_equal_lengths_are_a_plain_batch(
-    measure: Measure, kind: str, sharing: str, out: str
+    measure: Measure, kind: str, sharing: str, out: str, route: str
 ) -> None:
     """The factors are those of the same layer without packing."""
 
@@ -148,18 +174,19 @@ def test_equal_lengths_are_a_plain_batch(
     y = Normal().draw(model(*inputs))
     found = []
     for one in (model, plain):
-        net = kfac_fx.transform(one, inputs, weight_sharing=sharing)
+        net = transformed(one, inputs, route, weight_sharing=sharing)
         found.append(measure(net, inputs, y, Normal(), "empirical").factors)
     for name in recurrent_blocks(net):
         close(found[0][name][:2], found[1][name][:2])
 
 
+@both_routes
 @every_kind
-def test_reduce(measure: Measure, kind: str) -> None:
+def test_reduce(measure: Measure, kind: str, route: str) -> None:
     """The mean of the inputs and the sum of the derivatives over a sequence's own steps."""
     model, likelihood = Sentences(kind, "final", batch_first=True, **BIG), Normal()
     inputs = model.inputs(MIXED)
-    net = kfac_fx.transform(model, inputs, weight_sharing="reduce")
+    net = transformed(model, inputs, route, weight_sharing="reduce")
     factors = measure(net, inputs, None, likelihood).factors
     want: dict[str, list[Any]] = {}
     for n in range(N):
@@ -176,14 +203,15 @@ def test_reduce(measure: Measure, kind: str) -> None:
         close(factors[name][:2], value)
 
 
+@both_routes
 @both_fishers
-def test_bias_alone(measure: Measure, fisher: str) -> None:
+def test_bias_alone(measure: Measure, fisher: str, route: str) -> None:
     """The covariance of the sums over a sequence's own steps."""
     model, likelihood = Sentences("GRU", "final", batch_first=True, **BIG), Normal()
     inputs = model.inputs(MIXED)
     y = likelihood.draw(model(*inputs))
     weights = [name for name, _ in model.named_parameters() if "weight_" in name]
-    net = kfac_fx.transform(model, inputs, exclude=weights)
+    net = transformed(model, inputs, route, exclude=weights)
     factors = measure(net, inputs, y, likelihood, fisher).factors
     for name in ("rnn.bias_ih_l0", "rnn.bias_hh_l1_reverse"):
         assert net.curvature.blocks[name].kind == "shift"
@@ -196,7 +224,8 @@ def test_bias_alone(measure: Measure, fisher: str) -> None:
         close(factors[name], (C,))
 
 
-def test_layer_called_twice(measure: Measure) -> None:
+@both_routes
+def test_layer_called_twice(measure: Measure, route: str) -> None:
     """The steps of both calls are counted together, whatever their lengths."""
 
     class Twice(Sentences):
@@ -211,7 +240,62 @@ def test_layer_called_twice(measure: Measure) -> None:
                 steps.found[name] += rows
             return one * two, steps
 
-    check(measure, Twice("LSTM", "final"), MIXED, Normal(), "exact")
+    check(measure, Twice("LSTM", "final"), MIXED, Normal(), "exact", route)
+
+
+@both_routes
+@pytest.mark.parametrize("first", [False, True])
+def test_norm_after_padding(measure: Measure, first: bool, route: str) -> None:
+    """What is padded again has its cases where the call puts them, and a norm's are those."""
+
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.norm = nn.GRU(IN, H, batch_first=True), nn.LayerNorm(H)
+            self.head = nn.Linear(H, 2)
+
+        def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+            packed = pack_padded_sequence(x, lengths, True, enforce_sorted=False)
+            y, _ = pad_packed_sequence(self.rnn(packed)[0], batch_first=first)
+            return self.head(self.norm(y).sum(1 if first else 0))
+
+    model, likelihood = Normed(), Normal()
+    x = torch.randn(N, T, IN)
+    net = transformed(model, (x, MIXED), route)
+    factors = measure(net, (x, MIXED), None, likelihood).factors
+    # Padding is normalised too, so every case of the reference keeps the length of the batch.
+    padded = torch.zeros(N, T, H)
+    for n, length in enumerate(MIXED.tolist()):
+        padded[n, :length] = model.rnn(x[n : n + 1, :length])[0][0].detach()
+    tail = nn.Sequential(model.norm, SumSteps(), model.head)
+    C = oracles.covariance(tail, ["0.weight", "0.bias"], padded, None, likelihood)
+    close(factors["norm"], (C,))
+
+
+class SumSteps(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sum(1)
+
+
+def test_no_coupling_goes_through_packing() -> None:
+    """Before it rows are cases by steps, in it steps alone."""
+
+    class Stemmed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.rnn, self.one = nn.Linear(IN, IN), nn.GRU(IN, IN), nn.Linear(IN, IN)
+            self.two, self.three = nn.Linear(IN, IN), nn.Linear(IN, 2)
+
+        def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+            packed = pack_padded_sequence(self.stem(x), lengths, enforce_sorted=False)
+            y, _ = pad_packed_sequence(self.rnn(packed)[0])
+            return self.three(self.two(y)) + self.one(packed.data).sum()
+
+    net = kfac_fx.transform(Stemmed())
+    assert [(pair.earlier, pair.later) for pair in net.curvature.pairs] == [("two", "three")]
+    inputs = torch.randn(T, N, IN), MIXED
+    optimizer = kfac_fx.KFAC(net, "normal")
+    optimizer.step(inputs, torch.randn(T, N, 2))
 
 
 # ------------------------------------------------------------------------- a drop-in as ever
@@ -230,14 +314,15 @@ def run(module: nn.Module, x: Tensor, lengths: Tensor) -> list[Tensor]:
     return [out.detach(), x.grad, *(p.grad.clone() for p in module.parameters())]
 
 
+@both_routes
 @every_kind
 @pytest.mark.parametrize("out", ["rows", "padded", "final"])
-def test_drop_in(kind: str, out: str) -> None:
+def test_drop_in(kind: str, out: str, route: str) -> None:
     """Outputs and gradients of the model itself, in both modes, for all lengths."""
     model = Sentences(kind, out, given=True, dropout=0.4, batch_first=True, **BIG)
     reference = copy.deepcopy(model)
     inputs = model.inputs(MIXED)
-    net = kfac_fx.transform(model, inputs)
+    net = transformed(model, inputs, route)
     for lengths in (MIXED, FALLING, EQUAL, torch.tensor([1, 1, 1])):
         for training in (True, False):
             net.train(training), reference.train(training)
@@ -248,23 +333,24 @@ def test_drop_in(kind: str, out: str) -> None:
                 torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
 
 
-def test_every_batch_has_lengths_of_its_own(measure: Measure) -> None:
-    """A whole optimizer traces what it does often, and must not keep the lengths of a batch."""
-    model = Sentences("LSTM", "final", batch_first=True)
-    net = kfac_fx.transform(model, model.inputs(MIXED))
-    optimizer = kfac_fx.KFAC(net, "normal")
-    for step in range(12):
-        lengths = (MIXED, EQUAL, FALLING)[step % 3]
-        inputs = model.inputs(lengths)
-        want = model(*inputs).detach()
-        assert torch.equal(net(*inputs), want)
-        optimizer.step(inputs, torch.randn(N, 3))
-    lengths = MIXED
-    inputs = model.inputs(lengths)
-    want = expected(lambda n: model.case(inputs, n), N, None, Normal(), "exact")
-    factors = measure(net, inputs, None, Normal()).factors
-    for name, value in want.items():
-        close(factors[name][:2], value)
+@both_routes
+def test_passes_are_not_replayed(route: str) -> None:
+    """A whole optimizer runs traces of its passes, which would keep the lengths of a batch."""
+    results = []
+    for replayed in (True, False):
+        torch.manual_seed(3)
+        model = Sentences("LSTM", "final", batch_first=True)
+        net = transformed(model, model.inputs(MIXED), route)
+        optimizer = kfac_fx.KFAC(net, "normal")
+        if not replayed:  # a hook keeps every pass as it is
+            model.head.register_forward_hook(lambda *_: None)
+        for step in range(16):
+            # The same lengths until a trace would have proved itself, then others of one total.
+            lengths = torch.tensor([4, 1, 2] if step < 12 else [2, 3, 2])
+            optimizer.step(model.inputs(lengths), torch.randn(N, 3))
+        results.append([p.detach().clone() for p in model.parameters()])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
 
 
 # ------------------------------------------------------------------------------- other routes
