@@ -19,6 +19,9 @@ Value = Any
 PACKING = (rnn.pack_padded_sequence, rnn.pack_sequence)
 """Functions that return a PackedSequence."""
 
+_REMADE = frozenset({"_replace", "to", "cuda", "cpu", "pin_memory", "double", "float", "half"})
+"""Methods of a PackedSequence that return another one."""
+
 WHOLE: tuple[Callable[..., Value], ...] = (*PACKING, rnn.pad_packed_sequence)
 """What a trace keeps as one call."""
 
@@ -32,7 +35,11 @@ def gives_packed(node: Value, modules: Mapping[str, nn.Module]) -> bool:
         node: an argument of a call.
         modules: the model's submodules by path.
     """
-    if not isinstance(node, fx.Node) or node.op != "call_function":
+    if not isinstance(node, fx.Node):
+        return False
+    if node.op == "call_method" and node.target in _REMADE:
+        return gives_packed(node.args[0], modules)
+    if node.op != "call_function":
         return False
     if node.target in PACKING:
         return True

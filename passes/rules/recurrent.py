@@ -34,7 +34,7 @@ _WEIGHTS = ("w_ih", "w_hh", "b_ih", "b_hh")
 
 @layer_kind()
 class RecurrentRule:
-    """nn.LSTM, nn.GRU, nn.RNN and their cells; the taps need an operator in the node's place.
+    """nn.LSTM, nn.GRU, nn.RNN, of a PackedSequence too, and their cells, with an operator for each.
 
     (weight_ih, bias_ih) acts on the inputs of all steps and (weight_hh, bias_hh) on the previous
     hidden states; G is over the derivatives in each product's own outputs, gates stacked.

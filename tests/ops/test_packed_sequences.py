@@ -9,88 +9,26 @@ import pytest
 import torch
 from support import oracles
 from support.oracles import Bernoulli, Categorical, Likelihood, Measure, Normal, close
+from support.packed_sequences import (
+    BIG,
+    EQUAL,
+    FALLING,
+    MIXED,
+    Sentences,
+    arm,
+    of_cases,
+    recurrent_blocks,
+    run,
+    transformed,
+)
 from support.recurrent_oracle import IN, KINDS, H, N, Steps, T, expected
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
-
-import kfac_fx
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 pytestmark = pytest.mark.usefixtures("float64")
 both_fishers = pytest.mark.parametrize("fisher", ["exact", "empirical"])
 both_routes = pytest.mark.parametrize("route", ["symbolic_trace", "eager"])
 every_kind = pytest.mark.parametrize("kind", KINDS)
-BIG = {"num_layers": 2, "bidirectional": True}
-MIXED, FALLING, EQUAL = (torch.tensor(one) for one in ([2, T, 1], [T, 2, 2], [T, T, T]))
-
-
-class Sentences(nn.Module):
-    """Its outputs are those of all steps in rows, the same padded, or of the final states."""
-
-    def __init__(
-        self,
-        kind: str,
-        out: str = "rows",
-        given: bool = False,
-        falling: bool = False,
-        **options: Any,
-    ) -> None:
-        super().__init__()
-        self.kind, self.out, self.given, self.falling = kind, out, given, falling
-        self.rnn = KINDS[kind](IN, H, **options)
-        directions = 2 if self.rnn.bidirectional else 1
-        self.count = self.rnn.num_layers * directions
-        self.states = 2 if kind == "LSTM" else 1
-        # A state of its own for every case, so that a wrong order would show.
-        self.first = torch.randn(self.count, N, H) if given else torch.zeros(self.count, N, H)
-        width = H * (self.states * self.count if out == "final" else directions)
-        self.head = nn.Linear(width, 3)
-
-    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
-        first = self.rnn.batch_first
-        packed = pack_padded_sequence(x, lengths, first, enforce_sorted=self.falling)
-        state = (self.first, self.first) if self.kind == "LSTM" else self.first
-        y, final = self.rnn(packed, state if self.given else None)
-        if self.out == "rows":
-            return self.head(y.data)
-        if self.out == "padded":
-            return self.head(pad_packed_sequence(y, batch_first=True)[0])
-        finals = [final[0], final[1]] if self.kind == "LSTM" else [final]
-        return self.head(torch.cat([f.transpose(0, 1).flatten(1) for f in finals], -1))
-
-    def inputs(self, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        x = torch.randn(N, T, IN)
-        return (x if self.rnn.batch_first else x.transpose(0, 1)), lengths
-
-    def case(self, inputs: tuple[Tensor, Tensor], n: int) -> tuple[Tensor, Steps]:
-        """The same from steps, for one case."""
-        x, lengths = inputs
-        row = (x[n] if self.rnn.batch_first else x[:, n])[: int(lengths[n])]
-        steps = Steps(self.kind, self.rnn, "rnn.")
-        y, finals = steps.layers(list(row), [self.first[:, n]] * self.states)
-        if self.out == "final":
-            return self.head(torch.cat([f.flatten() for f in finals]))[None], steps
-        return self.head(torch.stack(y))[None], steps
-
-
-def of_cases(rows: Tensor, lengths: Tensor) -> list[Tensor]:
-    """The rows of a packed batch, case by case."""
-    numbers = torch.arange(N)[:, None].expand(N, T)
-    owners = pack_padded_sequence(numbers, lengths, batch_first=True, enforce_sorted=False).data
-    return [rows[owners == n] for n in range(N)]
-
-
-def recurrent_blocks(net: nn.Module) -> set[str]:
-    return {name for name, block in net.curvature.blocks.items() if block.kind == "recurrent"}
-
-
-def transformed(model: nn.Module, inputs: Any, route: str, **options: Any) -> nn.Module:
-    """Symbolic tracing has no example here."""
-    if route == "eager":
-        net = kfac_fx.transform(model, inputs, capture="eager", **options)
-    else:
-        net = kfac_fx.transform(model, **options)
-    assert net.curvature.route == route and not net.curvature.fallbacks
-    return net
 
 
 def check(
@@ -277,43 +215,7 @@ class SumSteps(nn.Module):
         return x.sum(1)
 
 
-def test_no_coupling_goes_through_packing() -> None:
-    """Before it rows are cases by steps, in it steps alone."""
-
-    class Stemmed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.stem, self.rnn, self.one = nn.Linear(IN, IN), nn.GRU(IN, IN), nn.Linear(IN, IN)
-            self.two, self.three = nn.Linear(IN, IN), nn.Linear(IN, 2)
-
-        def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
-            packed = pack_padded_sequence(self.stem(x), lengths, enforce_sorted=False)
-            y, _ = pad_packed_sequence(self.rnn(packed)[0])
-            return self.three(self.two(y)) + self.one(packed.data).sum()
-
-    net = kfac_fx.transform(Stemmed())
-    assert [(pair.earlier, pair.later) for pair in net.curvature.pairs] == [("two", "three")]
-    inputs = torch.randn(T, N, IN), MIXED
-    optimizer = kfac_fx.KFAC(net, "normal")
-    optimizer.step(inputs, torch.randn(T, N, 2))
-
-
 # ------------------------------------------------------------------------- a drop-in as ever
-def arm(net: nn.Module, recording: bool) -> None:
-    for buffers in kfac_fx.ops.factor_buffers(net).values():
-        kfac_fx.ops.switch(net, buffers, recording)
-
-
-def run(module: nn.Module, x: Tensor, lengths: Tensor) -> list[Tensor]:
-    """Outputs and gradients, with the same dropout masks in every call."""
-    torch.manual_seed(5)
-    x = x.detach().clone().requires_grad_()
-    out = module(x, lengths)
-    module.zero_grad()
-    out.sin().sum().backward()
-    return [out.detach(), x.grad, *(p.grad.clone() for p in module.parameters())]
-
-
 @both_routes
 @every_kind
 @pytest.mark.parametrize("out", ["rows", "padded", "final"])
@@ -331,135 +233,3 @@ def test_drop_in(kind: str, out: str, route: str) -> None:
                 arm(net, recording)
                 got = run(net, inputs[0], lengths)
                 torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
-
-
-@both_routes
-def test_passes_are_not_replayed(route: str) -> None:
-    """A whole optimizer runs traces of its passes, which would keep the lengths of a batch."""
-    results = []
-    for replayed in (True, False):
-        torch.manual_seed(3)
-        model = Sentences("LSTM", "final", batch_first=True)
-        net = transformed(model, model.inputs(MIXED), route)
-        optimizer = kfac_fx.KFAC(net, "normal")
-        if not replayed:  # a hook keeps every pass as it is
-            model.head.register_forward_hook(lambda *_: None)
-        for step in range(16):
-            # The same lengths until a trace would have proved itself, then others of one total.
-            lengths = torch.tensor([4, 1, 2] if step < 12 else [2, 3, 2])
-            optimizer.step(model.inputs(lengths), torch.randn(N, 3))
-        results.append([p.detach().clone() for p in model.parameters()])
-    for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
-
-
-# ------------------------------------------------------------------------------- other routes
-class InGraph(nn.Module):
-    """What a graph holds of a layer that was given a PackedSequence."""
-
-    def __init__(self, kind: str) -> None:
-        super().__init__()
-        self.name, self.rnn = kind.lower(), KINDS[kind](IN, H, num_layers=2, bidirectional=True)
-
-    def forward(self, x: Tensor, sizes: Tensor, h: Tensor) -> Tensor:
-        weights = [getattr(self.rnn, name) for name in self.rnn._flat_weights_names]
-        operator = getattr(torch.ops.aten, self.name).data
-        state = [h, h] if self.name == "lstm" else h
-        return operator(x, sizes, state, weights, True, 2, 0.0, True, True)[0]
-
-
-@every_kind
-def test_operator_in_a_graph(measure: Measure, kind: str) -> None:
-    """A traced call of ATen's operator has the factors of the layer, and is given back."""
-    model = InGraph(kind)
-    net = kfac_fx.transform(model)
-    assert net.curvature.route == "symbolic_trace" and not net.curvature.fallbacks
-    x = torch.randn(T, N, IN)
-    y: list[Tensor] = []
-    for lengths in (FALLING, EQUAL):
-        packed = pack_padded_sequence(x, lengths)
-        inputs = (packed.data, packed.batch_sizes, torch.zeros(4, N, H))
-        want = model(*inputs)
-        for recording in (False, True):
-            arm(net, recording)
-            torch.testing.assert_close(net(*inputs), want, rtol=0, atol=1e-12)
-        y.append(torch.randn_like(want))
-        factors = measure(net, inputs, y[-1], Normal(), "empirical").factors
-        steps = Sentences(kind, **BIG)
-        steps.rnn, steps.head = model.rnn, nn.Identity()
-        want = expected(
-            lambda n, lengths=lengths, steps=steps: steps.case((x, lengths), n),
-            N,
-            of_cases(y[-1], lengths),
-            Rows(),
-            "empirical",
-        )
-        for name, value in want.items():
-            close(factors[name], value)
-    arm(net, False)
-    assert kfac_fx.passes.strip_taps(net.graph)
-    called = [n.target for n in net.graph.nodes if n.op == "call_function"]
-    assert getattr(torch.ops.aten, model.name).data in called
-    net.recompile()
-    assert torch.equal(net(*inputs), model(*inputs))
-
-
-class Rows(Normal):
-    """Every row is a term."""
-
-    def nll(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return super().nll(outputs.flatten(0, -2), targets)
-
-    def terms(self, outputs: Tensor, targets: Tensor | None) -> float:
-        return outputs.shape[-2]
-
-
-@pytest.mark.parametrize("example", [False, True])
-def test_packed_input(measure: Measure, example: bool) -> None:
-    """A model that is given the PackedSequence itself, foreseen by its example or not."""
-
-    class Reader(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.rnn, self.head = nn.GRU(IN, H), nn.Linear(H, 3)
-
-        def forward(self, packed: PackedSequence) -> Tensor:
-            return self.head(self.rnn(packed)[1][0])
-
-    model = Reader()
-    x = torch.randn(T, N, IN)
-    packed = pack_padded_sequence(x, MIXED, enforce_sorted=False)
-    net = kfac_fx.transform(model, (packed,) if example else None)
-    assert net.curvature.route == ("eager" if example else "symbolic_trace")
-    assert not net.curvature.fallbacks
-    assert torch.equal(net(packed), model(packed))
-    factors = measure(net, (packed,), None, Normal()).factors
-    steps = Sentences("GRU", "final")
-    steps.rnn, steps.head = model.rnn, model.head
-    want = expected(lambda n: steps.case((x, MIXED), n), N, None, Normal(), "exact")
-    for name, value in want.items():
-        close(factors[name][:2], value)
-
-
-def test_layer_left_alone() -> None:
-    """A net whose only recurrent layer has no block takes a PackedSequence too."""
-    packed = pack_padded_sequence(torch.randn(T, N, IN), FALLING)
-    model = nn.Sequential(nn.GRU(IN, H), nn.Identity())
-    model.register_parameter("scale", nn.Parameter(torch.ones(1)))
-    net = kfac_fx.transform(model, exclude=["0"])
-    assert torch.equal(net(packed)[0].data, model(packed)[0].data)
-
-
-# --------------------------------------------------------------------------- what falls back
-def test_projected_states_fall_back() -> None:
-    class Projected(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.rnn = nn.LSTM(IN, 4, proj_size=2)
-
-        def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
-            return self.rnn(pack_padded_sequence(x, lengths))[0].data
-
-    net = kfac_fx.transform(Projected(), (torch.randn(T, N, IN), FALLING))
-    assert {block.kind for block in net.curvature.blocks.values()} == {"generic"}
-    assert all("proj_size" in (b.reason or "") for b in net.curvature.blocks.values())

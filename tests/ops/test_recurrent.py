@@ -337,6 +337,26 @@ def test_strip_taps_gives_the_call_back(kind: str, route: str) -> None:
             torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
 
+@every_kind
+def test_compiled_around_the_layer(kind: str) -> None:
+    """Dynamo leaves such layers to Python by default, with the operators in their place."""
+    model = Tagger(kind)
+    x = model.inputs()
+    net = kfac_fx.transform(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(net, backend="eager")
+    buffers = [b for group in kfac_fx.ops.factor_buffers(net).values() for b in group]
+    for recording in (False, True):
+        arm(net, recording)
+        found = []
+        for module in (net, compiled):
+            for buffer in buffers:
+                buffer.grad = None
+            found.append([*run(module, x), *(b.grad for b in buffers if recording)])
+        torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
+    torch._dynamo.reset()
+
+
 @torch._dynamo.config.patch(allow_rnn=True)
 @every_kind
 def test_compiled(kind: str) -> None:
