@@ -20,7 +20,7 @@ from kfac_fx.capture.in_place import update_of, written_in_place
 from kfac_fx.capture.input_forms import fixed_arguments
 from kfac_fx.capture.layer_calls import has_parameters, translate
 from kfac_fx.capture.mode_regions import Regions
-from kfac_fx.capture.packed_calls import WHOLE
+from kfac_fx.capture.packed_calls import kept_whole
 from kfac_fx.capture.parameter_paths import ancestors
 from kfac_fx.capture.proxies import WatchedMember, WatchedProxy
 from kfac_fx.capture.remade import Remade, makes_itself
@@ -64,7 +64,7 @@ class WatchingTracer(fx.Tracer):
         held: Mapping[int, str] = types.MappingProxyType({}),
     ) -> None:
         # Code that branches on the shape of a weight takes its branch while it is traced.
-        super().__init__(param_shapes_constant=True, autowrap_functions=WHOLE)
+        super().__init__(param_shapes_constant=True)
         self.regions = Regions(self._region_node, self.refuse)
         self.read: set[str] = set()
         self._held = held
@@ -88,7 +88,7 @@ class WatchingTracer(fx.Tracer):
         self._members = {id(tensor): name for name, tensor in named}
         self._modules = dict(root.named_modules(remove_duplicate=False))
         self._modes = Modes()
-        with watched(self):
+        with watched(self), kept_whole(self, root):
             graph = super().trace(root, concrete_args)
         if self._refused:
             raise CaptureError(f"{self._refused[0]} (the code caught the error)")
@@ -290,11 +290,6 @@ class WatchingTracer(fx.Tracer):
                     copied = graph.call_method("clone", (node,))
                 node.replace_all_uses_with(copied)
                 copied.args = (node,)
-        for node in graph.nodes:
-            # With this mark the generated code asks fx to wrap the function by a name with dots,
-            # and the next trace in the process looks for that name and fails.
-            if node.op == "call_function" and node.target in WHOLE:
-                node.meta.pop("is_wrapped", None)
         _replace_asserts(graph)
         last = [node for node in graph.nodes if node.op == "placeholder"][-1:]
         for source, kind in self._assumed.items():

@@ -18,12 +18,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import fx, nn
-from torch.nn.utils import rnn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
 from kfac_fx.capture.autograd_calls import FunctionCall
-from kfac_fx.capture.packed_calls import WHOLE
 from kfac_fx.capture.proxies import WatchedMember
 from kfac_fx.capture.real_calls import FACTS, RealCalls
 from kfac_fx.capture.user_lines import running_line
@@ -174,9 +172,6 @@ def watched(tracer: Recording) -> Iterator[None]:
         stack.enter_context(_replaced(nn.Module, "__setattr__", _set_attribute(tracer)))
         stack.enter_context(_replaced(builtins, "isinstance", _is_instance(tracer)))
         stack.enter_context(_replaced(torch, "is_tensor", _is_tensor(tracer)))
-        # fx looks for them where the code of modules holds them by their own names alone.
-        for function in WHOLE:
-            stack.enter_context(_replaced(rnn, function.__name__, _whole(tracer, function)))
         stack.enter_context(RealCalls(tracer))
         yield
 
@@ -290,17 +285,6 @@ def _apply(tracer: Recording) -> Value:
         return original.__get__(None, cls)(*args, **kwargs)
 
     return classmethod(apply)
-
-
-def _whole(tracer: Recording, function: Callable[..., Value]) -> Callable[..., Value]:
-    """Return a function that makes one node of its call where it is given symbolic values."""
-
-    def call(*args: Value, **kwargs: Value) -> Value:
-        if any(issubclass(type(leaf), fx.Proxy) for leaf in tree_leaves((args, kwargs))):
-            return tracer.create_proxy("call_function", function, args, kwargs)
-        return function(*args, **kwargs)
-
-    return call
 
 
 def _set_attribute(tracer: Recording) -> Value:

@@ -22,7 +22,14 @@ from support.packed_sequences import (
 )
 from support.recurrent_oracle import IN, KINDS, H, N, Steps, T, expected
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import (
+    PackedSequence,
+    pack_padded_sequence,
+    pack_sequence,
+    pad_packed_sequence,
+)
+from torch.nn.utils.rnn import pack_padded_sequence as pack
+from torch.nn.utils.rnn import pad_packed_sequence as unpack
 
 import kfac_fx
 
@@ -198,6 +205,27 @@ def test_compiled() -> None:
                 found.append([*run(module, *inputs), *(b.grad for b in buffers if recording)])
             torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
     torch._dynamo.reset()
+
+
+def test_packing_under_another_name() -> None:
+    """Symbolic tracing finds torch's functions where the model's code has them."""
+
+    class Renamed(Sentences):
+        def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+            first = super().forward(x, lengths)  # a base class in another file
+            packed = torch.nn.utils.rnn.pack_padded_sequence(x, lengths, enforce_sorted=False)
+            y, _ = self.rnn(packed)
+            y = self.rnn(pack(unpack(y)[0][..., :IN], lengths, enforce_sorted=False))[1]
+            return first + y[0].sum() + pack_sequence([x[:, 0], x[:, 1]]).data.sum()
+
+    model = Renamed("GRU", "final", bidirectional=True)
+    model.rnn = nn.GRU(IN, H, bidirectional=True)
+    net = kfac_fx.transform(model)
+    assert net.curvature.route == "symbolic_trace" and not net.curvature.fallbacks
+    inputs = model.inputs(MIXED)
+    assert torch.equal(net(*inputs), model(*inputs))
+    for function in (pack, unpack, torch.nn.utils.rnn.pack_padded_sequence):
+        assert function.__module__ == "torch.nn.utils.rnn"
 
 
 class Rows(Normal):
