@@ -41,10 +41,13 @@ _TURNS = frozenset({"permute", "movedim", "moveaxis", "T", "mT", "t"})
 _MOVES = _SWAPS | _TURNS
 _REDUCTIONS = frozenset(
     {"mean", "sum", "amax", "amin", "max", "min", "prod", "std", "var", "norm", "logsumexp"}
-    | {"argmax", "argmin", "any", "all", "median", "select", "index_select"}
+    | {"argmax", "argmin", "any", "all", "median", "select"}
 )
 _ROWS = frozenset({"reshape", "view", "flatten", "_unsafe_view"})
-_KEPT = frozenset({"narrow", "slice", "split", "chunk", "split_with_sizes", "unbind", "expand"})
+_KEPT = frozenset(
+    {"narrow", "slice", "split", "chunk", "split_with_sizes", "unbind", "expand", "index_select"}
+)
+_PADDING = frozenset({"pad_packed_sequence", "_pad_packed_sequence"})
 
 
 def place_cases(
@@ -74,7 +77,7 @@ def _may_move(graph: fx.Graph) -> bool:
     """Tell whether any call of a graph, or its caller, may put another dimension first."""
     symbol = _symbol_of_cases(graph)
     for node in graph.nodes:
-        if _name(node) in _MOVES:
+        if _name(node) in _MOVES | _PADDING:
             return True
         shape = _shape(node) if node.op == "placeholder" and symbol else ()
         if shape and str(shape[0]) != symbol:
@@ -242,6 +245,10 @@ def _after(node: fx.Node, data: Sequence[fx.Node], found: Mapping[fx.Node, Cases
         return _swapped(first, arguments)
     if name in _TURNS:
         return _permuted(first, name, arguments)
+    if name in _PADDING:
+        return Cases(0)  # of the tuple that it returns
+    if name in ("getitem", "__getitem__") and _name(data[0]) in _PADDING:
+        return Cases(_padded_cases(data[0]))
     if name in ("getitem", "__getitem__"):
         return _indexed(first, node.args[1])
     if name in _ROWS:
@@ -306,6 +313,13 @@ def _permuted(cases: Cases, name: str, arguments: Sequence[Argument]) -> Cases |
         return None
     dims = [dim % len(dims) for dim in dims]
     return Cases(dims.index(cases.dim)) if cases.dim in dims else None
+
+
+def _padded_cases(node: fx.Node) -> int:
+    """Return where the cases are in what a call pads: it says so, however they came to it."""
+    place = 1 if _name(node) == "pad_packed_sequence" else 2
+    given = node.args[place] if len(node.args) > place else node.kwargs.get("batch_first", False)
+    return 0 if given else 1
 
 
 def _indexed(cases: Cases, index: Argument) -> Cases | None:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from torch import fx
 
-from kfac_fx.capture.dialect import Target
+from kfac_fx.capture.dialect import PACKED, Target
 from kfac_fx.capture.graph_view import GraphView
 from kfac_fx.ir.coupling import Edge
 from kfac_fx.ir.curvature_graph import CurvatureBlock
@@ -21,6 +21,10 @@ from kfac_fx.ir.curvature_graph import CurvatureBlock
 _FLATTENING = frozenset({"flatten", "reshape", "view"})
 _MIXING = frozenset({"scaled_dot_product_attention", "softmax", "matmul", "bmm", "einsum"})
 _AVERAGING = frozenset({"mean", "sum", "amax"})
+_REGROUPING = frozenset(
+    {"pack_padded_sequence", "pack_sequence", "pad_packed_sequence"}
+    | {row.operation for row in PACKED.values()}
+)
 _INTERNAL = frozenset({"getitem", "contiguous", "to", "cast", "alias", "dropout", "identity"})
 
 SOURCES = 32
@@ -106,6 +110,10 @@ def _incoming(
     """Return the nearest way from each block whose output the node reads."""
     found: dict[str, _Reach] = {}
     if not view.depends_on_data(node) or view.is_undifferentiated(node):
+        return found
+    # The rows of a packed batch are steps in the order of time, and before and after it there are
+    # cases: what is recorded on one side has no partner in the same row of the other.
+    if _label(view, node) in _REGROUPING:
         return found
     for index, source in enumerate(node.all_input_nodes):
         # Of attention's arguments the values are nearest: the result is linear in them.

@@ -7,17 +7,18 @@ backward forms the statistics of every weight.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import fx, nn
 
 from kfac_fx.capture.dialect import Argument
 from kfac_fx.ir.use import Tap
-from kfac_fx.ops.recurrent import CELLS, STEPS, nested
+from kfac_fx.ops.recurrent import CELLS, PACKED, STEPS
+from kfac_fx.ops.recurrent_results import in_packed_order, nested, repacked
 from kfac_fx.passes.annotations import annotate, annotation, take_over, without_annotation
 
-_OPERATORS = {getattr(torch.ops.kfac_fx, name).default: name for name in (*STEPS, *CELLS)}
+_OPERATORS = {getattr(torch.ops.kfac_fx, name).default: name for name in (*STEPS, *CELLS, *PACKED)}
 
 
 def replaces_node(node: fx.Node) -> bool:
@@ -62,7 +63,7 @@ def fill(
 
 def _operator(result: fx.Node) -> fx.Node:
     """Return the operator whose result a node hands on in the nesting that the layer returns."""
-    return result.all_input_nodes[0] if result.target is nested else result
+    return result.all_input_nodes[0] if result.target in (nested, repacked) else result
 
 
 def _replace(
@@ -76,13 +77,20 @@ def _replace(
     is_module = node.op == "call_module"
     read = _read_by(node)
     with graph.inserting_before(node):
-        tensors = fx.node.map_arg([resolve(t) for t in tap.tensors], lambda n: read.get(n, n))
+        tensors: Sequence[Argument] = fx.node.map_arg(
+            [resolve(t) for t in tap.tensors], lambda n: read.get(n, n)
+        )
         operator = getattr(torch.ops.kfac_fx, tap.operator).default
+        packed = tensors[0] if is_module and tap.operator in PACKED else None
+        if packed is not None:
+            tensors = _unpacked(graph, tensors)
         no_factors = [None] * tap.slots
         call = graph.call_function(operator, (*tensors, no_factors, *tap.options))
         result = call
         # The module returns (outputs, (h, c)) and the operator three tensors.
-        if is_module and tap.operator == "lstm":
+        if packed is not None:
+            result = graph.call_function(repacked, (call, packed))
+        elif is_module and tap.operator == "lstm":
             result = graph.call_function(nested, (call,))
     take_over(call, node, same_value=False, **({"module": str(node.target)} if is_module else {}))
     kept = {k: v for k, v in node.meta.items() if k != "is_wrapped"}
@@ -91,6 +99,16 @@ def _replace(
     graph.erase_node(node)
     result._rename(name)
     return result
+
+
+def _unpacked(graph: fx.Graph, tensors: Sequence[Argument]) -> list[Argument]:
+    """Return an operator's arguments from those of a layer that is given a PackedSequence."""
+    packed, _, hx, *rest = tensors
+    data, sizes = (graph.call_function(getattr, (packed, n)) for n in ("data", "batch_sizes"))
+    # The layer takes states in the order of the cases, which the packed batch sorts by length.
+    if hx is not None:
+        hx = graph.call_function(in_packed_order, (hx, packed))
+    return [data, sizes, hx, *rest]
 
 
 def _read_by(node: fx.Node) -> dict[fx.Node, fx.Node]:
@@ -117,8 +135,14 @@ def restore(graph: fx.Graph, call: fx.Node, module: nn.Module | None) -> None:
     """
     assert call.op == "call_function"
     operation = _OPERATORS[call.target]
-    users = [user for user in call.users if user.target is nested]
+    users = [user for user in call.users if user.target in (nested, repacked)]
     result = users[0] if users else call
+    given: list[Argument] = [arg for arg in call.args[:2] if arg is not None]
+    made_for_it: list[fx.Node] = []
+    if result.target is repacked:
+        made_for_it = [arg for arg in call.args[:3] if isinstance(arg, fx.Node)]
+        given = [result.args[1]]
+        given += [states.args[0] for states in made_for_it[2:]]
     # A graph of layers gets its module back. In an exported graph, where the module is not there or
     # is no recurrent layer, ATen's own operator does the same.
     path = annotation(call).get("module")
@@ -127,19 +151,21 @@ def restore(graph: fx.Graph, call: fx.Node, module: nn.Module | None) -> None:
         path = path if isinstance(layer, (nn.RNNBase, nn.RNNCellBase)) else None
     with graph.inserting_before(call):
         if path is not None:
-            given = call.args[:1] if call.args[1] is None else call.args[:2]
-            node = graph.create_node("call_module", path, given)
+            node = graph.create_node("call_module", path, tuple(given))
         else:
-            overloads = getattr(torch.ops.aten, operation)
-            target = overloads.default if operation in CELLS else overloads.input
+            packet = getattr(torch.ops.aten, PACKED.get(operation, operation))
+            overload = "data" if operation in PACKED else "input"
+            target = getattr(packet, "default" if operation in CELLS else overload)
             arguments = list(call.args[:-2])
-            if arguments[1] is None:
+            if operation not in PACKED and arguments[1] is None:
                 arguments[1] = _zero_states(graph, operation, arguments)
             node = graph.create_node("call_function", target, tuple(arguments))
     node.meta = without_annotation(result.meta)
     name = result.name
     result.replace_all_uses_with(node)
     for made in (result, call) if users else (call,):
+        graph.erase_node(made)
+    for made in made_for_it:
         graph.erase_node(made)
     node._rename(name)
 

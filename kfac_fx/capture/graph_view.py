@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor, fx, nn
 
 from kfac_fx.capture.dialect import (
+    PACKED,
     SHAPE_READERS,
     Argument,
     Call,
@@ -22,6 +23,7 @@ from kfac_fx.capture.dialect import (
 )
 from kfac_fx.capture.layer_calls import Member, translate
 from kfac_fx.capture.mode_regions import GradMode
+from kfac_fx.capture.packed_calls import gives_packed
 from kfac_fx.capture.parameter_paths import (
     ComputedWeights,
     Reference,
@@ -240,7 +242,10 @@ class GraphView:
             inputs = _inputs(translated.inputs, node)
             if inputs is None:
                 return None
-            return Call(translated.operation, node, inputs | translated.arguments)
+            operation = translated.operation
+            if isinstance(module, nn.RNNBase) and gives_packed(inputs["input"], self._modules):
+                operation = PACKED[operation].operation
+            return Call(operation, node, inputs | translated.arguments)
         row = row_of_node(node)
         if row is None:
             return None

@@ -20,6 +20,7 @@ from kfac_fx.capture.in_place import update_of, written_in_place
 from kfac_fx.capture.input_forms import fixed_arguments
 from kfac_fx.capture.layer_calls import has_parameters, translate
 from kfac_fx.capture.mode_regions import Regions
+from kfac_fx.capture.packed_calls import kept_whole
 from kfac_fx.capture.parameter_paths import ancestors
 from kfac_fx.capture.proxies import WatchedMember, WatchedProxy
 from kfac_fx.capture.remade import Remade, makes_itself
@@ -87,7 +88,7 @@ class WatchingTracer(fx.Tracer):
         self._members = {id(tensor): name for name, tensor in named}
         self._modules = dict(root.named_modules(remove_duplicate=False))
         self._modes = Modes()
-        with watched(self):
+        with watched(self), kept_whole(self, root):
             graph = super().trace(root, concrete_args)
         if self._refused:
             raise CaptureError(f"{self._refused[0]} (the code caught the error)")

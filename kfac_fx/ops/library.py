@@ -1,8 +1,10 @@
 """The namespace of the library's operators, ``torch.ops.kfac_fx``."""
 
 import hashlib
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.compiler.config as compiler
@@ -24,3 +26,25 @@ SOURCES = [
     for path in (Path(__file__).parents[1] / folder).glob("*.py")
 ]
 compiler.cache_key_tag = " ".join(filter(None, (compiler.cache_key_tag, cache_tag(SOURCES))))
+
+
+def left_to_python(body: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the body of an operator as a function that Dynamo runs and does not compile.
+
+    Dynamo leaves recurrent layers to Python, with the operators that take their place, and goes on
+    to what Python calls: the body, whose autograd functions it cannot follow.
+
+    Args:
+        body: what an operator does.
+    """
+    disabled: list[Callable[..., Any]] = []
+
+    def run(*args: Any) -> Any:
+        # Switching Dynamo off imports it, which takes a second; where it is not, nothing compiles.
+        if "torch._dynamo" not in sys.modules:
+            return body(*args)
+        if not disabled:
+            disabled.append(torch.compiler.disable(body))
+        return disabled[0](*args)
+
+    return run

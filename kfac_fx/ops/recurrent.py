@@ -10,6 +10,9 @@ The whole call is replaced, as no tap after it could see the previous hidden sta
 multiplies. A weight of T steps is used T times: docs/explanation/mathematics.md, section 4, "one
 parameter used several times".
 
+A packed batch has operators of its own (``packed_lstm``), with the sizes of its steps: cases end
+while others go on, and nothing is computed for padding.
+
 On a CPU both draw the same dropout masks; elsewhere the fused operator has a random stream of its
 own.
 """
@@ -27,9 +30,23 @@ from torch import Tensor
 
 from kfac_fx.ops.columns import Statistics
 from kfac_fx.ops.gram import Statistic
-from kfac_fx.ops.kronecker import LinearOptions, LinearStatistics, ShiftStatistics, form_of
+from kfac_fx.ops.kronecker import (
+    FactorForm,
+    LinearOptions,
+    LinearStatistics,
+    ShiftStatistics,
+    form_of,
+)
+from kfac_fx.ops.library import left_to_python
 from kfac_fx.ops.options import TapOptions
 from kfac_fx.ops.tap import define, joined, of_columns, recording, source, tapped
+from kfac_fx.ops.time_steps import (
+    PackedLinearStatistics,
+    PackedShiftStatistics,
+    PackedSteps,
+    PaddedSteps,
+    TimeSteps,
+)
 
 State = tuple[Tensor, ...]
 Hidden = Tensor | Sequence[Tensor] | None
@@ -64,6 +81,7 @@ def _relu(ih: Tensor, hh: Tensor, state: State) -> State:
 
 STEPS: dict[str, TimeStep] = {"lstm": _lstm, "gru": _gru, "rnn_tanh": _tanh, "rnn_relu": _relu}
 CELLS: dict[str, str] = {f"{name}_cell": name for name in STEPS}
+PACKED: dict[str, str] = {f"packed_{name}": name for name in STEPS}
 
 
 class ProductFactors(NamedTuple):
@@ -98,7 +116,7 @@ class RecurrentOptions(TapOptions):
 
 
 @dataclass(frozen=True)
-class LayerOptions(TapOptions):
+class PackedOptions(TapOptions):
     """Arguments of torch's operators of layers after the parameters, in their order.
 
     Attributes:
@@ -107,7 +125,6 @@ class LayerOptions(TapOptions):
         dropout: probability that an output is dropped between layers, in training.
         train: whether the layer is in training.
         bidirectional: whether every layer also runs from the last step to the first.
-        batch_first: whether cases are the input's first dimension rather than its second.
     """
 
     has_biases: bool
@@ -115,18 +132,29 @@ class LayerOptions(TapOptions):
     dropout: float
     train: bool
     bidirectional: bool
+
+
+@dataclass(frozen=True)
+class LayerOptions(PackedOptions):
+    """The same for inputs of one length.
+
+    Attributes:
+        batch_first: whether cases are the input's first dimension rather than its second.
+    """
+
     batch_first: bool
 
 
 @dataclass(frozen=True)
 class _StepStatistics:
-    """Statistics of a product [N, T, out] whose inputs become known step by step.
+    """Statistics of a product over all steps whose inputs become known step by step.
 
     All steps of a layer share one tap: their derivatives arrive together at its source, and the
-    inputs are stacked only then. A tap a step would multiply T small matrices.
+    inputs are put together only then. A tap a step would multiply T small matrices.
     """
 
     statistics: Statistics
+    steps: TimeSteps
     inputs: list[Tensor] = field(default_factory=list)
 
     def __call__(
@@ -137,7 +165,7 @@ class _StepStatistics:
         dtype: torch.dtype,
     ) -> Sequence[Statistic | None]:
         """Return those of the product over all steps."""
-        x = torch.stack(self.inputs, 1) if wanted[0] else self.inputs[0]
+        x = self.steps.joined(self.inputs) if wanted[0] else self.inputs[0]
         return self.statistics(g, [x], wanted, dtype)
 
     def columns(
@@ -165,12 +193,20 @@ class _Recorded(NamedTuple):
 
 @dataclass(frozen=True)
 class _Dense:
-    """A weight with its bias, and the factors that they have."""
+    """A weight with its bias, and the factors that they have.
+
+    Attributes:
+        weight, bias: the parameters.
+        factors: the buffers.
+        reduce: see ``RecurrentOptions``.
+        sizes: those of the steps of a packed batch; None where the first dimension counts cases.
+    """
 
     weight: Tensor
     bias: Tensor | None
     factors: ProductFactors
     reduce: bool
+    sizes: tuple[int, ...] | None
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
@@ -185,12 +221,22 @@ class _Dense:
             options = LinearOptions((-1,), (-1,), (), (), bias, self.reduce)
             factors = [A, G] if positions is None else [A, G, positions]
             if recording(factors):
-                yield _Recorded(LinearStatistics(options, form_of(A), form_of(G)), factors)
+                yield _Recorded(self._linear(options, form_of(A), form_of(G)), factors)
         if C is not None and recording([C]):
-            yield _Recorded(ShiftStatistics((-1,), C.dim()), [C])
+            yield _Recorded(self._shift(C.dim()), [C])
+
+    def _linear(self, options: LinearOptions, A: FactorForm, G: FactorForm) -> LinearStatistics:
+        if self.sizes is None:
+            return LinearStatistics(options, A, G)
+        return PackedLinearStatistics(options, A, G, sizes=self.sizes)
+
+    def _shift(self, dim: int) -> ShiftStatistics:
+        if self.sizes is None:
+            return ShiftStatistics((-1,), dim)
+        return PackedShiftStatistics((-1,), dim, self.sizes)
 
     def tapped(self, x: Tensor) -> Tensor:
-        """Return the recorded product of x [N, T, in] or [N, in]."""
+        """Return the recorded product of x [N, T, in], [N, in] or the rows of a packed batch."""
         y = self(x)
         for found in self.recorded():
             # A bias's covariance needs no input, and the model may write into what is not saved.
@@ -208,6 +254,7 @@ def _uses(
     biased: bool,
     factors: Sequence[Tensor | None],
     reduce: bool,
+    sizes: tuple[int, ...] | None = None,
 ) -> list[Uses]:
     """Return one pair for each layer and direction, from torch's flat list of parameters."""
     width = 4 if biased else 2
@@ -220,54 +267,78 @@ def _uses(
             weight, bias = held[side], held[2 + side] if biased else None
             assert weight is not None
             own = ProductFactors._make(factors[start : start + SLOTS])
-            pair.append(_Dense(weight, bias, own, reduce))
+            pair.append(_Dense(weight, bias, own, reduce, sizes))
         result.append((pair[0], pair[1]))
     return result
 
 
 def _direction(
-    x: Tensor, state: State, uses: Uses, step: TimeStep, back: bool
+    x: Tensor, first: State, uses: Uses, step: TimeStep, back: bool, steps: TimeSteps
 ) -> tuple[Tensor, State]:
     """Run one layer in one direction.
 
     Args:
-        x: inputs of all steps, [T, N, in].
-        state: the states to start from, [N, H] each.
+        x: inputs of all steps, [T, N, in] or the rows of a packed batch.
+        first: the states to start from, [N, H] each.
+        uses: the products.
+        step: makes the next state.
         back: whether it runs from the last step to the first.
+        steps: says where the steps are.
 
     Returns:
-        The hidden states of all steps, [T, N, H], and the last state.
+        The hidden states of all steps, as x has them, and the last state of every case.
     """
     ih, hh = uses
-    inputs = ih.tapped(x.transpose(0, 1))
+    inputs = ih.tapped(steps.seen(x))
     # Under autocast the products are of lower precision than the states that are given.
-    state = tuple(s.to(inputs.dtype) for s in state)
+    first = tuple(s.to(inputs.dtype) for s in first)
     # One source for all steps, made before the first: each step takes its slice, and the
     # derivatives of all arrive at once in its backward.
-    like = inputs.new_empty(()).expand(*inputs.shape[:2], len(hh.weight))
+    like = inputs.new_empty(()).expand(*inputs.shape[:-1], len(hh.weight))
     seen: list[Tensor] = []
     zeros = [
-        source(like, _StepStatistics(each.statistics, seen), [], each.factors).unbind(1)
+        steps.split(source(like, _StepStatistics(each.statistics, steps, seen), [], each.factors))
         for each in hh.recorded()
     ]
-    steps = list(zip(inputs.unbind(1), *zeros, strict=True))
+    parts = list(zip(steps.sizes, steps.split(inputs), *zeros, strict=True))
+    state = tuple(s[: steps.sizes[-1]] for s in first) if back else first
     outputs: list[Tensor] = []
+    ended: list[State] = []
     # The previous state is an activation that the loop itself makes, so what weight_hh has read is
     # kept as the loop goes.
-    for given, *sources in reversed(steps) if back else steps:
+    for size, given, *sources in reversed(parts) if back else parts:
+        running = len(state[0])
+        if size < running:  # the shortest cases are the last ones, and have ended
+            ended.append(tuple(s[size:] for s in state))
+            state = tuple(s[:size] for s in state)
+        elif size > running:  # backwards, they begin where the others are at work already
+            more = (f[running:size] for f in first)
+            state = tuple(torch.cat(pair) for pair in zip(state, more, strict=True))
         seen.append(state[0].detach())
         previous = hh(state[0])
         for zero in sources:
             previous = joined(previous, zero)
         state = step(given, previous, state)
         outputs.append(state[0])
-    return torch.stack(outputs[::-1] if back else outputs), state
+    if back:
+        seen.reverse()
+        outputs.reverse()
+    if ended:
+        state = tuple(map(torch.cat, zip(state, *reversed(ended), strict=True)))
+    return steps.outputs(outputs), state
 
 
 def _layers(
-    x: Tensor, states: State, uses: list[Uses], step: TimeStep, directions: int, dropout: float
+    x: Tensor,
+    states: State,
+    uses: list[Uses],
+    step: TimeStep,
+    options: PackedOptions,
+    steps: TimeSteps,
 ) -> tuple[Tensor, ...]:
-    """Run all layers on x [T, N, in], from states [layers * directions, N, H]."""
+    """Run all layers on x [T, N, in] or packed rows, from states [layers * directions, N, H]."""
+    directions = 2 if options.bidirectional else 1
+    dropout = options.dropout if options.train else 0.0
     finals: list[State] = []
     for index, pair in enumerate(uses):
         layer, back = divmod(index, directions)
@@ -275,7 +346,8 @@ def _layers(
             if layer and dropout:
                 x = F.dropout(x, dropout)
             given, outputs = x, []
-        y, final = _direction(given, tuple(s[index] for s in states), pair, step, bool(back))
+        first = tuple(s[index] for s in states)
+        y, final = _direction(given, first, pair, step, bool(back), steps)
         finals.append(final)
         outputs.append(y)
         if back == directions - 1:
@@ -321,9 +393,9 @@ def _run_layers(
     # asks for statistics of this pass.
     if recording(factors) and torch.is_grad_enabled():
         uses = _uses(params, options.has_biases, factors, ours.reduce)
-        dropout = options.dropout if options.train else 0.0
         x = x.transpose(0, 1) if options.batch_first else x
-        result = _layers(x, states, uses, STEPS[name], directions, dropout)
+        steps = PaddedSteps([x.shape[1]] * x.shape[0])
+        result = _layers(x, states, uses, STEPS[name], options, steps)
         result = (result[0].transpose(0, 1), *result[1:]) if options.batch_first else result
     else:
         fused = getattr(torch, name)
@@ -331,6 +403,35 @@ def _run_layers(
     if batched:
         return result
     return result[0].squeeze(batch), *(s.squeeze(1) for s in result[1:])
+
+
+def _run_packed(
+    name: str,
+    x: Tensor,
+    batch_sizes: Tensor,
+    hx: Hidden,
+    params: list[Tensor],
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    """Run layers like ``torch.<name>`` on a packed batch; ``rest`` is as of ``_run_layers``."""
+    factors: list[Tensor | None] = rest[-2]
+    options, ours = PackedOptions.from_args(rest[:-2]), RecurrentOptions.from_args(rest[-1:])
+    # torch keeps these sizes on the CPU, so they cost no wait for a device.
+    sizes = tuple(batch_sizes.tolist())
+    directions = 2 if options.bidirectional else 1
+    shape = (options.num_layers * directions, sizes[0], params[1].shape[1])
+    states = _states(hx, 2 if name == "lstm" else 1, lambda: x.new_zeros(shape))
+    _check(name, "inputs of size", x.shape[-1:], params[0].shape[1:])
+    for s in states:
+        _check(name, "hidden states of shape", s.shape, shape)
+    if recording(factors) and torch.is_grad_enabled():
+        uses = _uses(params, options.has_biases, factors, ours.reduce, sizes)
+        return _layers(x, states, uses, STEPS[name], options, PackedSteps(sizes))
+    given = states if name == "lstm" else states[0]
+    result: tuple[Tensor, ...] = getattr(torch, name)(
+        x, batch_sizes, given, params, *options.to_args()
+    )
+    return result
 
 
 def _run_cell(
@@ -364,12 +465,6 @@ def _run_cell(
     return result if name == "lstm_cell" else result[0]
 
 
-def nested(result: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Return (output, h, c) of the operator as nn.LSTM returns them: (output, (h, c))."""
-    output, h, c = result
-    return output, (h, c)
-
-
 _TAIL = f"Tensor?[] factors, {RecurrentOptions.schema()})"
 _WEIGHTS = "Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh"
 for _name in STEPS:
@@ -377,10 +472,19 @@ for _name in STEPS:
     _given = f"Tensor input, {_hx}, Tensor[] params, {LayerOptions.schema()}"
     define(
         f"{_name}({_given}, {_TAIL} -> (Tensor, Tensor{_more})",
-        partial(_run_layers, _name),
+        left_to_python(partial(_run_layers, _name)),
+    )
+    _given = f"Tensor input, Tensor batch_sizes, {_hx}, Tensor[] params, {PackedOptions.schema()}"
+    define(
+        f"packed_{_name}({_given}, {_TAIL} -> (Tensor, Tensor{_more})",
+        left_to_python(partial(_run_packed, _name)),
     )
     _result = "(Tensor, Tensor)" if _name == "lstm" else "Tensor"
     define(
         f"{_name}_cell(Tensor input, {_hx}, {_WEIGHTS}, {_TAIL} -> {_result}",
-        partial(_run_cell, f"{_name}_cell"),
+        left_to_python(partial(_run_cell, f"{_name}_cell")),
     )
+
+
+READING_SIZES = frozenset(getattr(torch.ops.kfac_fx, name).default for name in PACKED)
+"""Operators whose steps follow from the values of a tensor."""

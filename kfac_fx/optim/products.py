@@ -23,7 +23,8 @@ from kfac_fx.likelihoods.builtin import Tree
 from kfac_fx.likelihoods.named import Sum
 from kfac_fx.statistics.own_pass import OwnPass
 from kfac_fx.statistics.traced_pass import Arguments, Extra, Facts
-from kfac_fx.torch_internals.error_texts import refuses_nested_forward_mode
+from kfac_fx.torch_internals.error_texts import refuses_nested_forward_mode, refuses_packing
+from kfac_fx.torch_internals.packed_rows import PackedByRows
 
 Direction = dict[str, Tensor]
 """A tensor of the shape of each parameter, by name: a gradient, a proposal, an update."""
@@ -92,12 +93,12 @@ def _without_mkldnn() -> Iterator[None]:
 def _derivative(run: Run, parameters: Parameters, tangents: Direction) -> tuple[float, Tensor]:
     """Return the number of terms, and the derivative of the output Fisher's root in a direction."""
     try:
-        with forward_ad.dual_level():
-            made = run({n: forward_ad.make_dual(p, tangents[n]) for n, p in parameters.items()})
-            terms = made.root()
-            tangent: Tensor | None = forward_ad.unpack_dual(terms).tangent
-        return made.count, torch.zeros_like(terms) if tangent is None else tangent
+        return _of_duals(run, parameters, tangents)
     except RuntimeError as error:
+        # The mode hears of every function that the network calls, so it is not there by default.
+        if refuses_packing(error):
+            with PackedByRows():
+                return _of_duals(run, parameters, tangents)
         if not refuses_nested_forward_mode(error):
             raise
     # The outputs hold forward-mode derivatives themselves (residuals of differential equations).
@@ -111,6 +112,14 @@ def _derivative(run: Run, parameters: Parameters, tangents: Direction) -> tuple[
 
     derivative: Tensor = torch.func.jvp(terms_of, (dict(parameters),), (tangents,))[1]
     return counts[-1], derivative
+
+
+def _of_duals(run: Run, parameters: Parameters, tangents: Direction) -> tuple[float, Tensor]:
+    with forward_ad.dual_level():
+        made = run({n: forward_ad.make_dual(p, tangents[n]) for n, p in parameters.items()})
+        terms = made.root()
+        tangent: Tensor | None = forward_ad.unpack_dual(terms).tangent
+    return made.count, torch.zeros_like(terms) if tangent is None else tangent
 
 
 class TracedRows:

@@ -17,11 +17,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from kfac_fx.capture.captured_module import CapturedModule
+from kfac_fx.capture.dialect import PACKED, row_of_node
+from kfac_fx.capture.packed_calls import WHOLE
 from kfac_fx.codegen.functional import random_nodes
 from kfac_fx.likelihoods.builtin import Likelihood, Tree
 from kfac_fx.likelihoods.named import Sum
 from kfac_fx.likelihoods.sampling import forked
 from kfac_fx.ops.gram import Statistic
+from kfac_fx.ops.recurrent import READING_SIZES
 from kfac_fx.statistics.forward import run_network
 from kfac_fx.torch_internals.onlookers import module_hooks, watched
 
@@ -232,11 +235,22 @@ def _is_pure(node: fx.Node, net: nn.Module, held: set[str]) -> bool:
     if node.op == "call_module":
         return type(net.get_submodule(path)).__module__.startswith("torch.nn.modules.")
     if node.op == "call_function":
-        return _is_torch(node.target)
+        return _is_torch(node.target) and not _reads_lengths(node)
     if node.op == "get_attr" and path not in held:
         owner, _, name = path.rpartition(".")  # plain values of modules belong to the form
         return isinstance(vars(net.get_submodule(owner)).get(name), PLAIN)
     return True
+
+
+def _reads_lengths(node: fx.Node) -> bool:
+    """Say whether a node packs sequences, or runs on packed ones: sizes follow from values there.
+
+    torch reads them where no trace sees it, and a batch of other lengths may have the same form.
+    """
+    if node.target in WHOLE or node.target in READING_SIZES:
+        return True
+    row = row_of_node(node)
+    return row is not None and row in PACKED.values()
 
 
 def is_ours(likelihood: Likelihood | Sum) -> bool:

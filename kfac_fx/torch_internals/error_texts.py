@@ -36,6 +36,11 @@ def refuses_nested_forward_mode(error: RuntimeError) -> bool:
     return "Nested forward mode" in str(error)
 
 
+def refuses_packing(error: RuntimeError) -> bool:
+    """Tell whether a sequence was packed in forward mode, of which torch has no derivative."""
+    return isinstance(error, NotImplementedError) and "_pack_padded_sequence" in str(error)
+
+
 def of_communication(error: RuntimeError) -> bool:
     """Tell whether processes could not reach each other."""
     text = str(error).lower()

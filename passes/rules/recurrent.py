@@ -7,7 +7,15 @@ from dataclasses import fields, replace
 from kfac_fx.capture.dialect import Call
 from kfac_fx.capture.parameter_paths import Reference
 from kfac_fx.ir.use import Argument, ParameterUse, Tap
-from kfac_fx.ops.recurrent import CELLS, SLOTS, STEPS, LayerOptions, RecurrentOptions
+from kfac_fx.ops.recurrent import (
+    CELLS,
+    PACKED,
+    SLOTS,
+    STEPS,
+    LayerOptions,
+    PackedOptions,
+    RecurrentOptions,
+)
 from kfac_fx.passes.rules.base import (
     Answer,
     GraphValue,
@@ -26,14 +34,14 @@ _WEIGHTS = ("w_ih", "w_hh", "b_ih", "b_hh")
 
 @layer_kind()
 class RecurrentRule:
-    """nn.LSTM, nn.GRU, nn.RNN and their cells; the taps need an operator in the node's place.
+    """nn.LSTM, nn.GRU, nn.RNN, of a PackedSequence too, and their cells, with an operator for each.
 
     (weight_ih, bias_ih) acts on the inputs of all steps and (weight_hh, bias_hh) on the previous
     hidden states; G is over the derivatives in each product's own outputs, gates stacked.
     """
 
     kind = "recurrent"
-    operations = frozenset(STEPS) | frozenset(CELLS) | {"packed_recurrent"}
+    operations = frozenset(STEPS) | frozenset(CELLS) | frozenset(PACKED)
 
     def match(self, call: Call, site: Site) -> Answer:
         """Return the uses at every product of the layers; all share one tap, in their slots."""
@@ -96,8 +104,6 @@ class RecurrentRule:
 
 def _unfit(call: Call, site: Site, params: int) -> str | None:
     """Return why the call as a whole cannot be recorded, if it cannot."""
-    if call.operation == "packed_recurrent":
-        return "a PackedSequence mixes the steps of its cases"
     if not site.view.depends_on_data(call.get("input")):
         return "the input is no activation"
     if call.operation in CELLS:
@@ -110,11 +116,15 @@ def _unfit(call: Call, site: Site, params: int) -> str | None:
 
 def _tap(call: Call, site: Site, params: list[GraphValue], slots: int) -> Tap:
     """Return the tap of all products of a call; the layer's own options may name flags."""
-    tensors: tuple[Argument, ...] = (node_ref(call.get("input")), node_ref(call.get("hx")))
+    names = ["input", "hx"]
+    if call.operation in PACKED:
+        names.insert(1, "batch_sizes")
+    tensors: tuple[Argument, ...] = tuple(node_ref(call.get(name)) for name in names)
     if call.operation in CELLS:
         tensors += tuple(node_ref(value) for value in params)
     else:
-        names = [option.name for option in fields(LayerOptions)]
-        tensors += (node_ref(params), *(node_ref(call.get(name)) for name in names))
-    options = RecurrentOptions(site.reduce).to_args()
-    return Tap(call.operation, call.node.name, tensors, options, slots=slots)
+        kind = PackedOptions if call.operation in PACKED else LayerOptions
+        options = [option.name for option in fields(kind)]
+        tensors += (node_ref(params), *(node_ref(call.get(name)) for name in options))
+    ours = RecurrentOptions(site.reduce).to_args()
+    return Tap(call.operation, call.node.name, tensors, ours, slots=slots)

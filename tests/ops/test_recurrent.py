@@ -13,7 +13,6 @@ from support.oracles import Bernoulli, Categorical, Likelihood, Measure, Normal,
 from support.recurrent_oracle import IN, KINDS, H, N, Steps, T, Tagger, expected
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
-from torch.nn.utils.rnn import pack_padded_sequence
 
 import kfac_fx
 
@@ -316,37 +315,6 @@ def test_projected_states_fall_back() -> None:
     assert all("proj_size" in (b.reason or "") for b in net.curvature.blocks.values())
 
 
-class Packed(nn.Module):
-    """What a graph holds of a layer that was given a PackedSequence."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rnn = nn.GRU(IN, H)
-
-    def forward(self, x: Tensor, sizes: Tensor, h: Tensor) -> Tensor:
-        weights = [getattr(self.rnn, name) for name in self.rnn._flat_weights_names]
-        return torch.ops.aten.gru.data(x, sizes, h, weights, True, 1, 0.0, False, False)[0]
-
-
-def test_packed_sequences_fall_back() -> None:
-    model = Packed()
-    net = kfac_fx.transform(model)
-    packed = pack_padded_sequence(torch.randn(T, N, IN), torch.tensor([4, 3, 1]))
-    inputs = (packed.data, packed.batch_sizes, torch.zeros(1, N, H))
-    torch.testing.assert_close(net(*inputs), model.rnn(packed)[0].data)
-    assert all("PackedSequence" in (b.reason or "") for b in net.curvature.blocks.values())
-
-
-def test_packed_input() -> None:
-    """Symbolic tracing cannot foresee it; then the model runs, or the layer that is left alone."""
-    packed = pack_padded_sequence(torch.randn(T, N, IN), torch.tensor([4, 3, 1]))
-    model = nn.Sequential(nn.GRU(IN, H), nn.Identity())
-    assert torch.equal(kfac_fx.transform(model)(packed)[0].data, model(packed)[0].data)
-    model.register_parameter("scale", nn.Parameter(torch.ones(1)))
-    net = kfac_fx.transform(model, exclude=["0"])
-    assert torch.equal(net(packed)[0].data, model(packed)[0].data)
-
-
 # -------------------------------------------------------------------------------- the graphs
 @both_routes
 @every_kind
@@ -367,6 +335,26 @@ def test_strip_taps_gives_the_call_back(kind: str, route: str) -> None:
     for module in (net, again):
         for one, other in zip(run(module, x), want, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+@every_kind
+def test_compiled_around_the_layer(kind: str) -> None:
+    """Dynamo leaves such layers to Python by default, with the operators in their place."""
+    model = Tagger(kind)
+    x = model.inputs()
+    net = kfac_fx.transform(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(net, backend="eager")
+    buffers = [b for group in kfac_fx.ops.factor_buffers(net).values() for b in group]
+    for recording in (False, True):
+        arm(net, recording)
+        found = []
+        for module in (net, compiled):
+            for buffer in buffers:
+                buffer.grad = None
+            found.append([*run(module, x), *(b.grad for b in buffers if recording)])
+        torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
+    torch._dynamo.reset()
 
 
 @torch._dynamo.config.patch(allow_rnn=True)

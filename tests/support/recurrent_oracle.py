@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -79,24 +80,29 @@ Case = Callable[[int], tuple[Tensor, Steps]]
 
 
 def expected(
-    case: Case, cases: int, y: Tensor | None, likelihood: Likelihood, fisher: str
+    case: Case, cases: int, y: Tensor | list[Tensor] | None, likelihood: Likelihood, fisher: str
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """(A, G) by the weight's name."""
+    """(A, G) by the weight's name; G is divided by the mean number of steps of a case.
+
+    `y` may be a list of every case's targets, where cases have different numbers of steps."""
     total: dict[str, list[Any]] = {}
-    terms, positions = 0.0, 0
+    terms, rows_of = 0.0, Counter[str]()
     for n in range(cases):
         outputs, steps = case(n)
-        target = None if y is None else y[n : n + 1]
+        target = y[n] if isinstance(y, list) else None if y is None else y[n : n + 1]
         terms += likelihood.terms(outputs, target)
         for name, rows in steps.found.items():
             moment = oracles.case_moment(likelihood, fisher, outputs, target, [s for _, s in rows])
-            size, positions = len(rows[0][1]), len(rows)
+            size = len(rows[0][1])
+            rows_of[name] += len(rows)
             A = sum(torch.outer(a, a) for a, _ in rows)
-            places = [slice(t * size, (t + 1) * size) for t in range(positions)]
+            places = [slice(t * size, (t + 1) * size) for t in range(len(rows))]
             G = sum(moment[place, place] for place in places)
             before = total.setdefault(name, [0.0, 0.0])
             total[name] = [before[0] + A, before[1] + G]
-    return {name: (A / cases, G / (terms * positions)) for name, (A, G) in total.items()}
+    return {
+        name: (A / cases, G * cases / (terms * rows_of[name])) for name, (A, G) in total.items()
+    }
 
 
 class Tagger(nn.Module):

@@ -13,7 +13,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.autograd import forward_ad
 from torch.distributions import Distribution
+from torch.nn.utils.rnn import pack_padded_sequence
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
@@ -31,6 +33,7 @@ from kfac_fx.torch_internals import (
     graph_tasks,
     onlookers,
     operators,
+    packed_rows,
     parametrizations,
     pytree,
     rebuilt_functions,
@@ -359,6 +362,30 @@ def test_text_of_nested_forward_mode() -> None:
 
     assert error_texts.refuses_nested_forward_mode(raised(nested))
     assert not error_texts.refuses_nested_forward_mode(RuntimeError("another one"))
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_packed_rows(batch_first: bool) -> None:
+    """Packing refuses forward mode; the same rows chosen one by one have a derivative."""
+    x, lengths = torch.randn(3, 4, 2, 2), torch.tensor([3, 2, 2, 1])
+    x = x.transpose(0, 1) if batch_first else x
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        return pack_padded_sequence(x, lengths, batch_first).data
+
+    def tangent() -> torch.Tensor:
+        with forward_ad.dual_level():
+            found = forward_ad.unpack_dual(pack(forward_ad.make_dual(x, 2 * x))).tangent
+        return found
+
+    assert error_texts.refuses_packing(raised(tangent))
+    assert not error_texts.refuses_packing(NotImplementedError("another one"))
+    want = pack_padded_sequence(x, lengths, batch_first)
+    with packed_rows.PackedByRows():
+        found = pack_padded_sequence(x, lengths, batch_first)
+        assert torch.equal(tangent(), 2 * want.data)
+    assert torch.equal(found.data, want.data)
+    assert torch.equal(found.batch_sizes, want.batch_sizes)
 
 
 def test_text_of_communication() -> None:
