@@ -72,11 +72,16 @@ def all_finite(tensors: Sequence[Tensor]) -> bool:
         # Of small tensors one norm of all in a row: each call costs more than the copy.
         small = len(group) > 2 and sum(tensor.numel() for tensor in group) <= AT_ONCE
         if small and len({tensor.device for tensor in group}) == 1:
-            by_dtype[dtype] = [torch.cat([tensor.reshape(-1) for tensor in group])]
+            by_dtype[dtype] = [torch.cat([t if t.dim() == 1 else t.reshape(-1) for t in group])]
+    sums = [_norms(group, dtype) for dtype, group in by_dtype.items()]
+    return all(math.isfinite(total) for total in sums)
+
+
+def _norms(group: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Return the sum of the norms of tensors of one dtype."""
+    wide = torch.promote_types(dtype, torch.float32)
+    if len(group) == 1:  # of most steps, twice in each: the outputs, and small statistics in a row
+        return torch.linalg.vector_norm(group[0], dtype=wide)
     # Norms are not negative, so their sum is finite where all of them are: a finite norm is so much
     # smaller than the largest number that no sum of them overflows.
-    sums = [
-        torch.stack(foreach.norm(group, 2, torch.promote_types(dtype, torch.float32))).sum()
-        for dtype, group in by_dtype.items()
-    ]
-    return all(math.isfinite(total) for total in sums)
+    return torch.stack(foreach.norm(group, 2, wide)).sum()

@@ -141,7 +141,8 @@ def test_lag_is_the_average_over_the_newest_statistics(measure: Measure) -> None
         }
         if step == 2:
             del new["2"]
-        newest.add([Came(blocks[name], values) for name, values in new.items()])
+        came = [Came(blocks[n], values, blocks[n].sizes(values)) for n, values in new.items()]
+        newest.add(came)
         for name, (A, G) in new.items():
             value = float(A.trace() * G.trace())
             traces[name] = 0.2 * traces[name] + 0.8 * value if name in traces else value
