@@ -77,11 +77,12 @@ def all_finite(tensors: Sequence[Tensor]) -> bool:
     return all(math.isfinite(total) for total in sums)
 
 
-def _norms(group: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+def _norms(group: list[Tensor], dtype: torch.dtype) -> Tensor:
     """Return the sum of the norms of tensors of one dtype."""
     wide = torch.promote_types(dtype, torch.float32)
     if len(group) == 1:  # of most steps, twice in each: the outputs, and small statistics in a row
-        return torch.linalg.vector_norm(group[0], dtype=wide)
+        norm: Tensor = torch.linalg.vector_norm(group[0], dtype=wide)
+        return norm
     # Norms are not negative, so their sum is finite where all of them are: a finite norm is so much
     # smaller than the largest number that no sum of them overflows.
     return torch.stack(foreach.norm(group, 2, wide)).sum()
