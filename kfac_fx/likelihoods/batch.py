@@ -179,7 +179,9 @@ class BatchLikelihood:
                 by part, with None for a distribution that draws by itself.
         """
         found = WeightedSum([], [])
-        for distribution, terms in self.parts:
+        for distribution, terms in zip(self.distributions, self.terms.parts, strict=True):
+            if terms is None:
+                continue
             k = len(found.tensors)
             given = noise + k if isinstance(noise, int) else noise[k]
             base, root = drawing_root(distribution)
@@ -197,7 +199,7 @@ class BatchLikelihood:
                 inner = (1,) * (tensor.dim() - terms.weights.dim())
                 weights = weights * terms.weights.sqrt().reshape(terms.weights.shape + inner)
             found.tensors.append(tensor)
-            found.weights.append(self._shared(weights, terms.share**0.5))
+            found.weights.append(weights * terms.share**0.5 if self.terms.weighted else weights)
         return found
 
     def exact(self, select: Tensor | None = None) -> Iterator[Tensor]:

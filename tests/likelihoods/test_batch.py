@@ -248,6 +248,28 @@ def test_a_sum_s_fisher_is_the_weighted_sum_of_the_parts() -> None:
         assert_close(found[n], JOINT.fisher(f[n : n + 1], None) / CASES)
 
 
+@pytest.mark.parametrize("kind", ["weights", "a sum"])
+def test_the_mean_over_all_signs_is_what_the_columns_add_up_to(kind: str) -> None:
+    """Where terms have weights, and parts have shares, the signs are multiplied with these."""
+    f = outputs(7 if kind == "a sum" else 3)
+    if kind == "a sum":
+        batch = sum_of_parts(f)
+    else:
+        given = likelihoods.Categorical(weight=torch.tensor([1.0, 2.0, 0.5]), ignore_index=1)
+        batch = batch_likelihood(given, f, torch.tensor([0, 1, 2, 2]))
+    asked = [signs_of(distribution) for distribution in batch.distributions]
+    shapes = [signs.shape for signs in asked if signs is not None]
+    choices = list(itertools.product((1.0, -1.0), repeat=sum(s[1:].numel() for s in shapes)))
+    total = 0
+    for choice in choices:
+        flat = torch.tensor(choice).split([shape[1:].numel() for shape in shapes])
+        pairs = zip(flat, shapes, strict=True)
+        noise = [part.reshape(shape[1:]).expand(shape) for part, shape in pairs]
+        (g,) = derivatives(batch.sampled(noise), [f])
+        total = total + g[:, :, None] * g[:, None, :]
+    assert_close(total / len(choices), gram_of_columns(batch, f))
+
+
 def test_terms_of_all_processes_are_counted() -> None:
     f, y = outputs(3), torch.randint(3, (CASES,))
     batch = batch_likelihood(likelihoods.Categorical(), f, y)
