@@ -22,6 +22,7 @@ from kfac_fx.likelihoods.builtin import (
     Likelihood,
     OutputFisher,
     Signs,
+    Softmax,
     Tree,
     drawing_root,
     has_known_fisher,
@@ -185,21 +186,26 @@ class BatchLikelihood:
             k = len(found.tensors)
             given = noise + k if isinstance(noise, int) else noise[k]
             base, root = drawing_root(distribution)
-            if root is None:
+            # There are as many columns as outputs, and S s has a closed form.
+            closed = base if isinstance(base, Softmax) and root is not None else None
+            if closed is not None:
+                tensor = closed.given
+            elif root is None:
                 tensor, given = -distribution.log_prob(drawn(distribution, given)), None
             else:
                 columns = list(root(base))
                 tensor = torch.cat(columns, -1) if len(columns) > 1 else columns[0]
-                if isinstance(given, int):
-                    given = Signs(tensor.shape, tensor.dtype, tensor.device).sample(given)
+            if isinstance(given, int):
+                given = Signs(tensor.shape, tensor.dtype, tensor.device).sample(given)
             # The weights of the sum, which is not formed: the signs are where S s begins.
             weights = torch.ones_like(tensor) if given is None else given
             if terms.weights is not None:
                 # What belongs to one term: its outputs, and the columns of each.
                 inner = (1,) * (tensor.dim() - terms.weights.dim())
                 weights = weights * terms.weights.sqrt().reshape(terms.weights.shape + inner)
+            weights = weights * terms.share**0.5 if self.terms.weighted else weights
             found.tensors.append(tensor)
-            found.weights.append(weights * terms.share**0.5 if self.terms.weighted else weights)
+            found.weights.append(weights if closed is None else closed.root_times(weights))
         return found
 
     def exact(self, select: Tensor | None = None) -> Iterator[Tensor]:

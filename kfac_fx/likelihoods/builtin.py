@@ -229,6 +229,15 @@ class Softmax(D.Categorical):
         self._num_events = logits.shape[-1]
         Distribution.__init__(self, logits.shape[:-1], validate_args=False)
 
+    def root_times(self, s: Tensor) -> Tensor:
+        """Return S s, the derivative of the sum of ``_class_root``'s columns times s.
+
+        It is what autograd makes of the columns, bit by bit, without their graph.
+        """
+        root = (0.5 * self.logits.detach()).exp()
+        scaled = s * root
+        return scaled - root.square() * scaled.sum(-1, keepdim=True)
+
     def expand(
         self, batch_shape: torch.Size | Sequence[int], _instance: D.Categorical | None = None
     ) -> D.Categorical:

@@ -21,7 +21,13 @@ from torch import distributions as D
 
 from kfac_fx import likelihoods
 from kfac_fx.errors import LikelihoodError
-from kfac_fx.likelihoods.batch import BatchLikelihood, batch_likelihood, signs_of, wide
+from kfac_fx.likelihoods.batch import (
+    BatchLikelihood,
+    batch_likelihood,
+    root_columns,
+    signs_of,
+    wide,
+)
 from kfac_fx.likelihoods.named import Custom
 from kfac_fx.parallel import Agreement
 from kfac_fx.statistics.user_graph import derivatives
@@ -137,6 +143,20 @@ def test_signs_depend_on_the_seed_alone(kind: str) -> None:
     assert signs is not None and set(signs.sample(1).unique().tolist()) == {-1.0, 1.0}
     assert_close(derivative([signs.sample(1)]), derivative(1))
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_closed_form_of_a_softmax_is_what_autograd_makes_of_its_columns(
+    dtype: torch.dtype,
+) -> None:
+    f = torch.randn(50, 2, 7, dtype=dtype).requires_grad_()
+    batch = batch_likelihood(likelihoods.Categorical(), f)
+    signs = signs_of(batch.distributions[0])
+    assert signs is not None
+    (columns,) = root_columns(batch.distributions[0])
+    (want,) = torch.autograd.grad(columns, f, grad_outputs=signs.sample(5))
+    (found,) = derivatives(batch.sampled(5), [f])
+    assert found is not None and torch.equal(found, want)
 
 
 class Shifted(D.Normal):
