@@ -95,7 +95,7 @@ class BatchTerms:
         # With one likelihood the division by ``count`` makes the mean. Of a sum each part has to
         # be a mean of its own, whatever the sizes of the others.
         if not self.weighted:
-            return good, replace(self, count=total)
+            return good, self if total == self.count else replace(self, count=total)
         scaled = tuple(
             part._replace(share=part.share * total / count)
             if part is not None and count > 0

@@ -291,7 +291,8 @@ class Categorical:
                 f"likelihood categorical needs logits [N, C] or [N, T, C], got "
                 f"{tuple(outputs.shape)}; for one logit a case use 'bernoulli'"
             )
-        logits = outputs.movedim(-1 if self.dim is None else self.dim, -1)
+        # Most have the classes last: no view of them, which has a node of its own in the backward.
+        logits = outputs if self.dim in (None, -1) else outputs.movedim(self.dim, -1)
         if logits.shape[-1] < 2:
             raise LikelihoodError(
                 "likelihood categorical needs at least two classes, got outputs of shape "

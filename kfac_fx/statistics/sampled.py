@@ -320,7 +320,7 @@ class SampledStatistics:
         seed = self.seed()
         found: Statistics = {}
         if count > 0:  # else the other processes have terms
-            made = replace(made, terms=agreed)
+            made = made if agreed is made.terms else replace(made, terms=agreed)
             found = fisher_statistics(self.sources, made, self.fisher, seed, notes)
         self.sources.pause()
         return Collected(True, found, count, agreed.count, tap=tap)
