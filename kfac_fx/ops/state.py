@@ -300,10 +300,13 @@ class Collecting(threading.local):
         collection: where small taps are noted, if they are.
         forming: whether statistics of noted taps are being formed, which may stay unmultiplied
             (``Rows``). Nodes must return tensors to the engine.
+        apart: whether no two of those taps have seen the same memory, so that no statistic of an
+            input serves another one.
     """
 
     collection: Collection | None = None
     forming: bool = False
+    apart: bool = False
 
 
 collecting_now = Collecting()
@@ -323,14 +326,19 @@ def collecting(collection: Collection | None, *, forming: bool = False) -> Itera
     # While statistics are formed no tap is passed, and where one is (a checkpoint that computes its
     # part again), its statistics come by nodes.
     outer = collecting_now.collection
-    was_forming = collecting_now.forming
+    was = collecting_now.forming, collecting_now.apart
     collecting_now.collection = None if forming else collection
     collecting_now.forming = forming
+    collecting_now.apart = False
+    if forming and collection is not None:
+        # Most networks: to look once at all addresses is less than to remember every input.
+        held = [t.data_ptr() for note in collection.notes for t in note.tensors if t is not None]
+        collecting_now.apart = len(set(held)) == len(held)
     try:
         yield
     finally:
         collecting_now.collection = outer
-        collecting_now.forming = was_forming
+        collecting_now.forming, collecting_now.apart = was
         if collection is not None and not forming:
             for note in collection.notes:
                 note.guard.remove()
