@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection, Hashable
 
 import torch
 from torch import fx, nn
 
 from kfac_fx.capture.captured_module import register_shortcut
-from kfac_fx.ops.net_buffers import STORE, records
+from kfac_fx.ops.net_buffers import STORE, recording_slots
+from kfac_fx.ops.tap import bound_tap
 from kfac_fx.passes.annotations import graphs_of, is_tap
 from kfac_fx.passes.base import META, OTHER_BLOCKS, GraphPass
 from kfac_fx.passes.recurrent_taps import replaces_node, restore
@@ -17,15 +19,24 @@ from kfac_fx.torch_internals.onlookers import forward_mode, watched
 _LINK = torch.ops.kfac_fx.link.default
 
 
-def strip_taps(graph: fx.Graph, module: nn.Module | None = None) -> bool:
-    """Remove all taps and the reads that only they used, and tell whether there were any.
+def strip_taps(
+    graph: fx.Graph, module: nn.Module | None = None, keep: Collection[str] = ()
+) -> bool:
+    """Remove taps and the reads that only they used, and tell whether there were any.
 
     Args:
         graph: is changed in place.
         module: whose graph it is; None for the graph's owner.
+        keep: slots of the factor buffers whose taps stay.
     """
     module = graph.owning_module if module is None else module
-    taps = [node for node in graph.nodes if is_tap(node)]
+    kept = set(keep)
+    # Views around a tap read no buffer: they go where all taps do.
+    taps = [
+        node
+        for node in graph.nodes
+        if is_tap(node) and (not kept or ((slots := _slots(node)) and slots.isdisjoint(kept)))
+    ]
     for tap in reversed(taps):  # readers of links before the links
         sources = tap.all_input_nodes
         # A link returns y and what it hands on, each taken out of it by a node of its own.
@@ -62,29 +73,42 @@ class StripTaps(GraphPass):
         return any(found)
 
 
-class WithoutTaps:
-    """The form of a graph for passes that record nothing: the taps return what they are given.
+def _slots(tap: fx.Node) -> set[str]:
+    """Return the slots of the buffers that a tap records into."""
+    read = [str(node.target).split(".") for node in tap.all_input_nodes if node.op == "get_attr"]
+    return {path[1] for path in read if path[0] == STORE and len(path) > 1}
 
-    Calling an operator and reading its buffers costs as much as a small layer does.
+
+class FewerTaps:
+    """The form of a graph for passes that record into some buffers alone, or into none.
+
+    Calling an operator and reading its buffers costs as much as a small layer does. So taps that
+    are off are left out, and the others are called past torch's dispatcher, with options that are
+    read once.
     """
 
     def applies(self, graph: fx.Graph) -> bool:
         """Say whether there are taps."""
         return any(map(is_tap, graph.nodes))
 
-    def shortened(self, graph: fx.Graph, module: fx.GraphModule) -> fx.Graph:
-        """Return a copy of a module's graph without its taps."""
-        bare = copy.deepcopy(graph)
-        strip_taps(bare, module)
-        return bare
+    def shortened(self, graph: fx.Graph, module: fx.GraphModule, form: Hashable) -> fx.Graph:
+        """Return a copy of a module's graph with the taps of the form's slots."""
+        assert isinstance(form, tuple)
+        short = copy.deepcopy(graph)
+        strip_taps(short, module, form)
+        for node in short.nodes if form else ():
+            bound = bound_tap(node)
+            if bound is not None:
+                node.target, node.args = bound
+        return short
 
-    def open(self, module: nn.Module) -> bool:
-        """Say whether taps have nothing to record, and nobody looks on who should see them."""
+    def form(self, module: nn.Module) -> tuple[str, ...] | None:
+        """Return the slots that taps have to record into; None where somebody looks on."""
         # Whoever traces a pass keeps what he sees: taps that are off now may be on in his graph.
         if watched():
-            return False
+            return None
         # Without gradients nothing is recorded either, but for derivatives in forward mode.
-        return not records(module) or not (torch.is_grad_enabled() or forward_mode())
+        return recording_slots(module) if torch.is_grad_enabled() or forward_mode() else ()
 
 
-register_shortcut(WithoutTaps())
+register_shortcut(FewerTaps())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
@@ -340,16 +340,16 @@ def _by_mode(train: Forward, evaluate: Forward) -> Forward:
 
 
 class Shortcut(Protocol):
-    """A shorter form of graphs, for passes in which what it leaves out has no effect."""
+    """Shorter forms of graphs, for passes in which what they leave out has no effect."""
 
     def applies(self, graph: fx.Graph) -> bool:
         """Say whether there is anything to leave out."""
 
-    def shortened(self, graph: fx.Graph, module: fx.GraphModule) -> fx.Graph:
-        """Return a copy of a module's graph that leaves it out."""
+    def shortened(self, graph: fx.Graph, module: fx.GraphModule, form: Hashable) -> fx.Graph:
+        """Return a copy of a module's graph in a form that ``form`` returned."""
 
-    def open(self, module: nn.Module) -> bool:
-        """Say whether the pass that begins can take the short form; asked at every pass."""
+    def form(self, module: nn.Module) -> Hashable | None:
+        """Return the form that the pass that begins can take; None for the whole graph."""
 
 
 _shortcuts: list[Shortcut] = []
@@ -361,45 +361,45 @@ def register_shortcut(shortcut: Shortcut) -> None:
 
 
 class _Shortened:
-    """Both forms of a module's ``forward``; the short one is made when it is needed first.
+    """All forms of a module's ``forward``; a short one is made when it is needed first.
 
     Args:
         module: whose graphs have just been compiled.
         whole: its ``forward``.
-        shortcut: makes the short form.
+        shortcut: makes the short forms.
     """
 
     def __init__(self, module: CapturedModule, whole: Forward, shortcut: Shortcut) -> None:
         self._whole = whole
         self._shortcut = shortcut
-        self._short: Forward | None = None
+        self._short: dict[Hashable, Forward] = {}
         # fx runs a graph as it was when it was compiled, whatever was done to it since. The short
-        # form is made later, so it has to notice a graph that is another one by then.
+        # forms are made later, so they have to notice a graph that is another one by then.
         self._sources = _sources(module)
 
     def forward(self) -> Forward:
-        """Return a ``forward`` that takes the short form where it may."""
+        """Return a ``forward`` that takes a short form where it may."""
         whole = self._whole
-        is_open = self._shortcut.open
+        form_of = self._shortcut.form
 
         @functools.wraps(whole)
         def forward(self_: nn.Module, *args: Value, **kwargs: Value) -> Value:
-            if not is_open(self_):
+            form = form_of(self_)
+            if form is None:
                 return whole(self_, *args, **kwargs)
-            return (self._short or self._made(self_))(self_, *args, **kwargs)
+            return (self._short.get(form) or self._made(self_, form))(self_, *args, **kwargs)
 
         return forward
 
-    def _made(self, module: nn.Module) -> Forward:
+    def _made(self, module: nn.Module, form: Hashable) -> Forward:
         assert isinstance(module, CapturedModule)
-        if _sources(module) != self._sources:
-            self._short = self._whole
-            return self._whole
-        short = (self._shortcut.shortened(graph, module) for graph in module.graphs)
-        train, *others = [type(fx.GraphModule(module, graph)).forward for graph in short]
-        for evaluate in others:
-            train = _by_mode(train, with_renamed_specs(evaluate, _EVALUATION))
-        self._short = train
+        train = self._whole
+        if _sources(module) == self._sources:
+            short = (self._shortcut.shortened(graph, module, form) for graph in module.graphs)
+            train, *others = [type(fx.GraphModule(module, graph)).forward for graph in short]
+            for evaluate in others:
+                train = _by_mode(train, with_renamed_specs(evaluate, _EVALUATION))
+        self._short[form] = train
         return train
 
 

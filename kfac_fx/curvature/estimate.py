@@ -218,10 +218,11 @@ class Averages:
 
 
 class Came(NamedTuple):
-    """Averages, and the new statistics that came for them: one a factor."""
+    """Averages, the new statistics that came for them, one a factor, and the ``sizes`` of these."""
 
     averages: Averages
     new: list[Statistic]
+    sizes: list[Tensor]
 
 
 class Estimate:
@@ -299,17 +300,15 @@ class Estimate:
         for averages in self.all:
             new = averages.taken(found)
             if new is not None:
-                came.append(Came(averages, new))
+                came.append(Came(averages, new, averages.sizes(new)))
         swollen = False
-        sizes = [each.averages.sizes(each.new) for each in came]
         if outlier < math.inf:  # the comparison costs a synchronisation
-            both = zip(came, sizes, strict=True)
-            pairs = [pair for each, size in both for pair in each.averages.compared(size)]
+            pairs = [pair for each in came for pair in each.averages.compared(each.sizes)]
             fitted = fit(pairs, outlier)
             if fitted.outlier:
                 return Folded(good=False)
             swollen = fitted.swollen
-        if not all_finite([part for each in sizes for part in each]):
+        if not all_finite([size for each in came for size in each.sizes]):
             return Folded(good=False)
         if swollen:
             log.warning("statistics are far shorter than the first ones: the averages start anew")
@@ -337,11 +336,11 @@ class Estimate:
         others = [*self.blocks.values(), *self.pairs.values()]
         held = [*self.moments.values()] if moments else others
         pairs = ((averages, averages.taken(found)) for averages in held)
-        came = [Came(averages, new) for averages, new in pairs if new is not None]
-        if not all_finite([part for each in came for part in each.averages.sizes(each.new)]):
+        came = [Came(of, new, of.sizes(new)) for of, new in pairs if new is not None]
+        if not all_finite([size for each in came for size in each.sizes]):
             return False
         fold = fold_in_place if self._storage is None else self._storage.fold
-        for averages, new in came:
+        for averages, new, _ in came:
             averages.terms += terms
             fold(averages.all, new, terms / averages.terms)
             averages.recorded += 1
@@ -354,7 +353,7 @@ class Estimate:
         first = False
         # Holders that were recorded equally often share a weight: one call for all of them.
         by_weight: dict[float, tuple[list[Average], list[Statistic]]] = {}
-        for averages, new in came:
+        for averages, new, _ in came:
             first |= averages.recorded == 0
             weight = new_weight(averages.recorded + 1, decay)
             group = by_weight.setdefault(weight, ([], []))
@@ -363,7 +362,7 @@ class Estimate:
         fold = fold_in_place if self._storage is None else self._storage.fold
         for weight, (old, values) in by_weight.items():
             fold(old, values, weight)
-        for averages, _ in came:  # not before: a fold that fails must not count
+        for averages, *_ in came:  # not before: a fold that fails must not count
             averages.recorded += 1
         self.recorded = max(averages.recorded for averages in self.all)
         return first
@@ -371,7 +370,7 @@ class Estimate:
     def _say_silent(self, came: Sequence[Came]) -> None:
         """Warn of holders that got no statistics, each of them once."""
         silent = {averages.holder.name for averages in self.all}
-        silent -= {averages.holder.name for averages, _ in came}
+        silent -= {averages.holder.name for averages, *_ in came}
         if silent - self._silent:
             log.warning("no statistics came for %s", ", ".join(sorted(silent - self._silent)))
         self._silent |= silent

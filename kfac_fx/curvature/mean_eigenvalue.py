@@ -6,8 +6,7 @@ same number for the newest statistics.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import groupby
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,8 +14,6 @@ from torch import Tensor
 
 from kfac_fx.curvature.estimate import Averages, Came, Estimate
 from kfac_fx.ir.curvature_graph import CurvatureBlock, CurvatureGraph
-from kfac_fx.ir.use import FactorSpec
-from kfac_fx.ops.gram import Rows, Statistic
 
 SMALLEST = 1e-30
 """Of a mean eigenvalue: its root and its inverse are still numbers in float32."""
@@ -58,30 +55,25 @@ def trace(averages: Averages) -> Tensor:
     """
     # As it is stored, one triangle may be out of date and the precision lower: only the diagonal is
     # read, so a large factor on the host is neither mirrored nor copied.
-    kept = zip(averages.holder.factors, averages.all, strict=True)
-    return _trace([(spec, average.stored) for spec, average in kept])
+    return _trace(averages, averages.sizes([average.stored for average in averages.all]))
 
 
-def _trace(values: Iterable[tuple[FactorSpec, Statistic]]) -> Tensor:
+def _trace(averages: Averages, sizes: Sequence[Tensor]) -> Tensor:
+    """Return the trace of a block from the diagonals of its factors; see ``Averages.sizes``."""
     # The form of the factors says all there is to know, whatever approximation the block has: those
     # of one form are multiplied group by group, and products are added up.
-    factors = [(spec, value) for spec, value in values if spec.role != "count"]
-    products = []
-    for _, same in groupby(sorted(factors, key=lambda pair: pair[0].form), lambda p: p[0].form):
-        traces = [_traces(spec, value) for spec, value in same]
-        products.append((traces[0] * traces[1] if len(traces) > 1 else traces[0]).sum())
-    return torch.stack(products).sum()
-
-
-def _traces(spec: FactorSpec, value: Statistic) -> Tensor:
-    """Return the trace of each group's factor, or of all sub-blocks of one that is cut."""
-    if isinstance(value, Rows):
-        diagonal = value.diagonal()
-    else:
-        flat = spec.diagonal or value.dim() < 2  # a covariance that is one says so by its shape
-        diagonal = value if flat else value.diagonal(0, -2, -1)
-    found = diagonal.sum(-1, dtype=torch.float64)
-    return found.sum() if spec.cut else found
+    products: dict[int, Tensor] = {}
+    for spec, size in zip(averages.holder.factors, sizes, strict=True):
+        if spec.role == "count":
+            continue
+        found = size.sum(-1, dtype=torch.float64)  # of each group
+        found = found.sum() if spec.cut else found  # of all sub-blocks
+        before = products.get(spec.form)
+        products[spec.form] = found if before is None else before * found
+    # Calls cost more than numbers here, in every step with statistics: only what is several is
+    # summed.
+    traces = [product.sum() if product.dim() else product for product in products.values()]
+    return traces[0] if len(traces) == 1 else torch.stack(traces).sum()
 
 
 class Scale(NamedTuple):
@@ -156,9 +148,9 @@ class Newest:
     def add(self, came: Sequence[Came]) -> None:
         """Take new statistics; those of pairs and moments do not count."""
         found = {
-            of.holder.name: _trace(zip(of.holder.factors, new, strict=True))
-            for of, new in came
-            if isinstance(of.holder, CurvatureBlock)
+            each.averages.holder.name: _trace(each.averages, each.sizes)
+            for each in came
+            if isinstance(each.averages.holder, CurvatureBlock)
         }
         if not found:
             return

@@ -22,12 +22,13 @@ from kfac_fx.likelihoods.builtin import (
     Likelihood,
     OutputFisher,
     Signs,
+    Softmax,
     Tree,
     drawing_root,
     has_known_fisher,
 )
 from kfac_fx.likelihoods.named import Sum
-from kfac_fx.likelihoods.sampling import seeded
+from kfac_fx.likelihoods.sampling import WeightedSum, seeded
 from kfac_fx.torch_internals import pytree
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ class BatchTerms:
         # With one likelihood the division by ``count`` makes the mean. Of a sum each part has to
         # be a mean of its own, whatever the sizes of the others.
         if not self.weighted:
-            return good, replace(self, count=total)
+            return good, self if total == self.count else replace(self, count=total)
         scaled = tuple(
             part._replace(share=part.share * total / count)
             if part is not None and count > 0
@@ -163,8 +164,8 @@ class BatchLikelihood:
         )
         return self.nll() / sum(counts)
 
-    def sampled(self, noise: int | Sequence[Tensor | None]) -> Tensor:
-        """Return a scalar whose statistics have the exact Fisher's for their mean.
+    def sampled(self, noise: int | Sequence[Tensor | None]) -> WeightedSum:
+        """Return a sum whose statistics have the exact Fisher's for their mean.
 
         Its derivatives in the outputs are S s, with S S^T the output Fisher and random signs s: the
         mean of S s s^T S^T is S S^T. Drawn targets have the same mean, but near a perfect fit
@@ -178,27 +179,34 @@ class BatchLikelihood:
             noise: a seed, of which part k takes ``seed + k``; or what ``signs_of`` asked for, part
                 by part, with None for a distribution that draws by itself.
         """
-        scalars: list[Tensor] = []
+        found = WeightedSum([], [])
         for distribution, terms in zip(self.distributions, self.terms.parts, strict=True):
             if terms is None:
                 continue
-            k = len(scalars)
+            k = len(found.tensors)
             given = noise + k if isinstance(noise, int) else noise[k]
             base, root = drawing_root(distribution)
-            if root is None:
-                values = -distribution.log_prob(drawn(distribution, given))
+            # There are as many columns as outputs, and S s has a closed form.
+            closed = base if isinstance(base, Softmax) and root is not None else None
+            if closed is not None:
+                tensor = closed.given
+            elif root is None:
+                tensor, given = -distribution.log_prob(drawn(distribution, given)), None
             else:
-                columns = torch.cat(list(root(base)), -1)
-                if isinstance(given, int):
-                    given = Signs(columns.shape, columns.dtype, columns.device).sample(given)
-                assert given is not None
-                # What belongs to one term is added up: its outputs, and the columns of each.
-                values = (columns * given).flatten(len(distribution.batch_shape)).sum(-1)
+                columns = list(root(base))
+                tensor = torch.cat(columns, -1) if len(columns) > 1 else columns[0]
+            if isinstance(given, int):
+                given = Signs(tensor.shape, tensor.dtype, tensor.device).sample(given)
+            # The weights of the sum, which is not formed: the signs are where S s begins.
+            weights = torch.ones_like(tensor) if given is None else given
             if terms.weights is not None:
-                values = values * terms.weights.sqrt()
-            scalar = values.sum()
-            scalars.append(scalar * terms.share**0.5 if self.terms.weighted else scalar)
-        return torch.stack(scalars).sum() if len(scalars) > 1 else scalars[0]
+                # What belongs to one term: its outputs, and the columns of each.
+                inner = (1,) * (tensor.dim() - terms.weights.dim())
+                weights = weights * terms.weights.sqrt().reshape(terms.weights.shape + inner)
+            weights = weights * terms.share**0.5 if self.terms.weighted else weights
+            found.tensors.append(tensor)
+            found.weights.append(weights if closed is None else closed.root_times(weights))
+        return found
 
     def exact(self, select: Tensor | None = None) -> Iterator[Tensor]:
         """Yield scalars whose statistics add up to the exact Fisher's.
@@ -368,10 +376,11 @@ def batch_likelihood(
         ones = [one for one, _ in pairs]
         # A pass that needs no targets is not given them; weights have their shape.
         shaped = [p.weights if p.targets is None else p.targets for _, p in pairs]
-    # Of cases and one more dimension no shape leaves anything open.
+    # Of cases and one more dimension no shape leaves anything open; a protocol is asked about last,
+    # for that looks at all names of the class.
     ones = [
         one._replace(likelihood=one.likelihood.fitted(one.outputs, like))
-        if isinstance(one.likelihood, Fitting) and getattr(one.outputs, "ndim", 3) > 2
+        if getattr(one.outputs, "ndim", 3) > 2 and isinstance(one.likelihood, Fitting)
         else one
         for one, like in zip(ones, shaped, strict=True)
     ]

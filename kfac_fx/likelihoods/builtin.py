@@ -229,6 +229,15 @@ class Softmax(D.Categorical):
         self._num_events = logits.shape[-1]
         Distribution.__init__(self, logits.shape[:-1], validate_args=False)
 
+    def root_times(self, s: Tensor) -> Tensor:
+        """Return S s, the derivative of the sum of ``_class_root``'s columns times s.
+
+        It is what autograd makes of the columns, bit by bit, without their graph.
+        """
+        root = (0.5 * self.logits.detach()).exp()
+        scaled = s * root
+        return scaled - root.square() * scaled.sum(-1, keepdim=True)
+
     def expand(
         self, batch_shape: torch.Size | Sequence[int], _instance: D.Categorical | None = None
     ) -> D.Categorical:
@@ -282,7 +291,8 @@ class Categorical:
                 f"likelihood categorical needs logits [N, C] or [N, T, C], got "
                 f"{tuple(outputs.shape)}; for one logit a case use 'bernoulli'"
             )
-        logits = outputs.movedim(-1 if self.dim is None else self.dim, -1)
+        # Most have the classes last: no view of them, which has a node of its own in the backward.
+        logits = outputs if self.dim in (None, -1) else outputs.movedim(self.dim, -1)
         if logits.shape[-1] < 2:
             raise LikelihoodError(
                 "likelihood categorical needs at least two classes, got outputs of shape "

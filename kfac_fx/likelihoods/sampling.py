@@ -1,12 +1,27 @@
-"""Random streams: draws that leave torch's own streams as they were."""
+"""Random streams: draws that leave torch's own streams as they were, and what they are put into."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class WeightedSum(NamedTuple):
+    """A scalar that is only differentiated, and so need not be formed.
+
+    Forming it would take as many calls, and as many more in the backward, as a layer does.
+
+    Attributes:
+        tensors: whose entries are summed; functions of a network's outputs.
+        weights: of the entries, in the shapes of the tensors; constants.
+    """
+
+    tensors: list[Tensor]
+    weights: list[Tensor]
 
 
 @contextmanager

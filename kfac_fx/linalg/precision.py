@@ -68,15 +68,17 @@ def all_finite(tensors: Sequence[Tensor]) -> bool:
     for tensor in tensors:
         if tensor.numel():
             by_dtype.setdefault(tensor.dtype, []).append(tensor)
+    # Norms are not negative, so their sum is finite where all of them are: a finite norm is so much
+    # smaller than the largest number that no sum of them overflows.
+    sums = []
     for dtype, group in by_dtype.items():
+        wide = torch.promote_types(dtype, torch.float32)
         # Of small tensors one norm of all in a row: each call costs more than the copy.
         small = len(group) > 2 and sum(tensor.numel() for tensor in group) <= AT_ONCE
         if small and len({tensor.device for tensor in group}) == 1:
-            by_dtype[dtype] = [torch.cat([tensor.reshape(-1) for tensor in group])]
-    # Norms are not negative, so their sum is finite where all of them are: a finite norm is so much
-    # smaller than the largest number that no sum of them overflows.
-    sums = [
-        torch.stack(foreach.norm(group, 2, torch.promote_types(dtype, torch.float32))).sum()
-        for dtype, group in by_dtype.items()
-    ]
+            group = [torch.cat([t if t.dim() == 1 else t.reshape(-1) for t in group])]
+        if len(group) == 1:
+            sums.append(torch.linalg.vector_norm(group[0], dtype=wide))
+        else:
+            sums.append(torch.stack(foreach.norm(group, 2, wide)).sum())
     return all(math.isfinite(total) for total in sums)

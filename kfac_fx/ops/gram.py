@@ -321,7 +321,7 @@ def formed_once(x: Tensor, options: tuple[object, ...], form: Callable[[], Stati
     """
     global _last
     # A compiler finds equal subexpressions by itself, and a graph must not hold last call's result.
-    if functional(x):
+    if functional(x) or collecting_now.apart:
         return form()
     storage = StorageWeakRef(x.untyped_storage())
     key = (x.storage_offset(), x.shape, x.stride(), x.dtype, x._version, *options)

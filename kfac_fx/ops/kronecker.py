@@ -51,6 +51,16 @@ def case_rows(t: Tensor, features: Sequence[int], groups: Sequence[int] = ()) ->
     return t.reshape(t.shape[: split[0]].numel(), *sizes) if first else t.reshape(sizes)
 
 
+def positioned_rows(
+    t: Tensor, features: Sequence[int], groups: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    """Return ``case_rows`` in a dtype, or as they are rows [N, features] without positions."""
+    # Most layers of a small network, where each view costs about as much as a product.
+    plain = t.dim() == 2 and not groups and len(features) == 1 and features[0] in (-1, 1)
+    rows = t if plain else case_rows(t, features, groups)
+    return rows if rows.dtype == dtype else rows.to(dtype)
+
+
 def over_cases(p: Tensor, like: Tensor) -> tuple[Tensor, bool]:
     """Return p viewed with one copy for each case of ``like``, and whether it is broadcast so.
 
@@ -94,7 +104,7 @@ def form_of(factor: Tensor, *, grouped: bool = False) -> FactorForm:
 def input_factor(
     rows: Tensor, *, bias: bool, reduce: bool, form: FactorForm = WHOLE, one: float = 1.0
 ) -> Statistic:
-    """Return A of docs/explanation/mathematics.md, section 2, from inputs [..., N, S, d].
+    """Return A of docs/explanation/mathematics.md, section 2, from inputs [..., N, S, d] or [N, d].
 
     expand: A = sum over cases and positions of abar abar^T / N;
     reduce: A = sum over cases of abar abar^T / N, abar of the mean over positions.
@@ -108,8 +118,10 @@ def input_factor(
     """
     # A is divided by the cases here and not by its caller: the caller knows the number of
     # likelihood terms, and the input factor does not depend on those.
-    cases = rows.shape[-3]
-    flat = rows.mean(-2) if reduce else rows.flatten(-3, -2)
+    cases = rows.shape[max(-3, -rows.dim())]
+    flat = rows
+    if rows.dim() > 2:
+        flat = rows.mean(-2) if reduce else rows.flatten(-3, -2)
     # Sub-blocks are cut through the features, so the homogeneous coordinate must be one of them.
     if form.blocks > 1:
         flat = torch.cat([flat, torch.full_like(flat[..., :1], one)], -1) if bias else flat
@@ -132,7 +144,7 @@ def input_factor(
 def gradient_factor(
     rows: Tensor, *, reduce: bool, divide: bool, form: FactorForm = WHOLE
 ) -> Statistic:
-    """Return G of docs/explanation/mathematics.md, section 2, from g [..., N, S, d].
+    """Return G of docs/explanation/mathematics.md, section 2, from g [..., N, S, d] or [N, d].
 
     expand: G = sum over cases and positions of g g^T / S;
     reduce: G = sum over cases of (sum over positions of g) (the same)^T.
@@ -145,10 +157,12 @@ def gradient_factor(
             together and divides once, by their sum (section 4, parameters used several times).
         form: how G is kept.
     """
-    flat = rows.sum(-2) if reduce else rows.flatten(-3, -2)
-    # The scale goes into the product, which multiplies anyway; a pass over G for it would cost as
-    # much as reading G once more.
-    scale = 1 / rows.shape[-2] if divide and not reduce else 1.0
+    flat, scale = rows, 1.0
+    if rows.dim() > 2:
+        flat = rows.sum(-2) if reduce else rows.flatten(-3, -2)
+        # The scale goes into the product, which multiplies anyway; a pass over G for it would cost
+        # as much as reading G once more.
+        scale = 1 / rows.shape[-2] if divide and not reduce else 1.0
     if form.blocks > 1:
         return cut_gram(flat, form.blocks) * scale
     return flat.square().sum(-2) * scale if form.diagonal else second_moment(flat, scale)
@@ -313,7 +327,7 @@ class LinearStatistics(ColumnKroneckerStatistics):
             x = x.expand(*g.shape[: g.dim() - x.dim()], *x.shape)
 
         def formed() -> Statistic:
-            rows = case_rows(x, given.x_dims, given.x_groups).to(dtype)
+            rows = positioned_rows(x, given.x_dims, given.x_groups, dtype)
             return input_factor(rows, bias=given.bias, reduce=given.reduce, form=form, one=one)
 
         # Queries, keys and values read one tensor after the other. What A depends on besides is in
@@ -325,7 +339,7 @@ class LinearStatistics(ColumnKroneckerStatistics):
         self, g: Tensor, tensors: Sequence[Tensor | None], dtype: torch.dtype, *, divide: bool
     ) -> Statistic:
         """Return G over the features of the output."""
-        rows = case_rows(g, self.options.y_dims, self.options.y_groups).to(dtype)
+        rows = positioned_rows(g, self.options.y_dims, self.options.y_groups, dtype)
         return gradient_factor(rows, reduce=self.options.reduce, divide=divide, form=self.G)
 
     def column_gradients(

@@ -43,17 +43,19 @@ def all_buffers(net: nn.Module) -> list[Tensor]:
     return list(getattr(net, STORE).buffers())
 
 
-def records(net: nn.Module) -> bool:
-    """Return whether any tap of an instrumented module has something to record into."""
+def recording_slots(net: nn.Module) -> tuple[str, ...]:
+    """Return the slots of an instrumented module that taps have something to record into."""
     # A look at every buffer rather than a flag: other tensors may have taken their places for the
     # time of a call, and this is less than one tap costs.
+    found: list[str] = []
     store = net._modules.get(STORE)
-    for slot in () if store is None else store._modules.values():
+    for name, slot in () if store is None else store._modules.items():
         if slot is not None:
             for buffer in slot._buffers.values():
                 if buffer is not None and buffer.requires_grad:
-                    return True
-    return False
+                    found.append(name)
+                    break
+    return tuple(found)
 
 
 def moment_buffers(net: nn.Module, of: HasSlot) -> tuple[Tensor, Tensor, Tensor]:

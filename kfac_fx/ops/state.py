@@ -199,7 +199,7 @@ class Collection:
                 continue
             # Only nodes of the notes' own kind are asked: the question makes a dictionary.
             # torch declares the property as a method.
-            held: Any = node.metadata if node.name() == _KIND else {}
+            held: Any = node.metadata if node.name() in _KINDS else ()
             if _KEY in held:
                 number, seen = held[_KEY]
                 if collection.places.keys() >= set(seen.states):
@@ -218,8 +218,11 @@ class Collection:
 _KEY = "kfac_fx"
 """Of a note, in the metadata of a node."""
 
-_KIND = "UnsafeViewBackward0"
-"""Name of the nodes that have notes."""
+_PLAIN = "AddmmBackward0"
+"""Name of the node of a layer x W^T + b on rows, whose own result may stand for itself."""
+
+_KINDS = ("UnsafeViewBackward0", _PLAIN)
+"""Names of the nodes that have notes."""
 
 _numbers = count()
 
@@ -252,6 +255,24 @@ def leave_note(
     return alias
 
 
+def _place(y: Tensor) -> tuple[Tensor, Node]:
+    """Return y, or an alias of it, and the node where its derivative arrives."""
+    node = y.grad_fn
+    # The one result of this node is no view: where the model writes into it in place, it gets
+    # another node, and this one stays that of y as it was. An alias would be half of what the tap
+    # costs. A node has room for one note.
+    if node is not None and node.name() == _PLAIN:
+        held: Any = node.metadata  # torch declares the property as a method
+        if _KEY not in held:
+            return y, node
+    # Others may be views, or one of several results. An alias that autograd does not know for a
+    # view: the model may write into it in place, and the edge stays the one of y as it was.
+    alias: Tensor = torch.ops.aten._unsafe_view(y, y.shape)
+    node = alias.grad_fn
+    assert node is not None
+    return alias, node
+
+
 def _seen(
     y: Tensor,
     statistics: Any,
@@ -260,15 +281,12 @@ def _seen(
     states: Sequence[FactorState],
     hand_on: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, Seen]:
-    """Return an alias of y, and what its tap has seen."""
-    # An alias that autograd does not know for a view: the model may write into it in place, and the
-    # edge stays the one of y as it was.
-    alias: Tensor = torch.ops.aten._unsafe_view(y, y.shape)
+    """Return y, or an alias of it, and what its tap has seen."""
+    alias, node = _place(y)
     held = [None if t is None else t.detach() for t in tensors]
     # A prehook runs in user code's backwards alone: the notes' derivatives are asked for by grad(),
     # after the hooks are gone.
-    assert alias.grad_fn is not None
-    guard = alias.grad_fn.register_prehook(
+    guard = node.register_prehook(
         lambda found: tuple(None if g is None else hand_on(g) for g in found)
     )
     versions = [0 if t is None else t._version for t in held]
@@ -282,10 +300,13 @@ class Collecting(threading.local):
         collection: where small taps are noted, if they are.
         forming: whether statistics of noted taps are being formed, which may stay unmultiplied
             (``Rows``). Nodes must return tensors to the engine.
+        apart: whether no two of those taps have seen the same memory, so that no statistic of an
+            input serves another one.
     """
 
     collection: Collection | None = None
     forming: bool = False
+    apart: bool = False
 
 
 collecting_now = Collecting()
@@ -305,14 +326,19 @@ def collecting(collection: Collection | None, *, forming: bool = False) -> Itera
     # While statistics are formed no tap is passed, and where one is (a checkpoint that computes its
     # part again), its statistics come by nodes.
     outer = collecting_now.collection
-    was_forming = collecting_now.forming
+    was = collecting_now.forming, collecting_now.apart
     collecting_now.collection = None if forming else collection
     collecting_now.forming = forming
+    collecting_now.apart = False
+    if forming and collection is not None:
+        # Most networks: to look once at all addresses is less than to remember every input.
+        held = [t.data_ptr() for note in collection.notes for t in note.tensors if t is not None]
+        collecting_now.apart = len(set(held)) == len(held)
     try:
         yield
     finally:
         collecting_now.collection = outer
-        collecting_now.forming = was_forming
+        collecting_now.forming, collecting_now.apart = was
         if collection is not None and not forming:
             for note in collection.notes:
                 note.guard.remove()

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.autograd.graph import Node
 
 from kfac_fx.errors import ObservationError
@@ -41,6 +41,7 @@ from kfac_fx.ops.state import (
     notable,
     state_of,
 )
+from kfac_fx.torch_internals import pytree
 from kfac_fx.torch_internals.onlookers import (
     forward_mode,
     transforms_active,
@@ -414,10 +415,41 @@ def define_tap(
     )
     first, last = len(tensors), len(tensors) + len(factors)
 
-    def body(y: Tensor, *given: Any) -> Tensor:
-        buffers = [factor for factor in given[first:last] if factor is not None]
-        if not recording(buffers):
-            return y
-        return record(y, given[:first], buffers, options.from_args(given[last:]))
+    def made(known: Options | None) -> Callable[..., Tensor]:
+        """Return the tap, with options that are known or with those that it will be called with."""
 
-    define(f"{name}({schema}) -> Tensor", body)
+        def tap(y: Tensor, *given: Any) -> Tensor:
+            buffers = [factor for factor in given[first:last] if factor is not None]
+            if not recording(buffers):
+                return y
+            return record(y, given[:first], buffers, known or options.from_args(given[last:]))
+
+        return tap
+
+    define(f"{name}({schema}) -> Tensor", made(None))
+    operator = getattr(torch.ops.kfac_fx, name).default
+    _bodies[operator] = 1 + last, lambda given: made(options.from_args(given))
+
+
+_bodies: dict[object, tuple[int, Callable[[Sequence[object]], Callable[..., Tensor]]]] = {}
+"""By the operator: the number of its tensors, and what makes a function of them with options."""
+
+
+def bound_tap(node: fx.Node) -> tuple[Callable[..., Tensor], tuple[Any, ...]] | None:
+    """Return a call of a tap in a graph as one of a function that has its options already.
+
+    Where nobody looks on who would see an operator, torch's dispatcher does nothing for a tap but
+    read its arguments anew at every call, which costs more than what the tap itself does.
+
+    Returns:
+        the function and its arguments; None where the node is no tap, or where an option is only
+        known when the graph runs.
+    """
+    found = _bodies.get(node.target)
+    if found is None or node.kwargs:
+        return None
+    count, made = found
+    options = node.args[count:]
+    if any(isinstance(leaf, fx.Node) for leaf in pytree.tree_leaves(options)):
+        return None
+    return made(options), node.args[:count]

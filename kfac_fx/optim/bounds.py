@@ -409,8 +409,11 @@ class LayerSteps:
         return Excess(parts, left.nan_to_num(1.0).sqrt_())
 
 
-class LayerBounds:
-    """Shortens what is too long of a layer, beside the length of its weights.
+class LayerBounds(dict[tuple[str, ...], LayerSteps]):
+    """The layers of parameters, by the names of those that are asked for.
+
+    Others may be frozen, or get no gradient. What is asked for is made once, and is a plain look-up
+    in every other step.
 
     Args:
         parameters: by name.
@@ -424,19 +427,16 @@ class LayerBounds:
         layers: Iterable[Sequence[str]],
         workers: Workers,
     ) -> None:
+        super().__init__()
         self._parameters = parameters
         self._numbers = layer_numbers(layers)
         self._workers = workers
-        self._steps: dict[tuple[str, ...], LayerSteps] = {}
 
-    def of(self, names: tuple[str, ...]) -> LayerSteps:
-        """Return the layers of some parameters: others may be frozen, or get no gradient."""
-        found = self._steps.get(names)
-        if found is None:
-            numbers = [self._numbers[name] for name in names]
-            own = [self._parameters[name] for name in names]
-            found = self._steps[names] = LayerSteps(own, numbers, self._workers)
-        return found
+    def __missing__(self, names: tuple[str, ...]) -> LayerSteps:
+        numbers = [self._numbers[name] for name in names]
+        own = [self._parameters[name] for name in names]
+        self[names] = made = LayerSteps(own, numbers, self._workers)
+        return made
 
     def shorten(self, steps: Mapping[str, Tensor], largest: float) -> float | Tensor:
         """Shorten steps in place; return which part of all their length is left.
@@ -445,7 +445,7 @@ class LayerBounds:
             steps: by name of the parameter.
             largest: the largest length of a layer's step, in units of its weights' length.
         """
-        layers, own = self.of(tuple(steps)), [self._parameters[name] for name in steps]
+        layers, own = self[tuple(steps)], [self._parameters[name] for name in steps]
         vectors = layers.pack(list(steps.values()))
         excess = layers.excess(vectors, layers.pack(own), largest)
         if isinstance(excess.kept, Tensor) or excess.kept < 1:

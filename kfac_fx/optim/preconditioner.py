@@ -367,7 +367,7 @@ class Preconditioner(HasCurvature):
         whole = self._workers.whole(given) if several else given
         finite = self.inverse.refreshed is not None
         if finite:
-            layers = self._layers.of(tuple(whole))
+            layers = self._layers[tuple(whole)]
             updates = self.inverse.precondition(whole)
             made = layers.pack([updates[name] for name in whole])
             # A gradient that is not finite has no finite length, so one number serves for both.

@@ -239,7 +239,7 @@ class ScheduledUpdate:
         if self.length is not None:
             scale = self.inverse.scale() if self.follows else NOTHING_LAGS
             names = tuple(proposal)
-            layers = self.layers.of(names)
+            layers = self.layers[names]
             gradient = layers.pack([at.gradient[name] for name in names])
             share = self.length.share(gradient, layers.pack(list(proposal.values())), names, scale)
             if not math.isfinite(share):

@@ -97,7 +97,7 @@ class StepStatistics:
     def __init__(self, sources: StatisticSources, workers: Workers) -> None:
         self._workers = workers
         self._keys = [one.key for one in sources.names.tapped]
-        self._inputs = set(self._keys[: sources.names.inputs])
+        self._inputs = sources.names.inputs
         pairs = zip(sources.names.tapped, sources.factors, strict=True)
         self._places = [StatisticSlot(factor, one.symmetric) for one, factor in pairs]
         parameters = iter(sources.parameters)
@@ -116,23 +116,22 @@ class StepStatistics:
         over this process's cases.
         """
         assert collected.scale is not None
-        found = collected.statistics
         squares = 1 / (collected.scale**2 * collected.total)
         means = collected.count / collected.total
-        for factor, inputs in ((squares, False), (means, True)):
-            keys = [key for key in found if (key in self._inputs) == inputs]
-            if factor == 1.0 or not keys:
+        values = [collected.statistics.get(key) for key in self._keys]
+        split = self._inputs  # statistics of inputs come first
+        for factor, places in ((means, range(split)), (squares, range(split, len(values)))):
+            if factor == 1.0:
                 continue
             tensors = []
-            for key in keys:
-                value = found[key]
+            for place in places:
+                value = values[place]
                 if isinstance(value, Rows):
-                    found[key] = value * factor
-                else:
+                    values[place] = value * factor
+                elif value is not None:
                     tensors.append(value)
             if tensors:
                 foreach.mul_(tensors, factor)
-        values = [found.get(key) for key in self._keys]
         summed = None
         if self._workers.size > 1:
             summed = self._workers.start_sum(self._places, values)

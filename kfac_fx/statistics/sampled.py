@@ -26,6 +26,7 @@ from kfac_fx.config import Fisher
 from kfac_fx.likelihoods.batch import BatchLikelihood, batch_likelihood, output_tensors
 from kfac_fx.likelihoods.builtin import Likelihood, Tree
 from kfac_fx.likelihoods.named import Sum
+from kfac_fx.likelihoods.sampling import WeightedSum
 from kfac_fx.linalg.precision import all_finite
 from kfac_fx.ops.columns import RecordedUse, recorded_uses
 from kfac_fx.ops.gram import Statistic, added, multiplied
@@ -75,7 +76,7 @@ class Collected:
 
 def statistics_of(
     sources: StatisticSources,
-    scalar: Tensor,
+    scalar: Tensor | WeightedSum,
     collection: Collection | None = None,
     also: Sequence[Tensor] = (),
 ) -> tuple[Statistics, Sequence[Tensor | None]]:
@@ -122,8 +123,9 @@ def fisher_statistics(
         return _exact_statistics(sources, made, noise, select)
     if draws > 1 and isinstance(noise, int):
         return _mean_of_draws(sources, made, noise, draws)
-    scalar = made.nll() if fisher == "empirical" else made.sampled(noise)
-    return statistics_of(sources, scalar, collection)[0]
+    if fisher == "empirical":
+        return statistics_of(sources, made.nll(), collection)[0]
+    return statistics_of(sources, made.sampled(noise), collection)[0]
 
 
 def _exact_statistics(
@@ -318,7 +320,7 @@ class SampledStatistics:
         seed = self.seed()
         found: Statistics = {}
         if count > 0:  # else the other processes have terms
-            made = replace(made, terms=agreed)
+            made = made if agreed is made.terms else replace(made, terms=agreed)
             found = fisher_statistics(self.sources, made, self.fisher, seed, notes)
         self.sources.pause()
         return Collected(True, found, count, agreed.count, tap=tap)

@@ -12,6 +12,7 @@ from torch.autograd.graph import GradientEdge, Node
 from torch.utils.hooks import RemovableHandle
 
 from kfac_fx.errors import ObservationError
+from kfac_fx.likelihoods.sampling import WeightedSum
 from kfac_fx.ops.state import FactorState
 from kfac_fx.torch_internals.error_texts import backward_refusal
 from kfac_fx.torch_internals.graph_tasks import at_end_of_run, current_graph_task
@@ -80,7 +81,7 @@ def _taps(
 
 
 def derivatives(
-    scalar: Tensor, tensors: Sequence[Tensor | GradientEdge], *, last: bool = False
+    scalar: Tensor | WeightedSum, tensors: Sequence[Tensor | GradientEdge], *, last: bool = False
 ) -> Sequence[Tensor | None]:
     """Return the derivatives of a scalar at tensors and edges of the graph, by one backward.
 
@@ -92,10 +93,12 @@ def derivatives(
     Raises:
         ObservationError: the graph was freed, or was not kept for this backward.
     """
+    of, weights = (scalar, None) if isinstance(scalar, Tensor) else scalar
     try:
         found: Sequence[Tensor | None] = torch.autograd.grad(
-            scalar,
+            of,
             tensors,  # type: ignore[arg-type]  # edges and tensors may be mixed
+            grad_outputs=weights,
             retain_graph=not last,
             allow_unused=True,
         )

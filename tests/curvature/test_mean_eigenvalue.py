@@ -14,7 +14,7 @@ from support.sub_blocks import LIMITS, head, joined
 from torch import Tensor, nn
 
 import kfac_fx
-from kfac_fx.curvature.estimate import Came
+from kfac_fx.curvature.estimate import Averages, Came
 from kfac_fx.curvature.mean_eigenvalue import Newest
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -141,7 +141,8 @@ def test_lag_is_the_average_over_the_newest_statistics(measure: Measure) -> None
         }
         if step == 2:
             del new["2"]
-        newest.add([Came(blocks[name], values) for name, values in new.items()])
+        came = [Came(blocks[n], values, blocks[n].sizes(values)) for n, values in new.items()]
+        newest.add(came)
         for name, (A, G) in new.items():
             value = float(A.trace() * G.trace())
             traces[name] = 0.2 * traces[name] + 0.8 * value if name in traces else value
@@ -149,6 +150,12 @@ def test_lag_is_the_average_over_the_newest_statistics(measure: Measure) -> None
         assert newest.lag(pre.curvature, 3 * mean) == pytest.approx(3.0, rel=1e-12)
         assert newest.lag(pre.curvature, mean / 3) == 1.0
     assert Newest(newest.state()).lag(pre.curvature, 3 * mean) == pytest.approx(3.0)
+
+
+def came_to(averages: Averages, size: float) -> Came:
+    """Statistics with a trace of 15 sizes."""
+    new = [torch.eye(5), size * torch.eye(3)]
+    return Came(averages, new, averages.sizes(new))
 
 
 def test_what_is_left_is_of_the_largest_level(measure: Measure) -> None:
@@ -161,7 +168,7 @@ def test_what_is_left_is_of_the_largest_level(measure: Measure) -> None:
     assert newest.left() == 1.0
     for came in range(1, 31):
         size = 1e6 if came < 5 else 100.0 if came == 20 else 10.0 ** (-came)
-        newest.add([Came(averages, [torch.eye(5), size * torch.eye(3)])])
+        newest.add([came_to(averages, size)])
         value = 15 * size if came == 1 else 0.2 * value + 0.8 * 15 * size
         mean = value / 15
         level = mean if came <= 10 else level**0.9 * mean**0.1
@@ -171,6 +178,6 @@ def test_what_is_left_is_of_the_largest_level(measure: Measure) -> None:
         assert newest.left() == pytest.approx(mean / largest)
     again = Newest(newest.state())
     for each in (newest, again):
-        each.add([Came(averages, [torch.eye(5), torch.eye(3)])])
+        each.add([came_to(averages, 1.0)])
         each.lag(pre.curvature, 1.0)
     assert again.left() == newest.left() and again.largest == newest.largest

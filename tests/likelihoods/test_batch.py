@@ -21,9 +21,16 @@ from torch import distributions as D
 
 from kfac_fx import likelihoods
 from kfac_fx.errors import LikelihoodError
-from kfac_fx.likelihoods.batch import BatchLikelihood, batch_likelihood, signs_of, wide
+from kfac_fx.likelihoods.batch import (
+    BatchLikelihood,
+    batch_likelihood,
+    root_columns,
+    signs_of,
+    wide,
+)
 from kfac_fx.likelihoods.named import Custom
 from kfac_fx.parallel import Agreement
+from kfac_fx.statistics.user_graph import derivatives
 
 pytestmark = pytest.mark.usefixtures("float64")
 assert_close = functools.partial(assert_near, rtol=1e-9)
@@ -112,7 +119,7 @@ def test_the_mean_over_all_signs_is_the_fisher(kind: str, shape: tuple[int, ...]
     total = 0
     for choice in choices:
         noise = torch.tensor(choice).reshape(signs.shape[1:]).expand(signs.shape)
-        (g,) = torch.autograd.grad(batch.sampled([noise]), f, retain_graph=True)
+        (g,) = derivatives(batch.sampled([noise]), [f])
         g = g.flatten(1)
         total = total + g[:, :, None] * g[:, None, :]
     for n in range(CASES):
@@ -128,7 +135,7 @@ def test_signs_depend_on_the_seed_alone(kind: str) -> None:
     before = torch.random.get_rng_state()
 
     def derivative(noise: int | list[Tensor]) -> Tensor:
-        return torch.autograd.grad(batch.sampled(noise), f, retain_graph=True)[0]
+        return derivatives(batch.sampled(noise), [f])[0]
 
     assert torch.equal(derivative(1), derivative(1))
     assert not torch.equal(derivative(1), derivative(2))
@@ -136,6 +143,20 @@ def test_signs_depend_on_the_seed_alone(kind: str) -> None:
     assert signs is not None and set(signs.sample(1).unique().tolist()) == {-1.0, 1.0}
     assert_close(derivative([signs.sample(1)]), derivative(1))
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_closed_form_of_a_softmax_is_what_autograd_makes_of_its_columns(
+    dtype: torch.dtype,
+) -> None:
+    f = torch.randn(50, 2, 7, dtype=dtype).requires_grad_()
+    batch = batch_likelihood(likelihoods.Categorical(), f)
+    signs = signs_of(batch.distributions[0])
+    assert signs is not None
+    (columns,) = root_columns(batch.distributions[0])
+    (want,) = torch.autograd.grad(columns, f, grad_outputs=signs.sample(5))
+    (found,) = derivatives(batch.sampled(5), [f])
+    assert found is not None and torch.equal(found, want)
 
 
 class Shifted(D.Normal):
@@ -159,7 +180,7 @@ def test_targets_are_drawn_where_no_root_is_known(kind: str) -> None:
     torch.manual_seed(3)
     y = distribution(f.detach()).sample()
     before = torch.random.get_rng_state()
-    (found,) = torch.autograd.grad(batch.sampled(3), f)
+    (found,) = derivatives(batch.sampled(3), [f])
     (want,) = torch.autograd.grad(-distribution(f).log_prob(y).sum(), f)
     assert_close(found, want)
     assert torch.equal(torch.random.get_rng_state(), before)
@@ -178,7 +199,7 @@ def test_a_learnt_scale_has_columns_of_its_own() -> None:
     total = 0
     for choice in itertools.product((1.0, -1.0), repeat=2):
         noise = torch.tensor(choice).expand(CASES, 2)
-        (g,) = torch.autograd.grad(batch.sampled([noise]), f, retain_graph=True)
+        (g,) = derivatives(batch.sampled([noise]), [f])
         total = total + g[:, :, None] * g[:, None, :] / 4
     variance = f[:, 1].exp().square()
     # Of (mean, log sigma): 1 / sigma^2 and 2.
@@ -245,6 +266,28 @@ def test_a_sum_s_fisher_is_the_weighted_sum_of_the_parts() -> None:
     found = gram_of_columns(batch, f) / batch.count
     for n in range(CASES):
         assert_close(found[n], JOINT.fisher(f[n : n + 1], None) / CASES)
+
+
+@pytest.mark.parametrize("kind", ["weights", "a sum"])
+def test_the_mean_over_all_signs_is_what_the_columns_add_up_to(kind: str) -> None:
+    """Where terms have weights, and parts have shares, the signs are multiplied with these."""
+    f = outputs(7 if kind == "a sum" else 3)
+    if kind == "a sum":
+        batch = sum_of_parts(f)
+    else:
+        given = likelihoods.Categorical(weight=torch.tensor([1.0, 2.0, 0.5]), ignore_index=1)
+        batch = batch_likelihood(given, f, torch.tensor([0, 1, 2, 2]))
+    asked = [signs_of(distribution) for distribution in batch.distributions]
+    shapes = [signs.shape for signs in asked if signs is not None]
+    choices = list(itertools.product((1.0, -1.0), repeat=sum(s[1:].numel() for s in shapes)))
+    total = 0
+    for choice in choices:
+        flat = torch.tensor(choice).split([shape[1:].numel() for shape in shapes])
+        pairs = zip(flat, shapes, strict=True)
+        noise = [part.reshape(shape[1:]).expand(shape) for part, shape in pairs]
+        (g,) = derivatives(batch.sampled(noise), [f])
+        total = total + g[:, :, None] * g[:, None, :]
+    assert_close(total / len(choices), gram_of_columns(batch, f))
 
 
 def test_terms_of_all_processes_are_counted() -> None:

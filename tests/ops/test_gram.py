@@ -13,7 +13,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import kfac_fx
 from kfac_fx.ops import convolution, kronecker
 from kfac_fx.ops import gram as second_moments
-from kfac_fx.ops.gram import formed_once, gram, homogeneous_gram
+from kfac_fx.ops.gram import formed_once, gram, homogeneous_gram, multiplied
+from kfac_fx.ops.kronecker import FactorForm, gradient_factor, input_factor, positioned_rows
 
 assert_close = functools.partial(assert_near, rtol=1e-12)
 
@@ -171,3 +172,18 @@ def test_patches_of_some_cases_at_a_time(
     for group, part in zip(found, rows.chunk(groups, 1), strict=True):
         part = bordered_rows(part, 1.0) if bias else part
         assert_close(group, part.T @ part / 7)
+
+
+@pytest.mark.parametrize("reduce", [False, True])
+@pytest.mark.parametrize("form", [FactorForm(), FactorForm(diagonal=True), FactorForm(blocks=2)])
+def test_rows_without_positions_are_those_of_one_position(form: FactorForm, reduce: bool) -> None:
+    """Bit by bit, with fewer views: plain layers read [N, d]."""
+    x = torch.randn(9, 6)
+    rows = positioned_rows(x, (1,), (), torch.float64)
+    assert rows.shape == x.shape and rows.dtype == torch.float64
+    assert positioned_rows(x, (0,), (), x.dtype).shape == (6, 1, 9)
+    for bias in (True, False):
+        pair = [input_factor(r, bias=bias, reduce=reduce, form=form) for r in (x, x.unsqueeze(1))]
+        assert torch.equal(*map(multiplied, pair))
+    pair = [gradient_factor(r, reduce=reduce, divide=True, form=form) for r in (x, x.unsqueeze(1))]
+    assert torch.equal(*map(multiplied, pair))

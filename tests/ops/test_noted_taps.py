@@ -22,7 +22,7 @@ from kfac_fx.curvature import estimate
 from kfac_fx.curvature.estimate import Average, fold_in_place
 from kfac_fx.distributed import DataParallel
 from kfac_fx.linalg.packing import mirror
-from kfac_fx.ops import gram, tap
+from kfac_fx.ops import gram, kronecker, tap
 from kfac_fx.ops.gram import Rows, second_moment, stay
 from kfac_fx.ops.state import Collection, collecting
 from kfac_fx.ops.thresholds import THRESHOLDS
@@ -428,3 +428,37 @@ def test_closures_may_use_the_network_as_it_is() -> None:
         optimizer.step(closure, y)
         parameters.append([p.detach() for p in net.parameters()])
     torch.testing.assert_close(parameters[1:], parameters[:1] * 2)
+
+
+class Both(nn.Module):
+    """Two layers that read one input, or each a tensor of its own."""
+
+    def __init__(self, shared: bool) -> None:
+        super().__init__()
+        self.shared = shared
+        self.first, self.second = nn.Linear(5, 4), nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.first(x) + self.second(x if self.shared else x.clone())
+        return out
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_inputs_are_remembered_where_two_taps_have_read_one(
+    shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its A is formed once; where each has its own, nothing is kept for another tap."""
+    formed: list[Tensor] = []
+    form = kronecker.homogeneous_gram
+
+    def counted(rows: Tensor, *options: float) -> Tensor:
+        formed.append(rows)
+        return form(rows, *options)
+
+    monkeypatch.setattr(kronecker, "homogeneous_gram", counted)
+    net = kfac_fx.transform(Both(shared))
+    preconditioner = kfac_fx.Preconditioner(net, "normal", structure="block_diagonal")
+    preconditioner.observe(net(torch.randn(7, 5)))
+    assert len(formed) == (1 if shared else 2)
+    assert (gram._last is not None) == shared
+    gram.forget_input()

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import kfac_fx
 from kfac_fx.ops import tap
+from kfac_fx.ops.state import Collection, FactorState, leave_note
 from kfac_fx.ops.thresholds import THRESHOLDS
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -122,6 +123,46 @@ def test_two_networks_in_one_graph() -> None:
     want = torch.cat([x, torch.ones(5, 1)], 1)
     torch.testing.assert_close(named_factors(pres[0])["0/0"], want.T @ want / 5)
     assert all(factor.abs().sum() > 0 for pre in pres for factor in named_factors(pre).values())
+
+
+class WritesInPlace(nn.Module):
+    """Changes a layer's result after the layer, as a whole and through a view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        y.mul_(2.0).add_(1.0)
+        y[:, 0] = y[:, 1].neg()
+        out: Tensor = self.last(y.tanh())
+        return out
+
+
+def test_a_layers_result_may_be_written_into() -> None:
+    """Its own node keeps the derivative of what it was."""
+    net, x = kfac_fx.transform(WritesInPlace(), structure="block_diagonal"), torch.randn(5, 6)
+    found = observed(net, [(x,)])
+    with THRESHOLDS.changed(noted=-1):
+        assert_same(found, observed(net, [(x,)]))
+
+
+def test_two_taps_of_one_result_leave_two_notes() -> None:
+    """A node has room for one, so that the second tap has an alias; and so has a view."""
+    y = nn.Linear(3, 2)(torch.randn(5, 3))
+    states = [FactorState(), FactorState()]
+    result = y
+    for state in states:
+        result = leave_note(result, None, (), (), [state], lambda g: g)
+    assert notes_of([states[0]], result) and notes_of([states[1]], result)
+    view = leave_note(y[1:], None, (), (), [states[0]], lambda g: g)
+    assert not view._is_view() and notes_of([states[0]], view)
+
+
+def notes_of(states: list[FactorState], result: Tensor) -> bool:
+    collection = Collection.of_graph(states, [result])
+    return [note.states for note in collection.notes] == [states]
 
 
 def test_notes_go_with_the_graph() -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from support.dense_updates import MODELS
+from support.inside import estimate_of
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kfac_fx
+from kfac_fx.passes.strip_taps import FewerTaps
 
 aten = torch.ops.aten
 PRODUCTS = {
@@ -199,6 +203,55 @@ def test_steps_that_are_not_due_are_free(x: Tensor, fisher: str) -> None:
         assert due[-1] or not observed.shapes
         assert due[-1] or len(backward.shapes) <= len(plain.shapes)
     assert due == [True, False, False, True, False, False, True]
+
+
+def operators(run: Callable[[], Any]) -> set[str]:
+    with torch.autograd.profiler.profile() as seen:
+        run()
+    return {event.name for event in seen.function_events if event.name.startswith("kfac_fx::")}
+
+
+def test_a_recording_forward_calls_no_tap_that_is_off(x: Tensor) -> None:
+    """Nor the others by torch's dispatcher, unless somebody looks on who should see operators."""
+    net = kfac_fx.transform(normalised())
+    recorded(net)
+    pairs = [b for name, b in net.named_buffers() if "__" in name]
+    assert pairs
+    for on, want in ((True, {"kfac_fx::link", "kfac_fx::couple"}), (False, set())):
+        for buffer in pairs:
+            buffer.requires_grad_(on)
+        assert operators(lambda: net(x)) == want
+    seen = operators(lambda: products(lambda: net(x)))
+    assert seen >= {f"kfac_fx::{name}" for name in ("linear", "link", "couple")}
+
+
+@pytest.mark.parametrize("structure", ["block_tridiagonal", "block_diagonal"])
+@pytest.mark.parametrize("kind", sorted(MODELS))
+def test_statistics_are_those_of_the_whole_graph(
+    kind: str, structure: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit by bit: a graph with the taps that are on alone computes what all of it does."""
+    build, shape, _ = MODELS[kind]
+    model = build()
+    x = torch.randn(8, *(4,) if kind == "large elementwise" else shape)
+    found = []
+    for whole in (False, True):
+        if whole:
+            monkeypatch.setattr(FewerTaps, "form", lambda *_: None)
+        net = kfac_fx.transform(copy.deepcopy(model))
+        generator = torch.Generator().manual_seed(0)
+        preconditioner = kfac_fx.Preconditioner(
+            net, "normal", damping=1e-2, structure=structure, generator=generator
+        )
+        outputs = net(x)
+        preconditioner.observe(outputs)
+        outputs.square().sum().backward()
+        preconditioner.step()
+        found.append(estimate_of(preconditioner).state()["factors"])
+    assert found[0].keys() == found[1].keys()
+    for name, factors in found[0].items():
+        assert any(factor.any() for factor in factors)
+        assert all(map(torch.equal, factors, found[1][name]))
 
 
 def conv_net() -> nn.Module:
