@@ -31,15 +31,16 @@ RESPONSE = 0.1
 OBLIVION = 0.05
 """How fast that factor goes back to one where rounding is all that is left of gradients."""
 
-PAST = 0.9
-"""Weight of the older gradients in the direction of the steps before."""
+PAST = 0.98
+"""Weight of the older gradients in the direction of the steps before. Those of several epochs count:
+batches of one epoch, of which each has the cases that the others lack, seem to disagree more than
+they do, and a short memory sees nothing but that."""
 
 WEAR = 0.05
 """How fast all lengths get smaller while the steps that are made of them have to be cut."""
 
 SMALLEST_FACTOR, LARGEST_FACTOR = 0.2, 10.0
-"""Limits of that factor: batches of one epoch, of which each has the cases that the others lack,
-seem to disagree more than they do, and steps would come to rest."""
+"""Limits of that factor; without the first, steps would come to rest where noise is all there is."""
 
 SMALL_WEIGHT = 1e-2
 """Root mean square that weights count as at least: layers that start at zero must be able to."""
@@ -179,7 +180,7 @@ class AdaptiveLength(NaturalLength):
             before = self.factor ** (1 - OBLIVION * (1 - scale.signal))
             moved = before * math.exp(RESPONSE * min(max(cosine, -1.0), 1.0))
             self.factor = min(max(moved, SMALLEST_FACTOR), LARGEST_FACTOR)
-            # Of older gradients by the newest inverse: it changes little within the ten that count.
+            # Of older gradients by the newest inverse: it changes little within those that count.
             so_far = PAST**2 * self._squared + 2 * PAST * along + squared
             self._squared = max(so_far, squared)
             both = zip(pairs, self._past, strict=True)

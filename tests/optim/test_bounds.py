@@ -82,8 +82,8 @@ class Definition:
             along = float(g @ inverse @ self.past)
             cosine = along / (q * self.squared) ** 0.5
             self.factor = min(max(self.factor * math.exp(0.1 * cosine), 0.2), 10.0)
-            self.squared = max(0.81 * self.squared + 1.8 * along + q, q)
-            self.past = 0.9 * self.past + g
+            self.squared = max(0.9604 * self.squared + 1.96 * along + q, q)
+            self.past = 0.98 * self.past + g
         return lag * min(1.0, (0.01 / (lag * q)) ** 0.5) * self.factor
 
 

@@ -119,8 +119,8 @@ def test_adaptive_lengths(lr: float) -> None:
         else:
             along = float(update @ past)
             factor *= math.exp(0.1 * along / (length * squared) ** 0.5)
-            squared = max(0.81 * squared + 1.8 * along + length, length)
-            past = 0.9 * past + flat
+            squared = max(0.9604 * squared + 1.96 * along + length, length)
+            past = 0.98 * past + flat
         scale = lag * min(1.0, (0.01 / (lag * length)) ** 0.5) * factor * restraint
         assert optimizer.diagnostics["trust"] == pytest.approx(scale)
         widest = max(0.02, 0.1 / lag**0.5) * restraint
