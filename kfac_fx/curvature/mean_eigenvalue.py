@@ -128,7 +128,8 @@ class Newest:
     """
 
     def __init__(self, state: Mapping[str, Any] = {}) -> None:
-        self.traces: dict[str, float] = dict(state.get("traces", {}))
+        # Earlier states are traces and nothing else.
+        self.traces: dict[str, float] = dict(state["traces"] if "largest" in state else state)
         self.largest = float(state.get("largest", 0.0))
         self._level = float(state.get("level", 0.0))
         self._came = int(state.get("came", 0))

@@ -32,15 +32,18 @@ OBLIVION = 0.05
 """How fast that factor goes back to one where rounding is all that is left of gradients."""
 
 PAST = 0.98
-"""Weight of the older gradients in the direction of the steps before. Those of several epochs count:
-batches of one epoch, of which each has the cases that the others lack, seem to disagree more than
-they do, and a short memory sees nothing but that."""
+"""Weight of the older gradients in the direction of the steps before. Those of several epochs have
+to count: batches of one epoch, of which each has the cases that the others lack, seem to disagree
+more than they do, and a memory as short as a momentum's takes its swing for agreement."""
 
 WEAR = 0.05
 """How fast all lengths get smaller while the steps that are made of them have to be cut."""
 
 SMALLEST_FACTOR, LARGEST_FACTOR = 0.2, 10.0
-"""Limits of that factor; without the first, steps would come to rest where noise is all there is."""
+"""Limits of that factor; without the first, steps would come to rest where all is noise."""
+
+USUAL = 0.9
+"""Weight of the older in the running mean of squared lengths."""
 
 SMALL_WEIGHT = 1e-2
 """Root mean square that weights count as at least: layers that start at zero must be able to."""
@@ -110,7 +113,8 @@ class AdaptiveLength(NaturalLength):
     Five things are put together (docs/explanation/mathematics.md, section 9):
 
     - Averages behind a Fisher that shrinks are too large, and their inverses too small, by ``lag``.
-    - The length in Fhat, of the present scale, is at most the root of ``RADIUS``.
+    - The length in Fhat, of the present scale, is at most the root of ``RADIUS``; of single batches
+      where gradients agree, and where they do not of a running mean.
     - ``factor`` follows the agreement of each gradient with the steps before: as long as it points
       the same way steps grow, and where noise has the upper hand they shrink.
     - A layer's part is no longer than a share of its weights, ``WIDE`` to ``NARROW``: what the
@@ -131,6 +135,7 @@ class AdaptiveLength(NaturalLength):
         self._names: tuple[str, ...] = ()
         self._past: list[Tensor] = []  # sum of PAST^k times gradients, as long vectors
         self._squared = 0.0  # its squared length in the inverse of Fhat
+        self._usual = 0.0  # running mean of squared lengths of gradients, in the newest scale
 
     def share(
         self,
@@ -174,10 +179,15 @@ class AdaptiveLength(NaturalLength):
             return self.share(wide[0], wide[1], names, scale) if wide else math.nan
         if squared <= 0:  # rounding may leave it below zero
             return 1.0
+        length = scale.lag * squared
+        # No step of a fit gains a nat a term. Cases that are lost, and that the network is sure of,
+        # are not in its Fisher: their gradient alone tells, and must not find the rest in its way.
+        signal = max(scale.signal, min(1.0, length))
+        self._usual = USUAL * self._usual + (1 - USUAL) * length if self._usual else length
         if self._past and math.isfinite(along):
             cosine = along / math.sqrt(max(squared * self._squared, 1e-300))
             # What rounding agrees on is forgotten: it is no reason for longer steps.
-            before = self.factor ** (1 - OBLIVION * (1 - scale.signal))
+            before = self.factor ** (1 - OBLIVION * (1 - signal))
             moved = before * math.exp(RESPONSE * min(max(cosine, -1.0), 1.0))
             self.factor = min(max(moved, SMALLEST_FACTOR), LARGEST_FACTOR)
             # Of older gradients by the newest inverse: it changes little within those that count.
@@ -190,9 +200,11 @@ class AdaptiveLength(NaturalLength):
             self._squared = squared
         if self._cuts:
             self._wear()
-        lag = scale.lag
-        self.widest = max(NARROW, WIDE / math.sqrt(lag)) * self.restraint * scale.signal**2
-        taken = lag * math.sqrt(min(1.0, RADIUS / (lag * squared)))
+        self.widest = max(NARROW, WIDE / math.sqrt(scale.lag)) * self.restraint * signal**2
+        # Where noise has the upper hand, batches must keep their weights: with steps of one length
+        # for all, many easy batches outvote the few with rare cases, whose gradients are longer.
+        measured = self._usual if self.factor < 1 else length
+        taken = scale.lag * math.sqrt(min(1.0, RADIUS / measured))
         return taken * self.factor * self.restraint
 
     def cut(self, kept: float | Tensor) -> None:
@@ -215,6 +227,7 @@ class AdaptiveLength(NaturalLength):
             "names": list(self._names),
             "past": [vector.clone() for vector in self._past],
             "squared": self._squared,
+            "usual": self._usual,
         }
 
     def load(self, state: Mapping[str, Any], device: torch.device) -> None:
@@ -226,6 +239,7 @@ class AdaptiveLength(NaturalLength):
         self._names = tuple(state["names"])
         self._past = [vector.to(device).clone() for vector in state["past"]]
         self._squared = float(state["squared"])
+        self._usual = float(state.get("usual", 0.0))
 
 
 def _widened(lists: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:

@@ -72,7 +72,7 @@ class Definition:
     """The rule of docs/explanation/mathematics.md, section 9, by dense vectors."""
 
     def __init__(self) -> None:
-        self.factor, self.past, self.squared = 1.0, None, 0.0
+        self.factor, self.past, self.squared, self.usual = 1.0, None, 0.0, 0.0
 
     def share(self, g: Tensor, inverse: Tensor, lag: float) -> float:
         q = float(g @ inverse @ g)
@@ -84,7 +84,9 @@ class Definition:
             self.factor = min(max(self.factor * math.exp(0.1 * cosine), 0.2), 10.0)
             self.squared = max(0.9604 * self.squared + 1.96 * along + q, q)
             self.past = 0.98 * self.past + g
-        return lag * min(1.0, (0.01 / (lag * q)) ** 0.5) * self.factor
+        self.usual = 0.9 * self.usual + 0.1 * lag * q if self.usual else lag * q
+        measured = self.usual if self.factor < 1 else lag * q
+        return lag * min(1.0, (0.01 / measured) ** 0.5) * self.factor
 
 
 def parts(vector: Tensor) -> list[Tensor]:
@@ -117,8 +119,11 @@ def test_gradients_that_turn_about_make_it_shorter() -> None:
 
 
 def test_rounding_is_no_reason_for_long_steps() -> None:
-    """Layers' bounds go with the square of the signal, and what gradients agree on is forgotten."""
-    length, g = AdaptiveLength(), torch.ones(8)
+    """Layers' bounds go with the square of the signal, and what gradients agree on is forgotten.
+
+    A gradient that is long in Fhat is of cases that the network is wrong about: it is no rounding.
+    """
+    length, g = AdaptiveLength(), torch.full((8,), 1e-4)
     for _ in range(10):
         length.share(parts(g), parts(g), NAMES)
     before, widest = length.factor, length.widest
@@ -128,6 +133,24 @@ def test_rounding_is_no_reason_for_long_steps() -> None:
     for _ in range(200):
         length.share(parts(g), parts(g), NAMES, Scale(1.0, 1e-6))
     assert length.factor == pytest.approx(math.exp(0.1 / 0.05), rel=1e-2)
+    for size, signal in ((1.0, 1.0), (0.25, 0.5)):  # squared lengths of 8 and of one half
+        g = torch.full((8,), size)
+        length.share(parts(g), parts(g), NAMES, Scale(1.0, 1e-6))
+        assert length.widest == pytest.approx(widest * signal**2)
+
+
+def test_easy_batches_do_not_outvote_hard_ones() -> None:
+    """Below a factor of one a running mean of squared lengths serves all batches alike."""
+    length, usual = AdaptiveLength(), 0.0
+    easy, hard = torch.full((8,), 1e-2), torch.full((8,), -10.0)
+    for step in range(80):
+        g = hard if step % 4 == 0 else easy
+        squared = float(g.square().sum())
+        usual = 0.9 * usual + 0.1 * squared if usual else squared
+        share = length.share(parts(g), parts(g), NAMES)
+        measured = usual if length.factor < 1 else squared
+        assert share == pytest.approx(length.factor * min(1.0, (0.01 / measured) ** 0.5))
+    assert length.factor < 1
 
 
 def test_steps_that_are_cut_make_the_next_ones_shorter() -> None:
