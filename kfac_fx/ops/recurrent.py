@@ -37,7 +37,6 @@ from kfac_fx.ops.kronecker import (
     ShiftStatistics,
     form_of,
 )
-from kfac_fx.ops.library import left_to_python
 from kfac_fx.ops.options import TapOptions
 from kfac_fx.ops.tap import define, joined, of_columns, recording, source, tapped
 from kfac_fx.ops.time_steps import (
@@ -472,17 +471,17 @@ for _name in STEPS:
     _given = f"Tensor input, {_hx}, Tensor[] params, {LayerOptions.schema()}"
     define(
         f"{_name}({_given}, {_TAIL} -> (Tensor, Tensor{_more})",
-        left_to_python(partial(_run_layers, _name)),
+        partial(_run_layers, _name),
     )
     _given = f"Tensor input, Tensor batch_sizes, {_hx}, Tensor[] params, {PackedOptions.schema()}"
     define(
         f"packed_{_name}({_given}, {_TAIL} -> (Tensor, Tensor{_more})",
-        left_to_python(partial(_run_packed, _name)),
+        partial(_run_packed, _name),
     )
     _result = "(Tensor, Tensor)" if _name == "lstm" else "Tensor"
     define(
         f"{_name}_cell(Tensor input, {_hx}, {_WEIGHTS}, {_TAIL} -> {_result}",
-        left_to_python(partial(_run_cell, f"{_name}_cell")),
+        partial(_run_cell, f"{_name}_cell"),
     )
 
 

@@ -30,7 +30,7 @@ from kfac_fx.ops.columns import (
     register_use,
 )
 from kfac_fx.ops.gram import Rows, Statistic, added
-from kfac_fx.ops.library import LIBRARY
+from kfac_fx.ops.library import LIBRARY, left_to_python
 from kfac_fx.ops.options import TapOptions
 from kfac_fx.ops.state import (
     Collection,
@@ -378,6 +378,7 @@ def define(schema: str, body: Callable[..., object]) -> None:
         body: what it does, in terms of other operators and autograd functions.
     """
     name = schema.split("(", 1)[0]
+    body = left_to_python(body)
     LIBRARY.define(schema)
     LIBRARY.impl(name, body, "CompositeImplicitAutograd")
     # Transforms of torch.func would else run the body beneath them, where no Function can be.
@@ -428,7 +429,7 @@ def define_tap(
 
     define(f"{name}({schema}) -> Tensor", made(None))
     operator = getattr(torch.ops.kfac_fx, name).default
-    _bodies[operator] = 1 + last, lambda given: made(options.from_args(given))
+    _bodies[operator] = 1 + last, lambda given: left_to_python(made(options.from_args(given)))
 
 
 _bodies: dict[object, tuple[int, Callable[[Sequence[object]], Callable[..., Tensor]]]] = {}
