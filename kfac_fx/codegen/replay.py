@@ -35,6 +35,9 @@ take longer than all that a trace leaves out."""
 _PLACE = "place"
 """Key in the meta of a node: how its tensor lies in memory; there for dense tensors."""
 
+_RECURRENT: Argument = getattr(_ATEN, "mkldnn_rnn_layer", None)
+_RECURRENT = _RECURRENT and _RECURRENT.default  # builds of torch without oneDNN lack it
+
 _QUESTIONS = {_ATEN.is_same_size.default, _ATEN._has_same_storage_numel.default}
 """Operators that autograd asks of tangents while it is traced; nobody reads the answers."""
 
@@ -43,6 +46,15 @@ _HIDDEN: dict[object, tuple[int, ...]] = {
     _ATEN.cudnn_batch_norm.default: (3, 4),
 }
 """Places of arguments that operators write into without saying so in their schema."""
+
+
+def _recurrent_layer(*arguments: Argument) -> Argument:
+    """Run oneDNN's recurrent layer with the workspace that its backward needs."""
+    # It asks whether gradients are on, not whether it trains. A replay has them off, as autograd
+    # has nothing to do in it: without this, the backward in the same graph finds no workspace.
+    given = [each.detach() if isinstance(each, Tensor) else each for each in arguments]
+    with torch.enable_grad():
+        return _RECURRENT(*given)
 
 
 def replayable(
@@ -161,6 +173,9 @@ def _tidied(module: fx.GraphModule) -> fx.GraphModule:
         _join_equal(graph, written)
         _drop_unused(graph)
     _separate_results(graph)
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target is _RECURRENT:
+            node.target = _recurrent_layer
     graph.lint()
     return fx.GraphModule(module, graph)
 

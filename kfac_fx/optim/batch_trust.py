@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Collection, Sequence
 
@@ -10,11 +11,19 @@ from torch import Tensor
 
 from kfac_fx.torch_internals import foreach
 
+log = logging.getLogger("kfac_fx")
+
 FLOOR = 1e-2
 """Losses below it are not compared: near a perfect fit a factor between them means nothing."""
 
 WIDER = 100.0
 """Gradients vary more than losses: theirs may be this many times the outlier factor."""
+
+BROKEN = 1e7
+"""Statistics this many times as long as their averages are of broken batches, whatever the task. Of
+a good fit they are the squares of small probabilities, but for a draw now and then of an unlikely
+target, which alone is a million times as long: refused, the Fisher would be without its largest
+part, and steps too long for the hard cases."""
 
 SMALL = 0.25
 """Batches with a smaller share of the usual number of cases count by their share."""
@@ -47,14 +56,20 @@ class BatchTrust:
         self._last_loss = math.nan
         self._last_norm = math.nan
 
-    @property
-    def widest(self) -> float:
+    def widest(self, compared: bool = True) -> float:
         """Return how many times longer than their averages statistics may be.
 
         After many batches in a row whose statistics were refused, the next are taken as they are:
         the network has changed, not the batches.
+
+        Args:
+            compared: whether outliers are told; else only what no good batch would have.
         """
-        return WIDER * self.outlier if self._unfit_in_row < PATIENCE else math.inf
+        # Statistics of hard batches are refused one at a time, never so many in a row: where hard
+        # batches are used, they would be refused for ever.
+        limit = WIDER * self.outlier
+        limit = limit if compared else max(limit, BROKEN)
+        return limit if self._unfit_in_row < PATIENCE else math.inf
 
     def fitted(self, well: bool) -> None:
         """Note whether a batch's statistics were taken."""
@@ -69,7 +84,7 @@ class BatchTrust:
         share = 1.0 if self._cases is None else cases / self._cases
         return 1.0 if share > SMALL else share
 
-    def believes(self, loss: Tensor, gradient: Collection[Tensor]) -> bool:
+    def believes(self, loss: Tensor, gradient: Collection[Tensor], compared: bool = True) -> bool:
         """Say whether loss and gradient are finite and no outliers.
 
         Many finite outliers are no outliers: what is usual is then learnt anew.
@@ -77,6 +92,7 @@ class BatchTrust:
         Args:
             loss: [], the mean over likelihood terms.
             gradient: the gradient of every parameter.
+            compared: whether finite outliers are told; else all that is finite is believed.
         """
         # They are kept for accept(): a batch counts as usual only after its statistics were taken.
         value, norm = _numbers(loss, gradient)
@@ -84,7 +100,7 @@ class BatchTrust:
         self._last_norm = norm
         if not (math.isfinite(value) and math.isfinite(norm)):
             return False
-        if self._loss is None or self._norm is None:
+        if not compared or self._loss is None or self._norm is None:
             return True
         # Losses may be negative (densities), so that a factor is of the absolute average.
         usual = value <= self.outlier * max(abs(self._loss), FLOOR) and (
@@ -122,6 +138,19 @@ class BatchTrust:
         self._cases = cases
         self._outliers = float(outliers or 0)
         self._unfit_in_row = int(unfit or 0)
+
+
+def warn_rarely(count: int, text: str, *values: object) -> None:
+    """Log what has happened so often: as a warning the 1st, 2nd, 4th, 8th, ... time.
+
+    Args:
+        count: how often, this time included.
+        text: the message, for ``values``.
+        values: what is put into the text.
+    """
+    # A warning a batch hides all others in a long run; none at all hides that batches are lost.
+    level = logging.WARNING if count & (count - 1) == 0 else logging.DEBUG
+    log.log(level, text + " (%d times so far)", *values, count)
 
 
 def _mixed(old: float | None, new: float) -> float:

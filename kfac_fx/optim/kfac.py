@@ -25,7 +25,7 @@ from kfac_fx.likelihoods.builtin import Tree
 from kfac_fx.likelihoods.named import Given, check_described, described, likelihood_of
 from kfac_fx.likelihoods.sampling import fresh_generator
 from kfac_fx.linalg.precision import all_finite
-from kfac_fx.optim.batch_trust import BatchTrust
+from kfac_fx.optim.batch_trust import BatchTrust, warn_rarely
 from kfac_fx.optim.diagnostics import Diagnostics
 from kfac_fx.optim.groups import Groups
 from kfac_fx.optim.kfac_options import KFACOptions
@@ -228,13 +228,20 @@ class KFAC(HasCurvature, Optimizer):
         """Do one iteration; ``buffers`` are copies from before it."""
         self.diagnostics = Diagnostics()
         self._objective.begin(batch)
-        loss, gradient = self._gradient(batch)
-        trusted = self._trust.believes(loss, gradient.values())
+        try:
+            loss, gradient = self._gradient(batch)
+        except ValueError as error:
+            # The step before may be to blame, if a distribution refuses what it has made.
+            if not (self._objective.refused(error) and self._undo_if_worse(batch, math.nan)):
+                raise
+            buffers = self._objective.snapshot()
+            loss, gradient = self._gradient(batch)
+        trusted = self._trust.believes(loss, gradient.values(), self._form.compares_batches)
         if not trusted and self._undo_if_worse(batch, float(loss)):
             # Not the batch was bad, but the step before it; the batch gets a second chance.
             buffers = self._objective.snapshot()
             loss, gradient = self._gradient(batch)
-            trusted = self._trust.believes(loss, gradient.values())
+            trusted = self._trust.believes(loss, gradient.values(), self._form.compares_batches)
         if not trusted:
             self._skip(buffers, "loss or gradient")
             return loss
@@ -303,7 +310,12 @@ class KFAC(HasCurvature, Optimizer):
         self._last.take(at.parameters, buffers, made.step)
         # The model of a share w of its best step is w (2 - w) times that of the whole.
         predicted = made.predicted * worth * (2 - worth)
-        return not made.judged or self._judge(at.batch, before, predicted)
+        try:
+            return not made.judged or self._judge(at.batch, before, predicted)
+        except BaseException:
+            # Nobody has found this step good: the user's code failed, or was interrupted.
+            self._last.put_back(at.parameters)
+            raise
 
     def _judge(self, batch: Batch, before: float, predicted: float) -> bool:
         """Compare the change of the objective with the model's; return False to try again.
@@ -332,6 +344,8 @@ class KFAC(HasCurvature, Optimizer):
         # Masks of both passes are this batch's, and so are the moments that BatchNorm takes.
         with self.diagnostics.stage("ratio"), self._objective.aside():
             before = self._objective.value(batch, self._last.parameters)
+        if not math.isfinite(before):  # nothing to compare with: averages would be NaN for ever
+            return False
         before += self._groups.l2(self._last.parameters)
         after = float(self._objective.start) + self._groups.l2()
         if self._trust.grew(before, after):
@@ -380,8 +394,8 @@ class KFAC(HasCurvature, Optimizer):
         self.recorder.switch(False)
         # A batch with few cases moves the averages as little as its step moves the parameters.
         decay = self._form.ema_decay ** self._trust.share(self._objective.cases)
-        widest, follows = self._trust.widest, self._form.follows
-        taken = finite and self.inverse.fold(found, decay, widest, follows=follows)
+        widest = self._trust.widest(self._form.compares_batches)
+        taken = finite and self.inverse.fold(found, decay, widest, follows=self._form.follows)
         self._trust.fitted(taken)
         self.skipped_statistics += not taken
         return taken
@@ -409,14 +423,14 @@ class KFAC(HasCurvature, Optimizer):
     def _reject(self, why: str) -> None:
         """Count a step that was undone or not made."""
         self.rejected_steps += 1
-        log.warning("iteration %d: %s", self._iteration, why)
+        warn_rarely(self.rejected_steps, "iteration %d: %s", self._iteration, why)
 
     def _skip(self, buffers: Buffers, what: str) -> None:
         """Put the buffers back to before a batch of which nothing is used, and count it."""
         self._objective.restore(buffers)
         self.skipped_batches += 1
-        verb = "are" if what == "statistics" else "is"
-        log.warning("iteration %d: the batch's %s %s no use", self._iteration, what, verb)
+        text = "iteration %d: a batch is left out for its %s"
+        warn_rarely(self.skipped_batches, text, self._iteration, what)
 
     # What a step was like, and state.
 
@@ -479,7 +493,5 @@ class KFAC(HasCurvature, Optimizer):
             self._form.length.load(own["length"], self.inverse.estimate.like.device)
         self._last.load(own["previous"], own["before"])
         self.generator.set_state(own["generator"].cpu())
-        counters = own["counters"]
-        self.skipped_batches = counters["skipped_batches"]
-        self.rejected_steps = counters["rejected_steps"]
-        self.skipped_statistics = counters["skipped_statistics"]
+        for name in self._counters():
+            setattr(self, name, own["counters"][name])

@@ -46,6 +46,7 @@ class KFACOptions:
         outlier: a batch whose loss is this many times the running average, or not finite, is not
             trusted (its gradient and statistics: a hundred times as many). If its loss was fine
             before the last step, that step is undone exactly and lambda grows; else it is skipped.
+            In the stochastic form with the "adaptive" trust region, only what is not finite.
         forward: a function from (network, inputs) to the likelihood's outputs, where they are not
             what the network returns for ``inputs``.
         factor_storage: how running averages are kept between folds, as for ``Preconditioner``.

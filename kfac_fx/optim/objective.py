@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -24,6 +25,7 @@ from kfac_fx.optim.traced_loss import Evaluated, double
 from kfac_fx.parallel import WholeParameters, Workers, share_of
 from kfac_fx.statistics.forward import Forward, outputs_of
 from kfac_fx.torch_internals import foreach, pytree
+from kfac_fx.torch_internals.error_texts import refuses_values
 
 MOST_WIDENED = 2**22
 """Outputs of a batch whose loss is summed in float64; the copies of more would take much memory."""
@@ -284,13 +286,26 @@ class Objective:
     def value(self, batch: Batch, parameters: Mapping[str, Tensor] | None = None) -> float:
         """Return the mean negative log-likelihood of a term, of all processes.
 
+        It is NaN where a distribution of torch does not take what the network gives for its
+        parameters: a step may be so long that a scale overflows, and a shorter one is asked for.
+
         Args:
-            batch: the batch of this process.
+            batch: the batch of this process, whose targets have been checked.
             parameters: the parameters by name, in place of the module's own; None for those.
         """
-        total = self._compared(self.outputs(batch.inputs, parameters), batch.targets).detach()
+        try:
+            total = self._compared(self.outputs(batch.inputs, parameters), batch.targets).detach()
+        except ValueError as error:
+            if not self.refused(error):
+                raise
+            return math.nan
         self._workers.sum_([total])
         return float(total)
+
+    def refused(self, error: ValueError) -> bool:
+        """Say whether an error of a pass means that its parameters have no loss."""
+        # With several processes the others wait for this one's terms: all of them have to fail.
+        return self._workers.size == 1 and refuses_values(error)
 
     def _compared(self, outputs: Tree, targets: Tree, loss: Tensor | None = None) -> Tensor:
         """Return this process's share of a loss that is compared with others of the same batch.

@@ -282,6 +282,18 @@ class Form:
     scheduled: bool
 
     @property
+    def compares_batches(self) -> bool:
+        """Say whether a batch is left out whose loss or gradient is finite, but an outlier.
+
+        Not where steps are bounded in length, by the rules of ``Preconditioner``.
+        """
+        # No batch does much harm there, and those left out would be the hard ones: once most losses
+        # are small they are outliers whenever they come, and would never be fitted. A finite loss
+        # is no reason to undo the last step either. A step of other batches makes a small loss
+        # many times as large all the time, and undoing it would lose the momentum as often.
+        return self.length is None
+
+    @property
     def held_out(self) -> HeldOutRule | None:
         """Return the rule if it judges steps on batches that these have not seen."""
         return self.rule if isinstance(self.rule, HeldOutRule) else None

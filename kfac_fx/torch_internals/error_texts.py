@@ -1,7 +1,7 @@
-"""Tell torch's errors apart that have one class, RuntimeError, and differ in their texts alone.
+"""Tell torch's errors apart that have one class, mostly RuntimeError, and differ in their texts.
 
 Why: a user should be told what to do, which depends on why autograd, forward mode or communication
-refused. No public way: the classes are RuntimeError, and torch promises no text. Where a version
+refused. No public way: the classes are built-in ones, and torch promises no text. Where a version
 words an error in another way, torch's own error goes through: less clear, and no worse. Seen on
 torch 2.11, 2.13 and 2.14.
 """
@@ -45,3 +45,11 @@ def of_communication(error: RuntimeError) -> bool:
     """Tell whether processes could not reach each other."""
     text = str(error).lower()
     return isinstance(error, dist.DistError) or any(word in text for word in COMMUNICATION)
+
+
+def refuses_values(error: ValueError) -> bool:
+    """Tell whether a distribution of torch refused values: of its parameters, or outside of it."""
+    text = str(error)
+    return text.startswith(("Expected parameter ", "Expected value argument")) and (
+        "to satisfy the constraint" in text or "to be within the support" in text
+    )

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from kfac_fx.optim.batch_trust import PATIENCE, BatchTrust
+from kfac_fx.optim.batch_trust import BROKEN, PATIENCE, BatchTrust
 
 
 def believes(trust: BatchTrust, loss: float, norm: float = 2.0) -> bool:
@@ -47,6 +47,13 @@ def test_outliers_of_every_epoch_are_none(trust: BatchTrust, every: int, learnt:
     assert any(believed) == learnt and not all(believed)
 
 
+def test_all_that_is_finite_is_believed_where_outliers_are_not_told(trust: BatchTrust) -> None:
+    one = [torch.ones(1)]
+    assert trust.believes(torch.tensor(1e9), one, compared=False)
+    assert not trust.believes(torch.tensor(math.nan), one, compared=False)
+    assert not trust.believes(torch.tensor(1.0), [torch.full((1,), math.inf)], compared=False)
+
+
 def test_many_outliers_in_a_row_are_none(trust: BatchTrust) -> None:
     assert not any(believes(trust, 9.0) for _ in range(PATIENCE - 1))
     assert believes(trust, 9.0)
@@ -68,8 +75,8 @@ def test_few_cases_count_by_their_share(trust: BatchTrust) -> None:
 
 def test_statistics_are_taken_as_they_are_after_many_that_were_no_good(trust: BatchTrust) -> None:
     for _ in range(PATIENCE):
-        assert trust.widest == 500.0
+        assert trust.widest() == 500.0 and trust.widest(compared=False) == BROKEN
         trust.fitted(False)
-    assert trust.widest == math.inf
+    assert trust.widest() == trust.widest(compared=False) == math.inf
     trust.fitted(True)
-    assert trust.widest == 500.0
+    assert trust.widest() == 500.0

@@ -178,7 +178,7 @@ def test_data_of_another_scale_are_believed_after_a_while() -> None:
         50
     ):  # statistics are of every tenth batch by then, and of each until one is good
         x, y = task(64)
-        optimizer.step(x if step < 15 else 100 * x, y)
+        optimizer.step(x if step < 15 else 1e5 * x, y)
     assert optimizer.skipped_statistics == 10
     assert optimizer.factors["0"][0].norm() > 100
 

@@ -388,6 +388,20 @@ def test_packed_rows(batch_first: bool) -> None:
     assert torch.equal(found.batch_sizes, want.batch_sizes)
 
 
+def test_texts_of_distributions() -> None:
+    """Of parameters that a distribution does not take, and of values outside of it."""
+    normal, uniform = torch.distributions.Normal, torch.distributions.Uniform
+    zero, two = torch.zeros(2), torch.full((2,), 2.0)
+    for failing in (
+        lambda: normal(zero, zero, validate_args=True),
+        lambda: uniform(zero, zero + 1, validate_args=True).log_prob(two),
+    ):
+        with pytest.raises(ValueError, match="Expected") as refused:
+            failing()
+        assert error_texts.refuses_values(refused.value)
+    assert not error_texts.refuses_values(ValueError("Expected another one"))
+
+
 def test_text_of_communication() -> None:
     lost = raised(lambda: dist.TCPStore("127.0.0.1", 1, timeout=timedelta(seconds=0.1)))
     assert error_texts.of_communication(lost)
