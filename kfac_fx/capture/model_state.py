@@ -7,6 +7,7 @@ globals. They may be others at the next call, and the graph would go on as befor
 from __future__ import annotations
 
 import copy
+import dis
 import sys
 import types
 from collections.abc import Collection, Iterable, Iterator
@@ -300,9 +301,9 @@ class ModelState:
         space = function.__globals__
         if (space.get("__name__") or "").split(".")[0] in ("torch", *sys.stdlib_module_names):
             return
-        for name in _names_in(function.__code__):
+        self._names.update(_names_in(function.__code__))
+        for name in _globals_in(function.__code__):
             value = space.get(name)
-            self._names.add(name)
             if isinstance(value, types.FunctionType):
                 self._add_globals(value, depth - 1)
             elif isinstance(value, (*SCALARS, *HOLDERS, tuple)) and name in space:
@@ -401,6 +402,20 @@ def _attributes(value: Watched) -> dict[str, object] | None:
         return None
     found = getattr(value, "__dict__", None)
     return found if isinstance(found, dict) else None
+
+
+def _globals_in(code: types.CodeType) -> Iterator[str]:
+    """Yield the names that code, and code within it, looks up among the globals.
+
+    Attributes stand beside them in the code's names: a loop's ``i`` in a notebook would change
+    what a model with ``self.i`` was captured for. Who reads ``globals()`` may read any of them.
+    """
+    instructions = dis.get_instructions(code)
+    found = {i.argval for i in instructions if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    yield from _names_in(code) if "globals" in found else found
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _globals_in(constant)
 
 
 def _names_in(code: types.CodeType) -> Iterator[str]:

@@ -511,3 +511,29 @@ def _seconds(function: Callable[[], object]) -> float:
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
+
+
+ITERATION = 0
+
+
+class Counted(nn.Module):
+    """Reads an attribute that is called as a global of the same file, which is another thing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ITERATION, self.fc = 2.0, nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) * self.ITERATION
+
+
+def test_a_global_of_an_attributes_name_is_another_thing() -> None:
+    model = Counted()
+    net = kfac_fx.transform(model)
+    x = torch.randn(3, 4)
+    for step in range(40):  # a graph that changes more often is given up
+        globals()["ITERATION"] = step + 1
+        close((net(x),), (model(x),))
+        assert net._guard.holds(net)
+    model.ITERATION = 3.0
+    close((net(x),), (model(x),))
