@@ -1,0 +1,80 @@
+"""Inputs that are no plain strided tensors: subclasses of Tensor, and sparse ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support.steps import named_factors
+from torch import Tensor, nn
+
+import kfac_fx
+from kfac_fx.config import Fisher
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+FISHERS: list[Fisher] = ["sampled", "exact", "empirical"]
+
+
+class Plain(Tensor):
+    """Its results are of its own class, by the default ``__torch_function__``."""
+
+
+class Mixed(nn.Module):
+    """The mask comes in after the first layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(5, 6)
+        self.b = nn.Linear(6, 4)
+        self.c = nn.Linear(4, 1)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        y: Tensor = self.c(torch.tanh(self.b(torch.tanh(self.a(x)) * mask)))
+        return y
+
+
+def convolution() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 2, 3), nn.Tanh(), nn.Flatten(), nn.Linear(8, 1))
+
+
+def factors(model: nn.Module, inputs: tuple[Tensor, ...], **options: Any) -> dict[str, Tensor]:
+    """Of one step; the outputs are what the model itself returns."""
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    want = model(*inputs)
+    structure = options.pop("structure", "block_diagonal")
+    net = kfac_fx.transform(model, structure=structure)
+    generator = torch.Generator().manual_seed(1)
+    pre = kfac_fx.Preconditioner(net, "normal", generator=generator, **options)
+    outputs = net(*inputs)
+    assert type(outputs) is type(want)
+    assert torch.equal(outputs, want)
+    pre.observe(outputs, torch.zeros_like(outputs))
+    (outputs**2 / 2).sum().backward()
+    pre.step()
+    return named_factors(pre)
+
+
+def assert_same(found: dict[str, Tensor], want: dict[str, Tensor]) -> None:
+    assert found.keys() == want.keys()
+    for name, value in want.items():
+        assert type(found[name]) is Tensor
+        torch.testing.assert_close(found[name], value, msg=name)
+
+
+@pytest.mark.parametrize("fisher", FISHERS)
+@pytest.mark.parametrize("place", [0, 1])
+def test_subclasses_of_tensor_are_recorded(place: int, fisher: Fisher) -> None:
+    inputs = [torch.randn(7, 5), torch.rand(7, 6)]
+    want = factors(Mixed(), (inputs[0], inputs[1]), fisher=fisher)
+    inputs[place] = inputs[place].as_subclass(Plain)
+    assert_same(factors(Mixed(), (inputs[0], inputs[1]), fisher=fisher), want)
+
+
+def test_a_convolution_of_a_subclass_is_recorded() -> None:
+    x = torch.randn(7, 1, 4, 4)
+    want = factors(convolution(), (x,))
+    assert_same(factors(convolution(), (x.as_subclass(Plain),)), want)
