@@ -34,6 +34,7 @@ from kfac_fx.ops.gram import Rows, Statistic, added
 from kfac_fx.ops.library import LIBRARY
 from kfac_fx.ops.options import TapOptions
 from kfac_fx.ops.state import (
+    SPARSE,
     Collection,
     FactorState,
     collecting,
@@ -137,7 +138,11 @@ def _delivered(
     # The first factor is A, or the only one. A is asked for once a backward, G may be paused.
     if wanted[0]:
         states[0].deliveries += 1
-    return statistics(g, saved(), wanted, factors[0].dtype)
+    # Sparse inputs (bags of words, adjacency matrices) are made dense here, one tap at a time and
+    # only while it forms its statistics: A is dense anyway, and rows are read in many ways (means
+    # over positions, sub-blocks, ones appended) that torch has for dense tensors alone.
+    seen = [t if t is None or t.layout not in SPARSE else t.to_dense() for t in saved()]
+    return statistics(g, seen, wanted, factors[0].dtype)
 
 
 @torch.no_grad()

@@ -78,3 +78,35 @@ def test_a_convolution_of_a_subclass_is_recorded() -> None:
     x = torch.randn(7, 1, 4, 4)
     want = factors(convolution(), (x,))
     assert_same(factors(convolution(), (x.as_subclass(Plain),)), want)
+
+
+STRUCTURES = ["block_diagonal", "block_tridiagonal"]
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("fisher", FISHERS)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
+def test_a_layer_of_a_sparse_input_is_recorded(
+    layout: torch.layout, bias: bool, fisher: Fisher, structure: str
+) -> None:
+    x = torch.randn(7, 5).relu()
+    model = nn.Sequential(nn.Linear(5, 6, bias=bias), nn.Tanh(), nn.Linear(6, 1))
+    want = factors(model, (x,), fisher=fisher, structure=structure)
+    sparse = x.to_sparse(layout=layout)
+    assert_same(factors(model, (sparse,), fisher=fisher, structure=structure), want)
+
+
+def test_layers_of_one_sparse_input_are_recorded() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(5, 6)
+            self.b = nn.Linear(5, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tanh(self.a(x)) * self.b(x)
+
+    x = torch.randn(7, 5).relu()
+    assert_same(factors(Two(), (x.to_sparse(),)), factors(Two(), (x,)))
