@@ -8,9 +8,11 @@ import pytest
 import torch
 from support.steps import named_factors
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 import kfac_fx
 from kfac_fx.config import Fisher
+from kfac_fx.errors import ObservationError
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -110,3 +112,47 @@ def test_layers_of_one_sparse_input_are_recorded() -> None:
 
     x = torch.randn(7, 5).relu()
     assert_same(factors(Two(), (x.to_sparse(),)), factors(Two(), (x,)))
+
+
+def test_a_wrapper_subclass_is_refused_at_observe() -> None:
+    net = kfac_fx.transform(nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 1)))
+    pre = kfac_fx.Preconditioner(net, "normal")
+    x = torch.randn(7, 5)
+    outputs = net(TwoTensor(x, x.clone()))
+    with pytest.raises(ObservationError, match=r"TwoTensor, a subclass of torch.Tensor"):
+        pre.observe(outputs)
+
+
+class Turned(nn.Module):
+    """One layer reads the batch as it is, the other one transposed; both have one shape."""
+
+    def __init__(self, hidden: bool, width: int = 6) -> None:
+        super().__init__()
+        self.a = nn.Linear(5, width)
+        self.b = nn.Linear(5, width)
+        self.d = nn.Linear(width, 1)
+        self.hidden = hidden
+
+    def forward(self, x: Tensor) -> Tensor:
+        turned = torch.tanh(x.t()) if self.hidden else x.t()
+        y: Tensor = self.d(torch.tanh(self.a(x) + self.b(turned)))
+        return y
+
+
+@pytest.mark.parametrize("width", [5, 6])
+@pytest.mark.parametrize("fisher", FISHERS)
+def test_rows_of_a_transposed_batch_count_as_cases(fisher: Fisher, width: int) -> None:
+    x = torch.randn(5, 5)
+    found = factors(Turned(hidden=False, width=width), (x,), fisher=fisher)
+    rows = torch.cat([x.t(), torch.ones(5, 1)], 1)
+    torch.testing.assert_close(found["b/0"], rows.T @ rows / 5)
+    # Both layers' results are added up, so their derivatives are the same rows.
+    torch.testing.assert_close(found["b/1"], found["a/1"])
+
+
+def test_a_statistic_of_another_shape_is_refused_at_observe() -> None:
+    net = kfac_fx.transform(Turned(hidden=True))
+    pre = kfac_fx.Preconditioner(net, "normal")
+    outputs = net(torch.randn(5, 5))
+    with pytest.raises(ObservationError, match=r"of 'b' has the shape.*leave its parameters out"):
+        pre.observe(outputs)
