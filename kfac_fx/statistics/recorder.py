@@ -148,7 +148,7 @@ class StepStatistics:
         squares = 1 / (collected.scale**2 * collected.total)
         means = collected.count / collected.total
         values = [collected.statistics.get(key) for key in self._keys]
-        for key, place, one in zip(self._keys, self._places, values, strict=True):
+        for key, slot, one in zip(self._keys, self._places, values, strict=True):
             # Looked at here, and closely only where something is unusual: this is in every step.
             if one is not None and (type(one) is not Tensor or one.shape != slot.like.shape):
                 _check_sound(key, one, slot.like.shape)
