@@ -321,8 +321,8 @@ class SampledStatistics:
         found: Statistics = {}
         if count > 0:  # else the other processes have terms
             made = made if agreed is made.terms else replace(made, terms=agreed)
-            # What retains its gradient gets every backward's, also of derivatives that are asked for
-            # elsewhere: those of the draws would be added to the loss's.
+            # What retains its gradient gets every backward's, also where derivatives of something
+            # else are asked for: those of the draws would be added to the loss's.
             kept = [(tensor, tensor.grad) for tensor in tensors if tensor.retains_grad]
             found = fisher_statistics(self.sources, made, self.fisher, seed, notes)
             for tensor, before in kept:

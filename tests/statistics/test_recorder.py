@@ -8,6 +8,7 @@ from support.networks import mlp
 from torch import Tensor, nn
 
 import kfac_fx
+from kfac_fx.config import Fisher
 from kfac_fx.errors import ObservationError, UnknownOptionError
 from kfac_fx.likelihoods.named import likelihood_of
 from kfac_fx.parallel import ALONE
@@ -167,3 +168,15 @@ def test_sums_have_no_empirical_fisher(net: nn.Module) -> None:
     joint = kfac_fx.likelihoods.Sum([("normal", 1.0)])
     with pytest.raises(UnknownOptionError, match="mixes the gradients"):
         recorder(net, "empirical", joint)
+
+
+@pytest.mark.parametrize("fisher", ["sampled", "exact"])
+def test_outputs_that_retain_their_gradient_keep_that_of_the_loss(fisher: Fisher) -> None:
+    net = kfac_fx.transform(mlp())
+    pre = kfac_fx.Preconditioner(net, "normal", fisher=fisher)
+    outputs = net(torch.randn(4, 6))
+    outputs.retain_grad()
+    pre.observe(outputs)
+    assert outputs.grad is None
+    outputs.sum().backward()
+    torch.testing.assert_close(outputs.grad, torch.ones_like(outputs))

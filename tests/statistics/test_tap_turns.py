@@ -153,6 +153,7 @@ def test_a_copy_says_that_it_cannot_record(way: str) -> None:
     train(net, first)
     copied, second = copy.deepcopy((net, first))
     x, _ = batch()
+    copied(x).sum().backward()
     with pytest.raises(ObservationError, match=r"a copy by copy.deepcopy.*load_state_dict"):
         if way == "outputs":
             second.observe(copied(x))
