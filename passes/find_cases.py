@@ -18,6 +18,7 @@ from torch import fx, nn
 from kfac_fx.capture.dialect import Argument
 from kfac_fx.capture.graph_view import GraphView
 from kfac_fx.ir.use import CaseView, NodeRef, ParameterUse, Tap
+from kfac_fx.passes.rules.base import joined
 
 
 class Cases(NamedTuple):
@@ -35,6 +36,8 @@ class Cases(NamedTuple):
 
 _TURNED = frozenset({"linear", "scale_shift", "shift"})
 """Taps whose features are the last dimensions, so that the first ones can change places."""
+
+TRANSPOSED = "its features are the cases of a transposed batch: its rows count as cases"
 
 _SWAPS = frozenset({"transpose", "swapaxes", "swapdims"})
 _TURNS = frozenset({"permute", "movedim", "moveaxis", "T", "mT", "t"})
@@ -106,12 +109,21 @@ def _placed(
     if cases is None:
         return use
     read = [nodes[t.name] for t in tap.tensors if isinstance(t, NodeRef) and t.name in nodes]
+    # Of a transposed batch, x.t(), the layer's features are the cases: those cannot come first. Its
+    # rows count as cases then, as they do where nobody knows where the cases are.
+    if cases.dim and tap.operator == "linear" and any(map(_transposed, read)):
+        return replace(use, reason=joined(use.reason, TRANSPOSED))
     if cases.dim and all(found.get(node) == cases for node in read):
         return replace(use, tap=replace(tap, cases=CaseView(cases.dim)))
     folded = cases.merged if several and tap.operator == "linear" else None
     if folded is not None and not cases.dim:
         return replace(use, tap=replace(tap, cases=CaseView(0, NodeRef(folded.name))))
     return use
+
+
+def _transposed(node: fx.Node) -> bool:
+    """Tell whether a node whose cases do not come first is a matrix, so that they come last."""
+    return _name(node) in ("t", "T") or len(_shape(node)) == 2
 
 
 def _features_last(tap: Tap) -> bool:

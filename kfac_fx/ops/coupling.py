@@ -28,7 +28,7 @@ from kfac_fx.ops.alignment import (
 from kfac_fx.ops.columns import Recorded, register_use
 from kfac_fx.ops.cross_input import Input, cross_input
 from kfac_fx.ops.sides import Side, derivative_rows, row_shape, side_of
-from kfac_fx.ops.state import is_paused
+from kfac_fx.ops.state import SPARSE, is_paused
 from kfac_fx.ops.tap import _Unbatched, buffer_of, constant, define, joined, recording
 
 Context: TypeAlias = Any
@@ -153,7 +153,9 @@ def _cross_input(
     A: Tensor = ctx.A
     if common is None:
         return torch.zeros_like(A)
-    x, earlier_x = (x.to(A.dtype) for x in ctx.saved_tensors)
+    # As in other taps, sparse inputs are made dense while their statistics are formed.
+    dense = (x.to_dense() if x.layout in SPARSE else x for x in ctx.saved_tensors)
+    x, earlier_x = (x.to(A.dtype) for x in dense)
     sides: _Sides = ctx.sides
     # Reduced rows have no positions, but patches need to know them.
     later = Input(sides.later, x, sides.later.positions(shape), common.second)

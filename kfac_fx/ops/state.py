@@ -215,6 +215,9 @@ class Collection:
         return collection
 
 
+SPARSE = {torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc}
+"""Layouts of tensors that list their entries."""
+
 _KEY = "kfac_fx"
 """Of a note, in the metadata of a node."""
 
@@ -332,7 +335,9 @@ def collecting(collection: Collection | None, *, forming: bool = False) -> Itera
     collecting_now.apart = False
     if forming and collection is not None:
         # Most networks: to look once at all addresses is less than to remember every input.
-        held = [t.data_ptr() for note in collection.notes for t in note.tensors if t is not None]
+        # Sparse tensors have no address; statistics read them as dense ones, apart from each other.
+        seen = (t for note in collection.notes for t in note.tensors)
+        held = [t.data_ptr() for t in seen if t is not None and t.layout not in SPARSE]
         collecting_now.apart = len(set(held)) == len(held)
     try:
         yield

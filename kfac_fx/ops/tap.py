@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, fx
 from torch.autograd.graph import Node
+from torch.overrides import has_torch_function
 
 from kfac_fx.errors import ObservationError
 from kfac_fx.ops.columns import (
@@ -33,6 +34,7 @@ from kfac_fx.ops.gram import Rows, Statistic, added
 from kfac_fx.ops.library import LIBRARY, left_to_python
 from kfac_fx.ops.options import TapOptions
 from kfac_fx.ops.state import (
+    SPARSE,
     Collection,
     FactorState,
     collecting,
@@ -136,7 +138,11 @@ def _delivered(
     # The first factor is A, or the only one. A is asked for once a backward, G may be paused.
     if wanted[0]:
         states[0].deliveries += 1
-    return statistics(g, saved(), wanted, factors[0].dtype)
+    # Sparse inputs (bags of words, adjacency matrices) are made dense here, one tap at a time and
+    # only while it forms its statistics: A is dense anyway, and rows are read in many ways (means
+    # over positions, sub-blocks, ones appended) that torch has for dense tensors alone.
+    seen = [t if t is None or t.layout not in SPARSE else t.to_dense() for t in saved()]
+    return statistics(g, seen, wanted, factors[0].dtype)
 
 
 @torch.no_grad()
@@ -446,11 +452,23 @@ def bound_tap(node: fx.Node) -> tuple[Callable[..., Tensor], tuple[Any, ...]] | 
         the function and its arguments; None where the node is no tap, or where an option is only
         known when the graph runs.
     """
-    found = _bodies.get(node.target)
+    operator: Any = node.target
+    found = _bodies.get(operator)
     if found is None or node.kwargs:
         return None
     count, made = found
     options = node.args[count:]
     if any(isinstance(leaf, fx.Node) for leaf in pytree.tree_leaves(options)):
         return None
-    return made(options), node.args[:count]
+    tap = made(options)
+
+    def bound(*tensors: Tensor | None) -> Tensor:
+        # Subclasses of Tensor look on at each call inside of a plain function, and wrap its results
+        # anew: a note would be left at the node of the wrapping, where nobody looks for it. Within
+        # an operator they are switched off.
+        if has_torch_function(tensors):
+            result: Tensor = operator(*tensors, *options)
+            return result
+        return tap(*tensors)
+
+    return bound, node.args[:count]

@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kfac_fx.config import Fisher
 from kfac_fx.errors import ObservationError, TapsTakenError, UnknownOptionError
 from kfac_fx.ir.curvature_graph import Holder
+from kfac_fx.ir.use import StatisticKey
 from kfac_fx.likelihoods.batch import drawn_seed, output_tensors
 from kfac_fx.likelihoods.builtin import Likelihood, Tree
 from kfac_fx.likelihoods.named import Sum
-from kfac_fx.ops.gram import Rows, multiplied
+from kfac_fx.ops.gram import Rows, Statistic, multiplied
 from kfac_fx.ops.net_buffers import STORE, all_buffers, switch
 from kfac_fx.parallel import StatisticSlot, Values, Workers
 from kfac_fx.statistics.buffers import Statistics, StatisticSources, sources_of
@@ -81,6 +82,31 @@ def borrowed_taps(net: nn.Module, owner: str) -> Iterator[None]:
             _turns[store] = turn
 
 
+def _check_sound(key: StatisticKey, value: Statistic, shape: torch.Size) -> None:
+    """Check that a statistic is a tensor that averages and inverses can be formed of.
+
+    Raises:
+        ObservationError: it is of a subclass that runs operators itself, or of another shape.
+    """
+    tensor = value.rows if isinstance(value, Rows) else value
+    # Such subclasses (``__torch_dispatch__``) hold other tensors, and have no memory of their own
+    # for the products and decompositions to write into, which would fail with other words later.
+    kind: Any = type(tensor)
+    if kind is not Tensor and kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        raise ObservationError(
+            f"the statistics of {key.slot!r} came as {kind.__name__}, a subclass of torch.Tensor "
+            "with __torch_dispatch__, which cannot be averaged: give the network plain tensors in "
+            "the passes that are observed"
+        )
+    if isinstance(value, Tensor) and value.shape != shape:
+        raise ObservationError(
+            f"the statistic {key.factor} of {key.slot!r} has the shape {list(value.shape)}, where "
+            f"its factor has {list(shape)}: the layer reads its cases where it has its features, "
+            "as of a transposed batch, x.t(); leave its parameters out with "
+            "transform(..., exclude=...)"
+        )
+
+
 class StepStatistics:
     """Statistics of one step, from one or several micro-batches and processes.
 
@@ -114,11 +140,18 @@ class StepStatistics:
         Derivatives are of a sum over the terms of this process: those of a mean over the terms of
         all, squared and summed over the cases, are 1 / total of it. Statistics of inputs are means
         over this process's cases.
+
+        Raises:
+            ObservationError: a statistic is not what its average is made for.
         """
         assert collected.scale is not None
         squares = 1 / (collected.scale**2 * collected.total)
         means = collected.count / collected.total
         values = [collected.statistics.get(key) for key in self._keys]
+        for key, slot, one in zip(self._keys, self._places, values, strict=True):
+            # Looked at here, and closely only where something is unusual: this is in every step.
+            if one is not None and (type(one) is not Tensor or one.shape != slot.like.shape):
+                _check_sound(key, one, slot.like.shape)
         split = self._inputs  # statistics of inputs come first
         for factor, places in ((means, range(split)), (squares, range(split, len(values)))):
             if factor == 1.0:
@@ -263,7 +296,12 @@ class Recorder:
         """Let the forward passes from now on record or not; what was not taken is forgotten.
 
         It is this recorder's turn from here on.
+
+        Raises:
+            ObservationError: this recorder is a copy of another.
         """
+        if self._reference() is not self:
+            raise self._copied()
         _turns[self._store] = self._reference
         self._end_step()
         on = on and not self.by_inputs
@@ -283,7 +321,8 @@ class Recorder:
             TapsTakenError: another object is in the middle of a step, or has switched off taps that
                 this one needs, so that the forward recorded too little.
         """
-        if _turns[self._store]() is not self:
+        turn = _turns.get(self._store)
+        if turn is None or turn() is not self:
             self._check_turn()
         self._observed = True
         if self.by_inputs:
@@ -329,6 +368,8 @@ class Recorder:
             TapsTakenError: another object had a turn since ``observe``. What was observed is
                 forgotten: statistics are not whole, and the next step is.
         """
+        if self._reference() is not self:
+            raise self._copied()
         if self._observed and _turns[self._store]() is not self:
             lost = self._taken("was made or used between observe() and step()")
             self.switch(True)
@@ -369,7 +410,13 @@ class Recorder:
     # Turns.
 
     def take_turn(self) -> None:
-        """Make it this recorder's turn: it switches the taps, or begins a step of its own."""
+        """Make it this recorder's turn: it switches the taps, or begins a step of its own.
+
+        Raises:
+            ObservationError: this recorder is a copy of another.
+        """
+        if self._reference() is not self:
+            raise self._copied()
         self._observed = False
         _turns[self._store] = self._reference
 
@@ -378,13 +425,26 @@ class Recorder:
 
         Raises:
             TapsTakenError: see ``observe``.
+            ObservationError: this recorder is a copy of another.
         """
+        if self._reference() is not self:
+            raise self._copied()
         last = _turns[self._store]()
         if last is not None and last._observed:
             raise self._taken("is in the middle of a step")
         if not all(factor.requires_grad for factor in self.sources.factors):
             raise self._taken("switched off taps that this one needs")
         _turns[self._store] = self._reference
+
+    def _copied(self) -> ObservationError:
+        # A copy has buffers of its own, but states and programs that go on looking at the first
+        # one's: its statistics would come from there, or from nowhere. It is seen by the reference
+        # to itself, which copies leave as it is.
+        return ObservationError(
+            f"this {self._owner} is a copy by copy.deepcopy, which cannot record: make a new "
+            f"{self._owner} on the copied module, and give it the first one's state by "
+            "load_state_dict(first.state_dict())"
+        )
 
     def _taken(self, what_it_did: str) -> TapsTakenError:
         last = _turns[self._store]()

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from kfac_fx.config import Fisher
+from kfac_fx.errors import ObservationError
 from kfac_fx.likelihoods.batch import BatchLikelihood, batch_likelihood, output_tensors
 from kfac_fx.likelihoods.builtin import Likelihood, Tree
 from kfac_fx.likelihoods.named import Sum
@@ -299,7 +300,8 @@ class SampledStatistics:
 
         Raises:
             LikelihoodError: outputs or targets do not fit the likelihood, or no process has terms.
-            ObservationError: the forward was not recorded, or its graph is gone.
+            ObservationError: the forward was not recorded, its graph is gone, or its outputs retain
+                their gradient and the Fisher is exact.
         """
         made = batch_likelihood(self.likelihood, outputs, targets)
         count = made.terms.count
@@ -321,6 +323,17 @@ class SampledStatistics:
         found: Statistics = {}
         if count > 0:  # else the other processes have terms
             made = made if agreed is made.terms else replace(made, terms=agreed)
+            # What retains its gradient gets every backward's, also where derivatives of something
+            # else are asked for: those of the draws would be added to the loss's.
+            kept = [(tensor, tensor.grad) for tensor in tensors if tensor.retains_grad]
+            # Batched ones would leave a tensor that is of no use outside of their batch.
+            if kept and self.fisher == "exact":
+                raise ObservationError(
+                    "the outputs retain their gradient, which fisher='exact' cannot leave alone: "
+                    "call outputs.retain_grad() after observe()"
+                )
             found = fisher_statistics(self.sources, made, self.fisher, seed, notes)
+            for tensor, before in kept:
+                tensor.grad = before
         self.sources.pause()
         return Collected(True, found, count, agreed.count, tap=tap)

@@ -57,7 +57,8 @@ def test_the_sum_of_a_step_weighs_micro_batches_by_their_terms(net: nn.Module) -
     assert not step.added
     parts = [(3.0, 1.0), (5.0, 0.5)]
     for count, scale in parts:
-        values = {key: torch.full((1,), count) for key in names}
+        places = zip(names, sources.factors, strict=True)
+        values = {key: torch.full(factor.shape, count) for key, factor in places}
         step.add(Collected(True, values, count, count, scale))
     assert step.added
     found = step.take()
@@ -65,6 +66,7 @@ def test_the_sum_of_a_step_weighs_micro_batches_by_their_terms(net: nn.Module) -
     inputs, derivatives = names[: sources.names.inputs], names[sources.names.inputs :]
     means = sum(count / 8 * count for count, _ in parts)
     squares = sum(count / 8 * count / (scale**2 * count) for count, scale in parts)
+    found = {key: value.mean() for key, value in found.items()}
     assert [float(found[key]) for key in inputs] == pytest.approx([means] * 2)
     assert [float(found[key]) for key in derivatives] == pytest.approx([squares] * 2)
 
@@ -73,9 +75,9 @@ def test_a_statistic_that_one_micro_batch_lacks_counts_as_zero(net: nn.Module) -
     sources = sources_of(net, net.curvature.blocks.values())
     key = sources.names.tapped[0].key
     step = StepStatistics(sources, ALONE)
-    step.add(Collected(True, {key: torch.ones(1)}, 1.0, 1.0))
+    step.add(Collected(True, {key: torch.ones_like(sources.factors[0])}, 1.0, 1.0))
     step.add(Collected(True, {}, 3.0, 3.0))
-    assert {k: float(v) for k, v in step.take().items()} == {key: pytest.approx(0.25)}
+    assert {k: float(v.mean()) for k, v in step.take().items()} == {key: pytest.approx(0.25)}
 
 
 def test_taken_statistics_are_those_of_the_cases(net: nn.Module) -> None:
@@ -167,3 +169,23 @@ def test_sums_have_no_empirical_fisher(net: nn.Module) -> None:
     joint = kfac_fx.likelihoods.Sum([("normal", 1.0)])
     with pytest.raises(UnknownOptionError, match="mixes the gradients"):
         recorder(net, "empirical", joint)
+
+
+def test_outputs_that_retain_their_gradient_keep_that_of_the_loss() -> None:
+    net = kfac_fx.transform(mlp())
+    pre = kfac_fx.Preconditioner(net, "normal")
+    outputs = net(torch.randn(4, 6))
+    outputs.retain_grad()
+    pre.observe(outputs)
+    assert outputs.grad is None
+    outputs.sum().backward()
+    torch.testing.assert_close(outputs.grad, torch.ones_like(outputs))
+
+
+def test_the_exact_fisher_refuses_outputs_that_retain_their_gradient() -> None:
+    net = kfac_fx.transform(mlp())
+    pre = kfac_fx.Preconditioner(net, "normal", fisher="exact")
+    outputs = net(torch.randn(4, 6))
+    outputs.retain_grad()
+    with pytest.raises(ObservationError, match=r"retain_grad\(\) after observe"):
+        pre.observe(outputs)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kfac_fx
-from kfac_fx.errors import KFACError, TapsTakenError
+from kfac_fx.errors import KFACError, ObservationError, TapsTakenError
 
 
 def build() -> nn.Module:
@@ -144,3 +144,26 @@ def test_copies_have_taps_of_their_own() -> None:
         parameter.grad = torch.ones_like(parameter)
     old.step()
     assert recorded(old) == recorded(new) == 1
+
+
+@pytest.mark.parametrize("way", ["outputs", "inputs", "step"])
+def test_a_copy_says_that_it_cannot_record(way: str) -> None:
+    net = kfac_fx.transform(build())
+    first = kfac_fx.Preconditioner(net)
+    train(net, first)
+    copied, second = copy.deepcopy((net, first))
+    x, _ = batch()
+    copied(x).sum().backward()
+    with pytest.raises(ObservationError, match=r"a copy by copy.deepcopy.*load_state_dict"):
+        if way == "outputs":
+            second.observe(copied(x))
+        elif way == "inputs":
+            second.observe(inputs=x)
+        else:
+            second.step()
+    # The first one goes on, and so does one that is made as the message says.
+    train(net, first)
+    second = kfac_fx.Preconditioner(copied)
+    second.load_state_dict(first.state_dict())
+    train(copied, second)
+    assert recorded(second) == recorded(first) + 1
