@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 from torch import fx
 
-from kfac_fx.capture.dialect import PACKED, Target
+from kfac_fx.capture.dialect import PACKED_ROWS, Target
 from kfac_fx.capture.graph_view import GraphView
+from kfac_fx.capture.packed_calls import WHOLE
 from kfac_fx.ir.coupling import Edge
 from kfac_fx.ir.curvature_graph import CurvatureBlock
 
@@ -22,8 +23,7 @@ _FLATTENING = frozenset({"flatten", "reshape", "view"})
 _MIXING = frozenset({"scaled_dot_product_attention", "softmax", "matmul", "bmm", "einsum"})
 _AVERAGING = frozenset({"mean", "sum", "amax"})
 _REGROUPING = frozenset(
-    {"pack_padded_sequence", "pack_sequence", "pad_packed_sequence"}
-    | {row.operation for row in PACKED.values()}
+    {function.__name__ for function in WHOLE} | {row.operation for row in PACKED_ROWS.values()}
 )
 _INTERNAL = frozenset({"getitem", "contiguous", "to", "cast", "alias", "dropout", "identity"})
 

@@ -189,12 +189,12 @@ _add(
 
 _SEQUENCE = "hx params has_biases num_layers dropout train bidirectional"
 _RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
-PACKED: dict[str, Row] = {}
+PACKED_ROWS: dict[str, Row] = {}
 """By the name of a recurrent operation, its form for packed sequences."""
 for _name in _RECURRENT:
     # A packed sequence has other arguments and no batch dimension, so it has words of its own.
     _words = f"input batch_sizes {_SEQUENCE}"
-    PACKED[_name] = Row(f"packed_{_name}", tuple(_words.split()))
+    PACKED_ROWS[_name] = Row(f"packed_{_name}", tuple(_words.split()))
     _targets = getattr(aten, _name).input, getattr(torch, _name)
     _add(_name, f"input {_SEQUENCE} batch_first", *_targets)
     _add(f"packed_{_name}", _words, getattr(aten, _name).data)
@@ -396,7 +396,7 @@ def row_of_node(node: fx.Node) -> Row | None:
     # torch.lstm is one function for padded and for packed sequences. The packed form has the sizes
     # of its steps in the second place, and so the weights in the fourth.
     weights = node.args[row.arguments.index("has_biases")]
-    return PACKED[row.operation] if isinstance(weights, (list, tuple)) else row
+    return PACKED_ROWS[row.operation] if isinstance(weights, (list, tuple)) else row
 
 
 def _row_of_packet(packet: Target) -> Row | None:

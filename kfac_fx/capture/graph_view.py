@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor, fx, nn
 
 from kfac_fx.capture.dialect import (
-    PACKED,
+    PACKED_ROWS,
     SHAPE_READERS,
     Argument,
     Call,
@@ -244,7 +244,7 @@ class GraphView:
                 return None
             operation = translated.operation
             if isinstance(module, nn.RNNBase) and gives_packed(inputs["input"], self._modules):
-                operation = PACKED[operation].operation
+                operation = PACKED_ROWS[operation].operation
             return Call(operation, node, inputs | translated.arguments)
         row = row_of_node(node)
         if row is None:

@@ -110,7 +110,7 @@ class InverseFisher:
             self.moments = Moments(net, curvature.blocks, estimated, self.estimate)
         self.refreshed: Refreshed | None = None
         self.clamped = 0
-        self._newest = Newest()
+        self._newest = Newest(curvature)
         self._mean = 0.0  # eigenvalue of the averages that a lambda of ours was last taken from
         self._options = options
         self._converts = storage is not None
@@ -287,7 +287,7 @@ class InverseFisher:
 
     def scale(self) -> Scale:
         """Return how the newest statistics compare with the averages and with earlier ones."""
-        lag = self._newest.lag(self.curvature, self._mean)
+        lag = self._newest.lag(self._mean)
         least = rounding(self.estimate.like.dtype)
         return Scale(lag, min(1.0, self._newest.left() / least))
 
@@ -365,7 +365,7 @@ class InverseFisher:
                 "kfac_fx.distributed.Checkpoints saves and loads those of all"
             )
         self.estimate.load(state["averages"])
-        self._newest = Newest(state.get("newest", {}))
+        self._newest = Newest(self.curvature, state.get("newest", {}))
         self._mean = float(state.get("mean", 0.0))
         self._made_of = None
         self.program = program

@@ -120,6 +120,7 @@ class Newest:
     steps that go with it: the scale is told apart.
 
     Args:
+        curvature: the blocks.
         state: of an earlier one, from ``state``.
 
     Attributes:
@@ -127,14 +128,18 @@ class Newest:
         largest: the largest mean eigenvalue of the newest statistics so far.
     """
 
-    def __init__(self, state: Mapping[str, Any] = {}) -> None:
+    def __init__(self, curvature: CurvatureGraph, state: Mapping[str, Any] = {}) -> None:
+        self._blocks = curvature.blocks
         # Earlier states are traces and nothing else.
         self.traces: dict[str, float] = dict(state["traces"] if "largest" in state else state)
         self.largest = float(state.get("largest", 0.0))
         self._level = float(state.get("level", 0.0))
         self._came = int(state.get("came", 0))
-        self._noted = self._came
-        self._mean: float | None = None  # of the traces, once somebody has asked
+        self._mean = self._mean_of_traces()
+
+    def _mean_of_traces(self) -> float:
+        size = sum(self._blocks[name].parameter_count for name in self.traces)
+        return max(sum(self.traces.values()) / size, SMALLEST) if size else 0.0
 
     def state(self) -> dict[str, Any]:
         """Return plain values that another one may begin with."""
@@ -155,34 +160,27 @@ class Newest:
         }
         if not found:
             return
-        self._mean = None
-        self._came += 1
         device = next(iter(found.values())).device
         traces = torch.stack([trace.to(device) for trace in found.values()]).tolist()
         for name, value in zip(found, traces, strict=True):
             old = self.traces.get(name)
             self.traces[name] = value if old is None else FADING * old + (1 - FADING) * value
+        self._mean = self._mean_of_traces()
+        self._came += 1
+        settling = self._came <= SETTLING or not self._level
+        self._level = self._mean if settling else self._level**0.9 * self._mean**0.1
+        self.largest = max(0.0 if settling else self.largest * REMEMBERED, self._level)
 
-    def lag(self, curvature: CurvatureGraph, mean: float) -> float:
+    def lag(self, mean: float) -> float:
         """Return how many times larger an average is than the newest statistics, at least 1.
 
         Args:
-            curvature: the blocks.
             mean: the mean eigenvalue of the averages that are in use.
         """
-        if self._mean is None:
-            size = sum(curvature.blocks[name].parameter_count for name in self.traces)
-            self._mean = sum(self.traces.values()) / size if size else mean
-        if self._noted < self._came:
-            self._noted = self._came
-            settling = self._came <= SETTLING or not self._level
-            now = max(self._mean, SMALLEST)
-            self._level = now if settling else self._level**0.9 * now**0.1
-            self.largest = max(0.0 if settling else self.largest * REMEMBERED, self._level)
         # An average that is too small gives long steps, which the bounds on lengths shorten: it is
         # left alone, for a single batch with hard cases must not make the next steps tiny.
-        return max(1.0, mean / max(self._mean, SMALLEST))
+        return max(1.0, mean / self._mean) if self._mean else 1.0
 
     def left(self) -> float:
-        """Return which part of ``largest`` the newest mean eigenvalue is, as ``lag`` found it."""
-        return 1.0 if self._mean is None else self._mean / max(self.largest, SMALLEST)
+        """Return which part of ``largest`` the newest mean eigenvalue is."""
+        return self._mean / max(self.largest, SMALLEST) if self._mean else 1.0

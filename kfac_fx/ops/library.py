@@ -31,8 +31,8 @@ compiler.cache_key_tag = " ".join(filter(None, (compiler.cache_key_tag, cache_ta
 def left_to_python(body: Callable[..., Any]) -> Callable[..., Any]:
     """Return the body of an operator as a function that Dynamo runs and does not compile.
 
-    Dynamo leaves recurrent layers to Python, with the operators that take their place, and goes on
-    to what Python calls: the body, whose autograd functions it cannot follow.
+    What Dynamo leaves to Python (networks with recurrent layers) calls operators from there, and
+    Dynamo goes on to what they call: bodies, whose autograd functions it cannot follow.
 
     Args:
         body: what an operator does.

@@ -358,14 +358,18 @@ class LayerSteps:
                 parts = foreach.unflattened(vector, [self._like[place] for place in kind])
                 for place, part in zip(kind, parts, strict=True):
                     found[place] = torch.view_as_complex(part) if self._complex[place] else part
-        if excess is not None and (isinstance(excess.kept, Tensor) or excess.kept < 1):
+        if excess is not None:
             for step, much in zip(found, excess.parts, strict=True):
                 if isinstance(much, Tensor) or much > 0:
                     step.mul_(1 - much)
         return found
 
-    def excess(self, steps: Sequence[Tensor], weights: Sequence[Tensor], largest: float) -> Excess:
-        """Return which part of each parameter's step is too much.
+    def excess(
+        self, steps: Sequence[Tensor], weights: Sequence[Tensor], largest: float
+    ) -> Excess | None:
+        """Return which part of each parameter's step is too much, or None where none is.
+
+        Lengths that are not read may leave parts of zero.
 
         Args:
             steps: as vectors.
@@ -391,11 +395,10 @@ class LayerSteps:
             else 0.0
             for step, weight, least in zip(moved, lasting, self._least, strict=True)
         ]
-        kept = 1.0
-        if any(excess):
-            left = sum((1 - e) ** 2 * step for e, step in zip(excess, moved, strict=True))
-            kept = math.sqrt(left / sum(moved))
-        return Excess([excess[row] for row in self._rows], kept)
+        if not any(excess):
+            return None
+        left = sum((1 - e) ** 2 * step for e, step in zip(excess, moved, strict=True))
+        return Excess([excess[row] for row in self._rows], math.sqrt(left / sum(moved)))
 
     def _layer_sums(self) -> _LayerSums:
         """Return what sums over layers need on a device, made once: copies to it are waited for."""
@@ -463,10 +466,11 @@ class LayerBounds(dict[tuple[str, ...], LayerSteps]):
         layers, own = self[tuple(steps)], [self._parameters[name] for name in steps]
         vectors = layers.pack(list(steps.values()))
         excess = layers.excess(vectors, layers.pack(own), largest)
-        if isinstance(excess.kept, Tensor) or excess.kept < 1:
-            here = [own_entries(step) for step in steps.values()]
-            shortened = layers.unpack(vectors, excess)
-            foreach.copy_(here, [own_entries(step) for step in shortened])
+        if excess is None:
+            return 1.0
+        here = [own_entries(step) for step in steps.values()]
+        shortened = layers.unpack(vectors, excess)
+        foreach.copy_(here, [own_entries(step) for step in shortened])
         return excess.kept
 
 

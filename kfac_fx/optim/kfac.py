@@ -493,5 +493,7 @@ class KFAC(HasCurvature, Optimizer):
             self._form.length.load(own["length"], self.inverse.estimate.like.device)
         self._last.load(own["previous"], own["before"])
         self.generator.set_state(own["generator"].cpu())
-        for name in self._counters():
-            setattr(self, name, own["counters"][name])
+        counters = own["counters"]
+        self.skipped_batches = counters["skipped_batches"]
+        self.rejected_steps = counters["rejected_steps"]
+        self.skipped_statistics = counters["skipped_statistics"]

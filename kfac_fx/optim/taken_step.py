@@ -64,8 +64,8 @@ class _Share:
         for step, old in zip(steps, before, strict=True):
             step.sub_(old)
         excess = self._layers.excess(steps, before, largest)
-        if not isinstance(excess.kept, Tensor) and excess.kept >= 1:
-            return excess.kept
+        if excess is None:
+            return 1.0
         there = self._layers.unpack(before)
         for parameter, old, back in zip(self._parameters, there, excess.parts, strict=True):
             # Nobody waits for a GPU's answer: all are moved there, most of them by nothing, which

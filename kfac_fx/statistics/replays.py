@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from kfac_fx.capture.captured_module import CapturedModule
-from kfac_fx.capture.dialect import PACKED, row_of_node
+from kfac_fx.capture.dialect import PACKED_ROWS, row_of_node
 from kfac_fx.capture.packed_calls import WHOLE
 from kfac_fx.codegen.functional import random_nodes
 from kfac_fx.likelihoods.builtin import Likelihood, Tree
@@ -250,7 +250,7 @@ def _reads_lengths(node: fx.Node) -> bool:
     if node.target in WHOLE or node.target in READING_SIZES:
         return True
     row = row_of_node(node)
-    return row is not None and row in PACKED.values()
+    return row is not None and row in PACKED_ROWS.values()
 
 
 def is_ours(likelihood: Likelihood | Sum) -> bool:

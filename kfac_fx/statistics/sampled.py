@@ -124,9 +124,8 @@ def fisher_statistics(
         return _exact_statistics(sources, made, noise, select)
     if draws > 1 and isinstance(noise, int):
         return _mean_of_draws(sources, made, noise, draws)
-    if fisher == "empirical":
-        return statistics_of(sources, made.nll(), collection)[0]
-    return statistics_of(sources, made.sampled(noise), collection)[0]
+    total: Tensor | WeightedSum = made.nll() if fisher == "empirical" else made.sampled(noise)
+    return statistics_of(sources, total, collection)[0]
 
 
 def _exact_statistics(

@@ -132,8 +132,8 @@ def test_lag_is_the_average_over_the_newest_statistics(measure: Measure) -> None
     net = kfac_fx.transform(model, structure="block_diagonal")
     pre = measure(net, torch.randn(8, 4), None, Categorical()).preconditioner
     blocks = estimate_of(pre).blocks
-    newest = Newest()
-    assert newest.lag(pre.curvature, 2.0) == 1.0  # nothing is known yet
+    newest = Newest(pre.curvature)
+    assert newest.lag(2.0) == 1.0  # nothing is known yet
     sizes, traces = {"0": 25, "2": 18}, {}
     for step in range(4):
         new = {
@@ -147,9 +147,9 @@ def test_lag_is_the_average_over_the_newest_statistics(measure: Measure) -> None
             value = float(A.trace() * G.trace())
             traces[name] = 0.2 * traces[name] + 0.8 * value if name in traces else value
         mean = sum(traces.values()) / sum(sizes.values())
-        assert newest.lag(pre.curvature, 3 * mean) == pytest.approx(3.0, rel=1e-12)
-        assert newest.lag(pre.curvature, mean / 3) == 1.0
-    assert Newest(newest.state()).lag(pre.curvature, 3 * mean) == pytest.approx(3.0)
+        assert newest.lag(3 * mean) == pytest.approx(3.0, rel=1e-12)
+        assert newest.lag(mean / 3) == 1.0
+    assert Newest(pre.curvature, newest.state()).lag(3 * mean) == pytest.approx(3.0)
 
 
 def came_to(averages: Averages, size: float) -> Came:
@@ -164,7 +164,7 @@ def test_what_is_left_is_of_the_largest_level(measure: Measure) -> None:
     net = kfac_fx.transform(model, structure="block_diagonal")
     pre = measure(net, torch.randn(8, 4), None, Categorical()).preconditioner
     averages = estimate_of(pre).blocks["0"]
-    newest, level, largest, value = Newest(), 0.0, 0.0, 0.0
+    newest, level, largest, value = Newest(pre.curvature), 0.0, 0.0, 0.0
     assert newest.left() == 1.0
     for came in range(1, 31):
         size = 1e6 if came < 5 else 100.0 if came == 20 else 10.0 ** (-came)
@@ -173,11 +173,11 @@ def test_what_is_left_is_of_the_largest_level(measure: Measure) -> None:
         mean = value / 15
         level = mean if came <= 10 else level**0.9 * mean**0.1
         largest = level if came <= 10 else max(0.999 * largest, level)
-        newest.lag(pre.curvature, 1.0)
-        newest.lag(pre.curvature, 1.0)  # asked again, nothing has come
+        newest.lag(1.0)
+        newest.lag(1.0)  # asked again, nothing has come
         assert newest.left() == pytest.approx(mean / largest)
-    again = Newest(newest.state())
+    again = Newest(pre.curvature, newest.state())
     for each in (newest, again):
         each.add([came_to(averages, 1.0)])
-        each.lag(pre.curvature, 1.0)
+        each.lag(1.0)
     assert again.left() == newest.left() and again.largest == newest.largest
