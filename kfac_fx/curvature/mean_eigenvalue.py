@@ -129,7 +129,7 @@ class Newest:
     """
 
     def __init__(self, curvature: CurvatureGraph, state: Mapping[str, Any] = {}) -> None:
-        self._blocks = curvature.blocks
+        self._curvature = curvature
         # Earlier states are traces and nothing else.
         self.traces: dict[str, float] = dict(state["traces"] if "largest" in state else state)
         self.largest = float(state.get("largest", 0.0))
@@ -138,7 +138,7 @@ class Newest:
         self._mean = self._mean_of_traces()
 
     def _mean_of_traces(self) -> float:
-        size = sum(self._blocks[name].parameter_count for name in self.traces)
+        size = sum(self._curvature.blocks[name].parameter_count for name in self.traces)
         return max(sum(self.traces.values()) / size, SMALLEST) if size else 0.0
 
     def state(self) -> dict[str, Any]:
