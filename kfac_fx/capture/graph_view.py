@@ -220,7 +220,7 @@ class GraphView:
                 assert reference is not None
                 # A view is followed further; what only reads the shape takes no value at all.
                 viewed = self._references[user] is not None or user in self._pieces
-                if user in self._undifferentiated:
+                if user in self._undifferentiated or _switches(user):
                     continue
                 if not viewed and not _reads_shape(user) and not reads_shape_of(user, node):
                     yield reference.name, Consumer(user, node, reference.path)
@@ -320,6 +320,11 @@ def _is_mapped(node: fx.Node, mapped: set[fx.Node]) -> bool:
     if name == "_remove_batch_dim":
         return False
     return name == "_add_batch_dim" or any(given in mapped for given in node.all_input_nodes)
+
+
+def _switches(node: fx.Node) -> bool:
+    """Tell whether a node only says whether a tensor is trained, as a forward that freezes does."""
+    return node.target == "requires_grad_" and not node.users
 
 
 def _reads_shape(node: fx.Node) -> bool:

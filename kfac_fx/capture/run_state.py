@@ -63,10 +63,13 @@ class RunState:
         return found
 
     def written(self) -> list[str]:
-        """Return in words which attributes were written and which generators have moved."""
+        """Return in words which attributes and flags were written and which generators moved."""
         found: list[str] = []
         for name, holder, before in self._records:
             found += _changes(name, before, _contents(holder))
+        for name, tensor, marks in self._tensors:
+            if tensor.is_leaf and tensor.requires_grad is not marks[0]:
+                found.append(f"sets requires_grad of {name}")
         return found + [f"moves {n}" for n, one, before in self._states if _state(one) != before]
 
     def plain_tensors(self, model: nn.Module) -> list[tuple[str, Tensor]]:

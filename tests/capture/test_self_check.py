@@ -118,6 +118,33 @@ def test_what_a_call_leaves_is_compared() -> None:
     assert model.calls == 1
 
 
+class Freezing(Straight):
+    """Its first layer asks for gradients in training alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.fc.requires_grad_(self.training)
+        return self.head(torch.tanh(self.fc(x)))
+
+
+def test_an_export_does_not_freeze() -> None:
+    with pytest.raises(errors.CaptureError, match=r"model sets requires_grad of .*'weight'"):
+        kfac_fx.transform(Freezing(), batch(), capture="export")
+
+
+@pytest.mark.parametrize("capture", ["symbolic_trace", "eager"])
+def test_a_forward_that_freezes_is_followed(capture: str) -> None:
+    model, x = Freezing(), batch()
+    net = kfac_fx.transform(model, x, capture=capture)  # type: ignore[arg-type]
+    assert net.curvature.blocks["fc"].approximation == "kronecker"
+    for training in (False, True):
+        net.train(training)(x).sum().backward()
+        assert (model.fc.weight.grad is not None) is training
+
+
 def test_error_of_the_model_itself() -> None:
     for check in (True, False):
         with pytest.raises(errors.CaptureError, match="shapes") as caught:
