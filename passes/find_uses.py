@@ -291,8 +291,12 @@ class FindUses(Analysis):
             uses = module.recordable(uses, graph)
             # A model that runs its own code may call a layer any number of times.
             counted |= module.runs_model
-        if not (isinstance(module, CapturedModule) and module.runs_model):
-            uses = place_cases(module, graph, uses)
+        placed = place_cases(module, graph, uses)
+        if isinstance(module, CapturedModule) and module.runs_model:
+            # Its taps find the cases as it runs; the report says here what cannot be told.
+            pairs = zip(uses, placed, strict=True)
+            placed = [replace(use, reason=found.reason) for use, found in pairs]
+        uses = placed
         return gather_blocks(uses, graph, counted=counted)
 
 

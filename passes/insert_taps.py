@@ -110,12 +110,13 @@ def _insert(
         tensors = [resolve(tensor) for tensor in tap.tensors]
         if tap.cases is not None:
             view = partial(_cases_first, graph, tap.cases, nodes)
-            seen = view(tapped)
-            # Running moments and flags of a norm have no cases.
-            tensors = [
-                view(node) if isinstance(ref, NodeRef) and ref.name in nodes else node
-                for ref, node in zip(tap.tensors, tensors, strict=True)
-            ]
+            if tap.consumer is not None:
+                # A parameter's dimensions count from the right: those of the other operand.
+                seen = graph.call_function(torch.ops.kfac_fx.dims_of.default, (tapped, tensors[0]))
+                take_over(seen, tapped, same_value=False, cases=[tapped.name])
+            seen = view(seen)
+            # Running moments of a norm, which follow its input, have no cases.
+            tensors = [*map(view, tensors[:1]), *tensors[1:]]
         factors: list[fx.Node | None] = [read_attribute(graph, path) for path in paths]
         if tap.scale is not None:
             # The weight W that meets the data is computed from the parameter V: the derivative of

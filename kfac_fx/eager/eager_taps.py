@@ -15,7 +15,7 @@ from kfac_fx.eager.recordable_uses import at_its_call
 from kfac_fx.eager.torch_calls import Value
 from kfac_fx.ir.curvature_graph import CurvatureBlock, CurvatureGraph
 from kfac_fx.ir.use import FactorSpec, NodeRef, ParameterUse, Role, Tap
-from kfac_fx.ops.case_first import cases_back, cases_first
+from kfac_fx.ops.case_first import cases_back, cases_first, dims_of
 from kfac_fx.ops.net_buffers import STORE
 from kfac_fx.passes.find_cases import GrowingCases
 from kfac_fx.passes.rules.generic import as_rows, case_tap
@@ -106,7 +106,8 @@ class EagerTaps:
             known = next((known for known in block.uses if _same_form(known, use)), None)
             if known is not None and use.tap is not None and at_its_call(use, use.tap, node):
                 tap = cases.placed(use, node).tap or use.tap
-                record = self._record(tap, known, block)
+                count = None if tap.cases is None else cases.count(tap.cases)
+                record = self._record(tap, known, block, count)
                 factors = self._factors(known, block) if tap.slots else ()
                 found.append(Placement(tap, record, use.parameters, factors))
         return found
@@ -167,9 +168,16 @@ class EagerTaps:
                         yield replace(block.uses[0], node=node.name, tap=tap), block
 
     def _record(
-        self, tap: Tap, use: ParameterUse, block: CurvatureBlock
+        self, tap: Tap, use: ParameterUse, block: CurvatureBlock, count: int | None
     ) -> Callable[[Tensor, Mapping[str, Tensor]], Tensor]:
-        """Return the function that puts a tensor's tap in its place."""
+        """Return the function that puts a tensor's tap in its place.
+
+        Args:
+            tap: the tap.
+            use: the one that the example showed.
+            block: owns the buffers.
+            count: the number of cases where they are folded with positions.
+        """
         operator = getattr(torch.ops.kfac_fx, tap.operator).default
 
         def record(y: Tensor, values: Mapping[str, Tensor]) -> Tensor:
@@ -190,11 +198,11 @@ class EagerTaps:
                 tapped: Tensor = operator(y, *tensors, *factors, *options)
                 return tapped
             dim = tap.cases.dim
-            tensors = [
-                cases_first(t, dim, None) if isinstance(ref, NodeRef) else t
-                for ref, t in zip(tap.tensors, tensors, strict=True)
-            ]
-            tapped = operator(cases_first(y, dim, None), *tensors, *factors, *options)
+            # Only its first two sizes are read.
+            like = None if count is None else y.new_empty(count, count, 0)
+            seen = y if tap.consumer is None else dims_of(y, tensors[0])
+            tensors = [*(cases_first(t, dim, like) for t in tensors[:1]), *tensors[1:]]
+            tapped = operator(cases_first(seen, dim, like), *tensors, *factors, *options)
             return cases_back(tapped, dim, y)
 
         return record

@@ -39,6 +39,7 @@ from kfac_fx.eager.torch_calls import (
 )
 from kfac_fx.errors import CaptureError
 from kfac_fx.passes.find_cases import GrowingCases
+from kfac_fx.passes.follow_cases import SIZES
 from kfac_fx.torch_internals.rebuilt_functions import without_override_question
 
 if TYPE_CHECKING:
@@ -151,6 +152,7 @@ class Tape(TorchFunctionMode):
             name = self._names.get(id(tensor))
             found = self.placeholder("data") if name is None else self._new("get_attr", name)
             self._nodes[tensor] = found
+            found.meta[SIZES] = tuple(tensor.shape)
         if id(tensor) in self._parameters:
             self.touched.add(self._parameters[id(tensor)])
         if detached and self.view.reference(found) is not None:
@@ -260,6 +262,7 @@ class Tape(TorchFunctionMode):
         if isinstance(result, Tensor):
             if id(result) not in self._names:
                 self._nodes[result] = node
+                node.meta[SIZES] = tuple(result.shape)
                 self._written(result, node)
         elif isinstance(result, (tuple, list)):
             for index, item in enumerate(result):

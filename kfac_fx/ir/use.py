@@ -115,7 +115,8 @@ class CaseView(NamedTuple):
     """How the tensors of a tap are seen with their cases first; see ``kfac_fx.ops.case_first``.
 
     Attributes:
-        dim: the dimension that counts the cases in the model.
+        dim: the dimension that counts the cases in the model; with ``like`` where the positions go
+            instead, 0 behind the cases, -1 at the end, -2 from before the cases behind them.
         like: where cases are folded with positions, what counts them by its first dimension.
     """
 

@@ -11,7 +11,12 @@ from torch import Tensor
 from kfac_fx.ops.library import LIBRARY
 
 LIBRARY.define("cases_first(Tensor(a) y, int dim, Tensor? like) -> Tensor(a)")
+LIBRARY.define("dims_of(Tensor(a) y, Tensor like) -> Tensor(a)")
 LIBRARY.define("cases_back(Tensor(a) y, int dim, Tensor like) -> Tensor(a)")
+
+
+POSITIONS_FIRST = -2
+"""Stands for rows of one position after another, in the place of a dimension."""
 
 
 def cases_first(y: Tensor, dim: int, like: Tensor | None) -> Tensor:
@@ -19,16 +24,19 @@ def cases_first(y: Tensor, dim: int, like: Tensor | None) -> Tensor:
 
     Args:
         y: what a tap stands on or reads.
-        dim: the dimension that counts the cases now.
-        like: where rows are cases by positions, a tensor whose first dimension counts the cases.
+        dim: the dimension that counts the cases now. Where they are folded with positions, 0 puts
+            the positions behind the cases and -1 at the end; -2 puts them behind the cases where
+            rows are those of one position after another.
+        like: where cases are folded, a tensor whose first dimension counts them, for -2 its second.
     """
-    if dim:
-        return y.transpose(0, dim)
     if like is None:
-        return y.view_as(y)
-    cases = like.shape[0]
+        return y.movedim(dim, 0) if dim else y.view_as(y)
+    cases = like.shape[1 if dim == POSITIONS_FIRST else 0]
     if cases and y.shape[0] != cases and y.shape[0] % cases == 0:
-        return y.reshape(cases, y.shape[0] // cases, *y.shape[1:])
+        if dim == POSITIONS_FIRST:
+            return y.reshape(y.shape[0] // cases, cases, *y.shape[1:]).transpose(0, 1)
+        rows = y.reshape(cases, y.shape[0] // cases, *y.shape[1:])
+        return rows.movedim(1, -1) if dim else rows
     return y.view_as(y)
 
 
@@ -40,8 +48,18 @@ def cases_back(y: Tensor, dim: int, like: Tensor) -> Tensor:
         dim: that of ``cases_first``.
         like: has the shape that y had.
     """
-    return y.transpose(0, dim) if dim else y.reshape(like.shape)
+    if dim > 0:
+        return y.movedim(0, dim)
+    if dim and y.dim() > like.dim():
+        y = y.transpose(0, 1) if dim == POSITIONS_FIRST else y.movedim(-1, 1)
+    return y.reshape(like.shape)
 
 
+def dims_of(y: Tensor, like: Tensor) -> Tensor:
+    """Return a view of a parameter with as many dimensions as what it is broadcast with."""
+    return y.reshape((1,) * (like.dim() - y.dim()) + y.shape)
+
+
+LIBRARY.impl("dims_of", dims_of, "CompositeImplicitAutograd")
 LIBRARY.impl("cases_first", cases_first, "CompositeImplicitAutograd")
 LIBRARY.impl("cases_back", cases_back, "CompositeImplicitAutograd")

@@ -44,6 +44,11 @@ WAYS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor] | N
     "swapaxes and back": (lambda x: torch.swapaxes(x, 1, 0), lambda x: x.transpose(1, 0)),
     "permute": (lambda x: x.permute(1, 0, 2), lambda x: x.permute(1, 0, -1)),
     "a dimension more": (lambda x: x.unsqueeze(0).transpose(1, 2)[0], None),
+    "movedim": (lambda x: torch.movedim(x, 1, 0), lambda x: x.movedim(0, 1)),
+    "einsum": (lambda x: torch.einsum("ntd->tnd", x), None),
+    "a chunk": (lambda x: torch.cat([x, 2 * x], -1).transpose(0, 1).chunk(2, -1)[0], None),
+    "a sort": (lambda x: x.transpose(0, 1).sort(0)[0], None),
+    "the own shape": (lambda x: (y := x.transpose(0, 1)).reshape(y.shape[0], y.shape[1], D), None),
     "an index": (lambda x: torch.stack([x, 2 * x]).transpose(1, 2)[1], None),
 }
 
@@ -77,7 +82,7 @@ def built(way: str) -> tuple[Norm, Norm, Tensor]:
     model, plain = Norm(*WAYS[way]), Norm(lambda x: x, lambda x: x)
     plain.load_state_dict(model.state_dict())
     scale = 2.0 if way == "an index" else 1.0
-    plain.turn = lambda x: scale * x
+    plain.turn = (lambda x: x.sort(1)[0]) if way == "a sort" else lambda x: scale * x
     return model.double(), plain.double(), torch.randn(N, T, D, dtype=torch.float64)
 
 
@@ -150,6 +155,190 @@ def test_the_models_own_inputs_may_have_the_cases_second() -> None:
         part = getattr(first, name)
         wanted = covariance(plain, x, [part.weight, part.bias])
         close((found.factors[f"layer.{name}"][0],), (wanted,))
+
+
+class Rows(nn.Module):
+    """A norm over positions that are folded into rows.
+
+    Args:
+        fold: from [cases, positions, features] to rows.
+        norm: the norm.
+    """
+
+    def __init__(self, fold: Callable[[Tensor], Tensor], norm: nn.Module) -> None:
+        super().__init__()
+        self.fold, self.norm = fold, norm
+        self.a, self.head = nn.Linear(D, D), nn.Linear(D, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(torch.tanh(self.a(self.fold(x))))
+        return self.head(torch.tanh(h).reshape(x.shape[0], -1, D).mean(1))  # type: ignore[no-any-return]
+
+
+FOLDS: dict[str, Callable[[Tensor], Tensor]] = {
+    "view": lambda x: x.view(-1, D),
+    "a product": lambda x: x.reshape(x.shape[0] * x.shape[1], D),
+    "flatten": lambda x: torch.flatten(x, 0, 1),
+    "copies": lambda x: x[:, 0].repeat_interleave(3, 0),
+    "windows": lambda x: x.repeat(1, 2, 1).view(x.shape[0], T, 2, D).transpose(1, 2).reshape(-1, D),
+}
+
+
+def covariance_of_cases(model: nn.Module, x: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """The Fisher of some parameters where a norm's moments are those of the whole batch."""
+    logits = model(x)
+    total = torch.zeros((), dtype=torch.float64)
+    for row in logits:
+        for probability, log in zip(row.softmax(-1).detach(), row.log_softmax(-1), strict=True):
+            found = torch.autograd.grad(-log, parameters, retain_graph=True)
+            u = torch.cat([g.flatten() for g in found])
+            total = total + probability * torch.outer(u, u) / len(x)
+    return total
+
+
+@pytest.mark.parametrize("capture", ["symbolic_trace", "export", "eager"])
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.BatchNorm1d])
+@pytest.mark.parametrize("fold", FOLDS)
+def test_covariances_of_folded_rows_are_of_cases(fold: str, norm: Value, capture: Value) -> None:
+    torch.manual_seed(0)
+    model = Rows(FOLDS[fold], norm(D)).double()
+    x = torch.randn(N, T, D, dtype=torch.float64)
+    net = kfac_fx.transform(model, x, capture=capture, structure="block_diagonal")
+    wanted = covariance_of_cases(model, x, [model.norm.weight, model.norm.bias])  # type: ignore[list-item]
+    close((recorded(net, x).factors["norm"][0],), (wanted,))
+
+
+@pytest.mark.parametrize("capture", ["export", "eager"])
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_rows_of_one_position_after_another(sharing: Value, capture: Value) -> None:
+    """Sizes say it; nn.MultiheadAttention does it before its last layer."""
+    torch.manual_seed(0)
+
+    class Turned(Rows):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.norm(torch.tanh(self.a(x.transpose(0, 1).flatten(0, 1))))
+            return self.head(h.view(x.shape[1], x.shape[0], D)).mean(0)  # type: ignore[no-any-return]
+
+    class Plain(Rows):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.norm(torch.tanh(self.a(x)))).mean(1)  # type: ignore[no-any-return]
+
+    model, plain = (kind(lambda x: x, nn.LayerNorm(D)).double() for kind in (Turned, Plain))
+    plain.load_state_dict(model.state_dict())
+    x = torch.randn(N, T, D, dtype=torch.float64)
+    options: Value = {"structure": "block_diagonal", "weight_sharing": sharing}
+    got = recorded(kfac_fx.transform(model, x, capture=capture, **options), x).factors
+    want = recorded(kfac_fx.transform(plain, **options), x).factors
+    close(got["norm"], want["norm"])
+    for name in ("a", "head") if sharing == "reduce" else ():
+        close(got[name], want[name])
+
+
+@pytest.mark.parametrize("capture", ["symbolic_trace", "export", "eager"])
+def test_folded_rows_are_reduced_by_case(capture: Value) -> None:
+    torch.manual_seed(0)
+    model, plain = (Rows(fold, nn.Identity()).double() for fold in (FOLDS["view"], lambda x: x))
+    plain.load_state_dict(model.state_dict())
+    x = torch.randn(N, T, D, dtype=torch.float64)
+    options: Value = {"structure": "block_diagonal", "weight_sharing": "reduce"}
+    got = recorded(kfac_fx.transform(model, x, capture=capture, **options), x)
+    want = recorded(kfac_fx.transform(plain, **options), x)
+    close(got.factors["a"], want.factors["a"])
+
+
+class Broadcast(nn.Module):
+    """A scale of features and a table of positions, with the positions first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.head = nn.Linear(D, D), nn.Linear(D, 3)
+        self.scale, self.table = nn.Parameter(torch.randn(D)), nn.Parameter(torch.randn(T, 1, D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x).transpose(0, 1) * self.scale + self.table
+        return self.head(torch.tanh(h).mean(0))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("capture", ["symbolic_trace", "export", "eager"])
+def test_broadcast_parameters_have_gradients_of_cases(capture: Value) -> None:
+    torch.manual_seed(0)
+    model = Broadcast().double()
+    x = torch.randn(N, T, D, dtype=torch.float64)
+    net = kfac_fx.transform(model, x, capture=capture, structure="block_diagonal")
+    found = recorded(net, x).factors
+    close(found["scale"], (covariance(model, x, [model.scale]),))
+    close(found["table"], (covariance(model, x, [model.table]),))
+    again = kfac_fx.transform(net, x, structure="block_diagonal")  # all that was inserted goes
+    close(recorded(again, x).factors["table"], found["table"])
+
+
+LOST: dict[str, Callable[[Tensor], Tensor]] = {
+    "positions around": lambda x: x.unflatten(1, (2, T)).permute(1, 0, 2, 3).reshape(-1, D),
+    "two batches": lambda x: torch.cat([x, x.flip(1)])[:, 0],
+    "every other row": lambda x: x.flatten(0, 1)[::2],
+}
+
+
+@pytest.mark.parametrize("capture", ["symbolic_trace", "export", "eager"])
+@pytest.mark.parametrize("way", LOST)
+def test_rows_of_unknown_cases_are_named(way: str, capture: Value) -> None:
+    model = Rows(LOST[way], nn.LayerNorm(D))
+    x = torch.randn(N, 2 * T, D)
+    net = kfac_fx.transform(model, x, capture=capture, structure="block_diagonal")
+    # Rows of the dense layers count alike, whoever's they are.
+    assert [block.name for block in net.curvature.fallbacks] == ["norm"]
+    assert "where its cases are cannot be told" in str(net.curvature)
+
+
+@pytest.mark.parametrize("capture", ["symbolic_trace", "export", "eager"])
+def test_frames_of_a_group_norm_are_named(capture: Value) -> None:
+    model = Rows(lambda x: x.reshape(x.shape[0] * x.shape[1], D), nn.GroupNorm(2, D))
+    net = kfac_fx.transform(model, torch.randn(N, T, D), capture=capture)
+    assert [block.name for block in net.curvature.fallbacks] == ["norm"]
+
+
+class CaseByCase(nn.Module):
+    """Each case goes through a layer alone, and all of them meet in a batch again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.head = nn.Linear(D, D), nn.LayerNorm(D), nn.Linear(D, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(torch.stack([torch.tanh(self.a(case[0])) for case in x])))  # type: ignore[no-any-return]
+
+
+def test_batches_that_are_stacked_of_cases_have_factors_of_features() -> None:
+    torch.manual_seed(0)
+    model = CaseByCase().double()
+    x = torch.randn(N, T, D, dtype=torch.float64)
+    net = kfac_fx.transform(model, x, capture="eager", structure="block_diagonal")
+    found = recorded(net, x)
+    wanted = covariance(model, x, [model.norm.weight, model.norm.bias])
+    close((found.factors["norm"][0],), (wanted,))
+    assert [f.shape for f in found.factors["head"]] == [(D + 1, D + 1), (3, 3)]
+
+
+class States(nn.Module):
+    """A norm over the states [layers, cases, features] of a recurrent layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.norm = nn.LSTM(D, D, batch_first=True), nn.LayerNorm(D)
+        self.head = nn.Linear(D, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.rnn(x)[1][1])[-1])  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("capture", ["symbolic_trace", "export", "eager"])
+def test_states_of_recurrent_layers_have_the_cases_second(capture: Value) -> None:
+    torch.manual_seed(0)
+    model = States().double()
+    x = torch.randn(N, T, D, dtype=torch.float64)
+    net = kfac_fx.transform(model, x, capture=capture, structure="block_diagonal")
+    wanted = covariance(model, x, [model.norm.weight, model.norm.bias])
+    close((recorded(net, x).factors["norm"][0],), (wanted,))
 
 
 class Folded(nn.Module):
