@@ -20,30 +20,30 @@ from kfac_fx.torch_internals import foreach
 RADIUS = 1e-2
 """Largest squared length of a preconditioned gradient in Fhat, before ``AdaptiveLength.factor``."""
 
-WIDE = 0.1
-NARROW = 0.02
+WIDE, NARROW = 0.1, 0.02
 """Largest length of a layer's preconditioned gradient, in units of the length of its weights: where
 averages are as new as the statistics, and at least, however far they have fallen behind."""
 
-RESPONSE = 0.1
-"""How fast the factor of all lengths follows the agreement of gradients with the steps before."""
+GROWTH, RETREAT = 0.2, 0.6
+"""How fast the factor of all lengths follows gradients that agree with the steps before, and that
+disagree. Steps too long for the noise cost more than others gain: weights wander away."""
 
-OBLIVION = 0.05
+OBLIVION = 0.1
 """How fast that factor goes back to one where rounding is all that is left of gradients."""
 
-PAST = 0.98
-"""Weight of the older gradients in the direction of the steps before. Those of several epochs have
-to count: batches of one epoch, of which each has the cases that the others lack, seem to disagree
-more than they do, and a memory as short as a momentum's takes its swing for agreement."""
+PAST = 0.997
+"""Weight of the older of the steps before. Hundreds have to count: in few of them noise hides what
+is learnt slowly, and lengths would shrink too early."""
 
 WEAR = 0.05
 """How fast all lengths get smaller while the steps that are made of them have to be cut."""
 
-SMALLEST_FACTOR, LARGEST_FACTOR = 0.2, 10.0
+SMALLEST_FACTOR, LARGEST_FACTOR = 0.05, 10.0
 """Limits of that factor; without the first, steps would come to rest where all is noise."""
 
-USUAL = 0.9
-"""Weight of the older in the running mean of squared lengths."""
+USUAL, LONGEST = 0.9, 1e3
+"""Weight of the older in the running mean of squared lengths; the largest of these, in nats, up to
+which the scale of the newest statistics is believed."""
 
 SMALL_WEIGHT = 1e-2
 """Root mean square that weights count as at least: layers that start at zero must be able to."""
@@ -79,11 +79,10 @@ class NaturalLength:
         Args:
             gradient: the gradient, as long vectors (``LayerSteps.pack``).
             updates: Fhat^-1 times it, in the same order.
-            names: of the parameters; not looked at here.
-            scale: of the statistics; not looked at here.
+            names, scale: not looked at here.
 
         Returns:
-            NaN where an entry of either is not finite; one synchronisation for that, too.
+            NaN where an entry of either is not finite.
         """
         squared = 0.0
         for g, u in zip(gradient, updates, strict=True):
@@ -111,10 +110,9 @@ class AdaptiveLength(NaturalLength):
     """Says how much of a preconditioned gradient to take, from gradients alone.
 
     Five things are put together (docs/explanation/mathematics.md, section 9):
-
     - Averages behind a Fisher that shrinks are too large, and their inverses too small, by ``lag``.
-    - The length in Fhat, of the present scale, is at most the root of ``RADIUS``; of single batches
-      where gradients agree, and where they do not of a running mean.
+    - The length in Fhat, of the present scale, is at most the root of ``RADIUS``, and less where
+      the running mean was longer.
     - ``factor`` follows the agreement of each gradient with the steps before: as long as it points
       the same way steps grow, and where noise has the upper hand they shrink.
     - A layer's part is no longer than a share of its weights, ``WIDE`` to ``NARROW``: what the
@@ -133,7 +131,7 @@ class AdaptiveLength(NaturalLength):
         self.restraint = 1.0
         self._cuts: list[float | Tensor] = []
         self._names: tuple[str, ...] = ()
-        self._past: list[Tensor] = []  # sum of PAST^k times gradients, as long vectors
+        self._past: list[Tensor] = []  # sum of PAST^k times shares of gradients, as long vectors
         self._squared = 0.0  # its squared length in the inverse of Fhat
         self._usual = 0.0  # running mean of squared lengths of gradients, in the newest scale
 
@@ -156,8 +154,8 @@ class AdaptiveLength(NaturalLength):
         Returns:
             NaN where an entry is not finite: then nothing is remembered of this step.
         """
-        # Products of low precisions cannot be added up. No torch.dot: its last bit depends on where
-        # in memory vectors lie, and a run that goes on from a checkpoint would drift away.
+        # Products of low precisions cannot be added up. The last bit of torch.dot depends on where
+        # vectors lie in memory, and a run that goes on from a checkpoint would drift away.
         pairs = [
             (g if g.element_size() > 2 else g.float(), u)
             for g, u in zip(gradient, updates, strict=True)
@@ -173,39 +171,41 @@ class AdaptiveLength(NaturalLength):
         read = torch.stack(dots).tolist()
         squared, along = sum(read[: len(pairs)]), sum(read[len(pairs) :])
         if not math.isfinite(squared):
-            # The sum may have overflowed where all entries are finite: once more, with room.
+            self._past = []  # where all are finite the sum has overflowed: once more, with room
             wide = _widened([gradient, updates])
-            self._past = []
             return self.share(wide[0], wide[1], names, scale) if wide else math.nan
-        if squared <= 0:  # rounding may leave it below zero
+        if squared <= 0:  # by rounding
             return 1.0
-        length = scale.lag * squared
+        # Draws of a network that is sure and wrong have no curvature: by that scale its enormous
+        # gradients would go as far as layers allow for ever, in any direction.
+        lag = max(1.0, min(scale.lag, LONGEST / squared))
+        length = lag * squared
         # No step of a fit gains a nat a term. Cases that are lost, and that the network is sure of,
-        # are not in its Fisher: their gradient alone tells, and must not find the rest in its way.
+        # only their gradient tells of, which must not find the rest in its way.
         signal = max(scale.signal, min(1.0, length))
         self._usual = USUAL * self._usual + (1 - USUAL) * length if self._usual else length
         if self._past and math.isfinite(along):
             cosine = along / math.sqrt(max(squared * self._squared, 1e-300))
+            turn = min(max(cosine, -1.0), 1.0) * (GROWTH if cosine > 0 else RETREAT)
             # What rounding agrees on is forgotten: it is no reason for longer steps.
-            before = self.factor ** (1 - OBLIVION * (1 - signal))
-            moved = before * math.exp(RESPONSE * min(max(cosine, -1.0), 1.0))
+            moved = self.factor ** (1 - OBLIVION * (1 - signal)) * math.exp(turn)
             self.factor = min(max(moved, SMALLEST_FACTOR), LARGEST_FACTOR)
-            # Of older gradients by the newest inverse: it changes little within those that count.
-            so_far = PAST**2 * self._squared + 2 * PAST * along + squared
-            self._squared = max(so_far, squared)
-            both = zip(pairs, self._past, strict=True)
-            self._past = [torch.add(vector, past, alpha=PAST) for (vector, _), past in both]
-        else:
-            self._past = [vector for vector, _ in pairs]  # nobody writes into it
-            self._squared = squared
         if self._cuts:
             self._wear()
-        self.widest = max(NARROW, WIDE / math.sqrt(scale.lag)) * self.restraint * signal**2
-        # Where noise has the upper hand, batches must keep their weights: with steps of one length
-        # for all, many easy batches outvote the few with rare cases, whose gradients are longer.
-        measured = self._usual if self.factor < 1 else length
-        taken = scale.lag * math.sqrt(min(1.0, RADIUS / measured))
-        return taken * self.factor * self.restraint
+        self.widest = max(NARROW, WIDE / math.sqrt(lag)) * self.restraint * signal**2
+        # Batches must keep their weights: with steps of one length for all, many easy batches
+        # outvote the few with rare cases, whose gradients are longer. One alone is not too long.
+        taken: float = lag * math.sqrt(min(1.0, RADIUS / max(self._usual, length)))
+        taken *= self.factor * self.restraint
+        if self._past and math.isfinite(along):
+            # Of older parts by the newest inverse: it changes little within those that count.
+            so_far = PAST**2 * self._squared + 2 * PAST * taken * along + taken**2 * squared
+            both = zip(pairs, self._past, strict=True)
+            self._past = [past.mul(PAST).add_(g, alpha=taken) for (g, _), past in both]
+        else:
+            so_far, self._past = 0.0, [g * taken for g, _ in pairs]
+        self._squared = max(so_far, taken**2 * squared)
+        return taken
 
     def cut(self, kept: float | Tensor) -> None:
         """Take note of which part of the last step's length was taken, of all layers together."""
@@ -225,7 +225,7 @@ class AdaptiveLength(NaturalLength):
             "factor": self.factor,
             "restraint": self.restraint,
             "names": list(self._names),
-            "past": [vector.clone() for vector in self._past],
+            "shares": [vector.clone() for vector in self._past],
             "squared": self._squared,
             "usual": self._usual,
         }
@@ -237,7 +237,8 @@ class AdaptiveLength(NaturalLength):
         self.factor = float(state["factor"])
         self.restraint = float(state["restraint"])
         self._names = tuple(state["names"])
-        self._past = [vector.to(device).clone() for vector in state["past"]]
+        # Earlier states have a sum of whole gradients, which is of another scale.
+        self._past = [vector.to(device).clone() for vector in state.get("shares", [])]
         self._squared = float(state["squared"])
         self._usual = float(state.get("usual", 0.0))
 
@@ -367,9 +368,7 @@ class LayerSteps:
     def excess(
         self, steps: Sequence[Tensor], weights: Sequence[Tensor], largest: float
     ) -> Excess | None:
-        """Return which part of each parameter's step is too much, or None where none is.
-
-        Lengths that are not read may leave parts of zero.
+        """Return which part of each parameter's step is too much; None, or zeros, where none is.
 
         Args:
             steps: as vectors.

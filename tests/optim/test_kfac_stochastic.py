@@ -83,7 +83,7 @@ def test_adaptive_lengths(lr: float) -> None:
     net = kfac_fx.transform(model, structure="block_diagonal")
     optimizer = kfac_fx.KFAC(net, lr=lr, momentum=0.5, refresh_every=1, statistics_every=1)
     previous, old, newest = [torch.zeros(5, 5), torch.zeros(3, 6)], None, None
-    factor, past, squared, bounded, restraint = 1.0, None, 0.0, [], 1.0
+    factor, past, squared, usual, bounded, restraint = 1.0, None, 0.0, 0.0, [], 1.0
     for step in range(8):
         # Inputs that get shorter make a Fisher that shrinks.
         x, y = torch.randn(16, 4) * 0.5**step, torch.randint(3, (16,))
@@ -114,14 +114,19 @@ def test_adaptive_lengths(lr: float) -> None:
         proposals = [damped_solution(A, G, g, damping) for (A, G), g in pairs]
         flat, update = (torch.cat([t.flatten() for t in ts]) for ts in (gradients, proposals))
         length = float(flat @ update)
-        if past is None:
-            past, squared = flat.clone(), length
-        else:
+        if past is not None:
             along = float(update @ past)
-            factor *= math.exp(0.1 * along / (length * squared) ** 0.5)
-            squared = max(0.9604 * squared + 1.96 * along + length, length)
-            past = 0.98 * past + flat
-        scale = lag * min(1.0, (0.01 / (lag * length)) ** 0.5) * factor * restraint
+            cosine = along / (length * squared) ** 0.5
+            factor *= math.exp(cosine * (0.2 if cosine > 0 else 0.6))
+        usual = 0.9 * usual + 0.1 * lag * length if usual else lag * length
+        measured = max(usual, lag * length)
+        scale = lag * min(1.0, (0.01 / measured) ** 0.5) * factor * restraint
+        if past is None:
+            past, squared = scale * flat, scale**2 * length
+        else:
+            way = 0.997**2 * squared + 2 * 0.997 * scale * along + scale**2 * length
+            squared = max(way, scale**2 * length)
+            past = 0.997 * past + scale * flat
         assert optimizer.diagnostics["trust"] == pytest.approx(scale)
         widest = max(0.02, 0.1 / lag**0.5) * restraint
         taken = []
