@@ -1,7 +1,8 @@
 """K-FAC as a whole optimizer: Algorithm 2 of Martens & Grosse (2015), and KFC's stochastic form.
 
-An iteration is read here; its parts are in objective.py (passes of the network), updates.py (from
-gradient to update), batch_trust.py (which batches are believed) and last_step.py (undoing).
+An iteration is read here; its parts are in objective.py (passes of the network),
+batch_statistics.py (statistics), updates.py (from gradient to update), batch_trust.py (which
+batches are believed) and last_step.py (undoing).
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from torch import Tensor, fx
 from torch.optim import Optimizer
 
 from kfac_fx.config import CurvatureOptions, Fisher, Structure, Tikhonov, choice, period_or_ours
-from kfac_fx.curvature.estimate import STATISTICS, is_due, terms_needed
 from kfac_fx.curvature.inverses import InverseFisher
 from kfac_fx.curvature.parameters import transformed
 from kfac_fx.errors import ParameterChangedError
@@ -25,6 +25,7 @@ from kfac_fx.likelihoods.builtin import Tree
 from kfac_fx.likelihoods.named import Given, check_described, described, likelihood_of
 from kfac_fx.likelihoods.sampling import fresh_generator
 from kfac_fx.linalg.precision import all_finite
+from kfac_fx.optim.batch_statistics import BatchStatistics
 from kfac_fx.optim.batch_trust import BatchTrust, warn_rarely
 from kfac_fx.optim.diagnostics import Diagnostics
 from kfac_fx.optim.groups import Groups
@@ -37,6 +38,7 @@ from kfac_fx.parallel import ALONE, Workers
 from kfac_fx.reading.inspection import HasCurvature
 from kfac_fx.statistics.recorder import Recorder
 from kfac_fx.torch_internals import foreach
+from kfac_fx.torch_internals.modes import weights_cast_anew
 
 log = logging.getLogger("kfac_fx")
 
@@ -182,6 +184,9 @@ class KFAC(HasCurvature, Optimizer):
         )
         self._form = self._forms.adaptive() if lr is None else self._forms.scheduled()
         self._trust = BatchTrust(options.outlier)
+        self._statistics = BatchStatistics(
+            self.recorder, self.inverse, self._objective, self._trust
+        )
         self._last = LastStep()
         self._iteration = 0
         self.diagnostics = Diagnostics()
@@ -213,7 +218,8 @@ class KFAC(HasCurvature, Optimizer):
         buffers = self._objective.snapshot()
         iteration = self._iteration
         draws = self.generator.get_state()
-        with self._whole.open():
+        # A step changes the weights between its passes, and autocast would not notice.
+        with weights_cast_anew(), self._whole.open():
             try:
                 return self._iterate(Batch(inputs, targets), buffers)
             except BaseException:
@@ -249,8 +255,9 @@ class KFAC(HasCurvature, Optimizer):
             buffers = self._objective.snapshot()
             loss, gradient = self._gradient(batch)
         self._iteration += 1
-        if not self._record(batch):
+        if not self._statistics.record(batch, self._iteration, self._form, self.diagnostics):
             self._iteration -= 1
+            self.skipped_statistics += 1
             self._skip(buffers, "statistics")
             return loss
         if self.inverse.estimate.recorded:
@@ -370,35 +377,6 @@ class KFAC(HasCurvature, Optimizer):
             loss, dense = self._objective.gradient(batch, parameters, compared)
         pairs = zip(parameters.items(), dense, strict=True)
         return loss, {n: g.add(p, alpha=decay[n]) if decay[n] else g for (n, p), g in pairs}
-
-    def _record(self, batch: Batch) -> bool:
-        """Record where that is due; return False if the statistics are no good."""
-        recorded = self.inverse.estimate.recorded
-        due = is_due(self._iteration - 1, self._form.statistics_every, STATISTICS)
-        if recorded and not due:
-            return True
-        # tau1 of a small batch is a few cases, whose averages have no inverse to speak of.
-        terms = terms_needed(recorded, self._form.ema_decay)
-        least = math.ceil(terms * self._objective.cases / self._objective.terms)
-        part = self._objective.first(batch, self._form.statistics_fraction, least)
-        with self.diagnostics.stage("statistics"):
-            if self.recorder.by_inputs:
-                with self._objective.same_masks():
-                    finite = self.recorder.observe_inputs(part.inputs, part.targets)
-            else:  # sharded parameters, which a pass of the recorder's own does not see whole
-                self.recorder.switch(True)
-                with torch.enable_grad(), self._objective.aside():
-                    outputs = self._objective.outputs(part.inputs)
-                    finite = self.recorder.observe(outputs, part.targets)
-            found = self.recorder.take()
-        self.recorder.switch(False)
-        # A batch with few cases moves the averages as little as its step moves the parameters.
-        decay = self._form.ema_decay ** self._trust.share(self._objective.cases)
-        widest = self._trust.widest(self._form.compares_batches)
-        taken = finite and self.inverse.fold(found, decay, widest, follows=self._form.follows)
-        self._trust.fitted(taken)
-        self.skipped_statistics += not taken
-        return taken
 
     # Batches and steps that are no good.
 
