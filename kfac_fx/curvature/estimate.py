@@ -189,6 +189,7 @@ class Averages:
 
         Second moments of inputs are about the same from the first batch on, so theirs are compared
         at once; derivatives may start at zero and grow, so theirs are once averages are settled.
+        Numbers of positions are of the batch's form, and no outliers; a state is without them.
         """
         if not self.recorded:
             return []
@@ -198,7 +199,7 @@ class Averages:
         return [
             Compared(value, average, settled)
             for spec, value, average in parts
-            if settled or spec.role == "input"
+            if spec.role == "input" or (settled and spec.role != "count")
         ]
 
     def sizes(self, values: Sequence[Statistic]) -> list[Tensor]:

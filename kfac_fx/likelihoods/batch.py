@@ -17,15 +17,16 @@ from torch.distributions import Distribution, Independent
 
 from kfac_fx.errors import LikelihoodError
 from kfac_fx.likelihoods.builtin import (
-    ROOTS,
     Fitting,
     Likelihood,
     OutputFisher,
     Signs,
     Softmax,
     Tree,
+    UnknownRootError,
     drawing_root,
     has_known_fisher,
+    known_root,
 )
 from kfac_fx.likelihoods.named import Sum
 from kfac_fx.likelihoods.sampling import WeightedSum, seeded
@@ -309,7 +310,7 @@ def root_columns(distribution: Distribution) -> Iterator[Tensor]:
     sqrt(p(y)) * grad log p(y) (docs/explanation/mathematics.md, section 3).
 
     Raises:
-        LikelihoodError: neither the root nor the support is known.
+        UnknownRootError: neither the root nor the support is known.
     """
     # Columns of one event add up: its dimensions become columns, so that they do not mix.
     if isinstance(distribution, Independent):
@@ -317,15 +318,11 @@ def root_columns(distribution: Distribution) -> Iterator[Tensor]:
         for columns in root_columns(distribution.base_dist):
             yield columns.flatten(columns.dim() - 1 - events)
         return
-    for kind in type(distribution).__mro__:
-        if kind in ROOTS:
-            yield from ROOTS[kind](distribution)
-            return
+    if (root := known_root(distribution)) is not None:
+        yield from root(distribution)
+        return
     if not distribution.has_enumerate_support:
-        raise LikelihoodError(
-            f"fisher='exact' does not know {type(distribution).__name__}; "
-            "use fisher='sampled', or a categorical, bernoulli or normal likelihood"
-        )
+        raise UnknownRootError(type(distribution).__name__)
     for value in distribution.enumerate_support():
         log_p = distribution.log_prob(value).unsqueeze(-1)
         yield (0.5 * log_p.detach()).exp() * log_p

@@ -7,7 +7,7 @@ likelihood factorises over tokens.
 Two estimators of the Fisher need more than torch's distributions offer: a square root of the output
 Fisher, of which the exact one takes every column, and the sampled one all columns with random
 signs. It is told once for each class of distributions (``ROOTS``), in the file of the likelihood
-that returns it, so a callable that returns torch's own distributions has it too.
+that returns it or in roots.py, so a callable that returns torch's own distributions has it too.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, TypeGuard, runtime_check
 import torch
 from torch import Tensor
 from torch import distributions as D
+from torch.autograd import forward_ad
 from torch.distributions import Distribution, Independent
 
 from kfac_fx.errors import LikelihoodError
@@ -161,6 +162,21 @@ class Signs(NamedTuple):
         return drawn.bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
 
 
+class UnknownRootError(LikelihoodError):
+    """No root of the output Fisher is known.
+
+    Attributes:
+        name: of the distribution's class.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"fisher='exact' does not know {name}; use fisher='sampled', or a categorical, "
+            "bernoulli or normal likelihood"
+        )
+        self.name = name
+
+
 Root = Callable[[Any], Iterator[Tensor]]
 """From a distribution to the columns of a square root S of its output Fisher, S S^T = F_out.
 
@@ -170,6 +186,29 @@ multiplied with is detached.
 
 ROOTS: dict[type[Distribution], Root] = {}
 """By the distribution's class. Subclasses have the root of their nearest ancestor."""
+
+FIXED: dict[type[Distribution], str] = {}
+"""An attribute that must not depend on the outputs, for the root of a class to be known."""
+
+
+def may_vary(value: Tensor) -> bool:
+    """Say whether a tensor has a derivative, by a backward or in forward mode."""
+    # Forward mode runs without gradients, where no tensor says that it needs one.
+    return value.requires_grad or forward_ad.unpack_dual(value).tangent is not None
+
+
+def varies_too_much(distribution: Distribution, kind: type[Distribution]) -> bool:
+    """Say whether what must be fixed for the root of a class depends on the outputs."""
+    fixed = FIXED.get(kind)
+    return fixed is not None and may_vary(getattr(distribution, fixed))
+
+
+def known_root(distribution: Distribution) -> Root | None:
+    """Return the root of a distribution's output Fisher, where it is known in closed form."""
+    for kind in type(distribution).__mro__:
+        if kind in ROOTS:
+            return None if varies_too_much(distribution, kind) else ROOTS[kind]
+    return None
 
 
 def drawing_root(distribution: Distribution) -> tuple[Distribution, Root | None]:
@@ -187,8 +226,10 @@ def drawing_root(distribution: Distribution) -> tuple[Distribution, Root | None]
     # says nothing else, and has a root, too.
     for kind in type(distribution).__mro__:
         if kind in ROOTS:
-            own = getattr(kind, "sample", None)
-            return distribution, ROOTS[kind] if type(distribution).sample is own else None
+            known = type(distribution).sample is getattr(kind, "sample", None)
+            # Most classes have nothing that must be fixed, and need no further look.
+            known = known and not (kind in FIXED and varies_too_much(distribution, kind))
+            return distribution, ROOTS[kind] if known else None
     return distribution, None
 
 
@@ -430,10 +471,20 @@ class Normal:
 
 def _normal_root(distribution: D.Normal) -> Iterator[Tensor]:
     # F_out = diag(1 / sigma^2, 2 / sigma^2) in (mean, sigma).
-    sigma = distribution.scale.detach()
-    yield (distribution.loc / sigma).unsqueeze(-1)
-    if distribution.scale.requires_grad:
-        yield (2**0.5 * distribution.scale / sigma).unsqueeze(-1)
+    yield from location_scale_root(distribution, 2.0)
+
+
+def location_scale_root(distribution: D.Normal | D.Laplace, c: float) -> Iterator[Tensor]:
+    """Yield the columns of F_out = diag(1 / scale^2, c / scale^2) in (loc, scale).
+
+    Args:
+        distribution: has ``loc`` and ``scale``; a scale without a derivative has no column.
+        c: of the scale's entry.
+    """
+    scale = distribution.scale.detach()
+    yield (distribution.loc / scale).unsqueeze(-1)
+    if may_vary(distribution.scale):
+        yield (c**0.5 * distribution.scale / scale).unsqueeze(-1)
 
 
 ROOTS[D.Normal] = _normal_root

@@ -23,8 +23,8 @@ from kfac_fx.likelihoods.builtin import Bernoulli, Categorical, Likelihood, Norm
 class Custom:
     """Any callable from outputs to a Distribution; wrap in Independent what is one event.
 
-    Draws and exact Fishers work for the families that ``builtin`` knows, and for distributions
-    with a finite support; draws also for all others that have ``sample``.
+    Signs and exact Fishers work for the families of ``builtin`` and ``roots``; exact Fishers also
+    for distributions with a finite support, and draws for all that have ``sample``.
     """
 
     function: Callable[[Tree], Distribution]

@@ -1,7 +1,8 @@
 """K-FAC as a whole optimizer: Algorithm 2 of Martens & Grosse (2015), and KFC's stochastic form.
 
-An iteration is read here; its parts are in objective.py (passes of the network), updates.py (from
-gradient to update), batch_trust.py (which batches are believed) and last_step.py (undoing).
+An iteration is read here; its parts are in objective.py (passes of the network),
+batch_statistics.py (statistics), updates.py (from gradient to update), batch_trust.py (which
+batches are believed) and last_step.py (undoing).
 """
 
 from __future__ import annotations
@@ -17,34 +18,33 @@ from torch import Tensor, fx
 from torch.optim import Optimizer
 
 from kfac_fx.config import CurvatureOptions, Fisher, Structure, Tikhonov, choice, period_or_ours
-from kfac_fx.curvature.estimate import STATISTICS, is_due, terms_needed
 from kfac_fx.curvature.inverses import InverseFisher
 from kfac_fx.curvature.parameters import transformed
-from kfac_fx.errors import ParameterChangedError
+from kfac_fx.errors import ParameterChangedError, UnknownOptionError
 from kfac_fx.likelihoods.builtin import Tree
 from kfac_fx.likelihoods.named import Given, check_described, described, likelihood_of
 from kfac_fx.likelihoods.sampling import fresh_generator
 from kfac_fx.linalg.precision import all_finite
+from kfac_fx.optim.batch_statistics import BatchStatistics
 from kfac_fx.optim.batch_trust import BatchTrust, warn_rarely
 from kfac_fx.optim.diagnostics import Diagnostics
+from kfac_fx.optim.failed_steps import EARLY, STUCK, TRIES, FailedSteps
 from kfac_fx.optim.groups import Groups
 from kfac_fx.optim.kfac_options import KFACOptions
 from kfac_fx.optim.last_step import Buffers, LastStep
 from kfac_fx.optim.objective import Batch, Objective
-from kfac_fx.optim.products import Direction
+from kfac_fx.optim.products import Direction, NoProductsError
 from kfac_fx.optim.updates import RATE, Forms, Situation
 from kfac_fx.parallel import ALONE, Workers
 from kfac_fx.reading.inspection import HasCurvature
 from kfac_fx.statistics.recorder import Recorder
 from kfac_fx.torch_internals import foreach
+from kfac_fx.torch_internals.modes import weights_cast_anew
 
 log = logging.getLogger("kfac_fx")
 
 VERSION = 2
 """Of the layout of ``state_dict``; raised when an older one can no longer be read."""
-
-TRIES = 4
-"""How many steps are tried on a batch whose loss they raise, each with more damping."""
 
 
 class KFAC(HasCurvature, Optimizer):
@@ -54,8 +54,8 @@ class KFAC(HasCurvature, Optimizer):
     Fisher, and lambda is found and adapts itself; nothing needs tuning. With an ``lr`` (which any
     scheduler of torch may change) the form is KFC's: update = momentum * previous - lr * proposal,
     with the bounds of ``Preconditioner``. Where batches turn out to disagree about the steps of the
-    model, a run without ``lr`` goes on in that form, at 0.1, which the diagnostics show. Both are
-    derived in docs/explanation/mathematics.md, section 9.
+    model, or there are none (docs/howto/whole_optimizer.md), a run without ``lr`` goes on in that
+    form, at 0.1, which the diagnostics show. docs/explanation/mathematics.md derives both.
 
     Args:
         net: what ``kfac_fx.transform`` returned. Parameters that it left alone are not updated.
@@ -126,8 +126,8 @@ class KFAC(HasCurvature, Optimizer):
         self.generator = generator or fresh_generator()
         self._options = options
         self._workers = workers
-        statistics_every = period_or_ours("statistics_every", statistics_every)
-        refresh_every = period_or_ours("refresh_every", refresh_every)
+        recording = period_or_ours("statistics_every", statistics_every)
+        refreshing = period_or_ours("refresh_every", refresh_every)
         choice("fisher", fisher, ("sampled", "exact"))
         known = likelihood_of(likelihood)
 
@@ -170,19 +170,17 @@ class KFAC(HasCurvature, Optimizer):
         self.recorder.switch(False)
 
         # From gradient to update.
+        periods = (recording, refreshing)
         self._forms = Forms(
-            self.inverse,
-            self._objective,
-            workers,
-            options,
-            damping,
-            weight_decay,
-            statistics_every,
-            refresh_every,
+            self.inverse, self._objective, workers, options, damping, weight_decay, *periods
         )
         self._form = self._forms.adaptive() if lr is None else self._forms.scheduled()
         self._trust = BatchTrust(options.outlier)
+        self._statistics = BatchStatistics(
+            self.recorder, self.inverse, self._objective, self._trust
+        )
         self._last = LastStep()
+        self._failed = FailedSteps()
         self._iteration = 0
         self.diagnostics = Diagnostics()
         self.skipped_batches = 0
@@ -207,13 +205,15 @@ class KFAC(HasCurvature, Optimizer):
             LikelihoodError, ObservationError: the outputs do not fit, or cannot be recorded;
                 nothing has changed.
             ParameterChangedError: a parameter was replaced, reshaped, cast or moved.
+            UnknownOptionError: the paper's form cannot be used; see docs/howto/whole_optimizer.md.
         """
         self.recorder.take_turn()
         self.inverse.covered.check()
         buffers = self._objective.snapshot()
         iteration = self._iteration
         draws = self.generator.get_state()
-        with self._whole.open():
+        # A step changes the weights between its passes, and autocast would not notice.
+        with weights_cast_anew(), self._whole.open():
             try:
                 return self._iterate(Batch(inputs, targets), buffers)
             except BaseException:
@@ -249,8 +249,9 @@ class KFAC(HasCurvature, Optimizer):
             buffers = self._objective.snapshot()
             loss, gradient = self._gradient(batch)
         self._iteration += 1
-        if not self._record(batch):
+        if not self._statistics.record(batch, self._iteration, self._form, self.diagnostics):
             self._iteration -= 1
+            self.skipped_statistics += 1
             self._skip(buffers, "statistics")
             return loss
         if self.inverse.estimate.recorded:
@@ -289,12 +290,18 @@ class KFAC(HasCurvature, Optimizer):
             # Lambda of the first iteration is found by its first attempt.
             damping = damping or rule.damping
             rule.raised(first=self._iteration == 1)
-        self._reject(f"{TRIES} steps raised the loss of their own batch, none is made")
+        self.rejected_steps += 1
+        if self._failed.none_made(self._iteration):
+            self._take_rate(f"{STUCK} batches in a row had no step that lowers their loss")
 
     def _attempt(self, at: Situation, buffers: Buffers) -> bool:
         """Make a step; return False if it was put back, as the batch's loss grew."""
         with self.diagnostics.stage("update"):
-            made = self._form.make(at)
+            try:
+                made = self._form.make(at)
+            except NoProductsError as error:
+                self._take_rate(f"steps of the model take products with the Fisher, and {error}")
+                made = self._form.make(replace(at, previous={}))
         self.diagnostics.update(made.numbers)
         if not all_finite(list(made.step.values())):
             self._last.forget_update()
@@ -323,13 +330,16 @@ class KFAC(HasCurvature, Optimizer):
         Batch and masks are those of the model. On other cases the ratio would say how much the
         cases differ, not how far the model can be believed.
         """
+        self._failed.begin(before)
         with self.diagnostics.stage("ratio"), self._objective.aside():
             after = self._objective.value(batch) + self._groups.l2()
         if self._form.held_out:
             # "not <=" rather than ">": a loss that is not a number is no good.
             if not after <= before:
                 self._last.put_back(self._groups.parameters())
+                self._failed.raised(before, after)
                 return False
+            self._failed.made()
         elif self._trust.grew(before, after):
             self._undo()
             return True
@@ -353,11 +363,27 @@ class KFAC(HasCurvature, Optimizer):
             return True
         self.diagnostics["rho_held_out"] = rule.judge_held_out(after - before)
         if rule.noisy:
-            # The model's steps would be momentum for others, and are of another length.
-            self._form = self._forms.scheduled(RATE)
-            self._last.forget_update()
+            self._change_form()
             log.info("iteration %d: batches disagree, steps have a rate from here", self._iteration)
         return False
+
+    def _take_rate(self, why: str) -> None:
+        """Go on with steps of a rate, as there are none of the model; say why.
+
+        Raises:
+            UnknownOptionError: the steps are to be the paper's.
+        """
+        if self._form.held_out is None:
+            raise UnknownOptionError(f"KFACOptions.paper() does not work here: {why}; pass lr=")
+        self._change_form()
+        self.inverse.use(None)  # they are of a lambda that has to do with the model alone
+        self._failed.take_rate(self._iteration, why, RATE)
+
+    def _change_form(self) -> None:
+        """Go on with steps of a rate."""
+        self._form = self._forms.scheduled(RATE)
+        # The model's steps would be momentum for others, and are of another length.
+        self._last.forget_update()
 
     # The parts of an iteration.
 
@@ -370,35 +396,6 @@ class KFAC(HasCurvature, Optimizer):
             loss, dense = self._objective.gradient(batch, parameters, compared)
         pairs = zip(parameters.items(), dense, strict=True)
         return loss, {n: g.add(p, alpha=decay[n]) if decay[n] else g for (n, p), g in pairs}
-
-    def _record(self, batch: Batch) -> bool:
-        """Record where that is due; return False if the statistics are no good."""
-        recorded = self.inverse.estimate.recorded
-        due = is_due(self._iteration - 1, self._form.statistics_every, STATISTICS)
-        if recorded and not due:
-            return True
-        # tau1 of a small batch is a few cases, whose averages have no inverse to speak of.
-        terms = terms_needed(recorded, self._form.ema_decay)
-        least = math.ceil(terms * self._objective.cases / self._objective.terms)
-        part = self._objective.first(batch, self._form.statistics_fraction, least)
-        with self.diagnostics.stage("statistics"):
-            if self.recorder.by_inputs:
-                with self._objective.same_masks():
-                    finite = self.recorder.observe_inputs(part.inputs, part.targets)
-            else:  # sharded parameters, which a pass of the recorder's own does not see whole
-                self.recorder.switch(True)
-                with torch.enable_grad(), self._objective.aside():
-                    outputs = self._objective.outputs(part.inputs)
-                    finite = self.recorder.observe(outputs, part.targets)
-            found = self.recorder.take()
-        self.recorder.switch(False)
-        # A batch with few cases moves the averages as little as its step moves the parameters.
-        decay = self._form.ema_decay ** self._trust.share(self._objective.cases)
-        widest = self._trust.widest(self._form.compares_batches)
-        taken = finite and self.inverse.fold(found, decay, widest, follows=self._form.follows)
-        self._trust.fitted(taken)
-        self.skipped_statistics += not taken
-        return taken
 
     # Batches and steps that are no good.
 
@@ -418,12 +415,13 @@ class KFAC(HasCurvature, Optimizer):
         """Put parameters and buffers back to before the last step; lambda grows."""
         self._objective.restore(self._last.undo(self._groups.parameters()))
         self._form.rule.rejected()
-        self._reject("the loss grew too much, the last step is undone")
+        searching = not self._form.scheduled and self._iteration <= EARLY
+        self._reject("the loss grew too much, the last step is undone", quiet=searching)
 
-    def _reject(self, why: str) -> None:
+    def _reject(self, why: str, quiet: bool = False) -> None:
         """Count a step that was undone or not made."""
         self.rejected_steps += 1
-        warn_rarely(self.rejected_steps, "iteration %d: %s", self._iteration, why)
+        self._failed.tell(self._iteration, why, quiet)
 
     def _skip(self, buffers: Buffers, what: str) -> None:
         """Put the buffers back to before a batch of which nothing is used, and count it."""
@@ -458,6 +456,7 @@ class KFAC(HasCurvature, Optimizer):
                 "likelihood": described(self._objective.likelihood),
                 "iteration": self._iteration,
                 "trust": self._trust.state(),
+                "failed": self._failed.state(),
                 "scheduled": self._form.scheduled,
                 "length": self._form.length.state() if self._form.length else None,
                 "rule": self._form.rule.state(),
@@ -489,6 +488,7 @@ class KFAC(HasCurvature, Optimizer):
         self._form.rule.load(own["rule"])
         self._iteration = own["iteration"]
         self._trust.load(own["trust"])
+        self._failed.load(own.get("failed", (None, 0, 0)))
         if self._form.length and own.get("length"):
             self._form.length.load(own["length"], self.inverse.estimate.like.device)
         self._last.load(own["previous"], own["before"])

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from kfac_fx.codegen.functional import NotFunctionalError, no_autocast, random_nodes
 from kfac_fx.codegen.replay import replayable
 from kfac_fx.likelihoods.batch import BatchLikelihood, BatchTerms, Terms, batch_likelihood
-from kfac_fx.likelihoods.builtin import Tree
+from kfac_fx.likelihoods.builtin import Tree, UnknownRootError
 from kfac_fx.likelihoods.named import Sum
 from kfac_fx.statistics.own_pass import OwnPass
 from kfac_fx.statistics.traced_pass import Arguments, Extra, Facts
@@ -35,6 +35,26 @@ Parameters = Mapping[str, Tensor]
 Run = Callable[[Parameters], BatchLikelihood]
 """From parameters by name to what the likelihood says about the outputs. Outputs must not depend on
 random numbers that change from call to call."""
+
+
+class NoProductsError(Exception):
+    """The exact Fisher has no products here, for the reason that the message says."""
+
+
+@contextmanager
+def products_or_reason() -> Iterator[None]:
+    """Tell what is missing for products, rather than torch's words for it.
+
+    Raises:
+        NoProductsError: the output Fisher is not known, or torch lacks a derivative.
+    """
+    try:
+        yield
+    except UnknownRootError as error:
+        raise NoProductsError(f"no root of the Fisher of {error.name} is known") from error
+    except NotImplementedError as error:  # of torch, about forward mode
+        text = str(error).partition(". ")[0].partition("\n")[0]
+        raise NoProductsError(f"torch says {text!r}") from error
 
 
 class Derivatives(NamedTuple):

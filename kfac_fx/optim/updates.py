@@ -22,7 +22,7 @@ from kfac_fx.optim.bounds import AdaptiveLength, LayerBounds
 from kfac_fx.optim.held_out import HeldOutRule
 from kfac_fx.optim.kfac_options import KFACOptions
 from kfac_fx.optim.objective import Batch, Objective
-from kfac_fx.optim.products import Direction, Parameters
+from kfac_fx.optim.products import Direction, Parameters, products_or_reason
 from kfac_fx.optim.quadratic import QuadraticModel, combination, inner_products
 from kfac_fx.optim.taken_step import LARGEST_STEP
 from kfac_fx.parallel import ALONE, Workers
@@ -82,7 +82,11 @@ class UpdateRule(Protocol):
         """Return gamma^2 of factored Tikhonov damping, as the next refresh takes it."""
 
     def __call__(self, at: Situation) -> Update:
-        """Return the update."""
+        """Return the update.
+
+        Raises:
+            NoProductsError: it takes products with the exact Fisher, and there are none.
+        """
 
 
 def due(iteration: int, every: int) -> bool:
@@ -174,7 +178,8 @@ class AdaptiveUpdate:
     def _gram(self, at: Situation, directions: list[Direction]) -> Tensor:
         """Return the products of directions with the exact Fisher, [n, n], of all processes."""
         part = self.objective.first(at.batch, self.fraction, self.fewest)
-        gram = self.objective.fisher_gram(part, at.parameters, directions)
+        with products_or_reason():
+            gram = self.objective.fisher_gram(part, at.parameters, directions)
         self.workers.sum_([gram])
         return gram
 

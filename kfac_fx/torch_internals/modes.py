@@ -38,6 +38,22 @@ exit_autocast: Callable[[torch.autocast], None] = torch.amp.autocast_mode._exit_
 """Leave the region that ``enter_autocast`` returned."""
 
 
+@contextmanager
+def weights_cast_anew() -> Iterator[None]:
+    """Let no pass inside take a copy of a weight that autocast has kept, nor leave one behind.
+
+    Autocast keeps the copies until its outermost region ends, whoever writes to the weights.
+    """
+    kept = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(kept)
+        # Those from before the step are of weights that are no more.
+        torch.clear_autocast_cache()
+
+
 def switches_gradients(func: object) -> bool:
     """Tell whether a torch function is the one that sets the gradient mode."""
     return func is torch._C._set_grad_enabled

@@ -1,0 +1,67 @@
+"""Record the statistics of a batch of ``KFAC``, and fold them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from kfac_fx.curvature.estimate import STATISTICS, is_due, terms_needed
+from kfac_fx.curvature.inverses import InverseFisher
+from kfac_fx.optim.batch_trust import BatchTrust
+from kfac_fx.optim.diagnostics import Diagnostics
+from kfac_fx.optim.objective import Batch, Objective
+from kfac_fx.statistics.recorder import Recorder
+
+if TYPE_CHECKING:
+    from kfac_fx.optim.updates import Form
+
+
+@dataclass(frozen=True)
+class BatchStatistics:
+    """Records batches where that is due, of as many of their cases as averages need.
+
+    Attributes:
+        recorder, inverse, objective, trust: the optimizer's.
+    """
+
+    recorder: Recorder
+    inverse: InverseFisher
+    objective: Objective
+    trust: BatchTrust
+
+    def record(self, batch: Batch, iteration: int, form: Form, diagnostics: Diagnostics) -> bool:
+        """Record where that is due; return False if the statistics are no good.
+
+        Args:
+            batch: the batch of the iteration.
+            iteration: its number, from 1.
+            form: says how often and how much is recorded.
+            diagnostics: those of the iteration.
+        """
+        recorded = self.inverse.estimate.recorded
+        if recorded and not is_due(iteration - 1, form.statistics_every, STATISTICS):
+            return True
+        # tau1 of a small batch is a few cases, whose averages have no inverse to speak of.
+        terms = terms_needed(recorded, form.ema_decay)
+        least = math.ceil(terms * self.objective.cases / self.objective.terms)
+        part = self.objective.first(batch, form.statistics_fraction, least)
+        with diagnostics.stage("statistics"):
+            if self.recorder.by_inputs:
+                with self.objective.same_masks():
+                    finite = self.recorder.observe_inputs(part.inputs, part.targets)
+            else:  # sharded parameters, which a pass of the recorder's own does not see whole
+                self.recorder.switch(True)
+                with torch.enable_grad(), self.objective.aside():
+                    outputs = self.objective.outputs(part.inputs)
+                    finite = self.recorder.observe(outputs, part.targets)
+            found = self.recorder.take()
+        self.recorder.switch(False)
+        # A batch with few cases moves the averages as little as its step moves the parameters.
+        decay = form.ema_decay ** self.trust.share(self.objective.cases)
+        widest = self.trust.widest(form.compares_batches)
+        taken = finite and self.inverse.fold(found, decay, widest, follows=form.follows)
+        self.trust.fitted(taken)
+        return taken
