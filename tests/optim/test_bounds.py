@@ -82,7 +82,8 @@ class Definition:
             cosine = along / (q * self.squared) ** 0.5
             cosine *= 0.2 if cosine > 0 else 0.6
             self.factor = min(max(self.factor * math.exp(cosine), 0.05), 10.0)
-        self.usual = 0.9 * self.usual + 0.1 * lag * q if self.usual else lag * q
+        known = min(lag * q, 1000.0)
+        self.usual = 0.9 * self.usual + 0.1 * known if self.usual else known
         measured = max(self.usual, lag * q)
         share = lag * min(1.0, (0.01 / measured) ** 0.5) * self.factor
         if self.past is None:
@@ -151,7 +152,8 @@ def test_easy_batches_do_not_outvote_hard_ones() -> None:
     for step in range(80):
         g = hard if step % 4 == 0 else easy
         squared = float(g.square().sum())
-        usual = 0.9 * usual + 0.1 * squared if usual else squared
+        known = min(squared, 1000.0)
+        usual = 0.9 * usual + 0.1 * known if usual else known
         share = length.share(parts(g), parts(g), NAMES)
         measured = max(usual, squared)
         assert share == pytest.approx(length.factor * min(1.0, (0.01 / measured) ** 0.5))
@@ -187,6 +189,9 @@ def test_a_fisher_that_vanishes_where_the_network_is_wrong_is_not_believed() -> 
         share = length.share(gradient, gradient, NAMES, Scale(1e8))
         assert share == pytest.approx(lag * (0.01 / (lag * squared)) ** 0.5)
         assert length.widest == pytest.approx(max(0.02, 0.1 / lag**0.5))
+    # Nor remembered: the next gradient counts beside a thousand nats, not beside 80 thousand.
+    share = length.share(parts(0.01 * g), parts(0.01 * g), NAMES)
+    assert share / length.factor == pytest.approx((0.01 / (900 + 1e-1 * 8e-4)) ** 0.5)
 
 
 def test_other_parameters_start_anew() -> None:
