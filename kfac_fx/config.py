@@ -32,7 +32,20 @@ CAPTURES: Final = get_args(Capture)
 FLOW_DIRECTIONS: Final = get_args(FlowDirection)
 
 MAX_FACTOR_DIM: Final = 8192
-"""Default of the largest side of a Kronecker factor that is kept as a matrix."""
+"""Largest side of a Kronecker factor that is not a diagonal, unless a limit is given."""
+
+MAX_WHOLE_DIM: Final = 1280
+"""Largest side that is whole where it could be cut, unless a limit is given.
+
+Networks of 1,024 channels or inputs, and convolutions of 128 channels and 3x3 taps, lie below it.
+"""
+
+SUB_BLOCK_DIM: Final = 512
+"""Largest sub-block of a longer side, unless a limit is given.
+
+A refresh costs the side times the square of this: at 8,192 as much as a whole side of 1,290, so
+that no factor costs more than those that are just not cut.
+"""
 
 MAX_FULL_DIM: Final = 1024
 """Largest side of a full covariance block; above it the block becomes 2x2 blocks or a diagonal."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 from kfac_fx.config import (
     COUPLINGS,
     LARGE_FACTORS,
     MAX_FACTOR_DIM,
+    MAX_WHOLE_DIM,
     STRUCTURES,
+    SUB_BLOCK_DIM,
     WEIGHT_SHARING,
     Couplings,
     LargeFactors,
@@ -31,10 +33,27 @@ class TransformKeywords(TypedDict, total=False):
     exclude: Collection[str]
     strict: bool
     weight_sharing: WeightSharing
-    max_factor_dim: int
+    max_factor_dim: int | None
     large_factors: LargeFactors
     ekfac: bool
     rules: Rules | None
+
+
+class SideLimits(NamedTuple):
+    """The sizes at which the form of a Kronecker factor changes.
+
+    Attributes:
+        whole: the largest side that is whole where it could be cut.
+        sub_block: the largest sub-block of those that are cut.
+        matrix: the largest side of all others that is a matrix; longer ones are diagonals.
+    """
+
+    whole: int = MAX_WHOLE_DIM
+    sub_block: int = SUB_BLOCK_DIM
+    matrix: int = MAX_FACTOR_DIM
+
+
+DEFAULT_LIMITS = SideLimits()
 
 
 @dataclass(frozen=True)
@@ -51,9 +70,10 @@ class TransformOptions:
         strict: raise ``CoverageError`` where a block would be weaker than its kind allows.
         weight_sharing: "expand" counts positions that share a weight as cases, "reduce" works with
             their mean input and summed derivative.
-        max_factor_dim: the largest side of a Kronecker factor that is kept as a whole matrix.
-        large_factors: "diagonal" keeps larger sides as vectors, "blocks" cuts those of dense uses
-            into equal sub-blocks.
+        max_factor_dim: the largest side of a Kronecker factor that is kept as a whole matrix; None
+            leaves it to the library (``limits``).
+        large_factors: "diagonal" keeps larger sides as vectors, "blocks" cuts those of uses that
+            can be cut into equal sub-blocks.
         ekfac: record the second moments that ``tikhonov="ekfac"`` needs.
         rules: those that are asked about every call; None stands for the library's own and those
             that ``register_rule`` has added when a model is analysed.
@@ -67,7 +87,7 @@ class TransformOptions:
     exclude: Collection[str] = ()
     strict: bool = False
     weight_sharing: WeightSharing = "expand"
-    max_factor_dim: int = MAX_FACTOR_DIM
+    max_factor_dim: int | None = None
     large_factors: LargeFactors = "diagonal"
     ekfac: bool = False
     rules: Rules | None = None
@@ -85,6 +105,17 @@ class TransformOptions:
         if self.structure is None and self.couplings == "data":
             return "block_tridiagonal"
         return self.structure or "block_diagonal"
+
+    @property
+    def limits(self) -> SideLimits:
+        """Return the sizes at which the form of a Kronecker factor changes."""
+        limit = self.max_factor_dim
+        # Cut sides have no cross factors and no second moments, and are weaker: who asks for one of
+        # these, or for nothing weaker, has asked for whole sides and not for cheap ones.
+        coupled = self.preferred == "block_tridiagonal"
+        if limit is None and (coupled or self.ekfac or self.strict):
+            limit = MAX_FACTOR_DIM
+        return DEFAULT_LIMITS if limit is None else SideLimits(limit, limit, limit)
 
     def __post_init__(self) -> None:
         # Callers without a type checker pass any string: it is refused here, before a model is
