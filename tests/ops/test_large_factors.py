@@ -11,7 +11,7 @@ from support.oracles import Categorical, Measure, Normal, close
 from support.recurrent_oracle import IN, H, N, T, Tagger
 from support.shared_weights import Tied
 from support.sub_blocks import LIMITS, head, joined, kept
-from torch import nn
+from torch import Tensor, nn
 
 import kfac_fx
 
@@ -134,14 +134,28 @@ def test_whole_sides_for_who_asks(options: dict[str, Any]) -> None:
     assert sides(nn.Linear(1500, 2), structure="block_diagonal")[0] == (3, 501, 501)
 
 
+class Two(nn.Module):
+    """Two layers of the same inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(1500, 2), nn.Linear(1500, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.one(x) + self.two(x)
+
+
 def test_cut_by_default_is_said(caplog: pytest.LogCaptureFixture) -> None:
-    net = kfac_fx.transform(nn.Linear(1500, 2))
+    """The report says it of each block, and one warning of all that are cut in the same way."""
+    net = kfac_fx.transform(Two())
     said = (
         "A of side 1501 above 1280, cut into 3 sub-blocks of 501; max_factor_dim=8192 keeps it "
         "whole"
     )
-    assert said in str(net.curvature)
-    assert said in caplog.text
+    assert str(net.curvature).count(said) == 2
+    assert caplog.messages == [
+        f"weaker block: one.weight, one.bias, two.weight, two.bias: {said}",
+    ]
 
 
 def test_report_and_memory() -> None:
