@@ -91,7 +91,7 @@ def transform(
         weight_sharing: "expand" treats the positions that share a weight as uncorrelated cases,
             "reduce" works with their mean input and summed derivative (Eschenhagen et al. 2023).
         max_factor_dim: the largest side of a Kronecker factor (a long vocabulary) that is whole.
-            None cuts sides from 1,281 to 8,192 into equal sub-blocks of at most 512, which the
+            None cuts sides from 1,281 to 8,192 into equal sub-blocks of at most 640, which the
             report names; where ``strict``, ekfac, couplings="data" or "block_tridiagonal" are asked
             for, and for uses that cannot be cut, it is 8192.
         large_factors: "diagonal" keeps larger sides as vectors; "blocks" cuts those of dense uses,

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 from kfac_fx.config import (
     COUPLINGS,
+    DEFAULT_LIMITS,
     LARGE_FACTORS,
     MAX_FACTOR_DIM,
-    MAX_WHOLE_DIM,
     STRUCTURES,
-    SUB_BLOCK_DIM,
     WEIGHT_SHARING,
     Couplings,
     LargeFactors,
+    SideLimits,
     Structure,
     WeightSharing,
     choice,
@@ -37,23 +37,6 @@ class TransformKeywords(TypedDict, total=False):
     large_factors: LargeFactors
     ekfac: bool
     rules: Rules | None
-
-
-class SideLimits(NamedTuple):
-    """The sizes at which the form of a Kronecker factor changes.
-
-    Attributes:
-        whole: the largest side that is whole where it could be cut.
-        sub_block: the largest sub-block of those that are cut.
-        matrix: the largest side of all others that is a matrix; longer ones are diagonals.
-    """
-
-    whole: int = MAX_WHOLE_DIM
-    sub_block: int = SUB_BLOCK_DIM
-    matrix: int = MAX_FACTOR_DIM
-
-
-DEFAULT_LIMITS = SideLimits()
 
 
 @dataclass(frozen=True)

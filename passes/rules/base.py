@@ -17,7 +17,7 @@ from kfac_fx.capture.dialect import Call, add_operation
 from kfac_fx.capture.graph_view import GraphView
 from kfac_fx.capture.layer_calls import TRANSLATIONS, Member, ModuleCall
 from kfac_fx.capture.parameter_paths import Reference
-from kfac_fx.config import MAX_FULL_DIM
+from kfac_fx.config import DEFAULT_LIMITS, MAX_FULL_DIM, SideLimits
 from kfac_fx.ir.layout import Layout
 from kfac_fx.ir.use import (
     Approximation,
@@ -32,7 +32,6 @@ from kfac_fx.ir.use import (
 )
 from kfac_fx.ops.kronecker import ShiftOptions
 from kfac_fx.ops.options import TapOptions
-from kfac_fx.passes.options import DEFAULT_LIMITS, SideLimits
 from kfac_fx.passes.rules.row_scaling import counting_dims, measure_scaling
 
 GraphValue: TypeAlias = Any
