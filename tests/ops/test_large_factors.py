@@ -1,4 +1,4 @@
-"""Sides above ``max_factor_dim``: a diagonal vector, or sub-blocks along the diagonal."""
+"""Sides above ``max_factor_dim``, and long ones by default: a diagonal, or sub-blocks."""
 
 from __future__ import annotations
 
