@@ -44,7 +44,7 @@ SUB_BLOCK_DIM: Final = 640
 """Largest sub-block of a longer side, unless a limit is given.
 
 A refresh costs the side times the square of this: at 8,192 as much as a whole side of 1,500. In
-equal time 512 and 768 train about as well; 1,024 makes a third fewer steps on wide layers.
+equal time 512 and 768 train about as well; 1,024 makes a fifth to a third fewer steps.
 """
 
 
