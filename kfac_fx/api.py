@@ -20,7 +20,6 @@ from kfac_fx.capture.symbolic_trace import opaque_calls
 from kfac_fx.capture.user_lines import user_line
 from kfac_fx.config import (
     CAPTURES,
-    MAX_FACTOR_DIM,
     Capture,
     Couplings,
     LargeFactors,
@@ -62,7 +61,7 @@ def transform(
     exclude: Collection[str] = (),
     strict: bool = False,
     weight_sharing: WeightSharing = "expand",
-    max_factor_dim: int = MAX_FACTOR_DIM,
+    max_factor_dim: int | None = None,
     large_factors: LargeFactors = "diagonal",
     ekfac: bool = False,
     rules: Rules | None = None,
@@ -92,10 +91,13 @@ def transform(
         weight_sharing: "expand" treats the positions that share a weight as uncorrelated cases,
             "reduce" works with their mean input and summed derivative (Eschenhagen et al. 2023).
         max_factor_dim: the largest side of a Kronecker factor (a long vocabulary) that is whole.
-        large_factors: "diagonal" keeps larger sides as vectors; "blocks" cuts those of dense uses
-            into ceil(d / max_factor_dim) equal sub-blocks along the diagonal. Where they do not
-            divide d, the last is filled up with zeros, which damping makes invertible and which
-            nothing else sees.
+            None cuts sides from 1,281 to 8,192 into equal sub-blocks of at most 640, which the
+            report names; where ``strict``, ekfac, couplings="data" or "block_tridiagonal" are asked
+            for, and for uses that cannot be cut, it is 8192.
+        large_factors: "diagonal" keeps larger sides as vectors; "blocks" cuts those of dense uses,
+            convolutions and gates (not of groups) into ceil(d / max_factor_dim) equal sub-blocks
+            along the diagonal. Where they do not divide d, the last is filled up with zeros, which
+            damping makes invertible and which nothing else sees.
         ekfac: record what ``tikhonov="ekfac"`` needs: second moments of per-case gradients in the
             bases of the Kronecker blocks of plain layers (not of running models, capture="eager").
         rules: the rules that recognise uses, in place of the library's own and those that

@@ -14,7 +14,7 @@ log = logging.getLogger("kfac_fx")
 
 
 class CheckCoverage(Analysis):
-    """Log the blocks that are weaker than their kind allows, as warnings.
+    """Log the blocks that are weaker than their kind allows, as one warning for each reason.
 
     Args:
         strict: raise instead of logging, so that no model trains with less than was expected.
@@ -29,7 +29,11 @@ class CheckCoverage(Analysis):
     def analyse(self, module: fx.GraphModule) -> CurvatureGraph:
         """Return the curvature graph as it is."""
         curvature = curvature_of(module, "CheckCoverage")
-        lines = [f"{', '.join(b.parameters)}: {b.reason}" for b in curvature.fallbacks]
+        # Equal layers share their reason: a deep network says it once and not once a layer.
+        named: dict[str | None, list[str]] = {}
+        for block in curvature.fallbacks:
+            named.setdefault(block.reason, []).extend(block.parameters)
+        lines = [f"{', '.join(names)}: {reason}" for reason, names in named.items()]
         # All of them at once: who excludes one parameter would meet the next error else.
         if lines and self.strict:
             raise CoverageError(

@@ -150,7 +150,7 @@ def _site(
         view,
         parameters,
         reduce=options.weight_sharing == "reduce",
-        max_factor_dim=options.max_factor_dim,
+        limits=options.limits,
         alone=alone,
         large_factors=options.large_factors,
     )

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, TypedDict
 
 from kfac_fx.config import (
     COUPLINGS,
+    DEFAULT_LIMITS,
     LARGE_FACTORS,
     MAX_FACTOR_DIM,
     STRUCTURES,
     WEIGHT_SHARING,
     Couplings,
     LargeFactors,
+    SideLimits,
     Structure,
     WeightSharing,
     choice,
@@ -31,7 +33,7 @@ class TransformKeywords(TypedDict, total=False):
     exclude: Collection[str]
     strict: bool
     weight_sharing: WeightSharing
-    max_factor_dim: int
+    max_factor_dim: int | None
     large_factors: LargeFactors
     ekfac: bool
     rules: Rules | None
@@ -51,9 +53,10 @@ class TransformOptions:
         strict: raise ``CoverageError`` where a block would be weaker than its kind allows.
         weight_sharing: "expand" counts positions that share a weight as cases, "reduce" works with
             their mean input and summed derivative.
-        max_factor_dim: the largest side of a Kronecker factor that is kept as a whole matrix.
-        large_factors: "diagonal" keeps larger sides as vectors, "blocks" cuts those of dense uses
-            into equal sub-blocks.
+        max_factor_dim: the largest side of a Kronecker factor that is kept as a whole matrix; None
+            leaves it to the library (``limits``).
+        large_factors: "diagonal" keeps larger sides as vectors, "blocks" cuts those of uses that
+            can be cut into equal sub-blocks.
         ekfac: record the second moments that ``tikhonov="ekfac"`` needs.
         rules: those that are asked about every call; None stands for the library's own and those
             that ``register_rule`` has added when a model is analysed.
@@ -67,7 +70,7 @@ class TransformOptions:
     exclude: Collection[str] = ()
     strict: bool = False
     weight_sharing: WeightSharing = "expand"
-    max_factor_dim: int = MAX_FACTOR_DIM
+    max_factor_dim: int | None = None
     large_factors: LargeFactors = "diagonal"
     ekfac: bool = False
     rules: Rules | None = None
@@ -85,6 +88,17 @@ class TransformOptions:
         if self.structure is None and self.couplings == "data":
             return "block_tridiagonal"
         return self.structure or "block_diagonal"
+
+    @property
+    def limits(self) -> SideLimits:
+        """Return the sizes at which the form of a Kronecker factor changes."""
+        limit = self.max_factor_dim
+        # Cut sides have no cross factors and no second moments, and are weaker: who asks for one of
+        # these, or for nothing weaker, has asked for whole sides and not for cheap ones.
+        coupled = self.preferred == "block_tridiagonal"
+        if limit is None and (coupled or self.ekfac or self.strict):
+            limit = MAX_FACTOR_DIM
+        return DEFAULT_LIMITS if limit is None else SideLimits(limit, limit, limit)
 
     def __post_init__(self) -> None:
         # Callers without a type checker pass any string: it is refused here, before a model is

@@ -147,7 +147,7 @@ class ConvolutionStatistics(ColumnKroneckerStatistics):
             # A compiler's own loops over patches are no faster, and take minutes to compile.
             operator = torch.ops.kfac_fx.convolution_inputs.default
             options = self.options.to_args()
-            found: Tensor = operator(x, list(outputs), self.A.diagonal, self.one, *options)
+            found: Tensor = operator(x, list(outputs), *self.A, self.one, *options)
         else:
             found = self.formed(x, outputs)
         return found if self.options.groups > 1 else found.squeeze(0)
@@ -159,7 +159,7 @@ class ConvolutionStatistics(ColumnKroneckerStatistics):
         groups, reduce = self.options.groups, self.options.reduce
         grouped = g.to(dtype).flatten(2).unflatten(1, (groups, -1))  # [N, groups, C / groups, S]
         channels, positions = grouped.shape[2:]
-        if reduce or self.G.diagonal or positions < channels:
+        if reduce or self.G != WHOLE or positions < channels:
             if reduce:
                 grouped = grouped.sum(-1, keepdim=True)
             rows = grouped.permute(1, 2, 0, 3).contiguous().movedim(1, -1)
@@ -179,7 +179,7 @@ class ConvolutionStatistics(ColumnKroneckerStatistics):
         """Return A [groups, ...] for these output positions, operator by operator."""
         given = self.options
         axes = given.window.axes(x) if isinstance(given.window, Window) else None
-        plain = not given.reduce and not self.A.diagonal and suits(x)
+        plain = not given.reduce and self.A == WHOLE and suits(x)
         if axes is None or not plain or not is_cheaper(len(x), axes):
             return self._by_patches(x, outputs)
         # With stride 1 the entries of the Gram matrix of patches are correlations of the input
@@ -312,16 +312,16 @@ register_side("convolution", ConvolutionOptions, lambda options, _: ConvolutionS
 
 
 def _formed(
-    x: Tensor, outputs: Sequence[int], diagonal: bool, one: float, *options: object
+    x: Tensor, outputs: Sequence[int], diagonal: bool, blocks: int, one: float, *options: object
 ) -> Tensor:
     """Return A for a compiler: ``ConvolutionStatistics.formed`` as one operator."""
     given = ConvolutionOptions.from_args(options)
-    statistics = ConvolutionStatistics(given, FactorForm(diagonal), one=one)
+    statistics = ConvolutionStatistics(given, FactorForm(diagonal, blocks), one=one)
     return statistics.formed(x, outputs).contiguous()
 
 
 LIBRARY.define(
-    "convolution_inputs(Tensor x, SymInt[] outputs, bool diagonal, float one, "
+    "convolution_inputs(Tensor x, SymInt[] outputs, bool diagonal, int blocks, float one, "
     f"{ConvolutionOptions.schema()}) -> Tensor"
 )
 LIBRARY.impl("convolution_inputs", _formed, "CPU")

@@ -17,7 +17,7 @@ from kfac_fx.capture.dialect import Call, add_operation
 from kfac_fx.capture.graph_view import GraphView
 from kfac_fx.capture.layer_calls import TRANSLATIONS, Member, ModuleCall
 from kfac_fx.capture.parameter_paths import Reference
-from kfac_fx.config import MAX_FACTOR_DIM, MAX_FULL_DIM
+from kfac_fx.config import DEFAULT_LIMITS, MAX_FULL_DIM, SideLimits
 from kfac_fx.ir.layout import Layout
 from kfac_fx.ir.use import (
     Approximation,
@@ -63,15 +63,15 @@ class Site:
         view: the graph.
         open: parameters that rules may still claim.
         reduce: whether positions that share a weight are reduced rather than expanded.
-        max_factor_dim: sides of Kronecker factors above it become diagonals, or are cut.
+        limits: the sizes above which sides of Kronecker factors are cut or become diagonals.
         alone: weights that are used without their bias elsewhere, so that no use may take both.
-        large_factors: "diagonal" or "blocks": what becomes of such sides of dense uses.
+        large_factors: "diagonal" or "blocks": what becomes of sides above the last of the limits.
     """
 
     view: GraphView
     open: frozenset[str]
     reduce: bool = False
-    max_factor_dim: int = MAX_FACTOR_DIM
+    limits: SideLimits = DEFAULT_LIMITS
     alone: frozenset[str] = frozenset()
     large_factors: str = "diagonal"
 
@@ -192,18 +192,19 @@ def _side_factor(
 ) -> FactorSpec:
     # Above the limit a matrix would take more memory and time than it is worth: a refresh is cubic
     # in the side. Sub-blocks need a tap that can cut its rows, which batches of blocks have not.
-    if dim > site.max_factor_dim:
-        if cuttable and not lead and site.large_factors == "blocks":
-            count = -(-dim // site.max_factor_dim)
-            size = -(-dim // count)
-            return FactorSpec(side, (count, size, size), role, cut=dim)
+    limits, blocks = site.limits, site.large_factors == "blocks"
+    if cuttable and not lead and dim > limits.whole and (blocks or dim <= limits.matrix):
+        count = -(-dim // limits.sub_block)
+        size = -(-dim // count)
+        return FactorSpec(side, (count, size, size), role, cut=dim)
+    if dim > limits.matrix:
         return FactorSpec(side, (*lead, dim), role, diagonal=True)
     return FactorSpec(side, (*lead, dim, dim), role)
 
 
-def gradient_side(site: Site, outputs: int, lead: tuple[int, ...] = ()) -> FactorSpec:
-    """Return G over ``outputs``; a diagonal above ``max_factor_dim``."""
-    return _side_factor(site, "G", "gradient", outputs, lead, cuttable=False)
+def gradient_side(site: Site, outputs: int, *, cuttable: bool = False) -> FactorSpec:
+    """Return G over ``outputs``; a diagonal above the last of the limits, or cut."""
+    return _side_factor(site, "G", "gradient", outputs, (), cuttable)
 
 
 def kronecker_factors(
@@ -233,11 +234,15 @@ def kronecker_factors(
 
 def too_wide(site: Site, factors: Collection[FactorSpec]) -> str | None:
     """Return the reason why a side that could be a matrix is not, None where all are."""
-    limit = f"above max_factor_dim={site.max_factor_dim}"
+    limits = site.limits
+    limit = f"above max_factor_dim={limits.matrix}"
+    # The library's own choice says how to undo it: nobody gave the number that is exceeded.
+    own = limits.whole < limits.matrix
+    cut, undone = (f"above {limits.whole}", f"; {limit[6:]} keeps it whole") if own else (limit, "")
     wide = [f"{f.name} of side {f.shape[-1]}" for f in factors if f.diagonal]
     reasons = [f"{' and '.join(wide)} {limit}, kept as a diagonal"] if wide else []
     reasons += [
-        f"{f.name} of side {f.cut} {limit}, cut into {f.shape[0]} sub-blocks of {f.shape[-1]}"
+        f"{f.name} of side {f.cut} {cut}, cut into {f.shape[0]} sub-blocks of {f.shape[-1]}{undone}"
         for f in factors
         if f.cut
     ]

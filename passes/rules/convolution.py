@@ -85,6 +85,7 @@ class ConvolutionRule:
                 biased,
                 site.reduce,
             ),
+            cuttable=True,
             one_case=one_case,
         )
 
@@ -142,6 +143,7 @@ class TransposedConvolutionRule:
                 biased,
                 site.reduce,
             ),
+            cuttable=True,
             one_case=one_case,
         )
 

@@ -161,7 +161,7 @@ class EmbeddingBagRule:
         options = EmbeddingBagOptions(_mode(call) == "mean", padding)
         # A is V by V: beyond the limit of full covariances its refresh would take longer than all
         # others.
-        matrix = rows <= min(MAX_FULL_DIM, site.max_factor_dim)
+        matrix = rows <= min(MAX_FULL_DIM, site.limits.matrix)
         A = FactorSpec("A", (rows, rows) if matrix else (rows,), "input", diagonal=not matrix)
         G = gradient_side(site, width)
         return ParameterUse(

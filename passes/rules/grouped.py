@@ -39,7 +39,7 @@ class GroupedRule:
         experts, inputs, outputs = weight.layout.shape
         factors = kronecker_factors(site, inputs, outputs, bias=False, lead=(experts,))
         if any(factor.diagonal for factor in factors):
-            return Refusal(f"grouped_mm: a side exceeds max_factor_dim={site.max_factor_dim}")
+            return Refusal(f"grouped_mm: a side exceeds max_factor_dim={site.limits.matrix}")
         return ParameterUse(
             kind=self.kind,
             node=call.node.name,

@@ -21,6 +21,7 @@ from kfac_fx.passes.rules.base import (
     GraphValue,
     Refusal,
     Site,
+    gradient_side,
     kronecker_factors,
     layer_kind,
     node_ref,
@@ -87,7 +88,10 @@ class RecurrentRule:
             return uses
         found = [weight] if bias is None else [weight, bias]
         outputs, inputs = weight.layout.shape
-        factors = kronecker_factors(site, inputs, outputs, bias=bias is not None)
+        A, _ = kronecker_factors(site, inputs, outputs, bias=bias is not None)
+        # G alone is cut, as gates stacked make it four times as long as the hidden state: whether
+        # A has a bias is read off its side, which the zeros that fill up sub-blocks would hide.
+        factors = (A, gradient_side(site, outputs, cuttable=True))
         use = ParameterUse(
             kind=self.kind,
             node=call.node.name,

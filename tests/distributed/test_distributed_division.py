@@ -55,9 +55,10 @@ def train(
 
 
 def trained(
-    structure: str, workers: Any, share: slice, **options: Any
+    structure: str, workers: Any, share: slice, cut: bool = False, **options: Any
 ) -> tuple[Any, dict[str, Tensor]]:
-    net = kfac_fx.transform(build(), structure=structure)
+    sides = {"max_factor_dim": 6, "large_factors": "blocks"} if cut else {}
+    net = kfac_fx.transform(build(), structure=structure, **sides)
     given = {"fisher": "exact", "refresh_every": 2, "damping": 1e-2} | options
     preconditioner = kfac_fx.Preconditioner(net, workers=workers, **given)
     train(net, preconditioner, 9, share)
@@ -86,6 +87,11 @@ def cases() -> dict[Any, Any]:
                 "owner": dict(preconditioner.inverse._engine.division.owner),
                 "everywhere": set(preconditioner.inverse._engine.division.everywhere),
             }
+    found["cut"] = {}
+    for fraction in FRACTIONS:
+        workers = DataParallel(memory_fraction=fraction)
+        share = slice(workers.rank, None, workers.size)
+        found["cut"][fraction] = trained("block_diagonal", workers, share, cut=True)[1]
     found["stale"] = {s: stale(s) for s in (1, 2)}
     found["mistakes"] = mistakes()
     return found
@@ -132,6 +138,18 @@ def test_parameters(world: Any, structure: str, fraction: float, float64: None) 
         for name, value in one[structure, fraction]["parameters"].items():
             torch.testing.assert_close(value, alone[name], rtol=0, atol=1e-8)
             assert torch.equal(value, world[0][structure, fraction]["parameters"][name])
+
+
+@pytest.mark.parametrize("fraction", FRACTIONS)
+def test_sides_that_are_cut(world: Any, fraction: float, float64: None) -> None:
+    """Sub-blocks, which long sides are by default, travel and are divided like whole matrices."""
+    preconditioner, alone = trained("block_diagonal", ALONE, slice(None), cut=True)
+    assert any(
+        len(side) == 3 for b in preconditioner.curvature.blocks.values() for side in b.dimensions
+    )
+    for one in world:
+        for name, value in one["cut"][fraction].items():
+            torch.testing.assert_close(value, alone[name], rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)

@@ -231,6 +231,7 @@ def options(
 
 
 DIAGONAL = FactorForm(diagonal=True)
+CUT = FactorForm(blocks=3)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -242,6 +243,7 @@ DIAGONAL = FactorForm(diagonal=True)
         (ConvolutionStatistics(options(2, "reflect", 1, False, True)), 5),
         (ConvolutionStatistics(options(2, "reflect", 2, True, False), A=DIAGONAL, one=0.0), 5),
         (ConvolutionStatistics(options(2, "transposed", 1, True, False)), 17),
+        (ConvolutionStatistics(options(1, "zeros", 1, True, False), A=CUT, G=CUT), 9),
     ],
 )
 def test_traced_a_is_one_operator(

@@ -1,14 +1,17 @@
-"""Sides above ``max_factor_dim``: a diagonal vector, or sub-blocks along the diagonal."""
+"""Sides above ``max_factor_dim``, and long ones by default: a diagonal, or sub-blocks."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
 from support import oracles
 from support.oracles import Categorical, Measure, Normal, close
+from support.recurrent_oracle import IN, H, N, T, Tagger
 from support.shared_weights import Tied
 from support.sub_blocks import LIMITS, head, joined, kept
-from torch import nn
+from torch import Tensor, nn
 
 import kfac_fx
 
@@ -45,12 +48,114 @@ def test_sub_blocks(measure: Measure, limit: int, bias: bool, sharing: str) -> N
 
 
 def test_groups_stay_diagonal_and_say_so() -> None:
-    """Only dense uses are cut; every other kind names what it got."""
-    model = nn.Sequential(nn.Conv1d(4, 6, 3), nn.Flatten(), nn.Linear(12, 3))
+    """Independent blocks are not cut; they name what they got."""
+    model = nn.Sequential(nn.Conv1d(8, 6, 3, groups=2), nn.Flatten(), nn.Linear(12, 3))
     net = kfac_fx.transform(model, max_factor_dim=6, large_factors="blocks")
-    assert net.curvature.blocks["0"].dimensions == ((13,), (6, 6))
+    assert net.curvature.blocks["0"].dimensions == ((2, 13), (2, 3, 3))
     assert "kept as a diagonal" in str(net.curvature.blocks["0"].reason)
     assert net.curvature.blocks["2"].dimensions == ((3, 5, 5), (3, 3))
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(3, 7, 3, padding=1, bias=False),
+        nn.Conv2d(3, 7, 3, 2),
+        nn.ConvTranspose2d(3, 7, 2, 2),
+    ],
+    ids=["by correlations", "strided", "transposed"],
+)
+def test_convolutions(measure: Measure, layer: nn.Module, sharing: str) -> None:
+    """Sub-blocks of patches and of output channels; many positions a case, and few."""
+    layer = layer.double()
+    for size in (4, 7):
+        x = torch.randn(5, 3, size, size)
+        model = nn.Sequential(layer, nn.Flatten(), nn.Linear(layer(x)[0].numel(), 2))
+        net = kfac_fx.transform(
+            model, max_factor_dim=5, large_factors="blocks", weight_sharing=sharing
+        )
+        plain = kfac_fx.transform(model, weight_sharing=sharing)
+        whole = measure(plain, x, None, Normal()).factors["0"]
+        shapes = net.curvature.blocks["0"].dimensions
+        assert [len(shape) for shape in shapes] == [3, 3]
+        found = measure(net, x, None, Normal()).factors["0"]
+        close(
+            [joined(f, len(F)) for f, F in zip(found, whole, strict=True)],
+            [kept(F, shape) for F, shape in zip(whole, shapes, strict=True)],
+        )
+
+
+def test_gates_of_a_recurrent_layer(measure: Measure) -> None:
+    """G is cut, here to two gates each; A, which may have a bias or not, is as it was."""
+    model, x = Tagger("LSTM", batch_first=True), torch.randn(N, T, IN)
+    whole = measure(kfac_fx.transform(model), x, None, Normal()).factors
+    options = {"max_factor_dim": max(IN, H) + 1, "large_factors": "blocks"}
+    found = measure(kfac_fx.transform(model, **options), x, None, Normal()).factors
+    for name in ("rnn.weight_ih_l0", "rnn.weight_hh_l0"):
+        (A, G), (A_cut, G_cut) = whole[name], found[name]
+        assert G_cut.dim() == 3
+        close((A_cut, joined(G_cut, 4 * H)), (A, kept(G, tuple(G_cut.shape))))
+
+
+def sides(model: nn.Module, **options: Any) -> tuple[tuple[int, ...], ...]:
+    """The sides of the first block."""
+    return next(iter(kfac_fx.transform(model, **options).curvature.blocks.values())).dimensions
+
+
+def test_long_sides_are_cut_by_default() -> None:
+    """No refresh costs much more than that of the longest side that is whole."""
+    assert sides(nn.Linear(1279, 2)) == ((1280, 1280), (2, 2))
+    assert sides(nn.Linear(3136, 2)) == ((5, 628, 628), (2, 2))
+    assert sides(nn.Linear(3, 2048)) == ((4, 4), (4, 512, 512))
+    assert sides(nn.Linear(8191, 2)) == ((13, 631, 631), (2, 2))
+    assert sides(nn.Conv2d(256, 2, 3)) == ((4, 577, 577), (2, 2))
+    assert 13 * 631**3 < 1500**3
+    # A vocabulary is a diagonal as before, and what cannot be cut is whole as before.
+    assert sides(nn.Linear(3, 8193)) == ((4, 4), (8193,))
+    assert sides(nn.Linear(3, 8193), large_factors="blocks") == ((4, 4), (13, 631, 631))
+    assert sides(nn.Conv1d(2600, 2, 1, groups=2)) == ((2, 1301, 1301), (2, 1, 1))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_factor_dim": 8192},
+        {"ekfac": True},
+        {"strict": True},
+        {"structure": "block_tridiagonal"},
+        {"couplings": "data"},
+    ],
+    ids=str,
+)
+def test_whole_sides_for_who_asks(options: dict[str, Any]) -> None:
+    """Cut sides have no couplings and no second moments, and are weaker than their kind allows."""
+    assert sides(nn.Linear(1500, 2), **options) == ((1501, 1501), (2, 2))
+    assert sides(nn.Linear(1500, 2), structure="block_diagonal")[0] == (3, 501, 501)
+
+
+class Two(nn.Module):
+    """Two layers of the same inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(1500, 2), nn.Linear(1500, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.one(x) + self.two(x)
+
+
+def test_cut_by_default_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    """The report says it of each block, and one warning of all that are cut in the same way."""
+    net = kfac_fx.transform(Two())
+    said = (
+        "A of side 1501 above 1280, cut into 3 sub-blocks of 501; max_factor_dim=8192 keeps it "
+        "whole"
+    )
+    assert str(net.curvature).count(said) == 2
+    assert caplog.messages == [
+        f"weaker block: one.weight, one.bias, two.weight, two.bias: {said}",
+    ]
 
 
 def test_report_and_memory() -> None:
