@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 from torch.fx.graph import PythonCode
 
-from kfac_fx.capture.items import hand_on_items
+from kfac_fx.capture.items import hand_on, is_handed_on
 from kfac_fx.capture.member_names import sets_itself
 from kfac_fx.capture.mode_regions import switches_modes
 from kfac_fx.capture.shared_hooks import HOOKS, HookSharing, share_hooks
@@ -101,7 +101,7 @@ class CapturedModule(HookSharing, fx.GraphModule):
         for name in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
             self.__dict__[name] = model.__dict__[name]
         self.__dict__["_children"] = _children(self)
-        hand_on_items(self, model)
+        hand_on(self, model)
         self.recompile()
 
     def stands(self) -> bool:
@@ -197,8 +197,9 @@ class CapturedModule(HookSharing, fx.GraphModule):
         held = self.__dict__.get("_held")
         if held is not None and (isinstance(value, nn.Module) or name in held[0]._modules):
             setattr(held[0], name, value)
-        foreign = name not in self.__dict__ and not hasattr(type(self), name)
-        if held is not None and foreign and sets_itself(type(held[0]), name):
+        read, ours = is_handed_on(type(self), name), hasattr(type(self), name)
+        ours = ours or name in self.__dict__
+        if held is not None and (read or (not ours and sets_itself(type(held[0]), name))):
             setattr(held[0], name, value)  # the model's code may keep another value
             return
         if held is None or name not in held[0].__dict__:

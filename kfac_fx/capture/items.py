@@ -1,4 +1,4 @@
-"""Let a captured module be indexed, iterated over and measured as its model is."""
+"""Let a captured module answer for its model: items, methods, properties and plain attributes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from torch import nn
 
 Value = Any
-"""An index, an entry or a length."""
+"""An index, an entry, a length, or what an attribute is."""
 
 
 class HasSource(Protocol):
@@ -19,21 +19,52 @@ class HasSource(Protocol):
         """Return the user's model."""
 
 
-def hand_on_items(module: HasSource, model: nn.Module) -> None:
-    """Let ``net[0]`` and ``len(net)`` be what they are of the model, where it has them.
+class HandedOn:
+    """An attribute that a captured module reads of its model.
+
+    Methods are the model's own: ``net.encode(x)`` runs its code, on the parameters that both have,
+    and is not recorded.
 
     Args:
-        module: the captured module.
+        name: of the attribute.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, module: HasSource | None, kind: type) -> Value:
+        # Of the class there is nothing to tell, and inspection wants an answer.
+        return self if module is None else getattr(module.source, self._name)
+
+
+def hand_on(module: nn.Module, model: nn.Module) -> None:
+    """Let ``net[0]``, ``len(net)`` and ``net.encode(x)`` be what they are of the model.
+
+    What the captured module has itself stays, and so do names with an underscore in front.
+
+    Args:
+        module: the captured module, which knows its model.
         model: the user's model.
     """
-    # fx makes a class of its own for every GraphModule, and Python looks these up on the class.
+    # fx makes a class of its own for every GraphModule, and Python looks methods up on the class.
+    # A ``__getattr__`` would be run for every child that a forward reads.
+    kind = type(module)
+    members = {*module._parameters, *module._buffers, *module._modules, *vars(module)}
+    for name in {*dir(type(model)), *vars(model)}:
+        if name[0] != "_" and name not in members and not hasattr(kind, name):
+            setattr(kind, name, HandedOn(name))
     # Only where the model has them: an object with a length of zero counts as false.
     for name in ("__len__", "__getitem__", "__iter__", "__contains__"):
         if hasattr(type(model), name):
-            setattr(type(module), name, _handed_on(name))
+            setattr(kind, name, _method(name))
 
 
-def _handed_on(name: str) -> Callable[..., Value]:
+def is_handed_on(kind: type, name: str) -> bool:
+    """Tell whether a class of captured modules reads an attribute of the model."""
+    return isinstance(vars(kind).get(name), HandedOn)
+
+
+def _method(name: str) -> Callable[..., Value]:
     """Return a method that asks the model."""
 
     def method(self: HasSource, *args: Value) -> Value:

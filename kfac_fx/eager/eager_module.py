@@ -17,7 +17,7 @@ from torch import fx, nn
 from torch.fx.graph import PythonCode
 
 from kfac_fx.capture.captured_module import CapturedModule, adopt
-from kfac_fx.capture.items import hand_on_items
+from kfac_fx.capture.items import hand_on
 from kfac_fx.capture.member_names import check_names
 from kfac_fx.eager.eager_taps import EagerTaps
 from kfac_fx.eager.recordable_uses import every_piece, placeable
@@ -163,7 +163,7 @@ def eager_module(model: nn.Module, example: fx.Graph) -> EagerModule:
         module.__dict__[name] = model.__dict__[name]
     module.add_module(RUNNER, Runner(model))
     module.__dict__["_held"] = (model,)
-    hand_on_items(module, model)
+    hand_on(module, model)
     module.graph = graph
     module.training = model.training
     module.recompile()
