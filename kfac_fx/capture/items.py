@@ -1,14 +1,19 @@
-"""Let a captured module answer for its model: items, methods, properties and plain attributes."""
+"""Let a captured module answer for its model: items, methods, properties and plain values."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 
 Value = Any
 """An index, an entry, a length, or what an attribute is."""
+
+PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device)
+"""Of what the model's object holds, these can be read. Trainers write into a ``config`` that they
+find, and a graph that was made with another one no longer stands."""
 
 
 class HasSource(Protocol):
@@ -50,7 +55,8 @@ def hand_on(module: nn.Module, model: nn.Module) -> None:
     # A ``__getattr__`` would be run for every child that a forward reads.
     kind = type(module)
     members = {*module._parameters, *module._buffers, *module._modules, *vars(module)}
-    for name in {*dir(type(model)), *vars(model)}:
+    values = [name for name, value in vars(model).items() if isinstance(value, PLAIN)]
+    for name in {*dir(type(model)), *values}:
         if name[0] != "_" and name not in members and not hasattr(kind, name):
             setattr(kind, name, HandedOn(name))
     # Only where the model has them: an object with a length of zero counts as false.
