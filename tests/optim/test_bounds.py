@@ -80,7 +80,7 @@ class Definition:
         if self.past is not None:
             along = float(g @ inverse @ self.past)
             cosine = along / (q * self.squared) ** 0.5
-            cosine *= 0.2 if cosine > 0 else 0.6
+            cosine *= 0.1 if cosine > 0 else 0.2
             self.factor = min(max(self.factor * math.exp(cosine), 0.05), 10.0)
         known = min(lag * q, 1000.0)
         self.usual = 0.9 * self.usual + 0.1 * known if self.usual else known
@@ -119,7 +119,7 @@ def test_shares_follow_the_definition(noise: float) -> None:
 def test_gradients_that_turn_about_make_it_shorter() -> None:
     """A step that is too long comes back across the valley: down to the floor, and no further."""
     length, g = AdaptiveLength(), torch.ones(8)
-    for step in range(60):
+    for step in range(400):
         length.share(parts(g * (-1) ** step), parts(g * (-1) ** step), NAMES)
     assert length.factor == 0.05
 
@@ -135,10 +135,10 @@ def test_rounding_is_no_reason_for_long_steps() -> None:
     before, widest = length.factor, length.widest
     length.share(parts(g), parts(g), NAMES, Scale(1.0, 0.25))
     assert length.widest == pytest.approx(widest / 16)
-    assert length.factor == pytest.approx(before ** (1 - 0.1 * 0.75) * math.exp(0.2))
+    assert length.factor == pytest.approx(before ** (1 - 0.05 * 0.75) * math.exp(0.1))
     for _ in range(200):
         length.share(parts(g), parts(g), NAMES, Scale(1.0, 1e-6))
-    assert length.factor == pytest.approx(math.exp(0.2 / 0.1), rel=1e-2)
+    assert length.factor == pytest.approx(math.exp(0.1 / 0.05), rel=1e-2)
     for size, signal in ((1.0, 1.0), (0.25, 0.5)):  # squared lengths of 8 and of one half
         g = torch.full((8,), size)
         length.share(parts(g), parts(g), NAMES, Scale(1.0, 1e-6))
@@ -170,7 +170,7 @@ def test_steps_that_are_cut_make_the_next_ones_shorter() -> None:
     want = (0.25 * 0.5 * 1e-6) ** 0.05
     assert state["restraint"] == pytest.approx(want)
     again = length.share(parts(-g), parts(-g), NAMES)
-    assert again == pytest.approx(first * want * math.exp(-0.6))
+    assert again == pytest.approx(first * want * math.exp(-0.2))
     assert length.widest == pytest.approx(0.1 * want)
     other = AdaptiveLength()
     other.load(state, torch.device("cpu"))
