@@ -24,7 +24,7 @@ WIDE, NARROW = 0.1, 0.02
 """Largest length of a layer's preconditioned gradient, in units of the length of its weights: where
 averages are as new as the statistics, and at least, however far they have fallen behind."""
 
-GROWTH, RETREAT = 0.1, 0.2
+GROWTH, RETREAT = 0.1, 0.3
 """How fast the factor of all lengths follows gradients that agree with the steps before, and that
 disagree. Steps too long for the noise cost more than others gain: weights wander away."""
 

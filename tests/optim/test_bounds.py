@@ -80,7 +80,7 @@ class Definition:
         if self.past is not None:
             along = float(g @ inverse @ self.past)
             cosine = along / (q * self.squared) ** 0.5
-            cosine *= 0.1 if cosine > 0 else 0.2
+            cosine *= 0.1 if cosine > 0 else 0.3
             self.factor = min(max(self.factor * math.exp(cosine), 0.05), 10.0)
         known = min(lag * q, 1000.0)
         self.usual = 0.9 * self.usual + 0.1 * known if self.usual else known
@@ -170,7 +170,7 @@ def test_steps_that_are_cut_make_the_next_ones_shorter() -> None:
     want = (0.25 * 0.5 * 1e-6) ** 0.05
     assert state["restraint"] == pytest.approx(want)
     again = length.share(parts(-g), parts(-g), NAMES)
-    assert again == pytest.approx(first * want * math.exp(-0.2))
+    assert again == pytest.approx(first * want * math.exp(-0.3))
     assert length.widest == pytest.approx(0.1 * want)
     other = AdaptiveLength()
     other.load(state, torch.device("cpu"))

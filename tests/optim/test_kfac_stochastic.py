@@ -117,7 +117,7 @@ def test_adaptive_lengths(lr: float) -> None:
         if past is not None:
             along = float(update @ past)
             cosine = along / (length * squared) ** 0.5
-            factor *= math.exp(cosine * (0.1 if cosine > 0 else 0.2))
+            factor *= math.exp(cosine * (0.1 if cosine > 0 else 0.3))
         usual = 0.9 * usual + 0.1 * lag * length if usual else lag * length
         measured = max(usual, lag * length)
         scale = lag * min(1.0, (0.01 / measured) ** 0.5) * factor * restraint
