@@ -197,8 +197,8 @@ class CapturedModule(HookSharing, fx.GraphModule):
         held = self.__dict__.get("_held")
         if held is not None and (isinstance(value, nn.Module) or name in held[0]._modules):
             setattr(held[0], name, value)
-        read, ours = is_handed_on(type(self), name), hasattr(type(self), name)
-        ours = ours or name in self.__dict__
+        read = is_handed_on(type(self), name)
+        ours = name in self.__dict__ or hasattr(type(self), name)
         if held is not None and (read or (not ours and sets_itself(type(held[0]), name))):
             setattr(held[0], name, value)  # the model's code may keep another value
             return

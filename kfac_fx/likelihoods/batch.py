@@ -24,7 +24,6 @@ from kfac_fx.likelihoods.builtin import (
     Softmax,
     Tree,
     UnknownRootError,
-    drawing_root,
     has_known_fisher,
     known_root,
 )
@@ -186,7 +185,7 @@ class BatchLikelihood:
                 continue
             k = len(found.tensors)
             given = noise + k if isinstance(noise, int) else noise[k]
-            base, root = drawing_root(distribution)
+            base, root = known_root(distribution, draws=True)
             # There are as many columns as outputs, and S s has a closed form.
             closed = base if isinstance(base, Softmax) and root is not None else None
             if closed is not None:
@@ -287,7 +286,7 @@ def signs_of(distribution: Distribution) -> Signs | None:
 
     Only shapes are looked at, so that compiled passes can make the signs before.
     """
-    base, root = drawing_root(distribution)
+    base, root = known_root(distribution, draws=True)
     if root is None:
         return None
     columns = list(root(base))
@@ -318,7 +317,8 @@ def root_columns(distribution: Distribution) -> Iterator[Tensor]:
         for columns in root_columns(distribution.base_dist):
             yield columns.flatten(columns.dim() - 1 - events)
         return
-    if (root := known_root(distribution)) is not None:
+    _, root = known_root(distribution, draws=False)
+    if root is not None:
         yield from root(distribution)
         return
     if not distribution.has_enumerate_support:

@@ -197,28 +197,15 @@ def may_vary(value: Tensor) -> bool:
     return value.requires_grad or forward_ad.unpack_dual(value).tangent is not None
 
 
-def varies_too_much(distribution: Distribution, kind: type[Distribution]) -> bool:
-    """Say whether what must be fixed for the root of a class depends on the outputs."""
-    fixed = FIXED.get(kind)
-    return fixed is not None and may_vary(getattr(distribution, fixed))
+def known_root(distribution: Distribution, *, draws: bool) -> tuple[Distribution, Root | None]:
+    """Return the distribution inside of Independent, and the root of its output Fisher.
 
-
-def known_root(distribution: Distribution) -> Root | None:
-    """Return the root of a distribution's output Fisher, where it is known in closed form."""
-    for kind in type(distribution).__mro__:
-        if kind in ROOTS:
-            return None if varies_too_much(distribution, kind) else ROOTS[kind]
-    return None
-
-
-def drawing_root(distribution: Distribution) -> tuple[Distribution, Root | None]:
-    """Return the distribution inside of Independent, and the root that the sampled Fisher takes.
-
-    The root is None where it is not known, or where a subclass has a ``sample`` of its own: that is
-    another distribution, from which targets are drawn.
+    The root is None where it is not known in closed form.
 
     Args:
         distribution: ``Independent`` around it only counts dimensions, which signs do not.
+        draws: whether a subclass with a ``sample`` of its own has none: that is another
+            distribution, from which the sampled Fisher draws targets.
     """
     while type(distribution) is Independent:
         distribution = distribution.base_dist
@@ -226,10 +213,10 @@ def drawing_root(distribution: Distribution) -> tuple[Distribution, Root | None]
     # says nothing else, and has a root, too.
     for kind in type(distribution).__mro__:
         if kind in ROOTS:
-            known = type(distribution).sample is getattr(kind, "sample", None)
+            other = draws and type(distribution).sample is not getattr(kind, "sample", None)
             # Most classes have nothing that must be fixed, and need no further look.
-            known = known and not (kind in FIXED and varies_too_much(distribution, kind))
-            return distribution, ROOTS[kind] if known else None
+            varies = kind in FIXED and may_vary(getattr(distribution, FIXED[kind]))
+            return distribution, None if other or varies else ROOTS[kind]
     return distribution, None
 
 

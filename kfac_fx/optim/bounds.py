@@ -183,7 +183,7 @@ class AdaptiveLength(NaturalLength):
         # No step of a fit gains a nat a term. Cases that are lost, and that the network is sure of,
         # only their gradient tells of, which must not find the rest in its way.
         signal = max(scale.signal, min(1.0, length))
-        known = min(length, LONGEST)  # the first ones of such a network would count for hundreds
+        known = min(length, LONGEST)  # such a network's would count for hundreds of steps
         self._usual = USUAL * self._usual + (1 - USUAL) * known if self._usual else known
         if self._past and math.isfinite(along):
             cosine = along / math.sqrt(max(squared * self._squared, 1e-300))

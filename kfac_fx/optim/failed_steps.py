@@ -76,16 +76,6 @@ class FailedSteps:
             self._told += 1
             warn_rarely(self._told, "iteration %d: %s", iteration, why)
 
-    def take_rate(self, iteration: int, why: str, rate: float) -> None:
-        """Warn that steps have a rate from here on; a run says so once.
-
-        Args:
-            iteration, why: see ``tell``.
-            rate: the rate, in units of those of the groups.
-        """
-        text = "iteration %d: %s; steps have a rate of %g from here, pass lr= to choose it"
-        log.warning(text, iteration, why, rate)
-
     def state(self) -> list[float | None]:
         """Return all that a resumed run needs."""
         return [self._first, float(self._in_row), float(self._told)]

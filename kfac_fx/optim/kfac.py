@@ -377,7 +377,8 @@ class KFAC(HasCurvature, Optimizer):
             raise UnknownOptionError(f"KFACOptions.paper() does not work here: {why}; pass lr=")
         self._change_form()
         self.inverse.use(None)  # they are of a lambda that has to do with the model alone
-        self._failed.take_rate(self._iteration, why, RATE)
+        text = "iteration %d: %s; steps have a rate of %g from here, pass lr= to choose it"
+        log.warning(text, self._iteration, why, RATE)
 
     def _change_form(self) -> None:
         """Go on with steps of a rate."""

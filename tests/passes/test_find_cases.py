@@ -53,6 +53,14 @@ WAYS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor] | N
 }
 
 
+def on_route(kind: type[nn.Module], capture: Value) -> tuple[Value, Tensor, Value]:
+    """Return a model in float64, cases of it, and the net that a route makes of it."""
+    torch.manual_seed(0)
+    model = kind().double()
+    x = torch.randn(N, T, D, dtype=torch.float64)
+    return model, x, kfac_fx.transform(model, x, capture=capture, structure="block_diagonal")
+
+
 def recorded(net: Value, x: Tensor, **options: Value) -> kfac_fx.Preconditioner:
     found = kfac_fx.Preconditioner(net, "categorical", fisher="exact", ema_decay=0.0, **options)
     outputs = net(x)
@@ -261,10 +269,7 @@ class Broadcast(nn.Module):
 
 @pytest.mark.parametrize("capture", ["symbolic_trace", "export", "eager"])
 def test_broadcast_parameters_have_gradients_of_cases(capture: Value) -> None:
-    torch.manual_seed(0)
-    model = Broadcast().double()
-    x = torch.randn(N, T, D, dtype=torch.float64)
-    net = kfac_fx.transform(model, x, capture=capture, structure="block_diagonal")
+    model, x, net = on_route(Broadcast, capture)
     found = recorded(net, x).factors
     close(found["scale"], (covariance(model, x, [model.scale]),))
     close(found["table"], (covariance(model, x, [model.table]),))
@@ -333,10 +338,7 @@ class States(nn.Module):
 
 @pytest.mark.parametrize("capture", ["symbolic_trace", "export", "eager"])
 def test_states_of_recurrent_layers_have_the_cases_second(capture: Value) -> None:
-    torch.manual_seed(0)
-    model = States().double()
-    x = torch.randn(N, T, D, dtype=torch.float64)
-    net = kfac_fx.transform(model, x, capture=capture, structure="block_diagonal")
+    model, x, net = on_route(States, capture)
     wanted = covariance(model, x, [model.norm.weight, model.norm.bias])
     close((recorded(net, x).factors["norm"][0],), (wanted,))
 
