@@ -44,6 +44,7 @@ BLOCK = re.compile(
 SLOW = re.compile(r"^<!-- slow: (.+?) -->", re.MULTILINE)
 PICTURE = re.compile(r"!\[[^\]\n]*\]\(([^)\s/:]+)\)")
 NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
+VERSION = re.compile(r"\btorch \d[\w.+]*")  # with the build, which may be +cpu, +cu130 or none
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,8 @@ def run(page: Path, folder: Path) -> dict[Block, str]:
 
 def words(text: str) -> list[str]:
     """Return a text's lines with every number as #: what machines and versions leave as it is."""
-    lines = (" ".join(NUMBER.sub("#", line).split()) for line in text.splitlines())
+    text = NUMBER.sub("#", VERSION.sub("torch #", text))
+    lines = (" ".join(line.split()) for line in text.splitlines())
     return [re.sub(r"-{2,}", "--", line) for line in lines if line]
 
 

@@ -75,3 +75,5 @@ def test_a_page_that_prints_something_else_is_found(tmp_path: Path) -> None:
     (found,) = [block for block in TOOL.run(page, tmp_path) if not block.hidden]
     assert TOOL.words("loss 0.67") != TOOL.words(found.printed)
     assert TOOL.words("error  1.2e-5") == TOOL.words(found.printed)
+    assert TOOL.words("torch 2.13.0+cpu has") == TOOL.words("torch 2.14.1+cu130 has")
+    assert TOOL.words("torch 2.13.0+cpu has") == TOOL.words("torch 2.14.1 has")
