@@ -12,11 +12,15 @@ from kfac_fx.ops.library import LIBRARY
 
 LIBRARY.define("cases_first(Tensor(a) y, int dim, Tensor? like) -> Tensor(a)")
 LIBRARY.define("dims_of(Tensor(a) y, Tensor like) -> Tensor(a)")
+LIBRARY.define("each_row(Tensor(a) y, Tensor like) -> Tensor(a)")
 LIBRARY.define("cases_back(Tensor(a) y, int dim, Tensor like) -> Tensor(a)")
 
 
 POSITIONS_FIRST = -2
 """Stands for rows of one position after another, in the place of a dimension."""
+
+WITHIN = -3
+"""Stands for a tap that looks at whole rows, and puts those of a case together by itself."""
 
 
 def cases_first(y: Tensor, dim: int, like: Tensor | None) -> Tensor:
@@ -60,6 +64,20 @@ def dims_of(y: Tensor, like: Tensor) -> Tensor:
     return y.reshape((1,) * (like.dim() - y.dim()) + y.shape)
 
 
+def each_row(y: Tensor, like: Tensor) -> Tensor:
+    """Return a parameter, of which a tap has made a copy for each case, with one for each row.
+
+    Args:
+        y: the parameter after the tap, with a dimension more where there are copies.
+        like: what it is broadcast with, whose rows are cases and positions.
+    """
+    if y.dim() == like.dim():
+        return y.view_as(y)  # nothing was recorded, or rows were cases
+    copies = y.expand(y.shape[0], like.shape[0] // y.shape[0], *y.shape[2:])
+    return copies.reshape(like.shape[0], *y.shape[2:])
+
+
+LIBRARY.impl("each_row", each_row, "CompositeImplicitAutograd")
 LIBRARY.impl("dims_of", dims_of, "CompositeImplicitAutograd")
 LIBRARY.impl("cases_first", cases_first, "CompositeImplicitAutograd")
 LIBRARY.impl("cases_back", cases_back, "CompositeImplicitAutograd")
