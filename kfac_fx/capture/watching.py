@@ -112,6 +112,8 @@ class ModeWatch(TorchFunctionMode):
         if changed is not None:
             self._refuse(f"{changed} is set in the forward, which no graph records")
         name = getattr(func, "__name__", "")
+        if _freezes(func, args, kwargs or {}):
+            self._refuse("the forward changes requires_grad of a parameter, which no graph records")
         if name in ("is_contiguous", "stride") and _users(1):
             self.asks_order = True
         elif self._held and name not in FACTS and not _is_in_place(name):
@@ -125,6 +127,17 @@ class ModeWatch(TorchFunctionMode):
         tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
         if all(id(tensor) in self._held for tensor in tensors):
             self.read.update(self._held[id(tensor)] for tensor in tensors)
+
+
+def _freezes(func: Value, args: tuple[Value, ...], kwargs: Mapping[str, Value]) -> bool:
+    """Tell whether a call freezes a parameter, or lets it train again; a module's own call too."""
+    name = getattr(func, "__name__", "")
+    if name == "__set__":
+        name = func.__self__.__name__
+    if name not in ("requires_grad_", "requires_grad") or not isinstance(args[0], nn.Parameter):
+        return False
+    given = args[1] if len(args) > 1 else kwargs.get("requires_grad", True)
+    return getattr(func, "__name__", "") != "__get__" and args[0].requires_grad != given
 
 
 def _is_in_place(name: str) -> bool:
