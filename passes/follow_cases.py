@@ -40,6 +40,7 @@ ONE_SOURCE = (
 ) - {"einsum"}
 """Calls that change or choose from their first argument; others only say how."""
 
+_CONTRACTIONS = frozenset({"tensordot", "inner"})
 _RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
 _TUPLES = (
     frozenset({"split", "chunk", "split_with_sizes", "tensor_split", "unsafe_chunk", "unbind"})
@@ -61,6 +62,7 @@ MOVING = (
     | {"unsqueeze", "squeeze"}
     | _ITEMS
     | ORDERING
+    | _CONTRACTIONS
 )
 """Calls after which the cases may be elsewhere, or may not be told from other rows."""
 
@@ -101,6 +103,9 @@ def cases_after(
         return _reduced(first, node)
     if name in _JOINS:
         return _joined(node, name, data, found)
+    if name in _CONTRACTIONS:
+        # What is left of the first operand comes first.
+        return first if node.args[:1] == (data[0],) and not first.dim else None
     if name == "unbind":
         return _without(first, dim_of(node, 1, 0))
     if name == "expand":
