@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import fx, nn
 
 from kfac_fx.capture.dialect import Argument
@@ -35,9 +36,11 @@ _KEPT = frozenset({"narrow", "slice", "split", "chunk", "split_with_sizes", "ind
 _BY_DIM = frozenset({"narrow", "slice", "index_select"})
 _ITEMS = frozenset({"getitem", "__getitem__"})
 
-ONE_SOURCE = (
-    _SWAPS | _TURNS | _REDUCTIONS | _ROWS | _KEPT | _ITEMS | ORDERING | {"unbind", "expand"}
-) - {"einsum"}
+_SPLITS = frozenset({"unbind", "expand", "squeeze", "unsqueeze", "unflatten"})
+
+ONE_SOURCE = (_SWAPS | _TURNS | _REDUCTIONS | _ROWS | _KEPT | _ITEMS | ORDERING | _SPLITS) - {
+    "einsum"
+}
 """Calls that change or choose from their first argument; others only say how."""
 
 _CONTRACTIONS = frozenset({"tensordot", "inner"})
@@ -58,8 +61,8 @@ MOVING = (
     | _JOINS
     | _PADDING
     | _RECURRENT
-    | {"unbind", "stack", "expand"}
-    | {"unsqueeze", "squeeze"}
+    | _SPLITS
+    | {"stack"}
     | _ITEMS
     | ORDERING
     | _CONTRACTIONS
@@ -110,6 +113,10 @@ def cases_after(
         return _without(first, dim_of(node, 1, 0))
     if name == "expand":
         return _expanded(first, arguments, len(shape_of(data[0])))
+    if name == "squeeze":
+        return _squeezed(first, arguments, shape_of(data[0]))
+    if name == "unflatten":
+        return _unflattened(first, arguments, len(shape_of(data[0])), found)
     if name in ("unsqueeze", "stack"):
         dim = arguments[0] if arguments else node.kwargs.get("dim", 0)
         moved = isinstance(dim, int) and 0 <= dim <= first.dim
@@ -230,10 +237,31 @@ def _reshaped(
         if cases.inner and cases.merged is not None:
             whole = shape_of(cases.merged)
             return Cases(1) if list(map(str, whole[:2])) == list(map(str, after[:2])) else None
+        if _fewer(before[0], after[0]):
+            return None  # several cases in a row
     elif _reads_sizes(node.args[1:], cases, found):
         return Cases(cases.dim)
+    elif name_of(node) != "flatten" and _first_is_fixed(node.args[1:]):
+        return None
     surely = name_of(node) == "flatten" or _is_product(node.args[1:])
     return _in_rows(cases, source, surely=surely)
+
+
+def _fewer(before: object, after: object) -> bool:
+    """Tell whether rows are no multiple of what they were before: not in the example, at least."""
+    here, there = (
+        size.node.maybe_as_int() or size.node.hint if isinstance(size, torch.SymInt) else size
+        for size in (before, after)
+    )
+    known = isinstance(here, int) and isinstance(there, int)
+    return known and here != 0 and there % here != 0  # type: ignore[operator]
+
+
+def _first_is_fixed(sizes: Sequence[Argument]) -> bool:
+    """Tell whether the first size of a new shape is a number, which no batch's is."""
+    while sizes and isinstance(sizes[0], (list, tuple)):
+        sizes = sizes[0]
+    return bool(sizes) and isinstance(sizes[0], int) and sizes[0] != -1
 
 
 def _is_product(sizes: Sequence[Argument]) -> bool:
@@ -307,6 +335,39 @@ def _without(cases: Cases, dim: Argument) -> Cases | None:
     if dim < 0:
         return cases if not cases.dim else None
     return cases._replace(dim=cases.dim - (dim < cases.dim))
+
+
+def _squeezed(cases: Cases, arguments: Sequence[Argument], sizes: Sequence[object]) -> Cases | None:
+    """Return where the cases are after dimensions of length one are gone."""
+    dims = numbers(arguments) if arguments else None
+    rank = len(sizes)
+    if dims is None:
+        # All of them: those before the cases can only be told where sizes are known.
+        dims = [dim for dim, size in enumerate(sizes) if isinstance(size, int) and size == 1]
+        if cases.dim and not rank:
+            return None
+    dims = [dim % rank for dim in dims] if rank else dims
+    if cases.dim and min(dims, default=0) < 0:
+        return None
+    gone = sum(0 <= dim < cases.dim and (not rank or sizes[dim] == 1) for dim in dims)
+    return cases._replace(dim=cases.dim - gone)
+
+
+def _unflattened(
+    cases: Cases, arguments: Sequence[Argument], rank: int, found: Mapping[fx.Node, Cases]
+) -> Cases | None:
+    """Return where the cases are after one dimension has become several."""
+    dim, sizes = (*arguments, None, None)[:2]
+    if not isinstance(dim, int) or not isinstance(sizes, (list, tuple)):
+        return None
+    dim = dim % rank if rank else dim
+    if dim < 0:
+        return cases if not cases.dim else None
+    if dim == cases.dim:
+        whole = () if cases.merged is None or cases.inner else shape_of(cases.merged)
+        back = bool(whole) and str(whole[0]) == str(sizes[0])
+        return Cases(0) if not dim and (back or _reads_sizes(sizes, Cases(0), found)) else None
+    return cases._replace(dim=cases.dim + (dim < cases.dim) * (len(sizes) - 1))
 
 
 def _expanded(cases: Cases, arguments: Sequence[Argument], rank: int) -> Cases | None:

@@ -6,9 +6,16 @@ Statistics read cases from the first dimension. Inside a model they may be the s
 
 from __future__ import annotations
 
+import logging
+
 from torch import Tensor
 
 from kfac_fx.ops.library import LIBRARY
+
+log = logging.getLogger("kfac_fx")
+
+_said: list[bool] = []
+"""Whether the warning was given; this is in every recorded pass."""
 
 LIBRARY.define("cases_first(Tensor(a) y, int dim, Tensor? like) -> Tensor(a)")
 LIBRARY.define("dims_of(Tensor(a) y, Tensor like) -> Tensor(a)")
@@ -41,7 +48,19 @@ def cases_first(y: Tensor, dim: int, like: Tensor | None) -> Tensor:
             return y.reshape(y.shape[0] // cases, cases, *y.shape[1:]).transpose(0, 1)
         rows = y.reshape(cases, y.shape[0] // cases, *y.shape[1:])
         return rows.movedim(1, -1) if dim else rows
+    if 1 < y.shape[0] < cases:
+        _warn_of_fewer()
     return y.view_as(y)
+
+
+def _warn_of_fewer() -> None:
+    """Say once that rows hold several cases: no size was known when the graph was analysed."""
+    if not _said:
+        _said.append(True)
+        log.warning(
+            "a reshape put several cases into each row, as x.view(-1, 2, d) does to pairs: norms "
+            "and parameters that are broadcast behind it take rows for cases"
+        )
 
 
 def cases_back(y: Tensor, dim: int, like: Tensor) -> Tensor:

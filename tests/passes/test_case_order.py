@@ -270,6 +270,47 @@ def test_another_order_is_right_or_named(way: str, capture: Value) -> None:
     assert [block.name for block in net.curvature.fallbacks] == ([] if right else ["own"])
 
 
+SHAPES: dict[str, tuple[Callable[[Value, Tensor], Tensor], bool]] = {
+    "squeezed": (lambda m, x: m.own(m.a(x[:, 0]).unsqueeze(0)).squeeze(0), True),
+    "squeezed before": (lambda m, x: m.own(m.a(x[:, :1].transpose(0, 1).squeeze(0))), True),
+    "squeezed whole": (lambda m, x: m.own(m.a(x[:, :1]).squeeze()), True),
+    "positions unflattened": (lambda m, x: m.own(m.a(x).unflatten(1, (T, 1))).mean((1, 2)), True),
+    "rows unflattened": (
+        lambda m, x: m.own(m.a(x.flatten(0, 1)).unflatten(0, (x.shape[0], T))).mean(1),
+        True,
+    ),
+    "cases unflattened": (
+        lambda m, x: m.own(m.a(x).unflatten(0, (2, -1))).flatten(0, 1)[:, 0],
+        False,
+    ),
+    "halves of the batch": (lambda m, x: m.own(m.a(x[:, 0]).view(2, -1, D)).reshape(-1, D), False),
+}
+
+
+@ROUTES
+@pytest.mark.parametrize("way", SHAPES)
+def test_other_shapes_are_right_or_named(way: str, capture: Value) -> None:
+    forward, right = SHAPES[way]
+    model, x = built(forward, lambda: nn.LayerNorm(D))
+    net, factors = recorded(model, x, capture)
+    if right:
+        close((factors["own"][0],), (covariance(model, x),))
+        close((torch.kron(*factors["a"][:2]),), (product(model, x),))
+    assert [block.name for block in net.curvature.fallbacks] == ([] if right else ["own"])
+
+
+@ROUTES
+def test_pairs_of_cases_are_named(capture: Value, caplog: pytest.LogCaptureFixture) -> None:
+    """Symbolic tracing knows no sizes, so that it is said as the net runs."""
+    kfac_fx.ops.case_first._said.clear()
+    model, x = built(lambda m, x: m.own(m.a(x[:, 0]).view(-1, 2, D)).reshape(-1, D), nn.Identity)
+    model.own = nn.LayerNorm(D).double()
+    net, _ = recorded(model, x, capture)
+    said = "several cases into each row" in caplog.text
+    named = [block.name for block in net.curvature.fallbacks] == ["own"]
+    assert said is (capture == "symbolic_trace") and named is not said
+
+
 @ROUTES
 @pytest.mark.parametrize("apart", [True, False])
 def test_layers_on_both_sides_of_another_order_are_not_coupled(apart: bool, capture: Value) -> None:
