@@ -7,16 +7,17 @@ then be those of positions.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from kfac_fx.capture.graph_view import GraphView
 from kfac_fx.ir.use import CaseView, NodeRef, ParameterUse, Tap
-from kfac_fx.ops.case_first import POSITIONS_FIRST
-from kfac_fx.passes.follow_cases import MOVING, ONE_SOURCE, Cases, cases_after, name_of, shape_of
+from kfac_fx.ops.case_first import POSITIONS_FIRST, WITHIN
+from kfac_fx.passes.case_order import MIXERS, Cases, mixed_later, name_of, shape_of
+from kfac_fx.passes.follow_cases import MOVING, ONE_SOURCE, cases_after
 from kfac_fx.passes.rules.base import joined
 
 _TURNED = frozenset({"linear", "scale_shift", "shift"})
@@ -26,6 +27,8 @@ _BROADCAST = frozenset({"cases", "case_rows"})
 """Taps of a parameter that is broadcast over the cases of the other operand."""
 
 TRANSPOSED = "its features are the cases of a transposed batch: its rows count as cases"
+
+MIXED = "its cases are mixed after it: a row's derivative counts for the row's own case"
 
 UNKNOWN = "where its cases are cannot be told: its rows count as cases"
 
@@ -51,14 +54,39 @@ def place_cases(
         return uses
     found = find_cases(GraphView(module, graph))
     nodes = {node.name: node for node in graph.nodes}
-    return [_placed(use, nodes, found, several[use.parameters] > 1) for use in uses]
+    placed = [_placed(use, nodes, found, several[use.parameters] > 1) for use in uses]
+    before = mixed_later(graph, found)
+    return [_named_mixed(use, nodes, before) for use in placed] if before else placed
+
+
+def _named_mixed(
+    use: ParameterUse, nodes: Mapping[str, fx.Node], before: Collection[fx.Node]
+) -> ParameterUse:
+    """Return a use with the reason where its cases are mixed after it and its factors count them.
+
+    Args:
+        use: a use.
+        nodes: the nodes of the graph by name.
+        before: those whose cases are mixed later.
+    """
+    tap = use.tap
+    if tap is None or nodes[use.node] not in before or not _sees_cases(tap):
+        return use
+    return replace(use, reason=joined(use.reason, MIXED))
+
+
+def _sees_cases(tap: Tap) -> bool:
+    """Tell whether the statistics of a tap depend on which rows are one case."""
+    return tap.operator in _BROADCAST or (
+        tap.operator in _TURNED | {"folded_scale_shift"} and _counts_cases(tap)
+    )
 
 
 def _may_move(graph: fx.Graph) -> bool:
     """Tell whether any call of a graph, or its caller, may put another dimension first."""
     symbol = _symbol_of_cases(graph)
     for node in graph.nodes:
-        if name_of(node) in MOVING or node.op == "call_module":
+        if name_of(node) in MOVING or name_of(node) in MIXERS or node.op == "call_module":
             return True
         shape = shape_of(node) if node.op == "placeholder" and symbol else ()
         if shape and str(shape[0]) != symbol:
@@ -108,6 +136,9 @@ def _placed(
         place = None if place else POSITIONS_FIRST
     if place is not None:
         return replace(use, tap=replace(tap, cases=CaseView(place, NodeRef(cases.merged.name))))
+    if _looks_at_whole_cases(tap) and not cases.inner:
+        view = CaseView(WITHIN, NodeRef(cases.merged.name))
+        return replace(use, tap=replace(tap, operator="folded_scale_shift", cases=view))
     return _unplaced(use, tap) if folds else use
 
 
@@ -120,8 +151,11 @@ def _placed_broadcast(
         return use  # the model has made a copy for each case
     other = nodes[like.name]
     cases = found.get(other)
-    if cases is None or _folds(other, cases):
+    folded = cases is not None and _folds(other, cases) is not False
+    if cases is None or (folded and cases.inner):
         return _unplaced(use, tap)
+    if folded and cases.merged is not None:
+        return replace(use, tap=replace(tap, cases=CaseView(0, NodeRef(cases.merged.name))))
     return replace(use, tap=replace(tap, cases=CaseView(cases.dim))) if cases.dim else use
 
 
@@ -162,10 +196,16 @@ def _folded_back(tap: Tap) -> int | None:
     None where the tap normalises all dimensions of a case, so that there is no place for them.
     """
     channels = _channels(tap)
+    if _looks_at_whole_cases(tap):
+        return None
     if all(dim < 0 for dim in channels):
         return 0
-    whole = tap.operator == "scale_shift" and tap.options[0] != "batch"
-    return None if whole or min(channels) < 1 else -1
+    return None if min(channels) < 1 else -1
+
+
+def _looks_at_whole_cases(tap: Tap) -> bool:
+    """Tell whether a tap is that of a norm whose moments are of all dimensions but the first."""
+    return tap.operator == "scale_shift" and tap.options[0] in ("group", "instance")
 
 
 def _transposed(node: fx.Node) -> bool:
@@ -260,6 +300,24 @@ class GrowingCases:
         self._found: dict[fx.Node, Cases] = {}
         self._last: fx.Node | None = None
         self._nodes: dict[str, fx.Node] = {}
+        self._first_uses: dict[tuple[str, int], tuple[Tensor, list[int]]] = {}
+
+    def first_use(
+        self, form: tuple[str, int], x: Tensor, others: list[int]
+    ) -> tuple[Tensor, list[int]]:
+        """Return what the first use of a block's form has read, and which dimensions are no cases.
+
+        Args:
+            form: name of the block, and number of the form.
+            x: what this use reads, with the cases first.
+            others: its dimensions that count neither cases nor positions.
+        """
+        # Only sizes are read of it, so its memory need not stay.
+        found = self._first_uses.get(form)
+        if found is None:
+            found = torch.empty(x.shape, device="meta"), others
+            self._first_uses[form] = found
+        return found
 
     def placed(self, use: ParameterUse, node: fx.Node) -> ParameterUse:
         """Return a use at the newest call with the view that its tap needs.

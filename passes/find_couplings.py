@@ -16,7 +16,9 @@ from kfac_fx.ir.curvature_graph import CurvatureBlock, CurvatureGraph, Pair
 from kfac_fx.ir.use import FactorSpec
 from kfac_fx.passes.annotations import graphs_of
 from kfac_fx.passes.base import Analysis, curvature_of
+from kfac_fx.passes.case_order import may_shuffle, shuffled
 from kfac_fx.passes.coupled_uses import may_come_first, why_alone
+from kfac_fx.passes.find_cases import find_cases
 from kfac_fx.passes.find_edges import find_edges
 
 log = logging.getLogger("kfac_fx")
@@ -47,7 +49,8 @@ def find_couplings(
     reasons = {name: why_alone(block) for name, block in blocks.items()}
     able = {name for name, reason in reasons.items() if reason is None}
     first = {name for name in able if may_come_first(blocks[name])}
-    edges = find_edges(view, blocks, layers, able)
+    apart = shuffled(graph, find_cases(view)) if may_shuffle(graph) else set()
+    edges = find_edges(view, blocks, layers, able, apart)
     place = {name: index for index, name in enumerate(blocks)}
     # Cross factors are one matrix from two blocks, so both must be of one precision and device.
     weights = {

@@ -68,6 +68,7 @@ def find_edges(
     blocks: Mapping[str, CurvatureBlock],
     layers: Collection[str],
     ends: Collection[str],
+    shuffled: Collection[fx.Node] = (),
 ) -> tuple[Edge, ...]:
     """Return the edges from the uses of ``layers`` to those that follow them.
 
@@ -76,6 +77,7 @@ def find_edges(
         blocks: all blocks, in the order of the forward pass.
         layers: names of blocks that have edges; paths go through all others (norms, scales).
         ends: those at which a path ends; it goes on through other layers too.
+        shuffled: calls after which a row is of another case than the same row before.
     """
     places: dict[str, list[str]] = {}
     for name in (name for name in blocks if name in layers):
@@ -86,7 +88,8 @@ def find_edges(
     # One walk in the graph's order: when a node is met, all that it reads has been reached, so the
     # cost is that of the nodes times the blocks followed to each.
     for node in view.graph.nodes:
-        before = _incoming(view, node, reach)
+        # What is recorded on one side has no partner in the same row of the other.
+        before = {} if node in shuffled else _incoming(view, node, reach)
         here = places.get(node.name, [])
         found += [
             _Found(source, name, step.distance, _nodes_between(source, step, reach))

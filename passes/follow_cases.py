@@ -5,34 +5,23 @@ What cannot be told is None: a guess would make statistics those of positions, w
 
 from __future__ import annotations
 
-import operator
 import sys
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import fx, nn
 
 from kfac_fx.capture.dialect import Argument
-
-
-class Cases(NamedTuple):
-    """Where the cases of a node's value are.
-
-    Attributes:
-        dim: the dimension that counts them, from the left.
-        merged: the value before it was reshaped to rows, each of one position of a case; its first
-            dimension counts the cases. None where ``dim`` counts nothing else.
-        folded: whether it surely was, though no sizes are known.
-        inner: whether rows are those of one position after another; the second dimension of
-            ``merged`` counts the cases then.
-    """
-
-    dim: int
-    merged: fx.Node | None = None
-    folded: bool = False
-    inner: bool = False
-
+from kfac_fx.passes.case_order import (
+    ORDERING,
+    Cases,
+    dim_of,
+    name_of,
+    numbers,
+    reorders,
+    repeats,
+    shape_of,
+)
 
 _SWAPS = frozenset({"transpose", "swapaxes", "swapdims"})
 _TURNS = frozenset({"permute", "movedim", "moveaxis", "T", "mT", "t", "einsum"})
@@ -47,11 +36,14 @@ _KEPT = frozenset({"narrow", "slice", "split", "chunk", "split_with_sizes", "ind
 _BY_DIM = frozenset({"narrow", "slice", "index_select"})
 _ITEMS = frozenset({"getitem", "__getitem__"})
 
-ONE_SOURCE = (_SWAPS | _TURNS | _REDUCTIONS | _ROWS | _KEPT | _ITEMS | {"unbind", "expand"}) - {
+_SPLITS = frozenset({"unbind", "expand", "squeeze", "unsqueeze", "unflatten"})
+
+ONE_SOURCE = (_SWAPS | _TURNS | _REDUCTIONS | _ROWS | _KEPT | _ITEMS | ORDERING | _SPLITS) - {
     "einsum"
 }
 """Calls that change or choose from their first argument; others only say how."""
 
+_CONTRACTIONS = frozenset({"tensordot", "inner"})
 _RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
 _TUPLES = (
     frozenset({"split", "chunk", "split_with_sizes", "tensor_split", "unsafe_chunk", "unbind"})
@@ -69,34 +61,13 @@ MOVING = (
     | _JOINS
     | _PADDING
     | _RECURRENT
-    | {"unbind", "stack", "expand"}
-    | {"unsqueeze", "squeeze"}
+    | _SPLITS
+    | {"stack"}
     | _ITEMS
+    | ORDERING
+    | _CONTRACTIONS
 )
 """Calls after which the cases may be elsewhere, or may not be told from other rows."""
-
-
-def shape_of(node: fx.Node) -> Sequence[object]:
-    """Return the sizes of a node's value as far as the graph knows them, () otherwise."""
-    value = node.meta.get("val")
-    if isinstance(value, torch.Tensor):
-        return value.shape
-    sizes: Sequence[object] = node.meta.get(SIZES, ())
-    return sizes
-
-
-SIZES = "kfac_fx_sizes"
-"""Key in the meta of a node of a model that runs: the sizes of its tensor."""
-
-
-def name_of(node: fx.Node) -> str:
-    """Return the name of what a node calls, of an operator without its overload."""
-    if node.target is getattr and len(node.args) > 1:
-        return str(node.args[1])
-    if node.target is operator.getitem:
-        return "getitem"
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return str(name).split(".")[0]
 
 
 def cases_after(
@@ -135,14 +106,24 @@ def cases_after(
         return _reduced(first, node)
     if name in _JOINS:
         return _joined(node, name, data, found)
+    if name in _CONTRACTIONS:
+        # What is left of the first operand comes first.
+        return first if node.args[:1] == (data[0],) and not first.dim else None
     if name == "unbind":
-        return _without(first, _dim(node, 1, 0))
+        return _without(first, dim_of(node, 1, 0))
     if name == "expand":
         return _expanded(first, arguments, len(shape_of(data[0])))
+    if name == "squeeze":
+        return _squeezed(first, arguments, shape_of(data[0]))
+    if name == "unflatten":
+        return _unflattened(first, arguments, len(shape_of(data[0])), found)
     if name in ("unsqueeze", "stack"):
         dim = arguments[0] if arguments else node.kwargs.get("dim", 0)
         moved = isinstance(dim, int) and 0 <= dim <= first.dim
         return first._replace(dim=first.dim + 1) if moved else first
+    if name in ORDERING and reorders(node, data[0], first):
+        # Of rows that positions are folded into, those of a case are no longer side by side.
+        return None if first.merged or repeats(node) else first
     if name in _KEPT:
         # Some of the rows that positions are folded into are not all of some cases.
         return None if first.merged and not _keeps_rows(node, name) else first
@@ -153,7 +134,7 @@ def cases_after(
 
 def _keeps_rows(node: fx.Node, name: str) -> bool:
     """Tell whether a call that takes pieces leaves the first dimension whole."""
-    if _dim(node, 1 if name in _BY_DIM else 2, 0) != 0:
+    if dim_of(node, 1 if name in _BY_DIM else 2, 0) != 0:
         return True
     # Of ``aten.slice``: start, end and step.
     return name == "slice" and node.args[2:] in ((), (0,), (0, sys.maxsize))
@@ -163,22 +144,8 @@ def _layer(node: fx.Node, module: nn.Module) -> nn.Module | None:
     return module.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
-def _numbers(arguments: Sequence[Argument]) -> list[int] | None:
-    """Return dimensions that are given one by one or as a sequence, None for what is computed."""
-    if len(arguments) == 1 and isinstance(arguments[0], (list, tuple)):
-        arguments = tuple(arguments[0])
-    numbers = [a for a in arguments if isinstance(a, int) and not isinstance(a, bool)]
-    return numbers if len(numbers) == len(arguments) else None
-
-
-def _dim(node: fx.Node, place: int, default: int | None) -> Argument:
-    """Return the argument ``dim`` of a call, by name or by place."""
-    given = node.kwargs.get("dim", node.kwargs.get("axis", default))
-    return node.args[place] if len(node.args) > place else given
-
-
 def _swapped(cases: Cases, arguments: Sequence[Argument], rank: int) -> Cases | None:
-    dims = _numbers(arguments)
+    dims = numbers(arguments)
     if dims is None or len(dims) != 2:
         return None
     if rank:
@@ -199,7 +166,7 @@ def _permuted(cases: Cases, name: str, arguments: Sequence[Argument], rank: int)
         return cases if not cases.dim else None
     if name in ("movedim", "moveaxis"):
         return _moved(cases, arguments, rank)
-    dims = _numbers(arguments)
+    dims = numbers(arguments)
     if dims is None:
         return None
     dims = [dim % len(dims) for dim in dims]
@@ -210,7 +177,7 @@ def _permuted(cases: Cases, name: str, arguments: Sequence[Argument], rank: int)
 
 def _moved(cases: Cases, arguments: Sequence[Argument], rank: int) -> Cases | None:
     """Return where the cases are after one dimension has moved to another place."""
-    dims = _numbers(arguments)
+    dims = numbers(arguments)
     if dims is None or len(dims) != 2:
         return None
     source, target = (dim % rank for dim in dims) if rank else dims
@@ -270,10 +237,31 @@ def _reshaped(
         if cases.inner and cases.merged is not None:
             whole = shape_of(cases.merged)
             return Cases(1) if list(map(str, whole[:2])) == list(map(str, after[:2])) else None
+        if _fewer(before[0], after[0]):
+            return None  # several cases in a row
     elif _reads_sizes(node.args[1:], cases, found):
         return Cases(cases.dim)
+    elif name_of(node) != "flatten" and _first_is_fixed(node.args[1:]):
+        return None
     surely = name_of(node) == "flatten" or _is_product(node.args[1:])
     return _in_rows(cases, source, surely=surely)
+
+
+def _fewer(before: object, after: object) -> bool:
+    """Tell whether rows are no multiple of what they were before: not in the example, at least."""
+    here, there = (
+        size.node.maybe_as_int() or size.node.hint if isinstance(size, torch.SymInt) else size
+        for size in (before, after)
+    )
+    known = isinstance(here, int) and isinstance(there, int)
+    return known and here != 0 and there % here != 0  # type: ignore[operator]
+
+
+def _first_is_fixed(sizes: Sequence[Argument]) -> bool:
+    """Tell whether the first size of a new shape is a number, which no batch's is."""
+    while sizes and isinstance(sizes[0], (list, tuple)):
+        sizes = sizes[0]
+    return bool(sizes) and isinstance(sizes[0], int) and sizes[0] != -1
 
 
 def _is_product(sizes: Sequence[Argument]) -> bool:
@@ -324,9 +312,9 @@ def _joined(
             return first if isinstance(dim, int) and dim >= 0 else None
         return _in_rows(first, data[0], surely=times > 1) if isinstance(times, int) else None
     if name in ("repeat", "tile"):
-        times = _numbers(node.args[1:]) or []
+        times = numbers(node.args[1:]) or []
         return first if len(times) > first.dim and set(times[: first.dim + 1]) == {1} else None
-    dim = _dim(node, 1, 0)
+    dim = dim_of(node, 1, 0)
     if len({found[n].dim for n in data}) > 1 or not isinstance(dim, int):
         return None
     rank = len(shape_of(data[0]))
@@ -337,7 +325,7 @@ def _joined(
 
 def _dim_and_times(node: fx.Node) -> tuple[Argument, Argument]:
     times = node.args[1] if len(node.args) > 1 else node.kwargs.get("repeats")
-    return times, _dim(node, 2, None)
+    return times, dim_of(node, 2, None)
 
 
 def _without(cases: Cases, dim: Argument) -> Cases | None:
@@ -347,6 +335,39 @@ def _without(cases: Cases, dim: Argument) -> Cases | None:
     if dim < 0:
         return cases if not cases.dim else None
     return cases._replace(dim=cases.dim - (dim < cases.dim))
+
+
+def _squeezed(cases: Cases, arguments: Sequence[Argument], sizes: Sequence[object]) -> Cases | None:
+    """Return where the cases are after dimensions of length one are gone."""
+    dims = numbers(arguments) if arguments else None
+    rank = len(sizes)
+    if dims is None:
+        # All of them: those before the cases can only be told where sizes are known.
+        dims = [dim for dim, size in enumerate(sizes) if isinstance(size, int) and size == 1]
+        if cases.dim and not rank:
+            return None
+    dims = [dim % rank for dim in dims] if rank else dims
+    if cases.dim and min(dims, default=0) < 0:
+        return None
+    gone = sum(0 <= dim < cases.dim and (not rank or sizes[dim] == 1) for dim in dims)
+    return cases._replace(dim=cases.dim - gone)
+
+
+def _unflattened(
+    cases: Cases, arguments: Sequence[Argument], rank: int, found: Mapping[fx.Node, Cases]
+) -> Cases | None:
+    """Return where the cases are after one dimension has become several."""
+    dim, sizes = (*arguments, None, None)[:2]
+    if not isinstance(dim, int) or not isinstance(sizes, (list, tuple)):
+        return None
+    dim = dim % rank if rank else dim
+    if dim < 0:
+        return cases if not cases.dim else None
+    if dim == cases.dim:
+        whole = () if cases.merged is None or cases.inner else shape_of(cases.merged)
+        back = bool(whole) and str(whole[0]) == str(sizes[0])
+        return Cases(0) if not dim and (back or _reads_sizes(sizes, Cases(0), found)) else None
+    return cases._replace(dim=cases.dim + (dim < cases.dim) * (len(sizes) - 1))
 
 
 def _expanded(cases: Cases, arguments: Sequence[Argument], rank: int) -> Cases | None:
@@ -423,7 +444,7 @@ def _indexed(cases: Cases, index: Argument, *, tensor: bool) -> Cases | None:
 
 def _reduced(cases: Cases, node: fx.Node) -> Cases | None:
     given = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
-    dims = _numbers((given,)) if isinstance(given, int) else _numbers((given or (),))
+    dims = numbers((given,)) if isinstance(given, int) else numbers((given or (),))
     if not dims or cases.dim in dims:
         return None
     keeps = node.kwargs.get("keepdim", len(node.args) > 2 and node.args[2] is True)

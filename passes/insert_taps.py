@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
@@ -16,7 +17,8 @@ from kfac_fx.capture.dialect import Argument
 from kfac_fx.errors import PassError
 from kfac_fx.ir.curvature_graph import CurvatureBlock, CurvatureGraph
 from kfac_fx.ir.use import CaseView, NodeRef, ParameterUse
-from kfac_fx.ops.case_first import cases_first
+from kfac_fx.ops.case_first import WITHIN, cases_first
+from kfac_fx.ops.case_share import not_cases
 from kfac_fx.ops.net_buffers import STORE
 from kfac_fx.passes.annotations import graphs_of, take_over, write_curvature
 from kfac_fx.passes.base import OTHER_BLOCKS, GraphPass, curvature_of, has_taps
@@ -61,13 +63,30 @@ def insert_taps(
         recorded = blocks.get(name)
         if recorded is None or not set(block.factors) <= set(recorded.factors):
             continue
+        firsts: dict[int, _Counted] = {}
         for use in block.uses:
             if use.tap is not None:
-                _insert(graph, nodes, use, recorded)
+                _insert(graph, nodes, use, recorded, firsts)
+
+
+class _Counted(NamedTuple):
+    """What counts the cases of a use.
+
+    Attributes:
+        x: what the use reads, with the cases first.
+        others: the dimensions of it that count neither cases nor positions.
+    """
+
+    x: fx.Node
+    others: list[int]
 
 
 def _insert(
-    graph: fx.Graph, nodes: dict[str, fx.Node], use: ParameterUse, block: CurvatureBlock
+    graph: fx.Graph,
+    nodes: dict[str, fx.Node],
+    use: ParameterUse,
+    block: CurvatureBlock,
+    firsts: dict[int, _Counted],
 ) -> None:
     """Insert the tap of one use.
 
@@ -76,6 +95,7 @@ def _insert(
         nodes: the nodes of the graph before any tap, by name.
         use: has a tap.
         block: owns the buffers.
+        firsts: the first use of each form, by which the others' cases are counted; gets it.
     """
     tap = use.tap
     assert tap is not None
@@ -114,9 +134,13 @@ def _insert(
                 # A parameter's dimensions count from the right: those of the other operand.
                 seen = graph.call_function(torch.ops.kfac_fx.dims_of.default, (tapped, tensors[0]))
                 take_over(seen, tapped, same_value=False, cases=[tapped.name])
-            seen = view(seen)
-            # Running moments of a norm, which follow its input, have no cases.
-            tensors = [*map(view, tensors[:1]), *tensors[1:]]
+            if tap.cases.dim == WITHIN:
+                assert tap.cases.like is not None
+                tensors = [*tensors, nodes[tap.cases.like.name]]
+            else:
+                seen = view(seen)
+                # Running moments of a norm, which follow its input, have no cases.
+                tensors = [*map(view, tensors[:1]), *tensors[1:]]
         factors: list[fx.Node | None] = [read_attribute(graph, path) for path in paths]
         if tap.scale is not None:
             # The weight W that meets the data is computed from the parameter V: the derivative of
@@ -131,6 +155,7 @@ def _insert(
                     tap.scale.entrywise,
                 ),
             )
+        _share(graph, use, tensors, factors, firsts)
         if use.products == 1 and len(factors) == 2:
             factors.append(None)  # no positions to count for a single use
         options = [resolve(option) for option in tap.options]
@@ -138,13 +163,49 @@ def _insert(
         call = graph.call_function(operator, (seen, *tensors, *factors, *options))
         take_over(call, seen, same_value=True, blocks=[block.name])
         result = call
-        if tap.cases is not None:
-            back = torch.ops.kfac_fx.cases_back.default
-            result = graph.call_function(back, (call, tap.cases.dim, tapped))
+        if tap.cases is not None and tap.cases.dim != WITHIN:
+            if tap.cases.like is not None and tap.consumer is not None:
+                rows = resolve(tap.tensors[0])
+                result = graph.call_function(torch.ops.kfac_fx.each_row.default, (call, rows))
+            else:
+                back = torch.ops.kfac_fx.cases_back.default
+                result = graph.call_function(back, (call, tap.cases.dim, tapped))
             take_over(result, tapped, same_value=True, cases=[block.name])
     graph.erase_node(anchor)
     for user in users:
         user.replace_input_with(tapped, result)
+
+
+def _share(
+    graph: fx.Graph,
+    use: ParameterUse,
+    tensors: list[Any],
+    factors: list[fx.Node | None],
+    firsts: dict[int, _Counted],
+) -> None:
+    """Let a use weigh its rows as the first use of its form does; see ``ops/case_share.py``.
+
+    Args:
+        graph: is changed at the present place.
+        use: has a tap.
+        tensors: what the tap reads, with the cases first.
+        factors: the buffers of the tap; those of A and of the positions are replaced.
+        firsts: the first use of each form; gets this one if there is none.
+    """
+    tap = use.tap
+    assert tap is not None
+    counts = use.factors[-1].role == "count"
+    others = not_cases(tap.operator, tap.options) if counts else None
+    # Positions that are looked up once for all cases take their number from another tensor.
+    if others is None or any(isinstance(t, fx.Node) for t in tensors[1:]):
+        return
+    here = _Counted(tensors[0], others)
+    first = firsts.setdefault(use.factors[0].form, here)
+    if first is here:
+        return
+    for place in (0, -1):
+        given = (factors[place], here.x, here.others, first.x, first.others)
+        factors[place] = graph.call_function(torch.ops.kfac_fx.shared.default, given)
 
 
 def _cases_first(

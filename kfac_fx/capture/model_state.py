@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dis
+import functools
 import sys
 import types
 from collections.abc import Collection, Iterable, Iterator
@@ -268,6 +269,11 @@ class ModelState:
             items = value.values() if isinstance(value, dict) else value
         elif isinstance(value, tuple):
             items = value
+        elif isinstance(value, functools.partial):
+            items = (value.func, value.args, value.keywords)
+        elif isinstance(value, (types.FunctionType, types.MethodType)):
+            self._add_globals(getattr(value, "__func__", value), 2)
+            self._objects.append((getattr(value, "__self__", None), place))
         elif depth <= 2 and (held := _attributes(value)) is not None:
             self._seen.add(id(value))
             self._add(held, place)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 
+from kfac_fx.capture.user_lines import users_code_asks
 from kfac_fx.torch_internals.modes import switches_gradients
 from kfac_fx.torch_internals.pytree import tree_leaves
 
@@ -87,6 +88,9 @@ class RealCalls(TorchFunctionMode):
         """Read a property: a fact at once, a tensor as a node."""
         name = func.__self__.__name__
         tensor = args[0]
+        # Taken out of a container; one that is read from its module is symbolic already.
+        if name == "requires_grad" and self._tracer.is_member(tensor) and users_code_asks(2):
+            self._tracer.refuse("requires_grad of a parameter is read")
         if not self._tracer.is_member(tensor) or name not in (*_VALUES, "grad"):
             return func(*args, **kwargs)
         if name == "grad":

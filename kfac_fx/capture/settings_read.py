@@ -31,6 +31,10 @@ _ATOMS = (*SCALARS, Enum, type, torch.dtype, torch.device, types.FunctionType)
 """Values that are compared as they are."""
 
 
+_BAGS = (types.SimpleNamespace, threading.local)
+"""Bare bags of attributes, which code asks for what is not there yet: ``getattr(bag, "k", 1)``."""
+
+
 class Setting(NamedTuple):
     """A value that is read anew to be compared.
 
@@ -108,7 +112,7 @@ def settings_of(
             held = getattr(value, name, None)
         except Exception:  # a property of the user's may need what is not there
             continue
-        if held is None and not hasattr(value, name):
+        if held is None and not hasattr(value, name) and not isinstance(value, _BAGS):
             continue
         inner = f"{words}.{name}"
         if isinstance(held, _ATOMS):
@@ -131,7 +135,7 @@ def _is_small_array(value: Value) -> bool:
 
 def _looked_into(value: Value) -> bool:
     """Tell whether a value is an object or a class of the user's, or a bare bag of attributes."""
-    if isinstance(value, (types.SimpleNamespace, threading.local)):
+    if isinstance(value, _BAGS):
         return True
     if isinstance(value, (*SCALARS, *HOLDERS, tuple, Tensor, nn.Module, Enum)):
         return False

@@ -77,6 +77,7 @@ class WatchingTracer(fx.Tracer):
         self._kinds: dict[fx.Node, Kind] = {}
         self._assumed: dict[fx.Node, type] = {}
         self._modes = Modes()
+        self._trained: dict[nn.Module, bool] = {}
 
     def trace(self, root: nn.Module, concrete_args: dict[str, Value] | None = None) -> fx.Graph:  # type: ignore[override]
         """Return the graph of a module.
@@ -88,6 +89,7 @@ class WatchingTracer(fx.Tracer):
         self._members = {id(tensor): name for name, tensor in named}
         self._modules = dict(root.named_modules(remove_duplicate=False))
         self._modes = Modes()
+        self._trained = {module: module.training for module in root.modules()}
         with watched(self), kept_whole(self, root):
             graph = super().trace(root, concrete_args)
         if self._refused:
@@ -210,6 +212,9 @@ class WatchingTracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Look into a weight's parametrization, unless it tells modes and gradients apart."""
+        # A layer that the graph calls has the mode of the moment; the forward may put it back.
+        if m.training is not self._trained.get(m, m.training):
+            self.refuse(f"the forward changes the mode of {module_qualified_name}")
         if isinstance(m, torch.jit.ScriptModule):
             return True  # its code is no Python: it is kept, so that its parameters have a use
         # fx would keep a parametrized nn.Linear whole, as it is a class of torch.nn; its weight is

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import linecache
+import sys
 import traceback
 from pathlib import Path
 
@@ -20,6 +22,18 @@ def running_line() -> str:
 def user_line(error: BaseException) -> str:
     """Return the last line of the user's own code on an error's traceback, with file and number."""
     return _line(traceback.extract_tb(error.__traceback__))
+
+
+def users_code_asks(depth: int) -> bool:
+    """Tell whether user's code calls what stands ``depth`` frames above; torch asks as well."""
+    frame = sys._getframe(depth + 1)
+    between = (torch.random.__file__, contextlib.__file__)
+    # torch.export enters modes of its own, which hand on what the user's code calls.
+    while frame.f_back is not None and (
+        frame.f_code.co_filename in between or frame.f_code.co_name == "__torch_function__"
+    ):
+        frame = frame.f_back
+    return not frame.f_code.co_filename.startswith((_TORCH, _HERE))
 
 
 def _line(stack: traceback.StackSummary) -> str:

@@ -8,12 +8,9 @@ refused where they are asked: on the user's line.
 from __future__ import annotations
 
 import builtins
-import contextlib
-import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -24,7 +21,7 @@ from torch.utils.checkpoint import CheckpointFunction
 from kfac_fx.capture.autograd_calls import FunctionCall
 from kfac_fx.capture.proxies import WatchedMember
 from kfac_fx.capture.real_calls import FACTS, RealCalls
-from kfac_fx.capture.user_lines import running_line
+from kfac_fx.capture.user_lines import running_line, users_code_asks
 from kfac_fx.errors import CaptureError
 from kfac_fx.torch_internals.modes import Modes, autocast_heard, mode_entries_heard
 from kfac_fx.torch_internals.pytree import tree_leaves
@@ -37,9 +34,6 @@ Value = Any
 
 Refuse = Callable[[str], NoReturn]
 """Stops the capture with a reason."""
-
-_TORCH = str(Path(torch.__file__).parent)
-_HERE = str(Path(__file__).parent.parent)
 
 _QUESTIONS = (
     "is_grad_enabled",
@@ -71,7 +65,7 @@ def questions_refused(refuse: Refuse) -> Iterator[None]:
         stack.enter_context(_replaced(torch.random, "default_generator", _Seeding(refuse)))
 
         def entered(mode: object) -> None:
-            if not isinstance(mode, (RealCalls, ModeWatch)) and _users(2):
+            if not isinstance(mode, (RealCalls, ModeWatch)) and users_code_asks(2):
                 refuse(f"the forward enters {type(mode).__name__}, which no graph records")
 
         stack.enter_context(mode_entries_heard(entered))
@@ -112,11 +106,13 @@ class ModeWatch(TorchFunctionMode):
         if changed is not None:
             self._refuse(f"{changed} is set in the forward, which no graph records")
         name = getattr(func, "__name__", "")
-        if name in ("is_contiguous", "stride") and _users(1):
+        if _freezes(func, args, kwargs or {}):
+            self._refuse("the forward changes requires_grad of a parameter, which no graph records")
+        if name in ("is_contiguous", "stride") and users_code_asks(1):
             self.asks_order = True
         elif self._held and name not in FACTS and not _is_in_place(name):
             self._note_reads(args)
-        elif name == "__get__" and func.__self__.__name__ == "requires_grad" and _users(1):
+        elif name == "__get__" and func.__self__.__name__ == "requires_grad" and users_code_asks(1):
             self._refuse("requires_grad of a tensor is read, which a graph would not ask again")
         return func(*args, **(kwargs or {}))
 
@@ -125,6 +121,17 @@ class ModeWatch(TorchFunctionMode):
         tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
         if all(id(tensor) in self._held for tensor in tensors):
             self.read.update(self._held[id(tensor)] for tensor in tensors)
+
+
+def _freezes(func: Value, args: tuple[Value, ...], kwargs: Mapping[str, Value]) -> bool:
+    """Tell whether a call freezes a parameter, or lets it train again; a module's own call too."""
+    name = getattr(func, "__name__", "")
+    if name == "__set__":
+        name = func.__self__.__name__
+    if name not in ("requires_grad_", "requires_grad") or not isinstance(args[0], nn.Parameter):
+        return False
+    given = args[1] if len(args) > 1 else kwargs.get("requires_grad", True)
+    return getattr(func, "__name__", "") != "__get__" and args[0].requires_grad != given
 
 
 def _is_in_place(name: str) -> bool:
@@ -187,25 +194,13 @@ def _replaced(owner: Value, name: str, value: Value) -> Iterator[None]:
         setattr(owner, name, before)
 
 
-def _users(depth: int) -> bool:
-    """Tell whether user's code calls what stands ``depth`` frames above; torch asks as well."""
-    frame = sys._getframe(depth + 1)
-    between = (torch.random.__file__, contextlib.__file__)
-    # torch.export enters modes of its own, which hand on what the user's code calls.
-    while frame.f_back is not None and (
-        frame.f_code.co_filename in between or frame.f_code.co_name == "__torch_function__"
-    ):
-        frame = frame.f_back
-    return not frame.f_code.co_filename.startswith((_TORCH, _HERE))
-
-
 @contextmanager
 def _asked(name: str, refuse: Refuse) -> Iterator[None]:
     """Within the context, refuse a question that the user's code asks."""
     function = getattr(torch, name)
 
     def question(*args: Value, **kwargs: Value) -> Value:
-        if _users(1):
+        if users_code_asks(1):
             refuse(f"torch.{name}() is called, which a graph would not do again")
         return function(*args, **kwargs)
 
@@ -225,7 +220,7 @@ class _Seeding:
         self._generator = torch.default_generator
 
     def __getattr__(self, name: str) -> Value:
-        if name in _SEEDING and _users(1):
+        if name in _SEEDING and users_code_asks(1):
             self._refuse("the state or the seed of torch's random generator is read or set")
         return getattr(self._generator, name)
 
@@ -239,7 +234,8 @@ def _is_instance(tracer: Recording) -> Value:
     original = isinstance
 
     def is_instance(value: Value, kinds: Value) -> bool:
-        if not issubclass(type(value), fx.Proxy) or original(value, kinds) or not _users(1):
+        symbolic = issubclass(type(value), fx.Proxy)
+        if not symbolic or original(value, kinds) or not users_code_asks(1):
             return original(value, kinds)
         return _answer(tracer, value, kinds)
 
@@ -251,7 +247,7 @@ def _is_tensor(tracer: Recording) -> Value:
     original = torch.is_tensor
 
     def is_tensor(value: Value) -> bool:
-        if not issubclass(type(value), fx.Proxy) or not _users(1):
+        if not issubclass(type(value), fx.Proxy) or not users_code_asks(1):
             return original(value)
         return _answer(tracer, value, torch.Tensor)
 
@@ -280,7 +276,7 @@ def _apply(tracer: Recording) -> Value:
         if symbolic and cls is CheckpointFunction:
             tracer.refuse("a reentrant checkpoint runs without gradients, and again in backward")
         # torch's own (a checkpoint's, which saves inputs) belong to what torch does around.
-        if symbolic and _users(1):
+        if symbolic and users_code_asks(1):
             return tracer.create_proxy("call_function", FunctionCall(cls), args, kwargs)
         return original.__get__(None, cls)(*args, **kwargs)
 

@@ -24,6 +24,7 @@ from kfac_fx.eager.recordable_uses import every_piece, placeable
 from kfac_fx.eager.tape import Tape, compilers_off
 from kfac_fx.eager.torch_calls import Value
 from kfac_fx.errors import CaptureError
+from kfac_fx.torch_internals.dynamo_frames import break_graph
 from kfac_fx.torch_internals.generated_forward import set_signature
 
 if TYPE_CHECKING:
@@ -32,6 +33,13 @@ if TYPE_CHECKING:
 
 RUNNER = "_kfac_fx_model"
 """Name of the submodule that runs the model."""
+
+
+_NO_GRAPH = (
+    "kfac_fx records this model while its own code runs, as no graph of it could be captured: "
+    "compile the net without fullgraph=True"
+)
+"""What torch.compile(net, fullgraph=True) says besides where statistics are recorded."""
 
 
 class Runner(nn.Module):
@@ -52,6 +60,7 @@ class Runner(nn.Module):
         if self.taps is not None and torch.is_grad_enabled() and self.taps.recording():
             if torch.compiler.is_compiling():
                 # Dynamo cannot trace a TorchFunctionMode that builds a graph as it goes.
+                break_graph(_NO_GRAPH)
                 return torch.compiler.disable(self.recorded)(args, kwargs)
             return self.recorded(args, kwargs)
         return self.held[0](*args, **kwargs)

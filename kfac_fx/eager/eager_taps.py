@@ -15,7 +15,8 @@ from kfac_fx.eager.recordable_uses import at_its_call
 from kfac_fx.eager.torch_calls import Value
 from kfac_fx.ir.curvature_graph import CurvatureBlock, CurvatureGraph
 from kfac_fx.ir.use import FactorSpec, NodeRef, ParameterUse, Role, Tap
-from kfac_fx.ops.case_first import cases_back, cases_first, dims_of
+from kfac_fx.ops.case_first import WITHIN, cases_back, cases_first, dims_of, each_row
+from kfac_fx.ops.case_share import not_cases, shared
 from kfac_fx.ops.net_buffers import STORE
 from kfac_fx.passes.find_cases import GrowingCases
 from kfac_fx.passes.rules.generic import as_rows, case_tap
@@ -107,7 +108,7 @@ class EagerTaps:
             if known is not None and use.tap is not None and at_its_call(use, use.tap, node):
                 tap = cases.placed(use, node).tap or use.tap
                 count = None if tap.cases is None else cases.count(tap.cases)
-                record = self._record(tap, known, block, count)
+                record = self._record(tap, known, block, count, cases)
                 factors = self._factors(known, block) if tap.slots else ()
                 found.append(Placement(tap, record, use.parameters, factors))
         return found
@@ -168,7 +169,12 @@ class EagerTaps:
                         yield replace(block.uses[0], node=node.name, tap=tap), block
 
     def _record(
-        self, tap: Tap, use: ParameterUse, block: CurvatureBlock, count: int | None
+        self,
+        tap: Tap,
+        use: ParameterUse,
+        block: CurvatureBlock,
+        count: int | None,
+        cases: GrowingCases,
     ) -> Callable[[Tensor, Mapping[str, Tensor]], Tensor]:
         """Return the function that puts a tensor's tap in its place.
 
@@ -177,6 +183,7 @@ class EagerTaps:
             use: the one that the example showed.
             block: owns the buffers.
             count: the number of cases where they are folded with positions.
+            cases: knows the first use of each block.
         """
         operator = getattr(torch.ops.kfac_fx, tap.operator).default
 
@@ -195,15 +202,33 @@ class EagerTaps:
             tensors = _resolved(tap.tensors, values)
             options = _resolved(tap.options, values)
             if tap.cases is None:
+                share(tensors, factors)
                 tapped: Tensor = operator(y, *tensors, *factors, *options)
                 return tapped
             dim = tap.cases.dim
             # Only its first two sizes are read.
             like = None if count is None else y.new_empty(count, count, 0)
-            seen = y if tap.consumer is None else dims_of(y, tensors[0])
-            tensors = [*(cases_first(t, dim, like) for t in tensors[:1]), *tensors[1:]]
+            if dim == WITHIN:
+                tapped = operator(y, *tensors, like, *factors, *options)
+                return tapped
+            rows = tensors[:1]
+            seen = y if tap.consumer is None else dims_of(y, rows[0])
+            tensors = [*(cases_first(t, dim, like) for t in rows), *tensors[1:]]
+            share(tensors, factors)
             tapped = operator(cases_first(seen, dim, like), *tensors, *factors, *options)
-            return cases_back(tapped, dim, y)
+            folded = like is not None and tap.consumer is not None
+            return each_row(tapped, rows[0]) if folded else cases_back(tapped, dim, y)
+
+        def share(tensors: Sequence[Value], factors: list[Tensor | None]) -> None:
+            others = not_cases(tap.operator, tap.options) if use.products == 1 else None
+            if others is None or any(t is not None for t in tensors[1:]):
+                return
+            key = block.name, use.factors[0].form
+            first = cases.first_use(key, tensors[0], others)
+            for place in (0, -1) if use.factors[-1].role == "count" else ():
+                factor = factors[place]
+                assert factor is not None
+                factors[place] = shared(factor, tensors[0], others, *first)
 
         return record
 

@@ -38,8 +38,8 @@ from kfac_fx.eager.torch_calls import (
     tensors_of,
 )
 from kfac_fx.errors import CaptureError
+from kfac_fx.passes.case_order import SIZES
 from kfac_fx.passes.find_cases import GrowingCases
-from kfac_fx.passes.follow_cases import SIZES
 from kfac_fx.torch_internals.rebuilt_functions import without_override_question
 
 if TYPE_CHECKING:

@@ -90,8 +90,14 @@ def is_in_place(target: Function) -> bool:
 
 
 def reads_property(func: Function) -> bool:
-    """Tell whether a call reads a property that is no view, such as ``shape`` or ``grad``."""
-    return getattr(func, "__name__", "") == "__get__" and func.__self__.__name__ not in _VIEWS
+    """Tell whether a call reads a property that is no view, such as ``shape`` or ``grad``.
+
+    One that freezes its tensor, or lets it train again, is none that computes with it either.
+    """
+    name = getattr(func, "__name__", "")
+    if name in ("__get__", "__set__"):
+        return func.__self__.__name__ not in _VIEWS
+    return name == "requires_grad_"
 
 
 def is_composed(func: Function) -> bool:

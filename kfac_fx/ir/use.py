@@ -116,7 +116,8 @@ class CaseView(NamedTuple):
 
     Attributes:
         dim: the dimension that counts the cases in the model; with ``like`` where the positions go
-            instead, 0 behind the cases, -1 at the end, -2 from before the cases behind them.
+            instead, 0 behind the cases, -1 at the end, -2 from before the cases behind them;
+            -3 where the tap itself is told what counts the cases.
         like: where cases are folded with positions, what counts them by its first dimension.
     """
 

@@ -5,6 +5,7 @@ Importing this package registers the operators, ``torch.ops.kfac_fx``.
 
 from kfac_fx.ops import (
     bilinear,
+    case_share,
     cases,
     convolution,
     coupling,
@@ -26,6 +27,7 @@ __all__ = [
     "Statistic",
     "all_buffers",
     "bilinear",
+    "case_share",
     "cases",
     "convolution",
     "coupling",

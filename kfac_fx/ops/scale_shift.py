@@ -89,6 +89,12 @@ class ScaleShiftStatistics:
             channels = tuple(dim + (dim >= 0) for dim in self.options.channels)
             lifted = replace(self, options=replace(self.options, channels=channels))
             return lifted(g.unsqueeze(0), [x.unsqueeze(0), mean, var], wanted, dtype)
+        return [case_covariance(self.of_rows(g, tensors, dtype), self.dim)]
+
+    def of_rows(self, g: Tensor, tensors: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor:
+        """Return the gradients of scale and shift, or of the scale, of each row, [N, K, C]."""
+        x, mean, var = tensors
+        assert x is not None
         family = self.options.family
         if family == "batch" or (family == "instance" and not self.options.training):
             gradients = [self._by_channels(g, x, mean, var, dtype)]
@@ -96,7 +102,7 @@ class ScaleShiftStatistics:
             gradients = [self._by_cases(g, x, dtype)]
         if self.options.shift:
             gradients.append(self._sums(g, dtype))
-        return [case_covariance(torch.stack(gradients, 1), self.dim)]
+        return torch.stack(gradients, 1)
 
     def _by_cases(self, g: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the sums over positions of g * xhat, [N, C]."""
@@ -163,6 +169,48 @@ def _scale_shift(
     return tapped(y, ScaleShiftStatistics(options, factors[0].dim()), [x, *moments], factors)
 
 
+@dataclass(frozen=True)
+class FoldedStatistics:
+    """The same where positions are folded into the rows that a norm looks at one by one (frames).
+
+    Attributes:
+        norm: the statistics of rows.
+    """
+
+    norm: ScaleShiftStatistics
+
+    def __call__(
+        self,
+        g: Tensor,
+        tensors: Sequence[Tensor | None],
+        wanted: Sequence[bool],
+        dtype: torch.dtype,
+    ) -> list[Statistic | None]:
+        """Return (C,); the last tensor counts the cases by its first dimension."""
+        *own, like = tensors
+        assert like is not None
+        u = self.norm.of_rows(g, own, dtype)
+        cases = like.shape[0]
+        if cases and u.shape[0] % cases == 0:
+            u = u.reshape(cases, -1, *u.shape[1:]).sum(1)
+        return [case_covariance(u, self.norm.dim)]
+
+
+def _folded_scale_shift(
+    y: Tensor,
+    tensors: Sequence[Tensor | None],
+    factors: Sequence[Tensor],
+    options: ScaleShiftOptions,
+) -> Tensor:
+    x, mean, var, like = tensors
+    assert like is not None
+    moments = [None, None] if options.training else [mean, var]
+    # Only its size is read: a view of no entries keeps nothing of it.
+    count = like.detach().new_empty(like.shape[0], 0)
+    norm = ScaleShiftStatistics(options, factors[0].dim())
+    return tapped(y, FoldedStatistics(norm), [x, *moments, count], factors)
+
+
 def _shift(
     y: Tensor,
     tensors: Sequence[Tensor | None],
@@ -177,6 +225,13 @@ define_tap(
     ScaleShiftOptions,
     _scale_shift,
     tensors=("x", "mean?", "var?"),
+    factors=("C",),
+)
+define_tap(
+    "folded_scale_shift",
+    ScaleShiftOptions,
+    _folded_scale_shift,
+    tensors=("x", "mean?", "var?", "like"),
     factors=("C",),
 )
 define_tap("shift", ShiftOptions, _shift, tensors=(), factors=("C",))

@@ -51,6 +51,13 @@ from kfac_fx.torch_internals.onlookers import (
     unwrapped,
 )
 
+OTHER_SHAPE = (
+    "a layer was replaced by one of another size (transform the model again), or one reads its "
+    "cases where it has its features, as of a transposed batch, x.t() (leave its parameters out "
+    "with transform(..., exclude=...))"
+)
+"""Why statistics may have another shape than their factors, and what to do."""
+
 
 class _Unbatched(torch.autograd.Function):
     """The base of functions that torch.func.vmap cannot go through; an error says why."""
@@ -114,7 +121,14 @@ class _Source(_Unbatched):
         saved = partial(getattr, ctx, "saved_tensors")
         found = _delivered(ctx.statistics, g, saved, ctx.factors, ctx.states, needed)
         # An input factor that was formed for a noted tap may come as rows.
-        return (*nothing, *[v.product() if isinstance(v, Rows) else v for v in found])
+        values = [v.product() if isinstance(v, Rows) else v for v in found]
+        for value, factor in zip(values, ctx.factors, strict=True):
+            if value is not None and value.shape != factor.shape:  # autograd's own words are others
+                raise ObservationError(
+                    f"a statistic has the shape {list(value.shape)}, where its factor has "
+                    f"{list(factor.shape)}: {OTHER_SHAPE}"
+                )
+        return (*nothing, *values)
 
 
 def _delivered(

@@ -20,6 +20,7 @@ from kfac_fx.likelihoods.builtin import Likelihood, Tree
 from kfac_fx.likelihoods.named import Sum
 from kfac_fx.ops.gram import Rows, Statistic, multiplied
 from kfac_fx.ops.net_buffers import STORE, all_buffers, switch
+from kfac_fx.ops.tap import OTHER_SHAPE
 from kfac_fx.parallel import StatisticSlot, Values, Workers
 from kfac_fx.statistics.buffers import Statistics, StatisticSources, sources_of
 from kfac_fx.statistics.empirical import EmpiricalStatistics
@@ -101,9 +102,7 @@ def _check_sound(key: StatisticKey, value: Statistic, shape: torch.Size) -> None
     if isinstance(value, Tensor) and value.shape != shape:
         raise ObservationError(
             f"the statistic {key.factor} of {key.slot!r} has the shape {list(value.shape)}, where "
-            f"its factor has {list(shape)}: the layer reads its cases where it has its features, "
-            "as of a transposed batch, x.t(); leave its parameters out with "
-            "transform(..., exclude=...)"
+            f"its factor has {list(shape)}: {OTHER_SHAPE}"
         )
 
 

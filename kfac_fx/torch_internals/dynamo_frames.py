@@ -3,7 +3,8 @@
 Why: Dynamo runs one graph for all modules that look alike, and compiles one frame several times;
 statistics belong to a frame and to the tensors that a run gets. No public way: a backend is given a
 graph and example inputs, without the frame or the source of an input; and ``torch.compiler`` lists
-the names of backends but does not look one up. Seen on torch 2.11, 2.13 and 2.14.
+the names of backends but does not look one up, and has no break with a message. Seen on torch 2.11,
+2.13 and 2.14.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import fx
 from torch._guards import CompileContext
 
@@ -48,3 +50,12 @@ def find_backend(name: str) -> Compiler:
 
     found: Compiler = lookup_backend(name)
     return found
+
+
+def break_graph(reason: str) -> None:
+    """Let torch.compile, which runs this, go on in another graph; with fullgraph=True it stops.
+
+    Args:
+        reason: what its error says then.
+    """
+    torch._dynamo.graph_break(msg=reason)

@@ -300,6 +300,40 @@ class Asks(Net):
         return self.head(self.a(x)) * (2.0 if type(self).question(self, x) else 1.0)
 
 
+class Straight(Net):
+    """Branches on something else than its input."""
+
+    question: Callable[[Net, Tensor], bool]
+
+    def forward(self, x: Tensor) -> Value:
+        return self.head(self.a(x)) * (2.0 if type(self).question(self, x) else 1.0)
+
+
+class PutsBack(Net):
+    """Lets a layer run in another mode than its own, and puts that back."""
+
+    def __init__(self, mode: bool) -> None:
+        super().__init__()
+        self.part, self.mode = nn.Sequential(nn.Linear(D, D), nn.Dropout(0.5)), mode
+
+    def forward(self, x: Tensor) -> Value:
+        before = self.part.training
+        self.part.train(self.mode)
+        h = self.part(x)
+        self.part.train(before)
+        return self.head(h)
+
+
+@pytest.mark.parametrize("mode", [False, True])
+def test_a_mode_that_the_forward_puts_back(mode: bool) -> None:
+    with pytest.raises(CaptureError, match="changes the mode of part"):
+        transformed(PutsBack(mode), "none")
+    net, model, twin = both(lambda: PutsBack(mode), "inputs")
+    for training in (True, False):
+        net.train(training), twin.train(training)
+        agree(net, model, twin)
+
+
 def test_a_branch_on_the_order_in_memory() -> None:
     kind = type("Model", (Asks,), {"question": lambda self, x: x.is_contiguous()})
     net, _, twin = both(kind, "inputs")
@@ -308,8 +342,18 @@ def test_a_branch_on_the_order_in_memory() -> None:
         close((net(x),), (twin(x),))
 
 
-def test_a_branch_on_whether_a_weight_is_trained() -> None:
-    kind = type("Model", (Asks,), {"question": lambda self, x: self.b.weight.requires_grad})
+@pytest.mark.parametrize(
+    "question",
+    [
+        lambda self, x: self.b.weight.requires_grad,
+        lambda self, x: all(p.requires_grad for p in self.parameters()),
+        lambda self, x: dict(self.named_parameters())["b.weight"].requires_grad,
+    ],
+)
+def test_a_branch_on_whether_a_weight_is_trained(question: Value) -> None:
+    with pytest.raises(CaptureError, match=r"requires_grad|flow"):
+        transformed(type("Alone", (Straight,), {"question": question})(), "none")
+    kind = type("Model", (Asks,), {"question": question})
     net, model, twin = both(kind, "inputs")
     for _ in range(2):
         agree(net, model, twin)

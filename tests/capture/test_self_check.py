@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -130,9 +131,49 @@ class Freezing(Straight):
         return self.head(torch.tanh(self.fc(x)))
 
 
-def test_an_export_does_not_freeze() -> None:
-    with pytest.raises(errors.CaptureError, match=r"model sets requires_grad of .*'weight'"):
-        kfac_fx.transform(Freezing(), batch(), capture="export")
+class FreezingOne(Freezing):
+    """Its first layer's weight has no gradients, which it says in one of torch's ways.
+
+    Args:
+        way: what it says.
+    """
+
+    def __init__(self, way: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.way = way
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.way(self.fc.weight)
+        return self.head(torch.tanh(self.fc(x)))
+
+
+FREEZING: dict[str, Callable[[], nn.Module]] = {
+    "a layer by mode": Freezing,
+    "by the attribute": lambda: FreezingOne(lambda w: setattr(w, "requires_grad", False)),
+    "by the method": lambda: FreezingOne(lambda w: w.requires_grad_(False)),
+    "by name": lambda: FreezingOne(lambda w: w.requires_grad_(requires_grad=False)),
+}
+
+
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize("way", FREEZING)
+def test_an_export_does_not_freeze(way: str, check: bool) -> None:
+    model = FREEZING[way]().eval()
+    with pytest.raises(errors.CaptureError, match="changes requires_grad of a parameter"):
+        kfac_fx.transform(model, batch(), capture="export", check=check)
+    assert all(p.requires_grad for p in model.parameters())
+    # Asking for what is so already changes nothing.
+    same = FreezingOne(lambda w: w.requires_grad_())
+    assert kfac_fx.transform(same, batch(), capture="export", check=check)
+
+
+@pytest.mark.parametrize("way", list(FREEZING)[1:])
+def test_the_models_own_code_freezes(way: str) -> None:
+    model, x = FREEZING[way](), batch()
+    net = kfac_fx.transform(model, x, capture="eager")
+    assert all(p.requires_grad for p in model.parameters())
+    net(x).sum().backward()
+    assert [p.grad is not None for p in model.parameters()] == [False, True, True, True]
 
 
 @pytest.mark.parametrize("capture", ["symbolic_trace", "eager"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import threading
 import types
 from collections.abc import Callable
@@ -29,6 +30,20 @@ class Slots:
 
     def __init__(self) -> None:
         self.scale = 1.0
+
+    def times(self, number: float) -> float:
+        return self.scale * number
+
+
+FACTOR = [1.0]
+
+
+def factor() -> float:
+    return FACTOR[0]
+
+
+def by(number: float, scale: float) -> float:
+    return number * scale
 
 
 class OfClass:
@@ -74,6 +89,8 @@ class Net(nn.Module):
         self.a, self.head = nn.Linear(D, D), nn.Linear(D, 3)
         self.nested = types.SimpleNamespace(a=types.SimpleNamespace(b=Slots()))
         self.slots, self.kind, self.array = Slots(), OfClass, np.ones(2)
+        self.function, self.partial = factor, functools.partial(by, scale=1.0)
+        self.method, self.inner = Slots().times, functools.partial(Slots().times, 1.0)
         self.tensor, self.tensors = torch.tensor(1.0), [torch.tensor(1.0)]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -91,6 +108,26 @@ SETTINGS: dict[str, tuple[Callable[[Net], Value], Callable[[Net], Value]]] = {
     "a thread's value": (
         lambda m: getattr(LOCAL, "scale", 1.0),
         lambda m: setattr(LOCAL, "scale", 3.0),
+    ),
+    "a thread's value that was not there": (
+        lambda m: getattr(LOCAL, "late", 1.0),
+        lambda m: setattr(LOCAL, "late", 3.0),
+    ),
+    "what a function in an attribute reads": (
+        lambda m: m.function(),
+        lambda m: FACTOR.__setitem__(0, 3.0),
+    ),
+    "a partial function": (
+        lambda m: m.partial(1.0),
+        lambda m: m.partial.keywords.update(scale=3.0),
+    ),
+    "the object of a method": (
+        lambda m: m.method(1.0),
+        lambda m: setattr(m.method.__self__, "scale", 3.0),
+    ),
+    "the object of a partial method": (
+        lambda m: m.inner(),
+        lambda m: setattr(m.inner.func.__self__, "scale", 3.0),
     ),
     "a context variable": (lambda m: CONTEXT.get(), lambda m: CONTEXT.set(3.0)),
     "a closure": (lambda m: READ(), lambda m: CHANGE(3.0)),
@@ -110,7 +147,8 @@ SETTINGS: dict[str, tuple[Callable[[Net], Value], Callable[[Net], Value]]] = {
 @pytest.fixture(autouse=True)
 def put_back() -> Value:
     yield
-    OfClass.scale = BAG.scale = 1.0
+    OfClass.scale = BAG.scale = FACTOR[0] = 1.0
+    vars(LOCAL).pop("late", None)
     LOCAL.scale = 1.0
     defaulting()[0] = 1.0
     CHANGE(1.0)

@@ -552,3 +552,11 @@ def test_nothing_is_watched_without_need(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_the_loss_of_the_graph_is_said(caplog: pytest.LogCaptureFixture) -> None:
     transformed(Branch())
     assert any("no graph of it" in record.getMessage() for record in caplog.records)
+
+
+def test_compile_without_breaks_says_what_to_do() -> None:
+    net, x = transformed(Branch()), batch()
+    arm(net, True)
+    compiled = torch.compile(net, backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match="compile the net without fullgraph=True"):
+        compiled(x)

@@ -98,6 +98,10 @@ WAYS: dict[str, Way] = {
     "addmm": lambda x, W, b: torch.addmm(b, x, W.t()),
     "einsum": lambda x, W, b: torch.einsum("ni,oi->no", x, W) + b,
     "einsum swapped": lambda x, W, b: torch.einsum("oi,ni->no", W, x) + b,
+    "inner": lambda x, W, b: torch.inner(x, W) + b,
+    "tensordot": lambda x, W, b: torch.tensordot(x, W, ([1], [1])) + b,
+    "tensordot, from the right": lambda x, W, b: torch.tensordot(x, W, dims=([-1], [-1])) + b,
+    "(tensordot of W and x).T": lambda x, W, b: torch.tensordot(W, x, ([1], [1])).T + b,
     "(W @ x.T).T": lambda x, W, b: (W @ x.T).T + b,
 }
 TRANSPOSED_WAYS: dict[str, Way] = {
@@ -106,6 +110,7 @@ TRANSPOSED_WAYS: dict[str, Way] = {
     "mm transposed": lambda x, W, b: x.mm(W) + b,
     "addmm transposed": lambda x, W, b: torch.addmm(b, x, W),
     "einsum transposed": lambda x, W, b: torch.einsum("ni,io->no", x, W) + b,
+    "tensordot by number": lambda x, W, b: torch.tensordot(x, W, 1) + b,
     "F.linear of W.t()": lambda x, W, b: F.linear(x, W.t(), b),
 }
 
@@ -168,6 +173,9 @@ TOKEN_WAYS: dict[str, tuple[Way, bool]] = {
     "x @ W.T": (WAYS["x @ W.T + b"], False),
     "x @ W": (TRANSPOSED_WAYS["x @ W"], True),
     "einsum": (lambda x, W, b: torch.einsum("nti,oi->nto", x, W) + b, False),
+    "inner": (WAYS["inner"], False),
+    "inner, a method": (lambda x, W, b: x.inner(W) + b, False),
+    "tensordot": (lambda x, W, b: torch.tensordot(x, W, ([2], [0])) + b, True),
     "einsum ...": (lambda x, W, b: torch.einsum("...i,io->...o", x, W) + b, True),
 }
 
@@ -177,6 +185,29 @@ TOKEN_WAYS: dict[str, tuple[Way, bool]] = {
 def test_ways_over_tokens(measure: Measure, way: str, fisher: str) -> None:
     model = Functional(*TOKEN_WAYS[way])
     check_functional(measure, model, torch.randn(5, 3, 4), fisher, Categorical())
+
+
+@both_fishers
+def test_tensordot_over_several_dimensions(measure: Measure, fisher: str) -> None:
+    """W [3, 4, 5] sums over positions and features, in another order than the input has them."""
+
+    class Several(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.head = nn.Parameter(torch.randn(3, 4, 5)), nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.tanh(torch.tensordot(x, self.weight, ([2, 1], [0, 1]))))
+
+    model, x, likelihood = Several(), torch.randn(6, 4, 3), Categorical()
+    first = nn.Linear(12, 5, bias=False)
+    first.weight.data = model.weight.detach().reshape(12, 5).T.clone()
+    reference = nn.Sequential(first, nn.Tanh(), model.head)
+    rows = x.transpose(1, 2).reshape(6, 12)
+    y = likelihood.draw(model(x))
+    close((reference(rows),), (model(x),))
+    factors = measure(kfac_fx.transform(model), x, y, likelihood, fisher).factors
+    close(factors["weight"], oracles.kronecker(reference, ["0"], rows, y, likelihood, fisher))
 
 
 def test_hf_conv1d(measure: Measure) -> None:

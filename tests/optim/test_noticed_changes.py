@@ -183,3 +183,17 @@ def test_an_instance_norm_of_one_case_needs_no_batch(dims: int, tracks: bool) ->
         pre.step()
         found.append(pre.factors["norm"][0])
     torch.testing.assert_close(found[1], found[0])
+
+
+@pytest.mark.parametrize("fisher", ["sampled", "exact", "empirical"])
+def test_a_head_of_another_size_is_refused(fisher: str) -> None:
+    model = mlp()
+    net = kfac_fx.transform(model, structure="block_diagonal")
+    pre = kfac_fx.Preconditioner(net, "categorical", fisher=fisher)
+    x = torch.randn(6, next(model.parameters()).shape[1])
+    before = model[-1]
+    model[-1] = nn.Linear(before.in_features, before.out_features + 2)
+    outputs = net(x)
+    with pytest.raises(ObservationError, match="replaced by one of another size"):
+        pre.observe(outputs, torch.zeros(6, dtype=torch.int64))
+        F.cross_entropy(outputs, torch.zeros(6, dtype=torch.int64)).backward()

@@ -295,13 +295,6 @@ def test_rows_of_unknown_cases_are_named(way: str, capture: Value) -> None:
     assert "where its cases are cannot be told" in str(net.curvature)
 
 
-@pytest.mark.parametrize("capture", ["symbolic_trace", "export", "eager"])
-def test_frames_of_a_group_norm_are_named(capture: Value) -> None:
-    model = Rows(lambda x: x.reshape(x.shape[0] * x.shape[1], D), nn.GroupNorm(2, D))
-    net = kfac_fx.transform(model, torch.randn(N, T, D), capture=capture)
-    assert [block.name for block in net.curvature.fallbacks] == ["norm"]
-
-
 class CaseByCase(nn.Module):
     """Each case goes through a layer alone, and all of them meet in a batch again."""
 

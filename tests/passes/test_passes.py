@@ -149,7 +149,9 @@ def test_meta_is_kept() -> None:
     for node in net.graph.nodes:
         node.meta["custom"] = {"mine": node.name}
     passes.KFACTransform()(net)
-    taps = [node for node in net.graph.nodes if passes.is_tap(node) and "link" not in node.name]
+    # What weighs the rows of several uses alike stands on a buffer, and on no node of the model.
+    others = ("link", "shared")
+    taps = [n for n in net.graph.nodes if passes.is_tap(n) and not n.name.startswith(others)]
     assert len(taps) >= 4
     for tap in taps:
         origin = tap.args[0]
