@@ -115,9 +115,9 @@ class AdaptiveLength(NaturalLength):
       the running mean was longer.
     - ``factor`` follows the agreement of each gradient with the steps before: as long as it points
       the same way steps grow, and where noise has the upper hand they shrink.
-    - A layer's part is no longer than a share of its weights, ``WIDE`` to ``NARROW``: what the
-      Fisher of well-fitted cases says of long steps is not true. Where rounding is all that is left
-      of the Fisher, and of the gradient with it, that share goes to zero.
+    - A layer's part is no longer than a share of its weights, ``WIDE`` to ``NARROW`` times the root
+      of ``factor`` above 1: what the Fisher of well-fitted cases says of long steps is not true.
+      Where rounding is all that is left of the Fisher, and of gradients, that share goes to zero.
     - ``restraint`` gets smaller with every step that was cut for being too long, for a learning
       rate that is too large would have all steps as long as the bound, in any direction.
 
@@ -147,8 +147,7 @@ class AdaptiveLength(NaturalLength):
         Args:
             gradient: the gradient, as long vectors.
             updates: Fhat^-1 times it, in the same order.
-            names: of the parameters; where they are others than in the last step, agreement with it
-                is not asked for.
+            names: of the parameters; others than in the last step have no agreement with it.
             scale: of the statistics.
 
         Returns:
@@ -193,7 +192,8 @@ class AdaptiveLength(NaturalLength):
             self.factor = min(max(moved, SMALLEST_FACTOR), LARGEST_FACTOR)
         if self._cuts:
             self._wear()
-        self.widest = max(NARROW, WIDE / math.sqrt(lag)) * self.restraint * signal**2
+        agreed = math.sqrt(max(1.0, self.factor))
+        self.widest = agreed * max(NARROW, WIDE / math.sqrt(lag)) * self.restraint * signal**2
         # Batches must keep their weights: with steps of one length for all, many easy batches
         # outvote the few with rare cases, whose gradients are longer. One alone is not too long.
         taken: float = lag * math.sqrt(min(1.0, RADIUS / max(self._usual, length)))

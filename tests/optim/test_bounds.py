@@ -111,7 +111,8 @@ def test_shares_follow_the_definition(noise: float) -> None:
         got = length.share(parts(g), parts(inverse @ g), NAMES, Scale(lag))
         assert got == pytest.approx(want, rel=1e-9)
         assert length.factor == pytest.approx(rule.factor)
-        assert length.widest == pytest.approx(max(0.02, 0.1 / lag**0.5))
+        widest = max(0.02, 0.1 / lag**0.5) * max(1.0, rule.factor) ** 0.5
+        assert length.widest == pytest.approx(widest)
     # Without noise the factor ends at its ceiling, with little else it wanders near one.
     assert noise == 0.3 or (length.factor == 10.0) == (noise == 0.0)
 
@@ -132,9 +133,9 @@ def test_rounding_is_no_reason_for_long_steps() -> None:
     length, g = AdaptiveLength(), torch.full((8,), 1e-4)
     for _ in range(10):
         length.share(parts(g), parts(g), NAMES)
-    before, widest = length.factor, length.widest
+    before = length.factor
     length.share(parts(g), parts(g), NAMES, Scale(1.0, 0.25))
-    assert length.widest == pytest.approx(widest / 16)
+    assert length.widest == pytest.approx(0.1 * length.factor**0.5 / 16)
     assert length.factor == pytest.approx(before ** (1 - 0.05 * 0.75) * math.exp(0.1))
     for _ in range(200):
         length.share(parts(g), parts(g), NAMES, Scale(1.0, 1e-6))
@@ -142,7 +143,7 @@ def test_rounding_is_no_reason_for_long_steps() -> None:
     for size, signal in ((1.0, 1.0), (0.25, 0.5)):  # squared lengths of 8 and of one half
         g = torch.full((8,), size)
         length.share(parts(g), parts(g), NAMES, Scale(1.0, 1e-6))
-        assert length.widest == pytest.approx(widest * signal**2)
+        assert length.widest == pytest.approx(0.1 * length.factor**0.5 * signal**2)
 
 
 def test_easy_batches_do_not_outvote_hard_ones() -> None:
