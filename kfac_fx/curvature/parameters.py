@@ -137,9 +137,10 @@ def _curvature(net: object) -> CurvatureGraph:
     found = read_curvature(net) if isinstance(net, fx.GraphModule) else None
     if found is None or not isinstance(net, fx.GraphModule):
         raise KFACError(
-            "this is no module that kfac_fx.transform(model) returned, and no tap in it carries "
-            "annotations: kfac_fx.passes.KFACTransform() puts taps into a GraphModule, and a model "
-            "that is compiled with kfac_fx.backend must have run once"
+            "this is no module that kfac_fx.transform(model) returned: call net = "
+            "kfac_fx.transform(model), and give net. (No tap in it carries annotations either: "
+            "kfac_fx.passes.KFACTransform() puts taps into a GraphModule, and a model that is "
+            "compiled with kfac_fx.backend must have run once.)"
         )
     parameters = dict(net.named_parameters(remove_duplicate=False))
     # A graph that was cut out of a larger one has taps, but not what they record into.
