@@ -34,8 +34,8 @@ class Cases(NamedTuple):
     inner: bool = False
 
 
-SIZES = "kfac_fx_sizes"
-"""Key in the meta of a node of a model that runs: the sizes of its tensor."""
+SIZES, DTYPE = "kfac_fx_sizes", "kfac_fx_dtype"
+"""Keys in the meta of a node of a model that runs: the sizes and the dtype of its tensor."""
 
 ITEMS = frozenset({"getitem", "__getitem__", "index"})
 
@@ -132,7 +132,14 @@ def _mixes(node: fx.Node, found: Mapping[fx.Node, Cases]) -> bool:
     cases = None if source is None else found.get(source)
     if source is None or cases is None or name_of(node) not in MIXERS:
         return False
-    return _along(node, source, cases, MIXERS)
+    return _may_have_derivative(source) and _along(node, source, cases, MIXERS)
+
+
+def _may_have_derivative(node: fx.Node) -> bool:
+    """Tell whether a value may have one: numbers of experts that are sorted, say, have none."""
+    value = node.meta.get("val")
+    dtype = value.dtype if isinstance(value, torch.Tensor) else node.meta.get(DTYPE)
+    return not isinstance(dtype, torch.dtype) or dtype.is_floating_point or dtype.is_complex
 
 
 def shuffled(graph: fx.Graph, found: Mapping[fx.Node, Cases]) -> set[fx.Node]:

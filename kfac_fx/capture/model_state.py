@@ -341,7 +341,8 @@ class ModelState:
                 if isinstance(held[key], SCALARS):
                     self._settings.append(Setting(held, key, f"{path}.{key}"))
         for value, place in self._objects:
-            for found in settings_of(value, str(place), self._names, seen):
+            # Code that is found on the way has names of its own: they are for the objects after it.
+            for found in settings_of(value, str(place), tuple(self._names), seen):
                 if isinstance(found, Setting):
                     self._settings.append(found)
                 else:

@@ -38,7 +38,7 @@ from kfac_fx.eager.torch_calls import (
     tensors_of,
 )
 from kfac_fx.errors import CaptureError
-from kfac_fx.passes.case_order import SIZES
+from kfac_fx.passes.case_order import DTYPE, SIZES
 from kfac_fx.passes.find_cases import GrowingCases
 from kfac_fx.torch_internals.rebuilt_functions import without_override_question
 
@@ -152,7 +152,7 @@ class Tape(TorchFunctionMode):
             name = self._names.get(id(tensor))
             found = self.placeholder("data") if name is None else self._new("get_attr", name)
             self._nodes[tensor] = found
-            found.meta[SIZES] = tuple(tensor.shape)
+            found.meta.update({SIZES: tuple(tensor.shape), DTYPE: tensor.dtype})
         if id(tensor) in self._parameters:
             self.touched.add(self._parameters[id(tensor)])
         if detached and self.view.reference(found) is not None:
@@ -262,7 +262,7 @@ class Tape(TorchFunctionMode):
         if isinstance(result, Tensor):
             if id(result) not in self._names:
                 self._nodes[result] = node
-                node.meta[SIZES] = tuple(result.shape)
+                node.meta.update({SIZES: tuple(result.shape), DTYPE: result.dtype})
                 self._written(result, node)
         elif isinstance(result, (tuple, list)):
             for index, item in enumerate(result):

@@ -38,6 +38,16 @@ class Slots:
 FACTOR = [1.0]
 
 
+class Registry:
+    """Functions by name, as transformers keeps those of attention; their code has other names."""
+
+    def __init__(self) -> None:
+        self.functions = {"last": lambda: FACTOR[-1], "plain": lambda: float(len(FACTOR))}
+
+
+REGISTRY = Registry()
+
+
 def factor() -> float:
     return FACTOR[0]
 
@@ -115,6 +125,10 @@ SETTINGS: dict[str, tuple[Callable[[Net], Value], Callable[[Net], Value]]] = {
     ),
     "what a function in an attribute reads": (
         lambda m: m.function(),
+        lambda m: FACTOR.__setitem__(0, 3.0),
+    ),
+    "functions that a global object holds": (
+        lambda m: REGISTRY.functions["last"](),
         lambda m: FACTOR.__setitem__(0, 3.0),
     ),
     "a partial function": (

@@ -270,6 +270,23 @@ def test_another_order_is_right_or_named(way: str, capture: Value) -> None:
     assert [block.name for block in net.curvature.fallbacks] == ([] if right else ["own"])
 
 
+@ROUTES
+def test_numbers_that_are_sorted_mix_no_cases(capture: Value) -> None:
+    """Experts put tokens in order and back; symbolic tracing cannot know that they are numbers."""
+
+    def forward(m: Value, x: Tensor) -> Tensor:
+        rows = m.own(m.a(x[:, 0]))
+        order = rows.argmax(-1).sort(0)[1]
+        back: Tensor = rows[order][order.argsort()]
+        return back
+
+    model, x = built(forward, lambda: nn.LayerNorm(D))
+    net, factors = recorded(model, x, capture)
+    close((factors["own"][0],), (covariance(model, x),))
+    named = [block.name for block in net.curvature.fallbacks] == ["own"]
+    assert named is (capture == "symbolic_trace")
+
+
 SHAPES: dict[str, tuple[Callable[[Value, Tensor], Tensor], bool]] = {
     "squeezed": (lambda m, x: m.own(m.a(x[:, 0]).unsqueeze(0)).squeeze(0), True),
     "squeezed before": (lambda m, x: m.own(m.a(x[:, :1].transpose(0, 1).squeeze(0))), True),
