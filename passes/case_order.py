@@ -107,9 +107,20 @@ def reorders(node: fx.Node, source: fx.Node, cases: Cases) -> bool:
     return name_of(node) in _PLACES and _along(node, source, cases, _PLACES)
 
 
-def repeats(node: fx.Node) -> bool:
-    """Tell whether a call that gives rows another order may take one twice, or leave one out."""
-    return name_of(node) in {"index_select", "topk", *ITEMS}
+def repeats(node: fx.Node, source: fx.Node, cases: Cases) -> bool:
+    """Tell whether a call that gives rows another order may take one twice, or leave one out.
+
+    Args:
+        node: the call.
+        source: what it reads.
+        cases: where the cases of that are.
+    """
+    if name_of(node) != "index_select":
+        return name_of(node) in {"topk", *ITEMS}
+    # As many as there were are taken for all of them: sequences are packed, and put back, so.
+    before, after = shape_of(source), shape_of(node)
+    same = bool(before) and bool(after) and str(before[cases.dim]) == str(after[cases.dim])
+    return not same
 
 
 def mixed_later(graph: fx.Graph, found: Mapping[fx.Node, Cases]) -> set[fx.Node]:

@@ -205,7 +205,11 @@ def _share(
         return
     for place in (0, -1):
         given = (factors[place], here.x, here.others, first.x, first.others)
-        factors[place] = graph.call_function(torch.ops.kfac_fx.shared.default, given)
+        factors[place] = made = graph.call_function(torch.ops.kfac_fx.shared.default, given)
+        value = here.x.meta.get("val")
+        # Programs of torch.export refuse a node without a value, and buffers get theirs later.
+        if isinstance(value, torch.Tensor):
+            made.meta["val"] = value.new_empty(use.factors[place].shape)
 
 
 def _cases_first(

@@ -128,7 +128,7 @@ def test_adaptive_lengths(lr: float) -> None:
             squared = max(way, scale**2 * length)
             past = 0.997 * past + scale * flat
         assert optimizer.diagnostics["trust"] == pytest.approx(scale)
-        widest = max(0.02, 0.1 / lag**0.5) * restraint
+        widest = max(0.02, 0.1 / lag**0.5) * max(1.0, factor) ** 0.5 * restraint
         taken = []
         for proposal, w in zip(proposals, before, strict=True):
             share = min(1.0, widest * float(w.norm()) / (scale * float(proposal.norm())))
