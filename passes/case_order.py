@@ -107,20 +107,29 @@ def reorders(node: fx.Node, source: fx.Node, cases: Cases) -> bool:
     return name_of(node) in _PLACES and _along(node, source, cases, _PLACES)
 
 
-def repeats(node: fx.Node, source: fx.Node, cases: Cases) -> bool:
-    """Tell whether a call that gives rows another order may take one twice, or leave one out.
+def repeats(node: fx.Node) -> bool:
+    """Tell whether a call that gives rows another order may take one twice, or leave one out."""
+    if name_of(node) == "index_select":
+        return not _is_order(node.args[2] if len(node.args) > 2 else node.kwargs.get("index"))
+    return name_of(node) in {"topk", *ITEMS}
 
-    Args:
-        node: the call.
-        source: what it reads.
-        cases: where the cases of that are.
+
+def _is_order(index: Argument) -> bool:
+    """Tell whether an index surely holds every row once: sorting gives it, or it is an inverse.
+
+    Sequences are packed, and put back, by such an index and its inverse.
     """
-    if name_of(node) != "index_select":
-        return name_of(node) in {"topk", *ITEMS}
-    # As many as there were are taken for all of them: sequences are packed, and put back, so.
-    before, after = shape_of(source), shape_of(node)
-    same = bool(before) and bool(after) and str(before[cases.dim]) == str(after[cases.dim])
-    return not same
+    if not isinstance(index, fx.Node) or not index.all_input_nodes:
+        return False
+    name, sources = name_of(index), index.all_input_nodes
+    if name in ("to", "_to_copy", "long"):
+        return _is_order(sources[0])
+    if name in ("scatter", "scatter_"):
+        numbers_in_order = any(name_of(source) == "arange" for source in sources)
+        return numbers_in_order and any(_is_order(source) for source in sources)
+    return name == "argsort" or (
+        name == "getitem" and index.args[1:] == (1,) and name_of(sources[0]) == "sort"
+    )
 
 
 def mixed_later(graph: fx.Graph, found: Mapping[fx.Node, Cases]) -> set[fx.Node]:

@@ -123,7 +123,7 @@ def cases_after(
         return first._replace(dim=first.dim + 1) if moved else first
     if name in ORDERING and reorders(node, data[0], first):
         # Of rows that positions are folded into, those of a case are no longer side by side.
-        return None if first.merged or repeats(node, data[0], first) else first
+        return None if first.merged or repeats(node) else first
     if name in _KEPT:
         # Some of the rows that positions are folded into are not all of some cases.
         return None if first.merged and not _keeps_rows(node, name) else first

@@ -253,6 +253,10 @@ ORDERED: dict[str, tuple[Callable[[Value, Tensor], Tensor], bool]] = {
         lambda m, x: m.own(m.a(x[:, 0]).index_select(0, torch.tensor([0, 0, 1, 1, 2, 2]))),
         False,
     ),
+    "cases in order": (
+        lambda m, x: m.own(m.a(x[:, 0]).index_select(0, x[:, 0, 0].argsort())),
+        True,
+    ),
     "sorted later": (lambda m, x: m.own(m.a(x[:, 0])).sort(0)[0], False),
     "summed later": (lambda m, x: m.own(m.a(x[:, 0])).cumsum(0), False),
     "positions sorted": (lambda m, x: m.own(m.a(x).sort(1)[0]).flip(1).cumsum(1)[:, 1], True),
