@@ -148,11 +148,17 @@ def mixed_later(graph: fx.Graph, found: Mapping[fx.Node, Cases]) -> set[fx.Node]
 
 def _mixes(node: fx.Node, found: Mapping[fx.Node, Cases]) -> bool:
     """Tell whether an entry of a call's value is made of several cases, or is that of another."""
-    source = next(iter(node.all_input_nodes), None)
-    cases = None if source is None else found.get(source)
-    if source is None or cases is None or name_of(node) not in MIXERS:
+    read = _read(node, found)
+    if read is None or name_of(node) not in MIXERS:
         return False
+    source, cases = read
     return _may_have_derivative(source) and _along(node, source, cases, MIXERS)
+
+
+def _read(node: fx.Node, found: Mapping[fx.Node, Cases]) -> tuple[fx.Node, Cases] | None:
+    """Return what a call reads first, and where its cases are; None where that is not known."""
+    source = next(iter(node.all_input_nodes), None)
+    return None if source is None or source not in found else (source, found[source])
 
 
 def _may_have_derivative(node: fx.Node) -> bool:
@@ -171,13 +177,10 @@ def shuffled(graph: fx.Graph, found: Mapping[fx.Node, Cases]) -> set[fx.Node]:
     """
     result: set[fx.Node] = set()
     for node in graph.nodes:
-        source = next(iter(node.all_input_nodes), None)
-        cases = None if source is None else found.get(source)
-        if source is None or cases is None:
-            continue
+        read = _read(node, found)
         # Batches one after the other have no cases that could be found.
         apart = name_of(node) in _COPIES and node not in found
-        if apart or reorders(node, source, cases):
+        if read is not None and (apart or reorders(node, *read)):
             result.add(node)
     return result
 

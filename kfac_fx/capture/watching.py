@@ -126,12 +126,12 @@ class ModeWatch(TorchFunctionMode):
 def _freezes(func: Value, args: tuple[Value, ...], kwargs: Mapping[str, Value]) -> bool:
     """Tell whether a call freezes a parameter, or lets it train again; a module's own call too."""
     name = getattr(func, "__name__", "")
-    if name == "__set__":
-        name = func.__self__.__name__
-    if name not in ("requires_grad_", "requires_grad") or not isinstance(args[0], nn.Parameter):
+    assigns = name == "__set__" and func.__self__.__name__ == "requires_grad"
+    if not (assigns or name == "requires_grad_") or not isinstance(args[0], nn.Parameter):
         return False
     given = args[1] if len(args) > 1 else kwargs.get("requires_grad", True)
-    return getattr(func, "__name__", "") != "__get__" and args[0].requires_grad != given
+    changes: bool = args[0].requires_grad != given
+    return changes
 
 
 def _is_in_place(name: str) -> bool:
