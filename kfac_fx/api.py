@@ -213,6 +213,12 @@ def capture_model(
             continue
         if name == "eager":
             _say_why_eager(model, reasons, opaque)
+        elif why := module.untraced:
+            log.warning(
+                "%s runs as it is written in evaluation: %s. Its graph is that of the training",
+                type(model).__name__,
+                why,
+            )
         whole = opaque_calls(model, module.graph)
         if name == "export" and fixes_batch(module.graph):
             whole.append("batches of another size")
@@ -252,8 +258,10 @@ def _captured(
     if args is None and not kwargs:
         raise CaptureError("it needs example_inputs=(...)")
     if route == "export":
-        module, inputs, constants, read = from_export(model, args or (), kwargs)
-        return guard_export(module, model, inputs, constants=constants, read=read)
+        module, inputs, constants, read, gradients, untraced = from_export(
+            model, args or (), kwargs
+        )
+        return guard_export(module, model, inputs, constants, read, gradients, untraced)
     return eager_module(model, record(model, args or (), kwargs))
 
 

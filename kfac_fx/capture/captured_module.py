@@ -12,6 +12,7 @@ import torch
 from torch import fx, nn
 from torch.fx.graph import PythonCode
 
+from kfac_fx.capture.guard import Guard, guarded
 from kfac_fx.capture.items import hand_on, is_handed_on
 from kfac_fx.capture.member_names import sets_itself
 from kfac_fx.capture.mode_regions import switches_modes
@@ -27,7 +28,6 @@ from kfac_fx.torch_internals.modes import modes_put_back
 
 if TYPE_CHECKING:
     from kfac_fx.capture.graph_view import GraphView
-    from kfac_fx.capture.guard import Guard
     from kfac_fx.ir.curvature_graph import CurvatureGraph
     from kfac_fx.ir.use import ParameterUse
 
@@ -104,6 +104,12 @@ class CapturedModule(HookSharing, fx.GraphModule):
         hand_on(self, model)
         self.recompile()
 
+    @property
+    def untraced(self) -> str:
+        """Return why there is no graph of the evaluation, "" where there is one."""
+        guard: Guard | None = self.__dict__.get("_guard")
+        return "" if guard is None else guard.untraced
+
     def stands(self) -> bool:
         """Tell whether a call would run the graph, and not the model itself, if the inputs fit."""
         guard: Guard | None = self.__dict__.get("_guard")
@@ -175,11 +181,8 @@ class CapturedModule(HookSharing, fx.GraphModule):
             kwargs: likewise.
         """
         model = self.source
-        return (
-            super().state_dict(*args, **kwargs)
-            if model is None
-            else model.state_dict(*args, **kwargs)
-        )
+        state_dict = super().state_dict if model is None else model.state_dict
+        return state_dict(*args, **kwargs)
 
     def load_state_dict(self, *args: Value, **kwargs: Value) -> Value:
         """Load a state into the model, as the model does it.
@@ -257,7 +260,7 @@ class CapturedModule(HookSharing, fx.GraphModule):
             set_forward(self, modes_put_back(type(self).forward))
         guard: Guard | None = self.__dict__.get("_guard")
         if guard is not None:
-            set_forward(self, _guarded(type(self).forward))
+            set_forward(self, guarded(type(self).forward))
         return code
 
     def __copy__(self) -> CapturedModule:
@@ -308,19 +311,6 @@ CONSTANTS = "_kfac_fx_constants"
 
 def _children(module: nn.Module) -> dict[str, Value]:
     return dict(module._modules)
-
-
-def _guarded(forward: Callable[..., Value]) -> Callable[..., Value]:
-    """Return a generated ``forward`` that runs as long as the guard finds nothing changed."""
-
-    @functools.wraps(forward)
-    def guarded(self: CapturedModule, *args: Value, **kwargs: Value) -> Value:
-        # A compiler has guards of its own, for what the graph reads; it cannot trace these.
-        if torch.compiler.is_compiling():
-            return forward(self, *args, **kwargs)
-        return self.__dict__["_guard"].call(self, forward, args, kwargs)
-
-    return guarded
 
 
 _EVALUATION = "_evaluation"

@@ -6,8 +6,10 @@ the call to the model itself, which is right by definition; it is recorded as it
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -15,7 +17,8 @@ from torch import fx, nn
 
 from kfac_fx.capture.input_forms import InputForm
 from kfac_fx.capture.model_state import Change, ModelState
-from kfac_fx.errors import KFACError
+from kfac_fx.capture.train_and_eval import all_in_mode
+from kfac_fx.errors import CaptureError, KFACError
 from kfac_fx.torch_internals.pytree import tree_leaves
 
 log = logging.getLogger("kfac_fx")
@@ -26,6 +29,10 @@ Value = Any
 _TRIALS = 16
 """Changes that are looked at closely. A model that changes in every step is run as it is: to trace
 it each time would take longer than the step."""
+
+
+UNTRACED = "it is in evaluation, of which there is no graph"
+"""What has changed for a model that has a graph of the training alone."""
 
 
 class GuardedNet(Protocol):
@@ -48,6 +55,9 @@ class StandIn(Protocol):
 
     def run(self, net: Any, args: tuple[Value, ...], kwargs: dict[str, Value], why: str) -> Value:
         """Return the model's outputs; the taps of ``net`` record where they can."""
+
+    def run_unrecorded(self, args: tuple[Value, ...], kwargs: dict[str, Value]) -> Value:
+        """Return the model's outputs."""
 
     def fail_as_model(
         self, args: tuple[Value, ...], kwargs: dict[str, Value], error: Exception
@@ -76,15 +86,26 @@ class Guard:
         inputs: what was fixed about the arguments.
         same_graph: looks closely at a change.
         stand_in: runs the model.
+        untraced: why there is no graph of the evaluation, in which the model runs; "" where there
+            is one.
+
+    Attributes:
+        stand_in, untraced: the same as given.
     """
 
     def __init__(
-        self, state: ModelState, inputs: InputForm, same_graph: SameGraph, stand_in: StandIn
+        self,
+        state: ModelState,
+        inputs: InputForm,
+        same_graph: SameGraph,
+        stand_in: StandIn,
+        untraced: str = "",
     ) -> None:
         self._state = state
         self._inputs = inputs
         self._same_graph = same_graph
-        self._stand_in = stand_in
+        self.stand_in = stand_in
+        self.untraced = untraced
         self._rejected: dict[bool, object] = {}
         self._why = ""
         self._broken = ""
@@ -108,8 +129,11 @@ class Guard:
         """
         if not self.holds(net):
             if _symbolic(args, kwargs):
+                self._refuse_untraced(net.training)
                 return graph(net, *args, **kwargs)
             net.follow_source()
+            if self.untraced and not net.training:
+                return self.stand_in.run(net, args, kwargs, UNTRACED)
             if self._broken:
                 return self._run_model(net, args, kwargs, self._broken)
             if not self._state.holds(net.training) and not self._still_the_same(net.training):
@@ -126,12 +150,14 @@ class Guard:
         # What operators and modules raise where they refuse an input. Others are left alone: a
         # checkpoint stops its second run by an exception, and so may a hook of the user's.
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            self._stand_in.fail_as_model(args, kwargs, error)
+            self.stand_in.fail_as_model(args, kwargs, error)
             raise
 
     def holds(self, net: GuardedNet) -> bool:
         """Tell whether nothing has changed that the graph depends on, but for the inputs."""
-        return not self._broken and net.members_hold() and self._state.holds(net.training)
+        if self._broken or (self.untraced and not net.training):
+            return False
+        return net.members_hold() and self._state.holds(net.training)
 
     def fits(self, args: tuple[Value, ...], kwargs: dict[str, Value], training: bool) -> bool:
         """Tell whether the graph is for inputs of this form."""
@@ -152,11 +178,15 @@ class Guard:
             self._state.of_copy(model),
             self._inputs,
             self._same_graph.of_copy(model),
-            self._stand_in.of_copy(model),
+            self.stand_in.of_copy(model),
+            self.untraced,
         )
-        # Where the model has changed already, the copy is no ground to compare with any more.
-        if not self._state.holds(training) and not self._still_the_same(training):
-            copied._broken = self._why
+        # Where the model has changed already, the copy is no ground to compare with any more. The
+        # copy looks at its own flags; of the evaluation there may be nothing to compare with.
+        with all_in_mode(self._state.model, True) if self.untraced else nullcontext():
+            mode = training or bool(self.untraced)
+            if not self._state.holds(mode) and not self._still_the_same(mode):
+                copied._broken = self._why
         return copied
 
     def _still_the_same(self, training: bool) -> bool:
@@ -164,6 +194,8 @@ class Guard:
         state = self._state
         if training in self._rejected and state.same(self._rejected[training]):
             return False
+        if self._trials < _TRIALS and state.same_elsewhere(training):
+            return True
         changes = state.changes(training)
         self._why = "; ".join(dict.fromkeys(change.words for change in changes[:3])) or self._why
         if self._trials < _TRIALS or all(change.key == "training" for change in changes):
@@ -173,6 +205,20 @@ class Guard:
                 return True
         self._rejected[training] = state.known()
         return False
+
+    def _refuse_untraced(self, training: bool) -> None:
+        """Refuse a tracer the graph of the other mode.
+
+        Args:
+            training: the mode of the captured module.
+
+        Raises:
+            CaptureError: there is none of this mode.
+        """
+        if self.untraced and not training:
+            raise CaptureError(
+                f"{UNTRACED} ({self.untraced}): trace the module in training, or the model itself"
+            )
 
     def _run_model(
         self, net: GuardedNet, args: tuple[Value, ...], kwargs: dict[str, Value], why: str
@@ -186,9 +232,25 @@ class Guard:
                 net._get_name(),
                 why,
             )
-        return self._stand_in.run(net, args, kwargs, why)
+        return self.stand_in.run(net, args, kwargs, why)
 
 
 def _symbolic(args: tuple[Value, ...], kwargs: dict[str, Value]) -> bool:
     """Tell whether a tracer makes the call: it wants the graph, whatever became of the model."""
     return any(isinstance(leaf, fx.Proxy) for leaf in tree_leaves((args, kwargs)))
+
+
+def guarded(forward: Callable[..., Value]) -> Callable[..., Value]:
+    """Return a generated ``forward`` that runs as long as the guard finds nothing changed."""
+
+    @functools.wraps(forward)
+    def guarded(self: nn.Module, *args: Value, **kwargs: Value) -> Value:
+        guard = self.__dict__["_guard"]
+        # A compiler has guards of its own, for what the graph reads; it cannot trace these.
+        if torch.compiler.is_compiling():
+            if guard.untraced and not self.training:
+                return guard.stand_in.run_unrecorded(args, kwargs)
+            return forward(self, *args, **kwargs)
+        return guard.call(self, forward, args, kwargs)
+
+    return guarded

@@ -6,7 +6,6 @@ globals. They may be others at the next call, and the graph would go on as befor
 
 from __future__ import annotations
 
-import copy
 import dis
 import functools
 import sys
@@ -18,12 +17,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from kfac_fx.capture.kept_state import (
+    Kept,
+    Watched,
+    copied,
+    differing,
+    equal,
+    in_mode,
+    same_content,
+    with_others,
+)
 from kfac_fx.capture.layer_calls import translate
 from kfac_fx.capture.run_state import HOLDERS, SCALARS, RunState
-from kfac_fx.capture.settings_read import Setting, of_cell, of_values, settings_of
-
-Watched = Any
-"""A container that is looked at: a module's dictionary, a list in an attribute, a class."""
+from kfac_fx.capture.settings_read import Setting, of_cell, of_gradients, of_values, settings_of
 
 _TENSORS = ("_parameters", "_buffers")
 # What torch keeps in a module for itself, and no forward of a user's reads. Lists of a recurrent
@@ -82,6 +88,11 @@ class ModelState:
             call, so only that which taps were chosen by is looked at.
         own_hooks: whether hooks of the model itself run at each call and need no watch.
         read: names, in ``RunState``, of tensors that are no members and whose values the graph has.
+        gradients: whether parameters that are frozen later make a difference: code that asks for
+            their gradients would let them train again.
+
+    Attributes:
+        model: the same as given.
     """
 
     def __init__(
@@ -91,9 +102,11 @@ class ModelState:
         *,
         own_hooks: bool,
         read: Collection[str] = (),
+        gradients: bool = False,
     ) -> None:
-        self._model = model
+        self.model = model
         self._read = read
+        self._gradients = gradients
         self._modules: list[nn.Module] = []
         self._paths: list[str] = []
         self._places: list[Place] = []
@@ -113,11 +126,13 @@ class ModelState:
         if read:
             plain = RunState(model).plain_tensors(model)
             self._settings += [of_values(tensor, name) for name, tensor in plain if name in read]
+        if gradients:
+            self._settings += of_gradients(model)
         self._tensors = [
             vars(module)[kind] for module in self._modules for kind in _TENSORS if _held(module)
         ]
         now = self._copies()
-        self._kept = {mode: _in_mode(now, mode) for mode in (True, False)}
+        self._kept: dict[bool, Kept | None] = {m: in_mode(now, m) for m in (True, False)}
         self._ties = _ties(model)
 
     # The pass of every call.
@@ -128,7 +143,10 @@ class ModelState:
         Args:
             training: the mode that the captured module is in.
         """
-        kinds, containers, values, tensors = self._kept[training]
+        kept = self._kept[training]
+        if kept is None:
+            return False
+        kinds, containers, values, tensors = kept
         try:
             # Dictionaries are compared by C code that looks at identities first: some twenty
             # nanoseconds an entry, where a loop in Python would take ten times as long.
@@ -150,10 +168,13 @@ class ModelState:
         Args:
             training: the mode that the captured module is in.
         """
-        kinds, containers, values, tensors = self._kept[training]
+        kept = self._kept[training]
+        if kept is None:
+            return [Change(Place(""), "places", "the model has changed in its other mode")]
+        kinds, containers, values, tensors = kept
         found: list[Change] = []
         for place, now, then in zip(self._places, self._containers, containers, strict=True):
-            for key, words in _differing(now, then):
+            for key, words in differing(now, then):
                 # Python adds to a class by itself (its annotations, when they are asked for).
                 if key not in _OWN and (key == "__call__" or not key.startswith("__")):
                     found.append(Change(place, key, f"{place}{words}"))
@@ -163,7 +184,7 @@ class ModelState:
                 words = f"the class of {place} is {type(module).__name__}, not {kind.__name__}"
                 found.append(Change(place, "__class__", words))
         for (space, name, words), value in zip(self._settings, values, strict=True):
-            if not _equal(space.get(name), value):
+            if not equal(space.get(name), value):
                 found.append(Change(Place("", words), name, words))
         kinds_now = self._kinds_of_tensors()
         if [one is None for one in kinds_now] != [one is None for one in tensors]:
@@ -188,13 +209,52 @@ class ModelState:
         Args:
             training: the mode for which it is so.
         """
-        self._kept[training] = self._copies()
-        self._ties = _ties(self._model)
+        # A list or a child that was replaced is looked at from now on in the place of the old one;
+        # else what is written to it later would go unnoticed.
+        fresh = self.of_copy(self.model)
+        self._take_over(fresh, training)
+
+    def same_elsewhere(self, training: bool) -> bool:
+        """Tell whether only containers were replaced by equal ones, and watch these from now on.
+
+        A cache that is emptied by ``self.cache = {}`` is as it was at the capture, and the old one,
+        which was filled, is nobody's any more.
+
+        Args:
+            training: the mode that the captured module is in.
+        """
+        kept = self._kept[training]
+        fresh = self.of_copy(self.model)
+        if kept is None or fresh._outline() != self._outline() or not self._tied():
+            return False
+        if not same_content(fresh._copies(), kept, fresh._containers, self._containers):
+            return False
+        self._take_over(fresh, training)
+        return True
+
+    def _take_over(self, fresh: ModelState, training: bool) -> None:
+        """Look where another state looks, and keep what is there now for one mode.
+
+        Args:
+            fresh: the state of the model as it is now.
+            training: the mode.
+        """
+        other = self._kept[not training] if fresh._outline() == self._outline() else None
+        if other is not None:
+            pairs = zip(self._containers, fresh._containers, strict=True)
+            other = with_others(other, {id(old): new for old, new in pairs})
+        fresh._kept = {training: fresh._copies(), not training: other}
+        self.__dict__.update(fresh.__dict__)
+
+    def _outline(self) -> object:
+        """Return where is looked, in order."""
+        return self._places, self._paths, [(name, words) for _, name, words in self._settings]
 
     def of_copy(self, model: nn.Module) -> ModelState:
         """Return the state of a copy of the model, which is as this model is now."""
         own = self._own_hooks
-        return ModelState(model, self._live_paths, own_hooks=own, read=self._read)
+        read, gradients = self._read, self._gradients
+        return ModelState(model, self._live_paths, own_hooks=own, read=read, gradients=gradients)
 
     def known(self) -> object:
         """Return the present state as a value that ``same`` can compare with a later one."""
@@ -334,7 +394,7 @@ class ModelState:
 
     def _add_objects(self) -> None:
         """Look at what the model's code reads of objects, once all names in it are known."""
-        seen: set[int] = set()
+        seen: dict[int, Watched] = {}
         # The graph follows a layer that it calls, and not what other code has read of it.
         for held, path in self._live_layers:
             for key in self._names.intersection(held) - {"training"}:
@@ -364,14 +424,14 @@ class ModelState:
         ]
         return kinds
 
-    def _live(self) -> tuple[list[type], list[Watched], list[object], list[Any]]:
+    def _live(self) -> Kept:
         kinds = [*map(type, self._modules)]
         values = [space.get(name) for space, name, _ in self._settings]
-        return kinds, self._containers, values, self._kinds_of_tensors()
+        return Kept(kinds, self._containers, values, self._kinds_of_tensors())
 
-    def _copies(self) -> tuple[list[type], list[Watched], list[object], list[Any]]:
+    def _copies(self) -> Kept:
         kinds, containers, values, tensors = self._live()
-        return kinds, [_copied(one) for one in containers], values, tensors
+        return Kept(kinds, [copied(one) for one in containers], values, tensors)
 
     def _tied(self) -> bool:
         """Tell whether tensors that were one object under two names still are."""
@@ -433,53 +493,3 @@ def _names_in(code: types.CodeType) -> Iterator[str]:
             yield constant
         if isinstance(constant, types.CodeType):
             yield from _names_in(constant)
-
-
-def _copied(container: Watched) -> Watched:
-    """Return a copy that later changes of the container do not reach."""
-    if isinstance(container, (dict, types.MappingProxyType)):
-        # The base class's: a mapping may make new values whenever it is read (ACT2FN).
-        return dict(dict.items(container) if isinstance(container, dict) else container)
-    return list(container) if type(container) is list else copy.copy(container)
-
-
-def _in_mode(
-    state: tuple[list[type], list[Watched], list[object], list[Any]], training: bool
-) -> tuple[list[type], list[Watched], list[object], list[Any]]:
-    """Return a state with the flags of all modules in one mode, as captures are made."""
-    kinds, containers, values, tensors = state
-    flagged = [
-        {**one, "training": training} if isinstance(one, dict) and "_modules" in one else one
-        for one in containers
-    ]
-    return kinds, flagged, values, tensors
-
-
-def _equal(one: object, other: object) -> bool:
-    try:
-        return one is other or bool(one == other)
-    except Exception:  # comparing a user's objects may raise anything
-        return False
-
-
-def _differing(now: Watched, then: Watched) -> Iterator[tuple[str, str]]:
-    """Yield the entries of a container that differ, as key and in words."""
-    if _equal(now, then):
-        return
-    if not isinstance(then, dict):
-        yield "", f" is {_short(now)}, not {_short(then)}"
-        return
-    for key in dict.fromkeys((*then, *now)):
-        if key not in now:
-            yield str(key), f".{key} is gone"
-        elif key not in then:
-            yield str(key), f".{key} is new"
-        elif not _equal(now[key], then[key]):
-            yield str(key), f".{key} is {_short(now[key])}, not {_short(then[key])}"
-
-
-def _short(value: object) -> str:
-    """Return a value as text that fits into a message."""
-    if isinstance(value, SCALARS):
-        return repr(value)[:60]
-    return f"a {type(value).__name__}" if not isinstance(value, type) else value.__name__

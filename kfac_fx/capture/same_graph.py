@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 
 from kfac_fx.capture.layer_calls import ModuleCall, translate
 from kfac_fx.capture.model_state import Change
+from kfac_fx.capture.train_and_eval import Graphs
 from kfac_fx.errors import CaptureError
 
 Value = Any
@@ -127,7 +128,7 @@ class TracedAgain:
 
     Args:
         model: the user's model.
-        graphs: in training and in evaluation, or one for both.
+        graphs: the captures.
         constants: what they read and the model lacks, by name.
         tracer: traces it again.
     """
@@ -135,14 +136,14 @@ class TracedAgain:
     def __init__(
         self,
         model: nn.Module,
-        graphs: tuple[fx.Graph, fx.Graph | None],
+        graphs: Graphs,
         constants: Mapping[str, Tensor],
         tracer: Tracer,
     ) -> None:
         self._model = model
         self._tracer = tracer
         self._live = tracer.live
-        training, evaluation = graphs
+        training, evaluation, _ = graphs
         first = digest(training, constants)
         self._digests = {True: first, False: digest(evaluation, constants) if evaluation else first}
         self._layers = self._translated()
@@ -179,16 +180,18 @@ class ExportedOnce:
 
     Args:
         model: the user's model.
-        graphs: in training and in evaluation, or one for both.
+        graphs: the captures.
         constants: whether the graphs hold tensors of their own.
     """
 
-    def __init__(
-        self, model: nn.Module, graphs: tuple[fx.Graph, fx.Graph | None], *, constants: bool
-    ) -> None:
+    def __init__(self, model: nn.Module, graphs: Graphs, *, constants: bool) -> None:
         self._model = model
-        self._follows_flags = graphs[1] is None and all(map(self._owns_flag, _flags(graphs[0])))
-        self._fixes_dtypes = constants or any(_names_dtype(g) for g in graphs if g is not None)
+        training, evaluation, untraced = graphs
+        # The graph of one mode has its flags as constants.
+        one = evaluation is None and not untraced
+        self._follows_flags = one and all(map(self._owns_flag, _flags(training)))
+        captured = [graph for graph in (training, evaluation) if graph is not None]
+        self._fixes_dtypes = constants or any(map(_names_dtype, captured))
 
     def holds(self, changes: Sequence[Change], training: bool) -> bool:
         """Tell whether only flags or dtypes differ, and the graph reads these as it runs."""

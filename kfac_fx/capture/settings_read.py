@@ -86,8 +86,28 @@ def of_values(tensor: Tensor, words: str) -> Setting:
     return Setting(_Whole(tensor), words, f"the values of {words}")
 
 
+class _Gradients:
+    """Whether parameters ask for gradients, by name."""
+
+    def __init__(self, held: dict[str, Tensor | None]) -> None:
+        self._held = held
+
+    def get(self, name: str) -> bool | None:
+        parameter = self._held.get(name)
+        return None if parameter is None else parameter.requires_grad
+
+
+def of_gradients(model: nn.Module) -> Iterator[Setting]:
+    """Yield whether each parameter of a model asks for gradients, as a setting."""
+    for path, module in model.named_modules():
+        held = vars(module)["_parameters"]
+        for name in held:
+            words = ".".join(part for part in (path, name) if part)
+            yield Setting(_Gradients(held), name, f"requires_grad of {words}")
+
+
 def settings_of(
-    value: Value, words: str, names: Collection[str], seen: set[int], depth: int = 0
+    value: Value, words: str, names: Collection[str], seen: dict[int, Value], depth: int = 0
 ) -> Iterator[Setting | tuple[Value, str]]:
     """Yield what code may read of an object, and the containers in it with their place in words.
 
@@ -95,7 +115,8 @@ def settings_of(
         value: what an attribute of a module, or a global, holds.
         words: where.
         names: those that stand in the model's code.
-        seen: identities of objects that were looked at; is added to.
+        seen: objects that were looked at, by their identities; is added to. A property may make one
+            for the moment, and another object would get its identity and be passed over.
         depth: how many objects this one is within.
     """
     if isinstance(value, ContextVar):
@@ -106,7 +127,7 @@ def settings_of(
         return
     if id(value) in seen or depth > _DEPTH or not _looked_into(value):
         return
-    seen.add(id(value))
+    seen[id(value)] = value
     for name in names:
         try:
             held = getattr(value, name, None)

@@ -1,17 +1,35 @@
 """Capture a model in training and in evaluation, as one graph where that is possible.
 
 A tracer follows ``if self.training`` once, and dropout's flag becomes a constant. Two captures show
-what depends on the mode: where only flags differ, one graph reads them from the modules again.
+what depends on the mode: where only flags differ, one graph reads them from the modules again. Code
+that no graph can repeat (a cache that is filled in evaluation alone) costs the graph of that mode.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from torch import fx, nn
 
 from kfac_fx.capture.dialect import Argument
+from kfac_fx.errors import CaptureError
+
+
+class Graphs(NamedTuple):
+    """The graphs of a model.
+
+    Attributes:
+        training: what it runs in training.
+        evaluation: what it runs in evaluation; None where it is the same graph, or none.
+        untraced: why there is no graph of the evaluation, in which the model's own code runs then;
+            "" where there is one.
+    """
+
+    training: fx.Graph
+    evaluation: fx.Graph | None
+    untraced: str = ""
 
 
 @contextmanager
@@ -27,29 +45,32 @@ def all_in_mode(model: nn.Module, training: bool) -> Iterator[None]:
             module.training = mode
 
 
-def capture_both(
-    model: nn.Module, capture: Callable[[nn.Module], fx.Graph]
-) -> tuple[fx.Graph, fx.Graph | None]:
+def capture_both(model: nn.Module, capture: Callable[[nn.Module], fx.Graph]) -> Graphs:
     """Return one graph that follows train() and eval(), or one for each mode where they differ.
 
     Args:
         model: is captured twice, in training first.
         capture: makes the graph of the model in its present mode.
 
-    Returns:
-        The graph of the training, and that of the evaluation or None where one graph does.
+    Raises:
+        CaptureError: the model cannot be captured in training.
     """
     with all_in_mode(model, True):
         training = capture(model)
-    with all_in_mode(model, False):
-        evaluation = capture(model)
+    try:
+        with all_in_mode(model, False):
+            evaluation = capture(model)
+    except CaptureError as error:
+        # Blocks and statistics are those of the training. Without this, a table of attention biases
+        # that is kept from one evaluation to the next would cost a vision model all of its graph.
+        return Graphs(training, None, str(error))
     # Most models differ in the flags of dropout and of batch norm alone.
     flags = _differing_flags(training, evaluation)
     if flags is None:
-        return training, evaluation
+        return Graphs(training, evaluation)
     for node, key in flags:
         _read_flag(training, node, key)
-    return training, None
+    return Graphs(training, None)
 
 
 def _differing_flags(

@@ -81,6 +81,7 @@ class ModeWatch(TorchFunctionMode):
 
     Attributes:
         asks_order: whether the user's code has asked in which order tensors lie in memory.
+        asks_gradients: whether it has asked parameters for gradients that have them already.
         read: the names of those that it has computed with.
     """
 
@@ -93,6 +94,7 @@ class ModeWatch(TorchFunctionMode):
         self._refuse = refuse
         self._modes = Modes()
         self.asks_order = False
+        self.asks_gradients = False
 
     def __torch_function__(
         self,
@@ -106,8 +108,10 @@ class ModeWatch(TorchFunctionMode):
         if changed is not None:
             self._refuse(f"{changed} is set in the forward, which no graph records")
         name = getattr(func, "__name__", "")
-        if _freezes(func, args, kwargs or {}):
+        wanted = _gradients_wanted(func, args, kwargs or {})
+        if wanted is not None and args[0].requires_grad != wanted:
             self._refuse("the forward changes requires_grad of a parameter, which no graph records")
+        self.asks_gradients |= wanted is not None
         if name in ("is_contiguous", "stride") and users_code_asks(1):
             self.asks_order = True
         elif self._held and name not in FACTS and not _is_in_place(name):
@@ -123,15 +127,15 @@ class ModeWatch(TorchFunctionMode):
             self.read.update(self._held[id(tensor)] for tensor in tensors)
 
 
-def _freezes(func: Value, args: tuple[Value, ...], kwargs: Mapping[str, Value]) -> bool:
-    """Tell whether a call freezes a parameter, or lets it train again; a module's own call too."""
+def _gradients_wanted(
+    func: Value, args: tuple[Value, ...], kwargs: Mapping[str, Value]
+) -> bool | None:
+    """Return the flag that a call gives to a parameter, None where it gives none."""
     name = getattr(func, "__name__", "")
     assigns = name == "__set__" and func.__self__.__name__ == "requires_grad"
     if not (assigns or name == "requires_grad_") or not isinstance(args[0], nn.Parameter):
-        return False
-    given = args[1] if len(args) > 1 else kwargs.get("requires_grad", True)
-    changes: bool = args[0].requires_grad != given
-    return changes
+        return None
+    return bool(args[1] if len(args) > 1 else kwargs.get("requires_grad", True))
 
 
 def _is_in_place(name: str) -> bool:

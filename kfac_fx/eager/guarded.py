@@ -17,7 +17,7 @@ from kfac_fx.capture.same_graph import ExportedOnce, TracedAgain, called_as_they
 from kfac_fx.capture.servable import is_packed
 from kfac_fx.capture.shared_hooks import share_hooks
 from kfac_fx.capture.symbolic_trace import trace
-from kfac_fx.capture.train_and_eval import capture_both
+from kfac_fx.capture.train_and_eval import Graphs, capture_both
 from kfac_fx.capture.value_kinds import ExpectKind
 from kfac_fx.eager.stand_in import ModelItself
 from kfac_fx.errors import CaptureError
@@ -42,15 +42,15 @@ def from_trace(model: nn.Module, given: Mapping[str, Value]) -> CapturedModule:
     constants: dict[str, Tensor] = {}
     read: set[str] = set()
     graphs = capture_both(model, lambda m: trace(m, given, constants, read))
-    live = called_as_they_are(model, *graphs)
+    live = called_as_they_are(model, graphs.training, graphs.evaluation)
     refuse_backward_hooks(model, live)
     same = TracedAgain(model, graphs, constants, Tracing(given, live))
-    module = captured_module(model, *graphs, constants)
+    module = captured_module(model, graphs.training, graphs.evaluation, constants)
     share_hooks(module, model)
     signature = inspect.signature(model.forward)
     kinds = {
         str(node.args[1]): node.target.kind
-        for graph in graphs
+        for graph in (graphs.training, graphs.evaluation)
         for node in (graph.nodes if graph is not None else ())
         if isinstance(node.target, ExpectKind)
     }
@@ -59,6 +59,7 @@ def from_trace(model: nn.Module, given: Mapping[str, Value]) -> CapturedModule:
         NamedInputs(signature, fixed_arguments(signature, given), kinds),
         same,
         ModelItself(model, runs_hooks=False),
+        untraced=graphs.untraced,
     )
     module.watch(model, guard)
     return module
@@ -94,9 +95,10 @@ def guard_export(
     module: CapturedModule,
     model: nn.Module,
     inputs: InputForm,
-    *,
     constants: bool,
     read: Collection[str] = (),
+    gradients: bool = False,
+    untraced: str = "",
 ) -> CapturedModule:
     """Put the guard of an exported model before its graphs, and return the module.
 
@@ -106,13 +108,16 @@ def guard_export(
         inputs: what the export fixed about the arguments.
         constants: whether the graphs hold tensors that the model lacks.
         read: names of tensors that are no members and whose values the graphs have.
+        gradients: whether the code has asked for gradients of parameters, which no graph does.
+        untraced: why there is no graph of the evaluation; "" where there is one.
     """
-    graphs = module.graph, module.evaluation
+    graphs = Graphs(module.graph, module.evaluation, untraced)
     guard = Guard(
-        ModelState(model, frozenset(), own_hooks=False, read=read),
+        ModelState(model, frozenset(), own_hooks=False, read=read, gradients=gradients),
         inputs,
         ExportedOnce(model, graphs, constants=constants),
         ModelItself(model, runs_hooks=True),
+        untraced=untraced,
     )
     module.watch(model, guard)
     return module

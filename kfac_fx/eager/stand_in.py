@@ -47,10 +47,9 @@ class ModelItself:
         Raises:
             CaptureError: statistics are asked for that only a graph can record.
         """
-        call = self._model if self._runs_hooks else self._model.forward
         taps = self._taps_of(net) if torch.is_grad_enabled() else None
         if taps is None or not taps.recording():
-            return call(*args, **kwargs)
+            return self.run_unrecorded(args, kwargs)
         curvature = net.curvature
         if curvature.pairs or curvature.moments:
             what = "couplings" if curvature.pairs else "EKFAC's moments"
@@ -60,7 +59,17 @@ class ModelItself:
                 'it with structure="block_diagonal" and without ekfac'
             )
         with compilers_off(), Tape(self._model, taps):
-            return call(*args, **kwargs)
+            return self.run_unrecorded(args, kwargs)
+
+    def run_unrecorded(self, args: tuple[Value, ...], kwargs: dict[str, Value]) -> Value:
+        """Return the model's outputs.
+
+        Args:
+            args: positional inputs.
+            kwargs: keyword inputs.
+        """
+        call = self._model if self._runs_hooks else self._model.forward
+        return call(*args, **kwargs)
 
     def fail_as_model(
         self, args: tuple[Value, ...], kwargs: dict[str, Value], error: Exception
@@ -79,10 +88,9 @@ class ModelItself:
             CaptureError: the model does not fail: it has caught the error, or has seen what no
                 graph shows.
         """
-        call = self._model if self._runs_hooks else self._model.forward
         grad = torch.is_grad_enabled()
         with undisturbed(self._model), torch.set_grad_enabled(grad):
-            call(*args, **kwargs)
+            self.run_unrecorded(args, kwargs)
         raise CaptureError(
             f"the graph of {type(self._model).__name__} fails where the model does not "
             f"({type(error).__name__}: {' '.join(str(error).split())[:200]}): its code catches the "

@@ -46,10 +46,12 @@ class Asked(NamedTuple):
 
     Attributes:
         order: whether it was how tensors lie in memory.
+        gradients: whether it was for gradients of parameters that have them already.
         values: names of tensors that are no members whose values it was.
     """
 
     order: bool
+    gradients: bool
     values: frozenset[str]
 
 
@@ -61,12 +63,16 @@ class Exported(NamedTuple):
         inputs: what was fixed about the arguments.
         constants: whether the graphs hold tensors that the model lacks.
         read: names of tensors that are no members and whose values the graphs have.
+        gradients: whether the code has asked for gradients of parameters.
+        untraced: why there is no graph of the evaluation; "" where there is one.
     """
 
     module: CapturedModule
     inputs: ExportedInputs
     constants: bool
     read: frozenset[str]
+    gradients: bool
+    untraced: str
 
 
 def from_export(model: nn.Module, args: tuple[Value, ...], kwargs: dict[str, Value]) -> Exported:
@@ -87,17 +93,18 @@ def from_export(model: nn.Module, args: tuple[Value, ...], kwargs: dict[str, Val
     args, kwargs = doubled(args, kwargs)
 
     def graph_of(model: nn.Module) -> fx.Graph:
-        module = exported(model, args, kwargs)
+        # Each mode by itself: what the evaluation writes says nothing against the training's graph.
+        with undisturbed(model) as before:
+            module = exported(model, args, kwargs)
+            if found := before.state.written():
+                who = f"the forward of {type(model).__name__}"
+                raise CaptureError(f"{who} {found[0]}, which a graph would not do again")
         guards[model.training] = _taken_guards(module)
         asked.append(module.meta[_ASKED])
         _lift_constants(model, module, constants)
         return module.graph
 
-    with undisturbed(model) as before:
-        training, evaluation = capture_both(model, graph_of)
-        if found := before.state.written():
-            who = f"the forward of {type(model).__name__}"
-            raise CaptureError(f"{who} {found[0]}, which a graph would not do again")
+    training, evaluation, untraced = capture_both(model, graph_of)
     module = captured_module(model, training, evaluation, constants)
     normed = any(_name(node) in _BATCH_NORMS for node in training.nodes)
     inputs = ExportedInputs(
@@ -108,7 +115,8 @@ def from_export(model: nn.Module, args: tuple[Value, ...], kwargs: dict[str, Val
         ordered=any(one.order for one in asked),
     )
     read = frozenset().union(*(one.values for one in asked))
-    return Exported(module, inputs, bool(constants), read)
+    gradients = any(one.gradients for one in asked)
+    return Exported(module, inputs, bool(constants), read, gradients, untraced)
 
 
 def doubled(
@@ -279,7 +287,7 @@ def _export(
         )
     module = program.module(check_guards=True)
     assert isinstance(module, fx.GraphModule)
-    module.meta[_ASKED] = Asked(watch.asks_order, frozenset(watch.read))
+    module.meta[_ASKED] = Asked(watch.asks_order, watch.asks_gradients, frozenset(watch.read))
     return module
 
 

@@ -1,0 +1,115 @@
+"""What a capture found in a model, as copies that later changes do not reach."""
+
+from __future__ import annotations
+
+import copy
+import types
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from kfac_fx.capture.run_state import HOLDERS, SCALARS
+
+Watched = Any
+"""A container that is looked at: a module's dictionary, a list in an attribute, a class."""
+
+
+class Kept(NamedTuple):
+    """What was found, each in the order in which a ``ModelState`` looks.
+
+    Attributes:
+        kinds: the classes of the modules.
+        containers: copies of the watched containers.
+        values: of the settings.
+        tensors: dtypes, devices and sizes of the parameters and buffers.
+    """
+
+    kinds: list[type]
+    containers: list[Watched]
+    values: list[object]
+    tensors: list[Any]
+
+
+def same_content(one: Kept, other: Kept, *watched: Collection[Watched]) -> bool:
+    """Tell whether two states hold the same, though in other containers.
+
+    Args:
+        one: a state.
+        other: another of the same places.
+        watched: the containers of either. What one holds of these stands in the state for itself.
+    """
+    known = {
+        id(container): type(container)
+        for containers in watched
+        for container in containers
+        if isinstance(container, HOLDERS)
+    }
+    try:
+        return bool(with_others(one, known) == with_others(other, known))
+    except Exception:  # comparing a user's objects may raise anything
+        return False
+
+
+def with_others(kept: Kept, others: Mapping[int, Watched]) -> Kept:
+    """Return a state with other values in the place of some containers within containers.
+
+    Args:
+        kept: the state.
+        others: by the identity of the container.
+    """
+
+    def entries(container: Watched) -> Watched:
+        if isinstance(container, dict):
+            return {key: others.get(id(value), value) for key, value in container.items()}
+        if type(container) is not list:
+            return container
+        return [others.get(id(value), value) for value in container]
+
+    return kept._replace(containers=[*map(entries, kept.containers)])
+
+
+def copied(container: Watched) -> Watched:
+    """Return a copy that later changes of the container do not reach."""
+    if isinstance(container, (dict, types.MappingProxyType)):
+        # The base class's: a mapping may make new values whenever it is read (ACT2FN).
+        return dict(dict.items(container) if isinstance(container, dict) else container)
+    return list(container) if type(container) is list else copy.copy(container)
+
+
+def in_mode(state: Kept, training: bool) -> Kept:
+    """Return a state with the flags of all modules in one mode, as captures are made."""
+    kinds, containers, values, tensors = state
+    flagged = [
+        {**one, "training": training} if isinstance(one, dict) and "_modules" in one else one
+        for one in containers
+    ]
+    return Kept(kinds, flagged, values, tensors)
+
+
+def equal(one: object, other: object) -> bool:
+    try:
+        return one is other or bool(one == other)
+    except Exception:  # comparing a user's objects may raise anything
+        return False
+
+
+def differing(now: Watched, then: Watched) -> Iterator[tuple[str, str]]:
+    """Yield the entries of a container that differ, as key and in words."""
+    if equal(now, then):
+        return
+    if not isinstance(then, dict):
+        yield "", f" is {_short(now)}, not {_short(then)}"
+        return
+    for key in dict.fromkeys((*then, *now)):
+        if key not in now:
+            yield str(key), f".{key} is gone"
+        elif key not in then:
+            yield str(key), f".{key} is new"
+        elif not equal(now[key], then[key]):
+            yield str(key), f".{key} is {_short(now[key])}, not {_short(then[key])}"
+
+
+def _short(value: object) -> str:
+    """Return a value as text that fits into a message."""
+    if isinstance(value, SCALARS):
+        return repr(value)[:60]
+    return f"a {type(value).__name__}" if not isinstance(value, type) else value.__name__
