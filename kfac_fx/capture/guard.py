@@ -149,7 +149,7 @@ class Guard:
             raise
         # What operators and modules raise where they refuse an input. Others are left alone: a
         # checkpoint stops its second run by an exception, and so may a hook of the user's.
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
             self.stand_in.fail_as_model(args, kwargs, error)
             raise
 

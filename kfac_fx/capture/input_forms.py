@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from enum import Enum
 from typing import Any, NamedTuple, Protocol
 
@@ -57,6 +57,7 @@ class NamedInputs:
         signature: of the model's ``forward``.
         fixed: the arguments that were traced at one value, and it.
         kinds: the classes of those whose class the code has asked for.
+        missed: attributes that the code has asked tensors for, and that these did not have.
     """
 
     def __init__(
@@ -64,10 +65,12 @@ class NamedInputs:
         signature: inspect.Signature,
         fixed: Mapping[str, Value],
         kinds: Mapping[str, type] = types.MappingProxyType({}),
+        missed: Collection[str] = (),
     ) -> None:
         parameters = [p for p in signature.parameters.values() if p.kind not in _VARIADIC]
         self._fixed = dict(fixed)
         self._kinds = dict(kinds)
+        self._missed = frozenset(missed)
         self._order = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
         self._names = {p.name for p in parameters if p.kind is not p.POSITIONAL_ONLY}
         self._open = {p.name for p in parameters} - fixed.keys()
@@ -88,6 +91,10 @@ class NamedInputs:
             return f"the argument {name}, which was traced as {self._fixed[name]!r}"
         if any(map(is_packed, (*given[0], *given[1].values()))):
             return f"the argument {name}, which is packed or nested"
+        named = dict(zip(self._order, given[0], strict=False)) | given[1]
+        there = self._missed.intersection(getattr(named.get(name or ""), "__dict__", ()))
+        if there:
+            return f"the argument {name}, which was traced without an attribute {min(there)!r}"
         kind = self._kinds.get(name or "")
         traced = "given" if kind is None else f"of class {kind.__name__}"
         return f"the argument {name}, which was traced as {traced}"
@@ -114,6 +121,8 @@ class NamedInputs:
         if name not in self._fixed:
             kind = self._kinds.get(name)
             if value is None or (kind is not None and not isinstance(value, kind)):
+                return False
+            if self._missed and not self._missed.isdisjoint(getattr(value, "__dict__", ())):
                 return False
             if isinstance(value, _SINGLES):
                 return False  # the code may ask with ``is``, which a symbol answers wrongly
@@ -198,11 +207,15 @@ class ExportedInputs:
 
     def misfit(self, given: Given) -> str:
         """Say that the inputs are of another kind."""
+        leaves = tree_flatten(given)[0]
+        for leaf in leaves:
+            if isinstance(leaf, Tensor) and _tagged(leaf):
+                return f"a tensor with an attribute {min(_tagged(leaf))!r}, which no export sees"
         shapes = [
             f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)}"
             if isinstance(leaf, Tensor)
             else repr(leaf)[:40]
-            for leaf in tree_flatten(given)[0]
+            for leaf in leaves
         ]
         return "inputs of a kind that torch.export has fixed otherwise: " + ", ".join(shapes[:8])
 
@@ -262,6 +275,7 @@ def _fits(value: Value, form: Value, leaves: list[Value]) -> bool:
             and value.dim() == form.dims
             and value.device == form.device
             and value.layout == form.layout
+            and not (value.__dict__ and _tagged(value))
         )
     kind = form[0]
     if kind is object:
@@ -280,6 +294,11 @@ def _fits(value: Value, form: Value, leaves: list[Value]) -> bool:
             return False
         value = value.values()
     return all(_fits(item, part, leaves) for item, part in zip(value, form[-1], strict=True))
+
+
+def _tagged(tensor: Tensor) -> list[str]:
+    """Return the attributes that a user has given to a tensor; torch's own have an underscore."""
+    return [name for name in tensor.__dict__ if not name.startswith("_")]
 
 
 def _same(one: Value, other: Value) -> bool:

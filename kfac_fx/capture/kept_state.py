@@ -7,7 +7,12 @@ import types
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from torch import nn
+
 from kfac_fx.capture.run_state import HOLDERS, SCALARS
+
+TENSORS = ("_parameters", "_buffers")
+"""A module's dictionaries of tensors."""
 
 Watched = Any
 """A container that is looked at: a module's dictionary, a list in an attribute, a class."""
@@ -113,3 +118,27 @@ def _short(value: object) -> str:
     if isinstance(value, SCALARS):
         return repr(value)[:60]
     return f"a {type(value).__name__}" if not isinstance(value, type) else value.__name__
+
+
+def plainly_held(module: nn.Module) -> bool:
+    """Tell whether a module keeps its tensors in plain dictionaries (a scripted one does not)."""
+    return all(type(vars(module).get(kind)) is dict for kind in TENSORS)
+
+
+def ties(
+    model: nn.Module,
+) -> list[tuple[dict[str, object], str, dict[str, object], str]]:
+    """Return where one tensor stands under two names: a graph reads it under the first."""
+    first: dict[int, tuple[dict[str, object], str]] = {}
+    found = []
+    for module in model.modules():
+        for kind in TENSORS if plainly_held(module) else ():
+            held = vars(module)[kind]
+            for name, tensor in held.items():
+                if tensor is None:
+                    continue
+                if id(tensor) in first:
+                    found.append((*first[id(tensor)], held, name))
+                else:
+                    first[id(tensor)] = (held, name)
+    return found

@@ -18,23 +18,33 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from kfac_fx.capture.kept_state import (
+    TENSORS,
     Kept,
     Watched,
     copied,
     differing,
     equal,
     in_mode,
+    plainly_held,
     same_content,
+    ties,
     with_others,
 )
 from kfac_fx.capture.layer_calls import translate
 from kfac_fx.capture.run_state import HOLDERS, SCALARS, RunState
-from kfac_fx.capture.settings_read import Setting, of_cell, of_gradients, of_values, settings_of
+from kfac_fx.capture.settings_read import (
+    CODE,
+    Setting,
+    of_cell,
+    of_gradients,
+    of_tags,
+    of_values,
+    settings_of,
+)
 
-_TENSORS = ("_parameters", "_buffers")
 # What torch keeps in a module for itself, and no forward of a user's reads. Lists of a recurrent
 # layer's weights are made anew whenever it moves.
-_OWN = frozenset({*_TENSORS, "_flat_weights", "_flat_weight_refs", "_compiled_call_impl"})
+_OWN = frozenset({*TENSORS, "_flat_weights", "_flat_weight_refs", "_compiled_call_impl"})
 _GLOBAL_HOOKS = (
     "_global_forward_hooks",
     "_global_forward_pre_hooks",
@@ -129,11 +139,15 @@ class ModelState:
         if gradients:
             self._settings += of_gradients(model)
         self._tensors = [
-            vars(module)[kind] for module in self._modules for kind in _TENSORS if _held(module)
+            vars(module)[kind]
+            for module in self._modules
+            for kind in TENSORS
+            if plainly_held(module)
         ]
+        self._settings.append(of_tags(self._tensors, self._names))
         now = self._copies()
         self._kept: dict[bool, Kept | None] = {m: in_mode(now, m) for m in (True, False)}
-        self._ties = _ties(model)
+        self._ties = ties(model)
 
     # The pass of every call.
 
@@ -364,12 +378,16 @@ class ModelState:
         for default in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
             if isinstance(default, HOLDERS):
                 self._watch(default, Place("", f"a default of {function.__name__}"), 1)
+        if function.__dict__:
+            self._watch(function.__dict__, Place("", f"an attribute of {function.__name__}"), 1)
         space = function.__globals__
         if (space.get("__name__") or "").split(".")[0] in ("torch", *sys.stdlib_module_names):
             return
         self._names.update(_names_in(function.__code__))
         for name in _globals_in(function.__code__):
             value = space.get(name)
+            if isinstance(value, CODE):
+                self._settings.append(Setting(space, name, f"the global {name}"))
             if isinstance(value, types.FunctionType):
                 self._add_globals(value, depth - 1)
             elif isinstance(value, (*SCALARS, *HOLDERS, tuple)) and name in space:
@@ -436,30 +454,6 @@ class ModelState:
     def _tied(self) -> bool:
         """Tell whether tensors that were one object under two names still are."""
         return all(one.get(a) is other.get(b) for one, a, other, b in self._ties)
-
-
-def _held(module: nn.Module) -> bool:
-    """Tell whether a module keeps its tensors in plain dictionaries (a scripted one does not)."""
-    return all(type(vars(module).get(kind)) is dict for kind in _TENSORS)
-
-
-def _ties(
-    model: nn.Module,
-) -> list[tuple[dict[str, object], str, dict[str, object], str]]:
-    """Return where one tensor stands under two names: a graph reads it under the first."""
-    first: dict[int, tuple[dict[str, object], str]] = {}
-    found = []
-    for module in model.modules():
-        for kind in _TENSORS if _held(module) else ():
-            held = vars(module)[kind]
-            for name, tensor in held.items():
-                if tensor is None:
-                    continue
-                if id(tensor) in first:
-                    found.append((*first[id(tensor)], held, name))
-                else:
-                    first[id(tensor)] = (held, name)
-    return found
 
 
 def _attributes(value: Watched) -> dict[str, object] | None:

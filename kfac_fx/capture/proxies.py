@@ -43,6 +43,7 @@ class Watched:
             raise AttributeError(name)  # a protocol that the value's class would have
         node = _node(self)
         if node is not None and self.tracer.known(node) is Tensor and not hasattr(Tensor, name):
+            self.tracer.missed.add(name)  # a tensor of another call may have it
             raise AttributeError(f"'Tensor' object has no attribute '{name}'")
         return WatchedAttribute(self, name)  # type: ignore[arg-type]
 
@@ -142,6 +143,13 @@ class WatchedMember(Watched, fx.proxy.ParameterProxy):  # type: ignore[misc]
         fx.Proxy.__init__(self, node, tracer)
         self.param = tensor  # type: ignore[assignment]
         self.name = str(node.target)
+
+    def __getattr__(self, name: str) -> Value:
+        # What a user has attached to the tensor; ``model_state`` looks whether it is still there.
+        param = self.__dict__.get("param")
+        if param is not None and name in param.__dict__:
+            return param.__dict__[name]
+        return super().__getattr__(name)
 
     __repr__ = Watched.__repr__
 

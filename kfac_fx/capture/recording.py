@@ -18,9 +18,11 @@ class Recording(Protocol):
 
     Attributes:
         regions: where the model switches modes.
+        missed: attributes that the code has asked tensors for, and that these do not have.
     """
 
     regions: Regions
+    missed: set[str]
 
     def refuse(self, reason: str) -> NoReturn:
         """Stop the trace for a reason."""

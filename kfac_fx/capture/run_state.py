@@ -152,7 +152,11 @@ class RunState:
                 self._walk(name, value)
 
     def _function(self, name: str, function: types.FunctionType) -> None:
-        """Take note of what a function closes over."""
+        """Take note of what a function closes over, and of attributes that it was given."""
+        if not _theirs(function):
+            return
+        if function.__dict__:
+            self._walk(name, function.__dict__)
         for cell in function.__closure__ or ():
             try:
                 value = cell.cell_contents
@@ -160,7 +164,7 @@ class RunState:
                 continue  # not yet filled
             if isinstance(value, SCALARS):
                 self._records.append((name, cell, [value]))
-            elif isinstance(value, (*HOLDERS, Tensor)):
+            elif isinstance(value, (*HOLDERS, Tensor, types.FunctionType)):
                 self._walk(name, value)
 
     def _globals(self, function: types.FunctionType) -> None:
@@ -173,7 +177,9 @@ class RunState:
             self._globals_seen.add((id(scope), key))
             if isinstance(value, (bool, int, float, str)):
                 self._records.append(("the module", _Entry(scope, key), [value]))
-            elif isinstance(value, (*HOLDERS, Tensor)) or _state(value) is not None:
+            elif isinstance(value, (*HOLDERS, Tensor, types.FunctionType)) or (
+                _state(value) is not None
+            ):
                 self._walk(f"the global {key}", value)
 
 
@@ -196,11 +202,11 @@ class _Entry:
             setattr(self.owner, self.key, value)
 
 
-def _theirs(kind: type) -> bool:
-    """Tell whether a class is the user's, or of a library that is not known to be stateless."""
+def _theirs(kind: type | types.FunctionType) -> bool:
+    """Tell whether code is the user's, or of a library that is not known to be stateless."""
     if kind.__module__ == "torch.quasirandom":
         return True  # SobolEngine keeps its place in plain attributes
-    top = kind.__module__.partition(".")[0]
+    top = (kind.__module__ or "").partition(".")[0]
     return top not in sys.stdlib_module_names and top not in ("torch", "numpy", "kfac_fx")
 
 

@@ -27,7 +27,10 @@ _DEPTH = 4
 _SMALL = 1_000
 """Entries of a NumPy array that is compared at each call; longer ones are data."""
 
-_ATOMS = (*SCALARS, Enum, type, torch.dtype, torch.device, types.FunctionType)
+CODE = (types.FunctionType, types.BuiltinFunctionType, type)
+"""What a name in the model's code may stand for besides values, and for other code later."""
+
+_ATOMS = (*SCALARS, *CODE, Enum, torch.dtype, torch.device)
 """Values that are compared as they are."""
 
 
@@ -104,6 +107,39 @@ def of_gradients(model: nn.Module) -> Iterator[Setting]:
         for name in held:
             words = ".".join(part for part in (path, name) if part)
             yield Setting(_Gradients(held), name, f"requires_grad of {words}")
+
+
+class _Tags:
+    """The attributes that parameters and buffers have been given, of those that code names.
+
+    Args:
+        held: dictionaries of modules with their tensors.
+        names: those that stand in the model's code.
+    """
+
+    def __init__(self, held: list[dict[str, Tensor | None]], names: Collection[str]) -> None:
+        self._held = held
+        self._names = frozenset(names)
+
+    def get(self, _: str) -> Value:
+        # Most tensors have none, and this is in every call.
+        tagged = [t for held in self._held for t in held.values() if t is not None and t.__dict__]
+        return [
+            (place, name, value if isinstance(value, _ATOMS) else id(value))
+            for place, tensor in enumerate(tagged)
+            for name, value in tensor.__dict__.items()
+            if name in self._names
+        ]
+
+
+def of_tags(held: list[dict[str, Tensor | None]], names: Collection[str]) -> Setting:
+    """Return what a model's code may ask its tensors for besides values, as a setting.
+
+    Args:
+        held: dictionaries of modules with their tensors.
+        names: those that stand in the model's code.
+    """
+    return Setting(_Tags(held, names), "attributes", "attributes of parameters or buffers")
 
 
 def settings_of(

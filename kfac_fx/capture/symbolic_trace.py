@@ -53,6 +53,7 @@ class WatchingTracer(fx.Tracer):
     Attributes:
         regions: where the model switches modes.
         read: the names of those whose values the graph has, since the code computes with them.
+        missed: attributes that the code has asked tensors for, and that these do not have.
     """
 
     record_stack_traces = True
@@ -67,6 +68,7 @@ class WatchingTracer(fx.Tracer):
         super().__init__(param_shapes_constant=True)
         self.regions = Regions(self._region_node, self.refuse)
         self.read: set[str] = set()
+        self.missed: set[str] = set()
         self._held = held
         self._given = given
         self._constants = constants
@@ -333,6 +335,7 @@ def trace(
     given: Mapping[str, Value] = types.MappingProxyType({}),
     constants: dict[str, torch.Tensor] | None = None,
     read: set[str] | None = None,
+    missed: set[str] | None = None,
 ) -> fx.Graph:
     """Return the graph of ``model`` in its present mode.
 
@@ -345,6 +348,7 @@ def trace(
         constants: gets the tensors that the graph reads and the model has not, by name; None where
             the caller has no use for them.
         read: gets the names of tensors that are no members and whose values the graph has.
+        missed: gets the names of attributes that tensors were asked for and do not have.
 
     Raises:
         CaptureError: symbolic values cannot follow the code; names the user's line.
@@ -363,6 +367,8 @@ def trace(
             raise CaptureError(f"{who} {found[0]}, which a graph would not do again")
     if read is not None:
         read |= tracer.read
+    if missed is not None:
+        missed |= tracer.missed
     return graph
 
 

@@ -41,7 +41,8 @@ def from_trace(model: nn.Module, given: Mapping[str, Value]) -> CapturedModule:
         raise CaptureError("a packed sequence is given, which taps in a graph do not read")
     constants: dict[str, Tensor] = {}
     read: set[str] = set()
-    graphs = capture_both(model, lambda m: trace(m, given, constants, read))
+    missed: set[str] = set()
+    graphs = capture_both(model, lambda m: trace(m, given, constants, read, missed))
     live = called_as_they_are(model, graphs.training, graphs.evaluation)
     refuse_backward_hooks(model, live)
     same = TracedAgain(model, graphs, constants, Tracing(given, live))
@@ -56,7 +57,7 @@ def from_trace(model: nn.Module, given: Mapping[str, Value]) -> CapturedModule:
     }
     guard = Guard(
         ModelState(model, live, own_hooks=True, read=read),
-        NamedInputs(signature, fixed_arguments(signature, given), kinds),
+        NamedInputs(signature, fixed_arguments(signature, given), kinds, missed),
         same,
         ModelItself(model, runs_hooks=False),
         untraced=graphs.untraced,
