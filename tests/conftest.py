@@ -31,6 +31,14 @@ def float64() -> Iterator[None]:
 
 
 @pytest.fixture
+def unwritten_memory_is_nan() -> Iterator[None]:
+    """Memory that torch hands out unwritten holds NaN, and not whatever was there before."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
 def fresh() -> Iterator[None]:
     """Nothing compiled before, and no caches: they do not see the bodies of operators."""
     torch._dynamo.reset()

@@ -92,7 +92,7 @@ class OutputFisher(NamedTuple):
             return None
         if self.vector is not None and (self.dim - dim) % self.diagonal.dim() == 0:
             v = self.vector.movedim(dim, -1).flatten(0, -2)
-            found = torch.addmm(v.new_empty(()), v.mT, v, beta=0, alpha=-1)
+            found = torch.addmm(v.new_zeros(()), v.mT, v, beta=0, alpha=-1)
         else:
             found = self.diagonal.new_zeros(self.diagonal.shape[dim], self.diagonal.shape[dim])
         # The diagonal as it is: sum p less sum p^2 would lose what a confident model leaves of it.

@@ -59,14 +59,16 @@ def gram(rows: Tensor, scale: float = 1.0) -> Tensor:
     ranges = _slabs(rows) if rows.numel() >= SMALL else ()
     if len(ranges) < 2:
         if rows.dim() == 2 and scale != 1.0:  # scaled inside the product
-            return torch.addmm(rows.new_empty(()), rows.mT, rows, beta=0, alpha=scale)
+            # Zeros, though beta is 0: torch.func.vmap multiplies what is there by it, and memory
+            # that was not written may hold a NaN.
+            return torch.addmm(rows.new_zeros(()), rows.mT, rows, beta=0, alpha=scale)
         return rows.mT @ rows if scale == 1.0 else rows.mT @ rows * scale
     if _opaque(rows):
         product: Tensor = torch.ops.kfac_fx.gram.default(rows, scale)
         return product
     if functional(rows):
         slabs = [
-            torch.addmm(rows.new_empty(()), rows[:, a:b].mT, rows[:, a:], beta=0, alpha=scale)
+            torch.addmm(rows.new_zeros(()), rows[:, a:b].mT, rows[:, a:], beta=0, alpha=scale)
             for a, b in ranges
         ]
         return _assembled(slabs, ranges)

@@ -73,6 +73,15 @@ def test_traced_it_is_one_call_on_a_cpu(size: tuple[int, int]) -> None:
     torch.library.opcheck(torch.ops.kfac_fx.gram.default, (rows, 0.5, 1.0))
 
 
+@pytest.mark.usefixtures("unwritten_memory_is_nan")
+@pytest.mark.parametrize("size", [(3, 5), (600, 150)])
+def test_batched_by_vmap(size: tuple[int, int]) -> None:
+    batch = torch.stack([rows_of(*size), rows_of(*size)])
+    for form in (gram, homogeneous_gram):
+        found = torch.vmap(lambda rows, form=form: form(rows, 0.25))(batch)
+        assert_close(found, torch.stack([form(rows, 0.25) for rows in batch]))
+
+
 def test_where_derivatives_are_taken_of_it() -> None:
     rows = rows_of(600, 150).requires_grad_()
     (found,) = torch.autograd.grad(homogeneous_gram(rows).square().sum(), rows)

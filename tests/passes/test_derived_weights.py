@@ -113,6 +113,13 @@ def test_row_factors_are_exact(measure: Measure, change: str, build: object, fis
     close(factors["layer"], expected(model, x, y, fisher, factors_of(layer.weight)))
 
 
+@pytest.mark.usefixtures("unwritten_memory_is_nan")
+@both_fishers
+@every_layer
+def test_nothing_is_read_that_was_not_written(measure: Measure, build: object, fisher: str) -> None:
+    test_row_factors_are_exact(measure, "gain", build, fisher)
+
+
 @pytest.mark.parametrize("change", EXACT)
 def test_one_case_is_the_true_fisher(measure: Measure, change: str) -> None:
     """With one case and one position A (x) G has nothing to approximate."""
