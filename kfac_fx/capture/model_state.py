@@ -145,6 +145,8 @@ class ModelState:
             if plainly_held(module)
         ]
         self._settings.append(of_tags(self._tensors, self._names))
+        # Many functions name the same globals.
+        self._settings = [*{(id(one.space), one.name): one for one in self._settings}.values()]
         now = self._copies()
         self._kept: dict[bool, Kept | None] = {m: in_mode(now, m) for m in (True, False)}
         self._ties = ties(model)
@@ -379,7 +381,12 @@ class ModelState:
             if isinstance(default, HOLDERS):
                 self._watch(default, Place("", f"a default of {function.__name__}"), 1)
         if function.__dict__:
-            self._watch(function.__dict__, Place("", f"an attribute of {function.__name__}"), 1)
+            place = Place("", f"an attribute of {function.__name__}")
+            self._add(function.__dict__, place)
+            for value in function.__dict__.values():
+                # Not what a decorator has wrapped: the code of half a library hangs there.
+                if isinstance(value, HOLDERS):
+                    self._watch(value, place, 1)
         space = function.__globals__
         if (space.get("__name__") or "").split(".")[0] in ("torch", *sys.stdlib_module_names):
             return
