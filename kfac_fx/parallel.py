@@ -233,3 +233,15 @@ def share_of(kept: int, workers: Workers) -> int:
     Case i of the batch is with process i modulo their number, as ``DistributedSampler`` deals.
     """
     return max(0, -((workers.rank - kept) // workers.size))
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Tell whether a tensor is divided among processes."""
+    # By its method: torch.distributed is not imported for those who train in one process.
+    return hasattr(tensor, "to_local")
+
+
+def own_entries(tensor: Tensor) -> Tensor:
+    """Return this process's entries of a tensor, in their place, as real numbers."""
+    local: Tensor = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return torch.view_as_real(local) if local.is_complex() else local

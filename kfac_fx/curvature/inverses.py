@@ -182,26 +182,25 @@ class InverseFisher:
             self.refreshed = self.moments.scaled(self.refreshed)
         return folded.good
 
-    def follow(self, factor: float = 1.0) -> float:
+    def follow(self, divisor: float = 1.0) -> float:
         """Return the lambda that follows the averages: a share of their mean eigenvalue.
 
         Args:
-            factor: of lengths, by the agreement of gradients: where they agree, noise needs less of
-                a guard, and lambda is smaller by the square of what is above one.
+            divisor: how many times smaller it is: where steps agree, noise needs less of a guard.
         """
         self._mean = self.mean_eigenvalue()
         # Averages of nothing but rounding would let it go to zero, and steps along rounding grow.
         least = rounding(self.estimate.like.dtype) * self._newest.largest
-        return DAMPING_SHARE * max(self._mean / max(factor, 1.0) ** 2, least)
+        return DAMPING_SHARE * max(self._mean / divisor, least)
 
     def refresh(
-        self, damping: float | None, factor: float = 1.0, *, if_moved: bool = False
+        self, damping: float | None, divisor: float = 1.0, *, if_moved: bool = False
     ) -> None:
         """Compute the inverses from the present averages.
 
         Args:
             damping: lambda; None for that of ``follow``.
-            factor: see ``follow``.
+            divisor: see ``follow``.
             if_moved: not where neither the averages nor the damping have moved since the last time.
                 Inverses that come into use later than they are made count refreshes: these run.
 
@@ -215,7 +214,7 @@ class InverseFisher:
             return
         self._refreshes += 1
         # At refreshes 1, 2, 4, 8, ...: a choice costs about a refresh, and later ones change less.
-        amount = self.follow(factor) if damping is None else damping
+        amount = self.follow(divisor) if damping is None else damping
         if self._chooses and not self._refreshes & (self._refreshes - 1):
             self._choose_couplings(amount)
         factors = self.estimate.arguments(self.program.couplings)

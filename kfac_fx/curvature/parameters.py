@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -182,3 +182,17 @@ def transformed(
             f"structure={curvature.structure!r}, so it records no cross factors"
         )
     return curvature, "block_tridiagonal"
+
+
+def layer_numbers(layers: Iterable[Sequence[str]]) -> dict[str, int]:
+    """Return the number of each parameter's layer, by name.
+
+    Args:
+        layers: names of parameters that are measured together, such as a weight and its bias;
+            slices of one parameter are blocks of one layer.
+    """
+    found: dict[str, int] = {}
+    for number, names in enumerate(layers):
+        for name in names:
+            found.setdefault(name, number)
+    return found

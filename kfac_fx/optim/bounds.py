@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from kfac_fx.curvature.mean_eigenvalue import NOTHING_LAGS, Scale
-from kfac_fx.parallel import Workers
+from kfac_fx.curvature.parameters import layer_numbers
+from kfac_fx.parallel import Workers, is_sharded, own_entries
 from kfac_fx.torch_internals import foreach
 
 RADIUS = 1e-2
@@ -41,6 +42,10 @@ WEAR = 0.05
 SMALLEST_FACTOR, LARGEST_FACTOR = 0.05, 10.0
 """Limits of that factor; without the first, steps would come to rest where all is noise."""
 
+TREND, CHANCE, BOLDEST = 0.3, 0.02, 5.0
+"""How fast lambda falls where steps go the same way in flat directions; the cosine between them
+that counts as chance; and how many times smaller lambda becomes. Early gradients agree on all."""
+
 USUAL, LONGEST = 0.9, 1e3
 """Weight of the older in the running mean of squared lengths; the largest of these, in nats, up to
 which the scale of the newest statistics is believed."""
@@ -58,12 +63,14 @@ class NaturalLength:
     Attributes:
         factor: of all lengths; see ``AdaptiveLength``, here it stays 1.
         widest: the largest length of a layer's part, in units of its weights' length.
+        damping_divisor: how many times less than usual a lambda that follows the curvature may be.
     """
 
     def __init__(self, largest: float | None) -> None:
         self.largest = largest
         self.factor = 1.0
         self.widest = math.inf
+        self.damping_divisor = 1.0
 
     def share(
         self,
@@ -114,7 +121,8 @@ class AdaptiveLength(NaturalLength):
     - The length in Fhat, of the present scale, is at most the root of ``RADIUS``, and less where
       the running mean was longer.
     - ``factor`` follows the agreement of each gradient with the steps before: as long as it points
-      the same way steps grow, and where noise has the upper hand they shrink.
+      the same way steps grow, and where noise has the upper hand they shrink. So does
+      ``damping_divisor``, which also follows how steps agree where the curvature is low.
     - A layer's part is no longer than a share of its weights, ``WIDE`` to ``NARROW`` times the root
       of ``factor`` above 1: what the Fisher of well-fitted cases says of long steps is not true.
       Where rounding is all that is left of the Fisher, and of gradients, that share goes to zero.
@@ -131,8 +139,11 @@ class AdaptiveLength(NaturalLength):
         self.restraint = 1.0
         self._cuts: list[float | Tensor] = []
         self._names: tuple[str, ...] = ()
-        self._past: list[Tensor] = []  # sum of PAST^k times shares of gradients, as long vectors
-        self._squared = 0.0  # its squared length in the inverse of Fhat
+        # Sums of PAST^k times shares of gradients, and of what was made of them, as long vectors.
+        # Neither is made of the other: Fhat has changed since, at first by powers of ten.
+        self._sums: list[list[Tensor]] = []
+        self._lengths = [0.0, 0.0]  # squared: of the first in Fhat^-1, of the second's entries
+        self._bold = 1.0
         self._usual = 0.0  # running mean of squared lengths of gradients, in the newest scale
 
     def share(
@@ -155,22 +166,22 @@ class AdaptiveLength(NaturalLength):
         """
         # Products of low precisions cannot be added up. The last bit of torch.dot depends on where
         # vectors lie in memory, and a run that goes on from a checkpoint would drift away.
-        pairs = [
-            (g if g.element_size() > 2 else g.float(), u)
-            for g, u in zip(gradient, updates, strict=True)
+        g, u = (
+            [v if v.element_size() > 2 else v.float() for v in vectors]
+            for vectors in (gradient, updates)
+        )
+        if self._names != tuple(names) or [len(g)] * 2 != [len(each) for each in self._sums]:
+            self._names, self._sums = tuple(names), []
+        dots = [
+            a.mul(b).sum() for each in (g, u, *self._sums) for a, b in zip(u, each, strict=True)
         ]
-        if self._names != tuple(names) or len(self._past) != len(pairs):
-            self._names, self._past = tuple(names), []
-        dots = [u.mul(g).sum() for g, u in pairs]
-        if self._past:
-            dots += [u.mul(past).sum() for (_, u), past in zip(pairs, self._past, strict=True)]
         # One synchronisation, not two: what they are of may be on a GPU.
-        if len(pairs) > 1:
+        if len(g) > 1:
             dots = [dot.double().to(dots[0].device) for dot in dots]
         read = torch.stack(dots).tolist()
-        squared, along = sum(read[: len(pairs)]), sum(read[len(pairs) :])
+        squared, plain, *crossed = (sum(read[k : k + len(g)]) for k in range(0, len(read), len(g)))
         if not math.isfinite(squared):
-            self._past = []  # where all are finite the sum has overflowed: once more, with room
+            self._sums = []  # where all are finite the sum has overflowed: once more, with room
             wide = _widened([gradient, updates])
             return self.share(wide[0], wide[1], names, scale) if wide else math.nan
         if squared <= 0:  # by rounding
@@ -184,12 +195,20 @@ class AdaptiveLength(NaturalLength):
         signal = max(scale.signal, min(1.0, length))
         known = min(length, LONGEST)  # such a network's would count for hundreds of steps
         self._usual = USUAL * self._usual + (1 - USUAL) * known if self._usual else known
-        if self._past and math.isfinite(along):
-            cosine = along / math.sqrt(max(squared * self._squared, 1e-300))
-            turn = min(max(cosine, -1.0), 1.0) * (GROWTH if cosine > 0 else RETREAT)
+        goes_on = bool(crossed) and math.isfinite(sum(crossed, plain))
+        if goes_on:
+            cosine, trend = (
+                min(max(cross / math.sqrt(max(own * past, 1e-300)), -1.0), 1.0)
+                for cross, own, past in zip(crossed, (squared, plain), self._lengths, strict=True)
+            )
+            turn = cosine * (GROWTH if cosine > 0 else RETREAT)
             # What rounding agrees on is forgotten: it is no reason for longer steps.
-            moved = self.factor ** (1 - OBLIVION * (1 - signal)) * math.exp(turn)
+            kept = 1 - OBLIVION * (1 - signal)
+            moved = self.factor**kept * math.exp(turn)
             self.factor = min(max(moved, SMALLEST_FACTOR), LARGEST_FACTOR)
+            moved = self._bold**kept * math.exp(TREND * (trend - CHANCE))
+            self._bold = min(max(moved, 1.0), BOLDEST)
+            self.damping_divisor = self._bold * max(self.factor, 1.0) ** 2
         if self._cuts:
             self._wear()
         agreed = math.sqrt(max(1.0, self.factor))
@@ -198,14 +217,17 @@ class AdaptiveLength(NaturalLength):
         # outvote the few with rare cases, whose gradients are longer. One alone is not too long.
         taken: float = lag * math.sqrt(min(1.0, RADIUS / max(self._usual, length)))
         taken *= self.factor * self.restraint
-        if self._past and math.isfinite(along):
-            # Of older parts by the newest inverse: it changes little within those that count.
-            so_far = PAST**2 * self._squared + 2 * PAST * taken * along + taken**2 * squared
-            both = zip(pairs, self._past, strict=True)
-            self._past = [past.mul(PAST).add_(g, alpha=taken) for (g, _), past in both]
-        else:
-            so_far, self._past = 0.0, [g * taken for g, _ in pairs]
-        self._squared = max(so_far, taken**2 * squared)
+        if not goes_on:
+            crossed, self._lengths, self._sums = [0.0, 0.0], [0.0, 0.0], []
+        # Of older parts by the newest inverse: it changes little within those that count.
+        self._lengths = [
+            max(0.0, PAST**2 * past + 2 * PAST * taken * cross) + taken**2 * own
+            for past, cross, own in zip(self._lengths, crossed, (squared, plain), strict=True)
+        ]
+        for each, sums in zip((g, u), self._sums, strict=False):  # none before the first step
+            for new, old in zip(each, sums, strict=True):
+                old.mul_(PAST).add_(new, alpha=taken)
+        self._sums = self._sums or [[v * taken for v in each] for each in (g, u)]
         return taken
 
     def cut(self, kept: float | Tensor) -> None:
@@ -226,8 +248,9 @@ class AdaptiveLength(NaturalLength):
             "factor": self.factor,
             "restraint": self.restraint,
             "names": list(self._names),
-            "shares": [vector.clone() for vector in self._past],
-            "squared": self._squared,
+            "sums": [[vector.clone() for vector in each] for each in self._sums],
+            "lengths": list(self._lengths),
+            "bold": self._bold,
             "usual": self._usual,
         }
 
@@ -238,9 +261,12 @@ class AdaptiveLength(NaturalLength):
         self.factor = float(state["factor"])
         self.restraint = float(state["restraint"])
         self._names = tuple(state["names"])
-        # Earlier states have a sum of whole gradients, which is of another scale.
-        self._past = [vector.to(device).clone() for vector in state.get("shares", [])]
-        self._squared = float(state["squared"])
+        # Earlier states have one sum, which says nothing of flat directions: both begin anew.
+        sums = state.get("sums", [])
+        self._sums = [[vector.to(device).clone() for vector in each] for each in sums]
+        self._lengths = [*state.get("lengths", self._lengths)]
+        self._bold = float(state.get("bold", 1.0))
+        self.damping_divisor = self._bold * max(self.factor, 1.0) ** 2
         self._usual = float(state.get("usual", 0.0))
 
 
@@ -472,29 +498,3 @@ class LayerBounds(dict[tuple[str, ...], LayerSteps]):
         shortened = layers.unpack(vectors, excess)
         foreach.copy_(here, [own_entries(step) for step in shortened])
         return excess.kept
-
-
-def layer_numbers(layers: Iterable[Sequence[str]]) -> dict[str, int]:
-    """Return the number of each parameter's layer, by name.
-
-    Args:
-        layers: names of parameters that are measured together, such as a weight and its bias;
-            slices of one parameter are blocks of one layer.
-    """
-    found: dict[str, int] = {}
-    for number, names in enumerate(layers):
-        for name in names:
-            found.setdefault(name, number)
-    return found
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Tell whether a tensor is divided among processes."""
-    # By its method: torch.distributed is not imported for those who train in one process.
-    return hasattr(tensor, "to_local")
-
-
-def own_entries(tensor: Tensor) -> Tensor:
-    """Return this process's entries of a tensor, in their place, as real numbers."""
-    local: Tensor = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
-    return torch.view_as_real(local) if local.is_complex() else local

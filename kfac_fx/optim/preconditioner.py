@@ -68,9 +68,9 @@ class Preconditioner(HasCurvature):
             ``torch.distributions.Distribution``.
         damping: lambda > 0, in the units of the Fisher of one likelihood term; factored Tikhonov
             uses gamma = sqrt(lambda). None for a fifth of the mean eigenvalue of the curvature,
-            taken anew at each refresh: it follows the Fisher, which shrinks with the loss. Too
-            small a value makes long steps in directions that few cases have shown; a large one
-            gives the gradient, scaled by 1 / lambda.
+            taken anew at each refresh, and less where steps agree: it follows the Fisher, which
+            shrinks with the loss. Too small a value makes long steps in directions that few cases
+            have shown; a large one gives the gradient, scaled by 1 / lambda.
         tikhonov: "factored", (A + pi gamma I) (x) (G + gamma / pi I); "exact", A (x) G + lambda I
             (sums of two Kronecker products stay factored); or "ekfac", the same with estimated
             eigenvalues. The last two need structure="block_diagonal".
@@ -317,7 +317,7 @@ class Preconditioner(HasCurvature):
         # Inverses are missing after the first fold, and where a block got its first statistic.
         missing = self.inverse.refreshed is None
         if estimate.recorded and (missing or is_due(self._steps, self.refresh_every, REFRESHES)):
-            self.inverse.refresh(self._damping, self._length.factor, if_moved=True)
+            self.inverse.refresh(self._damping, self._length.damping_divisor, if_moved=True)
         self._precondition(given)
         self._steps += 1
         self._calls += 1
@@ -329,7 +329,7 @@ class Preconditioner(HasCurvature):
         Raises:
             StatisticsError: there are no factors yet.
         """
-        self.inverse.refresh(self._damping, self._length.factor)
+        self.inverse.refresh(self._damping, self._length.damping_divisor)
 
     def apply(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return Fhat^-1 times the given gradients, by parameter name, with the inverses at hand.

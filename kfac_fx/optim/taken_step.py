@@ -18,8 +18,9 @@ from torch.optim.optimizer import (
 )
 from torch.utils.hooks import RemovableHandle
 
-from kfac_fx.optim.bounds import LayerSteps, layer_numbers, own_entries
-from kfac_fx.parallel import Workers
+from kfac_fx.curvature.parameters import layer_numbers
+from kfac_fx.optim.bounds import LayerSteps
+from kfac_fx.parallel import Workers, own_entries
 
 LARGEST_STEP = 0.05
 """Largest step that is taken, in units of the length of a layer's weights."""

@@ -220,8 +220,8 @@ class ScheduledUpdate:
             refresh = due(at.iteration, self.refresh_every)
         if refresh or self.inverse.refreshed is None:
             if self.follows:
-                factor = 1.0 if self.length is None else self.length.factor
-                self.rule.follow(self.inverse.follow(factor))
+                divisor = 1.0 if self.length is None else self.length.damping_divisor
+                self.rule.follow(self.inverse.follow(divisor))
             self.inverse.refresh(self.rule.total, if_moved=True)
         proposal = self.inverse.precondition(at.gradient)
         scale = self._scale(at, proposal)

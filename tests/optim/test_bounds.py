@@ -72,26 +72,29 @@ class Definition:
     """The rule of docs/explanation/mathematics.md, section 9, by dense vectors."""
 
     def __init__(self) -> None:
-        self.factor, self.past, self.squared, self.usual = 1.0, None, 0.0, 0.0
+        self.factor, self.bold, self.usual = 1.0, 1.0, 0.0
+        self.way, self.squared = None, 0.0
 
     def share(self, g: Tensor, inverse: Tensor, lag: float) -> float:
-        q = float(g @ inverse @ g)
+        u, q = inverse @ g, float(g @ inverse @ g)
         lag = max(1.0, min(lag, 1000 / q))
-        if self.past is not None:
-            along = float(g @ inverse @ self.past)
+        if self.way is not None:
+            along = float(g @ self.way)
             cosine = along / (q * self.squared) ** 0.5
             cosine *= 0.1 if cosine > 0 else 0.3
             self.factor = min(max(self.factor * math.exp(cosine), 0.05), 10.0)
+            trend = float(torch.cosine_similarity(u, self.way, dim=0)) - 0.02
+            self.bold = min(max(self.bold * math.exp(0.3 * trend), 1.0), 5.0)
         known = min(lag * q, 1000.0)
         self.usual = 0.9 * self.usual + 0.1 * known if self.usual else known
         measured = max(self.usual, lag * q)
         share = lag * min(1.0, (0.01 / measured) ** 0.5) * self.factor
-        if self.past is None:
-            self.past, self.squared = share * g, share**2 * q
+        if self.way is None:
+            self.way, self.squared = share * u, share**2 * q
         else:
-            way = 0.997**2 * self.squared + 2 * 0.997 * share * along + share**2 * q
-            self.squared = max(way, share**2 * q)
-            self.past = 0.997 * self.past + share * g
+            so_far = 0.997**2 * self.squared + 2 * 0.997 * share * along + share**2 * q
+            self.squared = max(so_far, share**2 * q)
+            self.way = 0.997 * self.way + share * u
         return share
 
 
@@ -111,6 +114,8 @@ def test_shares_follow_the_definition(noise: float) -> None:
         got = length.share(parts(g), parts(inverse @ g), NAMES, Scale(lag))
         assert got == pytest.approx(want, rel=1e-9)
         assert length.factor == pytest.approx(rule.factor)
+        divisor = rule.bold * max(1.0, rule.factor) ** 2
+        assert length.damping_divisor == pytest.approx(divisor)
         widest = max(0.02, 0.1 / lag**0.5) * max(1.0, rule.factor) ** 0.5
         assert length.widest == pytest.approx(widest)
     # Without noise the factor ends at its ceiling, with little else it wanders near one.
@@ -215,7 +220,25 @@ def test_a_state_goes_on_bit_by_bit() -> None:
     for g in vectors[5:]:
         shares = [each.share(parts(g), parts(2 * g), NAMES, Scale(1.5)) for each in (one, two)]
         assert shares[0] == shares[1]
+        assert one.damping_divisor == two.damping_divisor
     assert one.state()["factor"] == two.state()["factor"]
+
+
+def test_lambda_falls_where_flat_directions_agree() -> None:
+    """Noise of a steep direction makes steps shorter; lambda goes by flat ones."""
+    inverse = torch.tensor([0.01, 1.0])  # of a steep and of a flat direction
+    for flat, wanted in ((1.0, 5.0), (0.0, 1.0)):
+        length = AdaptiveLength()
+        for step in range(100):
+            signs = torch.tensor([(-1.0) ** step, flat or (-1.0) ** (step // 2)])
+            g = signs * torch.tensor([100.0, 1.0])
+            length.share([g], [inverse * g], ("weight",))
+        assert length.factor == 0.05
+        assert length.damping_divisor == pytest.approx(wanted)
+    length, state = AdaptiveLength(), length.state()
+    state["bold"] = 3.0
+    length.load(state, torch.device("cpu"))
+    assert length.damping_divisor == 3.0
 
 
 # -------------------------------------------------------------------------------- single layers

@@ -84,6 +84,7 @@ def test_adaptive_lengths(lr: float) -> None:
     optimizer = kfac_fx.KFAC(net, lr=lr, momentum=0.5, refresh_every=1, statistics_every=1)
     previous, old, newest = [torch.zeros(5, 5), torch.zeros(3, 6)], None, None
     factor, past, squared, usual, bounded, restraint = 1.0, None, 0.0, 0.0, [], 1.0
+    bold, way = 1.0, None
     for step in range(8):
         # Inputs that get shorter make a Fisher that shrinks.
         x, y = torch.randn(16, 4) * 0.5**step, torch.randint(3, (16,))
@@ -107,7 +108,7 @@ def test_adaptive_lengths(lr: float) -> None:
             else [0.2 * o + 0.8 * t for o, t in zip(newest, traces, strict=True)]
         )
         mean = sum(float(A.trace() * G.trace()) for A, G in factors) / (25 + 18)
-        damping = 0.2 * mean / max(1.0, factor) ** 2
+        damping = 0.2 * mean / max(1.0, factor) ** 2 / bold
         assert optimizer.diagnostics["damping"] == pytest.approx(damping)
         lag = max(1.0, mean / (sum(newest) / (25 + 18)))
         pairs = zip(factors, gradients, strict=True)
@@ -118,15 +119,17 @@ def test_adaptive_lengths(lr: float) -> None:
             along = float(update @ past)
             cosine = along / (length * squared) ** 0.5
             factor *= math.exp(cosine * (0.1 if cosine > 0 else 0.3))
+            trend = float(torch.cosine_similarity(update, way, dim=0)) - 0.02
+            bold = min(max(bold * math.exp(0.3 * trend), 1.0), 5.0)
         usual = 0.9 * usual + 0.1 * lag * length if usual else lag * length
         measured = max(usual, lag * length)
         scale = lag * min(1.0, (0.01 / measured) ** 0.5) * factor * restraint
         if past is None:
-            past, squared = scale * flat, scale**2 * length
+            past, way, squared = scale * flat, scale * update, scale**2 * length
         else:
-            way = 0.997**2 * squared + 2 * 0.997 * scale * along + scale**2 * length
-            squared = max(way, scale**2 * length)
-            past = 0.997 * past + scale * flat
+            so_far = 0.997**2 * squared + 2 * 0.997 * scale * along + scale**2 * length
+            squared = max(so_far, scale**2 * length)
+            past, way = 0.997 * past + scale * flat, 0.997 * way + scale * update
         assert optimizer.diagnostics["trust"] == pytest.approx(scale)
         widest = max(0.02, 0.1 / lag**0.5) * max(1.0, factor) ** 0.5 * restraint
         taken = []
