@@ -7,10 +7,13 @@ that no graph can repeat (a cache that is filled in evaluation alone) costs the 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import fx, nn
 
 from kfac_fx.capture.dialect import Argument
@@ -43,6 +46,58 @@ def all_in_mode(model: nn.Module, training: bool) -> Iterator[None]:
     finally:
         for module, mode in before.items():
             module.training = mode
+
+
+class ModeReads:
+    """Whether the flag ``training`` of any module was read.
+
+    Attributes:
+        any: whether it was, or could have been without being noticed.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        classes = {kind for module in model.modules() for kind in type(module).__mro__}
+        own = any("training" in vars(kind) for kind in classes)
+        self.any = own or any(isinstance(m, torch.jit.ScriptModule) for m in model.modules())
+
+
+_TRACERS = tuple(str(Path(torch.__file__).parent / name) for name in ("fx", "export", "_export"))
+"""Where torch reads the flag for itself, to copy it."""
+
+
+@contextmanager
+def mode_reads(model: nn.Module) -> Iterator[ModeReads]:
+    """Note within the context whether code asks any module for its mode.
+
+    Code that never asks does the same in both modes, and one capture serves both: of large models
+    with open sizes each takes half a minute. Functions without a module (``F.dropout(x)``) have a
+    flag of their own, which is the same in both modes too.
+
+    Args:
+        model: is going to be captured. Classes with a flag of their own count as asked.
+    """
+    found = ModeReads(model)
+    if found.any:  # also of a capture within this one
+        yield found
+        return
+
+    def read(module: nn.Module) -> bool:
+        found.any = found.any or not sys._getframe(1).f_code.co_filename.startswith(_TRACERS)
+        try:
+            flag: bool = module.__dict__["training"]
+        except KeyError:
+            raise AttributeError("training") from None
+        return flag
+
+    def write(module: nn.Module, flag: bool) -> None:
+        module.__dict__["training"] = flag
+
+    # A property of the class comes before the entry of an instance, which stays where it is.
+    nn.Module.training = property(read, write)  # type: ignore[assignment]
+    try:
+        yield found
+    finally:
+        del nn.Module.training
 
 
 def capture_both(model: nn.Module, capture: Callable[[nn.Module], fx.Graph]) -> Graphs:

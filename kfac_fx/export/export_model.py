@@ -18,7 +18,7 @@ from kfac_fx.capture.in_place import update_of, writes
 from kfac_fx.capture.input_forms import ExportedInputs, Guards
 from kfac_fx.capture.run_state import RunState
 from kfac_fx.capture.symbolic_trace import same_constant
-from kfac_fx.capture.train_and_eval import capture_both
+from kfac_fx.capture.train_and_eval import capture_both, mode_reads
 from kfac_fx.capture.undisturbed import undisturbed
 from kfac_fx.capture.user_lines import user_line
 from kfac_fx.capture.watching import refusals_noted
@@ -48,11 +48,13 @@ class Asked(NamedTuple):
         order: whether it was how tensors lie in memory.
         gradients: whether it was for gradients of parameters that have them already.
         values: names of tensors that are no members whose values it was.
+        mode: whether it was for the flag ``training``.
     """
 
     order: bool
     gradients: bool
     values: frozenset[str]
+    mode: bool
 
 
 class Exported(NamedTuple):
@@ -90,9 +92,13 @@ def from_export(model: nn.Module, args: tuple[Value, ...], kwargs: dict[str, Val
     constants: dict[str, Value] = {}
     guards: dict[bool, Guards | None] = {}
     asked: list[Asked] = []
+    graphs: list[fx.Graph] = []
     args, kwargs = doubled(args, kwargs)
 
     def graph_of(model: nn.Module) -> fx.Graph:
+        if asked and not asked[0].mode:
+            guards[False] = guards[True]
+            return graphs[0]
         # Each mode by itself: what the evaluation writes says nothing against the training's graph.
         with undisturbed(model) as before:
             module = exported(model, args, kwargs)
@@ -102,6 +108,7 @@ def from_export(model: nn.Module, args: tuple[Value, ...], kwargs: dict[str, Val
         guards[model.training] = _taken_guards(module)
         asked.append(module.meta[_ASKED])
         _lift_constants(model, module, constants)
+        graphs.append(module.graph)
         return module.graph
 
     training, evaluation, untraced = capture_both(model, graph_of)
@@ -277,7 +284,7 @@ def _export(
                 shapes[leaf] = dict.fromkeys(open_dims, torch.export.Dim.AUTO)
     # Not strict: the model's own Python runs on fake tensors, which follows more code than Dynamo.
     held = {id(tensor): name for name, tensor in RunState(model).plain_tensors(model)}
-    with no_hooks_left(), refusals_noted(held) as watch:
+    with no_hooks_left(), refusals_noted(held) as watch, mode_reads(model) as mode:
         program = torch.export.export(
             model,
             args,
@@ -287,7 +294,9 @@ def _export(
         )
     module = program.module(check_guards=True)
     assert isinstance(module, fx.GraphModule)
-    module.meta[_ASKED] = Asked(watch.asks_order, watch.asks_gradients, frozenset(watch.read))
+    module.meta[_ASKED] = Asked(
+        watch.asks_order, watch.asks_gradients, frozenset(watch.read), mode.any
+    )
     return module
 
 

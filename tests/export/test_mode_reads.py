@@ -1,0 +1,113 @@
+"""One export serves both modes where code asks no module for its mode, and two where it does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import kfac_fx
+from kfac_fx.capture.train_and_eval import mode_reads
+from kfac_fx.export import export_model
+
+
+class Plain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.last = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.inner(x).tanh())
+
+
+class Functional(Plain):
+    """Noise that has a flag of its own, the same in both modes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.dropout(self.inner(x), 0.25))
+
+
+class Layer(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.drop(self.inner(x)))
+
+
+class Branch(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.inner(x)
+        return self.last(h if self.training else 2 * h)
+
+
+def doubled_in_evaluation(module: nn.Module, h: Tensor) -> Tensor:
+    return h if getattr(module, "training", True) else 2 * h
+
+
+class Helper(Plain):
+    """A function asks, and it asks a child."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(doubled_in_evaluation(self.inner, self.inner(x)))
+
+
+class OwnFlag(Plain):
+    """The class has a property of its own, which no read of the base class's goes through."""
+
+    @property
+    def training(self) -> bool:
+        return bool(self.__dict__["training"])
+
+    @training.setter
+    def training(self, value: bool) -> None:
+        self.__dict__["training"] = value
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Branch.forward(self, x)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("kind", "exports"),
+    [(Plain, 1), (Functional, 1), (Layer, 2), (Branch, 2), (Helper, 2), (OwnFlag, 2)],
+)
+def test_a_model_that_asks_for_no_mode_is_exported_once(
+    kind: type[Plain], exports: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[bool] = []
+    export = export_model._export
+
+    def counted(model: nn.Module, *args: Any, **options: Any) -> Any:
+        calls.append(model.training)
+        return export(model, *args, **options)
+
+    monkeypatch.setattr(export_model, "_export", counted)
+    model, x = kind(), torch.randn(6, 4)
+    net = kfac_fx.transform(model, example_inputs=(x,), capture="export")
+    assert calls == [True, False][:exports]
+    for training in (True, False, True):
+        model.train(training)
+        net.train(training)
+        for rows in (x, torch.randn(9, 4)):
+            torch.manual_seed(0)
+            want = model(rows)
+            torch.manual_seed(0)
+            assert torch.equal(net(rows), want)
+
+
+def test_the_flag_is_as_it_was_afterwards() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU()).eval()
+    with pytest.raises(ZeroDivisionError), mode_reads(model) as found:
+        assert not found.any
+        assert not model[1].training
+        assert found.any
+        model[1].training = True
+        with mode_reads(model) as within:
+            assert within.any  # nobody else's reads would be told from its own
+        raise ZeroDivisionError
+    assert "training" not in vars(nn.Module)
+    assert (model.training, model[1].training) == (False, True)
