@@ -411,13 +411,15 @@ def broadcast_with(view: GraphView, node: fx.Node) -> tuple[fx.Node, fx.Node] | 
 
 
 def expanded_over_cases(view: GraphView, node: fx.Node) -> bool:
-    """Tell whether the node's only use is an expansion by a computed first size: the cases."""
+    """Tell whether the node's only use makes copies of it, as many as a computed first size."""
     if len(node.users) != 1:
         return False
     call = view.call(next(iter(node.users)))
-    if call is None or call.operation != "expand":
+    if call is None or call.operation not in ("expand", "repeat"):
         return False
     sizes = call.get("shape")
+    if call.operation == "repeat" and any(times != 1 for times in sizes[1:]):
+        return False  # of the entries too
     return call.get("other") is not None or bool(sizes and isinstance(sizes[0], fx.Node))
 
 

@@ -154,9 +154,12 @@ def _reshapes(view: GraphView, node: fx.Node) -> bool:
 
 
 def _expanded_tap(view: GraphView, consumer: Consumer) -> Tap | None:
-    """Return a tap after ``parameter.expand(cases, ...)``, whose copies are one a case already."""
+    """Return a tap after ``expand(cases, ...)`` or ``repeat(cases, 1, ...)`` of a parameter.
+
+    Its copies are one a case already.
+    """
     call = view.call(consumer.node)
-    if call is None or call.operation != "expand" or consumer.value is None:
+    if call is None or call.operation not in ("expand", "repeat") or consumer.value is None:
         return None
     reference = view.reference(consumer.value)
     sizes = call.get("shape")
@@ -166,7 +169,9 @@ def _expanded_tap(view: GraphView, consumer: Consumer) -> Tap | None:
     # or the copies would be of something else.
     lead = len(sizes) - len(reference.layout.shape)
     wanted = (1,) * lead + reference.layout.shape
-    same = all(s == -1 or s == w for s, w in zip(sizes[1:], wanted[1:], strict=True))
+    # What ``repeat`` is given are numbers of copies, and not sizes.
+    others = (1,) * len(wanted) if call.operation == "repeat" else wanted
+    same = all(s == -1 or s == w for s, w in zip(sizes[1:], others[1:], strict=True))
     if lead < 0 or wanted[0] != 1 or not same:
         return None
     return Tap("cases", consumer.node.name, (None, None))

@@ -220,21 +220,28 @@ def test_wide_sides_become_diagonals_and_say_so() -> None:
 class Positions(nn.Module):
     """Learned positions, looked up once for all cases and cast before they are added."""
 
-    def __init__(self) -> None:
+    def __init__(self, copies: str = "") -> None:
         super().__init__()
+        self.copies = copies
         self.tokens, self.positions = nn.Embedding(9, 4), nn.Embedding(8, 4)
         self.head = nn.Linear(4, 3)
 
     def forward(self, ids: Tensor) -> Tensor:
         places = torch.arange(0, ids.shape[1], device=ids.device).unsqueeze(0)
-        hidden = self.tokens(ids) + self.positions(places).to(ids.device)
+        looked = self.positions(places).to(ids.device)
+        if self.copies == "expand":
+            looked = looked.expand(ids.shape[0], -1, -1)
+        elif self.copies == "repeat":
+            looked = looked.repeat(ids.shape[0], 1, 1)
+        hidden = self.tokens(ids) + looked
         return self.head(torch.tanh(hidden)).sum(1)
 
 
+@pytest.mark.parametrize("copies", ["", "expand", "repeat"])
 @pytest.mark.parametrize("with_inputs", [False, True])
 @pytest.mark.usefixtures("float64")
-def test_positions_are_recorded_case_by_case(with_inputs: bool) -> None:
-    model, ids = Positions(), torch.randint(9, (3, 5))
+def test_positions_are_recorded_case_by_case(with_inputs: bool, copies: str) -> None:
+    model, ids = Positions(copies), torch.randint(9, (3, 5))
     route = "export" if with_inputs else "auto"
     net = kfac_fx.transform(model, ids if with_inputs else None, capture=route)
     block = net.curvature.blocks["positions"]

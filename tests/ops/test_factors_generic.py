@@ -51,6 +51,7 @@ ELEMENTWISE: dict[str, tuple[Use, tuple[int, ...]]] = {
     "p.view": (lambda x, p: x * p.view(1, 1, -1), (4,)),
     "p.unsqueeze": (lambda x, p: x + p.unsqueeze(-1), (3,)),
     "p.expand": (lambda x, p: x + p.expand(x.shape[0], -1, -1), (1, 3, 4)),
+    "p.repeat": (lambda x, p: x + p.repeat(x.shape[0], 1, 1), (3, 4)),
 }
 
 
@@ -140,15 +141,30 @@ def test_used_twice(measure: Measure, fisher: str) -> None:
     close(measure(net, x, y, likelihood, fisher).factors["p"], (want,))
 
 
-class ClassToken(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.p = nn.Parameter(torch.randn(1, 1, 4))
-        self.mix = nn.Linear(4, 3)
+COPIES: dict[str, tuple[Use, tuple[int, ...]]] = {
+    "expand": (lambda x, p: p.expand(x.shape[0], -1, -1), (1, 2, 4)),
+    "repeat": (lambda x, p: p.repeat(x.shape[0], 1, 1), (1, 2, 4)),
+    "repeat to one more dimension": (lambda x, p: p.repeat(x.size(0), 1, 1), (2, 4)),
+}
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.cat([self.p.expand(x.shape[0], -1, -1), x], dim=1)
-        return self.mix(torch.tanh(x.cumsum(1)).mean(1))
+
+@both_fishers
+@pytest.mark.parametrize("kind", COPIES)
+def test_copies_for_all_cases(measure: Measure, kind: str, fisher: str) -> None:
+    """Class tokens and queries of attention: what is not entry by entry takes the copies."""
+    copies, shape = COPIES[kind]
+    model = Net(lambda x, p: torch.cat([copies(x, p), x], dim=1).cumsum(1), shape)
+    x, likelihood = torch.randn(5, 3, 4), Categorical()
+    y = likelihood.draw(model(x))
+    net = kfac_fx.transform(model, strict=True)
+    want = oracles.covariance(model, ["p"], x, y, likelihood, fisher)
+    close(measure(net, x, y, likelihood, fisher).factors["p"], (want,))
+
+
+def test_copies_of_entries_are_no_cases() -> None:
+    model = Net(lambda x, p: torch.cat([p.repeat(x.shape[0], 3, 1), x], 1).cumsum(1), (1, 1, 4))
+    block = kfac_fx.transform(model).curvature.blocks["p"]
+    assert block.approximation == "diagonal" and "repeat" in str(block.reason)
 
 
 UNKNOWN: dict[str, Use] = {
