@@ -9,7 +9,7 @@ from enum import Enum
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kfac_fx.capture.servable import is_packed
 from kfac_fx.torch_internals.pytree import tree_flatten
@@ -298,6 +298,11 @@ def _fits(value: Value, form: Value, leaves: list[Value]) -> bool:
 
 def _tagged(tensor: Tensor) -> list[str]:
     """Return the attributes that a user has given to a tensor; torch's own have an underscore."""
+    kind = type(tensor)
+    # Classes of torch keep what they consist of there: the fake tensors of a pass that is traced
+    # have a "constant", distributed ones their placements.
+    if kind.__module__.startswith("torch.") and kind is not nn.Parameter:
+        return []
     return [name for name in tensor.__dict__ if not name.startswith("_")]
 
 
