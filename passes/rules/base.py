@@ -418,8 +418,13 @@ def expanded_over_cases(view: GraphView, node: fx.Node) -> bool:
     if call is None or call.operation not in ("expand", "repeat"):
         return False
     sizes = call.get("shape")
-    if call.operation == "repeat" and any(times != 1 for times in sizes[1:]):
-        return False  # of the entries too
+    if call.operation == "repeat":
+        shape = getattr(node.meta.get("val"), "shape", None)
+        # Rows that are tiled in one dimension, [T, d] to [cases T, d], are no cases. Symbolic
+        # tracing does not know the dimensions.
+        if shape is None or any(times != 1 for times in sizes[1:]):
+            return False
+        return isinstance(sizes[0], fx.Node) and (len(sizes) > len(shape) or shape[0] == 1)
     return call.get("other") is not None or bool(sizes and isinstance(sizes[0], fx.Node))
 
 

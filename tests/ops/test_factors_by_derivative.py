@@ -227,18 +227,24 @@ class Positions(nn.Module):
         self.head = nn.Linear(4, 3)
 
     def forward(self, ids: Tensor) -> Tensor:
-        places = torch.arange(0, ids.shape[1], device=ids.device).unsqueeze(0)
+        places = torch.arange(0, ids.shape[1], device=ids.device)
+        if self.copies != "rows":
+            places = places.unsqueeze(0)
         looked = self.positions(places).to(ids.device)
         if self.copies == "expand":
             looked = looked.expand(ids.shape[0], -1, -1)
         elif self.copies == "repeat":
             looked = looked.repeat(ids.shape[0], 1, 1)
+        elif self.copies == "rows":
+            looked = looked.repeat(ids.shape[0], 1).view(ids.shape[0], ids.shape[1], -1)
         hidden = self.tokens(ids) + looked
         return self.head(torch.tanh(hidden)).sum(1)
 
 
-@pytest.mark.parametrize("copies", ["", "expand", "repeat"])
-@pytest.mark.parametrize("with_inputs", [False, True])
+@pytest.mark.parametrize(
+    ("copies", "with_inputs"),
+    [("", False), ("", True), ("expand", False), ("expand", True), ("repeat", True)],
+)
 @pytest.mark.usefixtures("float64")
 def test_positions_are_recorded_case_by_case(with_inputs: bool, copies: str) -> None:
     model, ids = Positions(copies), torch.randint(9, (3, 5))
@@ -246,11 +252,7 @@ def test_positions_are_recorded_case_by_case(with_inputs: bool, copies: str) -> 
     net = kfac_fx.transform(model, ids if with_inputs else None, capture=route)
     block = net.curvature.blocks["positions"]
     assert block.kind == "embedding" and block.reason is None
-    preconditioner = kfac_fx.Preconditioner(net, "normal", fisher="exact")
-    outputs = net(ids)
-    preconditioner.observe(outputs)
-    outputs.sum().backward()
-    preconditioner.step()
+    A, found = of_positions(net, ids)
     looked = model.positions(torch.arange(5)).detach().expand(3, 5, 4).clone().requires_grad_()
     again = model.head(torch.tanh(model.tokens(ids) + looked)).sum(1)
     G = torch.zeros(4, 4)
@@ -258,6 +260,27 @@ def test_positions_are_recorded_case_by_case(with_inputs: bool, copies: str) -> 
         for o in range(3):
             (g,) = torch.autograd.grad(again[n, o], looked, retain_graph=True)
             G += g[n].T @ g[n]
-    A, found = preconditioner.factors["positions"]
     torch.testing.assert_close(A, torch.tensor([1.0] * 5 + [0.0] * 3))
     torch.testing.assert_close(found, G / (3 * 5))
+
+
+@pytest.mark.parametrize(
+    ("copies", "with_inputs"), [("repeat", False), ("rows", False), ("rows", True)]
+)
+@pytest.mark.usefixtures("float64")
+def test_copies_that_may_be_of_rows_are_named(copies: str, with_inputs: bool) -> None:
+    """What sizes tell: whether ``repeat`` makes a dimension of cases, or tiles the positions."""
+    model, ids = Positions(copies), torch.randint(9, (3, 5))
+    net = kfac_fx.transform(model, ids if with_inputs else None)
+    assert "the batch counts as one case" in str(net.curvature.blocks["positions"].reason)
+    A, _ = of_positions(net, ids)
+    torch.testing.assert_close(A, torch.tensor([1.0] * 5 + [0.0] * 3))
+
+
+def of_positions(net: nn.Module, ids: Tensor) -> tuple[Tensor, ...]:
+    preconditioner = kfac_fx.Preconditioner(net, "normal", fisher="exact")
+    outputs = net(ids)
+    preconditioner.observe(outputs)
+    outputs.sum().backward()
+    preconditioner.step()
+    return preconditioner.factors["positions"]
