@@ -170,7 +170,7 @@ class AdaptiveLength(NaturalLength):
             [v if v.element_size() > 2 else v.float() for v in vectors]
             for vectors in (gradient, updates)
         )
-        if self._names != tuple(names) or [len(g)] * 2 != [len(each) for each in self._sums]:
+        if self._names != tuple(names) or any(len(each) != len(g) for each in self._sums):
             self._names, self._sums = tuple(names), []
         dots = [
             a.mul(b).sum() for each in (g, u, *self._sums) for a, b in zip(u, each, strict=True)
