@@ -46,8 +46,10 @@ class Usual(NamedTuple):
 # whole period, makes long steps in all directions that this batch did not show.
 REFRESHES = Usual(frozenset((1, 2, 4, 8, 16)), 20)
 
-# Averages of many batches move little by one more, which costs more than a step without any.
-STATISTICS = Usual(frozenset(range(10)), 10)
+# Averages of many batches move little by one more, which costs more than a step without any. The
+# first ones come with the first refreshes: what is recorded between two of these was measured to
+# be worth no more than the batches that the other steps make in its time.
+STATISTICS = Usual(frozenset((1, 2, 4, 8)), 10)
 
 DECAY = 0.9
 """Largest weight of the old average, where statistics are as rare as that."""

@@ -101,10 +101,10 @@ def rounding(dtype: torch.dtype) -> float:
     Fitted cases have a Fisher and gradients of nothing else: weights would wander along it until
     the fit is lost, as normalised steps of noise are as long as others.
     """
-    return 1e3 * torch.finfo(dtype).eps
+    return 3e2 * torch.finfo(dtype).eps
 
 
-SETTLING = 10
+SETTLING = 5
 """Statistics before the largest mean eigenvalue counts: initial weights may be of any scale."""
 
 REMEMBERED = 0.999

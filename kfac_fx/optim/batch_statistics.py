@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kfac_fx.curvature.estimate import STATISTICS, is_due, terms_needed
+from kfac_fx.curvature.estimate import terms_needed
 from kfac_fx.curvature.inverses import InverseFisher
 from kfac_fx.optim.batch_trust import BatchTrust
 from kfac_fx.optim.diagnostics import Diagnostics
@@ -42,7 +42,7 @@ class BatchStatistics:
             diagnostics: those of the iteration.
         """
         recorded = self.inverse.estimate.recorded
-        if recorded and not is_due(iteration - 1, form.statistics_every, STATISTICS):
+        if recorded and not form.records(iteration, batch):
             return True
         # tau1 of a small batch is a few cases, whose averages have no inverse to speak of.
         terms = terms_needed(recorded, form.ema_decay)

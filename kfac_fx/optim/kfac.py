@@ -67,8 +67,8 @@ class KFAC(HasCurvature, Optimizer):
         weight_decay: eta, of the l2 term eta / 2 ||theta||^2 of the objective.
         damping: lambda_0 > 0, in the units of the Fisher of one likelihood term. None for the mean
             eigenvalue of the first batch's Fisher; with an ``lr`` as for ``Preconditioner``.
-        statistics_every: period of the statistics, in iterations. None for each iteration; with an
-            ``lr`` as for ``Preconditioner``.
+        statistics_every: period of the statistics, in iterations. None for each iteration, of
+            closures for those with a refresh; with an ``lr`` as for ``Preconditioner``.
         refresh_every: T3, the period of the inverses, in iterations; besides, the first three. None
             for 5; where gamma is searched for its period, with an ``lr`` as for ``Preconditioner``.
         tikhonov: how Kronecker blocks are damped; as for ``Preconditioner``.

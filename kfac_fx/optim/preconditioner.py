@@ -85,7 +85,7 @@ class Preconditioner(HasCurvature):
         ema_decay: in [0, 1), the largest weight of the old average. Early averages weigh every
             batch alike.
         statistics_every: period of the statistics, counted in calls of ``step``; the first call
-            always has some. None for each of the first ten calls and every tenth from there on.
+            always has some. None for calls 1, 2, 3, 5, 9, 11 and every tenth from there on.
         refresh_every: period of the inverses, counted in calls of ``step``. None for calls 1, 2, 3,
             5, 9 and 17, as the first averages change fast, and every twentieth from there on.
             Between two refreshes inverses are older than the averages, which costs accuracy and

@@ -13,7 +13,7 @@ from typing import Protocol
 from torch import Tensor
 
 from kfac_fx.codegen.refresh_module import Refreshed
-from kfac_fx.curvature.estimate import DECAY, REFRESHES, is_due
+from kfac_fx.curvature.estimate import DECAY, REFRESHES, STATISTICS, is_due
 from kfac_fx.curvature.inverses import InverseFisher
 from kfac_fx.curvature.mean_eigenvalue import NOTHING_LAGS
 from kfac_fx.errors import UnknownOptionError
@@ -271,6 +271,7 @@ class Form:
         make: makes the update.
         length: says how long proposals are; None where the model does, or the user's trust region.
         statistics_every: period of the statistics; None for ours.
+        closures_every: the same of batches inside of closures; None where it is no other.
         statistics_fraction: share of a batch that statistics are of.
         ema_decay: largest weight of the old statistics.
         follows: whether the scale of the newest statistics is followed, as lengths may ask for it.
@@ -281,6 +282,7 @@ class Form:
     make: UpdateRule
     length: AdaptiveLength | None
     statistics_every: int | None
+    closures_every: int | None
     statistics_fraction: float
     ema_decay: float
     follows: bool
@@ -297,6 +299,12 @@ class Form:
         # is no reason to undo the last step either. A step of other batches makes a small loss
         # many times as large all the time, and undoing it would lose the momentum as often.
         return self.length is None
+
+    def records(self, iteration: int, batch: Batch) -> bool:
+        """Say whether the statistics of a batch are wanted; iterations count from 1."""
+        if self.closures_every is not None and callable(batch.inputs):
+            return due(iteration, self.closures_every)
+        return is_due(iteration - 1, self.statistics_every, STATISTICS)
 
     @property
     def held_out(self) -> HeldOutRule | None:
@@ -347,7 +355,10 @@ class Forms:
             rule,
             make,
             length=None,
-            statistics_every=1 if self.statistics_every is None else self.statistics_every,
+            statistics_every=self.statistics_every or 1,
+            # Nothing is cut off a closure's batch: whole ones, where inverses are made anew, cost
+            # as little as a share tau1 of each.
+            closures_every=every if self.statistics_every is None else None,
             statistics_fraction=options.statistics_fraction or 1 / 4,
             ema_decay=0.95 if options.ema_decay is None else options.ema_decay,
             # The form with a rate that may follow has to know what it was like before.
@@ -381,6 +392,7 @@ class Forms:
             make,
             length=length,
             statistics_every=self.statistics_every,
+            closures_every=None,
             statistics_fraction=options.statistics_fraction or 1.0,
             ema_decay=DECAY if options.ema_decay is None else options.ema_decay,
             follows=length is not None and self.damping is None,

@@ -159,7 +159,7 @@ def came_to(averages: Averages, size: float) -> Came:
 
 
 def test_what_is_left_is_of_the_largest_level(measure: Measure) -> None:
-    """Levels are geometric means, count from the tenth statistic on, and fade by a thousandth."""
+    """Levels are geometric means, count from the fifth statistic on, and fade by a thousandth."""
     model = mlp(4, 3)
     net = kfac_fx.transform(model, structure="block_diagonal")
     pre = measure(net, torch.randn(8, 4), None, Categorical()).preconditioner
@@ -167,12 +167,12 @@ def test_what_is_left_is_of_the_largest_level(measure: Measure) -> None:
     newest, level, largest, value = Newest(pre.curvature), 0.0, 0.0, 0.0
     assert newest.left() == 1.0
     for came in range(1, 31):
-        size = 1e6 if came < 5 else 100.0 if came == 20 else 10.0 ** (-came)
+        size = 1e6 if came < 3 else 100.0 if came == 20 else 10.0 ** (-came)
         newest.add([came_to(averages, size)])
         value = 15 * size if came == 1 else 0.2 * value + 0.8 * 15 * size
         mean = value / 15
-        level = mean if came <= 10 else level**0.9 * mean**0.1
-        largest = level if came <= 10 else max(0.999 * largest, level)
+        level = mean if came <= 5 else level**0.9 * mean**0.1
+        largest = level if came <= 5 else max(0.999 * largest, level)
         newest.lag(1.0)
         newest.lag(1.0)  # asked again, nothing has come
         assert newest.left() == pytest.approx(mean / largest)

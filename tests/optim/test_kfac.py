@@ -257,6 +257,25 @@ def test_a_step_that_was_no_good_is_undone_exactly() -> None:
     assert optimizer.diagnostics["damping"] > damping
 
 
+@pytest.mark.parametrize(
+    ("inside", "every", "expected"),
+    [(True, None, [1, 2, 3, 5, 10]), (False, None, [*range(1, 12)]), (True, 4, [1, 5, 9])],
+)
+def test_a_batch_that_cannot_be_cut_is_recorded_where_inverses_are_made(
+    inside: bool, every: int | None, expected: list[int]
+) -> None:
+    """A closure's statistics cost the whole batch; a share of each is recorded of the others."""
+    x, y = task(64)
+    optimizer = kfac_fx.KFAC(kfac_fx.transform(mlp(6, 8, 3)), statistics_every=every)
+    found, folds = [], 0
+    for iteration in range(1, 12):
+        optimizer.step((lambda net: net(x)) if inside else x, y)
+        now = optimizer.inverse.estimate.folds
+        found += [iteration] if now > folds else []
+        folds = now
+    assert found == expected
+
+
 @pytest.mark.parametrize(("length", "expected"), [(1, 64), (8, 8), (64, 4)])
 def test_positions_count_where_statistics_are_of_few_cases(length: int, expected: int) -> None:
     """The first averages are over 64 likelihood terms, and at least over the fraction."""

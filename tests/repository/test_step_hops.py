@@ -28,7 +28,8 @@ def is_ours(code: CodeType) -> bool:
 def entered_by_a_step() -> Entered:
     """From observe to step, with a refresh in it; statistics come in a thread of autograd's."""
     net = kfac_fx.transform(mlp(8, 16, 5), structure="block_diagonal")
-    preconditioner = kfac_fx.Preconditioner(net, damping=1e-2, refresh_every=1)
+    options = {"damping": 1e-2, "statistics_every": 1, "refresh_every": 1}
+    preconditioner = kfac_fx.Preconditioner(net, **options)
     x, y = torch.randn(32, 8), torch.randint(5, (32,))
     found: Entered = set()
 
