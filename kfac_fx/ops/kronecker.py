@@ -322,9 +322,13 @@ class LinearStatistics(ColumnKroneckerStatistics):
         x = tensors[0]
         assert x is not None
         given, form, one = self.options, self.A, self.one
-        # The experts of a batched product may share one input, which then has no axis for them.
-        if given.x_groups and x.dim() < g.dim():  # matmul broadcasts over the groups
-            x = x.expand(*g.shape[: g.dim() - x.dim()], *x.shape)
+        # The experts of a batched product may share one input, which then has no axis for them,
+        # or one of a single entry: products broadcast over the groups.
+        if given.x_groups:
+            sizes = [*g.shape[: g.dim() - x.dim()], *x.shape]
+            for own, of in zip(given.x_groups, given.y_groups, strict=True):
+                sizes[own] = g.shape[of]
+            x = x if sizes == [*x.shape] else x.expand(sizes)
 
         def formed() -> Statistic:
             rows = positioned_rows(x, given.x_dims, given.x_groups, dtype)

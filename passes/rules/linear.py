@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
+from string import ascii_letters
 
 from torch import fx, nn
 
@@ -118,16 +119,18 @@ class LinearRule:
             weight, x, side = site.weight(left), right, -2
         if weight is None:
             return None
-        axes = len(weight.layout.shape)
-        if axes not in (2, 3):
-            return Refusal(f"{call.operation}: the weight is seen as {weight.layout.shape}")
+        shape = weight.layout.shape
+        if len(shape) < 2:
+            return Refusal(f"{call.operation}: the weight is seen as {shape}")
         matrix = weight.layout.transpose(-2, -1) if side == -1 else weight.layout
-        groups: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
-        if axes == 3:
-            # Batches of matrices: the dimension before the last two counts the groups.
-            groups = ((-3,), (-3,))
+        # Batches of matrices: dimensions before the last two count the groups. One of a single
+        # matrix is no group: it multiplies all that x counts there.
+        dims = tuple(k - len(shape) for k, size in enumerate(shape[:-2]) if size > 1)
+        groups = [prod(shape[:-2])] if dims else []
+        if len(shape) != len(groups) + 2:
+            matrix = matrix.reshape([*groups, *matrix.shape[-2:]])
         return dense_use(
-            call, site, x, weight, matrix, ((side,), (side,)), bias=bias, group_dims=groups
+            call, site, x, weight, matrix, ((side,), (side,)), bias=bias, group_dims=(dims, dims)
         )
 
     def _addmm(self, call: Call, site: Site) -> Answer:
@@ -154,23 +157,25 @@ class LinearRule:
         terms = _einsum_terms(call.get("equation"))
         if terms is None:
             return Refusal(f"einsum: {call.get('equation')!r} has repeated letters")
-        w, x, y = terms[at], terms[1 - at], terms[2]
+        weight = held[0]
+        w, x, y = _with_groups(terms[at], terms[1 - at], terms[2], len(weight.layout.shape))
         inputs = [c for c in w if c in x and c not in y]
         outputs = [c for c in w if c in y and c not in x]
-        groups = [c for c in w if c in y and c in x]
+        shared = [c for c in w if c in y and c in x]
         if (
-            # Every letter of the weight is an input, an output or a group; what is summed in x
+            # Every letter of the weight is an input, an output or both; what is summed in x
             # alone, or hidden in an ellipsis of the weight, makes it something else.
-            len(inputs) + len(outputs) + len(groups) != len(w)
+            len(inputs) + len(outputs) + len(shared) != len(w)
             or set(x) - set(inputs) - set(y)
             or ELLIPSIS in w
         ):
             return Refusal(f"einsum: {call.get('equation')!r} is no product with matrices")
         if not inputs or not outputs:
             return Refusal(f"einsum: {call.get('equation')!r} leaves the matrix without a side")
-        weight = held[0]
         sizes = dict(zip(w, weight.layout.shape, strict=True))
-        order = (*groups, *outputs, *inputs)
+        # Of a single matrix it is no group: that one multiplies all that x counts there.
+        groups = [c for c in shared if sizes[c] > 1]
+        order = (*shared, *outputs, *inputs)
         shape = [prod(sizes[c] for c in letters) for letters in (groups, outputs, inputs)]
         matrix = weight.layout.permute(*(w.index(c) for c in order))
         matrix = matrix.reshape(shape if groups else shape[1:])
@@ -234,6 +239,21 @@ def _first_row(layout: Layout) -> int | None:
     step = layout.steps[0]
     rows = len(layout.steps) == 1 and step.view == "narrow" and step.argument[0] == 0
     return step.argument[1] if rows else None
+
+
+def _with_groups(w: str, x: str, y: str, dims: int) -> tuple[str, str, str]:
+    """Return the terms with letters for what the ellipsis of a weight of so many dimensions hides.
+
+    Operands are broadcast, so these are the last dimensions of the other ellipses: groups, each
+    with a matrix of its own. Where there is none in the result, they are summed, and w stays.
+    """
+    hidden = dims - len(w.replace(ELLIPSIS, ""))
+    if ELLIPSIS not in w or hidden < 0 or (hidden and ELLIPSIS not in y):
+        return w, x, y
+    free = [c for c in ascii_letters if c not in w + x + y]
+    letters = "".join(free[:hidden])
+    x, y = (term.replace(ELLIPSIS, ELLIPSIS + letters) for term in (x, y))
+    return w.replace(ELLIPSIS, letters), x, y
 
 
 def _dims(term: str, letters: list[str]) -> tuple[int, ...]:

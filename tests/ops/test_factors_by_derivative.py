@@ -6,6 +6,8 @@ its outer products over cases and positions, and G that of the derivatives in th
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -109,6 +111,80 @@ def test_batched_matrices_are_one_block_a_matrix(call: str) -> None:
         left = torch.linalg.inv(A[group] + pi * gamma * torch.eye(4))
         right = torch.linalg.inv(G[group] + gamma / pi * torch.eye(3))
         torch.testing.assert_close(model.weight.grad[group], left @ gradient[group] @ right)
+
+
+class Product(nn.Module):
+    def __init__(self, call: Callable[[Tensor, Tensor], Tensor], *shape: int) -> None:
+        super().__init__()
+        self.weight, self.call = nn.Parameter(torch.randn(shape)), call
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(x, self.weight)
+
+
+EQUATION = "...ni,...io->...no"
+BROADCAST: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], tuple[int, ...]]] = {
+    "ellipsis": (lambda x, w: torch.einsum(EQUATION, x, w), (2, 5, 4)),
+    "ellipsis of the weight": (lambda x, w: torch.einsum("ni,...io->n...o", x, w), (5, 4)),
+    "one input": (lambda x, w: torch.einsum(EQUATION, x, w), (5, 4)),
+    "one group of inputs": (lambda x, w: torch.einsum(EQUATION, x, w), (1, 5, 4)),
+    "a letter of one": (lambda x, w: torch.einsum("gni,gio->gno", x, w), (1, 5, 4)),
+    "matmul of one": (lambda x, w: x @ w, (1, 5, 4)),
+}
+
+
+def factors_of(model: nn.Module, x: Tensor) -> Sequence[Tensor]:
+    net = kfac_fx.transform(model)
+    preconditioner = kfac_fx.Preconditioner(net, Normal, fisher="exact")
+    outputs = net(x)
+    preconditioner.observe(outputs)
+    outputs.square().sum().backward()
+    preconditioner.step()
+    assert net.curvature.blocks["weight"].approximation == "kronecker"
+    return preconditioner.factors["weight"]
+
+
+def Normal(outputs: Tensor) -> torch.distributions.Distribution:
+    return torch.distributions.Normal(outputs, 1.0)
+
+
+@pytest.mark.parametrize("way", BROADCAST)
+@pytest.mark.usefixtures("float64")
+def test_groups_that_are_broadcast(way: str) -> None:
+    """Every matrix has an A of the input that it multiplies, shared or not."""
+    call, shape = BROADCAST[way]
+    x = torch.randn(shape)
+    A, G = factors_of(Product(call, 2, 4, 3), x)
+    every = x.reshape(-1, 5, 4).expand(2, 5, 4)
+    terms = 2 * 5 * 3
+    found = A.reshape(-1, 4, 4)
+    if way == "ellipsis of the weight":  # the input has no groups: all outputs are one layer's
+        torch.testing.assert_close(A, every[0].T @ every[0] / 5)
+        torch.testing.assert_close(G, torch.eye(6) * 5 / terms)
+        return
+    torch.testing.assert_close(found, every.mT @ every / 5)
+    torch.testing.assert_close(G, torch.eye(3).expand(2, 3, 3) * 5 / terms)
+
+
+@pytest.mark.usefixtures("float64")
+def test_heads_after_the_cases() -> None:
+    """[1, heads, in, out] multiplies [cases, heads, positions, in]."""
+    x = torch.randn(5, 2, 3, 4)
+    A, G = factors_of(Product(torch.matmul, 1, 2, 4, 3), x)
+    for head in range(2):
+        rows = x[:, head].flatten(0, 1)
+        torch.testing.assert_close(A[head], rows.T @ rows / 5)
+        torch.testing.assert_close(G[head], torch.eye(3) * 5 * 3 / (5 * 2 * 3 * 3) / 3)
+
+
+@pytest.mark.parametrize("call", [lambda x, w: x @ w, BROADCAST["ellipsis"][0]])
+@pytest.mark.usefixtures("float64")
+def test_a_single_matrix_is_no_group(call: Callable[[Tensor, Tensor], Tensor]) -> None:
+    x = torch.randn(2, 5, 4)
+    found = factors_of(Product(call, 1, 4, 3), x)
+    expected = factors_of(Product(lambda x, w: x @ w, 4, 3), x)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def _embedding_oracle(model: Tied, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
