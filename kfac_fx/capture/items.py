@@ -16,6 +16,30 @@ PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device)
 find, and a graph that was made with another one no longer stands."""
 
 
+REWRITTEN = (
+    "eval",
+    "parameters",
+    "buffers",
+    "requires_grad_",
+    "zero_grad",
+    "apply",
+    "_apply",
+    "to",
+    "cuda",
+    "cpu",
+    "type",
+    "float",
+    "double",
+    "half",
+    "bfloat16",
+)
+"""Methods of every module that a model may have written anew (``eval`` sets a norm apart, ``to``
+moves plain tensors); ``train`` and those of the state are in ``CapturedModule``."""
+
+OURS = "_kfac_fx"
+"""What the names of a captured module's own children begin with."""
+
+
 class HasSource(Protocol):
     """A captured module, which knows its model."""
 
@@ -59,6 +83,9 @@ def hand_on(module: nn.Module, model: nn.Module) -> None:
     for name in {*dir(type(model)), *values}:
         if name[0] != "_" and name not in members and not hasattr(kind, name):
             setattr(kind, name, HandedOn(name))
+    for name in REWRITTEN:
+        if getattr(type(model), name) is not getattr(nn.Module, name):
+            setattr(kind, name, _rewritten(name))
     # Only where the model has them: an object with a length of zero counts as false.
     for name in ("__len__", "__getitem__", "__iter__", "__contains__"):
         if hasattr(type(model), name):
@@ -68,6 +95,23 @@ def hand_on(module: nn.Module, model: nn.Module) -> None:
 def is_handed_on(kind: type, name: str) -> bool:
     """Tell whether a class of captured modules reads an attribute of the model."""
     return isinstance(vars(kind).get(name), HandedOn)
+
+
+def _rewritten(name: str) -> Callable[..., Value]:
+    """Return a method that the model runs, and the captured module's own children after it."""
+
+    def method(self: Any, *args: Value, **kwargs: Value) -> Value:
+        model = self.source
+        result = getattr(model, name)(*args, **kwargs)
+        if name in ("parameters", "buffers"):
+            return result
+        for child_name, child in self._modules.items():
+            if child_name.startswith(OURS) and child is not None and name != "apply":
+                getattr(child, name)(*args, **kwargs)
+        self.training = model.training
+        return self if result is model else result
+
+    return method
 
 
 def _method(name: str) -> Callable[..., Value]:

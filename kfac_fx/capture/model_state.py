@@ -6,17 +6,17 @@ globals. They may be others at the next call, and the graph would go on as befor
 
 from __future__ import annotations
 
-import dis
 import functools
 import sys
 import types
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from kfac_fx.capture.code_names import globals_in, is_installed, modules_in, names_in
 from kfac_fx.capture.kept_state import (
     TENSORS,
     Kept,
@@ -53,6 +53,11 @@ _GLOBAL_HOOKS = (
 )
 _DEPTH = 4
 """How deep containers and objects within attributes are looked at."""
+
+_CALLS = 6
+_CALLS_INSTALLED = 2
+"""How many functions one calling the other are looked into; those of installed libraries name
+hundreds of settings that no user changes."""
 
 _MOST = 20_000
 """Most containers that are looked at: a table of a million entries is data and no setting."""
@@ -348,7 +353,7 @@ class ModelState:
         elif isinstance(value, functools.partial):
             items = (value.func, value.args, value.keywords)
         elif isinstance(value, (types.FunctionType, types.MethodType)):
-            self._add_globals(getattr(value, "__func__", value), 2)
+            self._add_globals(getattr(value, "__func__", value), _CALLS)
             self._objects.append((getattr(value, "__self__", None), place))
         elif depth <= 2 and (held := _attributes(value)) is not None:
             self._seen.add(id(value))
@@ -370,13 +375,15 @@ class ModelState:
             self._containers.append(vars(base))
             for value in list(vars(base).values()):
                 function = getattr(value, "__func__", getattr(value, "fget", value))
-                self._add_globals(function, 2)
+                self._add_globals(function, _CALLS)
 
     def _add_globals(self, function: object, depth: int) -> None:
         """Look at the settings that a function reads from its module or its closure."""
         if not isinstance(function, types.FunctionType) or id(function) in self._seen or not depth:
             return
         self._seen.add(id(function))
+        if is_installed(function.__code__):
+            depth = min(depth, _CALLS_INSTALLED)
         for default in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
             if isinstance(default, HOLDERS):
                 self._watch(default, Place("", f"a default of {function.__name__}"), 1)
@@ -390,8 +397,8 @@ class ModelState:
         space = function.__globals__
         if (space.get("__name__") or "").split(".")[0] in ("torch", *sys.stdlib_module_names):
             return
-        self._names.update(_names_in(function.__code__))
-        for name in _globals_in(function.__code__):
+        self._names.update(names_in(function.__code__))
+        for name in globals_in(function.__code__):
             value = space.get(name)
             if isinstance(value, CODE):
                 self._settings.append(Setting(space, name, f"the global {name}"))
@@ -402,6 +409,8 @@ class ModelState:
                 self._watch(value, Place("", f"the global {name}"), 1)
             elif name in space:
                 self._objects.append((value, Place("", f"the global {name}")))
+        for module in modules_in(function):
+            self._add_module_globals(module, {*names_in(function.__code__)}, depth - 1)
         for cell in function.__closure__ or ():
             try:
                 value = cell.cell_contents
@@ -416,6 +425,22 @@ class ModelState:
                 self._settings.append(of_cell(cell, function.__name__, words))
             else:
                 self._objects.append((value, Place("", f"a variable around {function.__name__}")))
+
+    def _add_module_globals(
+        self, module: types.ModuleType, names: Collection[str], depth: int
+    ) -> None:
+        """Look at what a function with these names may read of a module: ``config.SCALE``."""
+        space = vars(module)
+        for name in space.keys() & names:
+            value, words = space[name], f"{module.__name__}.{name}"
+            if isinstance(value, (*CODE, *SCALARS, *HOLDERS, tuple)):
+                self._settings.append(Setting(space, name, words))
+            if isinstance(value, types.FunctionType):
+                self._add_globals(value, depth)
+            elif isinstance(value, (*HOLDERS, tuple)):
+                self._watch(value, Place("", words), 1)
+            elif not isinstance(value, (*SCALARS, types.ModuleType)):
+                self._objects.append((value, Place("", words)))
 
     def _add_objects(self) -> None:
         """Look at what the model's code reads of objects, once all names in it are known."""
@@ -470,27 +495,3 @@ def _attributes(value: Watched) -> dict[str, object] | None:
         return None
     found = getattr(value, "__dict__", None)
     return found if isinstance(found, dict) else None
-
-
-def _globals_in(code: types.CodeType) -> Iterator[str]:
-    """Yield the names that code, and code within it, looks up among the globals.
-
-    Attributes stand beside them in the code's names: a loop's ``i`` in a notebook would change
-    what a model with ``self.i`` was captured for. Who reads ``globals()`` may read any of them.
-    """
-    instructions = dis.get_instructions(code)
-    found = {i.argval for i in instructions if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
-    yield from _names_in(code) if "globals" in found else found
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _globals_in(constant)
-
-
-def _names_in(code: types.CodeType) -> Iterator[str]:
-    """Yield the names that code, and code within it, looks up, also by ``getattr``."""
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, str) and constant.isidentifier():
-            yield constant
-        if isinstance(constant, types.CodeType):
-            yield from _names_in(constant)

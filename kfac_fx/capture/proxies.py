@@ -7,6 +7,8 @@ where that is exact, and is otherwise a refusal, which names the line.
 
 from __future__ import annotations
 
+import dis
+import functools
 import linecache
 import operator
 import sys
@@ -16,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from torch import Tensor, fx
 
 from kfac_fx.capture.in_place import OPERATORS
+from kfac_fx.capture.user_lines import users_code_asks
 
 if TYPE_CHECKING:
     from kfac_fx.capture.recording import Recording
@@ -25,6 +28,12 @@ Value = Any
 
 _OWN = frozenset({"tracer", "node", "root", "attr", "_node", "param", "name"})
 """Attributes that proxies themselves have."""
+
+_MAY_BE_NONE = frozenset({"grad_fn", "_base", "grad", "_grad", "_backward_hooks"})
+"""What a tensor may have or not; ``is None`` asks no method of a symbolic value for the answer."""
+
+_DISPATCH = functools.__file__
+"""Where ``singledispatch`` asks for the class of what user's code gives it."""
 
 
 class Watched:
@@ -41,6 +50,8 @@ class Watched:
     def __getattr__(self, name: str) -> WatchedAttribute:
         if name.startswith("__") and name.endswith("__"):
             raise AttributeError(name)  # a protocol that the value's class would have
+        if name in _MAY_BE_NONE and users_code_asks(1):
+            self._cannot(f"the attribute {name}, which may be None,")
         node = _node(self)
         if node is not None and self.tracer.known(node) is Tensor and not hasattr(Tensor, name):
             self.tracer.missed.add(name)  # a tensor of another call may have it
@@ -51,6 +62,33 @@ class Watched:
         if name not in _OWN:
             self.tracer.refuse(f"the attribute {name!r} of a tensor is set")
         object.__setattr__(self, name, value)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        # torch's C++ code asks as well, from within the user's line, and must not take the value
+        # for a tensor: only a line of Python that reads the attribute gets the answer.
+        frame = sys._getframe(1)
+        asked = frame.f_code.co_filename == _DISPATCH or users_code_asks(1)
+        operation = dis.opname[frame.f_code.co_code[frame.f_lasti]] if asked else ""
+        if operation == "MATCH_CLASS":
+            self._cannot("the class (match)")
+        if operation.startswith("LOAD_ATTR"):
+            return self._class()
+        return type(self)
+
+    def _class(self) -> type:
+        """Return the class that the value stands for; the graph checks it where it is assumed."""
+        if isinstance(self, WatchedMember):
+            return type(self.param)
+        node = _node(self)
+        kind = None if node is None else self.tracer.kind(node)
+        return self._cannot("the class") if kind is None else kind
+
+    def __hash__(self) -> int:
+        # A dictionary of sizes would say that this one is not among its keys.
+        if users_code_asks(1):
+            self._cannot("the hash (a key of a dictionary or set)")
+        return object.__hash__(self)
 
     def __setitem__(self, index: Value, value: Value) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})

@@ -7,15 +7,16 @@ values of their classes and of the globals that their methods name, parameters a
 from __future__ import annotations
 
 import collections
-import pickle
 import random
 import sys
 import types
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+
+from kfac_fx.capture.object_states import BAGS, Slots, set_state, slots_of, state_of
 
 Value = Any
 """What a module holds under a name."""
@@ -26,8 +27,6 @@ SCALARS = (bool, int, float, complex, str, bytes, type(None))
 HOLDERS = (dict, list, set, collections.deque)
 """Containers that code changes in their place."""
 
-_LARGE = 1_000_000
-"""Entries of a NumPy array above which it is not copied."""
 _INERT = (fx.Graph, type, types.ModuleType, types.BuiltinFunctionType, torch.dtype, torch.device)
 _LIMIT = 200_000
 """Objects that are looked at; what lies beyond is not watched."""
@@ -70,7 +69,7 @@ class RunState:
         for name, tensor, marks in self._tensors:
             if tensor.is_leaf and tensor.requires_grad is not marks[0]:
                 found.append(f"sets requires_grad of {name}")
-        return found + [f"moves {n}" for n, one, before in self._states if _state(one) != before]
+        return found + [f"moves {n}" for n, one, before in self._states if state_of(one) != before]
 
     def plain_tensors(self, model: nn.Module) -> list[tuple[str, Tensor]]:
         """Return the tensors that are no parameters or buffers: nobody trains them, by name."""
@@ -84,8 +83,8 @@ class RunState:
             if not _same(now, before):
                 _fill(holder, before)
         for _, one, before in self._states:
-            if _state(one) != before:
-                _set_state(one, before)
+            if state_of(one) != before:
+                set_state(one, before)
         # After the attributes, since a tensor that was replaced is in its place again by then.
         for _, tensor, before in self._tensors:
             if tensor.is_leaf and tensor.requires_grad is not before[0]:
@@ -105,7 +104,7 @@ class RunState:
         self._seen[id(value)] = value
         if isinstance(value, Tensor):
             self._tensors.append((name, value, _marks(value)))
-        elif (state := _state(value)) is not None:
+        elif (state := state_of(value)) is not None:
             self._states.append((name, value, state))
         elif isinstance(value, (*HOLDERS, tuple)):
             if not isinstance(value, tuple):
@@ -119,24 +118,59 @@ class RunState:
         elif isinstance(value, types.FunctionType):
             self._function(name, value)
         elif isinstance(value, types.MethodType):
-            self._walk(name, value.__self__)
+            # Of a bag it is the library's own, as the cache of ``singledispatch`` has one.
+            if not isinstance(value.__self__, BAGS):
+                self._walk(name, value.__self__)
         # Objects of the standard library and of torch are left alone: they change by themselves
         # (locks, caches, weak references), and none of their attributes is a model's own state.
-        elif _theirs(type(value)) or isinstance(value, nn.Module):
+        elif _theirs(type(value)) or isinstance(value, (nn.Module, *BAGS)):
             self._object(name, value)
 
-    def _object(self, name: str, value: Value) -> None:
-        """Take note of an object's attributes."""
+    def _object(self, name: str, value: Value, *, plain: bool = False) -> None:
+        """Take note of an object's attributes.
+
+        Args:
+            name: says where it is.
+            value: the object.
+            plain: look no further than into containers and tensors that it holds.
+        """
+        self._seen[id(value)] = value
+        places = Slots(value)
+        if contents := places.get():
+            self._records.append((name, places, contents))
+            self._held(name, contents, plain)
         held = getattr(value, "__dict__", None)
         if not isinstance(held, dict) or id(held) in self._seen:
             return
-        self._seen[id(value)] = value
         self._seen[id(held)] = held
         self._records.append((name, held, dict(held)))
+        self._held(name, held, plain)
+
+    def _held(self, name: str, held: dict[str, Value], plain: bool) -> None:
+        """Take note of what attributes hold; the arguments are those of ``_object``."""
         for key, item in list(held.items()):
-            if key not in _OWN and type(item) not in SCALARS:
+            if key in _OWN or type(item) in SCALARS:
+                continue
+            if not plain or isinstance(item, (*HOLDERS, Tensor)) or state_of(item) is not None:
                 inner = name if key in ("_parameters", "_buffers", "_modules") else f"{name}.{key}"
                 self._walk(inner, item)
+
+    def _outside(self, name: str, value: Value) -> bool:
+        """Take note of a value that no module holds: a global, a default, a class's attribute.
+
+        What its objects hold may be a whole program, so that only plain attributes are looked at.
+
+        Returns:
+            whether it is of a kind that is looked at.
+        """
+        if isinstance(value, (*HOLDERS, Tensor, types.FunctionType)) or state_of(value) is not None:
+            self._walk(name, value)
+        elif isinstance(value, BAGS) or _is_plain_object(value):
+            if id(value) not in self._seen:
+                self._object(name, value, plain=True)
+        else:
+            return False
+        return True
 
     def _class(self, owner: type) -> None:
         """Take note of the plain values of a class, and of globals that its methods name."""
@@ -147,9 +181,10 @@ class RunState:
             if isinstance(value, types.FunctionType):
                 self._globals(value)
                 self._function(name, value)
-            elif isinstance(value, (*SCALARS, *HOLDERS, Tensor)) and not key.startswith("__"):
+            elif not key.startswith("__") and (
+                isinstance(value, SCALARS) or self._outside(name, value)
+            ):
                 self._records.append((owner.__name__, _Entry(owner, key), [value]))
-                self._walk(name, value)
 
     def _function(self, name: str, function: types.FunctionType) -> None:
         """Take note of what a function closes over, and of attributes that it was given."""
@@ -157,6 +192,10 @@ class RunState:
             return
         if function.__dict__:
             self._walk(name, function.__dict__)
+        # A default is made once, and what is written into it is there at the next call.
+        for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
+            if not isinstance(value, types.FunctionType):
+                self._outside(f"a default of {function.__name__}", value)
         for cell in function.__closure__ or ():
             try:
                 value = cell.cell_contents
@@ -164,8 +203,8 @@ class RunState:
                 continue  # not yet filled
             if isinstance(value, SCALARS):
                 self._records.append((name, cell, [value]))
-            elif isinstance(value, (*HOLDERS, Tensor, types.FunctionType)):
-                self._walk(name, value)
+            else:
+                self._outside(name, value)
 
     def _globals(self, function: types.FunctionType) -> None:
         """Take note of the plain globals that a function names."""
@@ -177,10 +216,8 @@ class RunState:
             self._globals_seen.add((id(scope), key))
             if isinstance(value, (bool, int, float, str)):
                 self._records.append(("the module", _Entry(scope, key), [value]))
-            elif isinstance(value, (*HOLDERS, Tensor, types.FunctionType)) or (
-                _state(value) is not None
-            ):
-                self._walk(f"the global {key}", value)
+            else:
+                self._outside(f"the global {key}", value)
 
 
 class _Entry:
@@ -210,8 +247,18 @@ def _theirs(kind: type | types.FunctionType) -> bool:
     return top not in sys.stdlib_module_names and top not in ("torch", "numpy", "kfac_fx")
 
 
+def _is_plain_object(value: Value) -> bool:
+    """Tell whether a value is an object of a user's class, no code and no symbolic value."""
+    kind = type(value)
+    if issubclass(kind, (type, types.ModuleType, fx.Proxy, nn.Module)) or callable(value):
+        return False
+    return _theirs(kind) and (hasattr(value, "__dict__") or bool(slots_of(value)))
+
+
 def _contents(holder: Value) -> Value:
     """Return a shallow copy of what a holder has, as a plain dictionary, set or list."""
+    if isinstance(holder, Slots):
+        return holder.get()
     if isinstance(holder, dict):
         return dict(dict.items(holder))
     if isinstance(holder, _Entry):
@@ -223,7 +270,9 @@ def _contents(holder: Value) -> Value:
 
 def _fill(holder: Value, contents: Value) -> None:
     """Give a holder the contents that it had, in their order."""
-    if isinstance(holder, _Entry):
+    if isinstance(holder, Slots):
+        holder.set(contents)
+    elif isinstance(holder, _Entry):
         holder.set(contents[0])
     elif isinstance(holder, types.CellType):
         holder.cell_contents = contents[0]
@@ -301,66 +350,6 @@ def _marks(tensor: Tensor) -> tuple[Value, ...]:
 def version(tensor: Tensor) -> int:
     """Return how often a tensor was written to; inference tensors do not count it."""
     return 0 if tensor.is_inference() else tensor._version
-
-
-class _Stateful(NamedTuple):
-    """How the state of a kind of object is read and put back; states can be compared.
-
-    Attributes:
-        read: from the object to its state.
-        write: from the object and a state.
-    """
-
-    read: Callable[[Value], bytes]
-    write: Callable[[Value, bytes], None]
-
-
-def _stateful(value: Value) -> _Stateful | None:
-    """Return how to read a random generator or a small array, None for other objects."""
-    if isinstance(value, torch.Generator):
-        return _Stateful(
-            lambda v: bytes(v.get_state().tolist()),
-            lambda v, s: void(v.set_state(torch.tensor(list(s), dtype=torch.uint8))),
-        )
-    if isinstance(value, random.Random):
-        return _Stateful(
-            lambda v: pickle.dumps(v.getstate()), lambda v, s: v.setstate(pickle.loads(s))
-        )
-    numpy = sys.modules.get("numpy")
-    if numpy is None:
-        return None
-    if isinstance(value, numpy.random.Generator):
-        return _Stateful(
-            lambda v: pickle.dumps(v.bit_generator.state),
-            lambda v, s: setattr(v.bit_generator, "state", pickle.loads(s)),
-        )
-    if isinstance(value, numpy.random.RandomState):
-        return _Stateful(
-            lambda v: pickle.dumps(v.get_state()), lambda v, s: v.set_state(pickle.loads(s))
-        )
-    if isinstance(value, numpy.ndarray) and value.size < _LARGE and value.dtype != object:
-        return _Stateful(
-            lambda v: bytes(v.tobytes()),
-            lambda v, s: v.__setitem__(..., numpy.frombuffer(s, v.dtype).reshape(v.shape)),
-        )
-    return None
-
-
-def void(_: Value) -> None:
-    """Return nothing, whatever is given."""
-
-
-def _state(value: Value) -> bytes | None:
-    """Return the state of a random generator or a small array, None for other objects."""
-    found = _stateful(value)
-    return None if found is None else found.read(value)
-
-
-def _set_state(value: Value, state: bytes) -> None:
-    """Put a generator or an array back."""
-    found = _stateful(value)
-    assert found is not None
-    found.write(value, state)
 
 
 class TensorValues:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import queue
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -55,12 +57,29 @@ def check_servable(model: Value, inputs: Value) -> None:
                 f"{path} is on the meta device and has no values, so nothing can be run: transform "
                 "the model without example inputs, or after model.to_empty(device=...)"
             )
+    _check_walkable(model)
     _check_rewindable(model)
     for leaf in tree_leaves(inputs):
         if isinstance(leaf, Tensor) and leaf.is_nested:
             raise CaptureError(
                 "the example inputs hold a nested tensor, whose cases are of different sizes and "
                 "which no tap records: pad it, or give a mask"
+            )
+
+
+def _check_walkable(model: nn.Module) -> None:
+    """Refuse a model that hides some of its own parts from who goes through them.
+
+    Blocks are found by the names of parameters, and one that is hidden would have none.
+    """
+    for name in ("named_parameters", "named_buffers", "named_modules"):
+        told = [(key, id(one)) for key, one in getattr(model, name)()]
+        held = [(key, id(one)) for key, one in getattr(nn.Module, name)(model)]
+        if told != held:
+            raise CaptureError(
+                f"{type(model).__name__} has a {name}() of its own, which does not name what the "
+                "module holds: give it another name, or leave parameters out by "
+                "requires_grad_(False) or exclude="
             )
 
 
@@ -71,12 +90,25 @@ def _check_rewindable(model: nn.Module) -> None:
     """
     for path, module in model.named_modules():
         for name, value in vars(module).items():
-            if isinstance(value, Iterator) and not isinstance(value, io.IOBase):
+            if _moves_on(value):
+                what = "is an iterator" if isinstance(value, Iterator) else "holds what is used up"
                 raise CaptureError(
-                    f"{path}.{name}".strip(".") + f" is an iterator ({type(value).__name__}), "
+                    f"{path}.{name}".strip(".") + f" {what} ({type(value).__name__}), "
                     "which cannot be put back where it was after the runs that a capture makes: "
                     "keep a number or a list in its place, or set it after the transform"
                 )
+
+
+def _moves_on(value: Value) -> bool:
+    """Tell whether a value, or one in it, gives away what it holds and cannot be read otherwise."""
+    if isinstance(value, (list, tuple)):
+        return any(map(_moves_on, value))
+    if isinstance(value, dict):
+        return any(map(_moves_on, dict.values(value)))
+    # What stands for another object has the methods of all classes, whatever that object is.
+    if type(value) in weakref.ProxyTypes or isinstance(value, io.IOBase):
+        return False
+    return isinstance(value, (Iterator, queue.SimpleQueue))
 
 
 def _check_uncompiled(model: nn.Module) -> None:

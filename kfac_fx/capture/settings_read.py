@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from kfac_fx.capture.object_states import bytes_of, memory_of
 from kfac_fx.capture.run_state import HOLDERS, SCALARS, version
 
 Value = Any
@@ -76,7 +77,7 @@ class _Whole:
             return owner.cell_contents
         if isinstance(owner, Tensor):
             return version(owner), owner.data_ptr()
-        return owner.tobytes()
+        return bytes_of(owner) if memory_of(owner) is not None else owner.tobytes()
 
 
 def _space_of(owner: Value, name: str) -> Value:
@@ -200,6 +201,9 @@ def settings_of(
 
 
 def _is_small_array(value: Value) -> bool:
+    memory = memory_of(value)
+    if memory is not None:
+        return memoryview(memory).nbytes <= 8 * _SMALL
     numpy = sys.modules.get("numpy")
     return (
         numpy is not None

@@ -19,6 +19,7 @@ from kfac_fx.capture.dialect import row_of
 from kfac_fx.capture.in_place import update_of, written_in_place
 from kfac_fx.capture.input_forms import fixed_arguments
 from kfac_fx.capture.layer_calls import has_parameters, translate
+from kfac_fx.capture.match_patterns import patterns_heard
 from kfac_fx.capture.mode_regions import Regions
 from kfac_fx.capture.packed_calls import kept_whole
 from kfac_fx.capture.parameter_paths import ancestors
@@ -26,7 +27,7 @@ from kfac_fx.capture.proxies import WatchedMember, WatchedProxy
 from kfac_fx.capture.remade import Remade, makes_itself
 from kfac_fx.capture.run_state import version
 from kfac_fx.capture.undisturbed import undisturbed
-from kfac_fx.capture.user_lines import running_line, user_line
+from kfac_fx.capture.user_lines import NOWHERE, running_line, user_line
 from kfac_fx.capture.value_kinds import ExpectKind, Kind, expect_value, kind_of_call
 from kfac_fx.capture.watching import watched
 from kfac_fx.errors import CaptureError
@@ -92,8 +93,13 @@ class WatchingTracer(fx.Tracer):
         self._modules = dict(root.named_modules(remove_duplicate=False))
         self._modes = Modes()
         self._trained = {module: module.training for module in root.modules()}
-        with watched(self), kept_whole(self, root):
+        with patterns_heard(root) as patterns, watched(self), kept_whole(self, root):
             graph = super().trace(root, concrete_args)
+        if patterns:
+            raise CaptureError(
+                f"{next(iter(patterns))}: a `match` asks for a class or a length, which a symbolic "
+                "value does not have"
+            )
         if self._refused:
             raise CaptureError(f"{self._refused[0]} (the code caught the error)")
         self._finish(graph)
@@ -361,7 +367,9 @@ def trace(
         try:
             graph = tracer.trace(model, fixed or None)
         except Exception as error:  # any code of the user's may run here
-            raise CaptureError(f"{user_line(error)}: {error}") from error
+            line = user_line(error)
+            told = isinstance(error, CaptureError) and line == NOWHERE  # it names the line itself
+            raise CaptureError(f"{error}" if told else f"{line}: {error}") from error
         if found := before.state.changes():
             who = f"the forward of {type(model).__name__}"
             raise CaptureError(f"{who} {found[0]}, which a graph would not do again")

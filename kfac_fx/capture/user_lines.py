@@ -13,6 +13,9 @@ import torch
 _TORCH = str(Path(torch.__file__).parent)
 _HERE = str(Path(__file__).parent.parent)
 
+NOWHERE = "in torch"
+"""What stands for a line where none is the user's."""
+
 
 def running_line() -> str:
     """Return the line of the user's own code that runs at present, with file and number."""
@@ -41,7 +44,7 @@ def _line(stack: traceback.StackSummary) -> str:
     # What torch and this library do in between is of no use to who reads the message.
     frames = [frame for frame in stack if not frame.filename.startswith((_TORCH, _HERE, "<"))]
     if not frames:
-        return "in torch"
+        return NOWHERE
     frame = frames[-1]
     line = (frame.line or linecache.getline(frame.filename, frame.lineno or 0)).strip()
     return f"{frame.filename}:{frame.lineno}: `{line}`"

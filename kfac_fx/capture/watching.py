@@ -49,6 +49,10 @@ _QUESTIONS = (
 )
 """Functions of torch that answer with a mode of the caller, or set one that no graph records."""
 
+_HISTORY = frozenset({"_base", "_version", "grad", "grad_fn", "is_leaf", "output_nr"})
+_MEMORY = frozenset({"storage_offset", "data_ptr", "_is_view", "untyped_storage"})
+"""Attributes and methods that answer with how a tensor has come about, or where it lies."""
+
 _SEEDING = ("manual_seed", "seed", "initial_seed", "get_state", "set_state")
 
 
@@ -114,6 +118,8 @@ class ModeWatch(TorchFunctionMode):
         self.asks_gradients |= wanted is not None
         if name in ("is_contiguous", "stride") and users_code_asks(1):
             self.asks_order = True
+        elif (asked := _history_asked(func, name)) and users_code_asks(1):
+            self._refuse(f"{asked} of a tensor is read, which a graph would not ask again")
         elif self._held and name not in FACTS and not _is_in_place(name):
             self._note_reads(args)
         elif name == "__get__" and func.__self__.__name__ == "requires_grad" and users_code_asks(1):
@@ -125,6 +131,14 @@ class ModeWatch(TorchFunctionMode):
         tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
         if all(id(tensor) in self._held for tensor in tensors):
             self.read.update(self._held[id(tensor)] for tensor in tensors)
+
+
+def _history_asked(func: Value, name: str) -> str:
+    """Return what a call asks about a tensor's making or memory, "" where it asks nothing."""
+    if name == "__get__":
+        asked: str = func.__self__.__name__
+        return asked if asked in _HISTORY else ""
+    return name if name in _MEMORY else ""
 
 
 def _gradients_wanted(

@@ -1,0 +1,79 @@
+"""The names that code looks up: its globals, its attributes, and the modules that it imports."""
+
+from __future__ import annotations
+
+import dis
+import sys
+import types
+from collections.abc import Iterator
+from importlib.util import resolve_name
+
+
+def globals_in(code: types.CodeType) -> Iterator[str]:
+    """Yield the names that code, and code within it, looks up among the globals.
+
+    Attributes stand beside them in the code's names: a loop's ``i`` in a notebook would change
+    what a model with ``self.i`` was captured for. Who reads ``globals()`` may read any of them.
+    """
+    instructions = dis.get_instructions(code)
+    found = {i.argval for i in instructions if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    yield from names_in(code) if "globals" in found else found
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from globals_in(constant)
+
+
+def names_in(code: types.CodeType) -> Iterator[str]:
+    """Yield the names that code, and code within it, looks up, also by ``getattr``."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, str) and constant.isidentifier():
+            yield constant
+        if isinstance(constant, types.CodeType):
+            yield from names_in(constant)
+
+
+def is_installed(code: types.CodeType) -> bool:
+    """Tell whether code is of a library that was installed, and not of the user's own project."""
+    return "site-packages" in code.co_filename or "dist-packages" in code.co_filename
+
+
+def modules_in(function: types.FunctionType) -> Iterator[types.ModuleType]:
+    """Yield the user's modules that a function reads from, also what it imports as it runs.
+
+    Attributes of a module are globals by another name, and may be set in the same way.
+    """
+    space = function.__globals__
+    found = [space.get(name) for name in globals_in(function.__code__)]
+    found += [sys.modules.get(name) for name in _imported(function.__code__, space)]
+    names = set(names_in(function.__code__))
+    seen: set[int] = set()
+    while found:
+        module = found.pop()
+        if not isinstance(module, types.ModuleType) or id(module) in seen or not _theirs(module):
+            continue
+        seen.add(id(module))
+        yield module
+        found += [vars(module)[name] for name in vars(module).keys() & names]
+
+
+def _imported(code: types.CodeType, space: dict[str, object]) -> Iterator[str]:
+    """Yield the whole names of the modules that code, and code within it, imports."""
+    levels: list[object] = []  # of the import: how many packages up it begins
+    for instruction in dis.get_instructions(code):
+        levels.append(instruction.argval)
+        if instruction.opname == "IMPORT_NAME":
+            level = levels[-3] if len(levels) > 2 and isinstance(levels[-3], int) else 0
+            try:
+                yield resolve_name("." * level + instruction.argval, str(space.get("__package__")))
+            except ImportError:
+                continue
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _imported(constant, space)
+
+
+def _theirs(module: types.ModuleType) -> bool:
+    """Tell whether a module is the user's, or of a library that may have settings."""
+    top = (module.__name__ or "").partition(".")[0]
+    return top not in ("torch", "numpy", "kfac_fx", *sys.stdlib_module_names)
