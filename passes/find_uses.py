@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from kfac_fx.capture.captured_module import CapturedModule
 from kfac_fx.capture.graph_view import GraphView
+from kfac_fx.capture.without_derivative import without_derivative
 from kfac_fx.ir.curvature_graph import CurvatureBlock, CurvatureGraph
 from kfac_fx.ir.use import ParameterUse
 from kfac_fx.passes.annotations import graphs_of
@@ -80,8 +81,22 @@ def find_uses(
             the uses, ``rules`` finds them; None stands for the defaults.
     """
     options = options or TransformOptions()
+    left_out = without_derivative(graph)
+    uses = _uses(GraphView(module, graph, left_out), names, options)
+    covered = {name for use in uses for name in use.parameters}
+    rest = [name for name in names if name not in covered]
+    if left_out and rest:
+        # A block would wait for ever for the statistics of a use without derivatives, where its
+        # parameter has others. One that has none but these keeps them: another call, with other
+        # inputs or after a change, may bring derivatives, and it is not unused then.
+        uses += _uses(GraphView(module, graph), rest, options)
+    order = {node.name: index for index, node in enumerate(graph.nodes)}
+    return sorted(uses, key=lambda use: order[use.node])
+
+
+def _uses(view: GraphView, names: Collection[str], options: TransformOptions) -> list[ParameterUse]:
+    """Return the uses of the named parameters in a graph as it is viewed, in any order."""
     rules = options.rules or default_rules()
-    view = GraphView(module, graph)
     # No rule knows the curvature of complex parameters: they fall to the generic rule.
     real = frozenset(name for name in names if not view.parameters[name].is_complex())
     site = _site(view, real, options)
@@ -105,8 +120,7 @@ def find_uses(
         uses += [] if use is None else [use]
     for name, reason in matches.refusals.items():
         log.debug("%s: not recorded as a layer, %s", name, reason)
-    order = {node.name: index for index, node in enumerate(graph.nodes)}
-    return sorted(uses, key=lambda use: order[use.node])
+    return uses
 
 
 def uses_of_call(

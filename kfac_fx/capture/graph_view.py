@@ -56,14 +56,18 @@ class GraphView:
     Args:
         module: owns the parameters, submodules and buffers that the graph names.
         graph: is read at once; nodes that come later are read by ``read``.
+        left_out: calls that are no uses of parameters, as no derivative comes back to them.
 
     Attributes:
         parameters: the module's parameters by their canonical names.
     """
 
-    def __init__(self, module: nn.Module, graph: fx.Graph) -> None:
+    def __init__(
+        self, module: nn.Module, graph: fx.Graph, left_out: Collection[fx.Node] = ()
+    ) -> None:
         self.module = module
         self.graph = graph
+        self._left_out = left_out
         self.parameters = dict(module.named_parameters())
         # A tensor is known by identity: tied weights are one parameter with several paths.
         self._names = {id(p): name for name, p in self.parameters.items()}
@@ -110,8 +114,8 @@ class GraphView:
         return node in self._mapped
 
     def is_undifferentiated(self, node: fx.Node) -> bool:
-        """Tell whether a call is made while the model has gradients switched off."""
-        return node in self._undifferentiated
+        """Tell whether a call is made with gradients switched off, or no derivative comes to it."""
+        return node in self._undifferentiated or node in self._left_out
 
     def call(self, node: fx.Node) -> Call | None:
         """Return the node in the common vocabulary, None where that has no word for it."""
@@ -211,7 +215,7 @@ class GraphView:
     def _all_consumers(self) -> Iterator[tuple[str, Consumer]]:
         for node in self.graph.nodes:
             # A module that is called whole reads all its parameters, whatever its code does.
-            if node.op == "call_module" and node not in self._undifferentiated:
+            if node.op == "call_module" and not self.is_undifferentiated(node):
                 for parameter in self._modules[str(node.target)].parameters():
                     name = self._names[id(parameter)]
                     yield name, Consumer(node, None, (name,))
@@ -220,7 +224,7 @@ class GraphView:
                 assert reference is not None
                 # A view is followed further; what only reads the shape takes no value at all.
                 viewed = self._references[user] is not None or user in self._pieces
-                if user in self._undifferentiated or _switches(user):
+                if self.is_undifferentiated(user) or _switches(user):
                     continue
                 if not viewed and not _reads_shape(user) and not reads_shape_of(user, node):
                     yield reference.name, Consumer(user, node, reference.path)
