@@ -165,7 +165,7 @@ class RunState:
         """
         if isinstance(value, (*HOLDERS, Tensor, types.FunctionType)) or state_of(value) is not None:
             self._walk(name, value)
-        elif isinstance(value, BAGS) or _is_plain_object(value):
+        elif isinstance(value, BAGS) or is_plain_object(value):
             if id(value) not in self._seen:
                 self._object(name, value, plain=True)
         else:
@@ -247,7 +247,7 @@ def _theirs(kind: type | types.FunctionType) -> bool:
     return top not in sys.stdlib_module_names and top not in ("torch", "numpy", "kfac_fx")
 
 
-def _is_plain_object(value: Value) -> bool:
+def is_plain_object(value: Value) -> bool:
     """Tell whether a value is an object of a user's class, no code and no symbolic value."""
     kind = type(value)
     if issubclass(kind, (type, types.ModuleType, fx.Proxy, nn.Module)) or callable(value):

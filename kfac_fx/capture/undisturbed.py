@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
+import copy
+import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -9,11 +13,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kfac_fx.capture.run_state import RunState, TensorValues
-from kfac_fx.torch_internals.pytree import tree_leaves, tree_map_only
+from kfac_fx.capture.object_states import Slots
+from kfac_fx.capture.run_state import RunState, TensorValues, is_plain_object
+from kfac_fx.torch_internals.pytree import tree_leaves, tree_map
 
 Nested = Any
 """Inputs or outputs of a user's model: tensors in any nesting of containers and objects."""
+
+_BAGS = (types.SimpleNamespace, collections.UserDict, collections.UserList)
+"""Objects of the standard library that hold what is the user's."""
+
+_DEPTH = 4
+"""How many objects within objects of the example inputs are copied."""
 
 
 class Before(NamedTuple):
@@ -55,10 +66,38 @@ def undisturbed(model: nn.Module, *, runs: bool = False) -> Iterator[Before]:
 
 
 def fresh(inputs: Nested) -> Nested:
-    """Return the inputs with tensors of their own, since a model may write to what it is given."""
-    return tree_map_only(
-        Tensor, lambda t: t.detach().clone().requires_grad_(t.requires_grad), inputs
-    )
+    """Return the inputs with tensors and objects of their own, since a model may write to them.
+
+    A cache of keys and values, say, is longer after each run.
+    """
+    return _fresh(inputs, {}, _DEPTH)
+
+
+def _fresh(inputs: Nested, copies: dict[int, Nested], depth: int) -> Nested:
+    """Return ``fresh`` inputs.
+
+    Args:
+        inputs: a value or a nesting of values.
+        copies: of objects that were met already, by identity; is added to.
+        depth: how many objects one within the other are looked into.
+    """
+
+    def of_leaf(leaf: Nested) -> Nested:
+        if isinstance(leaf, Tensor):
+            return leaf.detach().clone().requires_grad_(leaf.requires_grad)
+        if not depth or not (isinstance(leaf, _BAGS) or is_plain_object(leaf)):
+            return leaf
+        if id(leaf) not in copies:
+            copies[id(leaf)] = leaf
+            with contextlib.suppress(Exception):  # an object may refuse to be copied
+                made = copy.copy(leaf)
+                held = {**getattr(leaf, "__dict__", {}), **Slots(leaf).get()}
+                for name, value in held.items():
+                    object.__setattr__(made, name, _fresh(value, copies, depth - 1))
+                copies[id(leaf)] = made
+        return copies[id(leaf)]
+
+    return tree_map(of_leaf, inputs)
 
 
 def tensors_in(outputs: Nested) -> Iterator[Tensor]:

@@ -96,7 +96,9 @@ class OutputFisher(NamedTuple):
         else:
             found = self.diagonal.new_zeros(self.diagonal.shape[dim], self.diagonal.shape[dim])
         # The diagonal as it is: sum p less sum p^2 would lose what a confident model leaves of it.
-        found.diagonal().copy_(self.diagonal.movedim(dim, -1).flatten(0, -2).sum(0))
+        # Outputs of one dimension, of a layer that was given one vector, have no other ones.
+        rows = self.diagonal.movedim(dim, -1).reshape(-1, found.shape[-1])
+        found.diagonal().copy_(rows.sum(0))
         return found
 
 

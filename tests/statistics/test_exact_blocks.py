@@ -291,3 +291,33 @@ class Counter:
     def __call__(self, *args: object) -> object:
         self.calls += 1
         return self.function(*args)
+
+
+class OneVector(nn.Module):
+    """Gives its last layer one vector (the root of a tree)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(4, 5), nn.Linear(5, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.inner(x)).sum(0))
+
+
+def test_the_last_layer_of_one_vector() -> None:
+    """Its closed form looked for a dimension of cases, and failed in torch's words."""
+    torch.manual_seed(0)
+    model, x = OneVector(), torch.randn(6, 4)
+    net = kfac_fx.transform(model, structure="block_diagonal")
+    preconditioner = kfac_fx.Preconditioner(net, "normal", fisher="exact", damping=0.1)
+    outputs = net(x)
+    preconditioner.observe(outputs)
+    outputs.sum().backward()
+    preconditioner.step()
+    A, G = preconditioner.inverse.estimate.blocks["head"].read()
+    rows = [
+        torch.autograd.grad(y, model.head.weight)[0].flatten()
+        for y in (model(x)[i] for i in range(3))
+    ]
+    fisher = sum(torch.outer(row, row) for row in rows) / len(rows)
+    torch.testing.assert_close(torch.kron(G, A), fisher)
