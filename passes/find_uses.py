@@ -205,9 +205,12 @@ def _unclaimed(site: Site, matches: _Matches) -> dict[str, str | None]:
     result: dict[str, str | None] = {}
     for name, uses in matches.uses.items():
         claimed = {use.node for use in uses}
+        # Where a weight that is computed from it meets the data. Another use of the same parameter
+        # may stand there as well: the next step of a cell whose first one was refused.
+        whole = {use.node for use in uses if use.tap is not None and use.tap.scale is not None}
         consumers = [consumer.node for consumer in site.view.consumers(name)]
         if any(
-            node.name not in claimed and not {end.name for end in site.view.ends(node)} <= claimed
+            node.name not in claimed and not {end.name for end in site.view.ends(node)} <= whole
             for node in consumers
         ):
             result[name] = None

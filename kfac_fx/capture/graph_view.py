@@ -134,13 +134,17 @@ class GraphView:
 
         A learned vector that is expanded over the batch does not depend on the data, but its
         derivatives come case by case all the same. Copies are known by an expansion to the first
-        size of an input.
+        size of an input; so are new tensors (the zeros that a decoder begins with).
         """
         if not isinstance(value, fx.Node):
             return False
         return value in self._data or any(map(self._copies, ancestors(value)))
 
     def _copies(self, node: fx.Node) -> bool:
+        name = operation_name(node) if node.op != "call_module" else ""
+        if name.removeprefix("new_") in ("zeros", "ones", "full", "empty"):
+            first: Argument = node.args[1 if name.startswith("new_") else 0] if node.args else None
+            return self._counts_cases(first[0] if isinstance(first, (list, tuple)) else first)
         call = self._calls[node]
         if call is None or call.operation not in ("expand", "repeat"):
             return False

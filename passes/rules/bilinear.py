@@ -50,7 +50,7 @@ class BilinearRule:
         inputs = (call.get("input"), call.get("other"))
         # With a constant for one input the other's use is linear, but in a weight that is computed:
         # the generic rule says so rather than this one guess.
-        if not all(site.view.depends_on_data(x) for x in inputs):
+        if not all(site.view.is_per_case(x) for x in inputs):
             return Refusal("bilinear: an input is no activation")
         outputs, first, second = weight.layout.shape
         return kronecker_use(

@@ -108,7 +108,10 @@ class RecurrentRule:
 
 def _unfit(call: Call, site: Site, params: int) -> str | None:
     """Return why the call as a whole cannot be recorded, if it cannot."""
-    if not site.view.depends_on_data(call.get("input")):
+    # A cell's states have the cases that its input has: a decoder begins with a learned vector.
+    hx = call.get("hx") if call.operation in CELLS else None
+    states = list(hx) if isinstance(hx, (list, tuple)) else [hx]
+    if not any(map(site.view.is_per_case, [call.get("input"), *states])):
         return "the input is no activation"
     if call.operation in CELLS:
         return None
