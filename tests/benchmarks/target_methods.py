@@ -182,7 +182,7 @@ METHODS: dict[str, Method] = {
         Method("Muon", muon, (0.003, 0.01, 0.03), "torch.optim.Muon, AdamW for the rest"),
         Method("SOAP", soap, (0.001, 0.003, 0.01), "pytorch-optimizer, bases every 10"),
         Method("Shampoo", shampoo, (0.001, 0.003, 0.01), "pytorch-optimizer's scalable form"),
-        Method("Preconditioner", preconditioner, (0.03, 0.1, 0.3), "defaults, SGD 0.9 (fused)", True),
+        Method("Preconditioner", preconditioner, (0.03, 0.1, 0.3), "defaults, fused SGD 0.9", True),
         Method("KFAC(lr)", kfac_with_rate, (0.03, 0.1, 0.3), "defaults", True),
         Method("KFAC()", kfac, (), "no argument", True),
     )
