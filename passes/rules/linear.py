@@ -120,6 +120,10 @@ class LinearRule:
         if weight is None:
             return None
         shape = weight.layout.shape
+        if len(shape) == 1 and side == -1:
+            # A matrix of one row, whose output has no dimension for it.
+            row = weight.layout.reshape((1, *shape))
+            return dense_use(call, site, x, weight, row, ((-1,), ()), bias=bias)
         if len(shape) < 2:
             return Refusal(f"{call.operation}: the weight is seen as {shape}")
         matrix = weight.layout.transpose(-2, -1) if side == -1 else weight.layout

@@ -278,3 +278,39 @@ def test_block_names_and_table() -> None:
     assert set(net.curvature.blocks) == {"weight", "head"}
     assert "head" in str(net.curvature) and "kronecker" in str(net.curvature)
     assert all(block.reason is None for block in net.curvature.blocks.values())
+
+
+class Scores(nn.Module):
+    """Attention of one query that is learned: a vector, or a layer of one feature."""
+
+    def __init__(self, vector: bool) -> None:
+        super().__init__()
+        self.vector, self.body, self.out = vector, nn.Linear(6, 5), nn.Linear(6, 3)
+        self.query = nn.Parameter(torch.linspace(-1, 1, 5).view(5) if vector else torch.empty(0))
+        self.layer = nn.Linear(5, 1, bias=False)
+        self.layer.weight.data.copy_(torch.linspace(-1, 1, 5))
+        self.get_parameter("layer.weight" if vector else "query").requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.body(x))
+        scores = hidden @ self.query if self.vector else self.layer(hidden).squeeze(-1)
+        return self.out((scores.softmax(-1).unsqueeze(-1) * x).sum(1))
+
+
+@both_sharings
+@pytest.mark.parametrize("structure", ["block_diagonal", "block_tridiagonal"])
+def test_a_vector_is_a_matrix_of_one_row(measure: Measure, structure: str, sharing: str) -> None:
+    """x @ v has the factors of a layer of one feature, and takes the same steps."""
+    x, y = torch.randn(4, 3, 6), torch.tensor([0, 2, 1, 1])
+    found = []
+    for vector in (True, False):
+        torch.manual_seed(0)
+        model = Scores(vector)
+        net = kfac_fx.transform(model, structure=structure, weight_sharing=sharing)
+        name = "query" if vector else "layer"
+        assert net.curvature.blocks[name].approximation == "kronecker"
+        measured = measure(net, x, y, Categorical())
+        gradient = model.get_parameter("query" if vector else "layer.weight").grad
+        found.append([*measured.factors[name], gradient.reshape(5)])
+    for one, other in zip(*found, strict=True):
+        close([one], [other])
