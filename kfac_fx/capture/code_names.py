@@ -3,24 +3,56 @@
 from __future__ import annotations
 
 import dis
+import functools
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.util import resolve_name
+from typing import NamedTuple
 
 
-def globals_in(code: types.CodeType) -> Iterator[str]:
-    """Yield the names that code, and code within it, looks up among the globals.
+class LookedUp(NamedTuple):
+    """What code, and code within it, looks up.
+
+    Attributes:
+        names: the names among the globals.
+        imports: of each import how many packages up it begins, and the name after that.
+    """
+
+    names: Sequence[str]
+    imports: Sequence[tuple[int, str]]
+
+
+@functools.lru_cache(maxsize=4096)
+def looked_up(code: types.CodeType) -> LookedUp:
+    """Return what code looks up; kept, as a model's code is read at each of its captures."""
+    names: dict[str, None] = {}
+    imports: list[tuple[int, str]] = []
+    levels: list[object] = []  # an import begins with its level, two instructions before
+    for instruction in dis.get_instructions(code):
+        levels.append(instruction.argval)
+        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            names[instruction.argval] = None
+        elif instruction.opname == "IMPORT_NAME":
+            level = levels[-3] if len(levels) > 2 and isinstance(levels[-3], int) else 0
+            imports.append((level, instruction.argval))
+    if "globals" in names:
+        names = dict.fromkeys(names_in(code))
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            within = looked_up(constant)
+            names |= dict.fromkeys(within.names)
+            imports += within.imports
+    return LookedUp(tuple(names), tuple(imports))
+
+
+def globals_in(code: types.CodeType) -> Sequence[str]:
+    """Return the names that code, and code within it, looks up among the globals.
 
     Attributes stand beside them in the code's names: a loop's ``i`` in a notebook would change
     what a model with ``self.i`` was captured for. Who reads ``globals()`` may read any of them.
     """
-    instructions = dis.get_instructions(code)
-    found = {i.argval for i in instructions if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
-    yield from names_in(code) if "globals" in found else found
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from globals_in(constant)
+    return looked_up(code).names
 
 
 def names_in(code: types.CodeType) -> Iterator[str]:
@@ -59,18 +91,11 @@ def modules_in(function: types.FunctionType) -> Iterator[types.ModuleType]:
 
 def _imported(code: types.CodeType, space: dict[str, object]) -> Iterator[str]:
     """Yield the whole names of the modules that code, and code within it, imports."""
-    levels: list[object] = []  # of the import: how many packages up it begins
-    for instruction in dis.get_instructions(code):
-        levels.append(instruction.argval)
-        if instruction.opname == "IMPORT_NAME":
-            level = levels[-3] if len(levels) > 2 and isinstance(levels[-3], int) else 0
-            try:
-                yield resolve_name("." * level + instruction.argval, str(space.get("__package__")))
-            except ImportError:
-                continue
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _imported(constant, space)
+    for level, name in looked_up(code).imports:
+        try:
+            yield resolve_name("." * level + name, str(space.get("__package__")))
+        except ImportError:
+            continue
 
 
 def _theirs(module: types.ModuleType) -> bool:

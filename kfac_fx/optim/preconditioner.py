@@ -56,8 +56,9 @@ class Preconditioner(HasCurvature):
     A step of training: ``outputs = net(x)``, ``observe(outputs)``, ``loss.backward()``, ``step()``,
     then the optimizer's own step. The mathematics is in docs/explanation/mathematics.md.
 
-    Several of them on one module may take turns, whole step by whole step: a module's taps serve
-    one step at a time. Where another one has come between, the error says so.
+    Several of them on one module may take turns, whole step by whole step, with statistics in each
+    (``statistics_every=1``): a module's taps serve one step at a time, and are off after one whose
+    next step records nothing. Where another one has come between, the error says so.
 
     Args:
         net: what ``kfac_fx.transform`` returned, any GraphModule that carries its annotations, or a

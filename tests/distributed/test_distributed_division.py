@@ -59,7 +59,8 @@ def trained(
 ) -> tuple[Any, dict[str, Tensor]]:
     sides = {"max_factor_dim": 6, "large_factors": "blocks"} if cut else {}
     net = kfac_fx.transform(build(), structure=structure, **sides)
-    given = {"fisher": "exact", "refresh_every": 2, "damping": 1e-2} | options
+    periods = {"statistics_every": 1, "refresh_every": 2}
+    given = {"fisher": "exact", "damping": 1e-2} | periods | options
     preconditioner = kfac_fx.Preconditioner(net, workers=workers, **given)
     train(net, preconditioner, 9, share)
     return preconditioner, {n: p.detach().clone() for n, p in net.named_parameters()}
@@ -216,8 +217,8 @@ def test_bytes_on_paper(world: Any, structure: str, float64: None) -> None:
 def test_stale_inverses(world: Any, staleness: int, float64: None) -> None:
     """Those of refresh k are used from refresh k + staleness on, the first at once."""
     net = kfac_fx.transform(build(), structure="block_tridiagonal")
-    options = {"fisher": "exact", "refresh_every": 1000, "damping": 1e-2}
-    preconditioner = kfac_fx.Preconditioner(net, **options)
+    periods = {"statistics_every": 1, "refresh_every": 1000}
+    preconditioner = kfac_fx.Preconditioner(net, fisher="exact", damping=1e-2, **periods)
     made: list[Refreshed] = []
 
     def refresh(step: int) -> None:
