@@ -325,7 +325,8 @@ class LinearStatistics(ColumnKroneckerStatistics):
         # The experts of a batched product may share one input, which then has no axis for them,
         # or one of a single entry: products broadcast over the groups.
         if given.x_groups:
-            sizes = [*g.shape[: g.dim() - x.dim()], *x.shape]
+            missing = max(0, *(-dim - x.dim() for dim in given.x_groups))
+            sizes = [1] * missing + [*x.shape]
             for own, of in zip(given.x_groups, given.y_groups, strict=True):
                 sizes[own] = g.shape[of]
             x = x if sizes == [*x.shape] else x.expand(sizes)

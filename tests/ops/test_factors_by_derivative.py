@@ -167,6 +167,25 @@ def test_groups_that_are_broadcast(way: str) -> None:
 
 
 @pytest.mark.usefixtures("float64")
+def test_groups_of_an_input_with_more_or_fewer_dimensions() -> None:
+    """Several letters are the input's features, or the output's."""
+    many, few = torch.randn(2, 5, 3, 4), torch.randn(2, 5, 4)
+
+    def several_inputs(x: Tensor, w: Tensor) -> Tensor:
+        return torch.einsum("gnab,gabo->ngo", x, w).flatten(1)
+
+    def several_outputs(x: Tensor, w: Tensor) -> Tensor:
+        return torch.einsum("gni,gioa->ngoa", x, w).flatten(1)
+
+    for rows, (A, G) in (
+        (many.flatten(2), factors_of(Product(several_inputs, 2, 3, 4, 6), many)),
+        (few, factors_of(Product(several_outputs, 2, 4, 3, 2), few)),
+    ):
+        torch.testing.assert_close(A, rows.mT @ rows / 5)
+        torch.testing.assert_close(G, torch.eye(6).expand(2, 6, 6) / 12)
+
+
+@pytest.mark.usefixtures("float64")
 def test_heads_after_the_cases() -> None:
     """[1, heads, in, out] multiplies [cases, heads, positions, in]."""
     x = torch.randn(5, 2, 3, 4)
