@@ -13,7 +13,7 @@ from torch import fx, nn
 from torch.fx.graph import PythonCode
 
 from kfac_fx.capture.guard import Guard, guarded
-from kfac_fx.capture.items import hand_on, is_handed_on
+from kfac_fx.capture.items import OURS, hand_on, is_handed_on
 from kfac_fx.capture.member_names import sets_itself
 from kfac_fx.capture.mode_regions import switches_modes
 from kfac_fx.capture.shared_hooks import HOOKS, HookSharing, share_hooks
@@ -138,7 +138,7 @@ class CapturedModule(HookSharing, fx.GraphModule):
         model = self.source
         assert model is not None
         known = self.__dict__["_children"]
-        own = {name: child for name, child in self._modules.items() if name.startswith(_OURS)}
+        own = {name: child for name, child in self._modules.items() if name.startswith(OURS)}
         before = {name: child for name, child in known.items() if name not in own}
         here = {name: child for name, child in self._modules.items() if name not in own}
         if here != before:
@@ -166,7 +166,7 @@ class CapturedModule(HookSharing, fx.GraphModule):
             super().train(mode)
             return self
         for name, child in self._modules.items():
-            if name.startswith(_OURS) and child is not None:
+            if name.startswith(OURS) and child is not None:
                 child.train(mode)
         model.train(mode)
         # A model may refuse a mode, or be of another than it is told.
@@ -217,7 +217,7 @@ class CapturedModule(HookSharing, fx.GraphModule):
     def add_module(self, name: str, module: nn.Module | None) -> None:
         """Add a child, here and to the model."""
         super().add_module(name, module)
-        if not name.startswith(_OURS) and self.source is not None:
+        if not name.startswith(OURS) and self.source is not None:
             self.source.add_module(name, module)
 
     def __delattr__(self, name: str) -> None:
@@ -302,10 +302,7 @@ class CapturedModule(HookSharing, fx.GraphModule):
         )
 
 
-_OURS = "_kfac_fx"
-"""Names of this library's own submodules in a captured module begin with it."""
-
-CONSTANTS = "_kfac_fx_constants"
+CONSTANTS = f"{OURS}_constants"
 """Name of the submodule that holds what graphs read and the model lacks."""
 
 

@@ -65,9 +65,16 @@ def names_in(code: types.CodeType) -> Iterator[str]:
             yield from names_in(constant)
 
 
-def is_installed(code: types.CodeType) -> bool:
-    """Tell whether code is of a library that was installed, and not of the user's own project."""
-    return "site-packages" in code.co_filename or "dist-packages" in code.co_filename
+CALLS = 6
+CALLS_INSTALLED = 2
+"""How many functions one calling the other are looked into; those of installed libraries name
+hundreds of settings that no user changes."""
+
+
+def calls_left(code: types.CodeType, depth: int) -> int:
+    """Return how many of ``depth`` calls are still looked into, from this code on."""
+    installed = "site-packages" in code.co_filename or "dist-packages" in code.co_filename
+    return min(depth, CALLS_INSTALLED) if installed else depth
 
 
 def modules_in(function: types.FunctionType) -> Iterator[types.ModuleType]:
@@ -82,11 +89,12 @@ def modules_in(function: types.FunctionType) -> Iterator[types.ModuleType]:
     seen: set[int] = set()
     while found:
         module = found.pop()
-        if not isinstance(module, types.ModuleType) or id(module) in seen or not _theirs(module):
+        if not isinstance(module, types.ModuleType) or id(module) in seen:
             continue
         seen.add(id(module))
-        yield module
-        found += [vars(module)[name] for name in vars(module).keys() & names]
+        if is_theirs(module.__name__):
+            yield module
+            found += [vars(module)[name] for name in vars(module).keys() & names]
 
 
 def _imported(code: types.CodeType, space: dict[str, object]) -> Iterator[str]:
@@ -98,7 +106,7 @@ def _imported(code: types.CodeType, space: dict[str, object]) -> Iterator[str]:
             continue
 
 
-def _theirs(module: types.ModuleType) -> bool:
-    """Tell whether a module is the user's, or of a library that may have settings."""
-    top = (module.__name__ or "").partition(".")[0]
-    return top not in ("torch", "numpy", "kfac_fx", *sys.stdlib_module_names)
+def is_theirs(module: str | None) -> bool:
+    """Tell whether a module is the user's, or of a library that may have settings or state."""
+    top = (module or "").partition(".")[0]
+    return top not in sys.stdlib_module_names and top not in ("torch", "numpy", "kfac_fx")

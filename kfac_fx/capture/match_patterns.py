@@ -14,13 +14,10 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from kfac_fx.capture.code_names import is_installed
+from kfac_fx.capture.code_names import CALLS, calls_left
 
 _PATTERNS = ("MATCH_CLASS", "MATCH_MAPPING", "MATCH_SEQUENCE")
 _OPERATIONS = frozenset(dis.opmap[name] for name in _PATTERNS)
-_CALLS = 6
-_CALLS_INSTALLED = 2
-"""How many functions one calling the other are looked into, as ``ModelState`` does."""
 
 
 @contextmanager
@@ -63,7 +60,7 @@ def _functions(model: nn.Module) -> Iterator[types.FunctionType]:
     held = [value for module in model.modules() for value in vars(module).values()]
     held += [value for kind in _classes(model) for value in vars(kind).values()]
     seen: set[int] = set()
-    todo = [(value, _CALLS) for value in held]
+    todo = [(value, CALLS) for value in held]
     while todo:
         value, depth = todo.pop()
         function = getattr(value, "__func__", getattr(value, "fget", value))
@@ -73,7 +70,7 @@ def _functions(model: nn.Module) -> Iterator[types.FunctionType]:
         if (function.__module__ or "").split(".")[0] in ("torch", *sys.stdlib_module_names):
             continue
         yield function
-        depth = min(depth, _CALLS_INSTALLED) if is_installed(function.__code__) else depth
+        depth = calls_left(function.__code__, depth)
         space = function.__globals__
         todo += [(space.get(name), depth - 1) for name in function.__code__.co_names]
 

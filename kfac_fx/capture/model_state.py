@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from kfac_fx.capture.code_names import globals_in, is_installed, modules_in, names_in
+from kfac_fx.capture.code_names import CALLS, calls_left, globals_in, modules_in, names_in
 from kfac_fx.capture.kept_state import (
     TENSORS,
     Kept,
@@ -53,11 +53,6 @@ _GLOBAL_HOOKS = (
 )
 _DEPTH = 4
 """How deep containers and objects within attributes are looked at."""
-
-_CALLS = 6
-_CALLS_INSTALLED = 2
-"""How many functions one calling the other are looked into; those of installed libraries name
-hundreds of settings that no user changes."""
 
 _MOST = 20_000
 """Most containers that are looked at: a table of a million entries is data and no setting."""
@@ -353,7 +348,7 @@ class ModelState:
         elif isinstance(value, functools.partial):
             items = (value.func, value.args, value.keywords)
         elif isinstance(value, (types.FunctionType, types.MethodType)):
-            self._add_globals(getattr(value, "__func__", value), _CALLS)
+            self._add_globals(getattr(value, "__func__", value), CALLS)
             self._objects.append((getattr(value, "__self__", None), place))
         elif depth <= 2 and (held := _attributes(value)) is not None:
             self._seen.add(id(value))
@@ -375,15 +370,14 @@ class ModelState:
             self._containers.append(vars(base))
             for value in list(vars(base).values()):
                 function = getattr(value, "__func__", getattr(value, "fget", value))
-                self._add_globals(function, _CALLS)
+                self._add_globals(function, CALLS)
 
     def _add_globals(self, function: object, depth: int) -> None:
         """Look at the settings that a function reads from its module or its closure."""
         if not isinstance(function, types.FunctionType) or id(function) in self._seen or not depth:
             return
         self._seen.add(id(function))
-        if is_installed(function.__code__):
-            depth = min(depth, _CALLS_INSTALLED)
+        depth = calls_left(function.__code__, depth)
         for default in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
             if isinstance(default, HOLDERS):
                 self._watch(default, Place("", f"a default of {function.__name__}"), 1)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from kfac_fx.capture.code_names import is_theirs
 from kfac_fx.capture.object_states import BAGS, Slots, set_state, slots_of, state_of
 
 Value = Any
@@ -243,8 +244,7 @@ def _theirs(kind: type | types.FunctionType) -> bool:
     """Tell whether code is the user's, or of a library that is not known to be stateless."""
     if kind.__module__ == "torch.quasirandom":
         return True  # SobolEngine keeps its place in plain attributes
-    top = (kind.__module__ or "").partition(".")[0]
-    return top not in sys.stdlib_module_names and top not in ("torch", "numpy", "kfac_fx")
+    return is_theirs(kind.__module__)
 
 
 def is_plain_object(value: Value) -> bool:

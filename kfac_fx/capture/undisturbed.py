@@ -21,7 +21,7 @@ Nested = Any
 """Inputs or outputs of a user's model: tensors in any nesting of containers and objects."""
 
 _BAGS = (types.SimpleNamespace, collections.UserDict, collections.UserList)
-"""Objects of the standard library that hold what is the user's."""
+"""Those of ``BAGS`` that a copy can stand for: no thread and no other object's life has a part."""
 
 _DEPTH = 4
 """How many objects within objects of the example inputs are copied."""

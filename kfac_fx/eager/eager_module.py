@@ -17,7 +17,7 @@ from torch import fx, nn
 from torch.fx.graph import PythonCode
 
 from kfac_fx.capture.captured_module import CapturedModule, adopt
-from kfac_fx.capture.items import hand_on
+from kfac_fx.capture.items import OURS, hand_on
 from kfac_fx.capture.member_names import check_names
 from kfac_fx.eager.eager_taps import EagerTaps
 from kfac_fx.eager.recordable_uses import every_piece, placeable
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from kfac_fx.capture.captured_module import UsesOfCall
     from kfac_fx.ir.use import ParameterUse
 
-RUNNER = "_kfac_fx_model"
+RUNNER = f"{OURS}_model"
 """Name of the submodule that runs the model."""
 
 
@@ -110,7 +110,7 @@ class EagerModule(CapturedModule):
             mode: True for training, False for evaluation.
         """
         for name, child in self._modules.items():
-            if name.startswith("_kfac_fx") and child is not None and child is not self.runner:
+            if name.startswith(OURS) and child is not None and child is not self.runner:
                 child.train(mode)
         self.source.train(mode)
         self.runner.training = self.training = self.source.training
