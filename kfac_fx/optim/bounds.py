@@ -7,14 +7,13 @@ it is bounded in kfac_fx/optim/taken_step.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kfac_fx.curvature.mean_eigenvalue import NOTHING_LAGS, Scale
-from kfac_fx.curvature.parameters import layer_numbers
 from kfac_fx.parallel import Workers, is_sharded, own_entries
 from kfac_fx.torch_internals import foreach
 
@@ -44,7 +43,11 @@ SMALLEST_FACTOR, LARGEST_FACTOR = 0.05, 10.0
 
 TREND, CHANCE, BOLDEST = 0.3, 0.02, 5.0
 """How fast lambda falls where steps go the same way in flat directions; the cosine between them
-that counts as chance; and how many times smaller lambda becomes. Early gradients agree on all."""
+that counts as chance; and how many times smaller lambda becomes."""
+
+YOUNG, GROWN = 10, 30
+"""Steps up to which lambda is not divided, and from which on it is in full. Averages of few batches
+do not know which directions are flat, and early gradients agree on all."""
 
 USUAL, LONGEST = 0.9, 1e3
 """Weight of the older in the running mean of squared lengths; the largest of these, in nats, up to
@@ -144,6 +147,7 @@ class AdaptiveLength(NaturalLength):
         self._sums: list[list[Tensor]] = []
         self._lengths = [0.0, 0.0]  # squared: of the first in Fhat^-1, of the second's entries
         self._bold = 1.0
+        self._steps = 0
         self._usual = 0.0  # running mean of squared lengths of gradients, in the newest scale
 
     def share(
@@ -208,7 +212,9 @@ class AdaptiveLength(NaturalLength):
             self.factor = min(max(moved, SMALLEST_FACTOR), LARGEST_FACTOR)
             moved = self._bold**kept * math.exp(TREND * (trend - CHANCE))
             self._bold = min(max(moved, 1.0), BOLDEST)
-            self.damping_divisor = self._bold * max(self.factor, 1.0) ** 2
+        self._steps += 1
+        grown = min(max(0.0, (self._steps - YOUNG) / (GROWN - YOUNG)), 1.0)
+        self.damping_divisor = (self._bold * max(self.factor, 1.0) ** 2) ** grown
         if self._cuts:
             self._wear()
         agreed = math.sqrt(max(1.0, self.factor))
@@ -251,6 +257,8 @@ class AdaptiveLength(NaturalLength):
             "sums": [[vector.clone() for vector in each] for each in self._sums],
             "lengths": list(self._lengths),
             "bold": self._bold,
+            "divisor": self.damping_divisor,
+            "steps": self._steps,
             "usual": self._usual,
         }
 
@@ -266,7 +274,8 @@ class AdaptiveLength(NaturalLength):
         self._sums = [[vector.to(device).clone() for vector in each] for each in sums]
         self._lengths = [*state.get("lengths", self._lengths)]
         self._bold = float(state.get("bold", 1.0))
-        self.damping_divisor = self._bold * max(self.factor, 1.0) ** 2
+        self.damping_divisor = float(state.get("divisor", 1.0))
+        self._steps = int(state.get("steps", GROWN))
         self._usual = float(state.get("usual", 0.0))
 
 
@@ -451,50 +460,3 @@ class LayerSteps:
         pairs = zip(excess[rows].unbind(), self._like, strict=True)
         parts = [part.to(tensor.device, tensor.dtype) for part, tensor in pairs]
         return Excess(parts, left.nan_to_num(1.0).sqrt_())
-
-
-class LayerBounds(dict[tuple[str, ...], LayerSteps]):
-    """The layers of parameters, by the names of those that are asked for.
-
-    Others may be frozen, or get no gradient. What is asked for is made once, and is a plain look-up
-    in every other step.
-
-    Args:
-        parameters: by name.
-        layers: see ``layer_numbers``.
-        workers: the processes that share sharded parameters.
-    """
-
-    def __init__(
-        self,
-        parameters: Mapping[str, Tensor],
-        layers: Iterable[Sequence[str]],
-        workers: Workers,
-    ) -> None:
-        super().__init__()
-        self._parameters = parameters
-        self._numbers = layer_numbers(layers)
-        self._workers = workers
-
-    def __missing__(self, names: tuple[str, ...]) -> LayerSteps:
-        numbers = [self._numbers[name] for name in names]
-        own = [self._parameters[name] for name in names]
-        self[names] = made = LayerSteps(own, numbers, self._workers)
-        return made
-
-    def shorten(self, steps: Mapping[str, Tensor], largest: float) -> float | Tensor:
-        """Shorten steps in place; return which part of all their length is left.
-
-        Args:
-            steps: by name of the parameter.
-            largest: the largest length of a layer's step, in units of its weights' length.
-        """
-        layers, own = self[tuple(steps)], [self._parameters[name] for name in steps]
-        vectors = layers.pack(list(steps.values()))
-        excess = layers.excess(vectors, layers.pack(own), largest)
-        if excess is None:
-            return 1.0
-        here = [own_entries(step) for step in steps.values()]
-        shortened = layers.unpack(vectors, excess)
-        foreach.copy_(here, [own_entries(step) for step in shortened])
-        return excess.kept

@@ -36,7 +36,8 @@ from kfac_fx.errors import (
 )
 from kfac_fx.likelihoods.named import Given, check_described, described, likelihood_of
 from kfac_fx.likelihoods.sampling import forked, fresh_generator
-from kfac_fx.optim.bounds import AdaptiveLength, LayerBounds, NaturalLength
+from kfac_fx.optim.bounds import AdaptiveLength, NaturalLength
+from kfac_fx.optim.layer_bounds import LayerBounds
 from kfac_fx.optim.taken_step import LARGEST_STEP, TakenStep
 from kfac_fx.parallel import ALONE, Net, Workers
 from kfac_fx.reading.inspection import HasCurvature

@@ -18,9 +18,10 @@ from kfac_fx.curvature.inverses import InverseFisher
 from kfac_fx.curvature.mean_eigenvalue import NOTHING_LAGS
 from kfac_fx.errors import UnknownOptionError
 from kfac_fx.optim.adapt_damping import DampingRule
-from kfac_fx.optim.bounds import AdaptiveLength, LayerBounds
+from kfac_fx.optim.bounds import AdaptiveLength
 from kfac_fx.optim.held_out import HeldOutRule
 from kfac_fx.optim.kfac_options import KFACOptions
+from kfac_fx.optim.layer_bounds import LayerBounds
 from kfac_fx.optim.objective import Batch, Objective
 from kfac_fx.optim.products import Direction, Parameters, products_or_reason
 from kfac_fx.optim.quadratic import QuadraticModel, combination, inner_products

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from kfac_fx.curvature.mean_eigenvalue import Scale
-from kfac_fx.optim.bounds import AdaptiveLength, LayerBounds, LayerSteps, NaturalLength
+from kfac_fx.optim.bounds import AdaptiveLength, LayerSteps, NaturalLength
+from kfac_fx.optim.layer_bounds import LayerBounds
 from kfac_fx.parallel import ALONE
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -73,7 +74,7 @@ class Definition:
 
     def __init__(self) -> None:
         self.factor, self.bold, self.usual = 1.0, 1.0, 0.0
-        self.way, self.squared = None, 0.0
+        self.way, self.squared, self.steps = None, 0.0, 0
 
     def share(self, g: Tensor, inverse: Tensor, lag: float) -> float:
         u, q = inverse @ g, float(g @ inverse @ g)
@@ -89,6 +90,7 @@ class Definition:
         self.usual = 0.9 * self.usual + 0.1 * known if self.usual else known
         measured = max(self.usual, lag * q)
         share = lag * min(1.0, (0.01 / measured) ** 0.5) * self.factor
+        self.steps += 1
         if self.way is None:
             self.way, self.squared = share * u, share**2 * q
         else:
@@ -96,6 +98,10 @@ class Definition:
             self.squared = max(so_far, share**2 * q)
             self.way = 0.997 * self.way + share * u
         return share
+
+    def divisor(self) -> float:
+        grown = min(max((self.steps - 10) / 20, 0.0), 1.0)
+        return float((self.bold * max(1.0, self.factor) ** 2) ** grown)
 
 
 def parts(vector: Tensor) -> list[Tensor]:
@@ -114,8 +120,7 @@ def test_shares_follow_the_definition(noise: float) -> None:
         got = length.share(parts(g), parts(inverse @ g), NAMES, Scale(lag))
         assert got == pytest.approx(want, rel=1e-9)
         assert length.factor == pytest.approx(rule.factor)
-        divisor = rule.bold * max(1.0, rule.factor) ** 2
-        assert length.damping_divisor == pytest.approx(divisor)
+        assert length.damping_divisor == pytest.approx(rule.divisor())
         widest = max(0.02, 0.1 / lag**0.5) * max(1.0, rule.factor) ** 0.5
         assert length.widest == pytest.approx(widest)
     # Without noise the factor ends at its ceiling, with little else it wanders near one.
@@ -235,10 +240,21 @@ def test_lambda_falls_where_flat_directions_agree() -> None:
             length.share([g], [inverse * g], ("weight",))
         assert length.factor == 0.05
         assert length.damping_divisor == pytest.approx(wanted)
-    length, state = AdaptiveLength(), length.state()
-    state["bold"] = 3.0
+    state = length.state() | {"divisor": 3.0}
     length.load(state, torch.device("cpu"))
     assert length.damping_divisor == 3.0
+
+
+def test_lambda_is_whole_while_averages_are_young() -> None:
+    """Of few batches they do not know which directions are flat, and all early gradients agree."""
+    length, g = AdaptiveLength(), torch.full((8,), 1e-4)
+    found = []
+    for _ in range(30):
+        length.share(parts(g), parts(g), NAMES)
+        found.append(length.damping_divisor)
+    assert found[:10] == [1.0] * 10
+    assert found[19] == pytest.approx((5.0 * math.exp(0.1 * 19) ** 2) ** 0.5)
+    assert found[29] == pytest.approx(5.0 * 10.0**2)
 
 
 # -------------------------------------------------------------------------------- single layers
