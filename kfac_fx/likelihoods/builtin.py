@@ -21,6 +21,7 @@ from torch import Tensor
 from torch import distributions as D
 from torch.autograd import forward_ad
 from torch.distributions import Distribution, Independent
+from torch.nn.functional import pad
 
 from kfac_fx.errors import LikelihoodError
 
@@ -80,26 +81,37 @@ class OutputFisher(NamedTuple):
     vector: Tensor | None = None
     dim: int = -1
 
-    def along(self, dim: int, *, summed: bool) -> Tensor | None:
+    def along(self, dim: int, *, summed: bool, parts: int = 1) -> Tensor | None:
         """Return the sum over all other dimensions of F_out, a matrix over the entries of one.
 
         Args:
             dim: the dimension.
             summed: whether derivatives are added up over the others but the first before their
                 products are taken; then None where they are correlated there.
+            parts: into how many parts of b entries the d entries are cut, b = ceil(d / parts), the
+                last filled up with zeros: only the blocks on the diagonal are formed, as the whole
+                of a vocabulary's matrix is larger than memory. 1 for the whole.
+
+        Returns:
+            [d, d], or [parts, b, b].
         """
-        if self.vector is not None and (self.dim - dim) % self.diagonal.dim() != 0 and summed:
+        along_vector = (self.dim - dim) % self.diagonal.dim() == 0
+        if self.vector is not None and not along_vector and summed:
             return None
-        if self.vector is not None and (self.dim - dim) % self.diagonal.dim() == 0:
-            v = self.vector.movedim(dim, -1).flatten(0, -2)
-            found = torch.addmm(v.new_zeros(()), v.mT, v, beta=0, alpha=-1)
+        d = self.diagonal.shape[dim]
+        size = -(-d // parts)
+        room = (0, parts * size - d)
+        if self.vector is not None and along_vector and size > 1:
+            v = pad(self.vector.movedim(dim, -1).flatten(0, -2), room)
+            v = v.unflatten(-1, (parts, size)).movedim(0, 1)
+            found = torch.baddbmm(v.new_zeros(()), v.mT, v, beta=0, alpha=-1)
         else:
-            found = self.diagonal.new_zeros(self.diagonal.shape[dim], self.diagonal.shape[dim])
+            found = self.diagonal.new_zeros(parts, size, size)
         # The diagonal as it is: sum p less sum p^2 would lose what a confident model leaves of it.
         # Outputs of one dimension, of a layer that was given one vector, have no other ones.
-        rows = self.diagonal.movedim(dim, -1).reshape(-1, found.shape[-1])
-        found.diagonal().copy_(rows.sum(0))
-        return found
+        entries = self.diagonal.movedim(dim, -1).reshape(-1, d).sum(0)
+        found.diagonal(0, -2, -1).copy_(pad(entries, room).view(parts, size))
+        return found if parts > 1 else found[0]
 
 
 @runtime_checkable

@@ -66,15 +66,17 @@ class ColumnStatistics(Protocol):
 class Along(Protocol):
     """The sums of g g^T of derivatives whose products are known."""
 
-    def __call__(self, dim: int, *, summed: bool) -> Tensor | None:
+    def __call__(self, dim: int, *, summed: bool, parts: int = 1) -> Tensor | None:
         """Return the sum as a matrix over the entries of one dimension of the derivatives.
 
         Args:
             dim: the dimension; the sum is over all others, and over the columns.
             summed: whether derivatives are added up over the positions first.
+            parts: into how many equal parts the entries are cut, the last filled up with zeros; of
+                several only the blocks on the diagonal are formed.
 
         Returns:
-            None where that is not known.
+            [d, d], or [parts, b, b] where there are several; None where that is not known.
         """
 
 

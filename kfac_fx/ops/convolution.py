@@ -135,8 +135,8 @@ class ConvolutionStatistics(ColumnKroneckerStatistics):
         space = len(self.options.kernel)
         divide = divide and not self.options.reduce
         positions = math.prod(shape[len(shape) - space :]) if divide else 1
-        total = along(-1 - space, summed=self.options.reduce)
-        return known_factor(total, positions, self.G)
+        dim, reduce = -1 - space, self.options.reduce
+        return known_factor(along, shape, dim, reduce=reduce, positions=positions, form=self.G)
 
     def inputs(self, g: Tensor, tensors: Sequence[Tensor | None], dtype: torch.dtype) -> Statistic:
         """Return A over patches."""

@@ -256,17 +256,31 @@ class ColumnKroneckerStatistics(KroneckerStatistics):
         """
 
 
-def known_factor(total: Tensor | None, positions: float, form: FactorForm) -> Tensor | None:
-    """Return G from the sum of g g^T over all derivatives; None in a form that it is not cut to.
+def known_factor(
+    along: Along,
+    shape: Sequence[int],
+    dim: int,
+    *,
+    reduce: bool,
+    positions: float,
+    form: FactorForm,
+) -> Tensor | None:
+    """Return G from the sums of g g^T over all derivatives; None where they are not known.
 
     Args:
-        total: the sum.
-        positions: S, which it is divided by.
+        along: gives the sums.
+        shape: the shape of a derivative.
+        dim: the dimension of the features.
+        reduce: whether derivatives are added up over the positions first.
+        positions: S, which the sum is divided by.
         form: how G is kept.
     """
-    if total is None or form.blocks > 1:
+    # A diagonal is as many parts as there are features: the whole matrix would be thrown away.
+    parts = shape[dim] if form.diagonal else form.blocks
+    total = along(dim, summed=reduce, parts=parts)
+    if total is None:
         return None
-    return (total.diagonal() if form.diagonal else total) / positions
+    return (total.flatten() if form.diagonal else total) / positions
 
 
 @dataclass(frozen=True)
@@ -363,8 +377,8 @@ class LinearStatistics(ColumnKroneckerStatistics):
         if len(given.y_dims) != 1 or given.y_groups:
             return None
         positions = self.positions(torch.empty(shape, device="meta"), ()) if divide else 1
-        total = along(given.y_dims[0], summed=given.reduce)
-        return known_factor(total, positions, self.G)
+        dim, reduce = given.y_dims[0], given.reduce
+        return known_factor(along, shape, dim, reduce=reduce, positions=positions, form=self.G)
 
     def positions(self, g: Tensor, tensors: Sequence[Tensor | None]) -> float:
         """Return S, or 1 where positions are reduced."""
