@@ -21,11 +21,11 @@ from kfac_fx.capture.input_forms import fixed_arguments
 from kfac_fx.capture.layer_calls import has_parameters, translate
 from kfac_fx.capture.match_patterns import patterns_heard
 from kfac_fx.capture.mode_regions import Regions
+from kfac_fx.capture.object_states import version
 from kfac_fx.capture.packed_calls import kept_whole
 from kfac_fx.capture.parameter_paths import ancestors
 from kfac_fx.capture.proxies import WatchedMember, WatchedProxy
 from kfac_fx.capture.remade import Remade, makes_itself
-from kfac_fx.capture.run_state import version
 from kfac_fx.capture.undisturbed import undisturbed
 from kfac_fx.capture.user_lines import NOWHERE, running_line, user_line
 from kfac_fx.capture.value_kinds import ExpectKind, Kind, expect_value, kind_of_call
