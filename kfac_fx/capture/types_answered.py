@@ -26,6 +26,9 @@ class _Asked(type):
             return args[0].stands_for()
         return type(*args, **kwargs)
 
+    def __getitem__(cls, item: Value) -> types.GenericAlias:
+        return type[item]
+
     def __instancecheck__(cls, value: Value) -> bool:
         return isinstance(value, type)
 

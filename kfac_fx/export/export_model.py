@@ -300,7 +300,7 @@ def _export(
     return module
 
 
-def expect_sizes(value: torch.Tensor, sizes: tuple[int, ...], name: str) -> None:
+def expect_sizes(value: torch.Tensor | fx.Proxy, sizes: tuple[int, ...], name: str) -> None:
     """Refuse an input whose leading sizes are not those of the capture; graphs call this.
 
     Args:
