@@ -7,7 +7,7 @@ then be those of positions.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -125,7 +125,10 @@ def _placed(
     if cases.dim:
         if cases.dim in _channels(tap) or any(found.get(node) != cases for node in read):
             return _unplaced(use, tap)
-        return replace(use, tap=replace(tap, cases=CaseView(cases.dim)))
+        turned = _groups_turned(tap, cases.dim, [*map(shape_of, (*read, nodes[tap.node]))])
+        if turned is None:
+            return _unplaced(use, tap)
+        return replace(use, tap=replace(turned, cases=CaseView(cases.dim)))
     if cases.merged is None or not (several or _counts_cases(tap)):
         return use
     folds = _folds(nodes[tap.node], cases)
@@ -211,6 +214,31 @@ def _looks_at_whole_cases(tap: Tap) -> bool:
 def _transposed(node: fx.Node) -> bool:
     """Tell whether a node whose cases do not come first is a matrix, so that they come last."""
     return name_of(node) in ("t", "T") or len(shape_of(node)) == 2
+
+
+def _groups_turned(tap: Tap, cases: int, shapes: Sequence[Sequence[object]]) -> Tap | None:
+    """Return a tap whose groups are where they stand once its cases come first.
+
+    Groups count from the right, and those before the cases ([experts, cases, features]) are one
+    place further on then. Where no sizes are known, a tap with groups is left as it is (None): it
+    puts the groups aside before it reads rows.
+
+    Args:
+        tap: of a use.
+        cases: the dimension of its cases.
+        shapes: of what it reads, and of what it stands on; empty where they are not known.
+    """
+    if tap.operator != "linear" or not any(tap.options[2:4]):
+        return tap
+    if not all(shapes) or len(shapes) != 2:
+        return None
+    options = list(tap.options)
+    for place, shape in zip((2, 3), shapes, strict=True):
+        dims = options[place]
+        assert isinstance(dims, tuple)
+        given = [dim for dim in dims if isinstance(dim, int)]
+        options[place] = tuple([d + 1 if len(shape) + d < cases else d for d in given])
+    return replace(tap, options=tuple(options))
 
 
 def _features_last(tap: Tap) -> bool:

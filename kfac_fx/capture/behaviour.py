@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kfac_fx.capture.run_state import SCALARS
+from kfac_fx.capture.object_states import SCALARS
 
 TOLERANCE = 1e-4
 """Largest difference, relative to the largest entry; low precisions are allowed more."""

@@ -73,8 +73,17 @@ hundreds of settings that no user changes."""
 
 def calls_left(code: types.CodeType, depth: int) -> int:
     """Return how many of ``depth`` calls are still looked into, from this code on."""
-    installed = "site-packages" in code.co_filename or "dist-packages" in code.co_filename
-    return min(depth, CALLS_INSTALLED) if installed else depth
+    return min(depth, CALLS_INSTALLED) if is_installed(code) else depth
+
+
+def is_installed(code: types.CodeType | type) -> bool:
+    """Tell whether code, or a class, is that of an installed library."""
+    if isinstance(code, type):
+        module = sys.modules.get(code.__module__)
+        place = getattr(module, "__file__", None) or ""
+    else:
+        place = code.co_filename
+    return "site-packages" in place or "dist-packages" in place
 
 
 def modules_in(function: types.FunctionType) -> Iterator[types.ModuleType]:

@@ -120,7 +120,7 @@ class NamedInputs:
     def _fits(self, name: str, value: Value) -> bool:
         if name not in self._fixed:
             kind = self._kinds.get(name)
-            if value is None or (kind is not None and not isinstance(value, kind)):
+            if value is None or (kind is not None and not _is_of(value, kind)):
                 return False
             if self._missed and not self._missed.isdisjoint(getattr(value, "__dict__", ())):
                 return False
@@ -130,6 +130,14 @@ class NamedInputs:
             return not is_packed(value)
         then = self._fixed[name]
         return value is then or (type(value) is type(then) and bool(value == then))
+
+
+def _is_of(value: Value, kind: type) -> bool:
+    """Tell whether code that has asked for the class takes a value as it took one of ``kind``."""
+    # It may have asked by ``type(x) is Tensor``. torch's own classes of tensors are those of passes
+    # that look on (fake tensors), and parameters.
+    users = kind is Tensor and type(value).__module__.partition(".")[0] != "torch"
+    return isinstance(value, kind) and not users
 
 
 _SINGLES = (Enum, torch.dtype, type)

@@ -1,7 +1,8 @@
-"""Let a captured module answer for its model: items, methods, properties and plain values."""
+"""Let a captured module answer for its model: items, methods, properties, values, containers."""
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -12,8 +13,10 @@ Value = Any
 """An index, an entry, a length, or what an attribute is."""
 
 PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device)
-"""Of what the model's object holds, these can be read. Trainers write into a ``config`` that they
-find, and a graph that was made with another one no longer stands."""
+READ = (*PLAIN, list, tuple, dict, set, collections.deque)
+"""Of what the model's object holds, these can be read: containers are the model's own. ``config``
+is not, whatever it is: trainers write into one that they find, and a graph that was made with
+another one no longer stands."""
 
 
 REWRITTEN = (
@@ -79,7 +82,7 @@ def hand_on(module: nn.Module, model: nn.Module) -> None:
     # A ``__getattr__`` would be run for every child that a forward reads.
     kind = type(module)
     members = {*module._parameters, *module._buffers, *module._modules, *vars(module)}
-    values = [name for name, value in vars(model).items() if isinstance(value, PLAIN)]
+    values = [n for n, value in vars(model).items() if isinstance(value, READ) and n != "config"]
     for name in {*dir(type(model)), *values}:
         if name[0] != "_" and name not in members and not hasattr(kind, name):
             setattr(kind, name, HandedOn(name))

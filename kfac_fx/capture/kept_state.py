@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from kfac_fx.capture.run_state import HOLDERS, SCALARS
+from kfac_fx.capture.object_states import HOLDERS, SCALARS
 
 TENSORS = ("_parameters", "_buffers")
 """A module's dictionaries of tensors."""

@@ -9,31 +9,32 @@ from __future__ import annotations
 import dis
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from torch import nn
 
 from kfac_fx.capture.code_names import CALLS, calls_left
+from kfac_fx.capture.reached_code import reached
 
 _PATTERNS = ("MATCH_CLASS", "MATCH_MAPPING", "MATCH_SEQUENCE")
 _OPERATIONS = frozenset(dis.opmap[name] for name in _PATTERNS)
 
 
 @contextmanager
-def patterns_heard(model: nn.Module) -> Iterator[dict[str, None]]:
+def patterns_heard(functions: Iterable[types.FunctionType]) -> Iterator[dict[str, None]]:
     """Note within the context which functions with such patterns run.
 
     Few models have any, and calls are listened to for these alone.
 
     Args:
-        model: its classes' methods are looked at, and the functions that these name.
+        functions: those that may run.
 
     Yields:
         the lines where the patterns stand.
     """
     found: dict[str, None] = {}
-    lines = {code: line for one in _functions(model) for code, line in _places(one.__code__)}
+    lines = {code: line for one in functions for code, line in _places(one.__code__)}
     before = sys.getprofile()
     if not lines or before is not None:  # a profiler of the user's stays
         yield dict.fromkeys(lines.values()) if lines else found
@@ -55,8 +56,16 @@ def _classes(model: nn.Module) -> set[type]:
     return {kind for kind in kinds if kind.__module__.split(".")[0] not in ("torch", "builtins")}
 
 
+def functions_of(model: nn.Module) -> set[types.FunctionType]:
+    """Return the methods of a model, functions that its modules hold or these name, and helpers'.
+
+    Args:
+        model: the model; code of installed libraries counts too.
+    """
+    return {*_functions(model), *(function for function, _ in reached(model.modules()).calls)}
+
+
 def _functions(model: nn.Module) -> Iterator[types.FunctionType]:
-    """Yield the methods of a model, functions that its modules hold, and those that these name."""
     held = [value for module in model.modules() for value in vars(module).values()]
     held += [value for kind in _classes(model) for value in vars(kind).values()]
     seen: set[int] = set()

@@ -31,11 +31,14 @@ from kfac_fx.capture.kept_state import (
     with_others,
 )
 from kfac_fx.capture.layer_calls import translate
-from kfac_fx.capture.run_state import HOLDERS, SCALARS, RunState
+from kfac_fx.capture.object_states import HOLDERS, SCALARS
+from kfac_fx.capture.reached_code import reached
+from kfac_fx.capture.run_state import RunState
 from kfac_fx.capture.settings_read import (
     CODE,
     Setting,
     of_cell,
+    of_environment,
     of_gradients,
     of_tags,
     of_values,
@@ -51,7 +54,7 @@ _GLOBAL_HOOKS = (
     "_global_backward_hooks",
     "_global_backward_pre_hooks",
 )
-_DEPTH = 4
+_DEPTH = 8
 """How deep containers and objects within attributes are looked at."""
 
 _MOST = 20_000
@@ -438,6 +441,12 @@ class ModelState:
 
     def _add_objects(self) -> None:
         """Look at what the model's code reads of objects, once all names in it are known."""
+        # What is reached through helpers, an object's methods say, is read as much as the own code.
+        code = reached(m for p, m in self.model.named_modules() if p not in self._live_paths)
+        for function, depth in code.calls:
+            self._add_globals(function, depth)
+        self._objects += [(kind, Place("", kind.__name__)) for kind in code.classes]
+        self._settings += of_environment(self._names)
         seen: dict[int, Watched] = {}
         # The graph follows a layer that it calls, and not what other code has read of it.
         for held, path in self._live_layers:

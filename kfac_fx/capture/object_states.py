@@ -24,6 +24,12 @@ Value = Any
 _LARGE = 1_000_000
 """Entries of an array above which it is not copied."""
 
+SCALARS = (bool, int, float, complex, str, bytes, type(None))
+"""Values that cannot be changed in their place and that can be compared safely."""
+
+HOLDERS = (dict, list, set, collections.deque)
+"""Containers that code changes in their place."""
+
 BAGS = (
     types.SimpleNamespace,
     threading.local,
@@ -168,3 +174,8 @@ def slots_of(value: Value) -> list[str]:
             if isinstance(vars(kind).get(name), types.MemberDescriptorType):
                 found.append(name)
     return found
+
+
+def version(tensor: torch.Tensor) -> int:
+    """Return how often a tensor was written to; inference tensors do not count it."""
+    return 0 if tensor.is_inference() else tensor._version

@@ -73,10 +73,10 @@ class Watched:
         if operation == "MATCH_CLASS":
             self._cannot("the class (match)")
         if operation.startswith("LOAD_ATTR"):
-            return self._class()
+            return self.stands_for()
         return type(self)
 
-    def _class(self) -> type:
+    def stands_for(self) -> type:
         """Return the class that the value stands for; the graph checks it where it is assumed."""
         if isinstance(self, WatchedMember):
             return type(self.param)

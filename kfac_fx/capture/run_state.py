@@ -17,16 +17,20 @@ import torch
 from torch import Tensor, fx, nn
 
 from kfac_fx.capture.code_names import is_theirs
-from kfac_fx.capture.object_states import BAGS, Slots, set_state, slots_of, state_of
+from kfac_fx.capture.object_states import (
+    BAGS,
+    HOLDERS,
+    SCALARS,
+    Slots,
+    set_state,
+    slots_of,
+    state_of,
+    version,
+)
+from kfac_fx.capture.reached_code import reached
 
 Value = Any
 """What a module holds under a name."""
-
-SCALARS = (bool, int, float, complex, str, bytes, type(None))
-"""Values that cannot be changed in their place and that can be compared safely."""
-
-HOLDERS = (dict, list, set, collections.deque)
-"""Containers that code changes in their place."""
 
 _INERT = (fx.Graph, type, types.ModuleType, types.BuiltinFunctionType, torch.dtype, torch.device)
 _LIMIT = 200_000
@@ -52,6 +56,12 @@ class RunState:
             name = f"{path or type(model).__name__}"
             self._object(name, module)
         for owner in {base for m in model.modules() for base in type(m).__mro__ if _theirs(base)}:
+            self._class(owner)
+        helpers = reached(model.modules())
+        for function, _ in helpers.calls:
+            self._globals(function)
+            self._function(function.__name__, function)
+        for owner in helpers.classes:
             self._class(owner)
         for name, one in zip(("Python", "NumPy"), _shared_generators(), strict=False):
             self._walk(f"the random generator of {name}", one)
@@ -191,8 +201,7 @@ class RunState:
         """Take note of what a function closes over, and of attributes that it was given."""
         if not _theirs(function):
             return
-        if function.__dict__:
-            self._walk(name, function.__dict__)
+        self._walk(name, function.__dict__)  # where it has none yet, it may be given one
         # A default is made once, and what is written into it is there at the next call.
         for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
             if not isinstance(value, types.FunctionType):
@@ -216,7 +225,7 @@ class RunState:
                 continue
             self._globals_seen.add((id(scope), key))
             if isinstance(value, (bool, int, float, str)):
-                self._records.append(("the module", _Entry(scope, key), [value]))
+                self._records.append((f"the global {key}", _Entry(scope, key), [value]))
             else:
                 self._outside(f"the global {key}", value)
 
@@ -304,7 +313,7 @@ def _equal(one: Value, other: Value) -> bool:
     return type(one) is type(other) and isinstance(one, SCALARS) and one == other
 
 
-def _alike(one: Value, other: Value, depth: int = 4) -> bool:
+def _alike(one: Value, other: Value, depth: int = 8) -> bool:
     """Tell whether two values are equal, or containers of the same objects.
 
     torch.export puts new lists in place of those that it finds in a module's attributes.
@@ -345,11 +354,6 @@ def _marks(tensor: Tensor) -> tuple[Value, ...]:
     """Return what shows that a tensor was touched."""
     grad = tensor.grad if tensor.is_leaf else None
     return tensor.requires_grad, grad, version(tensor), _place(tensor)
-
-
-def version(tensor: Tensor) -> int:
-    """Return how often a tensor was written to; inference tensors do not count it."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 class TensorValues:

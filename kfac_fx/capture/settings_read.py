@@ -6,6 +6,8 @@ those of its attributes are looked at whose names stand in the code of the model
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 import threading
 import types
@@ -17,13 +19,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kfac_fx.capture.object_states import bytes_of, memory_of
-from kfac_fx.capture.run_state import HOLDERS, SCALARS, version
+from kfac_fx.capture.object_states import HOLDERS, SCALARS, bytes_of, memory_of, version
 
 Value = Any
 """Whatever an attribute of the user's holds."""
 
-_DEPTH = 4
+_DEPTH = 8
 """How many objects one within the other are looked into."""
 _SMALL = 1_000
 """Entries of a NumPy array that is compared at each call; longer ones are data."""
@@ -37,6 +38,11 @@ _ATOMS = (*SCALARS, *CODE, Enum, torch.dtype, torch.device)
 
 _BAGS = (types.SimpleNamespace, threading.local)
 """Bare bags of attributes, which code asks for what is not there yet: ``getattr(bag, "k", 1)``."""
+
+
+_ENVIRONMENT = frozenset({"environ", "environb", "getenv", "getenvb"})
+_LEVELS = frozenset({"isEnabledFor", "getEffectiveLevel", "level", "disabled"})
+"""Names by which code asks the environment, and a logger whether it listens."""
 
 
 class Setting(NamedTuple):
@@ -75,6 +81,8 @@ class _Whole:
             return owner.get(None)
         if isinstance(owner, types.CellType):
             return owner.cell_contents
+        if isinstance(owner, logging.Logger):
+            return owner.getEffectiveLevel(), owner.manager.disable, owner.disabled
         if isinstance(owner, Tensor):
             return version(owner), owner.data_ptr()
         return bytes_of(owner) if memory_of(owner) is not None else owner.tobytes()
@@ -102,6 +110,19 @@ def of_cell(cell: types.CellType, name: str, words: str) -> Setting:
 def of_values(tensor: Tensor, words: str) -> Setting:
     """Return the values of a tensor as a setting: how often they were written, and where."""
     return Setting(_Whole(tensor), words, f"the values of {words}")
+
+
+class _Environment:
+    """All variables of the process's environment: code may put their names together."""
+
+    def get(self, _: str) -> Value:
+        return dict(os.environ)
+
+
+def of_environment(names: Collection[str]) -> Iterator[Setting]:
+    """Yield the environment as a setting, where code with these names can read it."""
+    if not _ENVIRONMENT.isdisjoint(names):
+        yield Setting(_Environment(), "os.environ", "the environment (os.environ)")
 
 
 class _Gradients:
@@ -175,6 +196,10 @@ def settings_of(
         return
     if _is_small_array(value):
         yield Setting(_Whole(value), words, words)
+        return
+    if isinstance(value, logging.Logger):
+        if not _LEVELS.isdisjoint(names):
+            yield Setting(_Whole(value), value.name, f"the level of the logger {value.name}")
         return
     if id(value) in seen or depth > _DEPTH or not _looked_into(value):
         return

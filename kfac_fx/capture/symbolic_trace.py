@@ -7,6 +7,7 @@ import operator
 import types
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import fields, is_dataclass
 from typing import Any, NoReturn
 
@@ -19,13 +20,14 @@ from kfac_fx.capture.dialect import row_of
 from kfac_fx.capture.in_place import update_of, written_in_place
 from kfac_fx.capture.input_forms import fixed_arguments
 from kfac_fx.capture.layer_calls import has_parameters, translate
-from kfac_fx.capture.match_patterns import patterns_heard
+from kfac_fx.capture.match_patterns import functions_of, patterns_heard
 from kfac_fx.capture.mode_regions import Regions
+from kfac_fx.capture.object_states import version
 from kfac_fx.capture.packed_calls import kept_whole
 from kfac_fx.capture.parameter_paths import ancestors
 from kfac_fx.capture.proxies import WatchedMember, WatchedProxy
 from kfac_fx.capture.remade import Remade, makes_itself
-from kfac_fx.capture.run_state import version
+from kfac_fx.capture.types_answered import types_answered
 from kfac_fx.capture.undisturbed import undisturbed
 from kfac_fx.capture.user_lines import NOWHERE, running_line, user_line
 from kfac_fx.capture.value_kinds import ExpectKind, Kind, expect_value, kind_of_call
@@ -93,7 +95,12 @@ class WatchingTracer(fx.Tracer):
         self._modules = dict(root.named_modules(remove_duplicate=False))
         self._modes = Modes()
         self._trained = {module: module.training for module in root.modules()}
-        with patterns_heard(root) as patterns, watched(self), kept_whole(self, root):
+        functions = functions_of(root)
+        with ExitStack() as stack:
+            patterns = stack.enter_context(patterns_heard(functions))
+            stack.enter_context(watched(self))
+            stack.enter_context(kept_whole(self, root))
+            stack.enter_context(types_answered(functions))
             graph = super().trace(root, concrete_args)
         if patterns:
             raise CaptureError(

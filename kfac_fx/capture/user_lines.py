@@ -12,6 +12,8 @@ import torch
 
 _TORCH = str(Path(torch.__file__).parent)
 _HERE = str(Path(__file__).parent.parent)
+_AROUND = (str(Path(_TORCH, "_compile.py")), str(Path(_TORCH, "_dynamo", "eval_frame.py")))
+"""Files of torch whose functions call what they were given."""
 
 NOWHERE = "in torch"
 """What stands for a line where none is the user's."""
@@ -29,11 +31,14 @@ def user_line(error: BaseException) -> str:
 
 def users_code_asks(depth: int) -> bool:
     """Tell whether user's code calls what stands ``depth`` frames above; torch asks as well."""
-    frame = sys._getframe(depth + 1)
+    first = frame = sys._getframe(depth + 1)
     between = (torch.random.__file__, contextlib.__file__)
-    # torch.export enters modes of its own, which hand on what the user's code calls.
+    # torch.export enters modes of its own, which hand on what the user's code calls. Once Dynamo is
+    # imported it stands around torch.manual_seed, and asks on its own account besides.
     while frame.f_back is not None and (
-        frame.f_code.co_filename in between or frame.f_code.co_name == "__torch_function__"
+        frame.f_code.co_filename in between
+        or frame.f_code.co_name == "__torch_function__"
+        or (frame is not first and frame.f_code.co_filename in _AROUND)
     ):
         frame = frame.f_back
     return not frame.f_code.co_filename.startswith((_TORCH, _HERE))

@@ -8,6 +8,7 @@ refused where they are asked: on the user's line.
 from __future__ import annotations
 
 import builtins
+import functools
 import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import fx, nn
+from torch.backends import ContextProp
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
@@ -35,19 +37,35 @@ Value = Any
 Refuse = Callable[[str], NoReturn]
 """Stops the capture with a reason."""
 
-_QUESTIONS = (
+_MODES = (
     "is_grad_enabled",
     "is_inference_mode_enabled",
     "is_autocast_enabled",
     "is_autocast_cpu_enabled",
+    "is_autocast_cache_enabled",
     "get_autocast_dtype",
     "are_deterministic_algorithms_enabled",
+    "is_deterministic_algorithms_warn_only_enabled",
+    "get_deterministic_debug_mode",
+    "get_float32_matmul_precision",
+    "is_anomaly_enabled",
+    "is_anomaly_check_nan_enabled",
     "get_num_threads",
+    "get_num_interop_threads",
     "set_num_threads",
     "set_default_dtype",
+    "set_float32_matmul_precision",
     "use_deterministic_algorithms",
 )
+_ATTENTION = ("flash_sdp_enabled", "mem_efficient_sdp_enabled", "math_sdp_enabled")
+_QUESTIONS = (
+    *((torch, name) for name in _MODES),
+    *((torch.backends.cuda, name) for name in (*_ATTENTION, "cudnn_sdp_enabled")),
+)
 """Functions of torch that answer with a mode of the caller, or set one that no graph records."""
+
+_CLEARING = ((nn.Module, "zero_grad"), (torch.optim.Optimizer, "zero_grad"))
+"""Methods that take gradients away; none is there in a capture, so that nothing would be seen."""
 
 _HISTORY = frozenset({"_base", "_version", "grad", "grad_fn", "is_leaf", "output_nr"})
 _MEMORY = frozenset({"storage_offset", "data_ptr", "_is_view", "untyped_storage"})
@@ -64,8 +82,9 @@ def questions_refused(refuse: Refuse) -> Iterator[None]:
         refuse: is called with the reason, on the user's line.
     """
     with ExitStack() as stack:
-        for name in _QUESTIONS:
-            stack.enter_context(_asked(name, refuse))
+        for owner, name in (*_QUESTIONS, *_CLEARING):
+            stack.enter_context(_asked(owner, name, refuse))
+        stack.enter_context(_replaced(ContextProp, "__get__", _flag(refuse)))
         stack.enter_context(_replaced(torch.random, "default_generator", _Seeding(refuse)))
 
         def entered(mode: object) -> None:
@@ -116,6 +135,8 @@ class ModeWatch(TorchFunctionMode):
         if wanted is not None and args[0].requires_grad != wanted:
             self._refuse("the forward changes requires_grad of a parameter, which no graph records")
         self.asks_gradients |= wanted is not None
+        if name == "__set__" and func.__self__.__name__ == "grad" and users_code_asks(1):
+            self._refuse("the forward sets a gradient, which no graph records")
         if name in ("is_contiguous", "stride") and users_code_asks(1):
             self.asks_order = True
         elif (asked := _history_asked(func, name)) and users_code_asks(1):
@@ -177,7 +198,9 @@ def refusals_noted(held: Mapping[int, str]) -> Iterator[ModeWatch]:
         refused.append(f"{running_line()}: {reason}")
         raise CaptureError(reason)
 
-    with questions_refused(refuse), ModeWatch(refuse, held) as watch:
+    # Symbolic tracing is done again in another default; an export is kept, and would not ask again.
+    default = _asked(torch, "get_default_dtype", refuse)
+    with questions_refused(refuse), default, ModeWatch(refuse, held) as watch:
         yield watch
     if refused:
         raise CaptureError(refused[0])
@@ -213,17 +236,31 @@ def _replaced(owner: Value, name: str, value: Value) -> Iterator[None]:
 
 
 @contextmanager
-def _asked(name: str, refuse: Refuse) -> Iterator[None]:
+def _asked(owner: Value, name: str, refuse: Refuse) -> Iterator[None]:
     """Within the context, refuse a question that the user's code asks."""
-    function = getattr(torch, name)
+    function = getattr(owner, name)
+    where = owner.__name__ if isinstance(owner, types.ModuleType) else owner.__qualname__
 
+    @functools.wraps(function)
     def question(*args: Value, **kwargs: Value) -> Value:
         if users_code_asks(1):
-            refuse(f"torch.{name}() is called, which a graph would not do again")
+            refuse(f"{where}.{name}() is called, which a graph would not do again")
         return function(*args, **kwargs)
 
-    with _replaced(torch, name, question):
+    with _replaced(owner, name, question):
         yield
+
+
+def _flag(refuse: Refuse) -> Value:
+    """Return how a flag of ``torch.backends`` is read, which refuses it to the user's code."""
+    original = ContextProp.__get__
+
+    def read(self: ContextProp, *owner: Value) -> Value:
+        if users_code_asks(1):
+            refuse("a flag of torch.backends is read, which a graph would not ask again")
+        return original(self, *owner)
+
+    return read
 
 
 class _Seeding:

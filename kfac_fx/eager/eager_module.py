@@ -57,6 +57,9 @@ class Runner(nn.Module):
         self.training = model.training
 
     def forward(self, args: tuple[Value, ...], kwargs: dict[str, Value]) -> Value:
+        # fx's interpreter, by which torch.export runs graph modules, has no keywords: an empty list
+        # is what it gives.
+        kwargs = kwargs or {}
         if self.taps is not None and torch.is_grad_enabled() and self.taps.recording():
             if torch.compiler.is_compiling():
                 # Dynamo cannot trace a TorchFunctionMode that builds a graph as it goes.

@@ -300,7 +300,7 @@ def _export(
     return module
 
 
-def expect_sizes(value: torch.Tensor, sizes: tuple[int, ...], name: str) -> None:
+def expect_sizes(value: torch.Tensor | fx.Proxy, sizes: tuple[int, ...], name: str) -> None:
     """Refuse an input whose leading sizes are not those of the capture; graphs call this.
 
     Args:
@@ -311,6 +311,9 @@ def expect_sizes(value: torch.Tensor, sizes: tuple[int, ...], name: str) -> None
     Raises:
         CaptureError: names the input and both shapes.
     """
+    if isinstance(value, fx.Proxy):  # a tracer makes a graph of this one, which is to check it too
+        value.tracer.create_proxy("call_function", expect_sizes, (value, sizes, name), {})
+        return
     for dim, size in enumerate(sizes):
         if size != -1 and value.shape[dim] != size:
             raise CaptureError(

@@ -92,8 +92,9 @@ class _Source(_Unbatched):
     ) -> Tensor:
         if y.numel() == 0:
             raise ObservationError(
-                "statistics are to be recorded of a batch without cases, and a mean over none is "
-                "no number: leave such batches out"
+                f"statistics are to be recorded of a tensor of sizes {list(y.shape)}, and a mean "
+                "over none is no number: leave batches without cases out, and parameters of "
+                "layers without features with transform(..., exclude=...)"
             )
         return y.new_zeros(()).expand(y.shape)
 

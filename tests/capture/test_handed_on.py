@@ -21,6 +21,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.inner, self.outer, self.slope = nn.Linear(3, 4), nn.Linear(4, 2), 1.0
         self.config = {"use_cache": True}
+        self.kept: list[float] = []
 
     def encode(self, x: Tensor) -> Tensor:
         return torch.tanh(self.slope * self.inner(x))
@@ -64,6 +65,7 @@ def test_methods_and_attributes_are_the_models(route: Route) -> None:
     assert "encode" in dir(net)
     with pytest.raises(AttributeError, match="nothing"):
         _ = net.nothing
+    assert net.kept is model.kept
     # Trainers write into a config that they find.
     assert not hasattr(net, "config")
     # What the net has itself is its own.

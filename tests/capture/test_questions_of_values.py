@@ -96,11 +96,33 @@ def test_a_match_of_plain_values_is_traced() -> None:
     assert net.curvature.route == "symbolic_trace" and torch.equal(net(x), model(x))
 
 
-@pytest.mark.parametrize("ask", [by_dispatch, lambda x: 0.5 * issubclass(x.__class__, Tensor)])
+@pytest.mark.parametrize(
+    "ask",
+    [
+        by_dispatch,
+        lambda x: 0.5 * issubclass(x.__class__, Tensor),
+        lambda x: 0.5 if type(x) is Tensor else 1.0,
+        lambda x: 0.5 if isinstance(type(x), type) and type(x) in (Tensor,) else 1.0,
+    ],
+)
 def test_the_class_is_answered(ask: Callable[[Tensor], float]) -> None:
     model, x = Asking(ask), torch.randn(5, 3)
     net = kfac_fx.transform(model)
     assert torch.equal(net(x), 0.5 * model.layer(x))
+
+
+class Other(Tensor):
+    """A tensor of a user's class."""
+
+
+def test_another_class_is_another_answer() -> None:
+    """``type(x)`` is no question to x: False of what stands for it, and nothing was said."""
+    model, x = Asking(lambda x: 0.5 if type(x) is Tensor else 1.0), torch.randn(5, 3)
+    net = kfac_fx.transform(model)
+    assert net.curvature.route == "symbolic_trace" and torch.equal(net(x), model(x))
+    other = x.as_subclass(Other)
+    assert torch.equal(net(other).as_subclass(Tensor), model(other).as_subclass(Tensor))
+    assert "type" not in globals()  # the name is the built-in one again
 
 
 @pytest.mark.parametrize(
@@ -116,3 +138,71 @@ def test_an_export_does_not_keep_where_a_tensor_came_from(ask: Callable[[Tensor]
     model, x = Asking(ask), torch.randn(5, 3)
     with pytest.raises(CaptureError, match="a graph would not ask again"):
         kfac_fx.transform(model, x, capture="export")
+
+
+MODES: dict[str, Callable[[Tensor], float]] = {
+    "float32_matmul_precision": lambda x: len(torch.get_float32_matmul_precision()),
+    "is_anomaly_enabled": lambda x: 0.5 + torch.is_anomaly_enabled(),
+    "flash_sdp_enabled": lambda x: 0.5 + torch.backends.cuda.flash_sdp_enabled(),
+    "a flag of torch.backends": lambda x: 0.5 + torch.backends.cudnn.benchmark,
+    "warn_only": lambda x: 0.5 + torch.is_deterministic_algorithms_warn_only_enabled(),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_modes_of_the_process_are_asked_anew(mode: str) -> None:
+    model, x = Asking(MODES[mode]), torch.randn(5, 3)
+    for options in ({}, {"example_inputs": x, "capture": "export"}):
+        with pytest.raises(CaptureError, match=mode):
+            kfac_fx.transform(model, **options)
+    net = kfac_fx.transform(model, x)
+    assert net.curvature.route == "eager"
+    with (
+        torch.autograd.set_detect_anomaly(True),
+        torch.backends.cudnn.flags(benchmark=True),
+        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+    ):
+        assert torch.equal(net(x), model(x))
+
+
+def test_an_export_does_not_keep_the_default_dtype() -> None:
+    model, x = Asking(lambda x: 0.5 * torch.get_default_dtype().itemsize), torch.randn(5, 3)
+    with pytest.raises(CaptureError, match="get_default_dtype"):
+        kfac_fx.transform(model, x, capture="export")
+    net = kfac_fx.transform(model, x)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(net(x), model(x))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+class Clearing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.zero_grad()
+        return self.layer(x)
+
+
+class Setting(Clearing):
+    def forward(self, x: Tensor) -> Tensor:
+        for parameter in self.parameters():
+            parameter.grad = None
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("kind", [Clearing, Setting])
+def test_gradients_that_a_forward_takes_away(kind: type[Clearing]) -> None:
+    """There are none at the capture, so that a graph would leave them there."""
+    model, x = kind(), torch.randn(5, 3)
+    for options in ({}, {"example_inputs": x, "capture": "export"}):
+        with pytest.raises(CaptureError, match="grad"):
+            kfac_fx.transform(model, **options)
+    net = kfac_fx.transform(model, x)
+    net(x).sum().backward()
+    first = model.layer.weight.grad.clone()
+    net(x).sum().backward()
+    assert torch.equal(model.layer.weight.grad, first)

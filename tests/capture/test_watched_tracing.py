@@ -315,6 +315,12 @@ def seeded(self: Any, x: Tensor) -> Tensor:
     return self.head(self.a(x + noise))
 
 
+def seeded_behind_dynamo(self: Any, x: Tensor) -> Tensor:
+    # As it is in every process that has imported torch._dynamo.
+    torch._disable_dynamo(torch.random.manual_seed)(0)
+    return self.head(self.a(x + torch.randn_like(x)))
+
+
 def drawn_in_place(self: Any, x: Tensor) -> Tensor:
     noise = torch.empty(4)
     noise.normal_()
@@ -387,7 +393,8 @@ def hooked(self: Any, x: Tensor) -> Tensor:
 
 REFUSED = [
     *(counts, keeps, appends, keeps_in_a_child, python_random, numpy_random, own_generator),
-    *(seeded, drawn_in_place, branch_on_noise, data_assigned, buffer_replaced, asks_grad),
+    *(seeded, seeded_behind_dynamo, drawn_in_place, branch_on_noise, data_assigned),
+    *(buffer_replaced, asks_grad),
     *(asks_autocast, inference, saved_hooks, swallows, tags, texts, foreign_parameter, hooked),
 ]
 

@@ -115,6 +115,24 @@ def test_programs_keep_their_mode() -> None:
         kfac_fx.transform(exported(frozen, BY_NAME["mlp"]))
 
 
+@pytest.mark.parametrize("route", ["export", "eager"])
+def test_a_captured_net_is_exported_again(route: kfac_fx.config.Capture) -> None:
+    """Also one that runs the model: the interpreter of fx gives it no keywords."""
+    model, x = nn.Sequential(nn.Linear(4, 3), nn.Tanh()), torch.randn(5, 4)
+    net = kfac_fx.transform(model, x, capture=route)
+    program = torch.export.export(net, (x,))
+    torch.testing.assert_close(program.module()(x), model(x))
+
+
+def test_fx_traces_an_exported_net() -> None:
+    """The sizes that the export fixed are checked in that graph as well."""
+    model, x = nn.Sequential(nn.Linear(4, 3), nn.Tanh()), torch.randn(5, 4)
+    graph = torch.fx.symbolic_trace(kfac_fx.transform(model, x, capture="export"))
+    torch.testing.assert_close(graph(x), model(x))
+    with pytest.raises(CaptureError, match="dimension 1 was fixed to 4"):
+        graph(torch.randn(5, 3))
+
+
 def test_without_annotations() -> None:
     """A program without taps names the pass that inserts them."""
     program = exported(BY_NAME["mlp"].build(), BY_NAME["mlp"])

@@ -185,6 +185,40 @@ def test_groups_of_an_input_with_more_or_fewer_dimensions() -> None:
         torch.testing.assert_close(G, torch.eye(6).expand(2, 6, 6) / 12)
 
 
+GROUPS_FIRST: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "transpose": lambda x, w: (x.transpose(0, 1) @ w).transpose(0, 1),
+    "permute": lambda x, w: (x.permute(1, 0, 2) @ w).permute(1, 0, 2),
+    "bmm": lambda x, w: torch.bmm(x.transpose(0, 1), w).transpose(0, 1),
+    "baddbmm": lambda x, w: torch.baddbmm(torch.ones(2, 1, 3), x.transpose(0, 1), w).mean(0),
+    "stack": lambda x, w: (torch.stack([x[:, 0], x[:, 1]]) @ w).transpose(0, 1),
+    "einsum": lambda x, w: torch.einsum("ngi,gio->ngo", x, w),
+}
+
+
+@pytest.mark.parametrize("way", GROUPS_FIRST)
+@pytest.mark.parametrize("route", [None, "auto", "export", "eager"])
+@pytest.mark.usefixtures("float64")
+def test_groups_before_the_cases(way: str, route: kfac_fx.config.Capture | None) -> None:
+    """An ensemble's members or experts: [groups, cases, in] multiplies [groups, in, out].
+
+    The tap sees the cases first, and its groups are one place further on then.
+    """
+    x = torch.randn(5, 2, 4)
+    model = Product(lambda x, w: GROUPS_FIRST[way](x * 1.0, w), 2, 4, 3)
+    net = kfac_fx.transform(model, None if route is None else x, capture=route or "auto")
+    preconditioner = kfac_fx.Preconditioner(net, Normal, fisher="exact")
+    outputs = net(x)
+    preconditioner.observe(outputs)
+    outputs.square().sum().backward()
+    preconditioner.step()
+    assert net.curvature.blocks["weight"].approximation == "kronecker"
+    A, G = preconditioner.factors["weight"]
+    for group in range(2):
+        torch.testing.assert_close(A[group], x[:, group].T @ x[:, group] / 5)
+        share = 1 / (5 * 3 * 4) if way == "baddbmm" else 1 / (5 * 2 * 3)  # there a mean of two
+        torch.testing.assert_close(G[group], torch.eye(3) * 5 * share)
+
+
 @pytest.mark.usefixtures("float64")
 def test_heads_after_the_cases() -> None:
     """[1, heads, in, out] multiplies [cases, heads, positions, in]."""
