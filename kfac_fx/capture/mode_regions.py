@@ -21,6 +21,7 @@ from kfac_fx.torch_internals.modes import (
     is_grad_enabled,
     set_grad_enabled,
 )
+from kfac_fx.torch_internals.operators import runs_nested_graph
 
 CALLER = "caller"
 """Stands for the gradient mode in which the graph is called."""
@@ -110,12 +111,27 @@ class GradMode:
 
     def __init__(self) -> None:
         self.off = False
+        self._switched_off = False
 
     def read(self, node: fx.Node) -> None:
         """Follow one node."""
         if node.op == "call_function" and node.target is set_grad_enabled:
             # The caller's mode is that of a training step; the switch may read it from a node.
-            self.off = node.args[0] is False
+            self._switched_off = node.args[0] is False
+        self.off = self._switched_off or _is_region_without(node)
+
+
+def _is_region_without(node: fx.Node) -> bool:
+    """Tell whether a node runs a graph of its own with gradients off, as exports write regions."""
+    if not runs_nested_graph(node.target) or str(node.target) != "wrap_with_set_grad_enabled":
+        return False
+    owner = node.graph.owning_module
+    place = node.args[1]
+    if node.args[0] is not False or owner is None or not isinstance(place, fx.Node):
+        return False
+    inner = getattr(owner.get_submodule(str(place.target)), "graph", None)
+    # A region inside of it may switch them on again: then it is looked at as others are.
+    return inner is not None and not any(runs_nested_graph(one.target) for one in inner.nodes)
 
 
 def switches_modes(graph: fx.Graph) -> bool:

@@ -21,7 +21,7 @@ from kfac_fx.capture.in_place import update_of, written_in_place
 from kfac_fx.capture.input_forms import fixed_arguments
 from kfac_fx.capture.layer_calls import has_parameters, translate
 from kfac_fx.capture.match_patterns import functions_of, patterns_heard
-from kfac_fx.capture.mode_regions import Regions
+from kfac_fx.capture.mode_regions import GradMode, Regions
 from kfac_fx.capture.object_states import version
 from kfac_fx.capture.packed_calls import kept_whole
 from kfac_fx.capture.parameter_paths import ancestors
@@ -398,8 +398,12 @@ def opaque_calls(model: nn.Module, graph: fx.Graph) -> list[str]:
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     found: dict[str, None] = {}
+    mode = GradMode()
     # The order is that of the graph, and a module that is called twice is named once.
     for node in graph.nodes:
+        mode.read(node)
+        if mode.off:  # what has no derivative is no use, whoever looks into it
+            continue
         path = str(node.target)
         if node.op == "call_module" and path in modules:
             if has_parameters(modules[path]) and translate(modules[path], path) is None:

@@ -9,9 +9,10 @@ import torch
 from support import oracles
 from support.networks import BY_NAME
 from support.oracles import LIKELIHOODS, Bernoulli, Categorical, Likelihood, Measure, Normal, close
-from torch import nn
+from torch import Tensor, nn
 
 import kfac_fx
+from kfac_fx.capture.symbolic_trace import opaque_calls
 
 pytestmark = pytest.mark.usefixtures("float64")
 both_fishers = pytest.mark.parametrize("fisher", ["exact", "empirical"])
@@ -100,3 +101,29 @@ class Checked(nn.Module):
         if x.shape[-1] < 2:
             raise ValueError("too small")
         return self.model(x)
+
+
+class Positions(nn.Embedding):
+    """Positions that never train, as several translation models have them."""
+
+    @torch.no_grad()
+    def forward(self, count: int) -> Tensor:
+        return super().forward(torch.arange(count))
+
+
+class Positioned(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions, self.head = Positions(10, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x + self.positions(x.shape[1]))
+
+
+def test_a_parameter_in_a_region_without_gradients_has_no_use() -> None:
+    """An export runs the region as a graph of its own; no derivative comes to what it reads."""
+    model, x = Positioned(), torch.randn(2, 5, 4)
+    net = kfac_fx.transform(model, x, capture="export")
+    assert [block.name for block in net.curvature.blocks.values()] == ["head"]
+    assert net.curvature.unused == ("positions.weight",)
+    assert opaque_calls(model, net.graph) == []
