@@ -122,13 +122,24 @@ class GradMode:
 
 
 def _is_region_without(node: fx.Node) -> bool:
-    """Tell whether a node runs a graph of its own with gradients off, as exports write regions."""
+    """Tell whether a node runs a graph of its own with gradients off, as exports write regions.
+
+    One that reads what else there is a use of is none: a spectral norm's iteration is a part of how
+    a weight is computed, and is followed with it.
+    """
     if not runs_nested_graph(node.target) or str(node.target) != "wrap_with_set_grad_enabled":
         return False
-    owner = node.graph.owning_module
-    place = node.args[1]
-    if node.args[0] is not False or owner is None or not isinstance(place, fx.Node):
+    owner, (enabled, place, *read) = node.graph.owning_module, node.args
+    if enabled is not False or owner is None or not isinstance(place, fx.Node):
         return False
+    if any(isinstance(a, fx.Node) and a.op == "get_attr" and len(a.users) > 1 for a in read):
+        return False
+    todo = [a for a in read if isinstance(a, fx.Node) and a.op.startswith("call")]
+    while todo:
+        above = todo.pop().all_input_nodes
+        if any(a.op == "get_attr" for a in above):
+            return False
+        todo += above
     inner = getattr(owner.get_submodule(str(place.target)), "graph", None)
     # A region inside of it may switch them on again: then it is looked at as others are.
     return inner is not None and not any(runs_nested_graph(one.target) for one in inner.nodes)
