@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
+from kfac_fx.capture.parameter_paths import ancestors
 from kfac_fx.torch_internals.modes import (
     autocast_setting,
     autocast_state,
@@ -132,14 +133,15 @@ def _is_region_without(node: fx.Node) -> bool:
     owner, (enabled, place, *read) = node.graph.owning_module, node.args
     if enabled is not False or owner is None or not isinstance(place, fx.Node):
         return False
-    if any(isinstance(a, fx.Node) and a.op == "get_attr" and len(a.users) > 1 for a in read):
-        return False
-    todo = [a for a in read if isinstance(a, fx.Node) and a.op.startswith("call")]
-    while todo:
-        above = todo.pop().all_input_nodes
-        if any(a.op == "get_attr" for a in above):
+    for each in read:
+        if not isinstance(each, fx.Node):
+            continue
+        if each.op == "get_attr":
+            elsewhere = len(each.users) > 1
+        else:
+            elsewhere = any(above.op == "get_attr" for above in ancestors(each))
+        if elsewhere:
             return False
-        todo += above
     inner = getattr(owner.get_submodule(str(place.target)), "graph", None)
     # A region inside of it may switch them on again: then it is looked at as others are.
     return inner is not None and not any(runs_nested_graph(one.target) for one in inner.nodes)

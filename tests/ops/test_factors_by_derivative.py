@@ -133,8 +133,11 @@ BROADCAST: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], tuple[int, ...]]]
 }
 
 
-def factors_of(model: nn.Module, x: Tensor) -> Sequence[Tensor]:
-    net = kfac_fx.transform(model)
+def factors_of(
+    model: nn.Module, x: Tensor, route: kfac_fx.config.Capture | None = None
+) -> Sequence[Tensor]:
+    """Of the model as a route captures it; None captures it without example inputs."""
+    net = kfac_fx.transform(model, None if route is None else x, capture=route or "auto")
     preconditioner = kfac_fx.Preconditioner(net, Normal, fisher="exact")
     outputs = net(x)
     preconditioner.observe(outputs)
@@ -205,14 +208,7 @@ def test_groups_before_the_cases(way: str, route: kfac_fx.config.Capture | None)
     """
     x = torch.randn(5, 2, 4)
     model = Product(lambda x, w: GROUPS_FIRST[way](x * 1.0, w), 2, 4, 3)
-    net = kfac_fx.transform(model, None if route is None else x, capture=route or "auto")
-    preconditioner = kfac_fx.Preconditioner(net, Normal, fisher="exact")
-    outputs = net(x)
-    preconditioner.observe(outputs)
-    outputs.square().sum().backward()
-    preconditioner.step()
-    assert net.curvature.blocks["weight"].approximation == "kronecker"
-    A, G = preconditioner.factors["weight"]
+    A, G = factors_of(model, x, route)
     for group in range(2):
         torch.testing.assert_close(A[group], x[:, group].T @ x[:, group] / 5)
         share = 1 / (5 * 3 * 4) if way == "baddbmm" else 1 / (5 * 2 * 3)  # there a mean of two
