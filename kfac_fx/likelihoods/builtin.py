@@ -38,6 +38,8 @@ class Likelihood(Protocol):
 
     A class may also say ``casewise = True``: a part of the cases then has the terms that it has in
     the whole batch, so that a few cases tell how a loss is reduced. Without it all are compared.
+    ``quadratic = True`` says that the loss is quadratic in the outputs: steps of any length in nats
+    may then be believed as far as those of one nat.
     """
 
     def distribution(self, outputs: Tensor) -> Distribution:
@@ -453,6 +455,7 @@ class Normal:
     variance: float = 1.0
     target: float | None = None
     casewise: ClassVar[bool] = True
+    quadratic: ClassVar[bool] = True
 
     def distribution(self, outputs: Tensor) -> Distribution:
         check_outputs(outputs, "normal")

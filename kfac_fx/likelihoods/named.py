@@ -99,6 +99,13 @@ NAMED: dict[str, Callable[[], Likelihood]] = {
 }
 
 
+def is_quadratic(likelihood: Likelihood | Sum) -> bool:
+    """Say whether the loss is known to be quadratic in the outputs, in all parts that count."""
+    if isinstance(likelihood, Sum):
+        return all(is_quadratic(part) for _, (part, weight) in likelihood.items() if weight)
+    return bool(getattr(likelihood, "quadratic", False))
+
+
 def described(likelihood: Likelihood | Sum) -> str:
     """Return a likelihood as text that differs where the Fisher does, as far as it can be told.
 

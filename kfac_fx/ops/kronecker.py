@@ -26,7 +26,7 @@ from kfac_fx.ops.gram import (
     stay,
 )
 from kfac_fx.ops.options import TapOptions
-from kfac_fx.ops.state import collecting_now
+from kfac_fx.ops.state import Stream, collecting_now
 
 
 def case_rows(t: Tensor, features: Sequence[int], groups: Sequence[int] = ()) -> Tensor:
@@ -317,12 +317,14 @@ class LinearStatistics(ColumnKroneckerStatistics):
         A: how A is kept.
         G: how G is kept.
         one: the homogeneous coordinate.
+        call: stands for the call of the layer, where it may have derivatives in forward mode.
     """
 
     options: LinearOptions
     A: FactorForm = WHOLE
     G: FactorForm = WHOLE
     one: float = 1.0
+    call: object | None = None
 
     def tangent(self) -> LinearStatistics | None:
         """Return the statistics of W x', the derivative in a direction x'.
@@ -330,6 +332,32 @@ class LinearStatistics(ColumnKroneckerStatistics):
         It is a use of W too, but of W alone: the bias is constant in every direction.
         """
         return replace(self, one=0.0)
+
+    def of_call(self, call: object) -> LinearStatistics:
+        """Return the statistics of a use in a call; see ``CallStatistics``."""
+        return replace(self, call=call)
+
+    def stream(
+        self, g: Tensor, tensors: Sequence[Tensor | None], dtype: torch.dtype
+    ) -> Stream | None:
+        """Return the rows of the use; see ``CallStatistics``."""
+        (x,) = tensors
+        given = self.options
+        if x is None or given.x_groups or given.y_groups or (self.A, self.G) != (WHOLE, WHOLE):
+            return None
+        a = positioned_rows(x, given.x_dims, (), dtype)
+        g = positioned_rows(g, given.y_dims, (), dtype)
+        cases = len(a)
+        if a.dim() > 2:
+            # Positions that are reduced have one input and one derivative a case, of which a
+            # stream knows nothing.
+            if given.reduce and a.shape[1] > 1:
+                return None
+            a, g = a.flatten(0, 1), g.flatten(0, 1)
+        if len(a) != len(g):
+            return None
+        a = torch.cat([a, torch.full_like(a[:, :1], self.one)], 1) if given.bias else a
+        return Stream(object() if self.call is None else self.call, cases, a, g)
 
     def inputs(self, g: Tensor, tensors: Sequence[Tensor | None], dtype: torch.dtype) -> Statistic:
         """Return A; the last one again where another use has read the same input."""

@@ -49,6 +49,9 @@ class TableStatistics(LinearStatistics):
     def of_outputs(self, shape: Sequence[int], along: Along, *, divide: bool) -> None:
         """Return None: outputs that are the same for all cases are no network's."""
 
+    def stream(self, g: Tensor, tensors: Sequence[Tensor | None], dtype: torch.dtype) -> None:
+        """Return None: its rows are those of no case."""
+
 
 @dataclass(frozen=True)
 class ProjectionOptions(TapOptions):
@@ -115,6 +118,9 @@ class ProjectionStatistics(LinearStatistics):
 
     def of_outputs(self, shape: Sequence[int], along: Along, *, divide: bool) -> None:
         """Return None: attention comes after it."""
+
+    def stream(self, g: Tensor, tensors: Sequence[Tensor | None], dtype: torch.dtype) -> None:
+        """Return None: attention keeps to uses."""
 
 
 @dataclass(frozen=True)

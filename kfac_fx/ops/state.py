@@ -19,7 +19,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -35,6 +35,24 @@ from kfac_fx.ops.thresholds import THRESHOLDS
 from kfac_fx.torch_internals.onlookers import forward_mode, saved_elsewhere, traced
 
 
+class Stream(NamedTuple):
+    """One use in a call of a layer in forward mode: of the value, or of a derivative.
+
+    Attributes:
+        call: stands for the call.
+        cases: the number of cases that the rows are of.
+        a: inputs by row, with the homogeneous coordinate, [rows, d_in].
+        g: derivatives by row, [rows, d_out].
+        column: of which column of the exact Fisher's root they are; 0 for the other Fishers.
+    """
+
+    call: object
+    cases: int
+    a: Tensor
+    g: Tensor
+    column: int = 0
+
+
 @dataclass(eq=False)
 class FactorState:
     """The state of one factor buffer for backward passes. It also stands for its identity.
@@ -45,11 +63,22 @@ class FactorState:
             statistics.
         deliveries: how many taps have delivered a statistic of it since the last step; counted for
             the first factor of each tap.
+        joinable: whether derivatives in forward mode may be joined with the values of their call;
+            this and what follows are kept of the first factor of a tap.
+        joined: whether there was one since the last step.
+        counted: whether calls that are joined have been counted, all of them as one delivery.
+        column: the number of columns of the exact Fisher that came before.
+        streams: what the taps of those calls have left.
     """
 
     paused: bool = False
     noted: bool = False
     deliveries: int = 0
+    joinable: bool = False
+    joined: bool = False
+    counted: bool = False
+    column: int = 0
+    streams: list[Stream] = field(default_factory=list)
 
 
 class _Known(NamedTuple):

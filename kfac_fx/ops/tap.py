@@ -22,6 +22,7 @@ from torch.autograd.graph import Node
 from torch.overrides import has_torch_function
 
 from kfac_fx.errors import ObservationError
+from kfac_fx.ops.case_gradients import join, joinable
 from kfac_fx.ops.columns import (
     ColumnStatistics,
     Context,
@@ -112,6 +113,7 @@ class _Source(_Unbatched):
     def jvp(ctx: Context, y: Tensor, *others: Tensor | None) -> Tensor:
         tensors = others[3 : 3 + ctx.saved]
         statistics = _of_tangents(ctx.statistics)
+        ctx.states[0].joined |= joinable(statistics, ctx.states)
         zero: Tensor = _Source.apply(y, statistics, ctx.states, ctx.saved, *tensors, *ctx.factors)
         return zero
 
@@ -150,13 +152,17 @@ def _delivered(
     # The training backward comes through paused taps: it must cost nothing but this.
     if not any(wanted):
         return [None] * len(wanted)
-    # The first factor is A, or the only one. A is asked for once a backward, G may be paused.
-    if wanted[0]:
-        states[0].deliveries += 1
     # Sparse inputs (bags of words, adjacency matrices) are made dense here, one tap at a time and
     # only while it forms its statistics: A is dense anyway, and rows are read in many ways (means
     # over positions, sub-blocks, ones appended) that torch has for dense tensors alone.
     seen = [t if t is None or t.layout not in SPARSE else t.to_dense() for t in saved()]
+    if states[0].joined and join(statistics, g, seen, wanted, factors[0].dtype, states):
+        # Zeros say that something has come. Factors are formed when all streams are there.
+        zeros = [g.new_zeros((), dtype=factor.dtype).expand(factor.shape) for factor in factors]
+        return [zero if asked else None for zero, asked in zip(zeros, wanted, strict=True)]
+    # The first factor is A, or the only one. A is asked for once a backward, G may be paused.
+    if wanted[0]:
+        states[0].deliveries += 1
     return statistics(g, seen, wanted, factors[0].dtype)
 
 
@@ -387,6 +393,9 @@ def tapped(
     if collection is None and all(state.noted for state in states) and notable(y):
         hand_on = partial(_handed_on, asked=asked)
         return leave_note(y, statistics, tensors, buffers, states, hand_on)
+    # The call is named before its derivatives are taken, so that their taps know whose they are.
+    if forward_mode() and joinable(statistics, states):
+        statistics = statistics.of_call(object())
     zero = _zero(y, statistics, tensors, buffers, states)
     return joined(y, zero, asked)
 

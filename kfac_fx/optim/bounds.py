@@ -132,12 +132,18 @@ class AdaptiveLength(NaturalLength):
     - ``restraint`` gets smaller with every step that was cut for being too long, for a learning
       rate that is too large would have all steps as long as the bound, in any direction.
 
+    Args:
+        quadratic: whether the loss is quadratic in the outputs. Then a nat is no measure of how far
+            the Fisher of the outputs is right, which is everywhere: residuals of a thousand would
+            be followed in steps of a thousandth. The share is never less than at one nat.
+
     Attributes:
         restraint: how much less than by the other four is taken.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, quadratic: bool = False) -> None:
         super().__init__(RADIUS)
+        self._least = math.sqrt(RADIUS) if quadratic else 0.0
         self.widest = WIDE
         self.restraint = 1.0
         self._cuts: list[float | Tensor] = []
@@ -221,7 +227,9 @@ class AdaptiveLength(NaturalLength):
         self.widest = agreed * max(NARROW, WIDE / math.sqrt(lag)) * self.restraint * signal**2
         # Batches must keep their weights: with steps of one length for all, many easy batches
         # outvote the few with rare cases, whose gradients are longer. One alone is not too long.
-        taken: float = lag * math.sqrt(min(1.0, RADIUS / max(self._usual, length)))
+        taken: float = lag * max(
+            self._least, math.sqrt(min(1.0, RADIUS / max(self._usual, length)))
+        )
         taken *= self.factor * self.restraint
         if not goes_on:
             crossed, self._lengths, self._sums = [0.0, 0.0], [0.0, 0.0], []

@@ -35,6 +35,17 @@ FURTHEST = 1e12
 NOISY = 0.7
 """Average signal below which steps of the quadratic model fit noise, and a rate is better."""
 
+LEARNT, SLOW = 10, 0.1
+"""Judgements after which lambda has been found; and the average part of the loss that a step of the
+model has to take away then, to be worth as much as the five or so cheap steps of its time. Not
+where batches are all the cases: there the model's steps get better the closer they come."""
+
+SAME = 1e-2
+"""Largest difference of both ratios of a step, by rounding, where batches are all the cases."""
+
+GAIN_MEMORY = 0.8
+"""The weight of the old in the average of those parts."""
+
 RAISE = 4.0
 FIRST_RAISE = 10.0
 """How many times as much lambda is for the next try, after a step that raised the loss."""
@@ -59,6 +70,8 @@ class HeldOutRule(DampingRule):
         self._average = 0.0
         self._signal = 1.0
         self._judged = 0
+        self._gain = 1.0
+        self._differ = False
 
     @property
     def largest(self) -> float:
@@ -72,15 +85,20 @@ class HeldOutRule(DampingRule):
         self._own = change / predicted if predicted else 1.0
         return self._own
 
-    def judge_held_out(self, change: float) -> float:
+    def judge_held_out(self, change: float, before: float) -> float:
         """Return the ratio of the last step on a batch that it has not seen; lambda follows it.
 
         Args:
             change: objective after the step less before, on the present batch.
+            before: the objective before it.
         """
+        # Of an objective that is not positive no part is known; one step more or less is no matter.
+        part = min(max(-change / before, -1.0), 1.0) if before > 0 else 0.0
+        self._gain = GAIN_MEMORY * self._gain + (1 - GAIN_MEMORY) * part
         if not self._predicted:
             return 1.0
         ratio = min(max(change / self._predicted, -WIDEST), WIDEST)
+        self._differ |= abs(change / self._predicted - self._own) > SAME * max(1.0, abs(self._own))
         # The average of ratios and not the ratio of averages: early steps promise thousands of
         # times as much as late ones, and would be all that the latter remembers.
         self._judged += 1
@@ -98,9 +116,13 @@ class HeldOutRule(DampingRule):
         return ratio
 
     @property
-    def noisy(self) -> bool:
-        """Say whether batches contradict each other so much that the model is of little use."""
-        return self._judged >= 3 and self._signal < NOISY
+    def why_not(self) -> str | None:
+        """Return why steps of the quadratic model are not worth their time; None if they are."""
+        if self._judged >= 3 and self._signal < NOISY:
+            return "batches disagree"
+        if self._differ and self._judged >= LEARNT and self._gain < SLOW:
+            return "the loss falls slowly"
+        return None
 
     def _factor(self, ratio: float) -> float:
         fast, slow = self._omega1, self._omega1 ** (1 / 3)
@@ -143,6 +165,7 @@ class HeldOutRule(DampingRule):
 
     def state(self) -> dict[str, float]:
         own = {"predicted": self._predicted, "own": self._own, "signal": self._signal}
+        own |= {"gain": self._gain, "differ": float(self._differ)}
         return {**super().state(), **own, "judged": float(self._judged)}
 
     def load(self, state: Mapping[str, float]) -> None:
@@ -153,3 +176,5 @@ class HeldOutRule(DampingRule):
         self._predicted = float(state["predicted"])
         self._own = float(state["own"])
         self._judged = int(state["judged"])
+        self._gain = float(state.get("gain", 1.0))  # earlier states have none
+        self._differ = bool(state.get("differ", 0.0))

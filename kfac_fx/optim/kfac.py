@@ -361,10 +361,10 @@ class KFAC(HasCurvature, Optimizer):
         if self._trust.grew(before, after):
             self._undo()
             return True
-        self.diagnostics["rho_held_out"] = rule.judge_held_out(after - before)
-        if rule.noisy:
+        self.diagnostics["rho_held_out"] = rule.judge_held_out(after - before, before)
+        if why := rule.why_not:
             self._change_form()
-            log.info("iteration %d: batches disagree, steps have a rate from here", self._iteration)
+            log.info("iteration %d: %s, steps have a rate from here", self._iteration, why)
         return False
 
     def _take_rate(self, why: str) -> None:

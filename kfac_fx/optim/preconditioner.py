@@ -34,7 +34,13 @@ from kfac_fx.errors import (
     ParameterChangedError,
     StatisticsError,
 )
-from kfac_fx.likelihoods.named import Given, check_described, described, likelihood_of
+from kfac_fx.likelihoods.named import (
+    Given,
+    check_described,
+    described,
+    is_quadratic,
+    likelihood_of,
+)
 from kfac_fx.likelihoods.sampling import forked, fresh_generator
 from kfac_fx.optim.bounds import AdaptiveLength, NaturalLength
 from kfac_fx.optim.layer_bounds import LayerBounds
@@ -165,7 +171,7 @@ class Preconditioner(HasCurvature):
         self.ema_decay = within("ema_decay", ema_decay, 0.0, 1.0)
         self.statistics_every = period_or_ours("statistics_every", statistics_every)
         self.refresh_every = period_or_ours("refresh_every", refresh_every)
-        self._length = _length(trust_region)
+        self._length = _length(trust_region, is_quadratic(self.likelihood))
         self.generator = generator or fresh_generator()
         self.skipped_statistics = 0
         self.skipped_gradients = 0
@@ -236,7 +242,7 @@ class Preconditioner(HasCurvature):
     @trust_region.setter
     def trust_region(self, value: float | Literal["adaptive"] | None) -> None:
         if value != self.trust_region:
-            self._length = _length(value)
+            self._length = _length(value, is_quadratic(self.likelihood))
 
     # One step of training.
 
@@ -437,11 +443,11 @@ class Preconditioner(HasCurvature):
         self.recorder.switch(self.due)
 
 
-def _length(trust_region: float | Literal["adaptive"] | None) -> NaturalLength:
+def _length(trust_region: float | Literal["adaptive"] | None, quadratic: bool) -> NaturalLength:
     """Return the rule for the length of a preconditioned gradient."""
     if isinstance(trust_region, str):
         choice("trust_region", trust_region, ("adaptive",))
-        return AdaptiveLength()
+        return AdaptiveLength(quadratic)
     return NaturalLength(positive("trust_region", trust_region))
 
 

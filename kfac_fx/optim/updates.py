@@ -17,6 +17,7 @@ from kfac_fx.curvature.estimate import DECAY, REFRESHES, STATISTICS, is_due
 from kfac_fx.curvature.inverses import InverseFisher
 from kfac_fx.curvature.mean_eigenvalue import NOTHING_LAGS
 from kfac_fx.errors import UnknownOptionError
+from kfac_fx.likelihoods.named import is_quadratic
 from kfac_fx.optim.adapt_damping import DampingRule
 from kfac_fx.optim.bounds import AdaptiveLength
 from kfac_fx.optim.held_out import HeldOutRule
@@ -376,7 +377,8 @@ class Forms:
         options = self.options
         region = options.trust_region
         rule = DampingRule(self.damping, self.weight_decay, options)
-        length = AdaptiveLength() if isinstance(region, str) else None
+        quadratic = is_quadratic(self.objective.likelihood)
+        length = AdaptiveLength(quadratic) if isinstance(region, str) else None
         layers = [block.parameters for block in self.inverse.curvature.blocks.values()]
         make = ScheduledUpdate(
             self.inverse,

@@ -15,9 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kfac_fx.ir.curvature_graph import CurvatureBlock, Holder, Pair
+from kfac_fx.ir.curvature_graph import CurvatureBlock, Holder, Moment, Pair
 from kfac_fx.ir.use import Role, StatisticKey
-from kfac_fx.ops.gram import Statistic, forget_input
+from kfac_fx.ops.case_gradients import case_factors
+from kfac_fx.ops.gram import Statistic, forget_input, multiplied
 from kfac_fx.ops.net_buffers import STORE
 from kfac_fx.ops.state import state_of
 
@@ -60,12 +61,15 @@ class StatisticNames:
         inputs: how many do not.
         untapped: blocks without a tap.
         shared: the G that several calls of a layer share, each with the A whose calls are counted.
+        joinable: the statistics of blocks whose calls in forward mode have joint factors, see
+            ``kfac_fx.ops.case_gradients``: A, G, and the count of positions where there is one.
     """
 
     tapped: tuple[TappedFactor, ...]
     inputs: int
     untapped: tuple[UntappedBlock, ...]
     shared: tuple[tuple[StatisticKey, tuple[StatisticKey, ...]], ...]
+    joinable: tuple[tuple[StatisticKey, ...], ...]
 
 
 class StatisticSources:
@@ -97,6 +101,9 @@ class StatisticSources:
         self.state_by_buffer = dict(zip(self.factors, self.states, strict=True))
         keys = [one.key for one in names.tapped]
         self._state_by_key = dict(zip(keys, self.states, strict=True))
+        for joined in names.joinable:
+            for key in joined[:2]:
+                self._state_by_key[key].joinable = True
 
     def statistics(
         self, tapped: Sequence[Statistic | None], untapped: Sequence[Tensor | None]
@@ -109,6 +116,9 @@ class StatisticSources:
         """
         pairs = zip(self.names.tapped, tapped, strict=True)
         found: Statistics = {one.key: value for one, value in pairs if value is not None}
+        for keys in self.names.joinable:
+            if self._state_by_key[keys[0]].streams:
+                self._add_joined(keys, found)
         # As for shared positions A (x) G stands for a sum of uncorrelated terms, one a call of the
         # layer (docs/explanation/mathematics.md, section 4): G is their mean, of a pair's calls the
         # geometric one. A derivative in forward mode is a call of its own.
@@ -124,6 +134,26 @@ class StatisticSources:
                 found[block.key] = torch.cat(squares).to(squares[0].dtype)
             start = end
         return found
+
+    def _add_joined(self, keys: Sequence[StatisticKey], found: Statistics) -> None:
+        """Add the factors of calls in forward mode, and forget what these are formed of."""
+        state = self._state_by_key[keys[0]]
+        A, G = case_factors(state.streams)
+        state.streams.clear()
+        # All those calls count as one use of one position, in as far as others are added to them.
+        for key, value in zip(keys, (A, G, A.new_ones(())), strict=False):
+            before = found.get(key)
+            found[key] = value if before is None else multiplied(before) + value
+
+    @property
+    def joined(self) -> bool:
+        """Say whether taps have seen a call in forward mode whose factors are joint."""
+        return any(state.joined for state in self.states)
+
+    def begin_column(self, place: int) -> None:
+        """Tell the streams of a column of the exact Fisher from those of the columns before."""
+        for state in self.states:
+            state.column = place
 
     def note(self, may: bool) -> None:
         """Let taps leave notes in the graphs of forward passes from now on, or not."""
@@ -153,15 +183,23 @@ class StatisticSources:
             for state in skipped:
                 state.paused = False
 
-    def forget(self) -> None:
+    def forget(self, *, forwards: bool = False) -> None:
         """Forget what passes have left in the factors; the only place that does.
 
         Recorded graphs deliver again, deliveries are counted anew, gradients and the last input
         factor are let go of.
+
+        Args:
+            forwards: whether recorded forwards are forgotten as well, at the end of a step.
         """
         for factor, state in zip(self.factors, self.states, strict=True):
             state.paused = False
             state.deliveries = 0
+            if state.joined:
+                state.counted = False
+                state.column = 0
+                state.streams.clear()
+                state.joined = not forwards
             factor.grad = None
         forget_input()
 
@@ -201,7 +239,9 @@ def sources_of(net: nn.Module, blocks: Iterable[Holder]) -> StatisticSources:
             tapped.append(TappedFactor(key, spec.role, symmetric and not spec.diagonal))
     tapped.sort(key=lambda one: one.role == "gradient")  # stable
     inputs = sum(one.role != "gradient" for one in tapped)
-    names = StatisticNames(tuple(tapped), inputs, tuple(untapped), _shared_uses(blocks))
+    names = StatisticNames(
+        tuple(tapped), inputs, tuple(untapped), _shared_uses(blocks), _joinable(blocks)
+    )
     factors = [getattr(getattr(store, one.key.slot), one.key.factor) for one in tapped]
     parameters = [parameter_at[name] for block in untapped for name in block.names]
     return StatisticSources(names, factors, parameters)
@@ -226,3 +266,27 @@ def _shared_uses(
         if all(end in inputs for end in ends):
             found.append((G, tuple(inputs[end] for end in ends)))
     return tuple(found)
+
+
+def _joinable(blocks: Sequence[Holder]) -> tuple[tuple[StatisticKey, ...], ...]:
+    """Return the statistics of blocks whose calls in forward mode may have joint factors.
+
+    Blocks of pairs keep factors of single uses, as cross factors are of those: with others the
+    coupled matrix need not be positive. So do those whose moments are of single uses.
+    """
+    apart: set[str] = set()
+    for holder in blocks:
+        if isinstance(holder, Pair):
+            apart |= {holder.earlier, holder.later}
+        elif isinstance(holder, Moment):
+            apart.add(holder.block)
+    roles = ["input", "gradient", "count"]
+    return tuple(
+        tuple(StatisticKey(block.slot, spec.name) for spec in block.factors)
+        for block in blocks
+        if isinstance(block, CurvatureBlock)
+        and block.tapped
+        and block.name not in apart
+        and len(block.factors) > 1
+        and [spec.role for spec in block.factors] == roles[: len(block.factors)]
+    )

@@ -483,4 +483,4 @@ class Recorder:
             self._empirical.stop()
         if self._step.added:
             self._step.forget()
-        self.sources.forget()
+        self.sources.forget(forwards=True)

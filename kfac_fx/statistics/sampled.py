@@ -146,7 +146,7 @@ def _exact_statistics(
         tapped = derivatives(torch.stack(list(made.exact(select))).sum(), sources.factors)
     elif sources.factors:
         with sources.only(sources.gradients):
-            gradients = _gradients(sources.gradients, made) if sources.gradients else ()
+            gradients = _gradients(sources, made) if sources.gradients else ()
         inputs: Sequence[Tensor | None] = ()
         with sources.only(sources.inputs):
             # Inputs do not depend on the derivative, but every use must be reached.
@@ -160,21 +160,25 @@ def _exact_statistics(
     return sources.statistics(tapped, untapped)
 
 
-def _gradients(factors: Sequence[Tensor], made: BatchLikelihood) -> list[Statistic | None]:
+def _gradients(sources: StatisticSources, made: BatchLikelihood) -> list[Statistic | None]:
     """Return the statistics that are quadratic in the derivative, summed over all columns.
 
     Args:
-        factors: their buffers.
+        sources: whose buffers they are for.
         made: what the likelihood says of the outputs.
     """
+    factors = sources.gradients
     try:
-        return _by_blocks(factors, made)
+        # Joint factors need each column's streams apart, which no batched pass delivers.
+        if not sources.joined:
+            return _by_blocks(factors, made)
     except RuntimeError as error:
         # Operators that cannot be batched, checkpoints that compute their part again, too little
         # memory. What is wrong in itself is so for single columns, and raised from there.
         log.info("one backward pass for each column of the exact Fisher: %s", error)
     total: list[Statistic | None] = [None] * len(factors)
-    for column in made.exact():
+    for place, column in enumerate(made.exact()):
+        sources.begin_column(place)
         more = derivatives(column, factors)
         total = [added(one, other) for one, other in zip(total, more, strict=True)]
     return total
@@ -212,6 +216,7 @@ def _mean_of_draws(
 ) -> Statistics:
     """Return the mean of the statistics of several draws of targets, of one forward."""
     total: Statistics = {}
+    inputs = {one.key for one in sources.names.tapped if one.role != "gradient"}
     for draw in range(draws):
         # The multiplier is the golden ratio's: neighbouring seeds of other passes lie far off.
         scalar = made.sampled((seed + 0x9E3779B97F4A7C15 * draw) % 2**62)
@@ -219,10 +224,11 @@ def _mean_of_draws(
         with asked:  # inputs do not depend on the draw
             found, _ = statistics_of(sources, scalar)
         for key, value in found.items():
+            if draw and key in inputs:
+                continue
             before = total.get(key)
             more = multiplied(value)
             total[key] = more if before is None else multiplied(before) + more
-    inputs = {one.key for one in sources.names.tapped if one.role != "gradient"}
     return {key: value if key in inputs else value * (1 / draws) for key, value in total.items()}
 
 

@@ -302,7 +302,8 @@ def test_slices_of_a_parameter_are_blocks_of_their_own(split: str) -> None:
     preconditioners = []
     for model in (packed, apart):
         net = kfac_fx.transform(model)
-        preconditioner = kfac_fx.Preconditioner(net, "normal", fisher="exact")
+        # Without bounds, which are by layer: here one of three parts, or three.
+        preconditioner = kfac_fx.Preconditioner(net, "normal", fisher="exact", trust_region=None)
         outputs = net(x)
         preconditioner.observe(outputs)
         outputs.square().sum().backward()

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from kfac_fx import likelihoods
 from kfac_fx.curvature.mean_eigenvalue import Scale
+from kfac_fx.likelihoods.named import is_quadratic, likelihood_of
 from kfac_fx.optim.bounds import AdaptiveLength, LayerSteps, NaturalLength
 from kfac_fx.optim.layer_bounds import LayerBounds
 from kfac_fx.parallel import ALONE
@@ -169,6 +171,34 @@ def test_easy_batches_do_not_outvote_hard_ones() -> None:
         measured = max(usual, squared)
         assert share == pytest.approx(length.factor * min(1.0, (0.01 / measured) ** 0.5))
     assert length.factor < 1
+
+
+@pytest.mark.parametrize("squared", [1e-4, 1e-2, 0.25, 1.0, 1e4])
+def test_a_quadratic_loss_has_shares_of_a_tenth_at_least(squared: float) -> None:
+    """sqrt(0.01 / squared length) up to one nat, and for longer gradients what it is there."""
+    g = torch.full((8,), (squared / 8) ** 0.5)
+    nats, quadratic = AdaptiveLength(), AdaptiveLength(quadratic=True)
+    assert nats.share(parts(g), parts(g), NAMES) == pytest.approx(min(1.0, 0.1 / squared**0.5))
+    share = quadratic.share(parts(g), parts(g), NAMES)
+    assert share == pytest.approx(max(0.1, min(1.0, 0.1 / squared**0.5)))
+
+
+def test_which_losses_are_quadratic() -> None:
+    """Normal ones of a fixed variance, and sums of nothing else that counts."""
+    sums = likelihoods.Sum
+    for given, wanted in (
+        ("normal", True),
+        ("residual", True),
+        (likelihoods.Normal(variance=0.25), True),
+        (sums([("residual", 1.0), ("normal", 10.0)]), True),
+        (sums([("residual", 1.0), ("categorical", 0.0)]), True),
+        (sums([("residual", 1.0), ("categorical", 0.1)]), False),
+        (sums([(sums([("residual", 1.0)]), 2.0)]), True),
+        ("categorical", False),
+        ("bernoulli", False),
+        (lambda outputs: torch.distributions.Normal(outputs, outputs.exp()), False),
+    ):
+        assert is_quadratic(likelihood_of(given)) is wanted
 
 
 def test_steps_that_are_cut_make_the_next_ones_shorter() -> None:

@@ -51,7 +51,7 @@ def test_lambda_follows_both_ratios(
     made = rule(average)
     assert made.judge(-4 * own, -4.0) == pytest.approx(own)
     assert made.damping == 2.0  # until the next batch has been heard
-    assert made.judge_held_out(-4 * held_out) == pytest.approx(held_out)
+    assert made.judge_held_out(-4 * held_out, 10.0) == pytest.approx(held_out)
     assert made.damping == pytest.approx(2.0 * factor)
 
 
@@ -59,12 +59,12 @@ def test_ratios_are_averaged_and_one_batch_is_not_everything() -> None:
     made = rule(judged=0)
     for change in (-4.0, -2.0):
         made.judge(change, -4.0)
-        made.judge_held_out(change)
+        made.judge_held_out(change, 10.0)
     assert made.numbers()["held_out"] == pytest.approx(0.75)  # a plain mean at first
     made.judge(-4.0, -4.0)
-    assert made.judge_held_out(1e9) == -2.0
+    assert made.judge_held_out(1e9, 10.0) == -2.0
     assert made.numbers()["held_out"] == pytest.approx((1.0 + 0.5 - 2.0) / 3)
-    assert made.judge_held_out(-4.0) == 1.0  # judged already: nothing more to say
+    assert made.judge_held_out(-4.0, 10.0) == 1.0  # judged already: nothing more to say
     assert made.numbers()["held_out"] == pytest.approx((1.0 + 0.5 - 2.0) / 3)
 
 
@@ -72,14 +72,14 @@ def test_noise_alone_takes_lambda_to_the_scale_of_the_curvature() -> None:
     made = rule(-1.0, damping=0.5)
     for _ in range(100):
         made.judge(-4.0, -4.0)
-        made.judge_held_out(4.0)
+        made.judge_held_out(4.0, 10.0)
     assert CEILING <= made.damping < CEILING / SLOW
     made.raised(first=True)
     assert made.damping == pytest.approx(FIRST_RAISE * made.damping / FIRST_RAISE)
     made = rule(0.9)
     made.damping = 1e-30
     made.judge(-4.0, -4.0)
-    made.judge_held_out(-4.0)
+    made.judge_held_out(-4.0, 10.0)
     assert made.damping == FLOOR
 
 
@@ -92,7 +92,7 @@ def test_the_fraction_of_a_step_is_the_signal_in_it(signal: float) -> None:
         predicted = -(f - f * f / 2)
         # The function has twice the curvature of the model, which is no noise.
         made.judge(-f + f * f, predicted)
-        made.judge_held_out(-f * signal + f * f)
+        made.judge_held_out(-f * signal + f * f, 10.0)
     assert made.fraction == pytest.approx(max(signal, SHORTEST))
 
 
@@ -105,8 +105,9 @@ def noisy(steps: int, cases: int = 32) -> Iterator[tuple[Tensor, Tensor]]:
 
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The form of the quadratic model, however much batches disagree."""
+    """The form of the quadratic model, however much batches disagree or how little is gained."""
     monkeypatch.setattr("kfac_fx.optim.held_out.NOISY", -10.0)
+    monkeypatch.setattr("kfac_fx.optim.held_out.SLOW", -10.0)
 
 
 @pytest.mark.usefixtures("float64", "patient")
@@ -258,6 +259,31 @@ def test_steps_have_a_rate_once_batches_disagree() -> None:
     for _ in range(30):
         whole.step(x, y)
     assert "rate" not in whole.diagnostics
+
+
+def test_steps_have_a_rate_once_the_loss_falls_slowly() -> None:
+    """The average part that a step takes away, with weights 0.8^k from 1 on; ten are judged."""
+    made, average = rule(), 1.0
+    for step in range(1, 30):
+        part = 0.4 if step < 6 else 0.05
+        average = 0.8 * average + 0.2 * part
+        made.judge(-1.1 * part, -part)  # the model is right, and batches agree but for a little
+        made.judge_held_out(-part, 1.0)
+        slow = step >= 10 and average < 0.1
+        assert (made.why_not == "the loss falls slowly") is slow
+    assert slow
+    again = rule()
+    again.load(made.state())
+    assert again.why_not == made.why_not
+    for before, held_out, wanted in (
+        (-3.0, -0.9, "the loss falls slowly"),  # of an objective below zero no part is known
+        (1e3, -1.0, None),  # batches are all the cases
+    ):
+        other = rule()
+        for _ in range(30):
+            other.judge(-1.0, -1.0)
+            other.judge_held_out(held_out, before)
+        assert other.why_not == wanted
 
 
 def test_the_constants_of_the_paper_keep_its_form() -> None:

@@ -1,7 +1,8 @@
 """Losses with derivatives of the network inside, and networks that are called several times.
 
 In forward mode every layer is used once for the values and once for each derivative,
-s' = W x' without the bias. The reference writes these uses out as Taylor coefficients.
+s' = W x' without the bias. The reference writes these uses out as Taylor coefficients. Factors of
+such calls are those of per-case gradients, sums over the uses of a call.
 """
 
 from __future__ import annotations
@@ -134,6 +135,24 @@ def moments(reached: list[tuple[Use, Tensor]]) -> dict[Any, tuple[Tensor, Tensor
     return result
 
 
+def joint(reached: list[tuple[Use, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
+    """(A, G) of the layers by the per-case gradients of every call; tr A is that of the inputs."""
+    result = {}
+    for name in LAYERS:
+        gradients: dict[int, Tensor] = {}
+        size = torch.zeros(())
+        for use, g in reached:
+            if use.layer == name:
+                more = torch.einsum("no,ni->noi", g, use.rows)
+                call = use.call[0]
+                gradients[call] = gradients[call] + more if call in gradients else more
+                size = size + use.rows.square().sum() / len(use.rows)
+        J = torch.cat([*gradients.values()])
+        A, G = torch.einsum("noi,noj->ij", J, J), torch.einsum("noi,npi->op", J, J)
+        result[name] = A * (size / A.trace()), G / size
+    return result
+
+
 def batch() -> tuple[Tensor, Tensor]:
     return torch.rand(6, 2), torch.rand(4, 2)
 
@@ -150,9 +169,12 @@ def test_factors_of_a_differential_equation(structure: str) -> None:
     preconditioner.step()
     reference, uses = written_out(model, points)
     close(outputs, reference)
-    want = moments(per_case(reference, uses))
+    reached = per_case(reference, uses)
+    want = moments(reached)
+    # Cross factors are of single uses, and so must the factors be that they stand beside.
+    blocks = joint(reached) if structure == "block_diagonal" else want
     for name in LAYERS:
-        close(preconditioner.factors[name], want[name])
+        close(preconditioner.factors[name], blocks[name])
     assert len(preconditioner.cross_factors) == (2 if structure == "block_tridiagonal" else 0)
     for (child, parent), (A, G) in preconditioner.cross_factors.items():
         one, other = sorted((child, parent))
@@ -175,7 +197,7 @@ def test_sampled_factors_of_residuals_have_the_exact_mean() -> None:
         (outputs[0].sum() + outputs[1].sum()).backward()
         preconditioner.step()
         runs.append({name: preconditioner.factors[name][1].clone() for name in LAYERS})
-    want = moments(per_case(*written_out(model, points)))
+    want = joint(per_case(*written_out(model, points)))
     for name in LAYERS:
         draws = torch.stack([run[name] for run in runs])
         error = draws.std(0) / len(draws) ** 0.5
@@ -244,7 +266,7 @@ def test_closures_in_a_pass_of_its_own() -> None:
         preconditioner.observe(inputs=equation)
         model(points[-1][0]).sum().backward()
         preconditioner.step()
-        want = moments(per_case(*written_out(model, points.pop())))
+        want = joint(per_case(*written_out(model, points.pop())))
         for name in LAYERS:
             close(preconditioner.factors[name], want[name])
 
@@ -265,6 +287,162 @@ def test_convolutions_in_forward_mode() -> None:
     weight = model[2].weight.view(2, 4).T  # the derivative at each of the four positions
     want = sum(r.T @ r for r in rows) / 5, 2 * (5 * weight.T @ weight) / (5 * 4 * 2)
     close(preconditioner.factors["0"], want)
+
+
+# ------------------------------------------------------------------------- per-case gradients
+def values_and_slopes(net: Net, x: Tensor) -> Tensor:
+    """Two outputs a case, of one call of the network."""
+    value, slope = torch.func.jvp(net, (x,), (torch.ones_like(x),))
+    return torch.cat([value.square() + slope, 3 * slope * value.sin()], 1)
+
+
+def gradients_by_definition(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """J of every case and output, [cases * outputs, d_out, d_in], by automatic differentiation."""
+
+    def one(parameters: dict[str, Tensor], row: Tensor) -> Tensor:
+        def net(z: Tensor) -> Tensor:
+            return torch.func.functional_call(model, parameters, (z,))
+
+        return values_and_slopes(net, row.unsqueeze(0))[0]
+
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    found = torch.func.vmap(torch.func.jacrev(one), (None, 0))(parameters, x)
+    result = {}
+    for name in LAYERS:
+        parts = [found[f"{name}.weight"]]
+        if f"{name}.bias" in found:
+            parts.append(found[f"{name}.bias"].unsqueeze(-1))
+        result[name] = torch.cat(parts, -1).flatten(0, 1)
+    return result
+
+
+@pytest.mark.parametrize("compile", [False, "eager"])
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("fisher", ["exact", "sampled"])
+def test_joint_factors_are_those_of_per_case_gradients(
+    fisher: str, own: bool, compile: bool | str
+) -> None:
+    """A ~ sum J^T J, G ~ sum J J^T, tr A tr G = sum |J|^2 / N, whichever pass records them."""
+    if fisher == "sampled":  # one output: then the sign of a draw cancels
+        model, forward = network(), lambda net, x: values_and_slopes(net, x)[:, :1]
+    else:
+        model, forward = network(), values_and_slopes
+    x = torch.randn(7, 2)
+    net = kfac_fx.transform(model, structure="block_diagonal")
+    preconditioner = kfac_fx.Preconditioner(
+        net, "residual", fisher=fisher, forward=forward, compile=compile
+    )
+    outputs = forward(net, x)
+    preconditioner.observe(outputs, inputs=x if own else None)
+    outputs.sum().backward()
+    preconditioner.step()
+    for name, J in gradients_by_definition(model, x).items():
+        J = J[::2] if fisher == "sampled" else J
+        A, G = preconditioner.factors[name]
+        close([A / A.trace()], [torch.einsum("noi,noj->ij", J, J) / J.square().sum()])
+        close([G / G.trace()], [torch.einsum("noi,npi->op", J, J) / J.square().sum()])
+        close([A.trace() * G.trace()], [J.square().sum() / len(x)])
+
+
+def test_joint_factors_of_empirical_statistics() -> None:
+    """The derivative of the loss is the residual's times that of the outputs."""
+    model, x = network(), torch.randn(7, 2)
+    net = kfac_fx.transform(model, structure="block_diagonal")
+    preconditioner = kfac_fx.Preconditioner(net, "residual", fisher="empirical")
+    outputs = values_and_slopes(net, x)[:, :1]
+    preconditioner.observe(outputs, torch.zeros_like(outputs))
+    (0.5 * outputs.square().mean()).backward()
+    preconditioner.step()
+    for name, J in gradients_by_definition(model, x).items():
+        J = J[::2] * outputs.detach().unsqueeze(-1)
+        A, G = preconditioner.factors[name]
+        close([A / A.trace()], [torch.einsum("noi,noj->ij", J, J) / J.square().sum()])
+        close([A.trace() * G.trace()], [J.square().sum() / len(x)])
+
+
+def test_several_draws_have_the_factors_of_one() -> None:
+    """Signs cancel in the gradient of one output, so all draws are the same."""
+    model, x = network(), torch.randn(7, 2)
+    found = []
+    for draws in (1, 3):
+        curvature = kfac_fx.estimate(
+            kfac_fx.transform(model, structure="block_diagonal"),
+            [x],
+            "residual",
+            forward=lambda net, x: values_and_slopes(net, x)[:, :1],
+            draws=draws,
+        )
+        found.append([f for fs in curvature.factors.values() for f in fs])
+    close(*found)
+
+
+def test_a_step_without_derivatives_has_factors_of_single_uses() -> None:
+    """What one step has seen in forward mode is nothing for the next."""
+    model, x = network(), torch.randn(7, 2)
+    net = kfac_fx.transform(model, structure="block_diagonal")
+    found = []
+    for equations in (True, False):
+        preconditioner = kfac_fx.Preconditioner(net, "residual", fisher="exact", ema_decay=0.0)
+        for forward in ([values_and_slopes] if equations else []) + [lambda net, x: net(x)]:
+            outputs = forward(net, x)
+            preconditioner.observe(outputs)
+            outputs.sum().backward()
+            preconditioner.step()
+        found.append([f.clone() for fs in preconditioner.factors.values() for f in fs])
+    close(*found)
+
+
+def test_uses_with_positions_are_joined_by_position() -> None:
+    """[cases, points, features]: a point's gradient is of its own, as in the expand form."""
+    model, x = network(), torch.randn(3, 4, 2)
+    found = []
+    for rows in (x, x.flatten(0, 1)):
+        net = kfac_fx.transform(model, structure="block_diagonal")
+        preconditioner = kfac_fx.Preconditioner(net, "residual", fisher="exact")
+        value, slope = torch.func.jvp(net, (rows,), (torch.ones_like(rows),))
+        preconditioner.observe(value.square() + slope)
+        (value.square() + slope).sum().backward()
+        preconditioner.step()
+        found.append({name: A.trace() * G.trace() for name, (A, G) in net_factors(preconditioner)})
+        shapes = [(A / A.trace(), G / G.trace()) for _, (A, G) in net_factors(preconditioner)]
+        found.append([f.clone() for pair in shapes for f in pair])
+    close(found[1], found[3])
+    for name in LAYERS:  # N counts cases: four points each
+        close([found[0][name]], [4 * found[2][name]])
+
+
+class Twice(nn.Module):
+    """A network that is used twice in one graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = network()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) + self.body(2 * x)
+
+
+def test_two_uses_in_a_graph_are_two_calls() -> None:
+    """Where positions are counted at run time, joint factors count as one."""
+    twice, x = Twice(), torch.randn(7, 2)
+    found = []
+    for model, forward in (
+        (twice, values_and_slopes),
+        (twice.body, lambda net, x: values_and_slopes(lambda z: net(z) + net(2 * z), x)),
+    ):
+        net = kfac_fx.transform(model, structure="block_diagonal")
+        preconditioner = kfac_fx.Preconditioner(net, "residual", fisher="exact")
+        outputs = forward(net, x)
+        preconditioner.observe(outputs)
+        outputs.sum().backward()
+        preconditioner.step()
+        found.append([f.clone() for fs in preconditioner.factors.values() for f in fs])
+        model.zero_grad()
+    close(*found)
+
+
+def net_factors(preconditioner: kfac_fx.Preconditioner) -> list[tuple[str, list[Tensor]]]:
+    return [(name, list(preconditioner.factors[name])) for name in LAYERS]
 
 
 # ------------------------------------------------------------------------------------- optimizer
