@@ -148,9 +148,10 @@ class AdaptiveLength(NaturalLength):
         self.restraint = 1.0
         self._cuts: list[float | Tensor] = []
         self._names: tuple[str, ...] = ()
-        # Sums of PAST^k times shares of gradients, and of what was made of them, as long vectors.
-        # Neither is made of the other: Fhat has changed since, at first by powers of ten.
-        self._sums: list[list[Tensor]] = []
+        # Sums of PAST^k times shares of gradients, and of what was made of them: [2, entries], one
+        # for each long vector. Neither is made of the other: Fhat has changed since, at first by
+        # powers of ten.
+        self._sums: list[Tensor] = []
         self._lengths = [0.0, 0.0]  # squared: of the first in Fhat^-1, of the second's entries
         self._bold = 1.0
         self._steps = 0
@@ -180,16 +181,21 @@ class AdaptiveLength(NaturalLength):
             [v if v.element_size() > 2 else v.float() for v in vectors]
             for vectors in (gradient, updates)
         )
-        if self._names != tuple(names) or any(len(each) != len(g) for each in self._sums):
+        if self._names != tuple(names) or len(self._sums) != len(g):
             self._names, self._sums = tuple(names), []
-        dots = [
-            a.mul(b).sum() for each in (g, u, *self._sums) for a, b in zip(u, each, strict=True)
-        ]
+        # Rows of one tensor: half as many calls.
+        both = [torch.stack(pair) for pair in zip(g, u, strict=True)]
+        rows = [*zip(u, both, strict=True), *zip(u, self._sums, strict=False)]
+        dots = [pair.mul(vector).sum(1) for vector, pair in rows]
         # One synchronisation, not two: what they are of may be on a GPU.
         if len(g) > 1:
             dots = [dot.double().to(dots[0].device) for dot in dots]
         read = torch.stack(dots).tolist()
-        squared, plain, *crossed = (sum(read[k : k + len(g)]) for k in range(0, len(read), len(g)))
+        squared, plain, *crossed = (
+            sum(dot[row] for dot in read[start : start + len(g)])
+            for start in range(0, len(read), len(g))
+            for row in (0, 1)
+        )
         if not math.isfinite(squared):
             self._sums = []  # where all are finite the sum has overflowed: once more, with room
             wide = _widened([gradient, updates])
@@ -238,10 +244,9 @@ class AdaptiveLength(NaturalLength):
             max(0.0, PAST**2 * past + 2 * PAST * taken * cross) + taken**2 * own
             for past, cross, own in zip(self._lengths, crossed, (squared, plain), strict=True)
         ]
-        for each, sums in zip((g, u), self._sums, strict=False):  # none before the first step
-            for new, old in zip(each, sums, strict=True):
-                old.mul_(PAST).add_(new, alpha=taken)
-        self._sums = self._sums or [[v * taken for v in each] for each in (g, u)]
+        for new, old in zip(both, self._sums, strict=False):  # none before the first step
+            old.mul_(PAST).add_(new, alpha=taken)
+        self._sums = self._sums or [new * taken for new in both]
         return taken
 
     def cut(self, kept: float | Tensor) -> None:
@@ -262,7 +267,7 @@ class AdaptiveLength(NaturalLength):
             "factor": self.factor,
             "restraint": self.restraint,
             "names": list(self._names),
-            "sums": [[vector.clone() for vector in each] for each in self._sums],
+            "sums": [[sums[row].clone() for sums in self._sums] for row in (0, 1)],
             "lengths": list(self._lengths),
             "bold": self._bold,
             "divisor": self.damping_divisor,
@@ -279,7 +284,7 @@ class AdaptiveLength(NaturalLength):
         self._names = tuple(state["names"])
         # Earlier states have one sum, which says nothing of flat directions: both begin anew.
         sums = state.get("sums", [])
-        self._sums = [[vector.to(device).clone() for vector in each] for each in sums]
+        self._sums = [torch.stack(pair).to(device) for pair in zip(*sums, strict=True)]
         self._lengths = [*state.get("lengths", self._lengths)]
         self._bold = float(state.get("bold", 1.0))
         self.damping_divisor = float(state.get("divisor", 1.0))
@@ -388,12 +393,15 @@ class LayerSteps:
             for kind in self._kinds
         ]
 
-    def unpack(self, vectors: Sequence[Tensor], excess: Excess | None = None) -> list[Tensor]:
+    def unpack(
+        self, vectors: Sequence[Tensor], excess: Excess | None = None, share: float = 1.0
+    ) -> list[Tensor]:
         """Return vectors of local parts as tensors of the parameters' shapes, in their memory.
 
         Args:
             vectors: as ``pack`` gave them.
             excess: is taken away in place.
+            share: what is left is multiplied by it, in place.
         """
         if self._plain and len(vectors) == 1:
             found = list(foreach.unflattened(vectors[0], self._like))
@@ -403,34 +411,52 @@ class LayerSteps:
                 parts = foreach.unflattened(vector, [self._like[place] for place in kind])
                 for place, part in zip(kind, parts, strict=True):
                     found[place] = torch.view_as_complex(part) if self._complex[place] else part
-        if excess is not None:
+        if excess is None:
+            if share != 1:
+                for vector in vectors:
+                    vector.mul_(share)
+        elif self.reads:
+            foreach.mul_(found, [share * (1 - float(much)) for much in excess.parts])
+        else:
             for step, much in zip(found, excess.parts, strict=True):
-                if isinstance(much, Tensor) or much > 0:
-                    step.mul_(1 - much)
+                step.mul_(share * (1 - much))
         return found
 
     def excess(
-        self, steps: Sequence[Tensor], weights: Sequence[Tensor], largest: float
+        self,
+        steps: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        largest: float,
+        *,
+        packed: bool = True,
     ) -> Excess | None:
         """Return which part of each parameter's step is too much; None, or zeros, where none is.
 
         Args:
             steps: as vectors.
-            weights: the same, from before the steps.
+            weights: those from before the steps.
             largest: the largest length of a layer's step, in units of its weights' length.
+            packed: whether weights are vectors, too, rather than the parameters.
         """
-        sizes = [*self._sizes, *self._sizes]
-        vectors = zip([*steps, *weights], sizes, strict=True)
+        # Norms of several tensors are one call anyway: a vector of them is made only where its
+        # parts are what is compared.
+        if not (packed or (self.reads and self._plain)):
+            weights, packed = self.pack(weights), True
+        vectors = zip([*steps, *weights] if packed else steps, self._sizes * 2, strict=False)
         pieces = [piece for vector, size in vectors for piece in vector.split(size)]
+        if not packed:
+            pieces += weights
         norms = list(foreach.norm(pieces, 2, self._dtype))
         if not self.reads:
             return self._unread(norms, largest)
         lengths = torch.stack(norms).tolist()
         count = len(self._pieces)
         moved, lasting = [0.0] * len(self._least), [0.0] * len(self._least)
-        for place, (row, _) in enumerate(self._pieces):
-            moved[row] += lengths[place] ** 2
-            lasting[row] += lengths[count + place] ** 2
+        for length, (row, _) in zip(lengths, self._pieces, strict=False):
+            moved[row] += length * length
+        rows = [row for row, _ in self._pieces] if packed else self._rows
+        for length, row in zip(lengths[count:], rows, strict=True):
+            lasting[row] += length * length
         # A step that is not finite is not made up for.
         excess = [
             max(0.0, 1 - largest * math.sqrt(max(weight, least) / step))

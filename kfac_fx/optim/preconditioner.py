@@ -392,13 +392,11 @@ class Preconditioner(HasCurvature):
                 if largest < math.inf:
                     self._layers.shorten(given, largest)
             else:
-                for vector in made:
-                    vector.mul_(share)
                 excess = None
                 if largest < math.inf:
-                    weights = layers.pack([self.inverse.covered.parameters[n] for n in whole])
-                    excess = layers.excess(made, weights, largest)
-                foreach.copy_(list(given.values()), layers.unpack(made, excess))
+                    weights = [self.inverse.covered.parameters[n] for n in whole]
+                    excess = layers.excess(made, weights, largest / share, packed=False)
+                foreach.copy_(list(given.values()), layers.unpack(made, excess, share))
         if not finite:
             self.skipped_gradients += 1
             log.warning("step %d: no finite preconditioned gradient; it is zero", self._steps)

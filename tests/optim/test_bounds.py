@@ -107,7 +107,7 @@ class Definition:
 
 
 def parts(vector: Tensor) -> list[Tensor]:
-    return [vector[:6].view(2, 3), vector[6:]]
+    return [vector[:6], vector[6:]]
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.3, 10.0])
