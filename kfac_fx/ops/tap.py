@@ -156,13 +156,15 @@ def _delivered(
     # only while it forms its statistics: A is dense anyway, and rows are read in many ways (means
     # over positions, sub-blocks, ones appended) that torch has for dense tensors alone.
     seen = [t if t is None or t.layout not in SPARSE else t.to_dense() for t in saved()]
-    if states[0].joined and join(statistics, g, seen, wanted, factors[0].dtype, states):
+    # The first factor is A, or the only one. A is asked for once a backward, G may be paused.
+    first = states[0]
+    if wanted[0]:
+        first.deliveries += 1
+    may = first.joined and first.gathering is not None and first.gathering.on
+    if may and join(statistics, g, seen, wanted, factors[0].dtype, states):
         # Zeros say that something has come. Factors are formed when all streams are there.
         zeros = [g.new_zeros((), dtype=factor.dtype).expand(factor.shape) for factor in factors]
         return [zero if asked else None for zero, asked in zip(zeros, wanted, strict=True)]
-    # The first factor is A, or the only one. A is asked for once a backward, G may be paused.
-    if wanted[0]:
-        states[0].deliveries += 1
     return statistics(g, seen, wanted, factors[0].dtype)
 
 
