@@ -80,7 +80,8 @@ class FactorState:
             the first factor of each tap.
         gathering: where derivatives in forward mode may be joined with the values of their call,
             says when; None elsewhere. What follows is kept of the first factor of a tap.
-        joined: whether there was such a derivative since the last step.
+        joined: for how many ends of steps there may be uses of such derivatives: a forward may be
+            run before a step ends, and observed in the next one.
         streamed: how many of the deliveries were streams.
         column: the number of columns of the exact Fisher that came before.
         streams: what the taps of those calls have left.
@@ -90,7 +91,7 @@ class FactorState:
     noted: bool = False
     deliveries: int = 0
     gathering: Gathering | None = None
-    joined: bool = False
+    joined: int = 0
     streamed: int = 0
     column: int = 0
     streams: list[Stream] = field(default_factory=list)

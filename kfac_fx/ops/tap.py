@@ -113,7 +113,8 @@ class _Source(_Unbatched):
     def jvp(ctx: Context, y: Tensor, *others: Tensor | None) -> Tensor:
         tensors = others[3 : 3 + ctx.saved]
         statistics = _of_tangents(ctx.statistics)
-        ctx.states[0].joined |= joinable(statistics, ctx.states)
+        if joinable(statistics, ctx.states):
+            ctx.states[0].joined = 2
         zero: Tensor = _Source.apply(y, statistics, ctx.states, ctx.saved, *tensors, *ctx.factors)
         return zero
 
@@ -158,9 +159,8 @@ def _delivered(
     seen = [t if t is None or t.layout not in SPARSE else t.to_dense() for t in saved()]
     # The first factor is A, or the only one. A is asked for once a backward, G may be paused.
     first = states[0]
-    if wanted[0]:
-        first.deliveries += 1
-    may = first.joined and first.gathering is not None and first.gathering.on
+    first.deliveries += wanted[0]
+    may = first.joined > 0 and first.gathering is not None and first.gathering.on
     if may and join(statistics, g, seen, wanted, factors[0].dtype, states):
         # Zeros say that something has come. Factors are formed when all streams are there.
         zeros = [g.new_zeros((), dtype=factor.dtype).expand(factor.shape) for factor in factors]
@@ -302,7 +302,7 @@ def _of_tangents(statistics: Any) -> Statistics:
         raise ObservationError(
             f"{type(statistics).__name__.removesuffix('Statistics')} statistics record no "
             "derivatives of the network by torch.func.jvp; those of linear and convolution layers "
-            "do: leave the parameters out with transform(..., exclude=...)"
+            "do: leave parameters out with transform(..., exclude=...), moments with ekfac=False"
         )
     return made
 

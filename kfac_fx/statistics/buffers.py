@@ -155,7 +155,7 @@ class StatisticSources:
     @property
     def joined(self) -> bool:
         """Say whether taps have seen a call in forward mode whose factors are joint."""
-        return any(state.joined for state in self.states)
+        return any(state.joined > 0 for state in self.states)
 
     def begin_column(self, place: int) -> None:
         """Tell the streams of a column of the exact Fisher from those of the columns before."""
@@ -197,7 +197,7 @@ class StatisticSources:
         factor are let go of.
 
         Args:
-            forwards: whether recorded forwards are forgotten as well, at the end of a step.
+            forwards: whether it is the end of a step, after which few recorded forwards are of use.
         """
         for factor, state in zip(self.factors, self.states, strict=True):
             state.paused = False
@@ -206,7 +206,7 @@ class StatisticSources:
                 state.streamed = 0
                 state.column = 0
                 state.streams.clear()
-                state.joined = not forwards
+                state.joined -= forwards
             factor.grad = None
         forget_input()
 

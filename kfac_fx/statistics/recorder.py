@@ -307,7 +307,7 @@ class Recorder:
             raise self._copied()
         if _turns.get(self._store) is not self._reference:
             self.take_turn()
-        self._end_step()
+        self._end_step(forwards=True)
         on = on and not self.by_inputs
         if any(factor.requires_grad != on for factor in self.sources.factors):
             switch(self.net, self.sources.factors, on)
@@ -480,8 +480,8 @@ class Recorder:
         if collected is not None:
             self._step.add(collected)
 
-    def _end_step(self) -> None:
-        """Forget all that the step has left."""
+    def _end_step(self, *, forwards: bool = False) -> None:
+        """Forget all that the step has left; ``forwards`` as of ``StatisticSources.forget``."""
         self._observed = False
         if self._backward is not None:
             self._backward.close()
@@ -490,4 +490,4 @@ class Recorder:
             self._empirical.stop()
         if self._step.added:
             self._step.forget()
-        self.sources.forget(forwards=True)
+        self.sources.forget(forwards=forwards)

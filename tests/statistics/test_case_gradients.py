@@ -298,3 +298,28 @@ def test_all_draws_are_in_the_factors_of_inputs() -> None:
     for name, (A, G) in want.items():
         assert (found[name][0] - A).norm() < 0.02 * A.norm(), name
         assert (found[name][1] - G).norm() < 0.1 * G.norm(), name
+
+
+@pytest.mark.parametrize("fisher", ["sampled", "exact", "empirical"])
+def test_a_forward_before_the_step_before_has_joint_factors(fisher: str) -> None:
+    """As of a loop that runs the next forward early."""
+    x, found = torch.rand(6, 2), []
+    for early in (False, True):
+        net = kfac_fx.transform(network(), structure="block_diagonal")
+        preconditioner = kfac_fx.Preconditioner(net, "residual", fisher=fisher, ema_decay=0.0)
+        outputs = equation(net, x)
+        for _ in range(2):
+            preconditioner.observe(outputs, torch.zeros_like(outputs))
+            (0.5 * outputs.square().mean()).backward()
+            following = equation(net, x) if early else None
+            preconditioner.step()
+            outputs = equation(net, x) if following is None else following
+        found.append(factors(preconditioner))
+    close(*found)
+
+
+def test_moments_of_ekfac_are_refused_with_the_way_out() -> None:
+    net, x = kfac_fx.transform(network(), structure="block_diagonal", ekfac=True), torch.rand(6, 2)
+    with pytest.raises(errors.ObservationError, match="ekfac=False"):
+        for _ in range(2):  # the first statistics have no bases yet
+            recorded(net, x, tikhonov="ekfac")
