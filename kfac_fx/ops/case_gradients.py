@@ -14,6 +14,7 @@ docs/explanation/mathematics.md, section 4.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple, Protocol, TypeGuard, runtime_checkable
 
 import torch
@@ -59,20 +60,20 @@ def join(
     made = statistics.stream(g, tensors, dtype) if joinable(statistics, states) else None
     if made is None:
         return False
-    # Per-case gradients of all calls are one sum, and count as one use of the layer. A pass that
-    # asks for inputs alone counts, and leaves A to the one that brings derivatives.
-    if wanted[0] and not state.counted:
-        state.counted = True
-        state.deliveries += 1
+    # A pass that asks for inputs alone counts, and leaves A to the one that brings derivatives.
+    state.streamed += wanted[0]
     if wanted[1]:
-        state.streams.append(made._replace(column=state.column))
+        first = state.column == 0  # what does not depend on the derivative comes once
+        asked = [first, True, first][: len(wanted)]
+        alone = partial(statistics, g, tensors, asked, dtype)
+        state.streams.append(made._replace(column=state.column, alone=alone))
     return True
 
 
 def joinable(statistics: Statistics, states: Sequence[FactorState]) -> TypeGuard[CallStatistics]:
     """Say whether the derivatives of a call in forward mode are joined with its values."""
     # G of a weight that is computed goes on to another buffer, which is none of these.
-    both = len(states) > 1 and states[0].joinable and states[1].joinable
+    both = len(states) > 1 and None not in (states[0].gathering, states[1].gathering)
     return both and isinstance(statistics, CallStatistics)
 
 
@@ -112,8 +113,12 @@ def case_factors(streams: Sequence[Stream]) -> CaseFactors:
     # the trace that inputs alone would have: then it does not depend on the scale of the loss,
     # which only G is divided by, and averages weigh all batches alike.
     tiny = torch.finfo(A.dtype).tiny
-    trace = A.diagonal().sum().clamp_min(tiny)
-    return CaseFactors(A * (size / trace), G / size.clamp_min(tiny))
+    # Where all J_n are zero, as of layers before one that is zero, nothing is known of their rows.
+    trace = A.diagonal().sum()
+    known = A * (size / trace.clamp_min(tiny / torch.finfo(A.dtype).eps))
+    unknown = torch.eye(len(A), dtype=A.dtype, device=A.device) * (size / len(A))
+    vanishes = trace <= tiny / torch.finfo(A.dtype).eps
+    return CaseFactors(torch.where(vanishes, unknown, known), G / size.clamp_min(tiny))
 
 
 def _weighted_gram(rows: Tensor, weights: Tensor) -> Tensor:

@@ -357,7 +357,7 @@ class LinearStatistics(ColumnKroneckerStatistics):
         if len(a) != len(g):
             return None
         a = torch.cat([a, torch.full_like(a[:, :1], self.one)], 1) if given.bias else a
-        return Stream(object() if self.call is None else self.call, cases, a, g)
+        return Stream(object() if self.call is None else self.call, cases, a, g, self.one == 0.0)
 
     def inputs(self, g: Tensor, tensors: Sequence[Tensor | None], dtype: torch.dtype) -> Statistic:
         """Return A; the last one again where another use has read the same input."""

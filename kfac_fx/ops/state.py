@@ -43,14 +43,29 @@ class Stream(NamedTuple):
         cases: the number of cases that the rows are of.
         a: inputs by row, with the homogeneous coordinate, [rows, d_in].
         g: derivatives by row, [rows, d_out].
+        derivative: whether it is the use of a derivative.
         column: of which column of the exact Fisher's root they are; 0 for the other Fishers.
+        alone: returns the statistics of the use by itself, where the layer has no derivatives.
     """
 
     call: object
     cases: int
     a: Tensor
     g: Tensor
+    derivative: bool
     column: int = 0
+    alone: Callable[[], Sequence[Any]] = tuple
+
+
+@dataclass(eq=False)
+class Gathering:
+    """Says whether taps keep streams: backwards that nobody asked would bring more and more.
+
+    Attributes:
+        on: as while a backward is asked for statistics.
+    """
+
+    on: bool = False
 
 
 @dataclass(eq=False)
@@ -63,10 +78,11 @@ class FactorState:
             statistics.
         deliveries: how many taps have delivered a statistic of it since the last step; counted for
             the first factor of each tap.
-        joinable: whether derivatives in forward mode may be joined with the values of their call;
-            this and what follows are kept of the first factor of a tap.
-        joined: whether there was one since the last step.
-        counted: whether calls that are joined have been counted, all of them as one delivery.
+        gathering: where derivatives in forward mode may be joined with the values of their call,
+            says when; None elsewhere. What follows is kept of the first factor of a tap.
+        joined: for how many ends of steps there may be uses of such derivatives: a forward may be
+            run before a step ends, and observed in the next one.
+        streamed: how many of the deliveries were streams.
         column: the number of columns of the exact Fisher that came before.
         streams: what the taps of those calls have left.
     """
@@ -74,9 +90,9 @@ class FactorState:
     paused: bool = False
     noted: bool = False
     deliveries: int = 0
-    joinable: bool = False
-    joined: bool = False
-    counted: bool = False
+    gathering: Gathering | None = None
+    joined: int = 0
+    streamed: int = 0
     column: int = 0
     streams: list[Stream] = field(default_factory=list)
 

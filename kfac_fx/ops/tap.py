@@ -113,7 +113,8 @@ class _Source(_Unbatched):
     def jvp(ctx: Context, y: Tensor, *others: Tensor | None) -> Tensor:
         tensors = others[3 : 3 + ctx.saved]
         statistics = _of_tangents(ctx.statistics)
-        ctx.states[0].joined |= joinable(statistics, ctx.states)
+        if joinable(statistics, ctx.states):
+            ctx.states[0].joined = 2
         zero: Tensor = _Source.apply(y, statistics, ctx.states, ctx.saved, *tensors, *ctx.factors)
         return zero
 
@@ -156,13 +157,14 @@ def _delivered(
     # only while it forms its statistics: A is dense anyway, and rows are read in many ways (means
     # over positions, sub-blocks, ones appended) that torch has for dense tensors alone.
     seen = [t if t is None or t.layout not in SPARSE else t.to_dense() for t in saved()]
-    if states[0].joined and join(statistics, g, seen, wanted, factors[0].dtype, states):
+    # The first factor is A, or the only one. A is asked for once a backward, G may be paused.
+    first = states[0]
+    first.deliveries += wanted[0]
+    may = first.joined > 0 and first.gathering is not None and first.gathering.on
+    if may and join(statistics, g, seen, wanted, factors[0].dtype, states):
         # Zeros say that something has come. Factors are formed when all streams are there.
         zeros = [g.new_zeros((), dtype=factor.dtype).expand(factor.shape) for factor in factors]
         return [zero if asked else None for zero, asked in zip(zeros, wanted, strict=True)]
-    # The first factor is A, or the only one. A is asked for once a backward, G may be paused.
-    if wanted[0]:
-        states[0].deliveries += 1
     return statistics(g, seen, wanted, factors[0].dtype)
 
 
@@ -300,7 +302,7 @@ def _of_tangents(statistics: Any) -> Statistics:
         raise ObservationError(
             f"{type(statistics).__name__.removesuffix('Statistics')} statistics record no "
             "derivatives of the network by torch.func.jvp; those of linear and convolution layers "
-            "do: leave the parameters out with transform(..., exclude=...)"
+            "do: leave parameters out with transform(..., exclude=...), moments with ekfac=False"
         )
     return made
 

@@ -43,8 +43,11 @@ where batches are all the cases: there the model's steps get better the closer t
 SAME = 1e-2
 """Largest difference of both ratios of a step, by rounding, where batches are all the cases."""
 
+MOSTLY = 0.5
+"""Average from which batches count as other ones each time."""
+
 GAIN_MEMORY = 0.8
-"""The weight of the old in the average of those parts."""
+"""The weight of the old in the averages of those parts, and of batches that were others."""
 
 RAISE = 4.0
 FIRST_RAISE = 10.0
@@ -71,7 +74,7 @@ class HeldOutRule(DampingRule):
         self._signal = 1.0
         self._judged = 0
         self._gain = 1.0
-        self._differ = False
+        self._differ = 0.0
 
     @property
     def largest(self) -> float:
@@ -98,7 +101,8 @@ class HeldOutRule(DampingRule):
         if not self._predicted:
             return 1.0
         ratio = min(max(change / self._predicted, -WIDEST), WIDEST)
-        self._differ |= abs(change / self._predicted - self._own) > SAME * max(1.0, abs(self._own))
+        differ = abs(change / self._predicted - self._own) > SAME * max(1.0, abs(self._own))
+        self._differ = GAIN_MEMORY * self._differ + (1 - GAIN_MEMORY) * differ
         # The average of ratios and not the ratio of averages: early steps promise thousands of
         # times as much as late ones, and would be all that the latter remembers.
         self._judged += 1
@@ -120,7 +124,8 @@ class HeldOutRule(DampingRule):
         """Return why steps of the quadratic model are not worth their time; None if they are."""
         if self._judged >= 3 and self._signal < NOISY:
             return "batches disagree"
-        if self._differ and self._judged >= LEARNT and self._gain < SLOW:
+        # Cases that are chosen anew every now and then (points of an equation) are all the cases.
+        if self._differ > MOSTLY and self._judged >= LEARNT and self._gain < SLOW:
             return "the loss falls slowly"
         return None
 
@@ -165,7 +170,7 @@ class HeldOutRule(DampingRule):
 
     def state(self) -> dict[str, float]:
         own = {"predicted": self._predicted, "own": self._own, "signal": self._signal}
-        own |= {"gain": self._gain, "differ": float(self._differ)}
+        own |= {"gain": self._gain, "differ": self._differ}
         return {**super().state(), **own, "judged": float(self._judged)}
 
     def load(self, state: Mapping[str, float]) -> None:
@@ -177,4 +182,4 @@ class HeldOutRule(DampingRule):
         self._own = float(state["own"])
         self._judged = int(state["judged"])
         self._gain = float(state.get("gain", 1.0))  # earlier states have none
-        self._differ = bool(state.get("differ", 0.0))
+        self._differ = float(state.get("differ", 0.0))

@@ -20,7 +20,7 @@ from kfac_fx.ir.use import Role, StatisticKey
 from kfac_fx.ops.case_gradients import case_factors
 from kfac_fx.ops.gram import Statistic, forget_input, multiplied
 from kfac_fx.ops.net_buffers import STORE
-from kfac_fx.ops.state import state_of
+from kfac_fx.ops.state import Gathering, state_of
 
 Statistics = dict[StatisticKey, Statistic]
 """New statistics by name; some may not be multiplied yet."""
@@ -85,6 +85,7 @@ class StatisticSources:
         gradients: those that are quadratic in it (G, C).
         wanted: all tensors that a backward pass is asked for, in its order.
         states: what backward passes know of ``factors``.
+        gathering: switched on while a backward is asked for statistics.
         state_by_buffer: the same by factor buffer; tensors are hashed by identity.
     """
 
@@ -101,9 +102,14 @@ class StatisticSources:
         self.state_by_buffer = dict(zip(self.factors, self.states, strict=True))
         keys = [one.key for one in names.tapped]
         self._state_by_key = dict(zip(keys, self.states, strict=True))
-        for joined in names.joinable:
-            for key in joined[:2]:
-                self._state_by_key[key].joinable = True
+        self._joinable = {self._state_by_key[key] for keys in names.joinable for key in keys[:2]}
+        self.gathering = Gathering()
+        self.claim()
+
+    def claim(self) -> None:
+        """Say which calls in forward mode are joined; others with these buffers may join others."""
+        for state in self.states:
+            state.gathering = self.gathering if state in self._joinable else None
 
     def statistics(
         self, tapped: Sequence[Statistic | None], untapped: Sequence[Tensor | None]
@@ -116,14 +122,25 @@ class StatisticSources:
         """
         pairs = zip(self.names.tapped, tapped, strict=True)
         found: Statistics = {one.key: value for one, value in pairs if value is not None}
+        calls_of = {key: state.deliveries for key, state in self._state_by_key.items()}
         for keys in self.names.joinable:
-            if self._state_by_key[keys[0]].streams:
-                self._add_joined(keys, found)
+            state = self._state_by_key[keys[0]]
+            if any(stream.derivative for stream in state.streams):
+                # Per-case gradients of all calls are one sum, and count as one use of the layer, of
+                # one position, in as far as others are added to them.
+                A, G = case_factors(state.streams)
+                _add(found, keys, (A, G, A.new_ones(())))
+                calls_of[keys[0]] += 1 - state.streamed
+            else:  # forward mode was for something that the outputs do not depend on
+                with torch.no_grad():
+                    for stream in state.streams:
+                        _add(found, keys, stream.alone())
+            state.streams.clear()
         # As for shared positions A (x) G stands for a sum of uncorrelated terms, one a call of the
         # layer (docs/explanation/mathematics.md, section 4): G is their mean, of a pair's calls the
         # geometric one. A derivative in forward mode is a call of its own.
         for key, inputs in self.names.shared:
-            calls = [self._state_by_key[name].deliveries for name in inputs]
+            calls = [calls_of[name] for name in inputs]
             if key in found and max(calls) > 1:
                 found[key] = found[key] * math.prod(max(1, c) for c in calls) ** (-1 / len(calls))
         start = 0
@@ -135,20 +152,10 @@ class StatisticSources:
             start = end
         return found
 
-    def _add_joined(self, keys: Sequence[StatisticKey], found: Statistics) -> None:
-        """Add the factors of calls in forward mode, and forget what these are formed of."""
-        state = self._state_by_key[keys[0]]
-        A, G = case_factors(state.streams)
-        state.streams.clear()
-        # All those calls count as one use of one position, in as far as others are added to them.
-        for key, value in zip(keys, (A, G, A.new_ones(())), strict=False):
-            before = found.get(key)
-            found[key] = value if before is None else multiplied(before) + value
-
     @property
     def joined(self) -> bool:
         """Say whether taps have seen a call in forward mode whose factors are joint."""
-        return any(state.joined for state in self.states)
+        return any(state.joined > 0 for state in self.states)
 
     def begin_column(self, place: int) -> None:
         """Tell the streams of a column of the exact Fisher from those of the columns before."""
@@ -190,18 +197,28 @@ class StatisticSources:
         factor are let go of.
 
         Args:
-            forwards: whether recorded forwards are forgotten as well, at the end of a step.
+            forwards: whether it is the end of a step, after which few recorded forwards are of use.
         """
         for factor, state in zip(self.factors, self.states, strict=True):
             state.paused = False
             state.deliveries = 0
             if state.joined:
-                state.counted = False
+                state.streamed = 0
                 state.column = 0
                 state.streams.clear()
-                state.joined = not forwards
+                state.joined -= forwards
             factor.grad = None
         forget_input()
+
+
+def _add(
+    found: Statistics, keys: Sequence[StatisticKey], values: Sequence[Statistic | None]
+) -> None:
+    """Add what streams make of A, of G, and of a count of positions where there is one."""
+    for key, value in zip(keys, values, strict=False):
+        if value is not None:
+            before = found.get(key)
+            found[key] = value if before is None else multiplied(before) + multiplied(value)
 
 
 def squared(gradient: Tensor) -> Tensor:

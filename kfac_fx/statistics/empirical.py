@@ -82,12 +82,16 @@ class EmpiricalStatistics:
         backward = BackwardWatch(
             tensors,
             [*sources.gradients, *sources.parameters],
-            begun=lambda: sources.pause(False),
+            begun=self._begin,
             brought=self._take_over,
         )
         gradients = GradientWatch(sources.parameters)
         self._watched = _Watched(backward, gradients, expected, nodes, made.count, agreed.count)
         return backward
+
+    def _begin(self) -> None:
+        self._sources.pause(False)
+        self._sources.gathering.on = True
 
     def _take_over(self) -> None:
         """Keep what the backward has brought apart from what micro-batches that follow bring.
@@ -104,9 +108,11 @@ class EmpiricalStatistics:
         # Their statistics need not be formed. A second backward of the same outputs, which is
         # refused, is noticed by what it brings: it ends the pause.
         self._sources.pause()
+        self._sources.gathering.on = False
 
     def stop(self) -> None:
         """Stop watching; what was not finished is forgotten."""
+        self._sources.gathering.on = False
         if self._watched is not None:
             self._watched.backward.close()
             self._watched.gradients.close()

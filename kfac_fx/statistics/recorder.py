@@ -20,6 +20,7 @@ from kfac_fx.likelihoods.builtin import Likelihood, Tree
 from kfac_fx.likelihoods.named import Sum
 from kfac_fx.ops.gram import Rows, Statistic, multiplied
 from kfac_fx.ops.net_buffers import STORE, all_buffers, switch
+from kfac_fx.ops.state import state_of
 from kfac_fx.ops.tap import OTHER_SHAPE
 from kfac_fx.parallel import StatisticSlot, Values, Workers
 from kfac_fx.statistics.buffers import Statistics, StatisticSources, sources_of
@@ -72,6 +73,7 @@ def borrowed_taps(net: nn.Module, owner: str) -> Iterator[None]:
         )
     buffers = all_buffers(net)
     on = [buffer for buffer in buffers if buffer.requires_grad]
+    joins = [(state, state.gathering) for state in map(state_of, buffers)]
     kept = [(buffer, buffer.clone()) for buffer in buffers if any(buffer.stride())]
     try:
         yield
@@ -79,6 +81,8 @@ def borrowed_taps(net: nn.Module, owner: str) -> Iterator[None]:
         switch(net, on, True)
         for buffer, value in kept:
             buffer.copy_(value)
+        for state, gathering in joins:
+            state.gathering = gathering
         if turn is not None:
             _turns[store] = turn
 
@@ -301,8 +305,9 @@ class Recorder:
         """
         if self._reference() is not self:
             raise self._copied()
-        _turns[self._store] = self._reference
-        self._end_step()
+        if _turns.get(self._store) is not self._reference:
+            self.take_turn()
+        self._end_step(forwards=True)
         on = on and not self.by_inputs
         if any(factor.requires_grad != on for factor in self.sources.factors):
             switch(self.net, self.sources.factors, on)
@@ -418,6 +423,7 @@ class Recorder:
             raise self._copied()
         self._observed = False
         _turns[self._store] = self._reference
+        self.sources.claim()
 
     def _check_turn(self) -> None:
         """Take the turn from another recorder, for a forward that has already run.
@@ -434,6 +440,7 @@ class Recorder:
         if not all(factor.requires_grad for factor in self.sources.factors):
             raise self._taken("switched off taps that this one needs")
         _turns[self._store] = self._reference
+        self.sources.claim()
 
     def _copied(self) -> ObservationError:
         # A copy has buffers of its own, but states and programs that go on looking at the first
@@ -473,8 +480,8 @@ class Recorder:
         if collected is not None:
             self._step.add(collected)
 
-    def _end_step(self) -> None:
-        """Forget all that the step has left."""
+    def _end_step(self, *, forwards: bool = False) -> None:
+        """Forget all that the step has left; ``forwards`` as of ``StatisticSources.forget``."""
         self._observed = False
         if self._backward is not None:
             self._backward.close()
@@ -483,4 +490,4 @@ class Recorder:
             self._empirical.stop()
         if self._step.added:
             self._step.forget()
-        self.sources.forget(forwards=True)
+        self.sources.forget(forwards=forwards)

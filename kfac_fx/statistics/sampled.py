@@ -90,12 +90,16 @@ def statistics_of(
         also: tensors whose derivatives are wanted, too. If there are any, it is the last backward.
     """
     edges = [] if collection is None else [note.edge for note in collection.notes]
-    found = derivatives(scalar, [*sources.wanted, *edges, *also], last=bool(also))
     split = len(sources.factors)
     end = split + len(sources.parameters)
-    tapped: Sequence[Statistic | None] = found[:split]
-    if collection is not None and edges:
-        tapped = noted_statistics(collection, found[end : end + len(edges)], tapped)
+    sources.gathering.on = True
+    try:
+        found = derivatives(scalar, [*sources.wanted, *edges, *also], last=bool(also))
+        tapped: Sequence[Statistic | None] = found[:split]
+        if collection is not None and edges:
+            tapped = noted_statistics(collection, found[end : end + len(edges)], tapped)
+    finally:
+        sources.gathering.on = False
     return sources.statistics(tapped, found[split:end]), found[end + len(edges) :]
 
 
@@ -121,7 +125,11 @@ def fisher_statistics(
         draws: how many draws of "sampled" the statistics are the mean of; the noise is a seed then.
     """
     if fisher == "exact":
-        return _exact_statistics(sources, made, noise, select)
+        sources.gathering.on = True
+        try:
+            return _exact_statistics(sources, made, noise, select)
+        finally:
+            sources.gathering.on = False
     if draws > 1 and isinstance(noise, int):
         return _mean_of_draws(sources, made, noise, draws)
     total: Tensor | WeightedSum = made.nll() if fisher == "empirical" else made.sampled(noise)
@@ -216,20 +224,21 @@ def _mean_of_draws(
 ) -> Statistics:
     """Return the mean of the statistics of several draws of targets, of one forward."""
     total: Statistics = {}
-    inputs = {one.key for one in sources.names.tapped if one.role != "gradient"}
+    # Inputs do not depend on the draw, but where they are joined with derivatives they do.
+    apart = sources.joined
+    once = {one.key for one in sources.names.tapped if one.role != "gradient" and not apart}
     for draw in range(draws):
+        if draw and apart:
+            sources.forget()
         # The multiplier is the golden ratio's: neighbouring seeds of other passes lie far off.
         scalar = made.sampled((seed + 0x9E3779B97F4A7C15 * draw) % 2**62)
-        asked = sources.only(sources.gradients) if draw else nullcontext()
-        with asked:  # inputs do not depend on the draw
+        with sources.only(sources.gradients) if draw and not apart else nullcontext():
             found, _ = statistics_of(sources, scalar)
         for key, value in found.items():
-            if draw and key in inputs:
-                continue
             before = total.get(key)
             more = multiplied(value)
             total[key] = more if before is None else multiplied(before) + more
-    return {key: value if key in inputs else value * (1 / draws) for key, value in total.items()}
+    return {key: value if key in once else value * (1 / draws) for key, value in total.items()}
 
 
 class _Known(NamedTuple):

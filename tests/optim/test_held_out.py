@@ -286,6 +286,15 @@ def test_steps_have_a_rate_once_the_loss_falls_slowly() -> None:
         assert other.why_not == wanted
 
 
+def test_cases_that_are_chosen_anew_now_and_then_are_all_the_cases() -> None:
+    """As points of an equation are; three times in a row are not yet batches."""
+    made = rule()
+    for step in range(60):
+        made.judge(-1.0, -1.0)
+        made.judge_held_out(-0.9 if step % 20 in (0, 1, 2) else -1.0, 1e3)
+        assert made.why_not is None
+
+
 def test_the_constants_of_the_paper_keep_its_form() -> None:
     _, found = forms_of(16, options=kfac_fx.optim.KFACOptions.paper())
     assert not any(found)
