@@ -103,7 +103,8 @@ def is_quadratic(likelihood: Likelihood | Sum) -> bool:
     """Say whether the loss is known to be quadratic in the outputs, in all parts that count."""
     if isinstance(likelihood, Sum):
         return all(is_quadratic(part) for _, (part, weight) in likelihood.items() if weight)
-    return bool(getattr(likelihood, "quadratic", False))
+    # Of the class itself: a subclass may have another distribution.
+    return bool(vars(type(likelihood)).get("quadratic", False))
 
 
 def described(likelihood: Likelihood | Sum) -> str:

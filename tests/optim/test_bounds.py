@@ -183,6 +183,10 @@ def test_a_quadratic_loss_has_shares_of_a_tenth_at_least(squared: float) -> None
     assert share == pytest.approx(max(0.1, min(1.0, 0.1 / squared**0.5)))
 
 
+class Other(likelihoods.Normal):
+    """A likelihood with a distribution of its own."""
+
+
 def test_which_losses_are_quadratic() -> None:
     """Normal ones of a fixed variance, and sums of nothing else that counts."""
     sums = likelihoods.Sum
@@ -194,6 +198,7 @@ def test_which_losses_are_quadratic() -> None:
         (sums([("residual", 1.0), ("categorical", 0.0)]), True),
         (sums([("residual", 1.0), ("categorical", 0.1)]), False),
         (sums([(sums([("residual", 1.0)]), 2.0)]), True),
+        (Other(), False),
         ("categorical", False),
         ("bernoulli", False),
         (lambda outputs: torch.distributions.Normal(outputs, outputs.exp()), False),
