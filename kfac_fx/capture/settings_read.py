@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from kfac_fx.capture.code_names import is_installed
+from kfac_fx.capture.kept_state import Plain
 from kfac_fx.capture.object_states import HOLDERS, SCALARS, bytes_of, memory_of, version
 
 Value = Any
@@ -112,11 +114,35 @@ def of_values(tensor: Tensor, words: str) -> Setting:
     return Setting(_Whole(tensor), words, f"the values of {words}")
 
 
+class _Code:
+    """The bodies and defaults of functions, and the bases of classes.
+
+    A notebook that loads code anew writes it into the functions that there are.
+    """
+
+    def __init__(self, found: Collection[types.FunctionType | type]) -> None:
+        theirs = [one for one in found if isinstance(one, type) or not is_installed(one.__code__)]
+        self._functions = [one for one in theirs if not isinstance(one, type)]
+        self._classes = [one for one in theirs if isinstance(one, type) and not is_installed(one)]
+
+    def get(self, _: str) -> Value:
+        return Plain(
+            [one.__code__ for one in self._functions]
+            + [one.__defaults__ for one in self._functions]
+            + [one.__mro__ for one in self._classes]
+        )
+
+
+def of_code(found: Collection[types.FunctionType | type]) -> Setting:
+    """Return the code of functions and classes as a setting; that of libraries stays what it is."""
+    return Setting(_Code(found), "code", "the code of a function or class")
+
+
 class _Environment:
     """All variables of the process's environment: code may put their names together."""
 
     def get(self, _: str) -> Value:
-        return dict(os.environ)
+        return Plain(os.environ.items())
 
 
 def of_environment(names: Collection[str]) -> Iterator[Setting]:
