@@ -10,12 +10,13 @@ import functools
 import sys
 import types
 from collections.abc import Collection, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from kfac_fx.capture.changes import Change, Place
 from kfac_fx.capture.code_names import CALLS, calls_left, globals_in, modules_in, names_in
 from kfac_fx.capture.exactness import Exactness
 from kfac_fx.capture.kept_state import (
@@ -43,6 +44,7 @@ from kfac_fx.capture.settings_read import (
     of_environment,
     of_gradients,
     of_tags,
+    of_ties,
     of_values,
     settings_of,
 )
@@ -61,35 +63,6 @@ _DEPTH = 8
 
 _MOST = 20_000
 """Most containers that are looked at: a table of a million entries is data and no setting."""
-
-
-class Place(NamedTuple):
-    """Says whose a watched container is.
-
-    Attributes:
-        module: path of the module; "" for the model itself.
-        name: of the attribute that holds it; "" for the module's own dictionary.
-    """
-
-    module: str
-    name: str = ""
-
-    def __str__(self) -> str:
-        return ".".join(part for part in (self.module, self.name) if part) or "the model"
-
-
-class Change(NamedTuple):
-    """One entry that differs from what was captured.
-
-    Attributes:
-        place: the container.
-        key: the entry of it.
-        words: says it to the user.
-    """
-
-    place: Place
-    key: str
-    words: str
 
 
 class ModelState:
@@ -151,6 +124,7 @@ class ModelState:
             if plainly_held(module)
         ]
         self._settings += [of_tags(self._tensors, self._names), of_code(self._code)]
+        self._settings += of_ties(self._tensors, self._code)
         # Many functions name the same globals.
         self._settings = [*{(id(one.space), one.name): one for one in self._settings}.values()]
         now = self._copies()
@@ -400,6 +374,10 @@ class ModelState:
                 # Not what a decorator has wrapped: the code of half a library hangs there.
                 if isinstance(value, HOLDERS):
                     self._watch(value, place, 1)
+                elif isinstance(value, types.MappingProxyType):  # what singledispatch calls
+                    self._add(value, place)
+                    for called in value.values():
+                        self._add_globals(called, depth - 1)
         space = function.__globals__
         if (space.get("__name__") or "").split(".")[0] in ("torch", *sys.stdlib_module_names):
             return

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from kfac_fx.capture.code_names import is_installed
+from kfac_fx.capture.identities import asks_for_ties
 from kfac_fx.capture.kept_state import Plain
 from kfac_fx.capture.object_states import HOLDERS, SCALARS, bytes_of, memory_of, version
 
@@ -112,6 +113,35 @@ def of_cell(cell: types.CellType, name: str, words: str) -> Setting:
 def of_values(tensor: Tensor, words: str) -> Setting:
     """Return the values of a tensor as a setting: how often they were written, and where."""
     return Setting(_Whole(tensor), words, f"the values of {words}")
+
+
+class _Ties:
+    """Which of a model's tensors are one object, each by the place of the first.
+
+    Args:
+        held: dictionaries of modules with their tensors.
+    """
+
+    def __init__(self, held: list[dict[str, Tensor | None]]) -> None:
+        self._held = held
+
+    def get(self, _: str) -> Value:
+        first: dict[int, int] = {}
+        every = [tensor for held in self._held for tensor in held.values()]
+        return Plain(first.setdefault(id(one), place) for place, one in enumerate(every))
+
+
+def of_ties(
+    held: list[dict[str, Tensor | None]], found: Collection[types.FunctionType | type]
+) -> Iterator[Setting]:
+    """Yield which tensors are one, as a setting, where code asks for it: ``a.w is b.w``.
+
+    Args:
+        held: dictionaries of modules with their tensors.
+        found: the functions and classes of the model's code.
+    """
+    if any(asks_for_ties(one.__code__) for one in found if not isinstance(one, type)):
+        yield Setting(_Ties(held), "ties", "which parameters are one")
 
 
 class _Code:
