@@ -7,6 +7,7 @@ those of its attributes are looked at whose names stand in the code of the model
 from __future__ import annotations
 
 import logging
+import operator
 import os
 import sys
 import threading
@@ -144,6 +145,10 @@ def of_ties(
         yield Setting(_Ties(held), "ties", "which parameters are one")
 
 
+_BODY = operator.attrgetter("__code__", "__defaults__")
+_BASES = operator.attrgetter("__mro__")
+
+
 class _Code:
     """The bodies and defaults of functions, and the bases of classes.
 
@@ -151,16 +156,14 @@ class _Code:
     """
 
     def __init__(self, found: Collection[types.FunctionType | type]) -> None:
-        theirs = [one for one in found if isinstance(one, type) or not is_installed(one.__code__)]
-        self._functions = [one for one in theirs if not isinstance(one, type)]
-        self._classes = [one for one in theirs if isinstance(one, type) and not is_installed(one)]
+        functions = [one for one in found if isinstance(one, types.FunctionType)]
+        # A model is made before it is captured.
+        run = [one for one in functions if one.__name__ != "__init__"]
+        self._functions = [one for one in run if not is_installed(one.__code__)]
+        self._classes = [one for one in found if isinstance(one, type) and not is_installed(one)]
 
     def get(self, _: str) -> Value:
-        return Plain(
-            [one.__code__ for one in self._functions]
-            + [one.__defaults__ for one in self._functions]
-            + [one.__mro__ for one in self._classes]
-        )
+        return Plain((*map(_BODY, self._functions), *map(_BASES, self._classes)))
 
 
 def of_code(found: Collection[types.FunctionType | type]) -> Setting:
@@ -216,12 +219,12 @@ class _Tags:
     def get(self, _: str) -> Value:
         # Most tensors have none, and this is in every call.
         tagged = [t for held in self._held for t in held.values() if t is not None and t.__dict__]
-        return [
+        return Plain(
             (place, name, value if isinstance(value, _ATOMS) else id(value))
             for place, tensor in enumerate(tagged)
             for name, value in tensor.__dict__.items()
             if name in self._names
-        ]
+        )
 
 
 def of_tags(held: list[dict[str, Tensor | None]], names: Collection[str]) -> Setting:
