@@ -25,8 +25,18 @@ _PLAIN = (dict, list, OrderedDict, types.MappingProxyType)
 """Classes of containers whose entries are read as they are."""
 
 _SAFE = (
-    *(str, bytes, type(None), type, Tensor, nn.Module, enum.Enum, torch.dtype, torch.device),
-    *(types.BuiltinFunctionType, types.MethodType, Plain),
+    str,
+    bytes,
+    type(None),
+    type,
+    Tensor,
+    nn.Module,
+    enum.Enum,
+    torch.dtype,
+    torch.device,
+    types.BuiltinFunctionType,
+    types.MethodType,
+    Plain,
 )
 """Classes of values that are equal only where they are the same to code."""
 

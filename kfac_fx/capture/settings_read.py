@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from kfac_fx.capture.code_names import is_installed
-from kfac_fx.capture.identities import asks_for_ties
+from kfac_fx.capture.is_questions import asks_for_ties
 from kfac_fx.capture.kept_state import Plain
 from kfac_fx.capture.object_states import HOLDERS, SCALARS, bytes_of, memory_of, version
 
