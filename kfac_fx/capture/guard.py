@@ -15,8 +15,9 @@ from typing import Any, Protocol
 import torch
 from torch import fx, nn
 
+from kfac_fx.capture.changes import Change
 from kfac_fx.capture.input_forms import InputForm
-from kfac_fx.capture.model_state import Change, ModelState
+from kfac_fx.capture.model_state import ModelState
 from kfac_fx.capture.train_and_eval import all_in_mode
 from kfac_fx.errors import CaptureError, KFACError
 from kfac_fx.torch_internals.pytree import tree_leaves

@@ -124,6 +124,9 @@ class NamedInputs:
                 return False
             if self._missed and not self._missed.isdisjoint(getattr(value, "__dict__", ())):
                 return False
+            # A parameter is one by its class, and no attribute of the tensor says so.
+            if "_is_param" in self._missed and isinstance(value, nn.Parameter):
+                return False
             if isinstance(value, _SINGLES):
                 return False  # the code may ask with ``is``, which a symbol answers wrongly
             # Layers take these too, but the taps at them do not.

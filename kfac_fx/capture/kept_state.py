@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import types
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -14,8 +15,16 @@ from kfac_fx.capture.object_states import HOLDERS, SCALARS
 TENSORS = ("_parameters", "_buffers")
 """A module's dictionaries of tensors."""
 
+_NUMBERS = (bool, int, float, complex)
+_DEPTH = 6
+"""How many containers one within the other are compared number by number."""
+
 Watched = Any
 """A container that is looked at: a module's dictionary, a list in an attribute, a class."""
+
+
+class Plain(tuple[Any, ...]):
+    """A value of a setting whose parts are what they are where they are equal."""
 
 
 class Kept(NamedTuple):
@@ -49,7 +58,8 @@ def same_content(one: Kept, other: Kept, *watched: Collection[Watched]) -> bool:
         if isinstance(container, HOLDERS)
     }
     try:
-        return bool(with_others(one, known) == with_others(other, known))
+        here, there = with_others(one, known), with_others(other, known)
+        return here == there and all(map(same, here[1:3], there[1:3]))
     except Exception:  # comparing a user's objects may raise anything
         return False
 
@@ -97,19 +107,55 @@ def equal(one: object, other: object) -> bool:
         return False
 
 
+def same(one: Watched, other: Watched, depth: int = 0) -> bool:
+    """Tell whether two values are equal and the same to code, with the numbers that they hold.
+
+    Args:
+        one: a value.
+        other: another one.
+        depth: how many containers they are within.
+    """
+    if one is other:
+        return True
+    if type(one) is not type(other):
+        return False
+    if depth > _DEPTH:
+        return equal(one, other)
+    if isinstance(one, _NUMBERS):
+        return repr(one) == repr(other)  # 0.0 and -0.0 are equal
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other, itertools.repeat(depth + 1)))
+    if isinstance(one, dict):
+        # In another order a loop over the items runs in another order too; nobody loops over the
+        # attributes of a module.
+        if list(one) != list(other) and "_modules" not in one:
+            return False
+        raw = dict.__getitem__
+        return one.keys() == other.keys() and all(
+            same(raw(one, key), raw(other, key), depth + 1) for key in one
+        )
+    held = getattr(one, "__dict__", None)
+    if isinstance(held, dict) and not same(held, vars(other), depth + 1):
+        return False
+    return equal(one, other)
+
+
 def differing(now: Watched, then: Watched) -> Iterator[tuple[str, str]]:
     """Yield the entries of a container that differ, as key and in words."""
-    if equal(now, then):
+    if now is then:
         return
     if not isinstance(then, dict):
-        yield "", f" is {_short(now)}, not {_short(then)}"
+        if not same(now, then):
+            yield "", f" is {_short(now)}, not {_short(then)}"
         return
+    if list(now) != list(then) and now.keys() == then.keys() and "_modules" not in then:
+        yield "", " has another order"
     for key in dict.fromkeys((*then, *now)):
         if key not in now:
             yield str(key), f".{key} is gone"
         elif key not in then:
             yield str(key), f".{key} is new"
-        elif not equal(now[key], then[key]):
+        elif not same(now[key], then[key]):
             yield str(key), f".{key} is {_short(now[key])}, not {_short(then[key])}"
 
 

@@ -10,37 +10,41 @@ import functools
 import sys
 import types
 from collections.abc import Collection, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from kfac_fx.capture.changes import Change, Place
 from kfac_fx.capture.code_names import CALLS, calls_left, globals_in, modules_in, names_in
+from kfac_fx.capture.exactness import Exactness
 from kfac_fx.capture.kept_state import (
     TENSORS,
     Kept,
     Watched,
     copied,
     differing,
-    equal,
     in_mode,
     plainly_held,
+    same,
     same_content,
     ties,
     with_others,
 )
 from kfac_fx.capture.layer_calls import translate
-from kfac_fx.capture.object_states import HOLDERS, SCALARS
+from kfac_fx.capture.object_states import HOLDERS, SCALARS, attributes_of
 from kfac_fx.capture.reached_code import reached
 from kfac_fx.capture.run_state import RunState
 from kfac_fx.capture.settings_read import (
     CODE,
     Setting,
     of_cell,
+    of_code,
     of_environment,
     of_gradients,
     of_tags,
+    of_ties,
     of_values,
     settings_of,
 )
@@ -59,35 +63,6 @@ _DEPTH = 8
 
 _MOST = 20_000
 """Most containers that are looked at: a table of a million entries is data and no setting."""
-
-
-class Place(NamedTuple):
-    """Says whose a watched container is.
-
-    Attributes:
-        module: path of the module; "" for the model itself.
-        name: of the attribute that holds it; "" for the module's own dictionary.
-    """
-
-    module: str
-    name: str = ""
-
-    def __str__(self) -> str:
-        return ".".join(part for part in (self.module, self.name) if part) or "the model"
-
-
-class Change(NamedTuple):
-    """One entry that differs from what was captured.
-
-    Attributes:
-        place: the container.
-        key: the entry of it.
-        words: says it to the user.
-    """
-
-    place: Place
-    key: str
-    words: str
 
 
 class ModelState:
@@ -128,6 +103,7 @@ class ModelState:
         self._settings: list[Setting] = []
         self._objects: list[tuple[Watched, Place]] = []
         self._names: set[str] = set()
+        self._code: list[types.FunctionType | type] = []
         self._live_layers: list[tuple[dict[str, Watched], str]] = []
         self._own_hooks = own_hooks
         self._live_paths = live
@@ -147,11 +123,13 @@ class ModelState:
             for kind in TENSORS
             if plainly_held(module)
         ]
-        self._settings.append(of_tags(self._tensors, self._names))
+        self._settings += [of_tags(self._tensors, self._names), of_code(self._code)]
+        self._settings += of_ties(self._tensors, self._code)
         # Many functions name the same globals.
         self._settings = [*{(id(one.space), one.name): one for one in self._settings}.values()]
         now = self._copies()
         self._kept: dict[bool, Kept | None] = {m: in_mode(now, m) for m in (True, False)}
+        self._exact = dict.fromkeys(self._kept, Exactness(self._containers, now))
         self._ties = ties(model)
 
     # The pass of every call.
@@ -169,10 +147,12 @@ class ModelState:
         try:
             # Dictionaries are compared by C code that looks at identities first: some twenty
             # nanoseconds an entry, where a loop in Python would take ten times as long.
+            now = [space.get(name) for space, name, _ in self._settings]
             return bool(
                 self._containers == containers
                 and [*map(type, self._modules)] == kinds
-                and [space.get(name) for space, name, _ in self._settings] == values
+                and now == values
+                and self._exact[training].holds(now)
                 and self._kinds_of_tensors() == tensors
                 and (not self._ties or self._tied())
             )
@@ -203,7 +183,7 @@ class ModelState:
                 words = f"the class of {place} is {type(module).__name__}, not {kind.__name__}"
                 found.append(Change(place, "__class__", words))
         for (space, name, words), value in zip(self._settings, values, strict=True):
-            if not equal(space.get(name), value):
+            if not same(space.get(name), value):
                 found.append(Change(Place("", words), name, words))
         kinds_now = self._kinds_of_tensors()
         if [one is None for one in kinds_now] != [one is None for one in tensors]:
@@ -263,6 +243,8 @@ class ModelState:
             pairs = zip(self._containers, fresh._containers, strict=True)
             other = with_others(other, {id(old): new for old, new in pairs})
         fresh._kept = {training: fresh._copies(), not training: other}
+        held = fresh._containers
+        fresh._exact = {m: Exactness(held, kept) for m, kept in fresh._kept.items() if kept}
         self.__dict__.update(fresh.__dict__)
 
     def _outline(self) -> object:
@@ -353,7 +335,7 @@ class ModelState:
         elif isinstance(value, (types.FunctionType, types.MethodType)):
             self._add_globals(getattr(value, "__func__", value), CALLS)
             self._objects.append((getattr(value, "__self__", None), place))
-        elif depth <= 2 and (held := _attributes(value)) is not None:
+        elif depth <= 2 and (held := attributes_of(value)) is not None:
             self._seen.add(id(value))
             self._add(held, place)
             # Settings within settings, but no object within an object: a trainer that a module
@@ -369,6 +351,7 @@ class ModelState:
             if id(base) in self._seen or base.__module__.split(".")[0] in ("torch", "builtins"):
                 continue
             self._seen.add(id(base))
+            self._code.append(base)
             self._places.append(Place(path, f"class {base.__name__}"))
             self._containers.append(vars(base))
             for value in list(vars(base).values()):
@@ -391,10 +374,17 @@ class ModelState:
                 # Not what a decorator has wrapped: the code of half a library hangs there.
                 if isinstance(value, HOLDERS):
                     self._watch(value, place, 1)
+                elif isinstance(value, types.MappingProxyType):  # what singledispatch calls
+                    self._add(value, place)
+                    for called in value.values():
+                        self._add_globals(called, depth - 1)
         space = function.__globals__
         if (space.get("__name__") or "").split(".")[0] in ("torch", *sys.stdlib_module_names):
             return
         self._names.update(names_in(function.__code__))
+        self._code.append(function)
+        if function.__kwdefaults__:
+            self._add(function.__kwdefaults__, Place("", f"a default of {function.__name__}"))
         for name in globals_in(function.__code__):
             value = space.get(name)
             if isinstance(value, CODE):
@@ -489,12 +479,3 @@ class ModelState:
     def _tied(self) -> bool:
         """Tell whether tensors that were one object under two names still are."""
         return all(one.get(a) is other.get(b) for one, a, other, b in self._ties)
-
-
-def _attributes(value: Watched) -> dict[str, object] | None:
-    """Return the attributes of a user's plain object (a configuration), None for all others."""
-    skipped = (Tensor, type, types.ModuleType, types.FunctionType, types.MethodType)
-    if isinstance(value, skipped) or type(value).__module__.split(".")[0] == "torch":
-        return None
-    found = getattr(value, "__dict__", None)
-    return found if isinstance(found, dict) else None

@@ -179,3 +179,12 @@ def slots_of(value: Value) -> list[str]:
 def version(tensor: torch.Tensor) -> int:
     """Return how often a tensor was written to; inference tensors do not count it."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def attributes_of(value: Value) -> dict[str, object] | None:
+    """Return the attributes of a user's plain object (a configuration), None for all others."""
+    skipped = (torch.Tensor, type, types.ModuleType, types.FunctionType, types.MethodType)
+    if isinstance(value, skipped) or type(value).__module__.split(".")[0] == "torch":
+        return None
+    found = getattr(value, "__dict__", None)
+    return found if isinstance(found, dict) else None

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import Tensor, fx
+from torch.nn import parameter
 
 from kfac_fx.capture.in_place import OPERATORS
 from kfac_fx.capture.user_lines import users_code_asks
@@ -34,6 +35,9 @@ _MAY_BE_NONE = frozenset({"grad_fn", "_base", "grad", "_grad", "_backward_hooks"
 
 _DISPATCH = functools.__file__
 """Where ``singledispatch`` asks for the class of what user's code gives it."""
+
+_PARAMETERS = parameter.__file__
+"""Where ``isinstance(x, nn.Parameter)`` asks."""
 
 
 class Watched:
@@ -68,6 +72,8 @@ class Watched:
         # torch's C++ code asks as well, from within the user's line, and must not take the value
         # for a tensor: only a line of Python that reads the attribute gets the answer.
         frame = sys._getframe(1)
+        if frame.f_code.co_filename == _PARAMETERS:
+            self.tracer.missed.add("_is_param")  # an input of another call may be one
         asked = frame.f_code.co_filename == _DISPATCH or users_code_asks(1)
         operation = dis.opname[frame.f_code.co_code[frame.f_lasti]] if asked else ""
         if operation == "MATCH_CLASS":

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, fx, nn
 
+from kfac_fx.capture.changes import Change
 from kfac_fx.capture.layer_calls import ModuleCall, translate
-from kfac_fx.capture.model_state import Change
 from kfac_fx.capture.train_and_eval import Graphs
 from kfac_fx.errors import CaptureError
 

@@ -7,6 +7,7 @@ those of its attributes are looked at whose names stand in the code of the model
 from __future__ import annotations
 
 import logging
+import operator
 import os
 import sys
 import threading
@@ -19,6 +20,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from kfac_fx.capture.code_names import is_installed
+from kfac_fx.capture.is_questions import asks_for_ties
+from kfac_fx.capture.kept_state import Plain
 from kfac_fx.capture.object_states import HOLDERS, SCALARS, bytes_of, memory_of, version
 
 Value = Any
@@ -112,11 +116,66 @@ def of_values(tensor: Tensor, words: str) -> Setting:
     return Setting(_Whole(tensor), words, f"the values of {words}")
 
 
+class _Ties:
+    """Which of a model's tensors are one object, each by the place of the first.
+
+    Args:
+        held: dictionaries of modules with their tensors.
+    """
+
+    def __init__(self, held: list[dict[str, Tensor | None]]) -> None:
+        self._held = held
+
+    def get(self, _: str) -> Value:
+        first: dict[int, int] = {}
+        every = [tensor for held in self._held for tensor in held.values()]
+        return Plain(first.setdefault(id(one), place) for place, one in enumerate(every))
+
+
+def of_ties(
+    held: list[dict[str, Tensor | None]], found: Collection[types.FunctionType | type]
+) -> Iterator[Setting]:
+    """Yield which tensors are one, as a setting, where code asks for it: ``a.w is b.w``.
+
+    Args:
+        held: dictionaries of modules with their tensors.
+        found: the functions and classes of the model's code.
+    """
+    if any(asks_for_ties(one.__code__) for one in found if not isinstance(one, type)):
+        yield Setting(_Ties(held), "ties", "which parameters are one")
+
+
+_BODY = operator.attrgetter("__code__", "__defaults__")
+_BASES = operator.attrgetter("__mro__")
+
+
+class _Code:
+    """The bodies and defaults of functions, and the bases of classes.
+
+    A notebook that loads code anew writes it into the functions that there are.
+    """
+
+    def __init__(self, found: Collection[types.FunctionType | type]) -> None:
+        functions = [one for one in found if isinstance(one, types.FunctionType)]
+        # A model is made before it is captured.
+        run = [one for one in functions if one.__name__ != "__init__"]
+        self._functions = [one for one in run if not is_installed(one.__code__)]
+        self._classes = [one for one in found if isinstance(one, type) and not is_installed(one)]
+
+    def get(self, _: str) -> Value:
+        return Plain((*map(_BODY, self._functions), *map(_BASES, self._classes)))
+
+
+def of_code(found: Collection[types.FunctionType | type]) -> Setting:
+    """Return the code of functions and classes as a setting; that of libraries stays what it is."""
+    return Setting(_Code(found), "code", "the code of a function or class")
+
+
 class _Environment:
     """All variables of the process's environment: code may put their names together."""
 
     def get(self, _: str) -> Value:
-        return dict(os.environ)
+        return Plain(os.environ.items())
 
 
 def of_environment(names: Collection[str]) -> Iterator[Setting]:
@@ -160,12 +219,12 @@ class _Tags:
     def get(self, _: str) -> Value:
         # Most tensors have none, and this is in every call.
         tagged = [t for held in self._held for t in held.values() if t is not None and t.__dict__]
-        return [
+        return Plain(
             (place, name, value if isinstance(value, _ATOMS) else id(value))
             for place, tensor in enumerate(tagged)
             for name, value in tensor.__dict__.items()
             if name in self._names
-        ]
+        )
 
 
 def of_tags(held: list[dict[str, Tensor | None]], names: Collection[str]) -> Setting:

@@ -17,6 +17,7 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from kfac_fx.capture.autograd_calls import FunctionCall
 from kfac_fx.capture.dialect import row_of
+from kfac_fx.capture.identities import identities_heard
 from kfac_fx.capture.in_place import update_of, written_in_place
 from kfac_fx.capture.input_forms import fixed_arguments
 from kfac_fx.capture.layer_calls import has_parameters, translate
@@ -101,6 +102,7 @@ class WatchingTracer(fx.Tracer):
             stack.enter_context(watched(self))
             stack.enter_context(kept_whole(self, root))
             stack.enter_context(types_answered(functions))
+            stack.enter_context(identities_heard(functions, self))
             graph = super().trace(root, concrete_args)
         if patterns:
             raise CaptureError(

@@ -1,6 +1,6 @@
-"""``type(x)`` in the user's code, answered for symbolic values as for the values they stand for.
+"""``type(x)`` and ``id(p)`` in the user's code, answered as for what a symbolic value stands for.
 
-Python answers it without asking the object: ``type(x) is Tensor`` is False of a proxy, and the
+Python answers both without asking the object: ``type(x) is Tensor`` is False of a proxy, and the
 other branch would be taken without a word.
 """
 
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from kfac_fx.capture.code_names import globals_in
-from kfac_fx.capture.proxies import Watched
+from kfac_fx.capture.proxies import Watched, WatchedMember
 
 Value = Any
 """What the user's code asks for its class."""
@@ -40,12 +40,24 @@ class _Type(type, metaclass=_Asked):
     """Stands for ``type`` in the modules of the user's code."""
 
 
+def _id(value: Value) -> int:
+    """Return what ``id`` does, of a parameter or buffer that of the model's own tensor."""
+    if issubclass(type(value), WatchedMember):
+        return id(value.param)
+    if issubclass(type(value), Watched):
+        value.tracer.refuse("the identity (id) of a symbolic value is asked for")
+    return id(value)
+
+
+_ANSWERS = {"type": _Type, "id": _id}
+
+
 @contextmanager
 def types_answered(functions: Iterable[types.FunctionType]) -> Iterator[None]:
     """Within the context, code gets the class of the value that a symbolic one stands for.
 
-    The name is put before the built-in one in the modules of this code alone: torch's own code has
-    to see what a symbolic value is.
+    The names are put before the built-in ones in the modules of this code alone: torch's own code
+    has to see what a symbolic value is.
 
     Args:
         functions: the user's.
@@ -53,12 +65,12 @@ def types_answered(functions: Iterable[types.FunctionType]) -> Iterator[None]:
     spaces = {}
     for function in functions:
         space = function.__globals__
-        if "type" not in space and "type" in globals_in(function.__code__):
-            spaces[id(space)] = space
-    for space in spaces.values():
-        space["type"] = _Type
+        for name in _ANSWERS.keys() & globals_in(function.__code__) - space.keys():
+            spaces[id(space), name] = space
+    for (_, name), space in spaces.items():
+        space[name] = _ANSWERS[name]
     try:
         yield
     finally:
-        for space in spaces.values():
-            space.pop("type", None)
+        for (_, name), space in spaces.items():
+            space.pop(name, None)
