@@ -112,13 +112,14 @@ def case_factors(streams: Sequence[Stream]) -> CaseFactors:
     # Both sums have the trace of the block, the squares of all J_n, and a block has it once. A gets
     # the trace that inputs alone would have: then it does not depend on the scale of the loss,
     # which only G is divided by, and averages weigh all batches alike.
-    tiny = torch.finfo(A.dtype).tiny
+    numbers = torch.finfo(A.dtype)
+    least = numbers.tiny / numbers.eps
     # Where all J_n are zero, as of layers before one that is zero, nothing is known of their rows.
     trace = A.diagonal().sum()
-    known = A * (size / trace.clamp_min(tiny / torch.finfo(A.dtype).eps))
+    known = A * (size / trace.clamp_min(least))
     unknown = torch.eye(len(A), dtype=A.dtype, device=A.device) * (size / len(A))
-    vanishes = trace <= tiny / torch.finfo(A.dtype).eps
-    return CaseFactors(torch.where(vanishes, unknown, known), G / size.clamp_min(tiny))
+    A = torch.where(trace <= least, unknown, known)
+    return CaseFactors(A, G / size.clamp_min(numbers.tiny))
 
 
 def _weighted_gram(rows: Tensor, weights: Tensor) -> Tensor:
