@@ -40,6 +40,12 @@ LEARNT, SLOW = 10, 0.1
 model has to take away then, to be worth as much as the five or so cheap steps of its time. Not
 where batches are all the cases: there the model's steps get better the closer they come."""
 
+RESTS, CRAWL, LASTING = 0.15, 0.02, 10
+"""Where batches are all the cases: the part of the loss below which its fall is a crawl, and after
+how many judgements in a row cheap steps get further. Not where the average own ratio is above
+`GOOD`, as lambda falls then and steps get longer; nor below the first number, where the change is
+rounding's: nothing is left to take away, and steps with a rate might lose the fit."""
+
 SAME = 1e-2
 """Largest difference of both ratios of a step, by rounding, where batches are all the cases."""
 
@@ -75,6 +81,8 @@ class HeldOutRule(DampingRule):
         self._judged = 0
         self._gain = 1.0
         self._differ = 0.0
+        self._own_average = 1.0
+        self._crawled = 0
 
     @property
     def largest(self) -> float:
@@ -103,6 +111,10 @@ class HeldOutRule(DampingRule):
         ratio = min(max(change / self._predicted, -WIDEST), WIDEST)
         differ = abs(change / self._predicted - self._own) > SAME * max(1.0, abs(self._own))
         self._differ = GAIN_MEMORY * self._differ + (1 - GAIN_MEMORY) * differ
+        own = min(max(self._own, -WIDEST), WIDEST)
+        self._own_average += (1 - GAIN_MEMORY) * (own - self._own_average)
+        crawls = RESTS < self._own_average < GOOD and self._gain < CRAWL
+        self._crawled = self._crawled + 1 if crawls else 0
         # The average of ratios and not the ratio of averages: early steps promise thousands of
         # times as much as late ones, and would be all that the latter remembers.
         self._judged += 1
@@ -127,6 +139,8 @@ class HeldOutRule(DampingRule):
         # Cases that are chosen anew every now and then (points of an equation) are all the cases.
         if self._differ > MOSTLY and self._judged >= LEARNT and self._gain < SLOW:
             return "the loss falls slowly"
+        if self._crawled >= LASTING:
+            return "the loss falls by less than the model says, and slowly"
         return None
 
     def _factor(self, ratio: float) -> float:
@@ -171,6 +185,7 @@ class HeldOutRule(DampingRule):
     def state(self) -> dict[str, float]:
         own = {"predicted": self._predicted, "own": self._own, "signal": self._signal}
         own |= {"gain": self._gain, "differ": self._differ}
+        own |= {"own_average": self._own_average, "crawled": float(self._crawled)}
         return {**super().state(), **own, "judged": float(self._judged)}
 
     def load(self, state: Mapping[str, float]) -> None:
@@ -183,3 +198,5 @@ class HeldOutRule(DampingRule):
         self._judged = int(state["judged"])
         self._gain = float(state.get("gain", 1.0))  # earlier states have none
         self._differ = float(state.get("differ", 0.0))
+        self._own_average = float(state.get("own_average", 1.0))
+        self._crawled = int(state.get("crawled", 0))
