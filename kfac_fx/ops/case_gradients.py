@@ -20,6 +20,7 @@ from typing import NamedTuple, Protocol, TypeGuard, runtime_checkable
 import torch
 from torch import Tensor
 
+from kfac_fx.errors import ObservationError
 from kfac_fx.ops.columns import Statistics
 from kfac_fx.ops.state import FactorState, Stream
 
@@ -75,6 +76,27 @@ def joinable(statistics: Statistics, states: Sequence[FactorState]) -> TypeGuard
     # G of a weight that is computed goes on to another buffer, which is none of these.
     both = len(states) > 1 and None not in (states[0].gathering, states[1].gathering)
     return both and isinstance(statistics, CallStatistics)
+
+
+def of_tangents(statistics: Statistics, states: Sequence[FactorState]) -> Statistics:
+    """Return the statistics of the use that the tangents of a use are.
+
+    Args:
+        statistics, states: of the use.
+
+    Raises:
+        ObservationError: there are none.
+    """
+    made: Statistics | None = statistics.tangent() if hasattr(statistics, "tangent") else None
+    if made is None:
+        raise ObservationError(
+            f"{type(statistics).__name__.removesuffix('Statistics')} statistics record no "
+            "derivatives of the network by torch.func.jvp; those of linear and convolution layers "
+            "do: leave parameters out with transform(..., exclude=...), moments with ekfac=False"
+        )
+    if joinable(made, states):
+        states[0].joined = 2
+    return made
 
 
 class CaseFactors(NamedTuple):

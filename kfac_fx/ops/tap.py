@@ -22,7 +22,7 @@ from torch.autograd.graph import Node
 from torch.overrides import has_torch_function
 
 from kfac_fx.errors import ObservationError
-from kfac_fx.ops.case_gradients import join, joinable
+from kfac_fx.ops.case_gradients import join, joinable, of_tangents
 from kfac_fx.ops.columns import (
     ColumnStatistics,
     Context,
@@ -45,6 +45,7 @@ from kfac_fx.ops.state import (
     state_of,
 )
 from kfac_fx.torch_internals import pytree
+from kfac_fx.torch_internals.jvp_levels import below_jvp
 from kfac_fx.torch_internals.onlookers import (
     forward_mode,
     transforms_active,
@@ -112,9 +113,7 @@ class _Source(_Unbatched):
     @staticmethod
     def jvp(ctx: Context, y: Tensor, *others: Tensor | None) -> Tensor:
         tensors = others[3 : 3 + ctx.saved]
-        statistics = _of_tangents(ctx.statistics)
-        if joinable(statistics, ctx.states):
-            ctx.states[0].joined = 2
+        statistics = of_tangents(ctx.statistics, ctx.states)
         zero: Tensor = _Source.apply(y, statistics, ctx.states, ctx.saved, *tensors, *ctx.factors)
         return zero
 
@@ -296,17 +295,6 @@ class _Adjoint(_Unbatched):
         return g, None
 
 
-def _of_tangents(statistics: Any) -> Statistics:
-    made: Statistics | None = statistics.tangent() if hasattr(statistics, "tangent") else None
-    if made is None:
-        raise ObservationError(
-            f"{type(statistics).__name__.removesuffix('Statistics')} statistics record no "
-            "derivatives of the network by torch.func.jvp; those of linear and convolution layers "
-            "do: leave parameters out with transform(..., exclude=...), moments with ekfac=False"
-        )
-    return made
-
-
 def recording(factors: Iterable[Tensor | None]) -> bool:
     """Return whether any of the factor buffers asks for statistics."""
     return any(factor is not None and buffer_of(factor).requires_grad for factor in factors)
@@ -398,8 +386,14 @@ def tapped(
     # The call is named before its derivatives are taken, so that their taps know whose they are.
     if forward_mode() and joinable(statistics, states):
         statistics = statistics.of_call(object())
-    zero = _zero(y, statistics, tensors, buffers, states)
-    return joined(y, zero, asked)
+
+    def recorded(y: Tensor, tensors: Sequence[Tensor | None], order: int) -> Tensor:
+        made = statistics
+        for _ in range(order):
+            made = of_tangents(made, states)
+        return joined(y, _zero(y, made, tensors, buffers, states), asked)
+
+    return below_jvp(recorded, y, tensors)
 
 
 def define(schema: str, body: Callable[..., object]) -> None:

@@ -31,6 +31,7 @@ from kfac_fx.torch_internals import (
     generated_forward,
     graph_code,
     graph_tasks,
+    jvp_levels,
     onlookers,
     operators,
     packed_rows,
@@ -39,6 +40,45 @@ from kfac_fx.torch_internals import (
     rebuilt_functions,
 )
 from kfac_fx.torch_internals.modes import modes_put_back
+
+
+def test_uses_below_jvp() -> None:
+    """A value and its tangents are plain tensors there, and what is made of them is put back."""
+    seen: list[tuple[int, bool, bool]] = []
+
+    def use(y: Tensor, tensors: Sequence[Tensor | None], order: int) -> Tensor:
+        assert tensors[1] is None and tensors[2] is not None
+        zero = bool((tensors[2] == 0).all())
+        seen.append((order, onlookers.inside_transform(), zero))
+        return y * (1.0 + order)
+
+    constant = torch.ones(3, dtype=torch.float64)
+    x = torch.rand(3, dtype=torch.float64, requires_grad=True)
+    v = torch.rand(3, dtype=torch.float64)
+
+    def used(x: Tensor) -> Tensor:
+        return jvp_levels.below_jvp(use, x**3, [x, None, constant])
+
+    def derivative(x: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.func.jvp(used, (x,), (v,))
+
+    (value, first), (_, second) = torch.func.jvp(derivative, (x,), (v,))
+    torch.testing.assert_close(value, x**3)
+    torch.testing.assert_close(first, 2 * 3 * x**2 * v)
+    torch.testing.assert_close(second, 3 * 6 * x * v**2)
+    # Tangents of what has none are zero, and every use is outside of the transforms.
+    assert seen == [(0, False, False), (1, False, True), (1, False, True), (2, False, True)]
+    torch.testing.assert_close(torch.autograd.grad(second.sum(), x)[0], 18 * v**2)
+    # Of another transform the code stays inside.
+    del seen[:]
+    torch.func.vmap(used)(x)
+    torch.func.jvp(torch.func.grad(lambda x: used(x).sum()), (x,), (v,))
+    assert [inside for _, inside, _ in seen] == [True, True]
+    del seen[:]
+    with forward_ad.dual_level():
+        dual = used(forward_ad.make_dual(x, v))
+        torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, 3 * x**2 * v)
+    assert [order for order, _, _ in seen] == [0]
 
 
 def test_function_transforms() -> None:

@@ -1,0 +1,65 @@
+"""Run code on the plain tensors below torch.func.jvp, once for the value and once for each tangent.
+
+Why: an autograd function that is called under jvp goes through torch's interpreters in Python, one
+after another, each of which inspects it anew and calls it for its tangents; at every layer that was
+most of the time of a pass with statistics. No public way: torch.func gives no tensors out of a
+function that it transforms. Seen on torch 2.11, 2.13 and 2.14.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+_functorch = torch._C._functorch
+
+Use = Callable[[Tensor, Sequence[Tensor | None], int], Tensor]
+"""(y, tensors, order) -> y, where order is how many tangents were taken of the value."""
+
+
+def below_jvp(use: Use, y: Tensor, tensors: Sequence[Tensor | None], order: int = 0) -> Tensor:
+    """Return ``use(y, tensors, 0)``, where uses of tangents are calls of their own.
+
+    Args:
+        use: returns its first argument, with nodes of autograd at it. It is called below the jvp of
+            torch.func that are on top of the stack; what else is there it may be called inside of.
+        y: has tangents, where jvp has reached it.
+        tensors: further ones; where they have no tangent and y has, theirs is zero.
+        order: of y itself.
+    """
+    layer = _functorch.peek_interpreter_stack()
+    if layer is None or layer.key() != _functorch.TransformType.Jvp:
+        return use(y, tensors, order)
+    level = layer.level()
+    value, tangent = _parts(y, level)
+    parts = [(None, None) if t is None else _parts(t, level) for t in tensors]
+    with _without_top_layer():
+        value = below_jvp(use, value, [v for v, _ in parts], order)
+        if tangent is not None:
+            others = [torch.zeros_like(v) if v is not None and t is None else t for v, t in parts]
+            tangent = below_jvp(use, tangent, others, order + 1)
+    value = _functorch._wrap_for_grad(value, level)
+    if tangent is None:
+        return value
+    dual: Tensor = forward_ad.make_dual(value, _functorch._wrap_for_grad(tangent, level))
+    return dual
+
+
+def _parts(tensor: Tensor, level: int) -> tuple[Tensor, Tensor | None]:
+    """Return a tensor and its tangent, as they are below a level."""
+    value, tangent = forward_ad.unpack_dual(tensor)
+    below = _functorch._unwrap_for_grad
+    return below(value, level), None if tangent is None else below(tangent, level)
+
+
+@contextmanager
+def _without_top_layer() -> Iterator[None]:
+    layer = _functorch.pop_dynamic_layer_stack()
+    try:
+        yield
+    finally:
+        _functorch.push_dynamic_layer_stack(layer)
