@@ -9,7 +9,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from kfac_fx.codegen.compile import compiled_network
@@ -25,7 +25,7 @@ from kfac_fx.optim.traced_loss import Evaluated, double
 from kfac_fx.parallel import WholeParameters, Workers, share_of
 from kfac_fx.statistics.forward import Forward, outputs_of
 from kfac_fx.torch_internals import foreach, pytree
-from kfac_fx.torch_internals.error_texts import refuses_values
+from kfac_fx.torch_internals.error_texts import refuses_derivative, refuses_values
 
 MOST_WIDENED = 2**22
 """Outputs of a batch whose loss is summed in float64; the copies of more would take much memory."""
@@ -96,6 +96,7 @@ class Objective:
         self._parameters = list(net.parameters())
         self._alone = own and workers.size == 1 and not compile
         self._repeats: Repeats | None = None
+        self._differentiates = False
 
     def _repeat(self, names: tuple[str, ...]) -> Repeats | None:
         """Return the passes that may run as traces.
@@ -163,19 +164,28 @@ class Objective:
             inputs: the same as in ``Batch``.
             parameters: the parameters by name, in place of the module's own; None for those.
         """
+        if self._differentiates and not torch.is_grad_enabled():
+            with torch.enable_grad():
+                return self.outputs(inputs, parameters)
         net: Callable[..., Tree] = self.net
-        parameters = self._whole.given if parameters is None else parameters
-        if parameters is not None:
-            given = dict(parameters)
+        given = self._whole.given if parameters is None else dict(parameters)
+        try:
+            if given is None:
+                return outputs_of(self.forward, net, inputs)
             if self._alone and self._repeats is not None and self._repeats.names == tuple(given):
                 # The walk of functional_call through the module costs as much as a small network.
                 with self._repeats.places.swapped(self._repeats.named(given)):
                     return outputs_of(self.forward, self.net, inputs)
-
-            def net(*args: Tree, **kwargs: Tree) -> Tree:
-                return functional_call(self.net, given, args, kwargs)
-
-        return outputs_of(self.forward, net, inputs)
+            run = partial(_called_with, self.net, given)
+            return outputs_of(self.forward, run, inputs)
+        except RuntimeError as error:
+            if torch.is_grad_enabled() or not refuses_derivative(error):
+                raise
+        # The network takes derivatives on its way (the forces of an energy), which it cannot
+        # without a graph. Only such a one pays for that, and in its first pass alone twice.
+        self._differentiates = True
+        with self.aside():
+            return self.outputs(inputs, parameters)
 
     def likelihood_of_all(self, outputs: Tree, targets: Tree) -> BatchLikelihood:
         """Return the likelihood of this process's outputs; its terms are counted in all processes.
@@ -323,6 +333,13 @@ class Objective:
     def _widened(self, size: int) -> bool:
         """Say whether losses of so many outputs are compared in float64."""
         return self._precise and size <= MOST_WIDENED
+
+
+def _called_with(
+    net: nn.Module, parameters: Mapping[str, Tensor], *args: Tree, **kwargs: Tree
+) -> Tree:
+    """Return what a network gives with other parameters than its own."""
+    return functional_call(net, dict(parameters), args, kwargs)
 
 
 def precise(likelihood: Likelihood | Sum) -> bool:

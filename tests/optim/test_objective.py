@@ -40,3 +40,38 @@ def test_of_how_many_cases_statistics_are(closure: bool, expected: int) -> None:
     optimizer = kfac_fx.KFAC(net, lr=1e-3, options=options)
     optimizer.step((lambda given: forward(given, x)) if closure else x, y)
     assert seen == [64, expected]
+
+
+class Forces(nn.Module):
+    """An energy and its derivative by the positions, as a model of molecules returns both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 1))
+        self.register_buffer("calls", torch.tensor(0))
+
+    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        positions = positions.clone().requires_grad_()
+        self.calls += 1
+        energy = self.body(positions)
+        (slope,) = torch.autograd.grad(energy.sum(), positions, create_graph=True)
+        return energy, -slope
+
+
+def test_of_a_network_that_differentiates() -> None:
+    """Passes for values alone have a graph where the network needs one, and draw the same masks."""
+    torch.manual_seed(0)
+    x, y = torch.randn(32, 3), torch.randn(32, 1)
+    taken = []
+    for with_forces in (True, False):
+        torch.manual_seed(1)
+        model = Forces()
+        net = kfac_fx.transform(model if with_forces else model.body, (x,), capture="eager")
+        optimizer = kfac_fx.KFAC(net, "normal")
+        forward = (lambda net: net(x)[0]) if with_forces else (lambda net: net(x))
+        for _ in range(4):
+            optimizer.step(forward, y)
+        taken.append([p.detach().clone() for p in model.parameters()])
+        # The pass of the gradient alone leaves what it counts.
+        assert int(model.calls) == (4 if with_forces else 0)
+    torch.testing.assert_close(taken[0], taken[1])
