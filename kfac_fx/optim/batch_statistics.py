@@ -10,6 +10,7 @@ import torch
 
 from kfac_fx.curvature.estimate import terms_needed
 from kfac_fx.curvature.inverses import InverseFisher
+from kfac_fx.errors import StatisticsError
 from kfac_fx.optim.batch_trust import BatchTrust
 from kfac_fx.optim.diagnostics import Diagnostics
 from kfac_fx.optim.objective import Batch, Objective
@@ -40,6 +41,9 @@ class BatchStatistics:
             iteration: its number, from 1.
             form: says how often and how much is recorded.
             diagnostics: those of the iteration.
+
+        Raises:
+            StatisticsError: the first batch brought none at all.
         """
         recorded = self.inverse.estimate.recorded
         if recorded and not form.records(iteration, batch):
@@ -64,4 +68,13 @@ class BatchStatistics:
         widest = self.trust.widest(form.compares_batches)
         taken = finite and self.inverse.fold(found, decay, widest, follows=form.follows)
         self.trust.fitted(taken)
+        # Without any, no step would ever be made, and the losses of a loop that stands still look
+        # like those of a hard problem.
+        if finite and iteration == 1 and not self.inverse.estimate.recorded:
+            raise StatisticsError(
+                "no statistics came for any parameter, so that no step can be made. The forward "
+                "must read its parameters from the modules that registered them, as the pass runs "
+                "with copies in these places (lists and dictionaries will do, tuples will not); "
+                "and the outputs must depend on them"
+            )
         return taken
