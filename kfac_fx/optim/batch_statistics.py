@@ -51,16 +51,9 @@ class BatchStatistics:
         # tau1 of a small batch is a few cases, whose averages have no inverse to speak of.
         terms = terms_needed(recorded, form.ema_decay)
         least = math.ceil(terms * self.objective.cases / self.objective.terms)
-        part = self.objective.first(batch, form.statistics_fraction, least)
         with diagnostics.stage("statistics"):
-            if self.recorder.by_inputs:
-                with self.objective.same_masks():
-                    finite = self.recorder.observe_inputs(part.inputs, part.targets)
-            else:  # sharded parameters, which a pass of the recorder's own does not see whole
-                self.recorder.switch(True)
-                with torch.enable_grad(), self.objective.aside():
-                    outputs = self.objective.outputs(part.inputs)
-                    finite = self.recorder.observe(outputs, part.targets)
+            share = form.statistics_fraction
+            finite = self.objective.of_first(batch, share, least, self._observe)
             found = self.recorder.take()
         self.recorder.switch(False)
         # A batch with few cases moves the averages as little as its step moves the parameters.
@@ -78,3 +71,14 @@ class BatchStatistics:
                 "and the outputs must depend on them"
             )
         return taken
+
+    def _observe(self, part: Batch) -> bool:
+        """Record the statistics of some cases; return False if they are not finite."""
+        if self.recorder.by_inputs:
+            with self.objective.same_masks():
+                return self.recorder.observe_inputs(part.inputs, part.targets)
+        # Sharded parameters, which a pass of the recorder's own does not see whole.
+        self.recorder.switch(True)
+        with torch.enable_grad(), self.objective.aside():
+            outputs = self.objective.outputs(part.inputs)
+            return self.recorder.observe(outputs, part.targets)

@@ -123,8 +123,12 @@ class Places:
         """
         places = [place for place in self._places if place.name in state]
         copies = [copy for copy in self._copies if copy.name in state and _is_there(copy)]
-        for holder, key, _, name in places:
+        for holder, key, tensor, name in places:
             holder[key] = state[name]
+            # What the user's code has written on a parameter (mamba's ``_no_weight_decay``): it may
+            # read that, and a captured graph compares it at every call.
+            if tags := vars(tensor):
+                vars(state[name]).update(tags)
         for copy in copies:
             copy.holder[copy.key] = state[copy.name]
         try:

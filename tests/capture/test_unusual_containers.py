@@ -13,7 +13,7 @@ import kfac_fx
 Route = Literal["symbolic_trace", "export", "eager"]
 
 
-class Parts(tuple):  # noqa: SLOT001 - as in e3nn, whose representations are tuples of this kind
+class Parts(tuple):
     """A formal sum of parts, which has a dimension and no length."""
 
     def __len__(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -129,3 +130,28 @@ def test_what_no_copy_comes_to_is_an_error(cell: type[Listed]) -> None:
     net = kfac_fx.transform(cell(tuple), (x,), capture="eager")
     with pytest.raises((StatisticsError, ObservationError), match="lists and dictionaries"):
         kfac_fx.KFAC(net, "normal").step(x, y)
+
+
+class Marked(nn.Module):
+    """A weight with a word for the optimizer, as mamba marks those without decay."""
+
+    def __init__(self, reads: bool) -> None:
+        super().__init__()
+        self.reads = reads
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.last.weight.without_decay = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.reads and not self.last.weight.without_decay:
+            raise ValueError("a weight without its mark")
+        return self.last(torch.tanh(self.first(x)))
+
+
+@pytest.mark.parametrize("route", ["export", "eager"])
+def test_what_is_written_on_parameters_is_on_their_copies(route: Any) -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(16, 4), torch.randint(3, (16,))
+    net = kfac_fx.transform(Marked(route == "eager"), (x,), capture=route)
+    optimizer = kfac_fx.KFAC(net, "categorical")
+    losses = [float(optimizer.step(x, y)) for _ in range(3)]
+    assert losses[-1] < losses[0]
