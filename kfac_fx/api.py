@@ -145,7 +145,32 @@ def transform(
     # A module that was transformed before, perhaps with other options, starts anew.
     StripTaps()(module)
     KFACTransform(options, route=route)(module)
+    if example_inputs is None and not example_kwargs and isinstance(model, nn.Module):
+        _check_reached(model, module)
     return module
+
+
+def _check_reached(model: nn.Module, module: CapturedModule) -> None:
+    """Refuse the graph of a call without arguments, if it leaves out what is trained.
+
+    Where every argument is optional, as of CLIP's ``forward(image=None, text=None)``, tracing
+    follows the defaults. Calls with an image then run the model's own code, and nothing that only
+    they reach is recorded.
+
+    Raises:
+        CaptureError: asks for example inputs.
+    """
+    stars = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    arguments = inspect.signature(model.forward).parameters.values()
+    named = [one for one in arguments if one.kind not in stars]
+    unused = module.curvature.unused
+    if not unused or not named or any(one.default is not None for one in named):
+        return
+    raise CaptureError(
+        f"all arguments of {type(model).__name__}.forward are optional, and without any of them "
+        f"{len(unused)} trained parameters are not used ({', '.join(unused[:3])}). Pass "
+        "example_inputs=(...), or example_kwargs={...}, as the model is called in training"
+    )
 
 
 class Captured(NamedTuple):

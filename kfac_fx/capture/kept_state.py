@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from kfac_fx.capture.object_states import HOLDERS, SCALARS
+from kfac_fx.capture.object_states import HOLDERS, SCALARS, entries
 
 TENSORS = ("_parameters", "_buffers")
 """A module's dictionaries of tensors."""
@@ -124,6 +124,7 @@ def same(one: Watched, other: Watched, depth: int = 0) -> bool:
     if isinstance(one, _NUMBERS):
         return repr(one) == repr(other)  # 0.0 and -0.0 are equal
     if isinstance(one, (list, tuple)):
+        one, other = entries(one), entries(other)
         return len(one) == len(other) and all(map(same, one, other, itertools.repeat(depth + 1)))
     if isinstance(one, dict):
         # In another order a loop over the items runs in another order too; nobody loops over the

@@ -33,7 +33,7 @@ from kfac_fx.capture.kept_state import (
     with_others,
 )
 from kfac_fx.capture.layer_calls import translate
-from kfac_fx.capture.object_states import HOLDERS, SCALARS, attributes_of
+from kfac_fx.capture.object_states import HOLDERS, SCALARS, attributes_of, entries
 from kfac_fx.capture.reached_code import reached
 from kfac_fx.capture.run_state import RunState
 from kfac_fx.capture.settings_read import (
@@ -327,9 +327,9 @@ class ModelState:
         items: Iterable[Watched] = ()
         if isinstance(value, HOLDERS):
             self._add(value, place)
-            items = value.values() if isinstance(value, dict) else value
+            items = entries(value)
         elif isinstance(value, tuple):
-            items = value
+            items = entries(value)
         elif isinstance(value, functools.partial):
             items = (value.func, value.args, value.keywords)
         elif isinstance(value, (types.FunctionType, types.MethodType)):

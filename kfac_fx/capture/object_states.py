@@ -12,7 +12,7 @@ import sys
 import threading
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing import sharedctypes
 from typing import Any, NamedTuple
 
@@ -29,6 +29,25 @@ SCALARS = (bool, int, float, complex, str, bytes, type(None))
 
 HOLDERS = (dict, list, set, collections.deque)
 """Containers that code changes in their place."""
+
+_BUILT_IN = (dict, list, tuple, set, collections.deque)
+
+
+def entries(container: Value) -> Sequence[Value]:
+    """Return what a container holds, the values of a dictionary, as its built-in class has it.
+
+    A user's subclass may mean something else by its length and its items: the representations of
+    e3nn are tuples whose length is an error, and a table may make new values whenever it is read.
+
+    Args:
+        container: an instance of one of ``HOLDERS`` or a tuple.
+    """
+    kind = type(container)
+    if kind is list or kind is tuple:
+        return container  # type: ignore[no-any-return]
+    base = next(base for base in _BUILT_IN if isinstance(container, base))
+    return [*(dict.values(container) if base is dict else base.__iter__(container))]
+
 
 BAGS = (
     types.SimpleNamespace,

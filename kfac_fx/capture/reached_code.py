@@ -22,6 +22,7 @@ from kfac_fx.capture.code_names import (
     modules_in,
     names_in,
 )
+from kfac_fx.capture.object_states import entries
 
 Value = Any
 """What a module, an object or a global holds."""
@@ -133,8 +134,8 @@ class _Walk:
             elif isinstance(value, functools.partial):
                 self._todo += [(value.func, depth, within), (value.args, depth, within)]
             elif isinstance(value, (dict, list, tuple, set)):
-                if len(value) <= _IN_CONTAINER:
-                    items = dict.values(value) if isinstance(value, dict) else value
+                items = entries(value)
+                if len(items) <= _IN_CONTAINER:
                     self._todo += [(item, depth, within + 1) for item in items]
             elif isinstance(value, type):
                 self._class(value, depth)

@@ -22,6 +22,7 @@ from kfac_fx.capture.object_states import (
     HOLDERS,
     SCALARS,
     Slots,
+    entries,
     set_state,
     slots_of,
     state_of,
@@ -121,7 +122,7 @@ class RunState:
             if not isinstance(value, tuple):
                 self._records.append((name, value, _contents(value)))
             # The base class's: a mapping may make new values whenever it is read (ACT2FN).
-            items = dict.items(value) if isinstance(value, dict) else enumerate(value)
+            items = dict.items(value) if isinstance(value, dict) else enumerate(entries(value))
             for key, item in list(items):
                 if type(item) not in SCALARS:
                     at = f"{name}[{key!r}]" if isinstance(key, (str, int)) else name
@@ -324,10 +325,13 @@ def _alike(one: Value, other: Value, depth: int = 8) -> bool:
         return False
     if isinstance(one, set):
         return bool(one == other)
-    if len(one) != len(other) or (isinstance(one, dict) and list(one) != list(other)):
-        return False
     if isinstance(one, dict) and isinstance(other, dict):
+        if list(one) != list(other):
+            return False
         return all(_alike(one[key], other[key], depth - 1) for key in one)
+    one, other = entries(one), entries(other)
+    if len(one) != len(other):
+        return False
     return all(_alike(a, b, depth - 1) for a, b in zip(one, other, strict=True))
 
 

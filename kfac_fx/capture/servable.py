@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from kfac_fx.capture.object_states import entries
 from kfac_fx.errors import CaptureError
 from kfac_fx.torch_internals.pytree import tree_leaves
 
@@ -102,7 +103,7 @@ def _check_rewindable(model: nn.Module) -> None:
 def _moves_on(value: Value) -> bool:
     """Tell whether a value, or one in it, gives away what it holds and cannot be read otherwise."""
     if isinstance(value, (list, tuple)):
-        return any(map(_moves_on, value))
+        return any(map(_moves_on, entries(value)))
     if isinstance(value, dict):
         return any(map(_moves_on, dict.values(value)))
     # What stands for another object has the methods of all classes, whatever that object is.

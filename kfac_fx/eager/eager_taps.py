@@ -75,7 +75,6 @@ class EagerTaps:
         self._open = frozenset(self._blocks) - self._without_tap
         self._alone = frozenset(b.parameters[0] for b in blocks if len(b.parameters) == 1)
         self._told: set[str] = set()
-        self._parameters = dict(module.named_parameters())
         scaled = (b for b in blocks if any(u.tap and u.tap.scale for u in b.uses))
         self.computed = frozenset(name for block in scaled for name in block.parameters)
 
@@ -108,7 +107,10 @@ class EagerTaps:
             if known is not None and use.tap is not None and at_its_call(use, use.tap, node):
                 tap = cases.placed(use, node).tap or use.tap
                 count = None if tap.cases is None else cases.count(tap.cases)
-                record = self._record(tap, known, block, count, cases)
+                # A pass of the library's own runs the model with copies for its parameters, and
+                # those are what the weights of this run are computed from.
+                source = view.parameters[known.parameters[0]]
+                record = self._record(tap, known, block, source, count, cases)
                 factors = self._factors(known, block) if tap.slots else ()
                 found.append(Placement(tap, record, use.parameters, factors))
         return found
@@ -173,6 +175,7 @@ class EagerTaps:
         tap: Tap,
         use: ParameterUse,
         block: CurvatureBlock,
+        source: Tensor,
         count: int | None,
         cases: GrowingCases,
     ) -> Callable[[Tensor, Mapping[str, Tensor]], Tensor]:
@@ -182,6 +185,7 @@ class EagerTaps:
             tap: the tap.
             use: the one that the example showed.
             block: owns the buffers.
+            source: the parameter, as the model holds it in this run.
             count: the number of cases where they are folded with positions.
             cases: knows the first use of each block.
         """
@@ -193,7 +197,7 @@ class EagerTaps:
                 factors[1] = torch.ops.kfac_fx.row_scaled.default(
                     factors[1],
                     values[tap.scale.result.name],
-                    self._parameters[use.parameters[0]],
+                    source,
                     tap.scale.rows,
                     tap.scale.entrywise,
                 )

@@ -202,8 +202,8 @@ class KFAC(HasCurvature, Optimizer):
             The mean negative log-likelihood of a term, [], without the l2 term.
 
         Raises:
-            LikelihoodError, ObservationError: the outputs do not fit, or cannot be recorded;
-                nothing has changed.
+            LikelihoodError, ObservationError, StatisticsError: the outputs do not fit, cannot be
+                recorded, or bring no statistics at all; nothing has changed.
             ParameterChangedError: a parameter was replaced, reshaped, cast or moved.
             UnknownOptionError: the paper's form cannot be used; see docs/howto/whole_optimizer.md.
         """

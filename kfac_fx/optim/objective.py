@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from kfac_fx.codegen.compile import compiled_network
-from kfac_fx.errors import LikelihoodError
+from kfac_fx.errors import CaptureError, KFACError, LikelihoodError
 from kfac_fx.likelihoods.batch import BatchLikelihood, batch_likelihood, drawn_seed, output_tensors
 from kfac_fx.likelihoods.builtin import Bernoulli, Categorical, Likelihood, Normal, Tree
 from kfac_fx.likelihoods.named import Sum
@@ -25,7 +26,11 @@ from kfac_fx.optim.traced_loss import Evaluated, double
 from kfac_fx.parallel import WholeParameters, Workers, share_of
 from kfac_fx.statistics.forward import Forward, outputs_of
 from kfac_fx.torch_internals import foreach, pytree
-from kfac_fx.torch_internals.error_texts import refuses_values
+from kfac_fx.torch_internals.error_texts import refuses_derivative, refuses_values
+
+log = logging.getLogger("kfac_fx")
+
+Found = TypeVar("Found")
 
 MOST_WIDENED = 2**22
 """Outputs of a batch whose loss is summed in float64; the copies of more would take much memory."""
@@ -96,6 +101,8 @@ class Objective:
         self._parameters = list(net.parameters())
         self._alone = own and workers.size == 1 and not compile
         self._repeats: Repeats | None = None
+        self._differentiates = False
+        self._indivisible = False
 
     def _repeat(self, names: tuple[str, ...]) -> Repeats | None:
         """Return the passes that may run as traces.
@@ -115,20 +122,43 @@ class Objective:
         self._seed = drawn_seed(self._generator, self._workers)
         self.cases = int(self._workers.agree("a batch", amount=case_count(batch)).amount)
 
-    def first(self, batch: Batch, fraction: float, least: int) -> Batch:
-        """Return this process's share of the first cases.
+    def of_first(
+        self, batch: Batch, fraction: float, least: int, run: Callable[[Batch], Found]
+    ) -> Found:
+        """Return what a pass finds with this process's share of the first cases.
 
         Args:
             batch: the batch of this process.
             fraction: the share of the cases of all processes, in (0, 1].
             least: so many cases are kept at least, where there are as many.
+            run: the pass, a function of a batch.
         """
         kept = min(self.cases, max(least, round(fraction * self.cases)))
-        whole = kept == self.cases or callable(batch.inputs)  # a closure has its batch inside
-        if whole:
-            return batch
-        cut: Batch = first_cases(batch, share_of(kept, self._workers))
-        return cut
+        # A closure has its batch inside.
+        whole = kept == self.cases or callable(batch.inputs) or self._indivisible
+        if whole or points_past(batch.inputs, kept):
+            return run(batch)
+        part: Batch = first_cases(batch, share_of(kept, self._workers))
+        if self._workers.size > 1:  # all processes have to agree, and only some may fail
+            return run(part)
+        try:
+            return run(part)
+        except Exception as error:  # of the user's network, or of a graph for other sizes
+            if isinstance(error, KFACError) and not isinstance(error, CaptureError):
+                raise
+            # The nodes of a graph have an adjacency that was not cut with them. What fails with
+            # the whole batch, too, is another matter, and goes to the user as it is.
+            found = run(batch)
+            self._indivisible = True
+            log.warning(
+                "the network does not take the first %d of %d cases of a batch (%s: %s): "
+                "statistics and steps are of whole batches from here on",
+                kept,
+                self.cases,
+                type(error).__name__,
+                str(error).partition("\n")[0],
+            )
+            return found
 
     @contextmanager
     def same_masks(self) -> Iterator[None]:
@@ -163,19 +193,28 @@ class Objective:
             inputs: the same as in ``Batch``.
             parameters: the parameters by name, in place of the module's own; None for those.
         """
+        if self._differentiates and not torch.is_grad_enabled():
+            with torch.enable_grad():
+                return self.outputs(inputs, parameters)
         net: Callable[..., Tree] = self.net
-        parameters = self._whole.given if parameters is None else parameters
-        if parameters is not None:
-            given = dict(parameters)
+        given = self._whole.given if parameters is None else dict(parameters)
+        try:
+            if given is None:
+                return outputs_of(self.forward, net, inputs)
             if self._alone and self._repeats is not None and self._repeats.names == tuple(given):
                 # The walk of functional_call through the module costs as much as a small network.
                 with self._repeats.places.swapped(self._repeats.named(given)):
                     return outputs_of(self.forward, self.net, inputs)
-
-            def net(*args: Tree, **kwargs: Tree) -> Tree:
-                return functional_call(self.net, given, args, kwargs)
-
-        return outputs_of(self.forward, net, inputs)
+            run = partial(_called_with, self.net, given)
+            return outputs_of(self.forward, run, inputs)
+        except RuntimeError as error:
+            if torch.is_grad_enabled() or not refuses_derivative(error):
+                raise
+        # The network takes derivatives on its way (the forces of an energy), which it cannot
+        # without a graph. Only such a one pays for that, and in its first pass alone twice.
+        self._differentiates = True
+        with self.aside():
+            return self.outputs(inputs, parameters)
 
     def likelihood_of_all(self, outputs: Tree, targets: Tree) -> BatchLikelihood:
         """Return the likelihood of this process's outputs; its terms are counted in all processes.
@@ -325,6 +364,13 @@ class Objective:
         return self._precise and size <= MOST_WIDENED
 
 
+def _called_with(
+    net: nn.Module, parameters: Mapping[str, Tensor], *args: Tree, **kwargs: Tree
+) -> Tree:
+    """Return what a network gives with other parameters than its own."""
+    return functional_call(net, dict(parameters), args, kwargs)
+
+
 def precise(likelihood: Likelihood | Sum) -> bool:
     """Say whether a likelihood takes outputs of any precision; a user's own may not."""
     if isinstance(likelihood, Sum):
@@ -336,6 +382,27 @@ def case_count(batch: Tree) -> int:
     """Return the first dimension of the batch's first tensor that has any."""
     sized = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()]
     return sized[0].shape[0] if sized else 1
+
+
+def points_past(inputs: Tree, kept: int) -> bool:
+    """Say whether indices that stay whole, as the edges of a graph, name rows that would be cut.
+
+    A GPU stops for good at an index that is out of range, so this is not left to the network.
+
+    Args:
+        inputs: of the network.
+        kept: the number of cases that would stay.
+    """
+    cases = case_count(inputs)
+    for leaf in pytree.tree_leaves(inputs):
+        if not isinstance(leaf, Tensor) or leaf.dtype not in (torch.int64, torch.int32):
+            continue
+        if not leaf.dim() or leaf.shape[0] == cases or not leaf.numel():
+            continue
+        # Larger numbers, such as of tokens, are none of rows.
+        if kept <= int(leaf.max()) < cases:
+            return True
+    return False
 
 
 def first_cases(batch: Tree, kept: int) -> Tree:

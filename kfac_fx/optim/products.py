@@ -23,7 +23,12 @@ from kfac_fx.likelihoods.builtin import Tree, UnknownRootError
 from kfac_fx.likelihoods.named import Sum
 from kfac_fx.statistics.own_pass import OwnPass
 from kfac_fx.statistics.traced_pass import Arguments, Extra, Facts
-from kfac_fx.torch_internals.error_texts import refuses_nested_forward_mode, refuses_packing
+from kfac_fx.torch_internals.contiguous_groups import ContiguousGroups
+from kfac_fx.torch_internals.error_texts import (
+    refuses_layout,
+    refuses_nested_forward_mode,
+    refuses_packing,
+)
 from kfac_fx.torch_internals.packed_rows import PackedByRows
 
 Direction = dict[str, Tensor]
@@ -115,9 +120,12 @@ def _derivative(run: Run, parameters: Parameters, tangents: Direction) -> tuple[
     try:
         return _of_duals(run, parameters, tangents)
     except RuntimeError as error:
-        # The mode hears of every function that the network calls, so it is not there by default.
+        # A mode hears of every function that the network calls, so none is there by default.
         if refuses_packing(error):
             with PackedByRows():
+                return _of_duals(run, parameters, tangents)
+        if refuses_layout(error):
+            with ContiguousGroups():
                 return _of_duals(run, parameters, tangents)
         if not refuses_nested_forward_mode(error):
             raise

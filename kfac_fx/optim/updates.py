@@ -179,9 +179,12 @@ class AdaptiveUpdate:
 
     def _gram(self, at: Situation, directions: list[Direction]) -> Tensor:
         """Return the products of directions with the exact Fisher, [n, n], of all processes."""
-        part = self.objective.first(at.batch, self.fraction, self.fewest)
+
+        def products(part: Batch) -> Tensor:
+            return self.objective.fisher_gram(part, at.parameters, directions)
+
         with products_or_reason():
-            gram = self.objective.fisher_gram(part, at.parameters, directions)
+            gram = self.objective.of_first(at.batch, self.fraction, self.fewest, products)
         self.workers.sum_([gram])
         return gram
 

@@ -406,7 +406,9 @@ class Recorder:
             if wanted and not any(key in collected.statistics for key in tapped):
                 raise ObservationError(
                     "the pass came to no layer that is recorded: a closure must return what the "
-                    "network that it is given computes, lambda net: net(x)"
+                    "network that it is given computes, lambda net: net(x), and the forward must "
+                    "read its parameters from the modules that registered them, as the pass runs "
+                    "with copies in these places (lists and dictionaries will do, tuples will not)"
                 )
             self._step.add(collected)
         return collected.finite

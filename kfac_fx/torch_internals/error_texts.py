@@ -41,6 +41,16 @@ def refuses_packing(error: RuntimeError) -> bool:
     return isinstance(error, NotImplementedError) and "_pack_padded_sequence" in str(error)
 
 
+def refuses_layout(error: RuntimeError) -> bool:
+    """Tell whether a view was asked for that the entries' order in memory does not allow."""
+    return "view size is not compatible" in str(error)
+
+
+def refuses_derivative(error: RuntimeError) -> bool:
+    """Tell whether a derivative was asked for of what autograd has no graph of."""
+    return "does not require grad and does not have a grad_fn" in str(error)
+
+
 def of_communication(error: RuntimeError) -> bool:
     """Tell whether processes could not reach each other."""
     text = str(error).lower()

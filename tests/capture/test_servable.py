@@ -134,3 +134,39 @@ def test_nested_tensors_are_refused() -> None:
     kfac_fx.ops.switch(net, kfac_fx.ops.all_buffers(net), True)
     with pytest.raises(CaptureError, match="nested tensor"):
         net(x)
+
+
+class TwoTowers(nn.Module):
+    """Either of two inputs, or both, as CLIP takes them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image, self.text = nn.Linear(4, 3), nn.Linear(5, 3)
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, image: Tensor | None = None, text: Tensor | None = None) -> list[Tensor]:
+        found = [] if image is None else [self.image(image)]
+        return [*found, *([] if text is None else [self.text(text)]), self.scale.exp()]
+
+
+def test_optional_arguments_alone_need_example_inputs() -> None:
+    """The graph of no arguments would leave all towers without blocks, and without a word."""
+    model, image, text = TwoTowers(), torch.randn(2, 4), torch.randn(2, 5)
+    with pytest.raises(CaptureError, match="are optional, and without any"):
+        kfac_fx.transform(model)
+    net = kfac_fx.transform(model, (image, text))
+    assert not net.curvature.unused
+    close(tuple(net(image, text)), tuple(model(image, text)))
+    # One that is used without arguments is none of these.
+    assert not kfac_fx.transform(Prior()).curvature.unused
+
+
+class Prior(nn.Module):
+    """A mean that may be shifted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = nn.Parameter(torch.zeros(3))
+
+    def forward(self, shift: Tensor | None = None) -> Tensor:
+        return self.mean.exp() if shift is None else self.mean.exp() + shift

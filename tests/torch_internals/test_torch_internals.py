@@ -39,6 +39,7 @@ from kfac_fx.torch_internals import (
     pytree,
     rebuilt_functions,
 )
+from kfac_fx.torch_internals.contiguous_groups import ContiguousGroups
 from kfac_fx.torch_internals.modes import modes_put_back
 
 
@@ -426,6 +427,27 @@ def test_packed_rows(batch_first: bool) -> None:
         assert torch.equal(tangent(), 2 * want.data)
     assert torch.equal(found.data, want.data)
     assert torch.equal(found.batch_sizes, want.batch_sizes)
+
+
+def test_groups_of_images_in_forward_mode() -> None:
+    """torch's formula refuses channels_last, in these words; a contiguous copy is taken."""
+    x, tangent = torch.randn(2, 3, 3, 4).permute(0, 3, 1, 2), torch.randn(2, 4, 3, 3)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, tangent)
+        with pytest.raises(RuntimeError) as refused:
+            F.group_norm(dual, 2)
+        assert error_texts.refuses_layout(refused.value)
+        with ContiguousGroups():
+            found = forward_ad.unpack_dual(F.group_norm(dual, 2)).tangent
+    _, expected = torch.func.jvp(lambda x: F.group_norm(x, 2), (x.contiguous(),), (tangent,))
+    torch.testing.assert_close(found, expected)
+
+
+def test_text_of_a_derivative_without_a_graph() -> None:
+    with torch.no_grad():
+        value = torch.ones(2, requires_grad=True).sum()
+    refused = raised(lambda: torch.autograd.grad(value, torch.ones(2)))
+    assert error_texts.refuses_derivative(refused)
 
 
 def test_texts_of_distributions() -> None:
