@@ -228,6 +228,15 @@ def test_fake_tensors() -> None:
         assert type(torch.empty(2)) is not Tensor
 
 
+def test_fake_tensors_without_a_cache() -> None:
+    with fake_tensors.FakeTensorMode() as mode:
+        assert mode.cache_enabled
+    with pytest.raises(ZeroDivisionError), fake_tensors.without_fake_cache():
+        assert not fake_tensors.FakeTensorMode().cache_enabled
+        raise ZeroDivisionError
+    assert fake_tensors.FakeTensorMode().cache_enabled
+
+
 def test_operators() -> None:
     assert operators.runs_nested_graph(torch.ops.higher_order.cond)
     assert not operators.runs_nested_graph(torch.ops.aten.mm.default)
