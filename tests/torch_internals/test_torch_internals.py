@@ -38,7 +38,11 @@ from kfac_fx.torch_internals import (
     pytree,
     rebuilt_functions,
 )
-from kfac_fx.torch_internals.modes import modes_put_back
+from kfac_fx.torch_internals.modes import (
+    function_mode_of_the_user,
+    function_modes,
+    modes_put_back,
+)
 
 
 def test_function_transforms() -> None:
@@ -226,6 +230,18 @@ def test_fake_tensors() -> None:
     assert isinstance(mode, fake_tensors.FakeTensorMode)
     with mode:
         assert type(torch.empty(2)) is not Tensor
+
+
+def test_function_modes_of_the_user() -> None:
+    class Mine(torch.overrides.TorchFunctionMode):
+        pass
+
+    assert function_modes() == 0
+    with torch.device("cpu"):
+        assert function_modes() == 1
+        assert function_mode_of_the_user() == ""
+        with Mine():
+            assert function_mode_of_the_user() == "Mine"
 
 
 def test_fake_tensors_without_a_cache() -> None:
