@@ -28,12 +28,14 @@ class Behaviour(NamedTuple):
 
     Attributes:
         form: containers, classes and plain values of the outputs.
+        inputs: the same of the inputs after the call.
         tensors: outputs, inputs after the call, and the state of torch's generator, by name.
         gradients: those of a fixed combination of the outputs, of parameters and inputs by name;
             None where autograd refuses or they were not asked for.
     """
 
     form: Form
+    inputs: Form
     tensors: dict[str, Tensor]
     gradients: dict[str, Tensor] | None
 
@@ -82,6 +84,9 @@ def difference(got: Behaviour, want: Behaviour) -> str | None:
         return found
     if got.form != want.form:
         return f"it returns {_shown(got.form)}, the model {_shown(want.form)}"
+    # Code may write on what it is given (`x.seen = True`), and an export is made of other tensors.
+    if got.inputs != want.inputs:
+        return f"it leaves its inputs as {_shown(got.inputs)}, the model as {_shown(want.inputs)}"
     if want.gradients is None:
         return None
     if got.gradients is None:

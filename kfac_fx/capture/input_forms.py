@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kfac_fx.capture.servable import is_packed
+from kfac_fx.torch_internals.modes import function_mode_of_the_user, function_modes
 from kfac_fx.torch_internals.pytree import tree_flatten
 
 Value = Any
@@ -196,6 +197,10 @@ class ExportedInputs:
     def fitting(self, given: Given, training: bool) -> Given | None:
         """Return the arguments, by position and name as the example had them."""
         args, kwargs = given
+        # The graph calls operators where the code calls `torch.tanh`, which a mode of the user's
+        # around the call looks for.
+        if function_modes() and function_mode_of_the_user():
+            return None
         if len(args) != self._number or list(kwargs) != self._names:
             spelled = self._spelled(given)
             if spelled is None:
@@ -218,6 +223,8 @@ class ExportedInputs:
 
     def misfit(self, given: Given) -> str:
         """Say that the inputs are of another kind."""
+        if mode := function_mode_of_the_user():
+            return f"in the torch function mode {mode}, which sees no functions of an export"
         leaves = tree_flatten(given)[0]
         for leaf in leaves:
             if isinstance(leaf, Tensor) and _tagged(leaf):

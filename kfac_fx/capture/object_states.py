@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import collections
 import ctypes
+import functools
 import pickle
 import queue
 import random
@@ -63,6 +64,8 @@ BAGS = (
 _C_DATA = (ctypes.Array, ctypes.Structure, ctypes.Union, type(ctypes.c_int()).__mro__[1])
 """Values in C's form, as ``multiprocessing`` shares them."""
 
+_MEMORY = (array.array, bytearray, *_C_DATA)
+
 
 class _Stateful(NamedTuple):
     """How the state of a kind of object is read and put back; states can be compared.
@@ -83,7 +86,7 @@ def memory_of(value: Value) -> Value:
     """
     if isinstance(value, sharedctypes.SynchronizedBase):
         value = value.get_obj()
-    return value if isinstance(value, (array.array, bytearray, *_C_DATA)) else None
+    return value if isinstance(value, _MEMORY) else None
 
 
 def bytes_of(value: Value) -> bytes:
@@ -101,8 +104,21 @@ def _write_memory(value: Value, state: bytes) -> None:
         ctypes.memmove(ctypes.addressof(memory), state, len(state))
 
 
+@functools.lru_cache(maxsize=1024)
+def _may_have_state(kind: type) -> bool:
+    """Tell whether an object of a class may be a random generator or an array.
+
+    Tens of thousands of modules, functions and plain values are asked in every capture.
+    """
+    kinds = (torch.Generator, random.Random, sharedctypes.SynchronizedBase, *_MEMORY)
+    modules = {str(base.__module__).split(".")[0] for base in kind.__mro__}
+    return issubclass(kind, kinds) or "numpy" in modules
+
+
 def _stateful(value: Value) -> _Stateful | None:
     """Return how to read a random generator or a small array, None for other objects."""
+    if not _may_have_state(type(value)):  # type: ignore[arg-type]  # mypy: no class has a hash
+        return None
     if isinstance(value, torch.Generator):
         return _Stateful(
             lambda v: bytes(v.get_state().tolist()),

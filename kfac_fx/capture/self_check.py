@@ -188,13 +188,14 @@ class SelfCheck:
         tensors = dict(enumerate(tensors_in(outputs)))
         # Before the backward pass, which may draw (a checkpoint does) and which is not compared.
         found = {f"output {index}": t.detach().clone() for index, t in tensors.items()}
+        given_back = form_of((args, kwargs))
         left = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         found |= {f"input {i} after the call": t.detach().clone() for i, t in enumerate(left)}
         found["the state of the generator"] = torch.get_rng_state()
         gradients = None
         if run.gradients:
             gradients = _gradients(self._model, given, list(tensors.values()))
-        return Behaviour(form_of(outputs), found, gradients)
+        return Behaviour(form_of(outputs), given_back, found, gradients)
 
 
 @contextmanager

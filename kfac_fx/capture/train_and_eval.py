@@ -52,10 +52,13 @@ class ModeReads:
     """Whether the flag ``training`` of any module was read.
 
     Attributes:
-        any: whether it was, or could have been without being noticed.
+        any: whether it was, or could have been without being noticed; reads of torch's dropout
+            layers do not count.
+        dropout: whether torch's dropout layers have read their own, which they hand on as a flag.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self.dropout = False
         classes = {kind for module in model.modules() for kind in type(module).__mro__}
         own = any("training" in vars(kind) for kind in classes)
         self.any = own or any(isinstance(m, torch.jit.ScriptModule) for m in model.modules())
@@ -63,6 +66,7 @@ class ModeReads:
 
 _TRACERS = tuple(str(Path(torch.__file__).parent / name) for name in ("fx", "export", "_export"))
 """Where torch reads the flag for itself, to copy it."""
+_DROPOUT = nn.Dropout.forward.__code__.co_filename
 
 
 @contextmanager
@@ -82,7 +86,11 @@ def mode_reads(model: nn.Module) -> Iterator[ModeReads]:
         return
 
     def read(module: nn.Module) -> bool:
-        found.any = found.any or not sys._getframe(1).f_code.co_filename.startswith(_TRACERS)
+        reader = sys._getframe(1).f_code.co_filename
+        if reader == _DROPOUT:
+            found.dropout = True
+        else:
+            found.any = found.any or not reader.startswith(_TRACERS)
         try:
             flag: bool = module.__dict__["training"]
         except KeyError:
@@ -98,6 +106,39 @@ def mode_reads(model: nn.Module) -> Iterator[ModeReads]:
         yield found
     finally:
         del nn.Module.training
+
+
+def without_dropout(model: nn.Module, graph: fx.Graph) -> fx.Graph | None:
+    """Return a copy of an exported graph of the training, as the export in evaluation would be.
+
+    Args:
+        model: its code has asked for no mode but in torch's dropout layers.
+        graph: what those layers call is a node of their own each, whose last argument is the flag.
+
+    Returns:
+        None where it is not certain which nodes are theirs.
+    """
+    owners = dict(model.named_modules(remove_duplicate=False))
+    layers = [m for m in owners.values() if _is_dropout(m)]
+    # A hook of such a layer, or a forward of its own, could ask for noise that stays in evaluation.
+    if any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in layers):
+        return None
+    copied = fx.Graph()
+    copied.output(copied.graph_copy(graph, {}))
+    flipped = False
+    for node in copied.nodes:
+        stack = [*(node.meta.get("nn_module_stack") or {}).values()]
+        owner = owners.get(stack[-1][0]) if stack else None
+        if owner in layers and node.args[-1:] == (True,):
+            node.update_arg(len(node.args) - 1, False)
+            flipped = True
+    return copied if flipped else None
+
+
+def _is_dropout(module: nn.Module) -> bool:
+    """Tell whether a module runs the code of one of torch's dropout layers."""
+    code = getattr(type(module).forward, "__code__", None)
+    return code is not None and code.co_filename == _DROPOUT
 
 
 def capture_both(model: nn.Module, capture: Callable[[nn.Module], fx.Graph]) -> Graphs:

@@ -18,12 +18,13 @@ from kfac_fx.capture.in_place import update_of, writes
 from kfac_fx.capture.input_forms import ExportedInputs, Guards
 from kfac_fx.capture.run_state import RunState
 from kfac_fx.capture.symbolic_trace import same_constant
-from kfac_fx.capture.train_and_eval import capture_both, mode_reads
+from kfac_fx.capture.train_and_eval import capture_both, mode_reads, without_dropout
 from kfac_fx.capture.undisturbed import undisturbed
 from kfac_fx.capture.user_lines import user_line
 from kfac_fx.capture.watching import refusals_noted
 from kfac_fx.errors import CaptureError
 from kfac_fx.torch_internals.buffer_registration_hooks import no_hooks_left
+from kfac_fx.torch_internals.fake_tensors import without_fake_cache
 from kfac_fx.torch_internals.operators import may_share_memory
 from kfac_fx.torch_internals.pytree import tree_leaves, tree_map_only
 
@@ -48,13 +49,15 @@ class Asked(NamedTuple):
         order: whether it was how tensors lie in memory.
         gradients: whether it was for gradients of parameters that have them already.
         values: names of tensors that are no members whose values it was.
-        mode: whether it was for the flag ``training``.
+        mode: whether it was for the flag ``training``; by torch's dropout layers does not count.
+        dropout: whether those layers have asked.
     """
 
     order: bool
     gradients: bool
     values: frozenset[str]
     mode: bool
+    dropout: bool
 
 
 class Exported(NamedTuple):
@@ -97,11 +100,15 @@ def from_export(model: nn.Module, args: tuple[Value, ...], kwargs: dict[str, Val
 
     def graph_of(model: nn.Module) -> fx.Graph:
         if asked and not asked[0].mode:
-            guards[False] = guards[True]
-            return graphs[0]
+            # An export takes as long as everything else together: dropout layers do not ask for
+            # another one, since all that they do with their flag is to hand it on.
+            graph = without_dropout(model, graphs[0]) if asked[0].dropout else graphs[0]
+            if graph is not None:
+                guards[False] = guards[True]
+                return graph
         # Each mode by itself: what the evaluation writes says nothing against the training's graph.
         with undisturbed(model) as before:
-            module = exported(model, args, kwargs)
+            module = exported(model, args, kwargs, before.state)
             if found := before.state.written():
                 who = f"the forward of {type(model).__name__}"
                 raise CaptureError(f"{who} {found[0]}, which a graph would not do again")
@@ -171,7 +178,9 @@ def of_program(program: ExportedProgram) -> CapturedModule:
     return module
 
 
-def exported(model: nn.Module, args: tuple[Value, ...], kwargs: dict[str, Value]) -> fx.GraphModule:
+def exported(
+    model: nn.Module, args: tuple[Value, ...], kwargs: dict[str, Value], state: RunState
+) -> fx.GraphModule:
     """Return the model in its present mode, at ATen level; batch and length are open if possible.
 
     The first two dimensions of every input are tried, then the first alone. A dimension that the
@@ -181,6 +190,7 @@ def exported(model: nn.Module, args: tuple[Value, ...], kwargs: dict[str, Value]
         model: is exported as it is.
         args: positional example inputs.
         kwargs: keyword example inputs.
+        state: of the model as it is.
 
     Raises:
         CaptureError: torch.export refuses the model; names the user's line and its reason.
@@ -188,13 +198,13 @@ def exported(model: nn.Module, args: tuple[Value, ...], kwargs: dict[str, Value]
     # An open length lets one transform serve all lengths; models that branch on it refuse, and an
     # open batch alone is tried then.
     try:
-        module = _export(model, args, kwargs, dynamic=2)
+        module = _export(model, args, kwargs, state, dynamic=2)
     except CaptureError:
         raise  # a refusal does not depend on sizes
     except Exception as first:  # any code of the user's may run here
         log.info("export with a dynamic length: %s", first)
         try:
-            module = _export(model, args, kwargs, dynamic=1)
+            module = _export(model, args, kwargs, state, dynamic=1)
         except CaptureError:
             raise
         except Exception as error:
@@ -270,7 +280,11 @@ def _copies_itself(node: fx.Node) -> bool:
 
 
 def _export(
-    model: nn.Module, args: tuple[Value, ...], kwargs: dict[str, Value], dynamic: int
+    model: nn.Module,
+    args: tuple[Value, ...],
+    kwargs: dict[str, Value],
+    state: RunState,
+    dynamic: int,
 ) -> fx.GraphModule:
     """Return the model exported with the first ``dynamic`` dimensions of the inputs left open."""
     shapes = torch.export.ShapesCollection()
@@ -283,8 +297,10 @@ def _export(
             if open_dims:
                 shapes[leaf] = dict.fromkeys(open_dims, torch.export.Dim.AUTO)
     # Not strict: the model's own Python runs on fake tensors, which follows more code than Dynamo.
-    held = {id(tensor): name for name, tensor in RunState(model).plain_tensors(model)}
-    with no_hooks_left(), refusals_noted(held) as watch, mode_reads(model) as mode:
+    held = {id(tensor): name for name, tensor in state.plain_tensors(model)}
+    # torch's cache of answers about fake tensors makes an open length slower, and changes no graph.
+    cacheless = without_fake_cache()
+    with no_hooks_left(), refusals_noted(held) as watch, mode_reads(model) as mode, cacheless:
         program = torch.export.export(
             model,
             args,
@@ -295,7 +311,7 @@ def _export(
     module = program.module(check_guards=True)
     assert isinstance(module, fx.GraphModule)
     module.meta[_ASKED] = Asked(
-        watch.asks_order, watch.asks_gradients, frozenset(watch.read), mode.any
+        watch.asks_order, watch.asks_gradients, frozenset(watch.read), mode.any, mode.dropout
     )
     return module
 

@@ -54,6 +54,19 @@ def weights_cast_anew() -> Iterator[None]:
         torch.clear_autocast_cache()
 
 
+function_modes: Callable[[], int] = torch._C._len_torch_function_stack
+"""Count the torch function modes that are on; a call of C's, since every call of a net asks."""
+
+
+def function_mode_of_the_user() -> str:
+    """Return the class of a torch function mode that is on and no one of torch's or kfac_fx's."""
+    for index in range(function_modes()):
+        kind = type(torch._C._get_function_stack_at(index))
+        if kind.__module__.split(".")[0] not in ("torch", "kfac_fx"):
+            return kind.__name__
+    return ""
+
+
 def switches_gradients(func: object) -> bool:
     """Tell whether a torch function is the one that sets the gradient mode."""
     return func is torch._C._set_grad_enabled

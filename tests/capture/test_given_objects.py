@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import kfac_fx
 
@@ -63,3 +64,32 @@ def test_a_cache_is_left_empty(kind: type, capture: kfac_fx.config.Capture) -> N
     mine, theirs = kind(), kind()
     for _ in range(2):
         assert torch.allclose(net(x, mine), model(x, theirs))
+
+
+class Doubling(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
+        out = func(*args, **(kwargs or {}))
+        return 2 * out if func is torch.tanh else out
+
+
+class Tanh(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.fc(x))
+
+
+@pytest.mark.parametrize("capture", ["symbolic_trace", "export", "eager"])
+def test_a_function_mode_around_the_call(capture: str) -> None:
+    model, x = Tanh(), torch.randn(5, 4)
+    net = kfac_fx.transform(model, torch.randn(5, 4), capture=capture)
+    for _ in range(2):
+        assert torch.equal(net(x), model(x))
+        with Doubling():
+            assert torch.equal(net(x), model(x))
+    with torch.device("cpu"):  # a function mode of torch's own
+        assert torch.equal(net(x), model(x))

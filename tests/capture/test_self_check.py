@@ -215,3 +215,27 @@ def test_error_of_the_model_itself() -> None:
         while cause is not None and type(cause) is errors.CaptureError:
             cause = cause.__cause__
         assert type(cause) is RuntimeError
+
+
+class Marks(Straight):
+    """Writes on its input what no operator sees."""
+
+    def forward(self, x: Tensor, seen: list[int]) -> Tensor:
+        x.seen = True
+        return super().forward(x)
+
+
+class Counts(Straight):
+    def forward(self, x: Tensor, seen: list[int]) -> Tensor:
+        seen.append(len(seen))
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("kind", [Marks, Counts])
+def test_what_is_written_on_an_input_is_noticed(kind: type[Straight]) -> None:
+    with pytest.raises(errors.CaptureError, match="it leaves its inputs as"):
+        kfac_fx.transform(kind(), (batch(), []), capture="export")
+    x, seen = batch(), [7]
+    kfac_fx.transform(kind(), (batch(), []))(x, seen)
+    assert getattr(x, "seen", kind is Counts)
+    assert seen == ([7, 1] if kind is Counts else [7])

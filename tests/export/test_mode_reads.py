@@ -39,6 +39,44 @@ class Layer(Plain):
         return self.last(self.drop(self.inner(x)))
 
 
+class Every(Layer):
+    """All of torch's layers of noise, one that stays in evaluation, and one called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alpha, self.none = nn.AlphaDropout(0.2), nn.Dropout(0.0)
+        self.planes, self.over = nn.Dropout1d(0.3), nn.Dropout(0.1, inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.dropout(self.drop(self.alpha(self.drop(self.inner(x)))), 0.25)
+        h = self.none(self.planes(h[:, None]).squeeze(1))
+        return self.last(self.over(2 * h))
+
+
+class Always(nn.Dropout):
+    """A layer of the user's, which has noise in evaluation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.p, True)
+
+
+class Mixed(Layer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.always = Always(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.always(self.drop(self.inner(x))))
+
+
+class Hooked(Layer):
+    """A hook of the layer adds noise that stays."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop.register_forward_hook(lambda _, __, h: F.dropout(h, 0.25, True))
+
+
 class Branch(Plain):
     def forward(self, x: Tensor) -> Tensor:
         h = self.inner(x)
@@ -73,7 +111,17 @@ class OwnFlag(Plain):
 
 @pytest.mark.parametrize(
     ("kind", "exports"),
-    [(Plain, 1), (Functional, 1), (Layer, 2), (Branch, 2), (Helper, 2), (OwnFlag, 2)],
+    [
+        (Plain, 1),
+        (Functional, 1),
+        (Layer, 1),
+        (Every, 1),
+        (Mixed, 1),
+        (Hooked, 2),
+        (Branch, 2),
+        (Helper, 2),
+        (OwnFlag, 2),
+    ],
 )
 def test_a_model_that_asks_for_no_mode_is_exported_once(
     kind: type[Plain], exports: int, monkeypatch: pytest.MonkeyPatch

@@ -128,9 +128,7 @@ class Images(nn.Module):
 
 
 @pytest.mark.parametrize("route", ["symbolic_trace", "export", "eager"])
-def test_products_of_a_group_norm_of_images(
-    route: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_products_of_a_group_norm_of_images(route: Any, caplog: pytest.LogCaptureFixture) -> None:
     torch.manual_seed(0)
     x, y = torch.randn(32, 4, 4, 3), torch.randint(3, (32,))
     optimizer = kfac_fx.KFAC(kfac_fx.transform(Images(), (x,), capture=route), "categorical")

@@ -40,7 +40,11 @@ from kfac_fx.torch_internals import (
     rebuilt_functions,
 )
 from kfac_fx.torch_internals.contiguous_groups import ContiguousGroups
-from kfac_fx.torch_internals.modes import modes_put_back
+from kfac_fx.torch_internals.modes import (
+    function_mode_of_the_user,
+    function_modes,
+    modes_put_back,
+)
 
 
 def test_uses_below_jvp() -> None:
@@ -267,6 +271,27 @@ def test_fake_tensors() -> None:
     assert isinstance(mode, fake_tensors.FakeTensorMode)
     with mode:
         assert type(torch.empty(2)) is not Tensor
+
+
+def test_function_modes_of_the_user() -> None:
+    class Mine(torch.overrides.TorchFunctionMode):
+        pass
+
+    assert function_modes() == 0
+    with torch.device("cpu"):
+        assert function_modes() == 1
+        assert function_mode_of_the_user() == ""
+        with Mine():
+            assert function_mode_of_the_user() == "Mine"
+
+
+def test_fake_tensors_without_a_cache() -> None:
+    with fake_tensors.FakeTensorMode() as mode:
+        assert mode.cache_enabled
+    with pytest.raises(ZeroDivisionError), fake_tensors.without_fake_cache():
+        assert not fake_tensors.FakeTensorMode().cache_enabled
+        raise ZeroDivisionError
+    assert fake_tensors.FakeTensorMode().cache_enabled
 
 
 def test_operators() -> None:
