@@ -132,12 +132,26 @@ class HeldOutRule(DampingRule):
         return ratio
 
     @property
+    def differs(self) -> bool:
+        """Say whether batches are other cases each time."""
+        return self._differ > MOSTLY
+
+    @property
+    def rests(self) -> bool:
+        """Say whether what steps change is rounding, as nothing is left to take away."""
+        return self._own_average <= RESTS
+
+    def pause(self) -> None:
+        """Note that the next steps are none of the model's, and judge none of them."""
+        self._predicted = 0.0
+
+    @property
     def why_not(self) -> str | None:
         """Return why steps of the quadratic model are not worth their time; None if they are."""
         if self._judged >= 3 and self._signal < NOISY:
             return "batches disagree"
         # Cases that are chosen anew every now and then (points of an equation) are all the cases.
-        if self._differ > MOSTLY and self._judged >= LEARNT and self._gain < SLOW:
+        if self.differs and self._judged >= LEARNT and self._gain < SLOW:
             return "the loss falls slowly"
         if self._crawled >= LASTING:
             return "the loss falls by less than the model says, and slowly"

@@ -1,7 +1,7 @@
 """K-FAC as a whole optimizer: Algorithm 2 of Martens & Grosse (2015), and KFC's stochastic form.
 
 An iteration is read here; its parts are in objective.py (passes of the network),
-batch_statistics.py (statistics), updates.py (from gradient to update), batch_trust.py (which
+batch_statistics.py (statistics), choose_form.py and updates.py (the update), batch_trust.py (which
 batches are believed) and last_step.py (undoing).
 """
 
@@ -27,6 +27,7 @@ from kfac_fx.likelihoods.sampling import fresh_generator
 from kfac_fx.linalg.precision import all_finite
 from kfac_fx.optim.batch_statistics import BatchStatistics
 from kfac_fx.optim.batch_trust import BatchTrust, warn_rarely
+from kfac_fx.optim.choose_form import FormChoice
 from kfac_fx.optim.diagnostics import Diagnostics
 from kfac_fx.optim.failed_steps import EARLY, STUCK, TRIES, FailedSteps
 from kfac_fx.optim.groups import Groups
@@ -124,8 +125,6 @@ class KFAC(HasCurvature, Optimizer):
         curvature, self.structure = transformed(net, structure, coupled=paper)
         self.curvature = curvature
         self.generator = generator or fresh_generator()
-        self._options = options
-        self._workers = workers
         recording = period_or_ours("statistics_every", statistics_every)
         refreshing = period_or_ours("refresh_every", refresh_every)
         choice("fisher", fisher, ("sampled", "exact"))
@@ -171,10 +170,10 @@ class KFAC(HasCurvature, Optimizer):
 
         # From gradient to update.
         periods = (recording, refreshing)
-        self._forms = Forms(
+        forms = Forms(
             self.inverse, self._objective, workers, options, damping, weight_decay, *periods
         )
-        self._form = self._forms.adaptive() if lr is None else self._forms.scheduled()
+        self._choice = FormChoice(forms, scheduled=lr is not None)
         self._trust = BatchTrust(options.outlier)
         self._statistics = BatchStatistics(
             self.recorder, self.inverse, self._objective, self._trust
@@ -236,20 +235,23 @@ class KFAC(HasCurvature, Optimizer):
                 raise
             buffers = self._objective.snapshot()
             loss, gradient = self._gradient(batch)
-        trusted = self._trust.believes(loss, gradient.values(), self._form.compares_batches)
+        compares = self._choice.form.compares_batches
+        trusted = self._trust.believes(loss, gradient.values(), compares)
         if not trusted and self._undo_if_worse(batch, float(loss)):
-            # Not the batch was bad, but the step before it; the batch gets a second chance.
+            # The step before the batch was bad; the batch gets a second chance.
             buffers = self._objective.snapshot()
             loss, gradient = self._gradient(batch)
-            trusted = self._trust.believes(loss, gradient.values(), self._form.compares_batches)
+            trusted = self._trust.believes(
+                loss, gradient.values(), self._choice.form.compares_batches
+            )
         if not trusted:
             self._skip(buffers, "loss or gradient")
             return loss
-        if self._undo_if_held_out_fails(batch):
+        if self._undo_if_held_out_fails(batch) or self._tries_other_form():
             buffers = self._objective.snapshot()
             loss, gradient = self._gradient(batch)
         self._iteration += 1
-        if not self._statistics.record(batch, self._iteration, self._form, self.diagnostics):
+        if not self._statistics.record(batch, self._iteration, self._choice.form, self.diagnostics):
             self._iteration -= 1
             self.skipped_statistics += 1
             self._skip(buffers, "statistics")
@@ -260,7 +262,7 @@ class KFAC(HasCurvature, Optimizer):
         self.diagnostics |= {
             "iteration": self._iteration,
             "loss": float(loss),
-            **self._form.rule.numbers(),
+            **self._choice.form.rule.numbers(),
             "clamped": self.inverse.clamped,
             **self._counters(),
         }
@@ -277,7 +279,7 @@ class KFAC(HasCurvature, Optimizer):
             self._groups.options("lr"),
             self._groups.options("momentum"),
         )
-        rule = self._form.held_out
+        rule = self._choice.form.held_out
         if rule is None:
             self._attempt(at, buffers)
             return
@@ -298,18 +300,18 @@ class KFAC(HasCurvature, Optimizer):
         """Make a step; return False if it was put back, as the batch's loss grew."""
         with self.diagnostics.stage("update"):
             try:
-                made = self._form.make(at)
+                made = self._choice.form.make(at)
             except NoProductsError as error:
                 self._take_rate(f"steps of the model take products with the Fisher, and {error}")
-                made = self._form.make(replace(at, previous={}))
+                made = self._choice.form.make(replace(at, previous={}))
         self.diagnostics.update(made.numbers)
         if not all_finite(list(made.step.values())):
             self._last.forget_update()
             self._reject("the update is not finite")
             return True
         worth = self._trust.share(self._objective.cases)
-        if self._form.held_out:
-            worth *= self._form.held_out.fraction
+        if self._choice.form.held_out:
+            worth *= self._choice.form.held_out.fraction
         if worth < 1:
             foreach.mul_(list(made.step.values()), worth)
             self.diagnostics["share"] = worth
@@ -333,7 +335,7 @@ class KFAC(HasCurvature, Optimizer):
         self._failed.begin(before)
         with self.diagnostics.stage("ratio"), self._objective.aside():
             after = self._objective.value(batch) + self._groups.l2()
-        if self._form.held_out:
+        if self._choice.form.held_out:
             # "not <=" rather than ">": a loss that is not a number is no good.
             if not after <= before:
                 self._last.put_back(self._groups.parameters())
@@ -343,12 +345,12 @@ class KFAC(HasCurvature, Optimizer):
         elif self._trust.grew(before, after):
             self._undo()
             return True
-        self.diagnostics["rho"] = self._form.rule.judge(after - before, predicted)
+        self.diagnostics["rho"] = self._choice.form.rule.judge(after - before, predicted)
         return True
 
     def _undo_if_held_out_fails(self, batch: Batch) -> bool:
         """Judge the last step on this batch, which it has not seen; return whether it is undone."""
-        rule = self._form.held_out
+        rule = self._choice.form.held_out
         if rule is None or not self._last.parameters:
             return False
         # Masks of both passes are this batch's, and so are the moments that BatchNorm takes.
@@ -363,7 +365,7 @@ class KFAC(HasCurvature, Optimizer):
             return True
         self.diagnostics["rho_held_out"] = rule.judge_held_out(after - before, before)
         if why := rule.why_not:
-            self._change_form()
+            self._begin_form(settled=True)
             log.info("iteration %d: %s, steps have a rate from here", self._iteration, why)
         return False
 
@@ -373,18 +375,25 @@ class KFAC(HasCurvature, Optimizer):
         Raises:
             UnknownOptionError: the steps are to be the paper's.
         """
-        if self._form.held_out is None:
+        if self._choice.form.held_out is None:
             raise UnknownOptionError(f"KFACOptions.paper() does not work here: {why}; pass lr=")
-        self._change_form()
-        self.inverse.use(None)  # they are of a lambda that has to do with the model alone
+        self._begin_form(settled=True)
         text = "iteration %d: %s; steps have a rate of %g from here, pass lr= to choose it"
         log.warning(text, self._iteration, why, RATE)
 
-    def _change_form(self) -> None:
-        """Go on with steps of a rate."""
-        self._form = self._forms.scheduled(RATE)
-        # The model's steps would be momentum for others, and are of another length.
-        self._last.forget_update()
+    def _tries_other_form(self) -> bool:
+        objective = float(self._objective.start) + self._groups.l2()
+        if turned := self._choice.judge(objective, self._groups.parameters()):
+            self._begin_form()
+        return turned
+
+    def _begin_form(self, settled: bool = False) -> None:
+        """Start the steps of another form from nothing; with a rate for good if that is settled."""
+        if settled:
+            self._choice.settle()
+        # Steps of one form are of another length than the other's, inverses of another lambda.
+        self._last = LastStep()
+        self.inverse.use(None)
 
     # The parts of an iteration.
 
@@ -393,7 +402,7 @@ class KFAC(HasCurvature, Optimizer):
         parameters = self._groups.parameters()
         decay = self._groups.options("weight_decay")
         with self.diagnostics.stage("gradient"):
-            compared = not self._form.scheduled
+            compared = not self._choice.form.scheduled
             loss, dense = self._objective.gradient(batch, parameters, compared)
         pairs = zip(parameters.items(), dense, strict=True)
         return loss, {n: g.add(p, alpha=decay[n]) if decay[n] else g for (n, p), g in pairs}
@@ -415,8 +424,8 @@ class KFAC(HasCurvature, Optimizer):
     def _undo(self) -> None:
         """Put parameters and buffers back to before the last step; lambda grows."""
         self._objective.restore(self._last.undo(self._groups.parameters()))
-        self._form.rule.rejected()
-        searching = not self._form.scheduled and self._iteration <= EARLY
+        self._choice.form.rule.rejected()
+        searching = not self._choice.form.scheduled and self._iteration <= EARLY
         self._reject("the loss grew too much, the last step is undone", quiet=searching)
 
     def _reject(self, why: str, quiet: bool = False) -> None:
@@ -434,7 +443,7 @@ class KFAC(HasCurvature, Optimizer):
     # What a step was like, and state.
 
     def _in_force(self) -> float:
-        return self._form.make.damping
+        return self._choice.form.make.damping
 
     def _counters(self) -> dict[str, int]:
         return {
@@ -458,9 +467,7 @@ class KFAC(HasCurvature, Optimizer):
                 "iteration": self._iteration,
                 "trust": self._trust.state(),
                 "failed": self._failed.state(),
-                "scheduled": self._form.scheduled,
-                "length": self._form.length.state() if self._form.length else None,
-                "rule": self._form.rule.state(),
+                **self._choice.state(),
                 "previous": self._last.update_copy(),
                 "before": self._last.before(),
                 "inverse": self.inverse.state(),
@@ -481,17 +488,10 @@ class KFAC(HasCurvature, Optimizer):
         check_described(self._objective.likelihood, own.get("likelihood"))
         self.inverse.load(own["inverse"])
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
-        scheduled = own.get("scheduled", self._form.scheduled)
-        if scheduled != self._form.scheduled:
-            # A run without a learning rate begins with one form and may go on with the other.
-            forms = self._forms
-            self._form = forms.scheduled(RATE) if scheduled else forms.adaptive()
-        self._form.rule.load(own["rule"])
+        self._choice.load(own, self.inverse.estimate.like.device)
         self._iteration = own["iteration"]
         self._trust.load(own["trust"])
         self._failed.load(own.get("failed", (None, 0, 0)))
-        if self._form.length and own.get("length"):
-            self._form.length.load(own["length"], self.inverse.estimate.like.device)
         self._last.load(own["previous"], own["before"])
         self.generator.set_state(own["generator"].cpu())
         counters = own["counters"]

@@ -287,7 +287,7 @@ def test_kfac_takes_it(lr: float | None) -> None:
     optimizer = kfac_fx.KFAC(net, "categorical", lr=lr, damping=1.0, tikhonov="ekfac")
     losses = [float(optimizer.step(x, y)) for _ in range(25)]
     assert losses[-1] < 0.9 * losses[0]
-    made, gamma = refreshed(optimizer), optimizer._form.rule.gamma
+    made, gamma = refreshed(optimizer), optimizer._choice.form.rule.gamma
     if lr is None:
         assert_near(made.damping, torch.tensor(gamma**2))
     S = eigenbasis(optimizer, "0")[2]

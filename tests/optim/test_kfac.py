@@ -366,7 +366,7 @@ def test_report_and_operator_are_of_the_inverses_in_use(lr: float | None) -> Non
     x, y = task(256)
     for _ in range(4):
         optimizer.step(x, y)
-    optimizer.inverse.refresh(optimizer._form.make.damping)
+    optimizer.inverse.refresh(optimizer._choice.form.make.damping)
     gradients = {name: torch.randn_like(p) for name, p in model.named_parameters()}
     applied = optimizer.inverse.apply(gradients)
     solved = optimizer.curvature_operator().solve(gradients)
@@ -377,7 +377,7 @@ def test_report_and_operator_are_of_the_inverses_in_use(lr: float | None) -> Non
     assert set(optimizer.factors) == set(report.blocks) and not optimizer.cross_factors
     pi = report.blocks["0"].pi[0]
     assert report.blocks["0"].factors[0].damping == pytest.approx(
-        pi * optimizer._form.make.damping**0.5, rel=1e-4
+        pi * optimizer._choice.form.make.damping**0.5, rel=1e-4
     )
 
 

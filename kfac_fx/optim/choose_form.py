@@ -1,0 +1,192 @@
+"""Choose between steps of the quadratic model and steps with a rate, by what a unit of work brings.
+
+Only where batches are all the cases: both lower the same loss there, and its fall needs no average.
+The rule is described in docs/explanation/mathematics.md, section 9.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from kfac_fx.optim.held_out import HeldOutRule
+from kfac_fx.optim.products import Direction, Parameters
+from kfac_fx.optim.quadratic import cloned
+from kfac_fx.optim.updates import RATE, Form, Forms
+from kfac_fx.torch_internals import foreach
+
+WINDOW = 32.0
+"""The work after which the fall of the loss is looked at, in steps with a rate. Less would compare
+the first steps of a form, which are short, with later ones of the other."""
+
+MODEL_STEP = 4.0
+"""The work of a step of the model: measured 3 to 4.5 gradients, for one and a little. Counted and
+not timed, so that a resumed run makes the same choices."""
+
+SLOWER = 0.25
+"""A form that was slower is tried again once the present one is at this share of its speed. Every
+run gets slower: at one, the other would be tried for what it was long ago."""
+
+WORSE = 2.0
+"""A form that is tried is left at once where the loss is this many times what it began with; and
+after half of a window where its speed is below half of the other's."""
+
+
+class FormChoice:
+    """The form in use, and when another one takes its place.
+
+    Without a learning rate a run begins with steps of the model. Where batches are all the cases
+    it tries a rate after the first window, stays with the faster form, and tries the other again
+    when the present one has become slow, each time later. A trial that has raised the loss has
+    its steps taken back.
+
+    Args:
+        forms: makes them.
+        scheduled: whether the user gave a learning rate, and so the form.
+
+    Attributes:
+        form: the one in use.
+    """
+
+    def __init__(self, forms: Forms, scheduled: bool) -> None:
+        self.form: Form = forms.scheduled() if scheduled else forms.adaptive()
+        self._forms = forms
+        self._other: Form | None = None
+        self._model = self.form.held_out
+        self._open = self._model is not None
+        self._speeds: dict[bool, float] = {}
+        self._start: float | None = None
+        self._work = 0.0
+        self._trial = False
+        self._waited = 0
+        self._patience = 1
+        self._kept: Direction = {}
+
+    def settle(self) -> None:
+        """Go on with steps of a rate for the rest of the run."""
+        self._open = False
+        if not self.form.scheduled:
+            self._turn()
+
+    def judge(self, objective: float, parameters: Parameters) -> bool:
+        """Say whether the other form is in use from here on.
+
+        Args:
+            objective: of the present batch, before its step.
+            parameters: those of the optimizer; they are put back where a trial has failed.
+        """
+        if not self._open or self._model is None or self._model.differs:
+            return False
+        if self._start is None:
+            self._start = objective
+            return False
+        self._work += 1.0 if self.form.scheduled else MODEL_STEP
+        failed = self._trial and self._fails(self._start, objective)
+        if self._work < WINDOW and not failed:
+            return False
+        before, work = self._start, self._work
+        self._start, self._work = objective, 0.0
+        # Of an objective that is not positive no part is known.
+        if not (before > 0 and (objective > 0 or failed)):
+            return False
+        speed = math.log(before / objective) / work if 0 < objective < math.inf else -math.inf
+        self._speeds[self.form.scheduled] = speed
+        tried = self._trial
+        if not self._turns(speed, self._speeds.get(not self.form.scheduled), self._model):
+            self._kept = {}
+            return False
+        if tried and speed < 0:
+            foreach.copy_([parameters[name] for name in self._kept], list(self._kept.values()))
+        self._kept = cloned(parameters) if self._trial else {}
+        self._turn()
+        return True
+
+    def _fails(self, before: float, objective: float) -> bool:
+        """Say whether a trial need not be finished."""
+        if before <= 0:
+            return False
+        # "not <=" rather than ">": a loss that is not a number is no good.
+        if not objective <= WORSE * before:
+            return True
+        if self._work < WINDOW / 2 or objective <= 0:
+            return False
+        other = self._speeds.get(not self.form.scheduled, -math.inf)
+        return math.log(before / objective) / self._work < other / 2
+
+    def _turns(self, speed: float, other: float | None, model: HeldOutRule) -> bool:
+        """Say whether to go on with the other form, whose last speed may be known."""
+        if self._trial:
+            self._trial = False
+            self._waited = 0
+            worse = other is not None and speed < other
+            if worse:
+                self._patience *= 2
+            return worse
+        self._waited += 1
+        slow = other is None or speed < SLOWER * other
+        # Where steps of the model change nothing but roundings, those of a rate may lose the fit.
+        rests = not self.form.scheduled and model.rests
+        self._trial = slow and self._waited >= self._patience and not rests
+        return self._trial
+
+    def _turn(self) -> None:
+        """Change the forms over."""
+        other = self._other or self._made(not self.form.scheduled)
+        self.form, self._other = other, self.form
+        self._start, self._work = None, 0.0
+        if self._model is not None:
+            self._model.pause()
+
+    def state(self) -> dict[str, Any]:
+        """Return all that a resumed run needs, as plain values and tensors."""
+        choice = {
+            "other": None if self._other is None else _state(self._other),
+            "open": self._open,
+            "speeds": dict(self._speeds),
+            "start": self._start,
+            "kept": cloned(self._kept),
+            "counts": [self._work, float(self._trial), float(self._waited), float(self._patience)],
+        }
+        return {**_state(self.form), "choice": choice}
+
+    def load(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Restore ``state``, also that of a run that has gone on with another form."""
+        scheduled = state.get("scheduled", self.form.scheduled)
+        if scheduled != self.form.scheduled:
+            self.form, self._other = self._made(scheduled), self.form
+        _load(self.form, state, device)
+        choice = state.get("choice")
+        if choice is None:  # earlier states have none
+            return
+        self._other = None
+        if other := choice["other"]:
+            self._other = self._made(other["scheduled"])
+            _load(self._other, other, device)
+        both = [self.form, *([self._other] if self._other else [])]
+        self._model = next((form.held_out for form in both if form.held_out), None)
+        self._open = choice["open"] and self._model is not None
+        self._speeds = dict(choice["speeds"])
+        self._start = choice["start"]
+        self._kept = cloned(choice["kept"])
+        self._work, trial, waited, patience = choice["counts"]
+        self._trial, self._waited, self._patience = bool(trial), int(waited), int(patience)
+
+    def _made(self, scheduled: bool) -> Form:
+        return self._forms.scheduled(RATE) if scheduled else self._forms.adaptive()
+
+
+def _state(form: Form) -> dict[str, Any]:
+    return {
+        "scheduled": form.scheduled,
+        "rule": form.rule.state(),
+        "length": form.length.state() if form.length else None,
+    }
+
+
+def _load(form: Form, state: Mapping[str, Any], device: torch.device) -> None:
+    form.rule.load(state["rule"])
+    if form.length and state.get("length"):
+        form.length.load(state["length"], device)
