@@ -7,15 +7,16 @@ The rule is described in docs/explanation/mathematics.md, section 9.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
+from kfac_fx.optim.adapt_damping import DampingRule
+from kfac_fx.optim.bounds import AdaptiveLength
 from kfac_fx.optim.held_out import HeldOutRule
 from kfac_fx.optim.products import Direction, Parameters
 from kfac_fx.optim.quadratic import cloned
-from kfac_fx.optim.updates import RATE, Form, Forms
 from kfac_fx.torch_internals import foreach
 
 WINDOW = 32.0
@@ -35,7 +36,23 @@ WORSE = 2.0
 after half of a window where its speed is below half of the other's."""
 
 
-class FormChoice:
+class SomeForm(Protocol):
+    """What is asked of a form; see ``kfac_fx.optim.updates.Form``."""
+
+    @property
+    def scheduled(self) -> bool: ...
+    @property
+    def rule(self) -> DampingRule: ...
+    @property
+    def length(self) -> AdaptiveLength | None: ...
+    @property
+    def held_out(self) -> HeldOutRule | None: ...
+
+
+FormType = TypeVar("FormType", bound=SomeForm)
+
+
+class FormChoice(Generic[FormType]):
     """The form in use, and when another one takes its place.
 
     Without a learning rate a run begins with steps of the model. Where batches are all the cases
@@ -44,17 +61,17 @@ class FormChoice:
     its steps taken back.
 
     Args:
-        forms: makes them.
-        scheduled: whether the user gave a learning rate, and so the form.
+        form: the first one.
+        make: makes another: of steps with a rate, or of the model.
 
     Attributes:
         form: the one in use.
     """
 
-    def __init__(self, forms: Forms, scheduled: bool) -> None:
-        self.form: Form = forms.scheduled() if scheduled else forms.adaptive()
-        self._forms = forms
-        self._other: Form | None = None
+    def __init__(self, form: FormType, make: Callable[[bool], FormType]) -> None:
+        self.form = form
+        self._make = make
+        self._other: FormType | None = None
         self._model = self.form.held_out
         self._open = self._model is not None
         self._speeds: dict[bool, float] = {}
@@ -87,8 +104,10 @@ class FormChoice:
         failed = self._trial and self._fails(self._start, objective)
         if self._work < WINDOW and not failed:
             return False
-        before, work = self._start, self._work
-        self._start, self._work = objective, 0.0
+        before = self._start
+        work = self._work
+        self._start = objective
+        self._work = 0.0
         # Of an objective that is not positive no part is known.
         if not (before > 0 and (objective > 0 or failed)):
             return False
@@ -134,9 +153,11 @@ class FormChoice:
 
     def _turn(self) -> None:
         """Change the forms over."""
-        other = self._other or self._made(not self.form.scheduled)
-        self.form, self._other = other, self.form
-        self._start, self._work = None, 0.0
+        left = self.form
+        self.form = self._other or self._make(not left.scheduled)
+        self._other = left
+        self._start = None
+        self._work = 0.0
         if self._model is not None:
             self._model.pause()
 
@@ -148,7 +169,10 @@ class FormChoice:
             "speeds": dict(self._speeds),
             "start": self._start,
             "kept": cloned(self._kept),
-            "counts": [self._work, float(self._trial), float(self._waited), float(self._patience)],
+            "work": self._work,
+            "trial": self._trial,
+            "waited": self._waited,
+            "patience": self._patience,
         }
         return {**_state(self.form), "choice": choice}
 
@@ -156,14 +180,15 @@ class FormChoice:
         """Restore ``state``, also that of a run that has gone on with another form."""
         scheduled = state.get("scheduled", self.form.scheduled)
         if scheduled != self.form.scheduled:
-            self.form, self._other = self._made(scheduled), self.form
+            self._other = self.form
+            self.form = self._make(scheduled)
         _load(self.form, state, device)
         choice = state.get("choice")
         if choice is None:  # earlier states have none
             return
         self._other = None
         if other := choice["other"]:
-            self._other = self._made(other["scheduled"])
+            self._other = self._make(other["scheduled"])
             _load(self._other, other, device)
         both = [self.form, *([self._other] if self._other else [])]
         self._model = next((form.held_out for form in both if form.held_out), None)
@@ -171,14 +196,13 @@ class FormChoice:
         self._speeds = dict(choice["speeds"])
         self._start = choice["start"]
         self._kept = cloned(choice["kept"])
-        self._work, trial, waited, patience = choice["counts"]
-        self._trial, self._waited, self._patience = bool(trial), int(waited), int(patience)
+        self._work = choice["work"]
+        self._trial = choice["trial"]
+        self._waited = choice["waited"]
+        self._patience = choice["patience"]
 
-    def _made(self, scheduled: bool) -> Form:
-        return self._forms.scheduled(RATE) if scheduled else self._forms.adaptive()
 
-
-def _state(form: Form) -> dict[str, Any]:
+def _state(form: SomeForm) -> dict[str, Any]:
     return {
         "scheduled": form.scheduled,
         "rule": form.rule.state(),
@@ -186,7 +210,7 @@ def _state(form: Form) -> dict[str, Any]:
     }
 
 
-def _load(form: Form, state: Mapping[str, Any], device: torch.device) -> None:
+def _load(form: SomeForm, state: Mapping[str, Any], device: torch.device) -> None:
     form.rule.load(state["rule"])
     if form.length and state.get("length"):
         form.length.load(state["length"], device)

@@ -40,11 +40,9 @@ LEARNT, SLOW = 10, 0.1
 model has to take away then, to be worth as much as the five or so cheap steps of its time. Not
 where batches are all the cases: there the model's steps get better the closer they come."""
 
-RESTS, CRAWL, LASTING = 0.15, 0.02, 10
-"""Where batches are all the cases: the part of the loss below which its fall is a crawl, and after
-how many judgements in a row cheap steps get further. Not where the average own ratio is above
-`GOOD`, as lambda falls then and steps get longer; nor below the first number, where the change is
-rounding's: nothing is left to take away, and steps with a rate might lose the fit."""
+RESTS = 0.15
+"""Average own ratio below which changes are those of rounding: nothing is left to take away, and
+steps with a rate might lose the fit."""
 
 SAME = 1e-2
 """Largest difference of both ratios of a step, by rounding, where batches are all the cases."""
@@ -82,7 +80,6 @@ class HeldOutRule(DampingRule):
         self._gain = 1.0
         self._differ = 0.0
         self._own_average = 1.0
-        self._crawled = 0
 
     @property
     def largest(self) -> float:
@@ -113,8 +110,6 @@ class HeldOutRule(DampingRule):
         self._differ = GAIN_MEMORY * self._differ + (1 - GAIN_MEMORY) * differ
         own = min(max(self._own, -WIDEST), WIDEST)
         self._own_average += (1 - GAIN_MEMORY) * (own - self._own_average)
-        crawls = RESTS < self._own_average < GOOD and self._gain < CRAWL
-        self._crawled = self._crawled + 1 if crawls else 0
         # The average of ratios and not the ratio of averages: early steps promise thousands of
         # times as much as late ones, and would be all that the latter remembers.
         self._judged += 1
@@ -153,8 +148,6 @@ class HeldOutRule(DampingRule):
         # Cases that are chosen anew every now and then (points of an equation) are all the cases.
         if self.differs and self._judged >= LEARNT and self._gain < SLOW:
             return "the loss falls slowly"
-        if self._crawled >= LASTING:
-            return "the loss falls by less than the model says, and slowly"
         return None
 
     def _factor(self, ratio: float) -> float:
@@ -198,8 +191,7 @@ class HeldOutRule(DampingRule):
 
     def state(self) -> dict[str, float]:
         own = {"predicted": self._predicted, "own": self._own, "signal": self._signal}
-        own |= {"gain": self._gain, "differ": self._differ}
-        own |= {"own_average": self._own_average, "crawled": float(self._crawled)}
+        own |= {"gain": self._gain, "differ": self._differ, "own_average": self._own_average}
         return {**super().state(), **own, "judged": float(self._judged)}
 
     def load(self, state: Mapping[str, float]) -> None:
@@ -213,4 +205,3 @@ class HeldOutRule(DampingRule):
         self._gain = float(state.get("gain", 1.0))  # earlier states have none
         self._differ = float(state.get("differ", 0.0))
         self._own_average = float(state.get("own_average", 1.0))
-        self._crawled = int(state.get("crawled", 0))

@@ -54,9 +54,9 @@ class KFAC(HasCurvature, Optimizer):
     With ``lr=None`` the step length and the momentum minimise the quadratic model with the exact
     Fisher, and lambda is found and adapts itself; nothing needs tuning. With an ``lr`` (which any
     scheduler of torch may change) the form is KFC's: update = momentum * previous - lr * proposal,
-    with the bounds of ``Preconditioner``. Where batches turn out to disagree about the steps of the
-    model, or there are none (docs/howto/whole_optimizer.md), a run without ``lr`` goes on in that
-    form, at 0.1, which the diagnostics show. docs/explanation/mathematics.md derives both.
+    with the bounds of ``Preconditioner``. A run without ``lr`` goes on in that form, at 0.1, where
+    it gets further by it, or batches disagree about steps of the model, or there are none
+    (docs/howto/whole_optimizer.md); diagnostics show it. docs/explanation/mathematics.md has both.
 
     Args:
         net: what ``kfac_fx.transform`` returned. Parameters that it left alone are not updated.
@@ -169,11 +169,10 @@ class KFAC(HasCurvature, Optimizer):
         self.recorder.switch(False)
 
         # From gradient to update.
-        periods = (recording, refreshing)
-        forms = Forms(
-            self.inverse, self._objective, workers, options, damping, weight_decay, *periods
-        )
-        self._choice = FormChoice(forms, scheduled=lr is not None)
+        of = (self.inverse, self._objective, workers)
+        forms = Forms(*of, options, damping, weight_decay, recording, refreshing)
+        form = forms.adaptive() if lr is None else forms.scheduled()
+        self._choice = FormChoice(form, forms.without_rate_given)
         self._trust = BatchTrust(options.outlier)
         self._statistics = BatchStatistics(
             self.recorder, self.inverse, self._objective, self._trust
@@ -391,7 +390,7 @@ class KFAC(HasCurvature, Optimizer):
         """Start the steps of another form from nothing; with a rate for good if that is settled."""
         if settled:
             self._choice.settle()
-        # Steps of one form are of another length than the other's, inverses of another lambda.
+        # Its steps are of another length, and inverses of another lambda.
         self._last = LastStep()
         self.inverse.use(None)
 

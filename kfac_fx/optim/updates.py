@@ -335,6 +335,10 @@ class Forms:
     statistics_every: int | None
     refresh_every: int | None
 
+    def without_rate_given(self, scheduled: bool) -> Form:
+        """Return the form of steps with a rate, or of the model, of a run without ``lr``."""
+        return self.scheduled(RATE) if scheduled else self.adaptive()
+
     def adaptive(self) -> Form:
         """Return the form whose steps minimise the quadratic model.
 

@@ -37,7 +37,7 @@ def trained(whole: bool, enabled: bool = True) -> tuple[nn.Module, list[float], 
 
 def test_steps_are_judged_with_the_weights_that_they_made() -> None:
     _, losses, ratios = trained(whole=False)
-    assert sum(ratio != 0 for ratio in ratios) > 25
+    assert all(ratio != 0 for ratio in ratios[:8])  # afterwards a rate is tried
     assert losses[-1] < 0.05
     _, precise, _ = trained(whole=False, enabled=False)
     torch.testing.assert_close(losses[:5], precise[:5], rtol=0.05, atol=0.0)

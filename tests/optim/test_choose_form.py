@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import kfac_fx
 from kfac_fx.optim.choose_form import MODEL_STEP, SLOWER, WINDOW, FormChoice
+from kfac_fx.optim.updates import Form
 
 
 def net() -> nn.Sequential:
@@ -23,16 +24,16 @@ def all_cases() -> tuple[Tensor, Tensor]:
     return torch.randn(96, 6), torch.randint(0, 3, (96,))
 
 
-def choice(**options: object) -> FormChoice:
+def choice(**options: object) -> FormChoice[Form]:
     torch.manual_seed(0)
-    made: FormChoice = kfac_fx.KFAC(kfac_fx.transform(net()), **options)._choice
+    made: FormChoice[Form] = kfac_fx.KFAC(kfac_fx.transform(net()), **options)._choice
     return made
 
 
 class Run:
     """An objective that falls at the speed of the form in use."""
 
-    def __init__(self, made: FormChoice) -> None:
+    def __init__(self, made: FormChoice[Form]) -> None:
         self.choice = made
         self.objective = 1.0
         made.judge(self.objective, {})
@@ -55,7 +56,7 @@ class Run:
         return found
 
 
-def told(made: FormChoice, speeds: dict[bool, float], windows: int) -> list[bool]:
+def told(made: FormChoice[Form], speeds: dict[bool, float], windows: int) -> list[bool]:
     return Run(made).windows(speeds, windows)
 
 

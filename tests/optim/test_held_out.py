@@ -279,32 +279,6 @@ def test_steps_have_a_rate_once_the_loss_falls_slowly() -> None:
         assert other.why_not == wanted
 
 
-@pytest.mark.parametrize(
-    ("ratio", "part", "wanted"),
-    [
-        (0.4, 0.01, True),  # the model promises more than there is, and little comes of it
-        (0.4, 0.05, False),  # it promises too much, and much comes of it
-        (0.9, 0.01, False),  # it is right: lambda falls, and steps get longer
-        (0.05, 0.01, False),  # rounding: nothing is left to take away
-    ],
-)
-def test_steps_have_a_rate_once_all_the_cases_crawl(
-    ratio: float, part: float, wanted: bool
-) -> None:
-    """From the tenth judgement in a row on at which the averages are in their ranges."""
-    made, own, gain, row = rule(), 1.0, 1.0, 0
-    for _ in range(60):
-        made.judge(-part, -part / ratio)
-        made.judge_held_out(-part, 1.0)
-        own, gain = 0.8 * own + 0.2 * ratio, 0.8 * gain + 0.2 * part
-        row = row + 1 if 0.15 < own < 0.75 and gain < 0.02 else 0
-        assert (made.why_not is not None) is (row >= 10)
-    assert (row >= 10) is wanted
-    again = rule()
-    again.load(made.state())
-    assert again.why_not == made.why_not
-
-
 def test_cases_that_are_chosen_anew_now_and_then_are_all_the_cases() -> None:
     """As points of an equation are; three times in a row are not yet batches."""
     made = rule()

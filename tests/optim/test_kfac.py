@@ -259,7 +259,7 @@ def test_a_step_that_was_no_good_is_undone_exactly() -> None:
 
 @pytest.mark.parametrize(
     ("inside", "every", "expected"),
-    [(True, None, [1, 2, 3, 5, 10]), (False, None, [*range(1, 12)]), (True, 4, [1, 5, 9])],
+    [(True, None, [1, 2, 3, 5]), (False, None, [*range(1, 9)]), (True, 4, [1, 5])],
 )
 def test_a_batch_that_cannot_be_cut_is_recorded_where_inverses_are_made(
     inside: bool, every: int | None, expected: list[int]
@@ -268,7 +268,7 @@ def test_a_batch_that_cannot_be_cut_is_recorded_where_inverses_are_made(
     x, y = task(64)
     optimizer = kfac_fx.KFAC(kfac_fx.transform(mlp(6, 8, 3)), statistics_every=every)
     found, folds = [], 0
-    for iteration in range(1, 12):
+    for iteration in range(1, 9):  # afterwards a rate is tried
         optimizer.step((lambda net: net(x)) if inside else x, y)
         now = optimizer.inverse.estimate.folds
         found += [iteration] if now > folds else []
