@@ -455,13 +455,12 @@ def test_packed_rows(batch_first: bool) -> None:
 
 
 def test_groups_of_images_in_forward_mode() -> None:
-    """torch's formula refuses channels_last, in these words; a contiguous copy is taken."""
+    """torch before 2.14 refuses channels_last, in these words; a contiguous copy is taken."""
     x, tangent = torch.randn(2, 3, 3, 4).permute(0, 3, 1, 2), torch.randn(2, 4, 3, 3)
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(x, tangent)
-        with pytest.raises(RuntimeError) as refused:
-            F.group_norm(dual, 2)
-        assert error_texts.refuses_layout(refused.value)
+        if torch.__version__ < "2.14":
+            assert error_texts.refuses_layout(raised(lambda: F.group_norm(dual, 2)))
         with ContiguousGroups():
             found = forward_ad.unpack_dual(F.group_norm(dual, 2)).tangent
     _, expected = torch.func.jvp(lambda x: F.group_norm(x, 2), (x.contiguous(),), (tangent,))
