@@ -6,6 +6,7 @@ The rule is described in docs/explanation/mathematics.md, section 9.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, Protocol, TypeVar
@@ -27,9 +28,10 @@ MODEL_STEP = 4.0
 """The work of a step of the model: measured 3 to 4.5 gradients, for one and a little. Counted and
 not timed, so that a resumed run makes the same choices."""
 
-SLOWER = 0.25
-"""A form that was slower is tried again once the present one is at this share of its speed. Every
-run gets slower: at one, the other would be tried for what it was long ago."""
+SLOWER = {True: 0.25, False: 0.5}
+"""A form that was slower, with a rate and of the model, is tried again once the present one is at
+this share of its speed. Every run gets slower: at one, the other would be tried for what it was
+long ago. A trial of the model is safe, as each of its steps lowers the loss."""
 
 WORSE = 2.0
 """A form that is tried is left at once where the loss is this many times what it began with; and
@@ -66,6 +68,7 @@ class FormChoice(Generic[FormType]):
 
     Attributes:
         form: the one in use.
+        taken_back: what a failed trial had made of the parameters and buffers; empty after a step.
     """
 
     def __init__(self, form: FormType, make: Callable[[bool], FormType]) -> None:
@@ -81,10 +84,12 @@ class FormChoice(Generic[FormType]):
         self._waited = 0
         self._patience = 1
         self._kept: Direction = {}
+        self.taken_back: Direction = {}
 
     def settle(self) -> None:
         """Go on with steps of a rate for the rest of the run."""
         self._open = False
+        self._kept = {}
         if not self.form.scheduled:
             self._turn()
 
@@ -93,8 +98,10 @@ class FormChoice(Generic[FormType]):
 
         Args:
             objective: of the present batch, before its step.
-            parameters: those of the optimizer; they are put back where a trial has failed.
+            parameters: those of the optimizer, and the network's buffers; they are put back where a
+                trial has failed.
         """
+        self.taken_back = {}
         if not self._open or self._model is None or self._model.differs:
             return False
         if self._start is None:
@@ -112,16 +119,26 @@ class FormChoice(Generic[FormType]):
         if not (before > 0 and (objective > 0 or failed)):
             return False
         speed = math.log(before / objective) / work if 0 < objective < math.inf else -math.inf
-        self._speeds[self.form.scheduled] = speed
+        self._speeds = {**self._speeds, self.form.scheduled: speed}
         tried = self._trial
         if not self._turns(speed, self._speeds.get(not self.form.scheduled), self._model):
             self._kept = {}
             return False
         if tried and speed < 0:
-            foreach.copy_([parameters[name] for name in self._kept], list(self._kept.values()))
+            self.taken_back = cloned(parameters)
+            _write(parameters, self._kept)
         self._kept = cloned(parameters) if self._trial else {}
         self._turn()
         return True
+
+    def copied(self) -> FormChoice[FormType]:
+        """Return the choice as it is now, for a step that may fail."""
+        return copy.copy(self)  # what it holds is replaced, not changed; forms are not its own
+
+    def put_back(self, parameters: Parameters) -> None:
+        """Undo what ``judge`` has put back in a step that has failed since."""
+        _write(parameters, self.taken_back)
+        self.taken_back = {}
 
     def _fails(self, before: float, objective: float) -> bool:
         """Say whether a trial need not be finished."""
@@ -145,10 +162,11 @@ class FormChoice(Generic[FormType]):
                 self._patience *= 2
             return worse
         self._waited += 1
-        slow = other is None or speed < SLOWER * other
-        # Where steps of the model change nothing but roundings, those of a rate may lose the fit.
-        rests = not self.form.scheduled and model.rests
-        self._trial = slow and self._waited >= self._patience and not rests
+        slow = other is None or speed < SLOWER[not self.form.scheduled] * other
+        # Where steps of the model change nothing but roundings, those of a rate may lose the fit;
+        # and few are better than those of a model that is right (equations' residuals).
+        stays = not self.form.scheduled and (model.rests or model.is_right)
+        self._trial = slow and self._waited >= self._patience and not stays
         return self._trial
 
     def _turn(self) -> None:
@@ -184,8 +202,8 @@ class FormChoice(Generic[FormType]):
             self.form = self._make(scheduled)
         _load(self.form, state, device)
         choice = state.get("choice")
-        if choice is None:  # earlier states have none
-            return
+        if choice is None:  # earlier states have none, and a rate was for good
+            choice = FormChoice(self.form, self._make).state()["choice"]
         self._other = None
         if other := choice["other"]:
             self._other = self._make(other["scheduled"])
@@ -200,6 +218,11 @@ class FormChoice(Generic[FormType]):
         self._trial = choice["trial"]
         self._waited = choice["waited"]
         self._patience = choice["patience"]
+
+
+def _write(parameters: Parameters, values: Direction) -> None:
+    if values:
+        foreach.copy_([parameters[name] for name in values], list(values.values()))
 
 
 def _state(form: SomeForm) -> dict[str, Any]:

@@ -44,6 +44,9 @@ RESTS = 0.15
 """Average own ratio below which changes are those of rounding: nothing is left to take away, and
 steps with a rate might lose the fit."""
 
+RIGHT = (GOOD, 1.15)
+"""Average own ratios of a model that is right: there is no better step than its own."""
+
 SAME = 1e-2
 """Largest difference of both ratios of a step, by rounding, where batches are all the cases."""
 
@@ -135,6 +138,11 @@ class HeldOutRule(DampingRule):
     def rests(self) -> bool:
         """Say whether what steps change is rounding, as nothing is left to take away."""
         return self._own_average <= RESTS
+
+    @property
+    def is_right(self) -> bool:
+        """Say whether steps do what the model says."""
+        return RIGHT[0] <= self._own_average <= RIGHT[1]
 
     def pause(self) -> None:
         """Note that the next steps are none of the model's, and judge none of them."""

@@ -185,8 +185,6 @@ class KFAC(HasCurvature, Optimizer):
         self.rejected_steps = 0
         self.skipped_statistics = 0
 
-    # One iteration.
-
     @torch.no_grad()
     def step(self, inputs: Tree, targets: Tree = None) -> Tensor:  # type: ignore[override]
         """Do one iteration on a batch; return its loss before the update.
@@ -210,6 +208,7 @@ class KFAC(HasCurvature, Optimizer):
         buffers = self._objective.snapshot()
         iteration = self._iteration
         draws = self.generator.get_state()
+        choice = self._choice.copied()
         # A step changes the weights between its passes, and autocast would not notice.
         with weights_cast_anew(), self._whole.open():
             try:
@@ -217,7 +216,9 @@ class KFAC(HasCurvature, Optimizer):
             except BaseException:
                 # Also an interrupt from the keyboard: the next step repeats this one bit by bit.
                 self.recorder.switch(False)
+                self._choice.put_back(self._held())
                 self._objective.restore(buffers)
+                self._choice = choice
                 self._iteration = iteration
                 self.generator.set_state(draws)
                 raise
@@ -382,7 +383,8 @@ class KFAC(HasCurvature, Optimizer):
 
     def _tries_other_form(self) -> bool:
         objective = float(self._objective.start) + self._groups.l2()
-        if turned := self._choice.judge(objective, self._groups.parameters()):
+        turned = self._choice.judge(objective, self._held())
+        if turned:
             self._begin_form()
         return turned
 
@@ -393,8 +395,6 @@ class KFAC(HasCurvature, Optimizer):
         # Its steps are of another length, and inverses of another lambda.
         self._last = LastStep()
         self.inverse.use(None)
-
-    # The parts of an iteration.
 
     def _gradient(self, batch: Batch) -> tuple[Tensor, Direction]:
         """Return the loss, and the gradient of the loss with its l2 term."""
@@ -440,6 +440,9 @@ class KFAC(HasCurvature, Optimizer):
         warn_rarely(self.skipped_batches, text, self._iteration, what)
 
     # What a step was like, and state.
+
+    def _held(self) -> Direction:
+        return self._objective.with_buffers(self._groups.parameters())
 
     def _in_force(self) -> float:
         return self._choice.form.make.damping
@@ -493,7 +496,5 @@ class KFAC(HasCurvature, Optimizer):
         self._failed.load(own.get("failed", (None, 0, 0)))
         self._last.load(own["previous"], own["before"])
         self.generator.set_state(own["generator"].cpu())
-        counters = own["counters"]
-        self.skipped_batches = counters["skipped_batches"]
-        self.rejected_steps = counters["rejected_steps"]
-        self.skipped_statistics = counters["skipped_statistics"]
+        for name in self._counters():
+            setattr(self, name, own["counters"][name])

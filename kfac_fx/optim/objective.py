@@ -170,6 +170,10 @@ class Objective:
         """Return copies of the buffers (running statistics)."""
         return {name: buffer.clone() for name, buffer in self._buffers.items()}
 
+    def with_buffers(self, parameters: Parameters) -> Direction:
+        """Return parameters and the buffers of ``snapshot``, themselves, by name."""
+        return {**parameters, **self._buffers}
+
     @torch.no_grad()
     def restore(self, snapshot: Mapping[str, Tensor]) -> None:
         """Put the buffers back."""
