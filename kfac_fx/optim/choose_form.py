@@ -68,7 +68,8 @@ class FormChoice(Generic[FormType]):
 
     Attributes:
         form: the one in use.
-        taken_back: what a failed trial had made of the parameters and buffers; empty after a step.
+        open: whether another may take its place.
+        taken_back: what a failed trial had made of parameters and buffers, if this step ended it.
     """
 
     def __init__(self, form: FormType, make: Callable[[bool], FormType]) -> None:
@@ -76,7 +77,7 @@ class FormChoice(Generic[FormType]):
         self._make = make
         self._other: FormType | None = None
         self._model = self.form.held_out
-        self._open = self._model is not None
+        self.open = self._model is not None
         self._speeds: dict[bool, float] = {}
         self._start: float | None = None
         self._work = 0.0
@@ -88,7 +89,7 @@ class FormChoice(Generic[FormType]):
 
     def settle(self) -> None:
         """Go on with steps of a rate for the rest of the run."""
-        self._open = False
+        self.open = False
         self._kept = {}
         if not self.form.scheduled:
             self._turn()
@@ -101,8 +102,7 @@ class FormChoice(Generic[FormType]):
             parameters: those of the optimizer, and the network's buffers; they are put back where a
                 trial has failed.
         """
-        self.taken_back = {}
-        if not self._open or self._model is None or self._model.differs:
+        if not self.open or self._model is None or self._model.differs:
             return False
         if self._start is None:
             self._start = objective
@@ -132,7 +132,9 @@ class FormChoice(Generic[FormType]):
         return True
 
     def copied(self) -> FormChoice[FormType]:
-        """Return the choice as it is now, for a step that may fail."""
+        """Return the choice as it is where a step begins, which may fail."""
+        # Else a failure in a later step would bring back what this one has been rid of.
+        self.taken_back = {}
         return copy.copy(self)  # what it holds is replaced, not changed; forms are not its own
 
     def put_back(self, parameters: Parameters) -> None:
@@ -183,7 +185,7 @@ class FormChoice(Generic[FormType]):
         """Return all that a resumed run needs, as plain values and tensors."""
         choice = {
             "other": None if self._other is None else _state(self._other),
-            "open": self._open,
+            "open": self.open,
             "speeds": dict(self._speeds),
             "start": self._start,
             "kept": cloned(self._kept),
@@ -210,7 +212,7 @@ class FormChoice(Generic[FormType]):
             _load(self._other, other, device)
         both = [self.form, *([self._other] if self._other else [])]
         self._model = next((form.held_out for form in both if form.held_out), None)
-        self._open = choice["open"] and self._model is not None
+        self.open = choice["open"] and self._model is not None
         self._speeds = dict(choice["speeds"])
         self._start = choice["start"]
         self._kept = cloned(choice["kept"])

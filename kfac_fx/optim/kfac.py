@@ -241,9 +241,7 @@ class KFAC(HasCurvature, Optimizer):
             # The step before the batch was bad; the batch gets a second chance.
             buffers = self._objective.snapshot()
             loss, gradient = self._gradient(batch)
-            trusted = self._trust.believes(
-                loss, gradient.values(), self._choice.form.compares_batches
-            )
+            trusted = self._trust.believes(loss, gradient.values(), compares)
         if not trusted:
             self._skip(buffers, "loss or gradient")
             return loss
@@ -382,6 +380,8 @@ class KFAC(HasCurvature, Optimizer):
         log.warning(text, self._iteration, why, RATE)
 
     def _tries_other_form(self) -> bool:
+        if not self._choice.open:  # with an lr nobody has to wait for the loss
+            return False
         objective = float(self._objective.start) + self._groups.l2()
         turned = self._choice.judge(objective, self._held())
         if turned:

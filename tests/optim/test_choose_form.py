@@ -136,6 +136,14 @@ def test_a_trial_that_raises_the_loss_is_taken_back() -> None:
             assert run.choice.judge(run.objective, parameters) is (step == steps - 1)
         assert not run.choice.form.scheduled
         assert torch.equal(parameters["w"], torch.zeros(2))
+        # A step that fails afterwards is one of the trial; the next step is none of it any more.
+        run.choice.put_back(parameters)
+        assert torch.equal(parameters["w"], torch.full((2,), float(steps)))
+        parameters["w"].zero_()
+        run.choice.taken_back = {"w": torch.ones(2)}
+        run.choice.copied()
+        run.choice.put_back(parameters)
+        assert torch.equal(parameters["w"], torch.zeros(2))
         # Such a form is not tried again for the speed that it had.
         assert not any(told(run.choice, {False: 0.1, True: 0.2}, 6))
 

@@ -140,7 +140,7 @@ def test_a_fit_to_the_last_digit_is_nothing_to_warn_of(caplog: pytest.LogCapture
     torch.manual_seed(0)
     x = torch.randn(256, 6)
     optimizer = kfac_fx.KFAC(kfac_fx.transform(mlp(6, 32, 1)), "bernoulli")
-    optimizer._choice._open = False  # what becomes of steps of the model, of which there are more
+    optimizer._choice.open = False  # what becomes of steps of the model, of which there are more
     for _ in range(200):
         loss = optimizer.step(x, (x[:, :1] * x[:, 1:2] > 0).float())
     assert loss < 1e-6 and optimizer.rejected_steps > 0
