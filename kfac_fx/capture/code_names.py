@@ -86,10 +86,16 @@ def is_installed(code: types.CodeType | type) -> bool:
     return "site-packages" in place or "dist-packages" in place
 
 
-def modules_in(function: types.FunctionType) -> Iterator[types.ModuleType]:
+def modules_in(
+    function: types.FunctionType, *, of_torch: bool = False
+) -> Iterator[types.ModuleType]:
     """Yield the user's modules that a function reads from, also what it imports as it runs.
 
     Attributes of a module are globals by another name, and may be set in the same way.
+
+    Args:
+        function: whose code is read.
+        of_torch: yield torch's modules in their place.
     """
     space = function.__globals__
     found = [space.get(name) for name in globals_in(function.__code__)]
@@ -101,7 +107,8 @@ def modules_in(function: types.FunctionType) -> Iterator[types.ModuleType]:
         if not isinstance(module, types.ModuleType) or id(module) in seen:
             continue
         seen.add(id(module))
-        if is_theirs(module.__name__):
+        torchs = module.__name__.partition(".")[0] == "torch"
+        if torchs if of_torch else is_theirs(module.__name__):
             yield module
             found += [vars(module)[name] for name in vars(module).keys() & names]
 

@@ -157,6 +157,7 @@ class _TensorForm(NamedTuple):
     dims: int
     device: torch.device
     layout: torch.layout
+    parameter: bool
 
 
 Guards = Callable[..., object]
@@ -173,6 +174,8 @@ class ExportedInputs:
         one_differs: whether a batch of one case is something else (a batch norm refuses it). The
             graph was made of a batch of more.
         ordered: whether the code asks how tensors lie in memory (``is_contiguous``).
+        packs: whether torch's own code computes something else in evaluation without gradients:
+            ``nn.TransformerEncoder`` packs its rows, and returns zeros in the place of padding.
     """
 
     def __init__(
@@ -183,7 +186,9 @@ class ExportedInputs:
         *,
         one_differs: bool = False,
         ordered: bool = False,
+        packs: bool = False,
     ) -> None:
+        self._packs = packs
         self._one_differs = one_differs
         self._signature = signature
         self._number = len(example[0])
@@ -200,6 +205,8 @@ class ExportedInputs:
         # The graph calls operators where the code calls `torch.tanh`, which a mode of the user's
         # around the call looks for.
         if function_modes() and function_mode_of_the_user():
+            return None
+        if self._packs and not training and not torch.is_grad_enabled():
             return None
         if len(args) != self._number or list(kwargs) != self._names:
             spelled = self._spelled(given)
@@ -225,6 +232,8 @@ class ExportedInputs:
         """Say that the inputs are of another kind."""
         if mode := function_mode_of_the_user():
             return f"in the torch function mode {mode}, which sees no functions of an export"
+        if self._packs and not torch.is_grad_enabled():
+            return "in evaluation without gradients nn.TransformerEncoder packs its rows"
         leaves = tree_flatten(given)[0]
         for leaf in leaves:
             if isinstance(leaf, Tensor) and _tagged(leaf):
@@ -271,7 +280,8 @@ def _form_of(value: Value) -> Value:
     Containers of other classes are compared by torch's own description of them.
     """
     if isinstance(value, Tensor):
-        return _TensorForm(value.dtype, value.dim(), value.device, value.layout)
+        parameter = type(value) is nn.Parameter
+        return _TensorForm(value.dtype, value.dim(), value.device, value.layout, parameter)
     if type(value) in (list, tuple):
         return type(value), [_form_of(item) for item in value]
     if type(value) is dict:
@@ -293,6 +303,8 @@ def _fits(value: Value, form: Value, leaves: list[Value]) -> bool:
             and value.dim() == form.dims
             and value.device == form.device
             and value.layout == form.layout
+            # Code may ask by ``isinstance(x, nn.Parameter)``.
+            and (type(value) is nn.Parameter) is form.parameter
             and not (value.__dict__ and _tagged(value))
         )
     kind = form[0]

@@ -90,14 +90,24 @@ def copied(container: Watched) -> Watched:
     return list(container) if type(container) is list else copy.copy(container)
 
 
-def in_mode(state: Kept, training: bool) -> Kept:
-    """Return a state with the flags of all modules in one mode, as captures are made."""
-    kinds, containers, values, tensors = state
+def in_modes(state: Kept, apart: Collection[int]) -> dict[bool, Kept | None]:
+    """Return a state with the flags of all modules in one mode, as captures are made, by mode.
+
+    Args:
+        state: of a model.
+        apart: the numbers of the containers of modules that keep the flag that they have.
+    """
+    return {mode: _in_mode(state, mode, apart) for mode in (True, False)}
+
+
+def _in_mode(state: Kept, training: bool, apart: Collection[int]) -> Kept:
     flagged = [
-        {**one, "training": training} if isinstance(one, dict) and "_modules" in one else one
-        for one in containers
+        {**one, "training": training}
+        if isinstance(one, dict) and "_modules" in one and number not in apart
+        else one
+        for number, one in enumerate(state.containers)
     ]
-    return Kept(kinds, flagged, values, tensors)
+    return state._replace(containers=flagged)
 
 
 def equal(one: object, other: object) -> bool:

@@ -25,7 +25,7 @@ from kfac_fx.capture.kept_state import (
     Watched,
     copied,
     differing,
-    in_mode,
+    in_modes,
     plainly_held,
     same,
     same_content,
@@ -39,12 +39,15 @@ from kfac_fx.capture.run_state import RunState
 from kfac_fx.capture.settings_read import (
     CODE,
     Setting,
+    held_by_classes,
     of_cell,
     of_code,
     of_environment,
     of_gradients,
+    of_layers,
     of_tags,
     of_ties,
+    of_torch,
     of_values,
     settings_of,
 )
@@ -107,6 +110,7 @@ class ModelState:
         self._live_layers: list[tuple[dict[str, Watched], str]] = []
         self._own_hooks = own_hooks
         self._live_paths = live
+        self._apart: set[int] = set()
         for path, module in model.named_modules():
             self._add_module(module, path, path in live)
         for name in _GLOBAL_HOOKS:
@@ -124,11 +128,12 @@ class ModelState:
             if plainly_held(module)
         ]
         self._settings += [of_tags(self._tensors, self._names), of_code(self._code)]
-        self._settings += of_ties(self._tensors, self._code)
+        own = (m for p, m in zip(self._paths, self._modules, strict=True) if p not in live)
+        self._settings += [*of_ties(self._tensors, self._code), *of_layers(own)]
         # Many functions name the same globals.
         self._settings = [*{(id(one.space), one.name): one for one in self._settings}.values()]
         now = self._copies()
-        self._kept: dict[bool, Kept | None] = {m: in_mode(now, m) for m in (True, False)}
+        self._kept = in_modes(now, self._apart)
         self._exact = dict.fromkeys(self._kept, Exactness(self._containers, now))
         self._ties = ties(model)
 
@@ -172,10 +177,13 @@ class ModelState:
             return [Change(Place(""), "places", "the model has changed in its other mode")]
         kinds, containers, values, tensors = kept
         found: list[Change] = []
-        for place, now, then in zip(self._places, self._containers, containers, strict=True):
+        looked_at = zip(self._places, self._containers, containers, strict=True)
+        for number, (place, now, then) in enumerate(looked_at):
             for key, words in differing(now, then):
                 # Python adds to a class by itself (its annotations, when they are asked for).
                 if key not in _OWN and (key == "__call__" or not key.startswith("__")):
+                    # No graph follows the flag of a module that is no child.
+                    key = f"held {key}" if number in self._apart else key
                     found.append(Change(place, key, f"{place}{words}"))
         for path, module, kind in zip(self._paths, self._modules, kinds, strict=True):
             if type(module) is not kind:
@@ -270,13 +278,15 @@ class ModelState:
 
     # Building.
 
-    def _add_module(self, module: nn.Module, path: str, live: bool) -> None:
+    def _add_module(self, module: nn.Module, path: str, live: bool, *, child: bool = True) -> None:
         """Look at a module's dictionary and, where the graph has looked into it, at all it holds.
 
         Args:
             module: one of the model's.
             path: its path.
             live: whether the graph calls it as it is.
+            child: whether it is one of the model's; ``train()`` does not reach the others, and a
+                graph holds their tensors themselves.
         """
         if id(module) in self._seen:
             return
@@ -289,6 +299,10 @@ class ModelState:
             self._live_layers.append((vars(module), path))
             if translate(module, path) is None:
                 return
+        if not child:
+            for kind in TENSORS if plainly_held(module) else ():
+                self._add(vars(module)[kind], Place(path))
+            self._apart.add(len(self._places))
         self._add(vars(module), Place(path))
         for key, value in vars(module).items():
             if key in _OWN or (not path and self._own_hooks and "_hooks" in key):
@@ -322,7 +336,8 @@ class ModelState:
             # Those in a plain list are no children of their module, and run all the same.
             if depth > 1:
                 for path, inner in value.named_modules():
-                    self._add_module(inner, f"{place}.{path}".strip("."), False)
+                    where = f"{place}.{path}".strip(".")
+                    self._add_module(inner, where, False, child=False)
             return
         items: Iterable[Watched] = ()
         if isinstance(value, HOLDERS):
@@ -347,7 +362,8 @@ class ModelState:
 
     def _add_class(self, kind: type, path: str) -> None:
         """Look at the attributes of a user's class, and at the globals that its code reads."""
-        for base in kind.__mro__:
+        meta: Watched = type(kind)  # a class may have properties too
+        for base in (*kind.__mro__, *meta.__mro__):
             if id(base) in self._seen or base.__module__.split(".")[0] in ("torch", "builtins"):
                 continue
             self._seen.add(id(base))
@@ -398,6 +414,7 @@ class ModelState:
                 self._objects.append((value, Place("", f"the global {name}")))
         for module in modules_in(function):
             self._add_module_globals(module, {*names_in(function.__code__)}, depth - 1)
+        self._settings += of_torch(function)
         for cell in function.__closure__ or ():
             try:
                 value = cell.cell_contents
@@ -436,6 +453,7 @@ class ModelState:
         for function, depth in code.calls:
             self._add_globals(function, depth)
         self._objects += [(kind, Place("", kind.__name__)) for kind in code.classes]
+        self._objects += held_by_classes(self._code, self._names)
         self._settings += of_environment(self._names)
         seen: dict[int, Watched] = {}
         # The graph follows a layer that it calls, and not what other code has read of it.
@@ -449,7 +467,8 @@ class ModelState:
                 if isinstance(found, Setting):
                     self._settings.append(found)
                 else:
-                    self._watch(found[0], Place("", found[1]), 1)
+                    depth = 2 if isinstance(found[0], nn.Module) else 1
+                    self._watch(found[0], Place("", found[1]), depth)
 
     # Values.
 

@@ -11,6 +11,7 @@ import random
 import sys
 import types
 from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -116,6 +117,11 @@ class RunState:
         self._seen[id(value)] = value
         if isinstance(value, Tensor):
             self._tensors.append((name, value, _marks(value)))
+            if type(value) in (Tensor, nn.Parameter):  # others keep there what they consist of
+                self._records.append((name, value.__dict__, dict(value.__dict__)))
+        elif isinstance(value, ContextVar):
+            variable = _Variable(value)
+            self._records.append((name, variable, [variable.get()]))
         elif (state := state_of(value)) is not None:
             self._states.append((name, value, state))
         elif isinstance(value, (*HOLDERS, tuple)):
@@ -163,7 +169,8 @@ class RunState:
         for key, item in list(held.items()):
             if key in _OWN or type(item) in SCALARS:
                 continue
-            if not plain or isinstance(item, (*HOLDERS, Tensor)) or state_of(item) is not None:
+            walked = (*HOLDERS, *BAGS, Tensor)
+            if not plain or isinstance(item, walked) or state_of(item) is not None:
                 inner = name if key in ("_parameters", "_buffers", "_modules") else f"{name}.{key}"
                 self._walk(inner, item)
 
@@ -175,7 +182,8 @@ class RunState:
         Returns:
             whether it is of a kind that is looked at.
         """
-        if isinstance(value, (*HOLDERS, Tensor, types.FunctionType)) or state_of(value) is not None:
+        walked = (*HOLDERS, Tensor, types.FunctionType, ContextVar)
+        if isinstance(value, walked) or state_of(value) is not None:
             self._walk(name, value)
         elif isinstance(value, BAGS) or is_plain_object(value):
             if id(value) not in self._seen:
@@ -248,6 +256,23 @@ class _Entry:
             self.owner[self.key] = value
         else:
             setattr(self.owner, self.key, value)
+
+
+class _Variable(_Entry):
+    """The value of a context variable; one that has none stays what it was set to."""
+
+    def __init__(self, variable: ContextVar[Value]) -> None:
+        super().__init__(variable, variable.name)
+
+    def get(self) -> Value:
+        try:
+            return self.owner.get()  # its default too
+        except LookupError:
+            return None
+
+    def set(self, value: Value) -> None:
+        if value is not None:
+            self.owner.set(value)
 
 
 def _theirs(kind: type | types.FunctionType) -> bool:

@@ -12,7 +12,8 @@ import os
 import sys
 import threading
 import types
-from collections.abc import Collection, Iterator
+import weakref
+from collections.abc import Collection, Iterable, Iterator
 from contextvars import ContextVar
 from enum import Enum
 from typing import Any, NamedTuple
@@ -20,10 +21,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kfac_fx.capture.code_names import is_installed
+from kfac_fx.capture.changes import Place
+from kfac_fx.capture.code_names import is_installed, modules_in, names_in
 from kfac_fx.capture.is_questions import asks_for_ties
 from kfac_fx.capture.kept_state import Plain
-from kfac_fx.capture.object_states import HOLDERS, SCALARS, bytes_of, memory_of, version
+from kfac_fx.capture.object_states import (
+    BAGS,
+    HOLDERS,
+    SCALARS,
+    bytes_of,
+    memory_of,
+    version,
+)
 
 Value = Any
 """Whatever an attribute of the user's holds."""
@@ -40,7 +49,7 @@ _ATOMS = (*SCALARS, *CODE, Enum, torch.dtype, torch.device)
 """Values that are compared as they are."""
 
 
-_BAGS = (types.SimpleNamespace, threading.local)
+_BARE = (types.SimpleNamespace, threading.local)
 """Bare bags of attributes, which code asks for what is not there yet: ``getattr(bag, "k", 1)``."""
 
 
@@ -171,6 +180,42 @@ def of_code(found: Collection[types.FunctionType | type]) -> Setting:
     return Setting(_Code(found), "code", "the code of a function or class")
 
 
+def of_torch(function: types.FunctionType) -> Iterator[Setting]:
+    """Yield the functions of torch's modules that code names: other kernels are set in their place.
+
+    Args:
+        function: the code.
+    """
+    names = {*names_in(function.__code__)}
+    for module in modules_in(function, of_torch=True):
+        space = vars(module)
+        for name in space.keys() & names:
+            if isinstance(space[name], CODE):
+                yield Setting(space, name, f"{module.__name__}.{name}")
+
+
+def of_layers(modules: Iterable[nn.Module]) -> Iterator[Setting]:
+    """Yield the ``forward`` of torch's own layers that a graph has run and calls no more."""
+    for base in dict.fromkeys(base for module in modules for base in type(module).__mro__):
+        if base.__module__.startswith("torch.nn.") and "forward" in vars(base):
+            yield Setting(vars(base), "forward", f"{base.__name__}.forward")
+
+
+def held_by_classes(
+    found: Iterable[types.FunctionType | type], names: Collection[str]
+) -> Iterator[tuple[Value, Place]]:
+    """Yield what the model's classes hold for all instances, and where.
+
+    Args:
+        found: the classes, functions aside.
+        names: those that stand in the model's code.
+    """
+    for kind in found:
+        if isinstance(kind, type):
+            for name in vars(kind).keys() & names:
+                yield vars(kind)[name], Place("", f"{kind.__name__}.{name}")
+
+
 class _Environment:
     """All variables of the process's environment: code may put their names together."""
 
@@ -250,6 +295,14 @@ def settings_of(
             for the moment, and another object would get its identity and be passed over.
         depth: how many objects this one is within.
     """
+    if isinstance(value, weakref.ref):
+        value, words = value(), f"{words}()"
+    if isinstance(value, (*HOLDERS, tuple)):
+        yield value, words
+        return
+    if isinstance(value, BAGS) and (wrapped := vars(value).get("data")) is not None:
+        yield wrapped, words  # a mapping of the standard library
+        return
     if isinstance(value, ContextVar):
         yield Setting(_Whole(value), value.name, f"the context variable {value.name}")
         return
@@ -268,7 +321,7 @@ def settings_of(
             held = getattr(value, name, None)
         except Exception:  # a property of the user's may need what is not there
             continue
-        if held is None and not hasattr(value, name) and not isinstance(value, _BAGS):
+        if held is None and not hasattr(value, name) and not isinstance(value, _BARE):
             continue
         inner = f"{words}.{name}"
         # Methods of C classes stay what they are; one that a user has put there may be replaced.
@@ -278,9 +331,9 @@ def settings_of(
             continue
         if isinstance(held, _ATOMS):
             yield Setting(_space_of(value, name), name, inner)
-        elif isinstance(held, HOLDERS):
+        elif isinstance(held, (*HOLDERS, nn.Module)):
             yield held, inner
-        elif not callable(held):
+        elif not callable(held) or isinstance(held, weakref.ref):
             yield from settings_of(held, inner, names, seen, depth + 1)
 
 
@@ -299,7 +352,7 @@ def _is_small_array(value: Value) -> bool:
 
 def _looked_into(value: Value) -> bool:
     """Tell whether a value is an object or a class of the user's, or a bare bag of attributes."""
-    if isinstance(value, _BAGS):
+    if isinstance(value, _BARE):
         return True
     if isinstance(value, (*SCALARS, *HOLDERS, tuple, Tensor, nn.Module, Enum)):
         return False

@@ -121,12 +121,14 @@ def from_export(model: nn.Module, args: tuple[Value, ...], kwargs: dict[str, Val
     training, evaluation, untraced = capture_both(model, graph_of)
     module = captured_module(model, training, evaluation, constants)
     normed = any(_name(node) in _BATCH_NORMS for node in training.nodes)
+    encoders = [module for module in model.modules() if isinstance(module, nn.TransformerEncoder)]
     inputs = ExportedInputs(
         inspect.signature(model.forward),
         (args, kwargs),
         guards,
         one_differs=normed,
         ordered=any(one.order for one in asked),
+        packs=any(encoder.use_nested_tensor for encoder in encoders),
     )
     read = frozenset().union(*(one.values for one in asked))
     gradients = any(one.gradients for one in asked)

@@ -13,6 +13,7 @@ import threading
 import types
 import weakref
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import pytest
@@ -56,8 +57,28 @@ def counted(held: Any) -> int:
     if isinstance(held, (collections.UserDict, weakref.WeakKeyDictionary)):
         held[Slotted] = held.get(Slotted, 0) + 1
         return int(held[Slotted])
+    if isinstance(held, ContextVar):
+        held.set(held.get() + 1)
+        return held.get()
     held.value = getattr(held, "value", 0) + 1
     return int(held.value)
+
+
+class Elsewhere:
+    """A descriptor that keeps the value of each instance beside it."""
+
+    def __init__(self) -> None:
+        self.kept: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+
+    def __get__(self, owner: Any, kind: type | None = None) -> Any:
+        return self if owner is None else self.kept.get(owner, 0)
+
+    def __set__(self, owner: Any, value: int) -> None:
+        self.kept[owner] = value
+
+
+class Described(nn.Module):
+    value = Elsewhere()
 
 
 KEEPERS: dict[str, Callable[[], Any]] = {
@@ -73,6 +94,9 @@ KEEPERS: dict[str, Callable[[], Any]] = {
     "a shared value without a lock": lambda: multiprocessing.Value("i", 0, lock=False),
     "UserDict": collections.UserDict,
     "WeakKeyDictionary": weakref.WeakKeyDictionary,
+    "a context variable": lambda: ContextVar("count", default=0),
+    "a tensor's attribute": lambda: torch.zeros(1),
+    "a descriptor": Described,
 }
 
 

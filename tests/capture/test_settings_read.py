@@ -6,6 +6,7 @@ import copy
 import functools
 import threading
 import types
+import weakref
 from collections.abc import Callable
 from contextvars import ContextVar
 from enum import Enum
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -89,10 +91,37 @@ def defaulting(kept: list[float] = [1.0]) -> list[float]:  # noqa: B006  # what 
     return kept
 
 
-class Net(nn.Module):
+class Table:
+    """A descriptor that keeps the value of each instance beside it."""
+
+    def __init__(self) -> None:
+        self.kept: weakref.WeakKeyDictionary[Value, float] = weakref.WeakKeyDictionary()
+
+    def __get__(self, owner: Value, kind: type | None = None) -> Value:
+        return self if owner is None else self.kept.get(owner, 1.0)
+
+    def __set__(self, owner: Value, value: float) -> None:
+        self.kept[owner] = value
+
+
+class Meta(type):
+    level = 1.0
+
+    @property
+    def scale(cls) -> float:
+        return cls.level
+
+
+NAMED: weakref.WeakValueDictionary[str, Value] = weakref.WeakValueDictionary()
+NAMED["kept"] = HELD = OfClass()
+KERNEL, FORWARD = F.softplus, nn.Linear.forward
+
+
+class Net(nn.Module, metaclass=Meta):
     """Multiplies by a setting, read in a given way."""
 
     read: Callable[[Net], Value]
+    of_all, options, table = Slots(), {"scale": [1.0]}, Table()
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,6 +131,9 @@ class Net(nn.Module):
         self.function, self.partial = factor, functools.partial(by, scale=1.0)
         self.method, self.inner = Slots().times, functools.partial(Slots().times, 1.0)
         self.tensor, self.tensors = torch.tensor(1.0), [torch.tensor(1.0)]
+        self.teachers = (nn.Linear(1, 1).requires_grad_(False),)
+        self.nested.layer = nn.Linear(1, 1).requires_grad_(False)
+        self.distant = weakref.ref(HELD)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(torch.tanh(self.a(x))) * type(self).read(self)
@@ -152,6 +184,34 @@ SETTINGS: dict[str, tuple[Callable[[Net], Value], Callable[[Net], Value]]] = {
         lambda m: float(m.tensors[0] * 2),
         lambda m: m.tensors[0].fill_(3.0),
     ),
+    "a dictionary of the class": (
+        lambda m: m.options["scale"][0],
+        lambda m: Net.options["scale"].__setitem__(0, 3.0),
+    ),
+    "an object of the class": (
+        lambda m: m.of_all.scale,
+        lambda m: setattr(Net.of_all, "scale", 3.0),
+    ),
+    "a descriptor": (lambda m: m.table, lambda m: setattr(m, "table", 3.0)),
+    "a property of the class": (lambda m: type(m).scale, lambda m: setattr(Meta, "level", 3.0)),
+    "a weak reference": (lambda m: m.distant().scale, lambda m: setattr(HELD, "scale", 3.0)),
+    "a weak mapping": (lambda m: NAMED["kept"].scale, lambda m: setattr(HELD, "scale", 3.0)),
+    "a function of torch": (
+        lambda m: F.softplus(torch.tensor(1.0)),
+        lambda m: setattr(F, "softplus", torch.exp),
+    ),
+    "the mode of a module that is no child": (
+        lambda m: 1.0 if m.teachers[0].training else 3.0,
+        lambda m: m.teachers[0].eval(),
+    ),
+    "the weight of a module that is no child": (
+        lambda m: m.teachers[0].weight[0, 0],
+        lambda m: setattr(m.teachers[0], "weight", nn.Parameter(torch.full((1, 1), 3.0), False)),
+    ),
+    "the weight of a module in an object": (
+        lambda m: m.nested.layer.weight[0, 0],
+        lambda m: setattr(m.nested.layer, "weight", nn.Parameter(torch.full((1, 1), 3.0), False)),
+    ),
     "a layer's setting": (lambda m: 1 / m.a.in_features, lambda m: setattr(m.a, "in_features", 8)),
     "a tensor as a number": (lambda m: float(m.tensors[0]), lambda m: m.tensors[0].fill_(3.0)),
     "a tensor computed of tensors": (lambda m: m.tensor * 2, lambda m: m.tensor.fill_(3.0)),
@@ -162,6 +222,8 @@ SETTINGS: dict[str, tuple[Callable[[Net], Value], Callable[[Net], Value]]] = {
 def put_back() -> Value:
     yield
     OfClass.scale = BAG.scale = FACTOR[0] = 1.0
+    HELD.scale = Net.of_all.scale = Net.options["scale"][0] = Meta.level = 1.0
+    F.softplus, nn.Linear.forward = KERNEL, FORWARD
     vars(LOCAL).pop("late", None)
     LOCAL.scale = 1.0
     defaulting()[0] = 1.0
@@ -191,6 +253,15 @@ def test_a_changed_setting_is_followed(setting: str, route: str) -> None:
     change(model), change(twin)
     torch.testing.assert_close(net(x), twin(x))
     assert not torch.equal(net(x), net.head(torch.tanh(net.a(x))))
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_the_forward_of_a_layer_of_torch_is_replaced(route: str) -> None:
+    net, _, twin = built(lambda m: 1.0, route)
+    x = torch.randn(6, D)
+    torch.testing.assert_close(net(x), twin(x))
+    nn.Linear.forward = lambda self, x: 3 * FORWARD(self, x)  # type: ignore[method-assign]
+    torch.testing.assert_close(net(x), twin(x))
 
 
 @pytest.mark.parametrize("route", ["none", "inputs"])

@@ -159,3 +159,39 @@ def test_the_flag_is_as_it_was_afterwards() -> None:
         raise ZeroDivisionError
     assert "training" not in vars(nn.Module)
     assert (model.training, model[1].training) == (False, True)
+
+
+class Padded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
+        self.encoder, self.last = nn.TransformerEncoder(layer, 1), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, padding: Tensor) -> Tensor:
+        return self.last(self.encoder(x, src_key_padding_mask=padding))
+
+
+def test_padding_that_torch_drops_without_gradients() -> None:
+    """In evaluation nn.TransformerEncoder packs its rows, and the padding comes back as zeros."""
+    torch.manual_seed(0)
+    model, x = Padded(), torch.randn(5, 4, 4)
+    padding = torch.tensor([False, False, True, True]).expand(5, 4)
+    net = kfac_fx.transform(model, (x, padding), structure="block_diagonal", capture="export")
+    for mode in (True, False):
+        net.train(mode)
+        torch.testing.assert_close(net(x, padding), model(x, padding))
+        with torch.no_grad():
+            torch.testing.assert_close(net(x, padding), model(x, padding))
+
+
+class Asking(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.inner(x)) * (2.0 if isinstance(x, nn.Parameter) else 1.0)
+
+
+@pytest.mark.parametrize("example", [torch.randn(5, 4), nn.Parameter(torch.randn(5, 4))])
+def test_an_input_that_is_a_parameter(example: Tensor) -> None:
+    model = Asking()
+    net = kfac_fx.transform(model, example, structure="block_diagonal", capture="export")
+    for x in (torch.randn(3, 4), nn.Parameter(torch.randn(3, 4))):
+        torch.testing.assert_close(net(x), model(x))
