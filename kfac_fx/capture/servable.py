@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import operator
 import queue
+import types
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -66,6 +68,11 @@ def check_servable(model: Value, inputs: Value) -> None:
                 "the example inputs hold a nested tensor, whose cases are of different sizes and "
                 "which no tap records: pad it, or give a mask"
             )
+        if _moves_on(leaf):
+            raise CaptureError(
+                f"the example inputs hold an iterator ({type(leaf).__name__}), which the first of "
+                "the runs that a capture makes uses up: pass a list or a tuple"
+            )
 
 
 def _check_walkable(model: nn.Module) -> None:
@@ -109,7 +116,17 @@ def _moves_on(value: Value) -> bool:
     # What stands for another object has the methods of all classes, whatever that object is.
     if type(value) in weakref.ProxyTypes or isinstance(value, io.IOBase):
         return False
-    return isinstance(value, (Iterator, queue.SimpleQueue))
+    if isinstance(value, Iterator):
+        return not _is_used_up(value)
+    return isinstance(value, queue.SimpleQueue)
+
+
+def _is_used_up(value: Iterator[Value]) -> bool:
+    """Tell whether an iterator has nothing more to give: one that a model was built with."""
+    if isinstance(value, types.GeneratorType):
+        return value.gi_frame is None
+    # A class of the user's may count something else.
+    return type(value).__module__ == "builtins" and operator.length_hint(value, 1) == 0
 
 
 def _check_uncompiled(model: nn.Module) -> None:

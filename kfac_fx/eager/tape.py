@@ -34,6 +34,7 @@ from kfac_fx.eager.torch_calls import (
     made_by,
     mapped,
     reads_property,
+    renormed,
     spelled,
     tensors_of,
 )
@@ -211,6 +212,7 @@ class Tape(TorchFunctionMode):
                 tapped = values[plan.tap.node]
                 swap[id(tapped)] = plan.record(tapped, values)
         if self._mark and hidden is not function_transform and not reads_property(func):
+            args, kwargs = renormed(func, args, kwargs)
             swap |= {id(t): Seen.apply(t) for t in tensors if id(t) in self._parameters}
         if swap:
             args, kwargs = mapped(lambda t: swap.get(id(t), t), (args, kwargs))

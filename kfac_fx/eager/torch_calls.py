@@ -8,6 +8,8 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointFunction
 
@@ -41,6 +43,33 @@ def tensors_of(value: Value) -> Iterator[Tensor]:
     elif isinstance(value, dict):
         for item in value.values():
             yield from tensors_of(item)
+
+
+def renormed(
+    func: Function, args: tuple[Value, ...], kwargs: dict[str, Value]
+) -> tuple[tuple[Value, ...], dict[str, Value]]:
+    """Shorten the rows that a lookup with ``max_norm`` reads, and return its other arguments.
+
+    The lookup would write to the weight itself; an alias of it in autograd's graph forbids that.
+
+    Args:
+        func: a torch function; others than lookups are left alone.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+    """
+    if func not in (F.embedding, F.embedding_bag):
+        return args, kwargs
+    third = "padding_idx" if func is F.embedding else "offsets"
+    names = ("input", "weight", third, "max_norm", "norm_type")
+    named = {**dict(zip(names, args, strict=False)), **kwargs}
+    limit = named.get("max_norm")
+    if limit is None:
+        return args, kwargs
+    with torch.no_grad():
+        rows = named["input"].contiguous()
+        torch.embedding_renorm_(named["weight"].detach(), rows, limit, named.get("norm_type", 2.0))
+    others = {key: value for key, value in kwargs.items() if key not in names}
+    return (*map(named.get, names[:3]), None, 2.0, *args[len(names) :]), others
 
 
 def mapped(change: Callable[[Value], Value], value: Value, *, plain: bool = False) -> Value:

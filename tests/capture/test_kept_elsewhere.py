@@ -157,6 +157,25 @@ def test_what_is_used_up_is_refused(held: Callable[[], Any]) -> None:
         kfac_fx.transform(model)
 
 
+def finished() -> Any:
+    made = (number for number in ())
+    assert list(made) == []
+    return made
+
+
+@pytest.mark.parametrize("held", [lambda: iter([]), lambda: iter(range(0)), finished])
+def test_an_iterator_that_has_nothing_more_to_give(held: Callable[[], Any]) -> None:
+    """The layers of torchrl are built from iterators, which they keep."""
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(4, 3)
+    model.keeper = held()  # type: ignore[assignment]
+    assert torch.allclose(kfac_fx.transform(model, x)(x), model(x))
+
+
+def test_an_iterator_as_an_example_input() -> None:
+    with pytest.raises(CaptureError, match="the example inputs hold an iterator"):
+        kfac_fx.transform(nn.Linear(3, 2), (iter([torch.randn(4, 3)]),))
+
+
 def test_a_weak_proxy_is_no_iterator() -> None:
     class Keeper:
         scale = 2.0

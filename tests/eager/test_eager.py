@@ -560,3 +560,17 @@ def test_compile_without_breaks_says_what_to_do() -> None:
     compiled = torch.compile(net, backend="eager", fullgraph=True)
     with pytest.raises(Exception, match="compile the net without fullgraph=True"):
         compiled(x)
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_a_table_whose_rows_are_shortened_as_they_are_read(kind: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(kind(7, 4, max_norm=0.5), nn.Linear(4, 3))
+    twin = copy.deepcopy(model)
+    rows = torch.arange(6).reshape(2, 3)
+    net = kfac_fx.transform(model, rows, structure="block_diagonal", capture="eager")
+    for one in (net, twin):
+        one(rows).square().sum().backward()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+        torch.testing.assert_close(p.grad, q.grad)
