@@ -7,6 +7,7 @@ that no graph can repeat (a cache that is filled in evaluation alone) costs the 
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -53,12 +54,12 @@ class ModeReads:
 
     Attributes:
         any: whether it was, or could have been without being noticed; reads of torch's dropout
-            layers do not count.
-        dropout: whether torch's dropout layers have read their own, which they hand on as a flag.
+            layers and batch norms do not count.
+        layers: whether these have read their own, which they hand on as a flag.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.dropout = False
+        self.layers = False
         classes = {kind for module in model.modules() for kind in type(module).__mro__}
         own = any("training" in vars(kind) for kind in classes)
         self.any = own or any(isinstance(m, torch.jit.ScriptModule) for m in model.modules())
@@ -67,6 +68,7 @@ class ModeReads:
 _TRACERS = tuple(str(Path(torch.__file__).parent / name) for name in ("fx", "export", "_export"))
 """Where torch reads the flag for itself, to copy it."""
 _DROPOUT = nn.Dropout.forward.__code__.co_filename
+_NORM = nn.BatchNorm1d.forward.__code__
 
 
 @contextmanager
@@ -87,8 +89,8 @@ def mode_reads(model: nn.Module) -> Iterator[ModeReads]:
 
     def read(module: nn.Module) -> bool:
         reader = sys._getframe(1).f_code.co_filename
-        if reader == _DROPOUT:
-            found.dropout = True
+        if reader == _DROPOUT or (reader == _NORM.co_filename and _is_norm(module)):
+            found.layers = True
         else:
             found.any = found.any or not reader.startswith(_TRACERS)
         try:
@@ -108,37 +110,60 @@ def mode_reads(model: nn.Module) -> Iterator[ModeReads]:
         del nn.Module.training
 
 
-def without_dropout(model: nn.Module, graph: fx.Graph) -> fx.Graph | None:
+def in_evaluation(model: nn.Module, graph: fx.Graph) -> fx.Graph | None:
     """Return a copy of an exported graph of the training, as the export in evaluation would be.
 
     Args:
-        model: its code has asked for no mode but in torch's dropout layers.
-        graph: what those layers call is a node of their own each, whose last argument is the flag.
+        model: its code has asked for no mode but in torch's dropout layers and batch norms.
+        graph: what those layers call is a node of their own each, of which the flag is an argument.
 
     Returns:
         None where it is not certain which nodes are theirs.
     """
     owners = dict(model.named_modules(remove_duplicate=False))
-    layers = [m for m in owners.values() if _is_dropout(m)]
+    layers = [m for m in owners.values() if _is_dropout(m) or _is_norm(m)]
     # A hook of such a layer, or a forward of its own, could ask for noise that stays in evaluation.
     if any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in layers):
         return None
-    copied = fx.Graph()
-    copied.output(copied.graph_copy(graph, {}))
+    # A norm without momentum computes with the number of batches in training.
+    if any(_is_norm(m) and m.momentum is None for m in layers):
+        return None
+    copied = copy.deepcopy(graph)  # with the form of its outputs
     flipped = False
-    for node in copied.nodes:
+    for node in list(copied.nodes):
         stack = [*(node.meta.get("nn_module_stack") or {}).values()]
         owner = owners.get(stack[-1][0]) if stack else None
-        if owner in layers and node.args[-1:] == (True,):
-            node.update_arg(len(node.args) - 1, False)
+        if owner is None or owner not in layers or node.op != "call_function":
+            continue
+        flag = len(node.args) - 1
+        if _is_norm(owner):
+            if node.target is torch.ops.aten.add_.Tensor and not node.users:
+                copied.erase_node(node)  # the number of batches
+                continue
+            # Without running averages a norm takes those of the batch in evaluation too.
+            known = node.target is torch.ops.aten.batch_norm.default
+            if not known or node.args[_AVERAGE] is None:
+                continue
+            flag = _AVERAGE + 2
+        if node.args[flag : flag + 1] == (True,):
+            node.update_arg(flag, False)
             flipped = True
     return copied if flipped else None
+
+
+_AVERAGE = 3
+"""The place of the running mean among a batch norm's arguments."""
 
 
 def _is_dropout(module: nn.Module) -> bool:
     """Tell whether a module runs the code of one of torch's dropout layers."""
     code = getattr(type(module).forward, "__code__", None)
     return code is not None and code.co_filename == _DROPOUT
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Tell whether a module runs the code of torch's batch norms, which SyncBatchNorm does not."""
+    return getattr(type(module).forward, "__code__", None) is _NORM
 
 
 def capture_both(model: nn.Module, capture: Callable[[nn.Module], fx.Graph]) -> Graphs:

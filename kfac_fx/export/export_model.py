@@ -18,7 +18,7 @@ from kfac_fx.capture.in_place import update_of, writes
 from kfac_fx.capture.input_forms import ExportedInputs, Guards
 from kfac_fx.capture.run_state import RunState
 from kfac_fx.capture.symbolic_trace import same_constant
-from kfac_fx.capture.train_and_eval import capture_both, mode_reads, without_dropout
+from kfac_fx.capture.train_and_eval import capture_both, in_evaluation, mode_reads
 from kfac_fx.capture.undisturbed import undisturbed
 from kfac_fx.capture.user_lines import user_line
 from kfac_fx.capture.watching import refusals_noted
@@ -49,15 +49,15 @@ class Asked(NamedTuple):
         order: whether it was how tensors lie in memory.
         gradients: whether it was for gradients of parameters that have them already.
         values: names of tensors that are no members whose values it was.
-        mode: whether it was for the flag ``training``; by torch's dropout layers does not count.
-        dropout: whether those layers have asked.
+        mode: whether it was for the flag ``training``; by dropout and batch norms does not count.
+        layers: whether those layers of torch have asked.
     """
 
     order: bool
     gradients: bool
     values: frozenset[str]
     mode: bool
-    dropout: bool
+    layers: bool
 
 
 class Exported(NamedTuple):
@@ -100,9 +100,9 @@ def from_export(model: nn.Module, args: tuple[Value, ...], kwargs: dict[str, Val
 
     def graph_of(model: nn.Module) -> fx.Graph:
         if asked and not asked[0].mode:
-            # An export takes as long as everything else together: dropout layers do not ask for
-            # another one, since all that they do with their flag is to hand it on.
-            graph = without_dropout(model, graphs[0]) if asked[0].dropout else graphs[0]
+            # An export takes as long as everything else together: dropout layers and batch norms do
+            # not ask for another one, since all that they do with their flag is to hand it on.
+            graph = in_evaluation(model, graphs[0]) if asked[0].layers else graphs[0]
             if graph is not None:
                 guards[False] = guards[True]
                 return graph
@@ -313,7 +313,7 @@ def _export(
     module = program.module(check_guards=True)
     assert isinstance(module, fx.GraphModule)
     module.meta[_ASKED] = Asked(
-        watch.asks_order, watch.asks_gradients, frozenset(watch.read), mode.any, mode.dropout
+        watch.asks_order, watch.asks_gradients, frozenset(watch.read), mode.any, mode.layers
     )
     return module
 

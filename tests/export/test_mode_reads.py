@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -69,6 +70,24 @@ class Mixed(Layer):
         return self.last(self.always(self.drop(self.inner(x))))
 
 
+class Normed(Layer):
+    """With running averages, and without."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.bare = nn.BatchNorm1d(4), nn.BatchNorm1d(4, track_running_stats=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.bare(self.norm(self.drop(self.inner(x)))))
+
+
+class Reading(Normed):
+    """Asks a norm for its mode itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.norm(self.inner(x)) * (1.0 if self.norm.training else 2.0))
+
+
 class Hooked(Layer):
     """A hook of the layer adds noise that stays."""
 
@@ -117,6 +136,8 @@ class OwnFlag(Plain):
         (Layer, 1),
         (Every, 1),
         (Mixed, 1),
+        (Normed, 1),
+        (Reading, 2),
         (Hooked, 2),
         (Branch, 2),
         (Helper, 2),
@@ -135,16 +156,19 @@ def test_a_model_that_asks_for_no_mode_is_exported_once(
 
     monkeypatch.setattr(export_model, "_export", counted)
     model, x = kind(), torch.randn(6, 4)
+    twin = copy.deepcopy(model)
     net = kfac_fx.transform(model, example_inputs=(x,), capture="export")
     assert calls == [True, False][:exports]
     for training in (True, False, True):
-        model.train(training)
+        twin.train(training)
         net.train(training)
         for rows in (x, torch.randn(9, 4)):
             torch.manual_seed(0)
-            want = model(rows)
+            want = twin(rows)
             torch.manual_seed(0)
             assert torch.equal(net(rows), want)
+        for buffer, other in zip(model.buffers(), twin.buffers(), strict=True):
+            assert torch.equal(buffer, other)
 
 
 def test_the_flag_is_as_it_was_afterwards() -> None:
