@@ -39,11 +39,16 @@ class LinearBelowJvp(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def under_jvp() -> bool:
+    """Say whether the innermost transform that is on is torch.func.jvp; one call where none is."""
     layer = _functorch.peek_interpreter_stack()
-    if layer is None or layer.key() != _functorch.TransformType.Jvp:
+    return layer is not None and layer.key() == _functorch.TransformType.Jvp
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if not under_jvp():
         return F.linear(input, weight, bias)
-    level = layer.level()
+    level = _functorch.peek_interpreter_stack().level()
     x, dx = parts_below(input, level)
     w, dw = parts_below(weight, level)
     b, db = (None, None) if bias is None else parts_below(bias, level)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 
+import kfac_fx
 from kfac_fx.torch_internals.linear_below_jvp import LinearBelowJvp
 
 Net = Callable[[Tensor], Tensor]
@@ -139,3 +140,12 @@ def test_no_sum_with_zeros(mode: type) -> None:
     if mode is nullcontext and not calls:
         pytest.skip("this version of torch works out no shapes in Python")
     assert (calls > 0) == (mode is nullcontext)
+
+
+def test_nets_take_it_by_themselves() -> None:
+    model = network()
+    x = torch.rand(7, 2, dtype=torch.float64)
+    net = kfac_fx.transform(network(), x)
+    torch.testing.assert_close(by_parameters(net, x), by_parameters(model, x), rtol=1e-12, atol=0)
+    with torch.no_grad():
+        assert in_python(lambda: second_derivative(net, x)) == 0
