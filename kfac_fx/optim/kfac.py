@@ -277,8 +277,7 @@ class KFAC(HasCurvature, Optimizer):
             self._groups.options("lr"),
             self._groups.options("momentum"),
         )
-        rule = self._choice.form.held_out
-        if rule is None:
+        if (rule := self._choice.form.held_out) is None:
             self._attempt(at, buffers)
             return
         damping = None
@@ -343,6 +342,7 @@ class KFAC(HasCurvature, Optimizer):
         elif self._trust.grew(before, after):
             self._undo()
             return True
+        self._last.objectives = before, after
         self.diagnostics["rho"] = self._choice.form.rule.judge(after - before, predicted)
         return True
 
@@ -351,13 +351,14 @@ class KFAC(HasCurvature, Optimizer):
         rule = self._choice.form.held_out
         if rule is None or not self._last.parameters:
             return False
-        # Masks of both passes are this batch's, and so are the moments that BatchNorm takes.
-        with self.diagnostics.stage("ratio"), self._objective.aside():
-            before = self._objective.value(batch, self._last.parameters)
+        after = float(self._objective.start) + self._groups.l2()
+        if (before := self._last.began_at(after)) is None:
+            # Masks of both passes are this batch's, and so are the moments that BatchNorm takes.
+            with self.diagnostics.stage("ratio"), self._objective.aside():
+                before = self._objective.value(batch, self._last.parameters)
+            before += self._groups.l2(self._last.parameters)
         if not math.isfinite(before):  # nothing to compare with: averages would be NaN for ever
             return False
-        before += self._groups.l2(self._last.parameters)
-        after = float(self._objective.start) + self._groups.l2()
         if self._trust.grew(before, after):
             self._undo()
             return True
@@ -383,8 +384,7 @@ class KFAC(HasCurvature, Optimizer):
         if not self._choice.open:  # with an lr nobody has to wait for the loss
             return False
         objective = float(self._objective.start) + self._groups.l2()
-        turned = self._choice.judge(objective, self._held())
-        if turned:
+        if turned := self._choice.judge(objective, self._held()):
             self._begin_form()
         return turned
 
@@ -401,8 +401,8 @@ class KFAC(HasCurvature, Optimizer):
         parameters = self._groups.parameters()
         decay = self._groups.options("weight_decay")
         with self.diagnostics.stage("gradient"):
-            compared = not self._choice.form.scheduled
-            loss, dense = self._objective.gradient(batch, parameters, compared)
+            modelled = not self._choice.form.scheduled
+            loss, dense = self._objective.gradient(batch, parameters, modelled)
         pairs = zip(parameters.items(), dense, strict=True)
         return loss, {n: g.add(p, alpha=decay[n]) if decay[n] else g for (n, p), g in pairs}
 

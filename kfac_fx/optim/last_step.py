@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -12,6 +14,9 @@ from kfac_fx.torch_internals import foreach
 
 Buffers = dict[str, Tensor]
 """The network's buffers by name: running statistics of normalisation layers."""
+
+SAME = 1e-7
+"""Objectives that differ by this part, a rounding of float32, are of the same cases."""
 
 
 class LastStep:
@@ -24,12 +29,14 @@ class LastStep:
         update: the update by parameter name; empty at first, and after a step that was no good.
         parameters: before the step; empty where there is none to undo.
         buffers: before the step; empty where there is none to undo.
+        objectives: before and after the step, on its own batch; None where nobody has compared.
     """
 
     def __init__(self) -> None:
         self.update: Direction = {}
         self.parameters: Direction = {}
         self.buffers: Buffers = {}
+        self.objectives: tuple[float, float] | None = None
 
     def take(self, parameters: Parameters, buffers: Buffers, update: Direction) -> None:
         """Make the step.
@@ -45,6 +52,7 @@ class LastStep:
         else:
             self.parameters = cloned(parameters)
         self.buffers = buffers
+        self.objectives = None
         # In place: the network and its compiled pass go on with the same tensors.
         foreach.add_(list(parameters.values()), [update[name] for name in parameters])
         self.update = update
@@ -64,6 +72,15 @@ class LastStep:
         self.buffers = {}
         return buffers
 
+    def began_at(self, objective: float) -> float | None:
+        """Return the objective before the step, if that after it is known to be ``objective``.
+
+        Batches that agree in all digits are the same cases: no pass has to tell what is known.
+        """
+        before, after = self.objectives or (math.nan, math.nan)
+        # "<" rather than "<=": any two batches may have a loss of zero.
+        return before if abs(objective - after) < SAME * abs(after) else None
+
     def forget_update(self) -> None:
         """Let the next step start without momentum."""
         self.update = {}
@@ -72,13 +89,14 @@ class LastStep:
         """Return a copy of the update."""
         return cloned(self.update)
 
-    def before(self) -> list[dict[str, Tensor]]:
-        """Return copies of the parameters and the buffers from before the step."""
-        return [cloned(self.parameters), cloned(self.buffers)]
+    def before(self) -> list[Any]:
+        """Return copies of the parameters and the buffers from before the step, and objectives."""
+        return [cloned(self.parameters), cloned(self.buffers), self.objectives]
 
-    def load(self, update: Parameters, before: Sequence[Mapping[str, Tensor]]) -> None:
-        """Restore an update, and what ``before`` returned."""
-        parameters, buffers = before
+    def load(self, update: Parameters, before: Sequence[Any]) -> None:
+        """Restore an update, and what ``before`` returned; earlier states have no objectives."""
+        parameters, buffers, *objectives = before
         self.update = cloned(update)
         self.parameters = cloned(parameters)
         self.buffers = cloned(buffers)
+        self.objectives = objectives[0] if objectives else None

@@ -278,7 +278,7 @@ class Objective:
             if self._compiled is None:
                 outputs = self.outputs(batch.inputs)
             else:
-                outputs = outputs_of(self.forward, self._compiled, batch.inputs)
+                outputs = outputs_of(self.forward, self._compiled, batch.inputs, compiled=True)
             loss = self.loss(outputs, batch.targets)
             # Not loss.backward(): the user's .grad stays as it is.
             found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)

@@ -85,18 +85,23 @@ def root_derivatives(
     """Return the derivatives of the root in directions.
 
     Args:
-        run: is called once a direction.
+        run: is called once a direction, or for all of them together.
         parameters: where the derivatives are taken.
         directions: v_1 to v_n, each in the order, the shapes and the precision of the parameters.
     """
-    rows: list[Tensor] = []
-    count = 1.0  # of likelihood terms: the same for all directions
-    for direction in directions:
-        tangents = dict(zip(parameters, direction, strict=True))
-        with _differentiable_forward():
-            count, terms = _derivative(run, parameters, tangents)
-        rows.append(terms.double())
-    return Derivatives(torch.stack(rows), count)
+    tangents = [dict(zip(parameters, direction, strict=True)) for direction in directions]
+    with _differentiable_forward():
+        try:
+            found = [_derivative(run, parameters, tangent) for tangent in tangents]
+        except RuntimeError as error:
+            if not refuses_nested_forward_mode(error):
+                raise
+            # The outputs hold forward-mode derivatives themselves (residuals of equations).
+            # torch.func nests its levels, dual_level does not; it comes second, as it costs more.
+            count, rows = _nested_derivatives(run, parameters, tangents)
+        else:
+            count, rows = found[-1][0], torch.stack([terms for _, terms in found])
+    return Derivatives(rows.double(), count)
 
 
 @contextmanager
@@ -127,10 +132,13 @@ def _derivative(run: Run, parameters: Parameters, tangents: Direction) -> tuple[
         if refuses_layout(error):
             with ContiguousGroups():
                 return _of_duals(run, parameters, tangents)
-        if not refuses_nested_forward_mode(error):
-            raise
-    # The outputs hold forward-mode derivatives themselves (residuals of differential equations).
-    # torch.func nests its levels, dual_level does not; it is tried second, as it costs more.
+        raise
+
+
+def _nested_derivatives(
+    run: Run, parameters: Parameters, tangents: Sequence[Direction]
+) -> tuple[float, Tensor]:
+    """Return what ``_derivative`` does for each direction, stacked, by torch.func."""
     counts: list[float] = []
 
     def terms_of(given: Parameters) -> Tensor:
@@ -138,8 +146,20 @@ def _derivative(run: Run, parameters: Parameters, tangents: Direction) -> tuple[
         counts.append(made.count)
         return made.root()
 
-    derivative: Tensor = torch.func.jvp(terms_of, (dict(parameters),), (tangents,))[1]
-    return counts[-1], derivative
+    def along(tangent: Direction) -> Tensor:
+        derivative: Tensor = torch.func.jvp(terms_of, (dict(parameters),), (tangent,))[1]
+        return derivative
+
+    if len(tangents) > 1:
+        # What directions share is computed once, and calls are as many as for one of them.
+        stacked = {name: torch.stack([one[name] for one in tangents]) for name in parameters}
+        try:
+            rows: Tensor = torch.func.vmap(along, randomness="same")(stacked)
+            return counts[-1], rows
+        except RuntimeError:  # what vmap refuses (a number taken out of a tensor)
+            pass
+    rows = torch.stack([along(tangent) for tangent in tangents])
+    return counts[-1], rows
 
 
 def _of_duals(run: Run, parameters: Parameters, tangents: Direction) -> tuple[float, Tensor]:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from kfac_fx.torch_internals.linear_below_jvp import parts_below
+
 _functorch = torch._C._functorch
 
 Use = Callable[[Tensor, Sequence[Tensor | None], int], Tensor]
@@ -35,8 +37,8 @@ def below_jvp(use: Use, y: Tensor, tensors: Sequence[Tensor | None], order: int 
     if layer is None or layer.key() != _functorch.TransformType.Jvp:
         return use(y, tensors, order)
     level = layer.level()
-    value, tangent = _parts(y, level)
-    parts = [(None, None) if t is None else _parts(t, level) for t in tensors]
+    value, tangent = parts_below(y, level)
+    parts = [(None, None) if t is None else parts_below(t, level) for t in tensors]
     with _without_top_layer():
         value = below_jvp(use, value, [v for v, _ in parts], order)
         if tangent is not None:
@@ -47,13 +49,6 @@ def below_jvp(use: Use, y: Tensor, tensors: Sequence[Tensor | None], order: int 
         return value
     dual: Tensor = forward_ad.make_dual(value, _functorch._wrap_for_grad(tangent, level))
     return dual
-
-
-def _parts(tensor: Tensor, level: int) -> tuple[Tensor, Tensor | None]:
-    """Return a tensor and its tangent, as they are below a level."""
-    value, tangent = forward_ad.unpack_dual(tensor)
-    below = _functorch._unwrap_for_grad
-    return below(value, level), None if tangent is None else below(tangent, level)
 
 
 @contextmanager
