@@ -149,3 +149,31 @@ def test_nets_take_it_by_themselves() -> None:
     torch.testing.assert_close(by_parameters(net, x), by_parameters(model, x), rtol=1e-12, atol=0)
     with torch.no_grad():
         assert in_python(lambda: second_derivative(net, x)) == 0
+
+
+@pytest.mark.parametrize("orders", [1, 2, 3])
+def test_the_same_uses_count(orders: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tangent that is zero is a use all the same, where factors stand beside cross factors."""
+    found = []
+    for torchs in (False, True):
+        if torchs:
+            monkeypatch.setattr("kfac_fx.capture.guard.under_jvp", lambda: False)
+        net = kfac_fx.transform(network(), structure="block_tridiagonal")
+        preconditioner = kfac_fx.Preconditioner(net, "residual", fisher="exact")
+        x = torch.rand(7, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        outputs = nth_derivative(net, x, orders)
+        preconditioner.observe(outputs)
+        outputs.square().sum().backward()
+        preconditioner.step()
+        factors = [f for fs in preconditioner.factors.values() for f in fs]
+        found.append(factors + [f for fs in preconditioner.cross_factors.values() for f in fs])
+    assert len(found[0]) > 4
+    torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-14)
+
+
+def nth_derivative(net: Net, x: Tensor, orders: int) -> Tensor:
+    along = torch.ones_like(x)
+    if not orders:
+        return net(x)
+    derivative: Tensor = jvp(lambda z: nth_derivative(net, z, orders - 1), (x,), (along,))[1]
+    return derivative
