@@ -13,6 +13,7 @@ import types
 from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from typing import Any
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import Tensor, fx, nn
@@ -153,6 +154,11 @@ class RunState:
             plain: look no further than into containers and tensors that it holds.
         """
         self._seen[id(value)] = value
+        if isinstance(value, (WeakKeyDictionary, WeakValueDictionary)):
+            # An entry goes when its object does. Those of other models would do so at any moment,
+            # and seem to be written by the forward: they live as long as this is needed.
+            alive = list(value.items())
+            self._seen[id(alive)] = alive
         places = Slots(value)
         if contents := places.get():
             self._records.append((name, places, contents))

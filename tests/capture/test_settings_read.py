@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import threading
 import types
 import weakref
@@ -253,6 +254,23 @@ def test_a_changed_setting_is_followed(setting: str, route: str) -> None:
     change(model), change(twin)
     torch.testing.assert_close(net(x), twin(x))
     assert not torch.equal(net(x), net.head(torch.tanh(net.a(x))))
+
+
+@pytest.mark.parametrize("route", ["none", "inputs"])
+def test_what_dies_during_a_capture_is_not_written(route: str) -> None:
+    """The values of other instances go with them, at any moment."""
+    gc.disable()
+    try:
+        held = OfClass()
+        vars(held)["itself"] = held
+        Net.table.kept[held] = 1.0
+        del held
+        net, _, twin = built(lambda m: m.table + 0 * gc.collect(), route)
+    finally:
+        gc.enable()
+    x = torch.randn(6, D)
+    torch.testing.assert_close(net(x), twin(x))
+    assert net.curvature.route == "symbolic_trace"
 
 
 @pytest.mark.parametrize("route", ROUTES)
