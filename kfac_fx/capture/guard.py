@@ -20,7 +20,8 @@ from kfac_fx.capture.input_forms import InputForm
 from kfac_fx.capture.model_state import ModelState
 from kfac_fx.capture.train_and_eval import all_in_mode
 from kfac_fx.errors import CaptureError, KFACError
-from kfac_fx.torch_internals.linear_below_jvp import LinearBelowJvp, under_jvp
+from kfac_fx.torch_internals.jvp_levels import innermost_jvp
+from kfac_fx.torch_internals.linear_below_jvp import LinearBelowJvp
 from kfac_fx.torch_internals.pytree import tree_leaves
 
 log = logging.getLogger("kfac_fx")
@@ -146,7 +147,8 @@ class Guard:
                 return graph(net, *args, **kwargs)
             return self._run_model(net, args, kwargs, self._inputs.misfit((args, kwargs)))
         try:
-            if under_jvp():  # derivatives by the inputs, where torch's own rules take their time
+            # Derivatives by the inputs, where torch's own rules take their time.
+            if innermost_jvp() is not None:
                 with LinearBelowJvp():
                     return graph(net, *given[0], **given[1])
             return graph(net, *given[0], **given[1])

@@ -15,8 +15,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from kfac_fx.torch_internals.linear_below_jvp import parts_below
-
 _functorch = torch._C._functorch
 
 Use = Callable[[Tensor, Sequence[Tensor | None], int], Tensor]
@@ -33,26 +31,47 @@ def below_jvp(use: Use, y: Tensor, tensors: Sequence[Tensor | None], order: int 
         tensors: further ones; where they have no tangent and y has, theirs is zero.
         order: of y itself.
     """
-    layer = _functorch.peek_interpreter_stack()
-    if layer is None or layer.key() != _functorch.TransformType.Jvp:
+    level = innermost_jvp()
+    if level is None:
         return use(y, tensors, order)
-    level = layer.level()
     value, tangent = parts_below(y, level)
     parts = [(None, None) if t is None else parts_below(t, level) for t in tensors]
-    with _without_top_layer():
+    with without_top_layer():
         value = below_jvp(use, value, [v for v, _ in parts], order)
         if tangent is not None:
             others = [torch.zeros_like(v) if v is not None and t is None else t for v, t in parts]
             tangent = below_jvp(use, tangent, others, order + 1)
-    value = _functorch._wrap_for_grad(value, level)
+    return of_parts(value, tangent, level)
+
+
+def innermost_jvp() -> int | None:
+    """Return the level of the innermost transform that is on, if it is torch.func.jvp."""
+    layer = _functorch.peek_interpreter_stack()
+    if layer is None or layer.key() != _functorch.TransformType.Jvp:
+        return None
+    level: int = layer.level()
+    return level
+
+
+def parts_below(tensor: Tensor, level: int) -> tuple[Tensor, Tensor | None]:
+    """Return a tensor and its tangent, as they are below a level of jvp."""
+    value, tangent = forward_ad.unpack_dual(tensor)
+    below = _functorch._unwrap_for_grad
+    return below(value, level), None if tangent is None else below(tangent, level)
+
+
+def of_parts(value: Tensor, tangent: Tensor | None, level: int) -> Tensor:
+    """Return the tensor of a level of which these are the parts below it."""
+    wrapped: Tensor = _functorch._wrap_for_grad(value, level)
     if tangent is None:
-        return value
-    dual: Tensor = forward_ad.make_dual(value, _functorch._wrap_for_grad(tangent, level))
+        return wrapped
+    dual: Tensor = forward_ad.make_dual(wrapped, _functorch._wrap_for_grad(tangent, level))
     return dual
 
 
 @contextmanager
-def _without_top_layer() -> Iterator[None]:
+def without_top_layer() -> Iterator[None]:
+    """Leave the innermost transform for as long as the context lasts."""
     layer = _functorch.pop_dynamic_layer_stack()
     try:
         yield

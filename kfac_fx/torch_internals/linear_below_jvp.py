@@ -14,10 +14,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
-_functorch = torch._C._functorch
+from kfac_fx.torch_internals.jvp_levels import (
+    innermost_jvp,
+    of_parts,
+    parts_below,
+    without_top_layer,
+)
 
 Value = Any
 """An argument or result of a function of torch's."""
@@ -39,12 +43,6 @@ class LinearBelowJvp(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def under_jvp() -> bool:
-    """Say whether the innermost transform that is on is torch.func.jvp; one call where none is."""
-    layer = _functorch.peek_interpreter_stack()
-    return layer is not None and layer.key() == _functorch.TransformType.Jvp
-
-
 Levels = frozenset[int]
 """Levels of jvp at which a tensor has a tangent, or one of its tangents has."""
 
@@ -56,14 +54,13 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 def _with_levels(
     input: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> tuple[Tensor, Levels]:
-    if not under_jvp():
+    level = innermost_jvp()
+    if level is None:
         return F.linear(input, weight, bias), frozenset()
-    level = _functorch.peek_interpreter_stack().level()
     x, dx = parts_below(input, level)
     w, dw = parts_below(weight, level)
     b, db = (None, None) if bias is None else parts_below(bias, level)
-    top = _functorch.pop_dynamic_layer_stack()
-    try:
+    with without_top_layer():
         value, levels = _with_levels(x, w, b)
         tangent = None
         if dx is not None:
@@ -78,13 +75,8 @@ def _with_levels(
         elif db is not None:
             shift = db.to(value.dtype)  # which autocast may have chosen
             tangent = shift.expand_as(value) if tangent is None else tangent + shift
-    finally:
-        _functorch.push_dynamic_layer_stack(top)
-    value = _functorch._wrap_for_grad(value, level)
-    if tangent is None:
-        return value, levels
-    dual: Tensor = forward_ad.make_dual(value, _functorch._wrap_for_grad(tangent, level))
-    return dual, levels | {level}
+    own = frozenset() if tangent is None else frozenset([level])
+    return of_parts(value, tangent, level), levels | own
 
 
 def _with_zeros(tensor: Tensor, levels: Levels) -> Tensor:
@@ -93,28 +85,14 @@ def _with_zeros(tensor: Tensor, levels: Levels) -> Tensor:
     Torch's sums have them. A zero is a use of the layer all the same, and counts where uses are
     counted one by one (factors that stand beside cross factors).
     """
-    if not under_jvp():
+    level = innermost_jvp()
+    if level is None:
         return tensor
-    level = _functorch.peek_interpreter_stack().level()
     value, tangent = parts_below(tensor, level)
-    top = _functorch.pop_dynamic_layer_stack()
-    try:
+    with without_top_layer():
         value = _with_zeros(value, levels)
         if tangent is None and level in levels:
             tangent = torch.zeros_like(value)
         if tangent is not None:
             tangent = _with_zeros(tangent, levels)
-    finally:
-        _functorch.push_dynamic_layer_stack(top)
-    value = _functorch._wrap_for_grad(value, level)
-    if tangent is None:
-        return value
-    dual: Tensor = forward_ad.make_dual(value, _functorch._wrap_for_grad(tangent, level))
-    return dual
-
-
-def parts_below(tensor: Tensor, level: int) -> tuple[Tensor, Tensor | None]:
-    """Return a tensor and its tangent, as they are below a level of jvp."""
-    value, tangent = forward_ad.unpack_dual(tensor)
-    below = _functorch._unwrap_for_grad
-    return below(value, level), None if tangent is None else below(tangent, level)
+    return of_parts(value, tangent, level)

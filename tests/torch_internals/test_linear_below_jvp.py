@@ -157,7 +157,7 @@ def test_the_same_uses_count(orders: int, monkeypatch: pytest.MonkeyPatch) -> No
     found = []
     for torchs in (False, True):
         if torchs:
-            monkeypatch.setattr("kfac_fx.capture.guard.under_jvp", lambda: False)
+            monkeypatch.setattr("kfac_fx.capture.guard.innermost_jvp", lambda: None)
         net = kfac_fx.transform(network(), structure="block_tridiagonal")
         preconditioner = kfac_fx.Preconditioner(net, "residual", fisher="exact")
         x = torch.rand(7, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
