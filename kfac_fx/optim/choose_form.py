@@ -166,8 +166,10 @@ class FormChoice(Generic[FormType]):
         self._waited += 1
         slow = other is None or speed < SLOWER[not self.form.scheduled] * other
         # Where steps of the model change nothing but roundings, those of a rate may lose the fit;
-        # and few are better than those of a model that is right (equations' residuals).
-        stays = not self.form.scheduled and (model.rests or model.is_right)
+        # and few are better than those of a model that is right (equations' residuals), or of one
+        # with the exact Fisher.
+        right = model.rests or model.is_right or model.exact
+        stays = not self.form.scheduled and right
         self._trial = slow and self._waited >= self._patience and not stays
         return self._trial
 

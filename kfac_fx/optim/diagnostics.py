@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-SHOWN = ("loss", "damping", "gamma", "rho", "alpha", "mu")
+SHOWN = ("loss", "damping", "gamma", "rho", "alpha", "mu", "rows")
 """What a progress bar has room for."""
 
 

@@ -40,6 +40,11 @@ LEARNT, SLOW = 10, 0.1
 model has to take away then, to be worth as much as the five or so cheap steps of its time. Not
 where batches are all the cases: there the model's steps get better the closer they come."""
 
+TRANSFER, FALLS = 0.1, 0.03
+"""Average held-out ratio, and average part of the loss that a step takes away, below which steps
+with the exact Fisher of their batch fit noise. They take away much of a batch's loss at once, and
+little of that counts for the next one even without noise; but then the loss goes on falling."""
+
 RESTS = 0.15
 """Average own ratio below which changes are those of rounding: nothing is left to take away, and
 steps with a rate might lose the fit."""
@@ -68,6 +73,10 @@ class HeldOutRule(DampingRule):
     whether what was fitted is more than this batch's noise. Where batches are all the cases, both
     are the same, and lambda follows fast; small batches hold it up, and let it grow to the scale of
     the curvature.
+
+    Attributes:
+        fraction: the part of its best step that is made.
+        exact: whether steps have the exact Fisher of their batch, as all batches had few rows.
     """
 
     def __init__(self, damping: float | None, weight_decay: float, options: KFACOptions) -> None:
@@ -83,6 +92,7 @@ class HeldOutRule(DampingRule):
         self._gain = 1.0
         self._differ = 0.0
         self._own_average = 1.0
+        self.exact = False
 
     @property
     def largest(self) -> float:
@@ -125,7 +135,8 @@ class HeldOutRule(DampingRule):
         self._signal += new * (signal - self._signal)
         # Steps that do harm at the floor are shortened below it.
         floor = SHORTEST if self._average > HARM else SHORTEST / 3
-        self.fraction = min(max(self._signal, floor), 1.0)
+        # Steps that begin with those of other batches find their length by lambda alone.
+        self.fraction = 1.0 if self.exact else min(max(self._signal, floor), 1.0)
         self._predicted = 0.0
         return ratio
 
@@ -151,10 +162,14 @@ class HeldOutRule(DampingRule):
     @property
     def why_not(self) -> str | None:
         """Return why steps of the quadratic model are not worth their time; None if they are."""
+        learnt = self._judged >= LEARNT
+        if self.exact:
+            fits_noise = self._average < TRANSFER and self._gain < FALLS
+            return "batches disagree" if learnt and self.differs and fits_noise else None
         if self._judged >= 3 and self._signal < NOISY:
             return "batches disagree"
         # Cases that are chosen anew every now and then (points of an equation) are all the cases.
-        if self.differs and self._judged >= LEARNT and self._gain < SLOW:
+        if self.differs and learnt and self._gain < SLOW:
             return "the loss falls slowly"
         return None
 
@@ -200,7 +215,8 @@ class HeldOutRule(DampingRule):
     def state(self) -> dict[str, float]:
         own = {"predicted": self._predicted, "own": self._own, "signal": self._signal}
         own |= {"gain": self._gain, "differ": self._differ, "own_average": self._own_average}
-        return {**super().state(), **own, "judged": float(self._judged)}
+        own |= {"judged": float(self._judged), "exact": float(self.exact)}
+        return {**super().state(), **own}
 
     def load(self, state: Mapping[str, float]) -> None:
         super().load(state)
@@ -213,3 +229,4 @@ class HeldOutRule(DampingRule):
         self._gain = float(state.get("gain", 1.0))  # earlier states have none
         self._differ = float(state.get("differ", 0.0))
         self._own_average = float(state.get("own_average", 1.0))
+        self.exact = bool(state.get("exact", False))

@@ -35,7 +35,8 @@ from kfac_fx.optim.kfac_options import KFACOptions
 from kfac_fx.optim.last_step import Buffers, LastStep
 from kfac_fx.optim.objective import Batch, Objective
 from kfac_fx.optim.products import Direction, NoProductsError
-from kfac_fx.optim.updates import RATE, Forms, Situation
+from kfac_fx.optim.situation import Situation
+from kfac_fx.optim.updates import RATE, Forms
 from kfac_fx.parallel import ALONE, Workers
 from kfac_fx.reading.inspection import HasCurvature
 from kfac_fx.statistics.recorder import Recorder
@@ -51,12 +52,12 @@ VERSION = 2
 class KFAC(HasCurvature, Optimizer):
     """Trains a transformed module; one call of ``step(inputs, targets)`` is one iteration.
 
-    With ``lr=None`` the step length and the momentum minimise the quadratic model with the exact
-    Fisher, and lambda is found and adapts itself; nothing needs tuning. With an ``lr`` (which any
-    scheduler of torch may change) the form is KFC's: update = momentum * previous - lr * proposal,
-    with the bounds of ``Preconditioner``. A run without ``lr`` goes on in that form, at 0.1, where
-    it gets further by it, or batches disagree about steps of the model, or there are none
-    (docs/howto/whole_optimizer.md); diagnostics show it. docs/explanation/mathematics.md has both.
+    With ``lr=None`` steps minimise the quadratic model with the exact Fisher, along the proposal
+    and the last update, or as a whole where a batch has few rows (``KFACOptions.exact_rows``).
+    lambda adapts itself; nothing needs tuning. With an ``lr``, for any scheduler, steps are KFC's:
+    update = momentum * previous - lr * proposal, bounded as ``Preconditioner`` does. A run without
+    goes on with these, at 0.1, if they get further, batches disagree, or there are no steps of the
+    model (docs/howto/whole_optimizer.md). docs/explanation/mathematics.md, section 9, has both.
 
     Args:
         net: what ``kfac_fx.transform`` returned. Parameters that it left alone are not updated.
@@ -77,8 +78,7 @@ class KFAC(HasCurvature, Optimizer):
             transform found. None for what the transform was asked for; else for block-diagonal, and
             with the paper's rule for the couplings.
         fisher: "sampled" or "exact"; the gradient's pass gives no empirical statistics here.
-        generator: the generator of sampled statistics and of masks; its state is part of
-            ``state_dict``.
+        generator: of sampled statistics and of masks; its state is part of ``state_dict``.
         workers: the processes that share a batch; gradients are averaged over them here.
         compile: run the program and the passes of statistics and gradient through torch.compile
             (the gradient's unless parameters are sharded); a name is that of a backend.
@@ -88,9 +88,8 @@ class KFAC(HasCurvature, Optimizer):
     Attributes:
         curvature: the blocks and couplings of ``net``.
         structure: the one in use.
-        diagnostics: the diagnostics of the last step, plain numbers by name.
-        skipped_batches: how many batches were left out.
-        rejected_steps: how many steps were undone, or not made.
+        diagnostics: those of the last step, plain numbers by name.
+        skipped_batches, rejected_steps: how many were left out, and undone or not made.
         skipped_statistics: how many batches gave statistics that were not finite, or outliers.
 
     Raises:
@@ -170,7 +169,7 @@ class KFAC(HasCurvature, Optimizer):
 
         # From gradient to update.
         of = (self.inverse, self._objective, workers)
-        forms = Forms(*of, options, damping, weight_decay, recording, refreshing)
+        forms = Forms(*of, options, damping, weight_decay, recording, refreshing, self.structure)
         form = forms.adaptive() if lr is None else forms.scheduled()
         self._choice = FormChoice(form, forms.without_rate_given)
         self._trust = BatchTrust(options.outlier)
@@ -276,6 +275,7 @@ class KFAC(HasCurvature, Optimizer):
             self._last.update,
             self._groups.options("lr"),
             self._groups.options("momentum"),
+            self._groups.options("weight_decay"),
         )
         if (rule := self._choice.form.held_out) is None:
             self._attempt(at, buffers)

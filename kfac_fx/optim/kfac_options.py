@@ -38,6 +38,9 @@ class KFACOptions:
         products_fraction: tau2 in (0, 1], the first cases for products with the exact Fisher.
         fewest_products: so many cases are taken for products at least: directions that few cases do
             not see look flat, and steps become too long.
+        exact_rows: batches with at most so many outputs have steps with their own exact Fisher, not
+            that of the blocks, where the loss is quadratic in the outputs and the network one of
+            linear layers. 0 for none. Without an ``lr`` and without ``damping_every`` only.
         ema_decay: in [0, 1), the largest weight of the old statistics in a running average. None
             for 0.95, with an ``lr`` for that of ``Preconditioner``, 0.9.
         trust_region: how long steps are. "adaptive" has the rules of ``Preconditioner``, for
@@ -64,6 +67,7 @@ class KFACOptions:
     statistics_fraction: float | None = None
     products_fraction: float = 1 / 4
     fewest_products: int = 256
+    exact_rows: int = 1024
     ema_decay: float | None = None
     trust_region: float | Literal["adaptive"] | None = "adaptive"
     outlier: float = 5.0
@@ -83,6 +87,7 @@ class KFACOptions:
             smallest_damping=1e-3,
             statistics_fraction=1 / 8,
             fewest_products=512,
+            exact_rows=0,
         )
 
     def __post_init__(self) -> None:
@@ -91,6 +96,10 @@ class KFACOptions:
             if getattr(self, name) is not None:
                 period(name, getattr(self, name))
         period("fewest_products", self.fewest_products)
+        if isinstance(self.exact_rows, bool) or not (
+            isinstance(self.exact_rows, int) and self.exact_rows >= 0
+        ):
+            raise UnknownOptionError(f"exact_rows must be 0 or more, got {self.exact_rows!r}")
         for name in ("omega1", "omega2"):
             value = getattr(self, name)
             if value is not None and not 0 < value < 1:

@@ -17,9 +17,10 @@ from kfac_fx.codegen.compile import compiled_network
 from kfac_fx.errors import CaptureError, KFACError, LikelihoodError
 from kfac_fx.likelihoods.batch import BatchLikelihood, batch_likelihood, drawn_seed, output_tensors
 from kfac_fx.likelihoods.builtin import Bernoulli, Categorical, Likelihood, Normal, Tree
-from kfac_fx.likelihoods.named import Sum
+from kfac_fx.likelihoods.named import Sum, is_quadratic
 from kfac_fx.likelihoods.sampling import seeded
 from kfac_fx.ops.net_buffers import STORE
+from kfac_fx.optim.case_rows import CaseRows, case_rows
 from kfac_fx.optim.products import Direction, Parameters, root_derivatives
 from kfac_fx.optim.repeats import Repeats
 from kfac_fx.optim.traced_loss import Evaluated, double
@@ -325,6 +326,29 @@ class Objective:
             return plain().gram()
         with self.same_masks():
             return repeats.products(part.inputs, part.targets, each, plain).gram()
+
+    @property
+    def has_rows(self) -> bool:
+        """Say whether the rows of a batch can be told apart, as far as is known without one."""
+        return self._alone and is_quadratic(self.likelihood)
+
+    def rows(self, batch: Batch, parameters: Parameters, most: int) -> CaseRows:
+        """Return the rows of a batch.
+
+        Args:
+            batch: the batch.
+            parameters: the module's own.
+            most: so many rows are made at most.
+
+        Raises:
+            NoRowsError: there are more, or they cannot be told apart.
+        """
+
+        def run() -> BatchLikelihood:
+            return self.likelihood_of_all(self.outputs(batch.inputs), batch.targets)
+
+        with self.aside():
+            return case_rows(run, parameters, most)
 
     def value(self, batch: Batch, parameters: Mapping[str, Tensor] | None = None) -> float:
         """Return the mean negative log-likelihood of a term, of all processes.

@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
 from kfac_fx.codegen.refresh_module import Refreshed
+from kfac_fx.config import Structure
 from kfac_fx.curvature.estimate import DECAY, REFRESHES, STATISTICS, is_due
 from kfac_fx.curvature.inverses import InverseFisher
 from kfac_fx.curvature.mean_eigenvalue import NOTHING_LAGS
@@ -20,60 +20,19 @@ from kfac_fx.errors import UnknownOptionError
 from kfac_fx.likelihoods.named import is_quadratic
 from kfac_fx.optim.adapt_damping import DampingRule
 from kfac_fx.optim.bounds import AdaptiveLength
+from kfac_fx.optim.few_rows import FewRows
 from kfac_fx.optim.held_out import HeldOutRule
 from kfac_fx.optim.kfac_options import KFACOptions
 from kfac_fx.optim.layer_bounds import LayerBounds
 from kfac_fx.optim.objective import Batch, Objective
-from kfac_fx.optim.products import Direction, Parameters, products_or_reason
+from kfac_fx.optim.products import Direction, products_or_reason
 from kfac_fx.optim.quadratic import QuadraticModel, combination, inner_products
+from kfac_fx.optim.situation import Situation, Update
 from kfac_fx.optim.taken_step import LARGEST_STEP
 from kfac_fx.parallel import ALONE, Workers
 
 RATE = 0.1
 """The learning rate of the stochastic form where nobody gave one."""
-
-
-@dataclass(frozen=True)
-class Situation:
-    """The gradient, and the state of the run, from which an update is made.
-
-    Attributes:
-        iteration: the number of the iteration, from 1.
-        batch: the inputs and targets of the iteration.
-        parameters: the parameters by name, where the update starts.
-        gradient: the gradient of the objective with its l2 term.
-        previous: the last update, empty at first; the new one may be written into it.
-        rates: learning rate of each parameter's group; only where the user gave one.
-        momenta: momentum of each parameter's group; only where the user gave a learning rate.
-        again: whether another update of the same batch was no good, and the damping has grown.
-    """
-
-    iteration: int
-    batch: Batch
-    parameters: Parameters
-    gradient: Direction
-    previous: Direction
-    rates: Mapping[str, float]
-    momenta: Mapping[str, float]
-    again: bool = False
-
-
-@dataclass(frozen=True)
-class Update:
-    """The change that an iteration is going to make, and what was decided on the way.
-
-    Attributes:
-        step: added to the parameters.
-        numbers: for the diagnostics.
-        judged: whether the change of the objective is to be compared with ``predicted`` after the
-            step, for lambda to follow the reduction ratio.
-        predicted: the model's change of the objective, not positive; 0 where there is no model.
-    """
-
-    step: Direction
-    numbers: dict[str, float]
-    judged: bool = False
-    predicted: float = 0.0
 
 
 class UpdateRule(Protocol):
@@ -120,6 +79,7 @@ class AdaptiveUpdate:
         fewest: so many cases are taken for products at least.
         refresh_every: T3.
         workers: the processes over which those products are added up.
+        rows: makes steps with the Fisher itself, of batches with few rows; None for never.
     """
 
     objective: Objective
@@ -129,12 +89,15 @@ class AdaptiveUpdate:
     fewest: int
     refresh_every: int
     workers: Workers
+    rows: FewRows | None
 
     @property
     def damping(self) -> float:
         return self.rule.gamma * self.rule.gamma
 
     def __call__(self, at: Situation) -> Update:
+        if self.rows is not None and self.rows.serve and (made := self.rows.make(at)):
+            return made
         candidates = self._candidates(at)
         previous = [at.previous] if at.previous else []
         # All products with F in one go: candidates share those of the previous update.
@@ -324,6 +287,7 @@ class Forms:
     Attributes:
         inverse, objective, workers, options: the optimizer's.
         damping, weight_decay, statistics_every, refresh_every: arguments of ``KFAC``.
+        structure: the one in use.
     """
 
     inverse: InverseFisher
@@ -334,6 +298,7 @@ class Forms:
     weight_decay: float
     statistics_every: int | None
     refresh_every: int | None
+    structure: Structure
 
     def without_rate_given(self, scheduled: bool) -> Form:
         """Return the form of steps with a rate, or of the model, of a run without ``lr``."""
@@ -348,8 +313,15 @@ class Forms:
         options = self.options
         if self.workers.staleness:
             raise UnknownOptionError("stale inverses need an lr: without, gamma is searched")
-        kind = HeldOutRule if options.damping_every is None else DampingRule
-        rule = kind(self.damping, self.weight_decay, options)
+        rows = None
+        if options.damping_every is None:
+            held_out = HeldOutRule(self.damping, self.weight_decay, options)
+            # Who asks for couplings, or none but them, wants steps that have them.
+            few = options.exact_rows if self.structure == "block_diagonal" else 0
+            rows = FewRows(self.objective, held_out, few)
+            rule: DampingRule = held_out
+        else:
+            rule = DampingRule(self.damping, self.weight_decay, options)
         every = options.gamma_every or 5 if self.refresh_every is None else self.refresh_every
         make = AdaptiveUpdate(
             self.objective,
@@ -359,6 +331,7 @@ class Forms:
             options.fewest_products,
             every,
             self.workers,
+            rows,
         )
         return Form(
             rule,
@@ -371,7 +344,7 @@ class Forms:
             statistics_fraction=options.statistics_fraction or 1 / 4,
             ema_decay=0.95 if options.ema_decay is None else options.ema_decay,
             # The form with a rate that may follow has to know what it was like before.
-            follows=kind is HeldOutRule,
+            follows=rows is not None,
             scheduled=False,
         )
 

@@ -77,3 +77,8 @@ def without_top_layer() -> Iterator[None]:
         yield
     finally:
         _functorch.push_dynamic_layer_stack(layer)
+
+
+def on_plain_tensors() -> bool:
+    """Say whether no transform of torch.func is on, or code runs below all that are."""
+    return _functorch.peek_interpreter_stack() is None

@@ -11,8 +11,11 @@ from torch import Tensor, nn
 import kfac_fx
 from kfac_fx.likelihoods.batch import BatchLikelihood, batch_likelihood
 from kfac_fx.likelihoods.named import likelihood_of
+from kfac_fx.optim import KFACOptions
+from kfac_fx.optim.few_rows import FewRows
 from kfac_fx.optim.last_step import LastStep
 from kfac_fx.optim.products import Parameters, root_derivatives
+from kfac_fx.optim.situation import Situation, Update
 from kfac_fx.torch_internals.modes import function_modes
 
 Net = Callable[[Tensor], Tensor]
@@ -53,10 +56,14 @@ class Calls:
         return closure
 
 
-def run(fresh: bool, steps: int, calls: Calls) -> tuple[list[int], kfac_fx.KFAC]:
+def run(
+    fresh: bool, steps: int, calls: Calls, exact_rows: int = 0
+) -> tuple[list[int], kfac_fx.KFAC]:
     """Return how often the closure was called in each step."""
     net = kfac_fx.transform(network())
-    optimizer = kfac_fx.KFAC(net, "residual", generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    options = KFACOptions(exact_rows=exact_rows)
+    optimizer = kfac_fx.KFAC(net, "residual", generator=generator, options=options)
     counts = []
     for step in range(steps):
         before = calls.count
@@ -87,6 +94,23 @@ def test_passes_of_an_iteration(fresh: bool) -> None:
     assert counts[3] == 2 + products + fresh
     assert counts[4] == counts[3] + 1
     assert calls.in_mode
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_passes_of_an_iteration_with_few_rows(fresh: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the gradient and of the rows, and one for each step that is tried."""
+    calls = Calls()
+    tried: list[int] = []
+    make = FewRows.make
+
+    def counted(rows: FewRows, at: Situation) -> Update | None:
+        tried.append(at.iteration)
+        return make(rows, at)
+
+    monkeypatch.setattr(FewRows, "make", counted)
+    counts, _ = run(fresh, 5, calls, 1024)
+    # Steps after the first are judged where they began, too, if the points are new.
+    assert counts[3] == 2 + tried.count(4) + fresh
 
 
 def test_what_is_known_is_what_a_pass_tells(monkeypatch: pytest.MonkeyPatch) -> None:
