@@ -16,21 +16,44 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from kfac_fx.likelihoods.batch import BatchLikelihood, root_rows
-from kfac_fx.torch_internals.jvp_levels import on_plain_tensors
+from kfac_fx.likelihoods.batch import BatchLikelihood, Single, Terms, root_rows
+from kfac_fx.optim.traced_loss import double
+from kfac_fx.torch_internals import pytree
+from kfac_fx.torch_internals.jvp_levels import below_a_jvp, on_plain_tensors
 
 MOST_ENTRIES = 2**26
 """Rows times parameters up to which J is formed: half a gigabyte."""
 
-MOST_WORK = 2**34
-"""Rows, once more rows, times parameters up to which it is: products of all pairs of rows take
-a second then."""
+MOST_WORK = 2**32
+"""Multiplications up to which it is: the products of all pairs of rows take a third of a second
+then. Of four times as many a step tells more, and fewer are made."""
+
+PASSES, PLAIN, CALL = 32, 128, 10**6
+"""The same as a multiple of what a pass through the layers takes, with derivatives in it and
+without. A call counts as so many multiplications by itself. A step of blocks takes five to ten
+passes; walkers of a wave function, which are plain batches, take many more to be drawn."""
+
+FEWEST, SPARED = 256, 8
+"""So many rows are drawn of a batch at least, and its rows are at most so many times those: what no
+drawn row sees has no curvature. Plain batches have as many at least: the first steps of whole
+batches of fewer cases fit them too well, and what follows is slow to mend it."""
 
 AGREES = 1e-3
 """Largest difference of J^T e / T and the gradient, as a part of it, where J is right. The parts
 that it is otherwise wrong by are of order one; rounding is below 1e-5."""
+
+ROUNDING = 30.0
+"""So many roundings of the terms e_n J_n may the difference have in any case: at a minimum they
+cancel, and the gradient itself is nothing but their rounding. Measured: up to 4."""
+
+COARSEST = 2.0**-23
+"""The rounding reckoned with at most, that of float32: with bfloat16 anything would pass."""
+
+LINEAR = (F.linear, torch.ops.aten.linear.default)
+"""Linear layers as modules call them, and as exported graphs do."""
 
 
 class NoRowsError(Exception):
@@ -39,17 +62,21 @@ class NoRowsError(Exception):
 
 @dataclass(frozen=True)
 class CaseRows:
-    """J of a batch, and how far its outputs are from their targets.
+    """J of a batch or of some rows of it, and how far its outputs are from their targets.
+
+    Rows that are drawn from a batch are scaled, J and e alike, so that J^T J / T has the mean F.
 
     Attributes:
         jacobian: J by parameter name, [rows, entries of the parameter] each, in float64.
         residuals: e of the loss ||e||^2 / (2 T), [rows] in float64.
-        terms: T.
+        terms: T, those of the whole batch.
+        whole: whether all rows of the batch are there.
     """
 
     jacobian: dict[str, Tensor]
     residuals: Tensor
     terms: float
+    whole: bool
 
     def along(self, direction: Mapping[str, Tensor]) -> Tensor:
         """Return J v, [rows], of a direction v."""
@@ -58,29 +85,51 @@ class CaseRows:
             found.addmv_(J, direction[name].reshape(-1).to(J.dtype))
         return found
 
-    def check(self, gradient: Mapping[str, Tensor]) -> None:
-        """Compare J^T e / T with the gradient of the loss, which it is where J is right.
+    def gradient(self) -> dict[str, Tensor]:
+        """Return J^T e / T by parameter name, flat: the part of the loss's gradient of the rows."""
+        weights = self.residuals / self.terms
+        return {name: J.T @ weights for name, J in self.jacobian.items()}
+
+    def check(self, expected: Mapping[str, Tensor]) -> None:
+        """Compare ``gradient`` with what it has to be.
 
         Raises:
             NoRowsError: it is something else, for some parameter.
         """
-        total = math.sqrt(sum(float(g.double().square().sum()) for g in gradient.values()))
-        for name, J in self.jacobian.items():
-            found = J.T @ self.residuals / self.terms
+        total = math.sqrt(sum(float(g.double().square().sum()) for g in expected.values()))
+        for name, found in self.gradient().items():
+            wanted = expected[name]
+            error = float((found - wanted.reshape(-1)).norm())
             # "not <=" rather than ">": what is no number is not right.
-            if not float((found - gradient[name].reshape(-1)).norm()) <= AGREES * total:
+            if not (error <= AGREES * total or error <= self._rounding(name, wanted.dtype)):
                 raise NoRowsError(
                     f"{name} is used elsewhere than in linear layers that take cases one by one"
                 )
 
+    def _rounding(self, name: str, dtype: torch.dtype) -> float:
+        """Return how far J^T e / T and what it has to be may be apart by rounding."""
+        sizes = torch.linalg.vector_norm(self.jacobian[name], dim=1)
+        terms = float(self.residuals.abs() @ sizes) / self.terms
+        return ROUNDING * min(torch.finfo(dtype).eps, COARSEST) * terms
+
 
 class _Use(NamedTuple):
-    """One call of a linear layer: the names of its parameters, its input and its output."""
+    """One call of a linear layer.
+
+    Attributes:
+        weight, bias: the names of its parameters.
+        input: its input.
+        output: the place of its output in autograd's graph; the tensor may be written over.
+        work: multiplications of a pass through it.
+        derived: whether it is one of those that derivatives by torch.func.jvp are taken of.
+    """
 
     weight: str
     bias: str | None
     input: Tensor
-    output: Tensor
+    output: GradientEdge
+    work: int
+    derived: bool
 
 
 class _LinearUses(TorchFunctionMode):
@@ -108,7 +157,7 @@ class _LinearUses(TorchFunctionMode):
     ) -> Any:
         """Run a call as it is."""
         made = func(*args, **(kwargs or {}))
-        if func is F.linear and on_plain_tensors():
+        if func in LINEAR and on_plain_tensors():
             self._note(made, *args, **(kwargs or {}))
         return made
 
@@ -116,127 +165,218 @@ class _LinearUses(TorchFunctionMode):
         self, output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None
     ) -> None:
         name = self._names.get(_memory(weight))
-        if name is not None and output.requires_grad:
+        # A weight of one dimension is an output's without one; such layers are none of ours.
+        if name is not None and output.requires_grad and weight.dim() == 2:
             shift = None if bias is None else self._names.get(_memory(bias))
-            self.found.append(_Use(name, shift, input.detach(), output))
+            edge = get_gradient_edge(output)
+            work = 3 * input.numel() * len(weight) + CALL
+            self.found.append(_Use(name, shift, input.detach(), edge, work, below_a_jvp()))
 
 
 def _memory(tensor: Tensor) -> tuple[int, torch.Size]:
     return tensor.data_ptr(), tensor.shape
 
 
-class _Part(NamedTuple):
-    """The rows of one likelihood, and how far they are from those of the targets.
-
-    Attributes:
-        rows: [cases, columns], with a derivative.
-        residuals: e, of the same shape, without one.
-    """
-
-    rows: Tensor
-    residuals: Tensor
-
-
-def _parts(made: BatchLikelihood) -> Iterator[_Part]:
-    """Yield the rows of each likelihood of a batch; the loss is the sum of e^2, over 2 T."""
-    zipped = zip(made.distributions, made.terms.parts, made.ones, strict=True)
-    for distribution, terms, one in zipped:
-        if terms is None:
-            continue
-        share = terms.share**0.5 if made.terms.weighted else 1.0
-        targets = root_rows(one.likelihood.distribution(terms.targets), terms.weights)
-        for rows, at in zip(root_rows(distribution, terms.weights), targets, strict=True):
-            yield _Part(rows * share, (rows.detach() - at.detach()) * share)
-
-
 def case_rows(
-    run: Callable[[], BatchLikelihood], parameters: Mapping[str, Tensor], most: int
+    run: Callable[[], BatchLikelihood],
+    parameters: Mapping[str, Tensor],
+    gradient: Mapping[str, Tensor],
+    most: int,
 ) -> CaseRows:
-    """Return the rows of a batch, which nobody has compared with the gradient yet.
+    """Return the rows of a batch, or as many of them as steps can be made from.
 
     Args:
         run: runs the network with its own parameters and returns what its likelihood says. The loss
             has to be quadratic in the outputs.
         parameters: those that J is of, by name.
-        most: so many rows are made at most.
+        gradient: of the loss, by them.
+        most: so many rows are made at most. Of batches with more they are drawn from torch's global
+            stream, in each column of outputs alike.
 
     Raises:
-        NoRowsError: there are more, or parameters of no linear layer.
+        NoRowsError: there are many more, or J is more than uses of linear layers tell.
     """
     uses = _LinearUses(parameters)
     with torch.enable_grad(), uses:
         made = run()
-        parts = list(_parts(made))
-        columns = [column for part in parts for column in part.rows.unbind(1)]
-        sums = [column.sum() for column in columns]
-    sizes = [len(column) for column in columns]
-    rows = sum(sizes)
-    entries = sum(p.numel() for p in parameters.values())
-    if rows > most or rows * entries > MOST_ENTRIES or rows * rows * entries > MOST_WORK:
-        raise NoRowsError(f"{rows} rows of {entries} parameters are too many")
+        columns = list(_columns(made))
     covered = {name for use in uses.found for name in (use.weight, use.bias)}
     if missing := parameters.keys() - covered:
         raise NoRowsError(f"{min(missing)} is a parameter of no linear layer")
+    rows = sum(len(column.rows) for column in columns)
+    share = _share(rows, sum(p.numel() for p in parameters.values()), uses.found, most)
+    columns = [column.drawn(share) for column in columns]
     jacobian = {
-        name: torch.zeros(rows, p.numel(), dtype=torch.float64, device=p.device)
+        name: torch.zeros(
+            sum(len(column.kept) for column in columns),
+            p.numel(),
+            dtype=torch.float64,
+            device=p.device,
+        )
         for name, p in parameters.items()
     }
     outputs = [use.output for use in uses.found]
     start = 0
-    for total, cases in zip(sums, sizes, strict=True):
+    for column in columns:
+        with torch.enable_grad():
+            total = column.kept_rows().sum()
         # None of the columns' graphs is freed: they have the layers below in common.
         found = torch.autograd.grad(total, outputs, retain_graph=True, allow_unused=True)
-        for weight, calls in _by_layer(uses.found, found).items():
-            _write(jacobian, slice(start, start + cases), weight, calls)
-        start += cases
-    residuals = torch.cat([part.residuals.mT.flatten() for part in parts]).double()
-    return CaseRows(jacobian, residuals, made.count)
+        stop = start + len(column.kept)
+        calls = [(use, g) for use, g in zip(uses.found, found, strict=True) if g is not None]
+        _write({name: J[start:stop] for name, J in jacobian.items()}, column, calls)
+        start = stop
+    residuals = torch.cat([column.residuals for column in columns]).double()
+    result = CaseRows(jacobian, residuals, made.count, share == 1.0)
+    result.check(gradient if result.whole else _gradient(columns, parameters, made.count))
+    return result
+
+
+def _share(rows: int, entries: int, uses: Sequence[_Use], most: int) -> float:
+    """Return the share of a batch's rows that J has.
+
+    Args:
+        rows: of the batch.
+        entries: of the parameters.
+        uses: the calls of the layers.
+        most: so many rows J has at most.
+
+    Raises:
+        NoRowsError: it is too small a share for steps of the batch.
+    """
+    work = sum(use.work for use in uses)
+    # Residuals of an equation are smooth, and some of them tell of the others. A regression's are
+    # not: steps that fit some of them to the last digit take long to fit the rest.
+    equation = any(use.derived for use in uses)
+    passes = PASSES if equation else PLAIN
+    few = min(most, MOST_ENTRIES // entries, math.isqrt(min(MOST_WORK, passes * work) // entries))
+    drawn = equation and few >= FEWEST and rows <= SPARED * few
+    if not (drawn or rows <= few) or (rows < FEWEST and not equation):
+        raise NoRowsError(f"{rows} rows of {entries} parameters are too many or too few")
+    return min(1.0, few / rows) if rows else 1.0
+
+
+@dataclass(frozen=True)
+class _Column:
+    """One output of the cases of one likelihood, as rows.
+
+    Attributes:
+        rows: [cases], with a derivative.
+        residuals: e of the rows that are kept, without one.
+        kept: the cases that are kept.
+    """
+
+    rows: Tensor
+    residuals: Tensor
+    kept: Tensor
+
+    def drawn(self, share: float) -> _Column:
+        """Return the column with a share of its cases, scaled by its root."""
+        cases = len(self.rows)
+        if share == 1.0 or not cases:
+            return self
+        # Drawn, as every other point of a grid would be a line of it.
+        count = max(1, int(share * cases))
+        kept = torch.randperm(cases, device=self.rows.device)[:count].sort().values
+        scale = (cases / count) ** 0.5
+        with torch.enable_grad():
+            return _Column(self.rows * scale, self.residuals[kept] * scale, kept)
+
+    def kept_rows(self) -> Tensor:
+        """Return the rows of the cases that are kept."""
+        return self.rows if len(self.kept) == len(self.rows) else self.rows[self.kept]
+
+
+def _columns(made: BatchLikelihood) -> Iterator[_Column]:
+    """Yield the rows of a batch, whose loss is the sum of e^2 over 2 T."""
+    zipped = zip(made.distributions, made.terms.parts, made.ones, strict=True)
+    for distribution, terms, one in zipped:
+        # A part of no weight may have any likelihood.
+        if terms is None or not one.weight:
+            continue
+        share = terms.share**0.5 if made.terms.weighted else 1.0
+        apart = _apart(one, terms)
+        for rows, residuals in zip(root_rows(distribution, terms.weights), apart, strict=True):
+            cases = torch.arange(len(rows), device=rows.device)
+            for column, e in zip((rows * share).unbind(1), residuals.unbind(1), strict=True):
+                yield _Column(column, e * share, cases)
+
+
+@torch.no_grad()
+def _apart(one: Single, terms: Terms) -> list[Tensor]:
+    """Return how far rows are from those of the targets: in float64, as near a fit it is little.
+
+    Raises:
+        NoRowsError: the likelihood cannot say.
+    """
+    both = []
+    try:
+        for values in (one.outputs, terms.targets):
+            wide = pytree.tree_map_only(Tensor, double, values)
+            both.append(list(root_rows(one.likelihood.distribution(wide), terms.weights)))
+    except Exception as error:  # of a likelihood of the user's, whose outputs are of another form
+        raise NoRowsError("the likelihood does not take targets in place of outputs") from error
+    return [rows - targets for rows, targets in zip(*both, strict=True)]
+
+
+def _gradient(
+    columns: Iterable[_Column], parameters: Mapping[str, Tensor], terms: float
+) -> dict[str, Tensor]:
+    """Return the gradient of the part of the loss that is of the rows that are kept."""
+    with torch.enable_grad():
+        weighted = [(column.kept_rows() * column.residuals).sum() for column in columns]
+        total = torch.stack(weighted).sum() / terms
+    found = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
+    return {
+        name: torch.zeros_like(p) if g is None else g
+        for (name, p), g in zip(parameters.items(), found, strict=True)
+    }
 
 
 _Call = tuple[_Use, Tensor]
 """A call of a linear layer, and the gradient of its output."""
 
 
-def _by_layer(uses: Iterable[_Use], gradients: Sequence[Tensor | None]) -> dict[str, list[_Call]]:
-    """Return the calls that a column depends on, by the name of their weight."""
-    calls: dict[str, list[_Call]] = {}
-    for use, gradient in zip(uses, gradients, strict=True):
-        if gradient is not None:
-            calls.setdefault(use.weight, []).append((use, gradient))
-    return calls
-
-
-def _write(
-    jacobian: Mapping[str, Tensor], rows: slice, weight: str, calls: Sequence[_Call]
-) -> None:
-    """Write the derivatives of some rows by the parameters of one layer."""
-    g, x = [], []
-    for use, gradient in calls:
-        of_rows = _of_cases(rows.stop - rows.start, gradient.detach(), use.input)
-        if of_rows is None:
-            continue
-        g.append(of_rows[0].double())
-        x.append(of_rows[1].double())
-        if use.bias is not None:
-            jacobian[use.bias][rows].add_(g[-1].sum(1))
-    if g:
-        # All calls of the layer in one product: J is large, and written once.
-        into = jacobian[weight][rows].unflatten(1, (g[0].shape[-1], x[0].shape[-1]))
-        torch.bmm(torch.cat(g, 1).mT, torch.cat(x, 1), out=into)
-
-
-def _of_cases(cases: int, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Return gradient and input as [cases, positions, features]; None where the gradient is zero.
+def _write(into: Mapping[str, Tensor], column: _Column, calls: Sequence[_Call]) -> None:
+    """Write the derivatives of a column's rows.
 
     Raises:
-        NoRowsError: the layer's rows are not those of the cases.
+        NoRowsError: the rows of a layer are not those of the cases.
     """
-    if g.dim() > 1 and len(g) != cases:
-        # Other rows are there as well, where points of several kinds are put into one batch.
-        ours = g.flatten(1).any(1).nonzero().squeeze(1)
-        if not len(ours):
-            return None
-        g, x = g[ours], x[ours]
-    if g.dim() < 2 or len(g) != cases:
-        raise NoRowsError("a linear layer is called with other cases than there are outputs")
-    return g.reshape(cases, -1, g.shape[-1]), x.reshape(cases, -1, x.shape[-1])
+    places = _places(column, calls)
+    layers: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for use, gradient in calls:
+        ours = places[len(gradient)]
+        if len(ours):
+            g, x = gradient.detach()[ours].double(), use.input[ours].double()
+            g, x = (t.reshape(len(ours), -1, t.shape[-1]) for t in (g, x))
+            layers.setdefault(use.weight, []).append((g, x))
+            if use.bias is not None:
+                into[use.bias].add_(g.sum(1))
+    for weight, found in layers.items():
+        g, x = (torch.cat(each, 1) for each in zip(*found, strict=True))
+        # All calls of the layer in one product: J is large, and written once.
+        torch.bmm(g.mT, x, out=into[weight].unflatten(1, (g.shape[-1], x.shape[-1])))
+
+
+def _places(column: _Column, calls: Sequence[_Call]) -> dict[int, Tensor]:
+    """Return where the kept cases are in calls of layers, by the number of rows of a call.
+
+    Raises:
+        NoRowsError: they are not there, one by one.
+    """
+    others: dict[int, Tensor] = {}
+    places = {len(column.rows): column.kept}
+    for _, gradient in calls:
+        if gradient.dim() < 2:
+            raise NoRowsError("a linear layer is called without a dimension of cases")
+        if len(gradient) not in places:
+            used = gradient.flatten(1).any(1)
+            others[len(gradient)] = others.get(len(gradient), used) | used
+    # Rows of other parts are there as well, where points of several kinds are put into one batch.
+    # One layer alone does not tell which are this column's: units that are off have no derivative.
+    for size, used in others.items():
+        places[size] = used.nonzero().squeeze(1)
+        if len(places[size]) not in (0, len(column.kept)):
+            raise NoRowsError("a linear layer is called with other cases than there are outputs")
+    return places

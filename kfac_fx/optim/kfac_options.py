@@ -38,9 +38,10 @@ class KFACOptions:
         products_fraction: tau2 in (0, 1], the first cases for products with the exact Fisher.
         fewest_products: so many cases are taken for products at least: directions that few cases do
             not see look flat, and steps become too long.
-        exact_rows: batches with at most so many outputs have steps with their own exact Fisher, not
-            that of the blocks, where the loss is quadratic in the outputs and the network one of
-            linear layers. 0 for none. Without an ``lr`` and without ``damping_every`` only.
+        exact_rows: of batches with few outputs, steps have the exact Fisher of at most so many of
+            them, not that of the blocks, where the loss is quadratic in the outputs and the network
+            one of linear layers (docs/howto/whole_optimizer.md). 0 for none. Without an ``lr`` and
+            without ``damping_every`` only.
         ema_decay: in [0, 1), the largest weight of the old statistics in a running average. None
             for 0.95, with an ``lr`` for that of ``Preconditioner``, 0.9.
         trust_region: how long steps are. "adaptive" has the rules of ``Preconditioner``, for

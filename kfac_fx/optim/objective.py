@@ -332,23 +332,26 @@ class Objective:
         """Say whether the rows of a batch can be told apart, as far as is known without one."""
         return self._alone and is_quadratic(self.likelihood)
 
-    def rows(self, batch: Batch, parameters: Parameters, most: int) -> CaseRows:
+    def rows(
+        self, batch: Batch, parameters: Parameters, gradient: Parameters, most: int
+    ) -> CaseRows:
         """Return the rows of a batch.
 
         Args:
             batch: the batch.
             parameters: the module's own.
-            most: so many rows are made at most.
+            gradient: of the loss, without l2 term.
+            most: so many rows are made at most, of those of a larger batch.
 
         Raises:
-            NoRowsError: there are more, or they cannot be told apart.
+            NoRowsError: there are many more, or they cannot be told apart.
         """
 
         def run() -> BatchLikelihood:
             return self.likelihood_of_all(self.outputs(batch.inputs), batch.targets)
 
         with self.aside():
-            return case_rows(run, parameters, most)
+            return case_rows(run, parameters, gradient, most)
 
     def value(self, batch: Batch, parameters: Mapping[str, Tensor] | None = None) -> float:
         """Return the mean negative log-likelihood of a term, of all processes.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from kfac_fx.optim.objective import Batch
     from kfac_fx.optim.products import Direction, Parameters
+    from kfac_fx.optim.rows_model import RowsModel
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Situation:
         decays: eta, the weight decay of each parameter's group.
         momenta: momentum of each parameter's group; only where the user gave a learning rate.
         again: whether another update of the same batch was no good, and the damping has grown.
+        models: that of the batch's rows, once a try has made it, for all tries of one batch. It
+            goes with the batch, as it may be large.
     """
 
     iteration: int
@@ -36,6 +39,7 @@ class Situation:
     momenta: Mapping[str, float]
     decays: Mapping[str, float]
     again: bool = False
+    models: list[RowsModel] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ function that it transforms. Seen on torch 2.11, 2.13 and 2.14.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -16,6 +17,15 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 _functorch = torch._C._functorch
+
+
+class _Left(threading.local):
+    """How many transforms this thread has left and will come back to."""
+
+    levels = 0
+
+
+_left = _Left()
 
 Use = Callable[[Tensor, Sequence[Tensor | None], int], Tensor]
 """(y, tensors, order) -> y, where order is how many tangents were taken of the value."""
@@ -73,12 +83,19 @@ def of_parts(value: Tensor, tangent: Tensor | None, level: int) -> Tensor:
 def without_top_layer() -> Iterator[None]:
     """Leave the innermost transform for as long as the context lasts."""
     layer = _functorch.pop_dynamic_layer_stack()
+    _left.levels += 1
     try:
         yield
     finally:
+        _left.levels -= 1
         _functorch.push_dynamic_layer_stack(layer)
 
 
 def on_plain_tensors() -> bool:
     """Say whether no transform of torch.func is on, or code runs below all that are."""
     return _functorch.peek_interpreter_stack() is None
+
+
+def below_a_jvp() -> bool:
+    """Say whether code runs on the plain tensors below a level of jvp."""
+    return _left.levels > 0
