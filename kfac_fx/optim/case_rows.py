@@ -71,12 +71,14 @@ class CaseRows:
         residuals: e of the loss ||e||^2 / (2 T), [rows] in float64.
         terms: T, those of the whole batch.
         whole: whether all rows of the batch are there.
+        plain: whether no derivatives by torch.func.jvp are in them.
     """
 
     jacobian: dict[str, Tensor]
     residuals: Tensor
     terms: float
     whole: bool
+    plain: bool
 
     def along(self, direction: Mapping[str, Tensor]) -> Tensor:
         """Return J v, [rows], of a direction v."""
@@ -227,7 +229,8 @@ def case_rows(
         _write({name: J[start:stop] for name, J in jacobian.items()}, column, calls)
         start = stop
     residuals = torch.cat([column.residuals for column in columns]).double()
-    result = CaseRows(jacobian, residuals, made.count, share == 1.0)
+    plain = not any(use.derived for use in uses.found)
+    result = CaseRows(jacobian, residuals, made.count, share == 1.0, plain)
     result.check(gradient if result.whole else _gradient(columns, parameters, made.count))
     return result
 

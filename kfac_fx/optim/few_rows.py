@@ -62,6 +62,7 @@ class FewRows:
         # Of the loss alone, without its l2 term.
         gradient = {n: g.sub(parameters[n], alpha=decays[n]) for n, g in at.gradient.items()}
         rows = self._objective.rows(at.batch, parameters, gradient, self._most)
+        self._rule.plain = rows.plain
         model = RowsModel(rows, gradient, parameters, decays)
         if not model.mean_eigenvalue > 0:  # it is lambda's measure
             raise NoRowsError("no output depends on a parameter")

@@ -45,6 +45,11 @@ TRANSFER, FALLS = 0.1, 0.03
 with the exact Fisher of their batch fit noise. They take away much of a batch's loss at once, and
 little of that counts for the next one even without noise; but then the loss goes on falling."""
 
+FOLLOWS = 0.8
+"""Average held-out ratio of the first of these steps on plain batches, below which cases are drawn
+of a data set: each step would fit its own. Walkers follow the wave function, and theirs is above
+one."""
+
 RESTS = 0.15
 """Average own ratio below which changes are those of rounding: nothing is left to take away, and
 steps with a rate might lose the fit."""
@@ -77,6 +82,7 @@ class HeldOutRule(DampingRule):
     Attributes:
         fraction: the part of its best step that is made.
         exact: whether steps have the exact Fisher of their batch, as all batches had few rows.
+        plain: whether these were plain batches, of no equation.
     """
 
     def __init__(self, damping: float | None, weight_decay: float, options: KFACOptions) -> None:
@@ -93,6 +99,7 @@ class HeldOutRule(DampingRule):
         self._differ = 0.0
         self._own_average = 1.0
         self.exact = False
+        self.plain = False
 
     @property
     def largest(self) -> float:
@@ -164,6 +171,8 @@ class HeldOutRule(DampingRule):
         """Return why steps of the quadratic model are not worth their time; None if they are."""
         learnt = self._judged >= LEARNT
         if self.exact:
+            if self.plain and self.differs and not learnt and self._average < FOLLOWS:
+                return "batches disagree"
             fits_noise = self._average < TRANSFER and self._gain < FALLS
             return "batches disagree" if learnt and self.differs and fits_noise else None
         if self._judged >= 3 and self._signal < NOISY:
@@ -216,6 +225,7 @@ class HeldOutRule(DampingRule):
         own = {"predicted": self._predicted, "own": self._own, "signal": self._signal}
         own |= {"gain": self._gain, "differ": self._differ, "own_average": self._own_average}
         own |= {"judged": float(self._judged), "exact": float(self.exact)}
+        own |= {"plain": float(self.plain)}
         return {**super().state(), **own}
 
     def load(self, state: Mapping[str, float]) -> None:
@@ -230,3 +240,4 @@ class HeldOutRule(DampingRule):
         self._differ = float(state.get("differ", 0.0))
         self._own_average = float(state.get("own_average", 1.0))
         self.exact = bool(state.get("exact", False))
+        self.plain = bool(state.get("plain", False))
