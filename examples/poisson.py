@@ -93,7 +93,7 @@ def kfac(seed: int, seconds: float) -> Run:
     net = network(seed)
     likelihood = kfac_fx.likelihoods.Sum([("residual", 1.0), ("residual", EDGE_WEIGHT)])
     net_with_taps = kfac_fx.transform(net)
-    optimizer = kfac_fx.KFAC(net_with_taps, likelihood, damping=0.1, statistics_every=10)
+    optimizer = kfac_fx.KFAC(net_with_taps, likelihood)
 
     def step() -> float:
         batch = points(generator)
