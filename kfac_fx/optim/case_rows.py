@@ -206,7 +206,9 @@ def case_rows(
     if missing := parameters.keys() - covered:
         raise NoRowsError(f"{min(missing)} is a parameter of no linear layer")
     rows = sum(len(column.rows) for column in columns)
-    share = _share(rows, sum(p.numel() for p in parameters.values()), uses.found, most)
+    entries = sum(p.numel() for p in parameters.values())
+    plain = not any(use.derived for use in uses.found)
+    share = _share(rows, entries, sum(use.work for use in uses.found), plain, most)
     columns = [column.drawn(share) for column in columns]
     jacobian = {
         name: torch.zeros(
@@ -229,32 +231,30 @@ def case_rows(
         _write({name: J[start:stop] for name, J in jacobian.items()}, column, calls)
         start = stop
     residuals = torch.cat([column.residuals for column in columns]).double()
-    plain = not any(use.derived for use in uses.found)
     result = CaseRows(jacobian, residuals, made.count, share == 1.0, plain)
     result.check(gradient if result.whole else _gradient(columns, parameters, made.count))
     return result
 
 
-def _share(rows: int, entries: int, uses: Sequence[_Use], most: int) -> float:
+def _share(rows: int, entries: int, work: int, plain: bool, most: int) -> float:
     """Return the share of a batch's rows that J has.
 
     Args:
         rows: of the batch.
         entries: of the parameters.
-        uses: the calls of the layers.
+        work: multiplications of a pass through the layers.
+        plain: whether no derivatives by torch.func.jvp are in it.
         most: so many rows J has at most.
 
     Raises:
         NoRowsError: it is too small a share for steps of the batch.
     """
-    work = sum(use.work for use in uses)
     # Residuals of an equation are smooth, and some of them tell of the others. A regression's are
     # not: steps that fit some of them to the last digit take long to fit the rest.
-    equation = any(use.derived for use in uses)
-    passes = PASSES if equation else PLAIN
+    passes = PLAIN if plain else PASSES
     few = min(most, MOST_ENTRIES // entries, math.isqrt(min(MOST_WORK, passes * work) // entries))
-    drawn = equation and few >= FEWEST and rows <= SPARED * few
-    if not (drawn or rows <= few) or (rows < FEWEST and not equation):
+    drawn = not plain and few >= FEWEST and rows <= SPARED * few
+    if not (drawn or rows <= few) or (plain and rows < FEWEST):
         raise NoRowsError(f"{rows} rows of {entries} parameters are too many or too few")
     return min(1.0, few / rows) if rows else 1.0
 

@@ -96,6 +96,8 @@ class AdaptiveUpdate:
         return self.rule.gamma * self.rule.gamma
 
     def __call__(self, at: Situation) -> Update:
+        # Statistics are recorded all the same: a rate that follows would have those of the first
+        # batch alone, which take its first steps far away.
         if self.rows is not None and self.rows.serve and (made := self.rows.make(at)):
             return made
         candidates = self._candidates(at)

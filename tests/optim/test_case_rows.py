@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.few_rows import optimizer_of, plain_batches_have_rows, rows_of
+from support.few_rows import Mixing, optimizer_of, plain_batches_have_rows, rows_of
 from support.networks import mlp
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
@@ -266,19 +266,6 @@ def test_rows_are_drawn_of_more(residuals: Residuals, most: int) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
     l2 = 0.005 * ((theta + expected).square() - theta.square()).sum()
     assert change == pytest.approx(float(expected @ (g + 0.5 * F @ expected) + l2))
-
-
-class Mixing(nn.Module):
-    """Cases that depend on each other."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(4, 4)
-        self.last = nn.Linear(4, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.layer(x).tanh()
-        return self.last(x - x.mean(0))
 
 
 def test_drawn_rows_of_cases_that_mix_are_found_out() -> None:

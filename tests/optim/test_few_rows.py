@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.few_rows import optimizer_of, plain_batches_have_rows, rows_of
+from support.few_rows import Mixing, optimizer_of, plain_batches_have_rows, rows_of
 from support.networks import mlp
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent
@@ -108,19 +108,6 @@ class ElsewhereToo(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x).tanh() + (x * self.layer.weight).sum(1, keepdim=True)
-
-
-class Mixing(nn.Module):
-    """Cases that depend on each other."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(4, 4)
-        self.last = nn.Linear(4, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.layer(x).tanh()
-        return self.last(x - x.mean(0))
 
 
 class OtherCases(nn.Module):

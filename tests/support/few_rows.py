@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import kfac_fx
 from kfac_fx.optim import case_rows
@@ -30,3 +30,16 @@ def rows_of(optimizer: kfac_fx.KFAC, batch: Batch, most: int = 1024) -> CaseRows
     _, gradient = optimizer._objective.gradient(batch, parameters)
     named = dict(zip(parameters, gradient, strict=True))
     return optimizer._objective.rows(batch, parameters, named, most)
+
+
+class Mixing(nn.Module):
+    """Cases that depend on each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.last = nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer(x).tanh()
+        return self.last(x - x.mean(0))
